@@ -1,0 +1,112 @@
+"""The records that travel between the rooms, and the protocols of what can be plugged in. Stdlib only."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Protocol
+
+Messages = Sequence[Mapping[str, str]]  # chat messages: {"role": ..., "content": ...}
+
+
+class RloraError(Exception):
+    """An error that the user can mend; its text names the field, the value and the fix."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem. An env gives `text` and `answer`; rlora adds `token_ids` when the data is loaded."""
+
+    text: str | Messages  # a plain string is sent as one user message where the tokenizer has a chat template
+    answer: Any = None  # what the reward compares with
+    columns: Mapping[str, Any] = field(default_factory=dict)  # the row's other columns
+    token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One completion of a prompt, sampled by one adapter version."""
+
+    completion_ids: tuple[int, ...]  # T tokens; ends with the stop token where finish_reason is "stop"
+    behaviour_logprobs: tuple[float, ...]  # T natural logs, of the distribution that was sampled from
+    finish_reason: str  # "stop" or "length"
+    version: int  # of the adapter that sampled it
+    text: str = ""  # the completion without special tokens
+    reward: float | None = None  # None until it is scored
+
+
+@dataclass(frozen=True)
+class Group:
+    """The G episodes of one prompt."""
+
+    prompt: Prompt
+    episodes: tuple[Episode, ...]
+
+    @property
+    def rewards(self) -> list[float]:
+        return [episode.reward for episode in self.episodes if episode.reward is not None]
+
+    @property
+    def informative(self) -> bool:
+        """Whether rewards differ; where they agree, group-relative advantages are all zero."""
+        return len(set(self.rewards)) > 1
+
+    def with_rewards(self, rewards: Sequence[float]) -> Group:
+        pairs = zip(self.episodes, rewards, strict=True)
+        return replace(self, episodes=tuple(replace(episode, reward=reward) for episode, reward in pairs))
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One immutable version of the policy: the bytes of the two files of PEFT's format, and who made them."""
+
+    run: str
+    version: int
+    config: bytes  # adapter_config.json
+    weights: bytes  # adapter_model.safetensors, fp32
+
+    @cached_property
+    def digest(self) -> str:
+        return hashlib.sha256(self.config + self.weights).hexdigest()
+
+    @property
+    def name(self) -> str:
+        """Its identity. A version that is trained again after a crash has other bytes, so another name."""
+        return f"{self.run}-v{self.version}-{self.digest[:12]}"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one batch is sampled. Only the temperature shapes the distribution: the learner has to know it."""
+
+    max_tokens: int
+    temperature: float = 1.0  # 0 is greedy
+    group_size: int = 1
+
+
+class Env(Protocol):
+    """Where prompts come from: built as `Env(**config.env_args)`."""
+
+    def train(self) -> Sequence[Prompt]: ...
+
+    def held_out(self) -> Sequence[Prompt]:
+        """Prompts that training never sees; may be empty."""
+        ...
+
+
+class Reward(Protocol):
+    """Scores the completions of one group (texts without special tokens): one finite float each."""
+
+    def __call__(self, completions: list[str], answers: list[Any]) -> list[float]: ...
+
+
+class Engine(Protocol):
+    """Samples under an exact adapter version."""
+
+    def load(self, adapter: Adapter) -> None: ...
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[Group]:
+        """One group of `sampling.group_size` unscored episodes a prompt, in order."""
+        ...
