@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-Dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def device() -> torch.device:

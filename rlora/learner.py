@@ -1,0 +1,141 @@
+"""The learner: owns the adapter's fp32 masters and Adam; groups in, the next adapter version out."""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import safetensors.torch
+import torch
+
+from rlora import machine
+from rlora.base import load_base
+from rlora.batch import microbatches
+from rlora.config import Config
+from rlora.loss import kl_k3, truncated_importance_loss
+from rlora.policy import Policy
+from rlora.records import Adapter, Group, RloraError
+
+
+@dataclass(frozen=True)
+class UpdateStats:
+    """Figures of one update; token means are over the tokens that were computed, None where there were none."""
+
+    loss: float
+    grad_norm: float  # before it was clipped
+    kl_behaviour: float | None  # nats a token, engine against learner
+    ratio_truncated: float | None  # share of tokens over the importance cap
+    tokens: int  # completion tokens computed
+    seconds: float
+    skipped: bool  # the loss or the gradient was not finite
+
+
+class Learner:
+    """A policy and its optimizer. `base` is where to load the frozen base from; `run` names the adapters."""
+
+    def __init__(self, config: Config, base: str, run: str) -> None:
+        self.config, self.run = config, run
+        self.device = machine.device()
+        model = load_base(base, machine.DTYPES[config.dtype], self.device)
+        self.policy = Policy(model, config.learner.rank, config.learner.alpha, config.seed)
+        self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        learner = config.learner
+        self.optimizer = torch.optim.Adam(self.parameters, lr=learner.lr, betas=learner.betas, eps=learner.eps)
+        self.version = 0
+        self.bad_updates = 0  # in a row
+
+    def update(self, groups: Sequence[Group]) -> tuple[Adapter, UpdateStats]:
+        """One step: the loss of `groups`, one Adam step on the adapter, and version + 1.
+
+        Token losses are summed and divided once by the number of all completion tokens, those of groups without
+        signal included. A non-finite loss or gradient leaves adapter and optimizer as they were; the version goes up
+        all the same. Raises RloraError after `learner.max_bad_updates` of these in a row.
+        """
+        start = time.perf_counter()
+        settings = self.config.learner
+        total_tokens = sum(len(episode.completion_ids) for group in groups for episode in group.episodes)
+        loss_sum = kl_sum = truncated = torch.zeros((), device=self.device)
+        tokens = 0
+        self.optimizer.zero_grad()
+        for batch in microbatches(groups, settings.microbatch_tokens, self.device):
+            logprobs = self.policy.logprobs(batch.prompt_ids, batch.completion_ids, self.config.sampling.temperature)
+            token_loss = truncated_importance_loss(
+                logprobs, batch.behaviour_logprobs, batch.advantages, settings.importance_cap
+            )
+            loss = token_loss[batch.mask].sum() / total_tokens
+            loss.backward()
+            with torch.no_grad():
+                loss_sum = loss_sum + loss
+                kl_sum = kl_sum + kl_k3(logprobs, batch.behaviour_logprobs)[batch.mask].sum()
+                over = (logprobs - batch.behaviour_logprobs) > math.log(settings.importance_cap)
+                truncated = truncated + over[batch.mask].sum()
+            tokens += int(batch.mask.sum())
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.max_grad_norm) if tokens else torch.zeros(())
+        finite = bool(torch.isfinite(loss_sum) and torch.isfinite(grad_norm))
+        if tokens and finite:
+            self.optimizer.step()
+        self.version += 1
+        self.bad_updates = 0 if finite else self.bad_updates + 1
+        stats = UpdateStats(
+            loss=float(loss_sum),
+            grad_norm=float(grad_norm),
+            kl_behaviour=float(kl_sum) / tokens if tokens else None,
+            ratio_truncated=float(truncated) / tokens if tokens else None,
+            tokens=tokens,
+            seconds=time.perf_counter() - start,
+            skipped=not finite,
+        )
+        if self.bad_updates >= settings.max_bad_updates:
+            raise RloraError(
+                f"learner: {self.bad_updates} updates in a row had a non-finite loss or gradient ({stats}); "
+                "the adapter is as it was before them. Lower learner.lr or use dtype = \"float32\""
+            )
+        return self.adapter(), stats
+
+    def adapter(self) -> Adapter:
+        """The current version, in PEFT's format."""
+        tensors = {}
+        for name, layer in self.policy.layers.items():
+            for matrix in ("lora_A", "lora_B"):
+                tensors[f"base_model.model.{name}.{matrix}.weight"] = getattr(layer, matrix).detach().cpu().contiguous()
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self.config.model,
+            "r": self.config.learner.rank,
+            "lora_alpha": self.config.learner.alpha,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "target_modules": sorted({name.rpartition(".")[2] for name in self.policy.layers}),
+            "inference_mode": True,
+        }
+        weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
+        return Adapter(self.run, self.version, json.dumps(config, indent=2).encode(), weights)
+
+    def state(self) -> bytes:
+        """All that `resume` needs: masters, Adam's moments, the version. In safetensors format."""
+        tensors = {}
+        for index, parameter in enumerate(self.parameters):
+            tensors[f"{index}.master"] = parameter.detach()
+            for name, value in self.optimizer.state[parameter].items():
+                tensors[f"{index}.adam.{name}"] = value
+        return safetensors.torch.save(
+            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
+        )
+
+    def resume(self, state: bytes, version: int) -> None:
+        """Go on from `state`, which was taken at `version`. Raises RloraError where it is of another adapter."""
+        tensors = safetensors.torch.load(state)
+        for index, parameter in enumerate(self.parameters):
+            master = tensors.get(f"{index}.master")
+            if master is None or master.shape != parameter.shape:
+                raise RloraError("resume: the saved state is of another model or rank; resume with the run's own config")
+            parameter.data.copy_(master)
+            prefix = f"{index}.adam."
+            moments = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            if moments:
+                self.optimizer.state[parameter] = {
+                    name: t if name == "step" else t.to(self.device) for name, t in moments.items()
+                }
+        self.version = version
