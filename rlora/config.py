@@ -43,6 +43,8 @@ class EngineConfig:
     """How many engines sample; Ray places each by its resources."""
     cpus: Annotated[float, Field(ge=0)] = 0.5
     """Ray CPUs that a replica reserves. Below 1 by default: engine and learner take turns."""
+    gpus: Annotated[float, Field(ge=0)] = 0.5
+    """Ray GPUs that a replica reserves, where the cluster has GPUs; with half a GPU it shares one with the learner."""
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads of a replica; 0 shares the cores out over the replicas."""
     kv_cache_gib: Count = 2
@@ -79,6 +81,8 @@ class LearnerConfig:
     """Updates in a row that may be skipped for a non-finite loss or gradient before the run stops."""
     cpus: Annotated[float, Field(ge=0)] = 0.5
     """Ray CPUs that the learner reserves."""
+    gpus: Annotated[float, Field(ge=0)] = 0.5
+    """Ray GPUs that the learner reserves, where the cluster has GPUs."""
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads of the learner; 0 takes all cores."""
 
@@ -196,7 +200,8 @@ def load(field: str, spec: str) -> Any:
     try:
         if where.endswith(".py"):
             file = importlib.util.spec_from_file_location(Path(where).stem, where)
-            assert file is not None and file.loader is not None
+            assert file is not None
+            assert file.loader is not None
             module = importlib.util.module_from_spec(file)
             file.loader.exec_module(module)
         else:

@@ -1,70 +1,58 @@
 """The rollout engine: vLLM, which samples under an exact adapter version. The only file that imports vllm."""
 
+import hashlib
 import itertools
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
-import torch
-from vllm import EngineArgs, LLMEngine, RequestOutput, SamplingParams
+from vllm import CompletionOutput, EngineArgs, LLMEngine, RequestOutput, SamplingParams
+from vllm.inputs import TokensPrompt
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
 from rlora import machine
 from rlora.checkpoint import write_adapter
+from rlora.config import Config
 from rlora.records import Adapter, Episode, Group, Prompt, RloraError, Sampling
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """How an engine is built; `config.py` says what each means."""
-
-    model: str  # a local directory or a hub id
-    dtype: str
-    max_model_len: int
-    stop_token_ids: tuple[int, ...]
-    rank: int
-    seed: int
-    max_num_seqs: int
-    max_versions: int = 2  # adapter versions that can be served at a time
-    tensor_parallel_size: int = 1
-    gpu_memory_utilization: float = 0.5
-    extra: dict[str, object] = field(default_factory=dict)
 
 
 class Engine:
     """vLLM in this process, with its adapters in a RAM-backed directory of its own.
 
-    Start the process with `machine.engine_environment`.
+    `base` is where the frozen base is loaded from. Start the process with `machine.engine_environment`.
     """
 
-    def __init__(self, settings: EngineSettings) -> None:
-        on_cpu = machine.device().type == "cpu"
-        self.settings = settings
-        self.directory = machine.ram_directory() / f"rlora-{os.getpid()}"
+    def __init__(self, config: Config, base: str, stop_token_ids: tuple[int, ...], replica: int) -> None:
+        settings = config.engine
+        self.stop_token_ids = list(stop_token_ids)
+        self.directory = machine.adapter_directory(os.getpid())
         self.requests: dict[int, LoRARequest] = {}  # by version
         self._engine_ids = itertools.count(1)  # never reused: vLLM's prefix cache and slots go by name and id
         self._request_ids = itertools.count()
+        options: dict[str, Any] = {}
+        if machine.device().type == "cpu":
+            options["block_size"] = 32  # its smallest; with 128 the completions of a short prompt share nothing
+        if settings.tensor_parallel_size == 1:
+            options["distributed_executor_backend"] = "uni"  # in this process; others spin beside the learner
         self.llm = LLMEngine.from_engine_args(
             EngineArgs(
-                model=settings.model,
-                dtype=settings.dtype,
-                max_model_len=settings.max_model_len,
+                model=base,
+                dtype=config.dtype,
+                max_model_len=config.max_model_len,
                 max_num_seqs=settings.max_num_seqs,
-                seed=settings.seed,
+                seed=_seed(config.seed, replica),
                 enable_lora=True,
-                # vLLM has a bucket for rank 1 and one for 2..8
-                max_lora_rank=1 if settings.rank == 1 else 8,
-                max_loras=settings.max_versions,
+                max_lora_rank=1 if config.learner.rank == 1 else 8,  # vLLM's buckets: rank 1, and 2..8 in one of 8
+                max_loras=2,  # the version that is served, and the next one while it is delivered
                 logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
-                generation_config="vllm",  # the model's own sampling defaults are not ours
+                generation_config="vllm",  # the model's own sampling defaults stay out
                 tensor_parallel_size=settings.tensor_parallel_size,
                 gpu_memory_utilization=settings.gpu_memory_utilization,
-                # On CPU: 32 is the smallest block, so that short prompts are shared within their group
-                **({"block_size": 32} if on_cpu else {}),
-                **({"distributed_executor_backend": "uni"} if settings.tensor_parallel_size == 1 else {}),
+                disable_log_stats=True,
+                use_tqdm_on_load=False,
+                **options,
             )
         )
 
@@ -97,18 +85,20 @@ class Engine:
             n=sampling.group_size,
             temperature=sampling.temperature,
             max_tokens=sampling.max_tokens,
-            stop_token_ids=list(self.settings.stop_token_ids),
+            stop_token_ids=self.stop_token_ids,
             logprobs=0,  # of the sampled token alone
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         ids = [str(next(self._request_ids)) for _ in prompts]
         for request_id, prompt in zip(ids, prompts, strict=True):
-            tokens = {"prompt_token_ids": list(prompt.token_ids)}
+            tokens = TokensPrompt(prompt_token_ids=list(prompt.token_ids))
             self.llm.add_request(request_id, tokens, params, lora_request=self.requests[version])
         finished: dict[str, RequestOutput] = {}
         while self.llm.has_unfinished_requests():
-            finished |= {output.request_id: output for output in self.llm.step() if output.finished}
+            finished |= {
+                out.request_id: out for out in self.llm.step() if isinstance(out, RequestOutput) and out.finished
+            }
         return [
             Group(prompt, tuple(_episode(completion, version) for completion in finished[request_id].outputs))
             for request_id, prompt in zip(ids, prompts, strict=True)
@@ -119,8 +109,12 @@ class Engine:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
-def _episode(completion, version: int) -> Episode:
-    logprobs = (
-        entry[token].logprob for token, entry in zip(completion.token_ids, completion.logprobs, strict=True)
-    )
-    return Episode(tuple(completion.token_ids), tuple(logprobs), completion.finish_reason, version)
+def _episode(completion: CompletionOutput, version: int) -> Episode:
+    entries = zip(completion.token_ids, completion.logprobs or [], strict=True)
+    logprobs = tuple(entry[token].logprob for token, entry in entries)
+    return Episode(tuple(completion.token_ids), logprobs, str(completion.finish_reason), version)
+
+
+def _seed(seed: int, replica: int) -> int:
+    """Of one replica; two replicas never sample alike."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {replica}".encode()).digest()[:4])

@@ -71,7 +71,9 @@ class Learner:
                 over = (logprobs - batch.behaviour_logprobs) > math.log(settings.importance_cap)
                 truncated = truncated + over[batch.mask].sum()
             tokens += int(batch.mask.sum())
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.max_grad_norm) if tokens else torch.zeros(())
+        grad_norm = (
+            torch.nn.utils.clip_grad_norm_(self.parameters, settings.max_grad_norm) if tokens else torch.zeros(())
+        )
         finite = bool(torch.isfinite(loss_sum) and torch.isfinite(grad_norm))
         if tokens and finite:
             self.optimizer.step()
@@ -89,7 +91,7 @@ class Learner:
         if self.bad_updates >= settings.max_bad_updates:
             raise RloraError(
                 f"learner: {self.bad_updates} updates in a row had a non-finite loss or gradient ({stats}); "
-                "the adapter is as it was before them. Lower learner.lr or use dtype = \"float32\""
+                'the adapter is as it was before them. Lower learner.lr or use dtype = "float32"'
             )
         return self.adapter(), stats
 
@@ -114,28 +116,24 @@ class Learner:
         return Adapter(self.run, self.version, json.dumps(config, indent=2).encode(), weights)
 
     def state(self) -> bytes:
-        """All that `resume` needs: masters, Adam's moments, the version. In safetensors format."""
-        tensors = {}
+        """All that `resume` needs: the version, the masters and Adam's moments, in safetensors format."""
+        tensors = {"version": torch.tensor(self.version)}
         for index, parameter in enumerate(self.parameters):
-            tensors[f"{index}.master"] = parameter.detach()
+            tensors[f"{index}.master"] = parameter.detach().cpu()
             for name, value in self.optimizer.state[parameter].items():
-                tensors[f"{index}.adam.{name}"] = value
-        return safetensors.torch.save(
-            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
-        )
+                tensors[f"{index}.adam.{name}"] = value.cpu()
+        return safetensors.torch.save(tensors)
 
-    def resume(self, state: bytes, version: int) -> None:
-        """Go on from `state`, which was taken at `version`. Raises RloraError where it is of another adapter."""
+    def resume(self, state: bytes) -> Adapter:
+        """Go on from `state`; returns its adapter. Raises RloraError where it is of another base, rank or target."""
         tensors = safetensors.torch.load(state)
+        shapes = {f"{index}.master": parameter.shape for index, parameter in enumerate(self.parameters)}
+        if shapes != {name: tensor.shape for name, tensor in tensors.items() if name.endswith(".master")}:
+            raise RloraError("resume: the saved state is of another model or rank; resume with the config of the run")
         for index, parameter in enumerate(self.parameters):
-            master = tensors.get(f"{index}.master")
-            if master is None or master.shape != parameter.shape:
-                raise RloraError("resume: the saved state is of another model or rank; resume with the run's own config")
-            parameter.data.copy_(master)
-            prefix = f"{index}.adam."
-            moments = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            if moments:
-                self.optimizer.state[parameter] = {
-                    name: t if name == "step" else t.to(self.device) for name, t in moments.items()
-                }
-        self.version = version
+            parameter.data.copy_(tensors[f"{index}.master"])
+            for name in ("step", "exp_avg", "exp_avg_sq"):
+                if (moment := tensors.get(f"{index}.adam.{name}")) is not None:
+                    self.optimizer.state[parameter][name] = moment if name == "step" else moment.to(self.device)
+        self.version = int(tensors["version"])
+        return self.adapter()

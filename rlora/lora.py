@@ -4,7 +4,8 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
 
 from rlora.records import RloraError
 
@@ -32,7 +33,7 @@ class LoRALinear(nn.Module):
         if not self.enabled:
             return y
         a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype) * self.scale
-        return y + F.linear(F.linear(x, a), b)
+        return y + linear(linear(x, a), b)
 
 
 def add_lora(model: nn.Module, rank: int, alpha: float, seed: int) -> dict[str, LoRALinear]:
@@ -42,7 +43,7 @@ def add_lora(model: nn.Module, rank: int, alpha: float, seed: int) -> dict[str, 
     """
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     layers = {}
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and module is not head:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -72,6 +74,12 @@ class Adapter:
         return hashlib.sha256(self.config + self.weights).hexdigest()
 
     @property
+    def parameters(self) -> int:
+        """How many numbers it holds; the first 8 bytes of a safetensors file are the length of its JSON header."""
+        header = json.loads(self.weights[8 : 8 + int.from_bytes(self.weights[:8], "little")])
+        return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+
+    @property
     def name(self) -> str:
         """Its identity. A version that is trained again after a crash has other bytes, so another name."""
         return f"{self.run}-v{self.version}-{self.digest[:12]}"
@@ -105,7 +113,17 @@ class Reward(Protocol):
 class Engine(Protocol):
     """Samples under an exact adapter version."""
 
-    def load(self, adapter: Adapter) -> None: ...
+    def load(self, adapter: Adapter) -> None:
+        """Make a version servable."""
+        ...
+
+    def versions(self) -> list[int]:
+        """The versions it can serve now."""
+        ...
+
+    def retire(self, version: int) -> None:
+        """Forget a version that no request uses."""
+        ...
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[Group]:
         """One group of `sampling.group_size` unscored episodes a prompt, in order."""

@@ -1,0 +1,3 @@
+from rlora.cli import main
+
+main()

@@ -1,0 +1,155 @@
+"""The command line: rlora train | eval."""
+
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from rlora.config import Config, read, refuse_unlearnable, validate
+from rlora.records import RloraError
+
+# torch, transformers and Ray take seconds to import: that waits until the command line is understood
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a policy. FILE is a TOML config; every field below overrides what it says."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    file: tyro.conf.Positional[Path | None] = None
+    """A TOML config, such as launch/arithmetic.toml."""
+    run_dir: Path | None = None
+    """Where the run goes; a fresh directory under runs/ by default."""
+    overwrite: bool = False
+    """Replace the run that is in --run-dir."""
+    resume: Path | None = None
+    """Go on with the run in this directory, under its own config; only --steps may be given beside it."""
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Answer the held-out prompts of a run greedily, under one of its adapters."""
+
+    run: tyro.conf.Positional[Path]
+    """The run's directory."""
+    version: int | None = None
+    """The adapter version; the last one by default, 0 is the base."""
+
+
+def main() -> None:
+    """Run the command in sys.argv; exits with 0, 1 (an error that its message explains), 2 (usage) or 130 (Ctrl-C)."""
+    commands = {"train": _train, "eval": _eval}
+    command, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
+    if command not in commands:
+        print(f"usage: rlora {{{','.join(commands)}}} ...\n`rlora train --help` documents every field", file=sys.stderr)
+        sys.exit(0 if command in ("-h", "--help") else 2)
+    try:
+        commands[command](arguments)
+    except (RloraError, OSError) as error:
+        print(f"rlora: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("rlora: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _train(arguments: list[str]) -> None:
+    given = _parse_train(arguments)
+    from rlora import checkpoint
+    from rlora.task import load_task
+    from rlora.train import train
+
+    task = load_task(given.config)
+    if given.resume:
+        run = given.resume
+    else:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        run = given.run_dir or Path("runs") / f"{given.config.env.rpartition(':')[2].lower()}-{stamp}"
+        checkpoint.create(run, given.config, task, given.overwrite)
+    if task.dropped:
+        print(f"{task.dropped} prompts are longer than sampling.max_prompt_tokens and left out")
+    print(f"run: {run}")
+    try:
+        train(given.config, task, run, resume=given.resume is not None)
+    except BaseException:
+        if (version := checkpoint.last_version(run)) is not None:
+            print(f"The last whole adapter is {checkpoint.adapter_path(run, version)}; "
+                  f"go on from it with `rlora train --resume {run}`", file=sys.stderr)  # fmt: skip
+        raise
+    _report(run)
+
+
+def _parse_train(arguments: list[str]) -> Train:
+    """The command line over the TOML file it names, or over the config of the run that it resumes."""
+    options = [argument.split("=")[0].lstrip("-").replace("-", "_") for argument in arguments if argument[:2] == "--"]
+    refuse_unlearnable(option.rpartition(".")[2] for option in options)
+    files = [Path(argument) for argument in arguments if argument.endswith(".toml")]
+    resumed = _value(arguments, "--resume")
+    source = Path(resumed) / "config.toml" if resumed else files[0] if files else None
+    saved = read(source) if source else None
+    given: Train = tyro.cli(Train, default=Train(saved) if saved else None, args=arguments, prog="rlora train")
+    given = replace(given, config=validate(given.config))
+    if resumed and saved:
+        before, after = asdict(saved), asdict(given.config)
+        changed = [field for field in before if before[field] != after[field] and field != "steps"]
+        if changed or files or given.run_dir or given.overwrite:
+            raise RloraError(
+                f"--resume {resumed}: a run goes on under its own config, and only --steps may be given beside it; "
+                f"leave out {', '.join(changed) or 'the TOML file, --run-dir and --overwrite'}, or start a new run"
+            )
+    return given
+
+
+def _value(arguments: list[str], option: str) -> str | None:
+    """What follows an option, as `--option value` or `--option=value`."""
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+        if argument == option:
+            return following
+        if argument.startswith(f"{option}="):
+            return argument.partition("=")[2]
+    return None
+
+
+def _report(run: Path) -> None:
+    """The table at the end of a run, and what to do next."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from rlora import checkpoint
+
+    summary = checkpoint.summarise(run, {})
+    table = Table(title="What it gained", show_header=False)
+    if "accuracy/after" in summary:
+        table.add_row("greedy held-out accuracy before", f"{summary['accuracy/before']:.3f}")
+        table.add_row("greedy held-out accuracy after", f"{summary['accuracy/after']:.3f}")
+    table.add_row("steps", str(summary["steps"]))
+    table.add_row("wall time", f"{summary['time/total']:.0f} s, of which training {summary['time/train']:.0f} s")
+    table.add_row("adapter", f"{summary['adapter/parameters']:,} parameters, {summary['adapter/bytes']:,} bytes")
+    table.add_row("where it lies", summary["adapter/path"])
+    console = Console()
+    console.print(table)
+    console.print(f"Evaluate it again, or train on:\n  rlora eval {run}\n  rlora train --resume {run} --steps {2 * summary['steps']}", soft_wrap=True)  # fmt: skip
+    console.print(f"Load it with PEFT:\n  PeftModel.from_pretrained(base, {summary['adapter/path']!r})", soft_wrap=True)
+
+
+def _eval(arguments: list[str]) -> None:
+    given = tyro.cli(Eval, args=arguments, prog="rlora eval")
+    config = read(given.run / "config.toml")
+    from rlora import checkpoint, cluster
+    from rlora.delivery import swap
+    from rlora.evaluate import evaluate
+    from rlora.task import load_task
+
+    version = given.version if given.version is not None else checkpoint.last_version(given.run) or 0
+    adapter = checkpoint.read_adapter(given.run, version)
+    task = load_task(config)
+    if not task.held_out:
+        raise RloraError(f"env = {config.env!r}: it has no held-out prompts, or evaluate.prompts is 0")
+    with cluster.start(config, task, given.run.name, learn=False) as (_, engines):
+        swap(engines, adapter)
+        result = evaluate(config, task, engines, version)
+    print(f"version {version}: greedy held-out accuracy {result.accuracy:.3f}, mean reward {result.reward:.3f}, "
+          f"{len(task.held_out)} prompts")  # fmt: skip

@@ -1,0 +1,112 @@
+"""Ray's home: the learner and the engines as actors, and nothing left behind when they end."""
+
+import logging
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from rlora import machine
+from rlora.config import Config, load
+from rlora.learner import Learner
+from rlora.records import Engine, RloraError
+from rlora.task import Task
+
+_PATIENCE = 30.0  # seconds until we say that Ray has found no place for an actor
+
+
+class _Actor:
+    """Runs in a Ray actor's process and holds one plain object. Built by a call, so that its errors come back whole."""
+
+    def build(self, spec: str, *arguments: Any) -> None:
+        self.object = load("actor", spec)(*arguments)
+
+    def place(self) -> tuple[str, int]:
+        """The node and the process this is."""
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        return getattr(self.object, method)(*arguments)
+
+
+class _Remote:
+    """An actor seen as the plain object it holds: a call waits for its result and raises the object's own error."""
+
+    def __init__(self, role: str, cpus: float, gpus: float, environment: dict[str, str], spec: str, *arguments: Any):
+        options = {"num_cpus": cpus, "num_gpus": gpus, "runtime_env": {"env_vars": environment}}
+        self.role: str = role
+        self.actor: Any = ray.remote(_Actor).options(**options).remote()
+        self.placed = self.actor.place.remote()
+        self.built = self.actor.build.remote(spec, *arguments)
+
+    def __getattr__(self, method: str) -> Any:
+        return lambda *arguments: self.wait(self.actor.call.remote(method, *arguments))
+
+    def wait(self, reference: Any) -> Any:
+        try:
+            return ray.get(reference)
+        except RayTaskError as error:
+            raise error.cause from None
+        except RayActorError as error:
+            raise RloraError(f"the process of the {self.role} died: {error}") from None
+
+
+@contextmanager
+def start(config: Config, task: Task, run: str, learn: bool = True) -> Iterator[tuple[Learner, list[Engine]]]:
+    """The learner of `run` (none, unless `learn`) and `engine.replicas` engines, placed by Ray.
+
+    Joins the Ray cluster of this job or machine, or starts one that ends with it. On leaving, however that comes
+    about, every process is gone and so are its files in RAM.
+    """
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    remotes: list[_Remote] = []
+    try:
+        cuda = ray.cluster_resources().get("GPU", 0) > 0
+        settings = config.engine
+        threads = settings.threads or max(1, machine.cores() // settings.replicas)
+        environment = machine.engine_environment(threads, settings.kv_cache_gib, cuda)
+        for replica in range(settings.replicas):
+            reserved = settings.cpus, settings.gpus * cuda, environment
+            made_of = config, task.base, task.stop_token_ids, replica
+            remotes.append(_Remote(f"engine {replica}", *reserved, "rlora.engine:Engine", *made_of))
+        if learn:
+            learner = config.learner
+            environment = machine.learner_environment(learner.threads or machine.cores())
+            reserved = learner.cpus, learner.gpus * cuda, environment
+            remotes.append(_Remote("learner", *reserved, "rlora.learner:Learner", config, task.base, run))
+        building = [remote.built for remote in remotes]
+        while len(ray.wait(building, num_returns=len(building), timeout=_PATIENCE)[0]) < len(building):
+            print(f"still starting {len(building)} actors; Ray has {ray.available_resources()} free for them")
+        for remote in remotes:
+            remote.wait(remote.built)
+        yield cast(Learner, remotes[-1]), cast(list[Engine], remotes[: settings.replicas])
+    finally:
+        _stop(remotes)
+
+
+def _stop(remotes: list[_Remote]) -> None:
+    """End the actors and Ray, and remove what killed processes leave in this machine's RAM file system."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not stop the clean-up half way
+    here = ray.get_runtime_context().get_node_id()
+    placed, _ = ray.wait([remote.placed for remote in remotes], num_returns=len(remotes), timeout=1)
+    pids = [pid for node, pid in ray.get(placed) if node == here]
+    ray.wait([remote.actor.call.remote("close") for remote in remotes], num_returns=len(remotes), timeout=2)
+    for remote in remotes:
+        ray.kill(remote.actor)
+    ray.shutdown()
+    for pid in pids:
+        deadline = time.monotonic() + 10
+        while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        shutil.rmtree(machine.adapter_directory(pid), ignore_errors=True)
+        for lock in machine.ram_directory().glob(f"__KMP_REGISTERED_LIB_{pid}_*"):  # of Intel's OpenMP
+            lock.unlink(missing_ok=True)

@@ -1,0 +1,132 @@
+"""What a run tells: one JSON object a step in metrics.jsonl, and a live display of the same figures."""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from rlora.learner import UpdateStats
+from rlora.records import Group
+from rlora.rollout import Collection
+
+_SHOWN = {  # in the live display: label and format
+    "reward/mean": ("reward", "{:.3f}"),
+    "completion/length": ("completion length", "{:.1f} tokens"),
+    "rollout/tokens_per_second": ("engine", "{:.0f} tokens/s"),
+    "learner/tokens_per_second": ("learner", "{:.0f} tokens/s"),
+    "swap/seconds": ("swap", "{:.3f} s"),
+    "kl/behaviour": ("learner/engine KL", "{:.5f} nats"),
+    "staleness": ("staleness", "{:.1f}"),
+}
+_BARS = " ▁▂▃▄▅▆▇█"
+
+
+def summarise(groups: Sequence[Group], version: int) -> dict[str, float | None]:
+    """Figures of a step's episodes; `version` is the one that the update starts from."""
+    episodes = [episode for group in groups for episode in group.episodes]
+    rewards = [reward for group in groups for reward in group.rewards]
+    return {
+        "reward/mean": fmean(rewards),
+        "reward/max": max(rewards),
+        "reward/informative_groups": fmean(group.informative for group in groups),
+        "completion/length": fmean(len(episode.completion_ids) for episode in episodes),
+        "completion/truncated": fmean(episode.finish_reason == "length" for episode in episodes),
+        "completion/tokens": sum(len(episode.completion_ids) for episode in episodes),
+        "staleness": fmean(version - episode.version for episode in episodes),
+    }
+
+
+class Metrics:
+    """Appends to `<run>/metrics.jsonl` and shows progress: live on a terminal, one plain line a step elsewhere."""
+
+    def __init__(self, path: Path, steps: int) -> None:
+        self.path, self.steps = path, steps
+        self.console = Console()
+        self.live = Live(console=self.console, transient=True)
+        self.seconds: dict[str, float] = {}  # by phase, of the step under way
+        self.rewards: list[float] = []
+        self.entered = time.perf_counter()
+
+    def __enter__(self) -> "Metrics":
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.live.stop()
+
+    def start(self, step: int) -> None:
+        """Begin at `step`. Lines of that step and later are dropped: a resumed run does those again."""
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self.path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] < step))
+        self.first_step, self.began, self.lapped = step, time.perf_counter(), time.perf_counter()
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Count the time within as `time/<phase>` of the step under way."""
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = time.perf_counter() - start
+
+    def log(self, step: int, collection: Collection, update: UpdateStats) -> None:
+        """Write and show the figures of a step; docs/metrics.md says what each means."""
+        now = time.perf_counter()
+        figures = summarise(collection.groups, step) | {
+            "loss": update.loss,
+            "grad/norm": update.grad_norm,
+            "kl/behaviour": update.kl_behaviour,
+            "ratio/truncated": update.ratio_truncated,
+            "update/skipped": update.skipped,
+            "swap/seconds": self.seconds["swap"],
+            **{f"time/{phase}": seconds for phase, seconds in self.seconds.items()},
+            "time/sampling": collection.sampling_seconds,
+            "time/reward": collection.reward_seconds,
+            "time/step": now - self.lapped,
+        }
+        figures["rollout/tokens_per_second"] = (figures["completion/tokens"] or 0) / collection.sampling_seconds
+        figures["learner/tokens_per_second"] = update.tokens / update.seconds if update.tokens else None
+        self.lapped = now
+        finite = {name: value if value is None or math.isfinite(value) else None for name, value in figures.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **finite}) + "\n")
+        self._show(step, finite)
+
+    def totals(self) -> dict[str, float]:
+        """Seconds of this process's training and of all of it so far, start of the actors and evaluation included."""
+        now = time.perf_counter()
+        return {"time/train": self.lapped - self.began, "time/total": now - self.entered}
+
+    def _show(self, step: int, figures: Mapping[str, float | None]) -> None:
+        self.rewards.append(figures["reward/mean"] or 0.0)
+        left = (time.perf_counter() - self.began) / (step + 1 - self.first_step) * (self.steps - step - 1)
+        shown = {
+            label: form.format(value)
+            for name, (label, form) in _SHOWN.items()
+            if (value := figures.get(name)) is not None
+        } | {"time left": f"{left:.0f} s"}
+        if self.console.is_terminal:
+            self.live.update(self._table(step, shown))
+        else:
+            line = ", ".join(f"{label} {value}" for label, value in shown.items())
+            print(f"step {step + 1}/{self.steps}: {line}", flush=True)
+
+    def _table(self, step: int, shown: Mapping[str, str]) -> Table:
+        table = Table(title=f"step {step + 1} of {self.steps}", show_header=False)
+        for label, value in shown.items():
+            table.add_row(label, value)
+        table.add_row("reward so far", sparkline(self.rewards))
+        return table
+
+
+def sparkline(values: Sequence[float], width: int = 40) -> str:
+    """The last `width` values as bars between the least and the greatest of them."""
+    tail = values[-width:]
+    low, high = min(tail), max(tail)
+    return "".join(_BARS[1 + round((value - low) / (high - low or 1) * (len(_BARS) - 2))] for value in tail)

@@ -1,0 +1,101 @@
+"""What is trained on: prompts, reward, the base's tokenizer. All that can be wrong with them is found here."""
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from rlora.base import context_length, load_tokenizer, locate, stop_token_ids
+from rlora.config import Config, load
+from rlora.records import Prompt, Reward, RloraError
+
+
+@dataclass(frozen=True)
+class Task:
+    base: str  # where the frozen base is loaded from
+    tokenizer: PreTrainedTokenizerBase
+    stop_token_ids: tuple[int, ...]
+    reward: Reward
+    prompts: list[Prompt]  # to train on
+    held_out: list[Prompt]  # the first `evaluate.prompts` of them
+    dropped: int  # prompts left out because they are too long
+
+
+def load_task(config: Config) -> Task:
+    """Load env, reward and tokenizer. Raises RloraError that names the field where one of them is not usable."""
+    reward = as_reward(load("reward", config.reward))
+    try:
+        env = load("env", config.env)(**config.env_args)
+    except TypeError as error:
+        raise RloraError(f"env_args = {config.env_args!r}: {config.env} does not take them ({error})") from error
+    where = locate(config.model)
+    limit = context_length(where)
+    if limit is not None and config.max_model_len > limit:
+        raise RloraError(
+            f"sampling.max_prompt_tokens + sampling.max_tokens = {config.max_model_len}: "
+            f"the context of {config.model} is {limit} tokens; lower one of them"
+        )
+    tokenizer = load_tokenizer(where)
+    train, held_out = env.train(), env.held_out()[: config.evaluate.prompts]
+    fitting = tokenise(train, tokenizer, config.sampling.max_prompt_tokens)
+    fitting_held_out = tokenise(held_out, tokenizer, config.sampling.max_prompt_tokens)
+    if not fitting:
+        raise RloraError(
+            f"env = {config.env!r}: none of its {len(train)} training prompts has 1 to "
+            f"{config.sampling.max_prompt_tokens} tokens; raise sampling.max_prompt_tokens or look at the data"
+        )
+    return Task(
+        base=where,
+        tokenizer=tokenizer,
+        stop_token_ids=stop_token_ids(where, tokenizer),
+        reward=reward,
+        prompts=fitting,
+        held_out=fitting_held_out,
+        dropped=len(train) - len(fitting) + len(held_out) - len(fitting_held_out),
+    )
+
+
+def tokenise(prompts: Iterable[Prompt], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[Prompt]:
+    """The prompts of at most `max_tokens` tokens, with their `token_ids`. Text becomes tokens here and nowhere else.
+
+    A plain string is one user message where the tokenizer has a chat template, and bare text where it has none.
+    """
+    tokenised = []
+    ids: Any
+    for prompt in prompts:
+        if tokenizer.chat_template:
+            text = prompt.text
+            messages = [{"role": "user", "content": text}] if isinstance(text, str) else [dict(turn) for turn in text]
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        elif isinstance(prompt.text, str):
+            ids = tokenizer.encode(prompt.text)
+        else:
+            raise RloraError(
+                "model: its tokenizer has no chat template, but the env's prompts are chat messages; "
+                "use an instruct model, or an env whose prompts are plain strings"
+            )
+        if 0 < len(ids) <= max_tokens:
+            tokenised.append(replace(prompt, token_ids=tuple(ids)))
+    return tokenised
+
+
+def as_reward(function: Callable[..., Any], field: str = "reward") -> Reward:
+    """A reward function of either form as a Reward; the form is told by the names of its two parameters.
+
+    `f(completion, answer) -> float` scores one completion, `f(completions, answers) -> list[float]` a whole group.
+    """
+    try:
+        names = list(inspect.signature(function).parameters)[:2]
+    except (TypeError, ValueError):
+        names = []
+    if names == ["completions", "answers"]:
+        batch: Reward = function
+        return batch
+    if names == ["completion", "answer"]:
+        return lambda completions, answers: [function(*pair) for pair in zip(completions, answers, strict=True)]
+    raise RloraError(
+        f"{field} = {function!r}: its first parameters are ({', '.join(names)}); "
+        "write f(completion, answer) -> float, or f(completions, answers) -> list[float] for a whole group"
+    )

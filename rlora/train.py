@@ -1,0 +1,65 @@
+"""The loop, and nothing but the loop."""
+
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+from rlora import checkpoint, cluster
+from rlora.config import Config
+from rlora.delivery import swap
+from rlora.evaluate import evaluate
+from rlora.metrics import Metrics
+from rlora.records import Sampling
+from rlora.rollout import Collection, collect, prompts_of_step
+from rlora.task import Task
+
+
+def train(config: Config, task: Task, run: Path, resume: bool = False) -> None:
+    """prompts -> groups -> rewards -> advantages -> adapter -> swap. That is the whole framework.
+
+    `run` is the directory that `checkpoint.create` made. What the loop leaves in it: metrics.jsonl, a line a step;
+    adapters/<version>/, in PEFT's format; state.safetensors, to resume from; summary.json.
+    """
+    sampling = Sampling(config.sampling.max_tokens, config.sampling.temperature, config.group_size)
+    with (
+        checkpoint.keeping_unscored(run),
+        ThreadPoolExecutor(1) as background,
+        cluster.start(config, task, run.name) as (learner, engines),
+        Metrics(run / "metrics.jsonl", config.steps) as metrics,
+    ):
+        adapter = learner.resume((run / "state.safetensors").read_bytes()) if resume else learner.adapter()
+        metrics.start(adapter.version)
+
+        def collecting(step: int) -> Future[Collection]:
+            prompts = prompts_of_step(task.prompts, step, config.prompts_per_step, config.seed)
+            return background.submit(collect, task, engines, prompts, sampling, adapter.version)
+
+        def measure(when: str) -> None:
+            if not task.held_out:
+                return
+            swap(engines, adapter)
+            result = evaluate(config, task, engines, adapter.version)
+            checkpoint.summarise(run, {f"accuracy/{when}": result.accuracy, f"reward/{when}": result.reward})
+
+        if adapter.version == 0:  # B = 0, so the policy is the base
+            checkpoint.save(run, adapter, learner.state())
+            measure("before")
+
+        steps = iter(range(adapter.version, config.steps))
+        pending: deque[Future[Collection]] = deque()  # collections in flight
+        for step in range(adapter.version, config.steps):
+            with metrics.timed("swap"):
+                swap(engines, adapter)
+            # max_staleness 0 is on policy: one in flight. 1 samples the next one while the learner updates.
+            for ahead in islice(steps, config.max_staleness + 1 - len(pending)):
+                pending.append(collecting(ahead))
+            with metrics.timed("wait"):
+                collection = pending.popleft().result()
+            with metrics.timed("update"):
+                adapter, update = learner.update(collection.groups)
+            with metrics.timed("save"):
+                checkpoint.save(run, adapter, learner.state())
+            metrics.log(step, collection, update)
+        measure("after")
+        checkpoint.summarise(run, checkpoint.describe(run, adapter) | metrics.totals())
