@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from rlora import machine
 from rlora.records import RloraError
 
 DEMO = "demo:smollm2-135m"
@@ -41,10 +42,13 @@ def locate(model: str) -> str:
     return model
 
 
-def load_base(path: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The causal language model at `path`, on `device`."""
-    base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    return base.to(device)  # type: ignore[arg-type]  # transformers wraps Module.to
+def load_base(path: str, dtype: torch.dtype, context: int) -> PreTrainedModel:
+    """The causal language model at `path`, on this machine's device, for sequences of up to `context` tokens."""
+    base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, attn_implementation=machine.attention(context)
+    )
+    base.to(machine.device())  # type: ignore[arg-type]  # transformers wraps Module.to
+    return base
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

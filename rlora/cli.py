@@ -4,7 +4,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import tyro
 
@@ -90,8 +90,9 @@ def _parse_train(arguments: list[str]) -> Train:
     resumed = _value(arguments, "--resume")
     source = Path(resumed) / "config.toml" if resumed else files[0] if files else None
     saved = read(source) if source else None
-    given: Train = tyro.cli(Train, default=Train(saved) if saved else None, args=arguments, prog="rlora train")
-    given = replace(given, config=validate(given.config))
+    default = Train(saved) if saved else None
+    parsed = cast(Train, tyro.cli(Train, default=default, args=arguments, prog="rlora train"))
+    given = replace(parsed, config=validate(parsed.config))
     if resumed and saved:
         before, after = asdict(saved), asdict(given.config)
         changed = [field for field in before if before[field] != after[field] and field != "steps"]
@@ -129,10 +130,10 @@ def _report(run: Path) -> None:
     table.add_row("wall time", f"{summary['time/total']:.0f} s, of which training {summary['time/train']:.0f} s")
     table.add_row("adapter", f"{summary['adapter/parameters']:,} parameters, {summary['adapter/bytes']:,} bytes")
     table.add_row("where it lies", summary["adapter/path"])
-    console = Console()
-    console.print(table)
-    console.print(f"Evaluate it again, or train on:\n  rlora eval {run}\n  rlora train --resume {run} --steps {2 * summary['steps']}", soft_wrap=True)  # fmt: skip
-    console.print(f"Load it with PEFT:\n  PeftModel.from_pretrained(base, {summary['adapter/path']!r})", soft_wrap=True)
+    Console().print(table)
+    print(f"Evaluate it again, or train on:\n  rlora eval {run}")
+    print(f"  rlora train --resume {run} --steps {2 * summary['steps']}")
+    print(f"Load it with PEFT:\n  PeftModel.from_pretrained(base, {summary['adapter/path']!r})")
 
 
 def _eval(arguments: list[str]) -> None:

@@ -5,10 +5,11 @@ import itertools
 import os
 import shutil
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from vllm import CompletionOutput, EngineArgs, LLMEngine, RequestOutput, SamplingParams
 from vllm.inputs import TokensPrompt
+from vllm.logprobs import Logprob
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
@@ -110,8 +111,8 @@ class Engine:
 
 
 def _episode(completion: CompletionOutput, version: int) -> Episode:
-    entries = zip(completion.token_ids, completion.logprobs or [], strict=True)
-    logprobs = tuple(entry[token].logprob for token, entry in entries)
+    entries = cast(list[dict[int, Logprob]], completion.logprobs)
+    logprobs = tuple(entry[token].logprob for token, entry in zip(completion.token_ids, entries, strict=True))
     return Episode(tuple(completion.token_ids), logprobs, str(completion.finish_reason), version)
 
 

@@ -37,7 +37,7 @@ class Learner:
     def __init__(self, config: Config, base: str, run: str) -> None:
         self.config, self.run = config, run
         self.device = machine.device()
-        model = load_base(base, machine.DTYPES[config.dtype], self.device)
+        model = load_base(base, machine.DTYPES[config.dtype], config.max_model_len)
         self.policy = Policy(model, config.learner.rank, config.learner.alpha, config.seed)
         self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
         learner = config.learner
@@ -59,18 +59,17 @@ class Learner:
         tokens = 0
         self.optimizer.zero_grad()
         for batch in microbatches(groups, settings.microbatch_tokens, self.device):
-            logprobs = self.policy.logprobs(batch.prompt_ids, batch.completion_ids, self.config.sampling.temperature)
-            token_loss = truncated_importance_loss(
+            logprobs = self.policy.logprobs(batch, self.config.sampling.temperature)
+            losses = truncated_importance_loss(
                 logprobs, batch.behaviour_logprobs, batch.advantages, settings.importance_cap
             )
-            loss = token_loss[batch.mask].sum() / total_tokens
+            loss = losses.sum() / total_tokens
             loss.backward()
             with torch.no_grad():
                 loss_sum = loss_sum + loss
-                kl_sum = kl_sum + kl_k3(logprobs, batch.behaviour_logprobs)[batch.mask].sum()
-                over = (logprobs - batch.behaviour_logprobs) > math.log(settings.importance_cap)
-                truncated = truncated + over[batch.mask].sum()
-            tokens += int(batch.mask.sum())
+                kl_sum = kl_sum + kl_k3(logprobs, batch.behaviour_logprobs).sum()
+                truncated = truncated + (logprobs - batch.behaviour_logprobs > math.log(settings.importance_cap)).sum()
+            tokens += len(logprobs)
         grad_norm = (
             torch.nn.utils.clip_grad_norm_(self.parameters, settings.max_grad_norm) if tokens else torch.zeros(())
         )
