@@ -89,7 +89,8 @@ def _demo() -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     half = Path(tempfile.mkdtemp(dir=cache, prefix=".smollm2-"))
     try:
-        base: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+        base: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        base.bfloat16()
         base.is_quantized, base.hf_quantizer = False, None  # it is dequantized; let it be saved as such
         del base.config.quantization_config
         base.save_pretrained(half)

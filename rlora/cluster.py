@@ -43,7 +43,7 @@ class _Remote:
     def __init__(self, role: str, cpus: float, gpus: float, environment: dict[str, str], spec: str, *arguments: Any):
         options = {"num_cpus": cpus, "num_gpus": gpus, "runtime_env": {"env_vars": environment}}
         self.role: str = role
-        self.actor: Any = ray.remote(_Actor).options(**options).remote()
+        self.actor = cast(Any, ray.remote(_Actor).options(**options).remote())
         self.placed = self.actor.place.remote()
         self.built = self.actor.build.remote(spec, *arguments)
 

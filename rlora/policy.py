@@ -24,7 +24,7 @@ class Policy(nn.Module):
         self.base = base.eval()  # no dropout: the learner's policy has to be the engine's
         self.body, self.head = base.base_model, base.get_output_embeddings()
         with torch.no_grad():  # some models cap or scale their logits
-            probe = torch.zeros(1, 2, dtype=torch.int64, device=base.device)
+            probe = torch.tensor([[1, 2]], device=base.device)
             if self.head is None or not base(probe).logits.equal(self.head(self.body(probe).last_hidden_state)):
                 raise RloraError(f"model: {type(base).__name__} does more with its logits than its output head; "
                                  "such models can't be trained yet, use another one")  # fmt: skip

@@ -29,7 +29,6 @@ def train(config: Config, task: Task, run: Path, resume: bool = False) -> None:
         Metrics(run / "metrics.jsonl", config.steps) as metrics,
     ):
         adapter = learner.resume((run / "state.safetensors").read_bytes()) if resume else learner.adapter()
-        metrics.start(adapter.version)
 
         def collecting(step: int) -> Future[Collection]:
             prompts = prompts_of_step(task.prompts, step, config.prompts_per_step, config.seed)
@@ -46,6 +45,7 @@ def train(config: Config, task: Task, run: Path, resume: bool = False) -> None:
             checkpoint.save(run, adapter, learner.state())
             measure("before")
 
+        metrics.start(adapter.version)
         steps = iter(range(adapter.version, config.steps))
         pending: deque[Future[Collection]] = deque()  # collections in flight
         for step in range(adapter.version, config.steps):

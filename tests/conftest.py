@@ -1,0 +1,79 @@
+"""What several test files share: a tiny base, the real demo base, groups, and where the shared data lies."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reached a hub would pass here and fail there
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from rlora.base import DEMO, locate
+from rlora.config import Config, validate
+from rlora.records import Episode, Group, Prompt
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+NEEDS_SHARED = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
+
+
+@pytest.fixture(scope="session")
+def demo() -> str:
+    """The directory of SmolLM2-135M-Instruct."""
+    return locate(DEMO)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The directory of a two-layer Llama with random weights, in fp32."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1, initializer_range=0.3,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("tiny")
+    LlamaForCausalLM(config).save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def tiny_base(tiny: str) -> PreTrainedModel:
+    base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    return base
+
+
+@pytest.fixture
+def config() -> Callable[..., Config]:
+    """A valid config; keyword arguments replace top-level fields."""
+
+    def make(**changes: object) -> Config:
+        values: dict[str, object] = {
+            "model": DEMO,
+            "env": "rlora.envs.arithmetic:Arithmetic",
+            "reward": "rlora.rewards.integer:integer_answer",
+            "dtype": "float32",
+            "sampling": {"max_tokens": 8, "max_prompt_tokens": 48},
+        }
+        return validate(values | changes)
+
+    return make
+
+
+def episode(tokens: list[int], reward: float | None = None, logprobs: list[float] | None = None) -> Episode:
+    return Episode(tuple(tokens), tuple(logprobs or [-1.0] * len(tokens)), "stop", version=0, reward=reward)
+
+
+def group(prompt: list[int], *episodes: Episode) -> Group:
+    return Group(Prompt("?", answer=0, token_ids=tuple(prompt)), episodes)
+
+
+@pytest.fixture
+def groups() -> list[Group]:
+    """Three groups over the tiny vocabulary: two that carry a gradient and one whose rewards agree."""
+    return [
+        group([5, 6, 7], episode([8, 9, 1], 1.0), episode([10, 1], 0.0)),
+        group([5, 11], episode([12, 13, 14, 1], 1.0), episode([15], 1.0)),
+        group([20, 21, 22, 23, 24], episode([25, 1], 0.5), episode([26, 27, 28], 0.0), episode([], 1.0)),
+    ]

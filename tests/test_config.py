@@ -1,0 +1,92 @@
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import tomli_w
+from conftest import ROOT
+
+from rlora.config import Config, load, read, refuse_unlearnable, validate
+from rlora.records import RloraError
+
+MINIMAL = {"model": "m", "env": "a:B", "reward": "c:d"}
+
+
+def test_main_job_is_valid() -> None:
+    config = read(ROOT / "launch" / "arithmetic.toml")
+    assert (config.learner.rank, config.group_size, config.max_model_len) == (1, 8, 96)
+
+
+def test_written_config_reads_back_equal(tmp_path: Path) -> None:
+    config = validate(MINIMAL | {"env_args": {"high": 9, "operator": "*"}, "learner": {"betas": [0.8, 0.99]}})
+    path = tmp_path / "config.toml"
+    path.write_text(tomli_w.dumps(asdict(config) | {"provenance": {"torch": "1"}}))
+    assert read(path) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learner": {"rank": 9}}, r"learner\.rank = 9: .*less than or equal to 8.*1 to 8"),
+        ({"learner": {"rank": 0}}, r"learner\.rank = 0: .*greater than or equal to 1"),
+        ({"learner": {"rank": "4"}}, r"learner\.rank = '4': .*valid integer"),
+        ({"learner": {"lr": float("nan")}}, r"learner\.lr = nan"),
+        ({"group_size": 1}, r"group_size = 1: .*2.*relative to its group's mean"),
+        ({"steps": True}, r"steps = True: .*valid integer"),
+        ({"dtype": "int8"}, r"dtype = 'int8': .*'bfloat16' or 'float32'"),
+        ({"nonsense": 3}, r"nonsense = 3: no such field"),
+        ({"engine": {"replica": 2}}, r"engine\.replica = 2: no such field"),
+        ({"model": 7}, r"model = 7: .*valid string"),
+    ],
+)
+def test_bad_value_is_named_with_its_field(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(RloraError, match=message):
+        validate(MINIMAL | changes)
+
+
+def test_every_fault_is_told_at_once() -> None:
+    with pytest.raises(RloraError) as error:
+        validate({"model": "m", "steps": 0, "group_size": 1})
+    assert [line.split(" ")[0].rstrip(":") for line in str(error.value).splitlines()] == [
+        "env", "reward", "steps", "group_size",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty"])
+def test_sampling_that_the_learner_could_not_know_is_refused(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(tomli_w.dumps(MINIMAL | {"sampling": {name: 0.9}}))
+    with pytest.raises(RloraError, match=rf"sampling\.{name}: .*remove it"):
+        read(path)
+    with pytest.raises(RloraError, match=name):
+        refuse_unlearnable([name])
+
+
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(RloraError, match=r"none\.toml: can't be read"):
+        read(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("model = ")
+    with pytest.raises(RloraError, match=r"bad\.toml: not valid TOML"):
+        read(tmp_path / "bad.toml")
+
+
+def test_load_takes_a_module_or_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("def judge(completion, answer):\n    return 1.0\n")
+    assert load("reward", f"{file}:judge")("a", "b") == 1.0
+    assert load("env", "rlora.config:Config") is Config
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("judge", "write module:name"),
+        ("no_such_module:judge", "importing no_such_module failed"),
+        ("{tmp}/none.py:judge", "there is no file"),
+        ("{tmp}/broken.py:judge", "importing .*broken.py failed: ZeroDivisionError"),
+        ("rlora.config:Confug", "has no 'Confug'"),
+    ],
+)
+def test_what_can_not_be_loaded_is_named(spec: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    with pytest.raises(RloraError, match=f"reward = .*{message}"):
+        load("reward", spec.format(tmp=tmp_path))

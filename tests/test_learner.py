@@ -1,0 +1,130 @@
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import episode, group
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from rlora.checkpoint import write_adapter
+from rlora.config import Config
+from rlora.learner import Learner
+from rlora.records import Group, RloraError
+
+MakeConfig = Callable[..., Config]
+
+
+@pytest.fixture
+def learner(tiny: str, config: MakeConfig) -> Learner:
+    return Learner(config(learner={"rank": 2, "lr": 0.01, "max_bad_updates": 2}), tiny, "run")
+
+
+def on_policy(learner: Learner, groups: list[Group]) -> list[Group]:
+    """The groups with the behaviour logprobs that the learner itself gives."""
+
+    def measured(prompt: tuple[int, ...], completion: tuple[int, ...]) -> tuple[float, ...]:
+        ids = torch.tensor([prompt + completion])
+        logprobs = learner.policy.base(ids).logits[0].log_softmax(-1)
+        return tuple(logprobs[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None])[:, 0].tolist())
+
+    with torch.no_grad():
+        return [
+            replace(g, episodes=tuple(
+                replace(e, behaviour_logprobs=measured(g.prompt.token_ids, e.completion_ids)) for e in g.episodes
+            )) for g in groups
+        ]  # fmt: skip
+
+
+def test_on_policy_the_loss_is_the_plain_policy_gradient(learner: Learner, groups: list[Group]) -> None:
+    measured = on_policy(learner, groups)
+    by_hand = 0.0
+    for g, advantages in zip(measured, ([0.5, -0.5], [0.0, 0.0], [0.0, -0.5, 0.5]), strict=True):
+        for e, advantage in zip(g.episodes, advantages, strict=True):
+            by_hand -= advantage * sum(e.behaviour_logprobs)
+    tokens = 3 + 2 + 4 + 1 + 2 + 3  # those of the group whose rewards agree count too
+    adapter, stats = learner.update(measured)
+    assert stats.loss == pytest.approx(by_hand / tokens, rel=1e-4)
+    assert stats.tokens == 10
+    assert stats.kl_behaviour == pytest.approx(0.0, abs=1e-6)
+    assert stats.ratio_truncated == 0.0
+    assert not stats.skipped
+    assert adapter.version == 1
+
+
+def test_an_update_raises_what_was_rewarded(learner: Learner, groups: list[Group]) -> None:
+    before = on_policy(learner, groups)[0].episodes
+    for _ in range(5):
+        learner.update(on_policy(learner, groups))
+    after = on_policy(learner, groups)[0].episodes
+    assert sum(after[0].behaviour_logprobs) > sum(before[0].behaviour_logprobs)  # reward 1
+    assert sum(after[1].behaviour_logprobs) < sum(before[1].behaviour_logprobs)  # reward 0
+
+
+def test_microbatches_do_not_change_the_update(tiny: str, config: MakeConfig, groups: list[Group]) -> None:
+    updates = []
+    for budget in (4, 1000):
+        learner = Learner(config(learner={"microbatch_tokens": budget}), tiny, "run")
+        updates.append(learner.update(on_policy(learner, groups))[1])
+    assert updates[0].loss == pytest.approx(updates[1].loss, rel=1e-4)
+    assert updates[0].grad_norm == pytest.approx(updates[1].grad_norm, rel=1e-4)
+
+
+def test_groups_that_agree_cost_no_forward_pass(learner: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: object) -> None:
+        raise AssertionError("a forward pass")
+
+    monkeypatch.setattr(learner.policy, "logprobs", forbidden)
+    before = learner.adapter().weights
+    adapter, stats = learner.update([group([1, 2], episode([3], 1.0), episode([4], 1.0))])
+    assert (adapter.version, stats.tokens, stats.kl_behaviour) == (1, 0, None)
+    assert adapter.weights == before
+
+
+def test_a_non_finite_loss_changes_nothing_and_two_in_a_row_stop(learner: Learner, groups: list[Group]) -> None:
+    learner.update(on_policy(learner, groups))
+    before, state = learner.adapter(), learner.state()
+    broken = [group([5, 6], episode([7], 1.0, [float("nan")]), episode([8], 0.0))]
+    adapter, stats = learner.update(broken)
+    assert stats.skipped
+    assert adapter.version == before.version + 1
+    assert adapter.weights == before.weights
+    assert len(learner.state()) == len(state)
+    learner.update(on_policy(learner, groups))  # a good one in between starts the count again
+    learner.update(broken)
+    with pytest.raises(RloraError, match=r"2 updates in a row had a non-finite loss.*learner\.lr"):
+        learner.update(broken)
+
+
+def test_resuming_continues_bit_for_bit(tiny: str, config: MakeConfig, learner: Learner, groups: list[Group]) -> None:
+    learner.update(groups)
+    state = learner.state()
+    straight, _ = learner.update(groups)
+    other = Learner(learner.config, tiny, "run")
+    assert other.resume(state).version == 1
+    resumed, _ = other.update(groups)
+    assert resumed == straight
+    with pytest.raises(RloraError, match="another model or rank"):
+        Learner(config(learner={"rank": 3}), tiny, "run").resume(state)
+
+
+def test_peft_loads_the_adapter_and_gives_the_same_logits(
+    tiny: str, learner: Learner, groups: list[Group], tmp_path: Path
+) -> None:
+    adapter, _ = learner.update(groups)
+    path = write_adapter(adapter, tmp_path / "1")
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), str(path))
+    ids = torch.randint(97, (2, 11), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours = learner.policy.base(ids).logits
+        torch.testing.assert_close(peft(ids).logits, ours, atol=1e-5, rtol=1e-5)
+        with learner.policy.adapter_off():
+            assert not torch.allclose(learner.policy.base(ids).logits, ours, atol=1e-3)
+    assert json.loads(adapter.config)["r"] == 2
+
+
+def test_the_demo_adapter_has_the_known_size(demo: str, config: MakeConfig) -> None:
+    adapter = Learner(config(dtype="bfloat16"), demo, "run").adapter()
+    assert adapter.parameters == 305_280

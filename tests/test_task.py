@@ -1,0 +1,82 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rlora.base import load_tokenizer, stop_token_ids
+from rlora.config import Config
+from rlora.records import Prompt, RloraError
+from rlora.task import as_reward, load_task, tokenise
+
+MakeConfig = Callable[..., Config]
+
+
+def test_task_of_the_main_job(config: MakeConfig) -> None:
+    task = load_task(config(evaluate={"prompts": 10}))
+    assert len(task.held_out) == 10
+    assert task.dropped == 0
+    prompt = task.prompts[0]
+    assert task.tokenizer.decode(list(prompt.token_ids)).count("<|im_start|>") == 3  # one system turn, no second BOS
+    assert task.tokenizer.decode(list(prompt.token_ids)).endswith(f"{prompt.text}<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_prompts_that_are_too_long_are_left_out_and_counted(config: MakeConfig) -> None:
+    everything = load_task(config())
+    limit = min(len(prompt.token_ids) for prompt in everything.prompts)
+    task = load_task(config(sampling={"max_prompt_tokens": limit, "max_tokens": 8}))
+    assert all(len(prompt.token_ids) <= limit for prompt in task.prompts + task.held_out)
+    assert task.dropped == len(everything.prompts + everything.held_out) - len(task.prompts + task.held_out) > 0
+    with pytest.raises(RloraError, match=r"none of its \d+ training prompts has 1 to 5 tokens"):
+        load_task(config(sampling={"max_prompt_tokens": 5}))
+
+
+def test_messages_and_plain_text(demo: str) -> None:
+    tokenizer = load_tokenizer(demo)
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}]
+    (prompt,) = tokenise([Prompt(chat)], tokenizer, 100)
+    assert "Be brief." in tokenizer.decode(list(prompt.token_ids))
+    tokenizer.chat_template = None
+    (prompt,) = tokenise([Prompt("2 + 2?")], tokenizer, 100)
+    assert tokenizer.decode(list(prompt.token_ids)) == "2 + 2?"
+    with pytest.raises(RloraError, match="no chat template"):
+        tokenise([Prompt(chat)], tokenizer, 100)
+
+
+def test_every_end_token_of_the_model_stops(demo: str) -> None:
+    assert stop_token_ids(demo, load_tokenizer(demo)) == (2,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "./no/such/model"}, r"model = './no/such/model': neither a local directory"),
+        ({"model": "demo:gpt-5"}, r"model = 'demo:gpt-5': no such demo model; there is demo:smollm2-135m"),
+        ({"env_args": {"hihg": 3}}, r"env_args = \{'hihg': 3\}: .*does not take them"),
+        ({"env_args": {"operator": "/"}}, r"env_args\.operator = '/': use one of"),
+        ({"sampling": {"max_tokens": 100000}}, r"max_tokens = 100512: the context of .* is \d+ tokens"),
+        ({"reward": "rlora.config:read"}, r"reward = .*its first parameters are \(path\)"),
+    ],
+)
+def test_what_is_wrong_stops_before_anything_starts(
+    changes: dict[str, object], message: str, config: MakeConfig
+) -> None:
+    with pytest.raises(RloraError, match=message):
+        load_task(config(**changes))
+
+
+def test_a_reward_scores_one_completion_or_a_group() -> None:
+    def one(completion: str, answer: int) -> float:
+        return float(completion == str(answer))
+
+    def whole(completions: list[str], answers: list[int]) -> list[float]:
+        return [1.0 / len(completions)] * len(completions)
+
+    assert as_reward(one)(["3", "4"], [3, 3]) == [1.0, 0.0]
+    assert as_reward(whole)(["3", "4"], [3, 3]) == [0.5, 0.5]
+    with pytest.raises(RloraError, match="write f\\(completion, answer\\)"):
+        as_reward(lambda text: 1.0)
+
+
+def test_a_local_directory_is_a_model(tiny: str, tmp_path: Path, config: MakeConfig) -> None:
+    with pytest.raises(RloraError, match="neither a local directory"):
+        load_task(config(model=str(tmp_path)))  # empty
