@@ -23,7 +23,7 @@ class Train:
     """A TOML config, such as launch/arithmetic.toml."""
     run_dir: Path | None = None
     """Where the run goes; a fresh directory under runs/ by default."""
-    overwrite: bool = False
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
     """Replace the run that is in --run-dir."""
     resume: Path | None = None
     """Go on with the run in this directory, under its own config; only --steps may be given beside it."""

@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -67,6 +68,7 @@ def start(config: Config, task: Task, run: str, learn: bool = True) -> Iterator[
     about, every process is gone and so are its files in RAM.
     """
     ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    _on_signal(signal.SIGTERM, lambda *_: sys.exit(143))  # `ray job stop` sends it; Ray's own handler cleans nothing up
     remotes: list[_Remote] = []
     try:
         cuda = ray.cluster_resources().get("GPU", 0) > 0
@@ -89,13 +91,20 @@ def start(config: Config, task: Task, run: str, learn: bool = True) -> Iterator[
             remote.wait(remote.built)
         yield cast(Learner, remotes[-1]), cast(list[Engine], remotes[: settings.replicas])
     finally:
+        interrupt = _on_signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not stop the clean-up half way
         _stop(remotes)
+        _on_signal(signal.SIGINT, interrupt)
+
+
+def _on_signal(number: signal.Signals, handler: Any) -> Any:
+    """Set a signal's handler and return the one before; only the main thread can, elsewhere nothing changes."""
+    if threading.current_thread() is threading.main_thread():
+        return signal.signal(number, handler)
+    return None
 
 
 def _stop(remotes: list[_Remote]) -> None:
     """End the actors and Ray, and remove what killed processes leave in this machine's RAM file system."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not stop the clean-up half way
     here = ray.get_runtime_context().get_node_id()
     placed, _ = ray.wait([remote.placed for remote in remotes], num_returns=len(remotes), timeout=1)
     pids = [pid for node, pid in ray.get(placed) if node == here]

@@ -51,5 +51,5 @@ def test_every_linear_layer_but_the_head_is_adapted(tiny_base: PreTrainedModel) 
 
 
 def test_a_model_without_linear_layers_is_refused() -> None:
-    with pytest.raises(RloraError, match="no torch.nn.Linear layer"):
+    with pytest.raises(RloraError, match=r"no torch\.nn\.Linear layer"):
         add_lora(nn.Sequential(nn.Embedding(3, 2)), 1, 32.0, 0)

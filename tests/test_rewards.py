@@ -15,7 +15,7 @@ from rlora.rewards.integer import integer_answer, last_integer
         ("2 or 3.5", 2),
         ("no number", None),
         ("", None),
-        ("٧", None),
+        ("\u0667", None),  # an Arabic-Indic seven
         ("9" * 5000, None),  # int() would refuse it
     ],
 )

@@ -36,7 +36,10 @@ SAMPLING = Sampling(max_tokens=1, group_size=2)
 
 def test_groups_come_back_in_order_from_two_engines() -> None:
     engines: Any = [FakeEngine(), FakeEngine()]
-    equal: Reward = lambda completions, answers: [float(int(c) == a) for c, a in zip(completions, answers, strict=True)]
+
+    def equal(completions: list[str], answers: list[Any]) -> list[float]:
+        return [float(int(c) == a) for c, a in zip(completions, answers, strict=True)]
+
     collection = collect(task(equal), engines, PROMPTS, SAMPLING, version=7)
     assert [group.prompt for group in collection.groups] == PROMPTS
     assert all(group.rewards == [1.0, 1.0] for group in collection.groups)

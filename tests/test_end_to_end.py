@@ -1,0 +1,178 @@
+"""Whole commands on real Ray and vLLM, and that nothing of them stays behind."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import NEEDS_SHARED, ROOT, SHARED
+
+pytestmark = pytest.mark.vllm
+TOML = "launch/arithmetic.toml"
+SMALL = ("--prompts-per-step", "4", "--group-size", "4", "--evaluate.prompts", "4")
+
+
+def leftovers() -> set[str]:
+    """Processes of ours and Ray's, files in RAM and listening ports: what a command must not leave behind."""
+    found = {f"shm {path.name}" for path in Path("/dev/shm").iterdir()}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        except OSError:
+            continue  # it has ended meanwhile
+        if any(word in line for word in ("ray::", "raylet", "gcs_server", "rlora train", "rlora eval")):
+            found.add(f"process {process.name} {line[:100]}")
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        rows = [row.split() for row in Path(table).read_text().splitlines()[1:]]
+        found |= {f"port {int(row[1].rpartition(':')[2], 16)}" for row in rows if row[3] == "0A"}
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays_behind() -> Iterator[None]:
+    before = leftovers()
+    yield
+    deadline = time.monotonic() + 20
+    while (left := leftovers() - before) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not left
+
+
+def rlora(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "rlora", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=900)
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_short_run_raises_the_reward_and_can_be_resumed_and_evaluated(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = rlora("train", TOML, "--steps", "5", "--run-dir", str(run), "--evaluate.prompts", "40")
+    assert done.returncode == 0, done.stderr
+    lines = metrics(run)
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    rewards = [line["reward/mean"] for line in lines]
+    assert rewards[-1] > rewards[0] + 0.15, rewards
+    assert all(line["kl/behaviour"] < 0.01 and line["staleness"] == 0 for line in lines)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["accuracy/after"] > summary["accuracy/before"]
+    assert summary["adapter/parameters"] == 305_280
+    assert sorted(int(path.name) for path in (run / "adapters").iterdir()) == [0, 1, 2, 3, 4, 5]
+    assert "step 5/5" in done.stdout
+    for shown in ("accuracy before", str(summary["adapter/path"]), f"rlora eval {run}", "PeftModel"):
+        assert shown in done.stdout.replace("\n", "")
+
+    refused = rlora("train", TOML, "--run-dir", str(run))
+    assert refused.returncode == 1
+    assert "not empty" in refused.stderr
+    changed = rlora("train", "--resume", str(run), "--learner.lr", "1.0")
+    assert changed.returncode == 1
+    assert "leave out learner" in changed.stderr
+    resumed = rlora("train", "--resume", str(run), "--steps", "6")
+    assert resumed.returncode == 0, resumed.stderr
+    assert [line["step"] for line in metrics(run)] == [0, 1, 2, 3, 4, 5]
+
+
+def test_two_replicas_on_stale_episodes_with_a_users_reward(tmp_path: Path) -> None:
+    """A reward in a file of the user's own, two engines, and sampling that overlaps the update."""
+    (tmp_path / "brief.py").write_text("def brief(completion, answer):\n    return -float(len(completion))\n")
+    run = tmp_path / "run"
+    done = rlora(
+        "train", TOML, "--reward", f"{tmp_path}/brief.py:brief", "--run-dir", str(run), "--steps", "3",
+        "--engine.replicas", "2", "--engine.kv-cache-gib", "1", "--max-staleness", "1", *SMALL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = metrics(run)
+    assert all(line["reward/mean"] < 0 and line["reward/informative_groups"] > 0.5 for line in lines)
+    assert [line["staleness"] for line in lines] == [0, 1, 1]
+
+
+def test_a_reward_that_raises_ends_the_run_with_what_was_sampled(tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text("def bad(completion, answer):\n    raise ValueError('no judge today')\n")
+    run = tmp_path / "run"
+    reward = "--reward", f"{tmp_path}/bad.py:bad"
+    done = rlora("train", TOML, *reward, "--run-dir", str(run), *SMALL, "--evaluate.prompts", "0")
+    assert done.returncode == 1
+    assert "reward: it raised ValueError: no judge today" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len((run / "unscored.jsonl").read_text().splitlines()) == 16
+    assert (run / "adapters" / "0" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_keeps_the_last_version_and_ends_everything(
+    number: signal.Signals, status: int, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "rlora", "train", TOML, "--run-dir", str(run), *SMALL]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 300
+        while not (run / "adapters" / "1").exists():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == status
+    assert f"rlora train --resume {run}" in error
+    last = max(int(path.name) for path in (run / "adapters").iterdir())
+    assert len(metrics(run)) in (last - 1, last)
+
+
+@NEEDS_SHARED
+def test_gsm8k_runs_three_steps(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = rlora(
+        "train", "launch/gsm8k.toml", "--env-args.path", str(SHARED / "data" / "gsm8k"), "--run-dir", str(run),
+        "--steps", "3", "--sampling.max-tokens", "64", *SMALL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(metrics(run)) == 3
+    assert all(0 <= line["reward/mean"] <= 1 for line in metrics(run))
+
+
+def test_a_bare_checkout_runs_as_a_ray_job_with_two_replicas(tmp_path: Path) -> None:
+    """`ray job submit --working-dir .` to a cluster; what runs is the checkout, not the installed rlora."""
+    checkout, run, ray = tmp_path / "checkout", tmp_path / "run", str(Path(sys.executable).parent / "ray")
+    ignore = shutil.ignore_patterns(".*", "runs", "*.egg-info", "__pycache__", "tests")
+    shutil.copytree(ROOT, checkout, ignore=ignore)
+    source = (checkout / "envs" / "arithmetic.py").read_text()
+    (checkout / "envs" / "only_here.py").write_text(source)  # so that no other rlora can run the job
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "HOME": str(tmp_path)}
+    environment.setdefault("XDG_CACHE_HOME", str(Path.home() / ".cache"))
+    head = [ray, "start", "--head", "--port=0", "--dashboard-port=8299", "--disable-usage-stats", "--block"]
+    job = [
+        *("env", f"PYTHONPATH={sysconfig.get_path('purelib')}", sys.executable, "-S"),  # without the editable install
+        *("-m", "rlora", "train", TOML, "--steps", "2", "--env", "rlora.envs.only_here:Arithmetic"),
+        *("--engine.replicas", "2", "--engine.kv-cache-gib", "1", "--run-dir", str(run), *SMALL),
+    ]
+    submit = [ray, "job", "submit", "--address", "http://127.0.0.1:8299", "--working-dir", ".", "--", *job]
+    with (tmp_path / "head.log").open("w") as log:
+        cluster = subprocess.Popen(head, env=environment, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 120
+        while "Ray runtime started" not in (tmp_path / "head.log").read_text():
+            assert cluster.poll() is None, (tmp_path / "head.log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        done = subprocess.run(
+            submit, cwd=checkout, env=environment, capture_output=True, text=True, check=False, timeout=600
+        )
+    finally:
+        cluster.terminate()
+        cluster.wait(timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "step 2/2" in done.stdout  # its metrics are streamed
+    assert len(metrics(run)) == 2
