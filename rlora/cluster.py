@@ -88,7 +88,7 @@ def start(config: Config, task: Task, run: str, learn: bool = True) -> Iterator[
         while len(ray.wait(building, num_returns=len(building), timeout=_PATIENCE)[0]) < len(building):
             print(f"still starting {len(building)} actors; Ray has {ray.available_resources()} free for them")
         for remote in remotes:
-            remote.wait(remote.built)
+            remote.wait(remote.built)  # raises what went wrong
         yield cast(Learner, remotes[-1]), cast(list[Engine], remotes[: settings.replicas])
     finally:
         interrupt = _on_signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not stop the clean-up half way

@@ -44,7 +44,7 @@ def tiny_base(tiny: str) -> PreTrainedModel:
     return base
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def config() -> Callable[..., Config]:
     """A valid config; keyword arguments replace top-level fields."""
 

