@@ -2,8 +2,8 @@
 
     python benchmarks/main_job.py [--quick] [--plot docs/curve.png]
 
-Prints a table and, as its last line, a JSON object: `accuracy_before`, `accuracy_after`, `train_seconds` (lists, one value a
-seed) and `gain_min`. `--quick` runs one seed for three steps. Runs are made one after the other in a temporary directory.
+Prints a table and, as its last line, a JSON object: `accuracy_before`, `accuracy_after`, `train_seconds` (lists, one
+value a seed) and `gain_min`. `--quick` runs one seed for three steps. The runs are made one after the other.
 """
 
 import argparse

@@ -41,7 +41,7 @@ class Measure(TrainerCallback):
         answer: list[Any],
         **_: Any,
     ) -> list[float]:
-        """TRL's form of a reward function, called once a step. Raises AssertionError where prompts are not the step's."""
+        """TRL's form of a reward function, called once a step; the prompts have to be those of the step."""
         expected = self.work["steps"][len(self.measured["rewards"])]
         group_size = self.work["group_size"]
         assert [prompt[0]["content"] for prompt in prompts[::group_size]] == [row["text"] for row in expected]

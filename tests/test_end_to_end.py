@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -150,8 +151,7 @@ def test_a_bare_checkout_runs_as_a_ray_job_with_two_replicas(tmp_path: Path) -> 
     shutil.copytree(ROOT, checkout, ignore=ignore)
     source = (checkout / "envs" / "arithmetic.py").read_text()
     (checkout / "envs" / "only_here.py").write_text(source)  # so that no other rlora can run the job
-    environment = {**os.environ, "HOME": str(tmp_path)}  # where the head writes its token
-    environment.setdefault("XDG_CACHE_HOME", str(Path.home() / ".cache"))
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     head = [ray, "start", "--head", "--port=0", "--dashboard-port=8299", "--disable-usage-stats", "--block"]
     job = [
         *("env", f"PYTHONPATH={sysconfig.get_path('purelib')}", sys.executable, "-S"),  # without the editable install
@@ -170,7 +170,7 @@ def test_a_bare_checkout_runs_as_a_ray_job_with_two_replicas(tmp_path: Path) -> 
         done = subprocess.run(
             submit,
             cwd=checkout,
-            env=environment | {"RAY_AUTH_MODE": "token"},
+            env=environment,
             capture_output=True,
             text=True,
             check=False,
