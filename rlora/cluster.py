@@ -67,7 +67,12 @@ def start(config: Config, task: Task, run: str, learn: bool = True) -> Iterator[
     Joins the Ray cluster of this job or machine, or starts one that ends with it. On leaving, however that comes
     about, every process is gone and so are its files in RAM.
     """
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError as error:
+        raise RloraError(
+            f"Ray: {error} If that cluster has ended, `ray stop` forgets it; RAY_ADDRESS=local starts one for this run"
+        ) from error
     _on_signal(signal.SIGTERM, lambda *_: sys.exit(143))  # `ray job stop` sends it; Ray's own handler cleans nothing up
     remotes: list[_Remote] = []
     try:

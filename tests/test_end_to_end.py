@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -152,7 +153,11 @@ def test_a_bare_checkout_runs_as_a_ray_job_with_two_replicas(tmp_path: Path) -> 
     source = (checkout / "envs" / "arithmetic.py").read_text()
     (checkout / "envs" / "only_here.py").write_text(source)  # so that no other rlora can run the job
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    home = tempfile.mkdtemp(
+        prefix="ray-"
+    )  # of its own: no later ray.init looks for this cluster; short for its sockets
     head = [ray, "start", "--head", "--port=0", "--dashboard-port=8299", "--disable-usage-stats", "--block"]
+    head.append(f"--temp-dir={home}")
     job = [
         *("env", f"PYTHONPATH={sysconfig.get_path('purelib')}", sys.executable, "-S"),  # without the editable install
         *("-m", "rlora", "train", TOML, "--steps", "2", "--env", "rlora.envs.only_here:Arithmetic"),
@@ -179,6 +184,7 @@ def test_a_bare_checkout_runs_as_a_ray_job_with_two_replicas(tmp_path: Path) -> 
     finally:
         cluster.terminate()
         cluster.wait(timeout=60)
+        shutil.rmtree(home, ignore_errors=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 2/2" in done.stdout  # its metrics are streamed
     assert len(metrics(run)) == 2
