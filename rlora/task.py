@@ -81,7 +81,7 @@ def tokenise(prompts: Iterable[Prompt], tokenizer: PreTrainedTokenizerBase, max_
     return tokenised
 
 
-def as_reward(function: Callable[..., Any], field: str = "reward") -> Reward:
+def as_reward(function: Callable[..., Any]) -> Reward:
     """A reward function of either form as a Reward; the form is told by the names of its two parameters.
 
     `f(completion, answer) -> float` scores one completion, `f(completions, answers) -> list[float]` a whole group.
@@ -96,6 +96,6 @@ def as_reward(function: Callable[..., Any], field: str = "reward") -> Reward:
     if names == ["completion", "answer"]:
         return lambda completions, answers: [function(*pair) for pair in zip(completions, answers, strict=True)]
     raise RloraError(
-        f"{field} = {function!r}: its first parameters are ({', '.join(names)}); "
+        f"reward = {function!r}: its first parameters are ({', '.join(names)}); "
         "write f(completion, answer) -> float, or f(completions, answers) -> list[float] for a whole group"
     )
