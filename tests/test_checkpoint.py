@@ -1,6 +1,7 @@
 import json
 import resource
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,19 +16,23 @@ from rlora.task import Task, load_task
 OLD, NEW = Adapter("run", 1, b"{}", b"old" * 1000), Adapter("run", 2, b"{}", b"new" * 1000)
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[None]:
-    """Files can't grow beyond 1,000 bytes: a write stops in its middle with an OSError, as on a full disk."""
+    """Files can't grow beyond 1,000 bytes: a write stops in its middle with an OSError, as on a full disk.
+
+    That holds for every file of the process, pytest's redirected output too: print nothing within it.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_leaves_the_last_version_whole(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_a_full_disk_leaves_the_last_version_whole(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, OLD, b"old state" * 1000)
-    request.getfixturevalue("full_disk")
-    with pytest.raises(OSError, match="too large"):
+    with pytest.raises(OSError, match="too large"), full_disk():
         checkpoint.save(tmp_path, NEW, b"new state" * 1000)
     assert checkpoint.last_version(tmp_path) == 1
     assert checkpoint.read_adapter(tmp_path, 1).weights == OLD.weights
