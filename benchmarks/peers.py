@@ -4,10 +4,11 @@
     .venv/bin/python benchmarks/peers.py --quick    one step a side; no time to reward
 
 Both sides train launch/arithmetic.toml: the same base in bf16, the same prompts in the same order, the same groups,
-reward, rank-1 adapter over every linear layer (fp32 masters), loss and Adam, on all cores. Start-up (imports, loading
-the model, Ray, vLLM) counts on neither side. The last line printed is one JSON object. In it, `step_ratio` is TRL's
-seconds a step over rlora's, over the same first steps; `time_to_reward_ratio` compares the training seconds up to and
-including the first step whose mean reward is 0.8, and is null where a side does not get there.
+reward, rank-1 adapter over every linear layer (fp32 masters), loss, Adam and a constant learning rate, on all cores.
+Start-up (imports, loading the model, Ray, vLLM) counts on neither side. The last line printed is one JSON object. In
+it, `step_ratio` is TRL's seconds a step over rlora's, over the same first steps; `time_to_reward_ratio` compares the
+training seconds up to and including the first step whose mean reward is 0.8, and is null where a side does not get
+there.
 
 TRL lives in an environment of its own, .venv-trl, which the first run makes. It samples with transformers' `generate`:
 its vLLM path does not start on vLLM's CPU build ("'Parameter' object has no attribute 'weight_loader'"). The model that
@@ -124,7 +125,7 @@ def train_rlora(steps: int, scratch: Path) -> Side:
     """rlora's figures, of the command that a user runs."""
     directory = scratch / "rlora"
     options = ["--steps", str(steps), "--run-dir", directory, "--evaluate.prompts", "0"]
-    run([sys.executable, "-m", "rlora", "train", CONFIG, *options])
+    run([sys.executable, "-m", "rlora", "train", CONFIG, *options, "--learner.lr-schedule", "constant"])
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     seconds, rewards, lengths = (
         [row[name] for row in rows] for name in ("time/step", "reward/mean", "completion/length")

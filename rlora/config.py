@@ -66,7 +66,9 @@ class LearnerConfig:
     alpha: Positive = 32.0
     """Scale of the adapter; with alpha / r the best learning rate hardly depends on the rank."""
     lr: Positive = 1e-4
-    """Learning rate of Adam, constant."""
+    """Learning rate of Adam."""
+    lr_schedule: Literal["constant", "linear"] = "constant"
+    """Constant, or linear from lr at the first step down to 0 after the last."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of Adam's two moments."""
     eps: Positive = 1e-12

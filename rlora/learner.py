@@ -24,6 +24,7 @@ class UpdateStats:
 
     loss: float
     grad_norm: float  # before it was clipped
+    lr: float
     kl_behaviour: float | None  # nats a token, engine against learner
     ratio_truncated: float | None  # share of tokens over the importance cap
     tokens: int  # completion tokens computed
@@ -74,13 +75,17 @@ class Learner:
             torch.nn.utils.clip_grad_norm_(self.parameters, settings.max_grad_norm) if tokens else torch.zeros(())
         )
         finite = bool(torch.isfinite(loss_sum) and torch.isfinite(grad_norm))
+        lr = scheduled_lr(self.config, self.version)
         if tokens and finite:
+            for parameters in self.optimizer.param_groups:
+                parameters["lr"] = lr
             self.optimizer.step()
         self.version += 1
         self.bad_updates = 0 if finite else self.bad_updates + 1
         stats = UpdateStats(
             loss=float(loss_sum),
             grad_norm=float(grad_norm),
+            lr=lr,
             kl_behaviour=float(kl_sum) / tokens if tokens else None,
             ratio_truncated=float(truncated) / tokens if tokens else None,
             tokens=tokens,
@@ -136,3 +141,9 @@ class Learner:
                     self.optimizer.state[parameter][name] = moment if name == "step" else moment.to(self.device)
         self.version = int(tensors["version"])
         return self.adapter()
+
+
+def scheduled_lr(config: Config, step: int) -> float:
+    """The learning rate of a step."""
+    decay = 1 - step / config.steps if config.learner.lr_schedule == "linear" else 1.0
+    return config.learner.lr * decay

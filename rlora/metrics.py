@@ -81,6 +81,7 @@ class Metrics:
         figures = summarise(collection.groups, step) | {
             "loss": update.loss,
             "grad/norm": update.grad_norm,
+            "lr": update.lr,
             "kl/behaviour": update.kl_behaviour,
             "ratio/truncated": update.ratio_truncated,
             "update/skipped": update.skipped,

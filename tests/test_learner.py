@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from rlora.checkpoint import write_adapter
 from rlora.config import Config
-from rlora.learner import Learner
+from rlora.learner import Learner, scheduled_lr
 from rlora.records import Group, RloraError
 
 MakeConfig = Callable[..., Config]
@@ -52,6 +52,26 @@ def test_on_policy_the_loss_is_the_plain_policy_gradient(learner: Learner, group
     assert stats.ratio_truncated == 0.0
     assert not stats.skipped
     assert adapter.version == 1
+
+
+def test_a_linear_schedule_falls_to_zero(config: MakeConfig) -> None:
+    falling = config(steps=4, learner={"lr": 0.08, "lr_schedule": "linear"})
+    assert [scheduled_lr(falling, step) for step in range(5)] == pytest.approx([0.08, 0.06, 0.04, 0.02, 0.0])
+    assert scheduled_lr(config(steps=4, learner={"lr": 0.08}), 3) == 0.08
+
+
+def test_an_update_takes_the_scheduled_learning_rate(tiny: str, config: MakeConfig, groups: list[Group]) -> None:
+    learner = Learner(config(steps=2, learner={"lr": 0.08, "lr_schedule": "linear"}), tiny, "run")
+    before = learner.policy.layers["model.layers.0.mlp.up_proj"].lora_B.detach().clone()
+    moved = []
+    for _ in range(2):
+        _, stats = learner.update(groups)
+        after = learner.policy.layers["model.layers.0.mlp.up_proj"].lora_B.detach().clone()
+        moved.append(float((after - before).abs().median()))
+        before = after
+        assert stats.lr == scheduled_lr(learner.config, learner.version - 1)
+    assert moved[0] == pytest.approx(0.08, rel=1e-3)  # Adam's first step is the learning rate itself
+    assert moved[1] < 0.05
 
 
 def test_an_update_raises_what_was_rewarded(learner: Learner, groups: list[Group]) -> None:
