@@ -50,4 +50,4 @@ def _prompt(row: dict[str, str | None], index: int, where: str, template: str) -
     gold = answer.rpartition("####")[2].strip().replace(",", "")
     if not gold.lstrip("-").isdigit():
         raise RloraError(f"{where}, row {index}: answer = {answer!r} has no integer after ####; mend or drop the row")
-    return Prompt(template.replace("{question}", question), answer=int(gold), columns={"solution": answer})
+    return Prompt(template.replace("{question}", question), answer=int(gold))

@@ -42,11 +42,9 @@ def locate(model: str) -> str:
     return model
 
 
-def load_base(path: str, dtype: torch.dtype, context: int) -> PreTrainedModel:
-    """The causal language model at `path`, on this machine's device, for sequences of up to `context` tokens."""
-    base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, attn_implementation=machine.attention(context)
-    )
+def load_base(path: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal language model at `path`, on this machine's device."""
+    base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     base.to(machine.device())  # type: ignore[arg-type]  # transformers wraps Module.to
     return base
 

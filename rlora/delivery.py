@@ -6,16 +6,16 @@ from concurrent.futures import ThreadPoolExecutor
 from rlora.records import Adapter, Engine
 
 
-def swap(engines: Sequence[Engine], adapter: Adapter) -> None:
-    """Deliver `adapter` to every engine and retire the versions before it; returns when all of them serve it.
+def swap(engines: Sequence[Engine], adapter: Adapter, max_staleness: int = 0) -> None:
+    """Deliver `adapter` to every engine; returns when all of them serve it.
 
-    An engine takes it between two batches, so no request is in flight on a version that is retired.
+    Versions more than `max_staleness` behind it are retired: no collection in flight or queued asks for them.
     """
 
     def deliver(engine: Engine) -> None:
         engine.load(adapter)
         for version in engine.versions():
-            if version != adapter.version:
+            if not adapter.version - max_staleness <= version <= adapter.version:
                 engine.retire(version)
 
     with ThreadPoolExecutor(len(engines)) as pool:

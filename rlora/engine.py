@@ -22,10 +22,11 @@ from rlora.records import Adapter, Episode, Group, Prompt, RloraError, Sampling
 class Engine:
     """vLLM in this process, with its adapters in a RAM-backed directory of its own.
 
-    `base` is where the frozen base is loaded from. Start the process with `machine.engine_environment`.
+    `base` is where the frozen base is loaded from; `version` the first one it will serve, so that a resumed run does
+    not draw the samples of its beginning again. Start the process with `machine.engine_environment`.
     """
 
-    def __init__(self, config: Config, base: str, stop_token_ids: tuple[int, ...], replica: int) -> None:
+    def __init__(self, config: Config, base: str, stop_token_ids: tuple[int, ...], replica: int, version: int) -> None:
         settings = config.engine
         self.stop_token_ids = list(stop_token_ids)
         self.directory = machine.adapter_directory(os.getpid())
@@ -43,10 +44,10 @@ class Engine:
                 dtype=config.dtype,
                 max_model_len=config.max_model_len,
                 max_num_seqs=settings.max_num_seqs,
-                seed=_seed(config.seed, replica),
+                seed=seed_of(config.seed, replica, version),
                 enable_lora=True,
                 max_lora_rank=1 if config.learner.rank == 1 else 8,  # vLLM's buckets: rank 1, and 2..8 in one of 8
-                max_loras=2,  # the version that is served, and the next one while it is delivered
+                max_loras=config.max_staleness + 2,  # those that may be asked for, and the next one as it is delivered
                 logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
                 generation_config="vllm",  # the model's own sampling defaults stay out
                 tensor_parallel_size=settings.tensor_parallel_size,
@@ -59,10 +60,15 @@ class Engine:
 
     def load(self, adapter: Adapter) -> None:
         """Make `adapter.version` servable. Raises RloraError where vLLM does not take it."""
+        held = self.requests.get(adapter.version)
+        if held and held.lora_name == adapter.name:
+            return
         path = write_adapter(adapter, self.directory / adapter.name)
         request = LoRARequest(adapter.name, next(self._engine_ids), str(path))
         if not self.llm.add_lora(request):
             raise RloraError(f"adapter {adapter.name}: vLLM did not load it")
+        if held:
+            self.retire(adapter.version)  # the same version of an earlier life
         self.requests[adapter.version] = request
 
     def retire(self, version: int) -> None:
@@ -73,6 +79,10 @@ class Engine:
 
     def versions(self) -> list[int]:
         return sorted(self.requests)
+
+    def loaded(self) -> list[int]:
+        """The ids of the adapters that vLLM holds, which are those of `versions` where nothing was lost."""
+        return sorted(self.llm.list_loras())
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[Group]:
         """Sample `sampling.group_size` completions of each prompt under `version`; groups in the prompts' order.
@@ -116,6 +126,6 @@ def _episode(completion: CompletionOutput, version: int) -> Episode:
     return Episode(tuple(completion.token_ids), logprobs, str(completion.finish_reason), version)
 
 
-def _seed(seed: int, replica: int) -> int:
-    """Of one replica; two replicas never sample alike."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {replica}".encode()).digest()[:4])
+def seed_of(*identity: int) -> int:
+    """A seed for vLLM; two replicas, or two starts of one, never sample alike."""
+    return int.from_bytes(hashlib.sha256(repr(identity).encode()).digest()[:4])

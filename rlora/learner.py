@@ -4,7 +4,6 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import safetensors.torch
 import torch
@@ -15,43 +14,29 @@ from rlora.batch import microbatches
 from rlora.config import Config
 from rlora.loss import kl_k3, truncated_importance_loss
 from rlora.policy import Policy
-from rlora.records import Adapter, Group, RloraError
-
-
-@dataclass(frozen=True)
-class UpdateStats:
-    """Figures of one update; token means are over the tokens that were computed, None where there were none."""
-
-    loss: float
-    grad_norm: float  # before it was clipped
-    lr: float
-    kl_behaviour: float | None  # nats a token, engine against learner
-    ratio_truncated: float | None  # share of tokens over the importance cap
-    tokens: int  # completion tokens computed
-    seconds: float
-    skipped: bool  # the loss or the gradient was not finite
+from rlora.records import Adapter, Group, RloraError, UpdateStats
 
 
 class Learner:
     """A policy and its optimizer. `base` is where to load the frozen base from; `run` names the adapters."""
 
     def __init__(self, config: Config, base: str, run: str) -> None:
-        self.config, self.run = config, run
+        self.config, self.base, self.run = config, base, run
         self.device = machine.device()
-        model = load_base(base, machine.DTYPES[config.dtype], config.max_model_len)
+        model = load_base(base, machine.DTYPES[config.dtype])
         self.policy = Policy(model, config.learner.rank, config.learner.alpha, config.seed)
         self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
         learner = config.learner
         self.optimizer = torch.optim.Adam(self.parameters, lr=learner.lr, betas=learner.betas, eps=learner.eps)
         self.version = 0
-        self.bad_updates = 0  # in a row
+        self.skipped_in_a_row = 0  # updates whose loss or gradient was not finite
 
     def update(self, groups: Sequence[Group]) -> tuple[Adapter, UpdateStats]:
         """One step: the loss of `groups`, one Adam step on the adapter, and version + 1.
 
         Token losses are summed and divided once by the number of all completion tokens, those of groups without
         signal included. A non-finite loss or gradient leaves adapter and optimizer as they were; the version goes up
-        all the same. Raises RloraError after `learner.max_bad_updates` of these in a row.
+        all the same.
         """
         start = time.perf_counter()
         settings = self.config.learner
@@ -59,7 +44,7 @@ class Learner:
         loss_sum = kl_sum = truncated = torch.zeros((), device=self.device)
         tokens = 0
         self.optimizer.zero_grad()
-        for batch in microbatches(groups, settings.microbatch_tokens, self.device):
+        for batch in microbatches(groups, settings.microbatch_tokens, self.policy.base.dtype, self.device):
             logprobs = self.policy.logprobs(batch, self.config.sampling.temperature)
             losses = truncated_importance_loss(
                 logprobs, batch.behaviour_logprobs, batch.advantages, settings.importance_cap
@@ -81,7 +66,7 @@ class Learner:
                 parameters["lr"] = lr
             self.optimizer.step()
         self.version += 1
-        self.bad_updates = 0 if finite else self.bad_updates + 1
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         stats = UpdateStats(
             loss=float(loss_sum),
             grad_norm=float(grad_norm),
@@ -90,13 +75,8 @@ class Learner:
             ratio_truncated=float(truncated) / tokens if tokens else None,
             tokens=tokens,
             seconds=time.perf_counter() - start,
-            skipped=not finite,
+            skipped_in_a_row=self.skipped_in_a_row,
         )
-        if self.bad_updates >= settings.max_bad_updates:
-            raise RloraError(
-                f"learner: {self.bad_updates} updates in a row had a non-finite loss or gradient ({stats}); "
-                'the adapter is as it was before them. Lower learner.lr or use dtype = "float32"'
-            )
         return self.adapter(), stats
 
     def adapter(self) -> Adapter:
@@ -108,7 +88,7 @@ class Learner:
         config = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": self.config.model,
+            "base_model_name_or_path": self.base,
             "r": self.config.learner.rank,
             "lora_alpha": self.config.learner.alpha,
             "lora_dropout": 0.0,
@@ -147,3 +127,12 @@ def scheduled_lr(config: Config, step: int) -> float:
     """The learning rate of a step."""
     decay = 1 - step / config.steps if config.learner.lr_schedule == "linear" else 1.0
     return config.learner.lr * decay
+
+
+def refuse_to_go_on(config: Config, update: UpdateStats) -> None:
+    """Raise RloraError after `learner.max_bad_updates` skipped updates in a row."""
+    if update.skipped_in_a_row >= config.learner.max_bad_updates:
+        raise RloraError(
+            f"learner: {update.skipped_in_a_row} updates in a row had a non-finite loss or gradient ({update}); the "
+            'adapter is as it was before them. Lower learner.lr or use dtype = "float32"'
+        )

@@ -6,21 +6,11 @@ from pathlib import Path
 
 import torch
 
-_SHORT_CONTEXT = 1024  # tokens
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def attention(context: int) -> str:
-    """The learner's attention in transformers, for sequences of up to `context` tokens.
-
-    torch's fused attention on CPU has a slow backward pass: plain matrix products train 30% faster as long as the
-    scores fit (docs/benchmarks.md).
-    """
-    return "eager" if device().type == "cpu" and context <= _SHORT_CONTEXT else "sdpa"
 
 
 def cores() -> int:

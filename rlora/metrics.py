@@ -12,8 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from rlora.learner import UpdateStats
-from rlora.records import Group
+from rlora.records import Group, UpdateStats
 from rlora.rollout import Collection
 
 _SHOWN = {  # in the live display: label and format
@@ -63,9 +62,10 @@ class Metrics:
         self.live.stop()
 
     def start(self, step: int) -> None:
-        """Begin at `step`. Lines of that step and later are dropped: a resumed run does those again."""
+        """Begin at `step`. Lines of that step and later, and one cut off by a crash, are dropped: they come again."""
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] < step))
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < step]
+        self.path.write_text("".join(f"{line}\n" for line in kept))
         self.first_step, self.began, self.lapped = step, time.perf_counter(), time.perf_counter()
 
     @contextmanager
@@ -84,7 +84,7 @@ class Metrics:
             "lr": update.lr,
             "kl/behaviour": update.kl_behaviour,
             "ratio/truncated": update.ratio_truncated,
-            "update/skipped": update.skipped,
+            "update/skipped": update.skipped_in_a_row > 0,
             "swap/seconds": self.seconds["swap"],
             **{f"time/{phase}": seconds for phase, seconds in self.seconds.items()},
             "time/sampling": collection.sampling_seconds,

@@ -5,10 +5,11 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from rlora import attention
 from rlora.batch import Microbatch
+from rlora.head import token_logprobs
 from rlora.lora import add_lora
 from rlora.records import RloraError
 
@@ -22,6 +23,7 @@ class Policy(nn.Module):
     def __init__(self, base: PreTrainedModel, rank: int, alpha: float, seed: int) -> None:
         super().__init__()
         self.base = base.eval()  # no dropout: the learner's policy has to be the engine's
+        base.set_attn_implementation(attention.NAME)
         self.body, self.head = base.base_model, base.get_output_embeddings()
         with torch.no_grad():  # some models cap or scale their logits
             probe = torch.tensor([[1, 2]], device=base.device)
@@ -41,35 +43,13 @@ class Policy(nn.Module):
             for layer in self.layers.values():
                 layer.enabled = True
 
-    def logits(self, batch: Microbatch) -> Tensor:
-        """Logits of each completion token, given what stands before it: (N, V), in the base's dtype.
-
-        A prompt runs once: the keys and values of all its tokens but the last are shared by its completions, and
-        gradients flow back through them. Its last token runs with each completion, whose first token it predicts.
-        """
-        cache = DynamicCache()
-        shared = int(batch.prompt_lengths.max()) - 1
-        if shared:
-            self.body(input_ids=batch.prompt_ids[:, :shared], past_key_values=cache, use_cache=True)
-            cache.batch_select_indices(batch.prompt_of_row)
-        rows, length = batch.completion_ids.shape
-        first = (batch.prompt_lengths - 1)[batch.prompt_of_row, None]  # (B, 1), the position of the last prompt token
-        last_prompt_ids = batch.prompt_ids[batch.prompt_of_row].gather(1, first)
-        offsets = torch.arange(length, device=first.device)
-        seen = torch.arange(shared, device=first.device) < first  # (B, shared): pads of shorter prompts stay unseen
-        hidden = self.body(
-            input_ids=torch.cat([last_prompt_ids, batch.completion_ids[:, :-1]], dim=1),  # (B, T)
-            attention_mask=torch.cat([seen, seen.new_ones(rows, length)], dim=1),
-            position_ids=first + offsets,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        logits: Tensor = self.head(hidden[batch.mask])
-        return logits
-
     def logprobs(self, batch: Microbatch, temperature: float = 1.0) -> Tensor:
-        """Natural log of each completion token's probability at the temperature the engine samples with: (N,) fp32."""
-        logits = self.logits(batch).float()
-        if temperature != 1.0:
-            logits = logits / temperature
-        return -cross_entropy(logits, batch.completion_ids[batch.mask], reduction="none")
+        """Natural log of each completion token's probability at the temperature the engine samples with: (C,) fp32.
+
+        The whole row runs once through the base: a prompt is computed once for all its completions, whose gradients
+        meet in it, and there are no pads.
+        """
+        hidden: Tensor = self.body(
+            input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False, tree=batch.tree
+        ).last_hidden_state[0]  # (N, hidden size)
+        return token_logprobs(hidden[batch.predictors], self.head.weight, self.head.bias, batch.targets, temperature)

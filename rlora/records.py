@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -17,13 +17,20 @@ class RloraError(Exception):
     """An error that the user can mend; its text names the field, the value and the fix."""
 
 
+class RewardError(RloraError):
+    """A reward function failed. `groups` are the sampled, unscored groups."""
+
+    def __init__(self, message: str, groups: Sequence[Group] = ()) -> None:
+        super().__init__(message)
+        self.groups = tuple(groups)
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One problem. An env gives `text` and `answer`; rlora adds `token_ids` when the data is loaded."""
 
     text: str | Messages  # a plain string is sent as one user message where the tokenizer has a chat template
     answer: Any = None  # what the reward compares with
-    columns: Mapping[str, Any] = field(default_factory=dict)  # the row's other columns
     token_ids: tuple[int, ...] = ()
 
 
@@ -83,6 +90,20 @@ class Adapter:
     def name(self) -> str:
         """Its identity. A version that is trained again after a crash has other bytes, so another name."""
         return f"{self.run}-v{self.version}-{self.digest[:12]}"
+
+
+@dataclass(frozen=True)
+class UpdateStats:
+    """Figures of one update; token means are over the tokens that were computed, None where there were none."""
+
+    loss: float
+    grad_norm: float  # before it was clipped
+    lr: float
+    kl_behaviour: float | None  # nats a token, engine against learner
+    ratio_truncated: float | None  # share of tokens over the importance cap
+    tokens: int  # completion tokens computed
+    seconds: float
+    skipped_in_a_row: int  # updates up to this one whose loss or gradient was not finite; 0 where this one counted
 
 
 @dataclass(frozen=True)

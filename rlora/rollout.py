@@ -8,19 +8,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rlora.records import Engine, Episode, Group, Prompt, Reward, RloraError, Sampling
+from rlora.records import Engine, Episode, Group, Prompt, Reward, RewardError, Sampling
 from rlora.task import Task
-
-
-class RewardError(RloraError):
-    """A reward function failed. `groups` are the sampled, unscored groups."""
-
-    def __init__(self, message: str, groups: Sequence[Group] = ()) -> None:
-        super().__init__(message)
-        self.groups = tuple(groups)
 
 
 @dataclass(frozen=True)
@@ -86,6 +79,14 @@ def score(group: Group, reward: Reward) -> Group:
             f"reward: it returned {rewards!r} for {len(completions)} completions; return a list of as many numbers"
         )
     for completion, value in zip(completions, rewards, strict=True):
-        if isinstance(value, complex) or not hasattr(value, "__float__") or not math.isfinite(value):
+        if not _is_finite_number(value):
             raise RewardError(f"reward: it returned {value!r} for {completion!r}; return a finite number")
     return group.with_rewards([float(value) for value in rewards])
+
+
+def _is_finite_number(value: Any) -> bool:
+    """Whether a user's value is a real number that a float can hold: numpy's and torch's scalars are, text is not."""
+    try:
+        return not isinstance(value, str) and math.isfinite(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # complex, None, a list, 10**400, a tensor of many
+        return False

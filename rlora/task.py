@@ -26,10 +26,17 @@ class Task:
 def load_task(config: Config) -> Task:
     """Load env, reward and tokenizer. Raises RloraError that names the field where one of them is not usable."""
     reward = as_reward(load("reward", config.reward))
+    make_env = load("env", config.env)
     try:
-        env = load("env", config.env)(**config.env_args)
-    except TypeError as error:
-        raise RloraError(f"env_args = {config.env_args!r}: {config.env} does not take them ({error})") from error
+        env = make_env(**config.env_args)
+        train, held_out = env.train(), env.held_out()[: config.evaluate.prompts]
+    except RloraError:
+        raise
+    except Exception as error:
+        raise RloraError(
+            f"env = {config.env!r} with env_args = {config.env_args!r}: it raised {type(error).__name__}: {error}; "
+            "give the arguments that it takes, and let it have train() and held_out()"
+        ) from error
     where = locate(config.model)
     limit = context_length(where)
     if limit is not None and config.max_model_len > limit:
@@ -38,7 +45,6 @@ def load_task(config: Config) -> Task:
             f"the context of {config.model} is {limit} tokens; lower one of them"
         )
     tokenizer = load_tokenizer(where)
-    train, held_out = env.train(), env.held_out()[: config.evaluate.prompts]
     fitting = tokenise(train, tokenizer, config.sampling.max_prompt_tokens)
     fitting_held_out = tokenise(held_out, tokenizer, config.sampling.max_prompt_tokens)
     if not fitting:

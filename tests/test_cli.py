@@ -50,6 +50,9 @@ def test_help_documents_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         (("--model", "./nowhere"), r"model = './nowhere': neither a local directory"),
         (("--reward", "mine.py:f"), r"reward = 'mine.py:f': there is no file mine.py"),
         (("--resume", "runs/none"), r"runs/none/config.toml: can't be read"),
+        (("--env-args.operator", "/"), r"env_args\.operator = '/': use one of"),
+        (("--env-args.hihg=3",), r"env_args = .*'hihg': 3.*unexpected keyword argument 'hihg'"),
+        (("--learner.betas", "0.9", "1.5"), r"learner\.betas\.1 = 1\.5: .*less than 1"),
     ],
 )
 def test_bad_input_is_told_in_a_line_and_makes_nothing(

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from rlora.checkpoint import write_adapter
 from rlora.config import Config
-from rlora.learner import Learner, scheduled_lr
+from rlora.learner import Learner, refuse_to_go_on, scheduled_lr
 from rlora.records import Group, RloraError
 
 MakeConfig = Callable[..., Config]
@@ -50,7 +50,7 @@ def test_on_policy_the_loss_is_the_plain_policy_gradient(learner: Learner, group
     assert stats.tokens == 10
     assert stats.kl_behaviour == pytest.approx(0.0, abs=1e-6)
     assert stats.ratio_truncated == 0.0
-    assert not stats.skipped
+    assert not stats.skipped_in_a_row
     assert adapter.version == 1
 
 
@@ -108,14 +108,14 @@ def test_a_non_finite_loss_changes_nothing_and_two_in_a_row_stop(learner: Learne
     before, state = learner.adapter(), learner.state()
     broken = [group([5, 6], episode([7], 1.0, [float("nan")]), episode([8], 0.0))]
     adapter, stats = learner.update(broken)
-    assert stats.skipped
+    assert stats.skipped_in_a_row == 1
     assert adapter.version == before.version + 1
     assert adapter.weights == before.weights
     assert len(learner.state()) == len(state)
     learner.update(on_policy(learner, groups))  # a good one in between starts the count again
-    learner.update(broken)
+    refuse_to_go_on(learner.config, learner.update(broken)[1])
     with pytest.raises(RloraError, match=r"2 updates in a row had a non-finite loss.*learner\.lr"):
-        learner.update(broken)
+        refuse_to_go_on(learner.config, learner.update(broken)[1])
 
 
 def test_resuming_continues_bit_for_bit(tiny: str, config: MakeConfig, learner: Learner, groups: list[Group]) -> None:

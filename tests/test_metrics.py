@@ -4,15 +4,15 @@ from pathlib import Path
 import pytest
 from conftest import episode, group
 
-from rlora.learner import UpdateStats
 from rlora.metrics import Metrics, sparkline, summarise
+from rlora.records import UpdateStats
 from rlora.rollout import Collection
 
 GROUPS = (
     group([1], episode([2, 3], 1.0), episode([4], 0.0)),
     group([1], episode([2, 3, 4], 0.0), episode([5, 6], 0.0)),
 )
-UPDATE = UpdateStats(0.5, 0.1, 5e-4, 0.001, 0.0, tokens=3, seconds=2.0, skipped=False)
+UPDATE = UpdateStats(0.5, 0.1, 5e-4, 0.001, 0.0, tokens=3, seconds=2.0, skipped_in_a_row=0)
 
 
 def test_figures_by_hand() -> None:
@@ -53,7 +53,11 @@ def test_a_line_a_step_and_a_resumed_run_does_its_steps_again(
 
 
 def test_what_is_not_a_number_is_null(tmp_path: Path) -> None:
-    log(tmp_path / "m.jsonl", 0, update=UpdateStats(float("nan"), float("inf"), 5e-4, None, None, 0, 1.0, skipped=True))
+    log(
+        tmp_path / "m.jsonl",
+        0,
+        update=UpdateStats(float("nan"), float("inf"), 5e-4, None, None, 0, 1.0, skipped_in_a_row=1),
+    )
     line = json.loads((tmp_path / "m.jsonl").read_text())
     assert (line["loss"], line["grad/norm"], line["kl/behaviour"]) == (None, None, None)
     assert line["learner/tokens_per_second"] is None

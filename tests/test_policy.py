@@ -8,7 +8,7 @@ from rlora.records import Group, RloraError
 
 
 def naive_logprobs(policy: Policy, groups: list[Group], temperature: float) -> torch.Tensor:
-    """Row by row, with no cache, no padding and no sharing."""
+    """Row by row, with no packing and no sharing."""
     rows = []
     for group in sorted(groups, key=lambda g: max(len(e.completion_ids) for e in g.episodes)):
         for episode in group.episodes:
@@ -30,7 +30,7 @@ def policy(tiny_base: PreTrainedModel) -> Policy:
 
 @pytest.fixture
 def batch(groups: list[Group]) -> Microbatch:
-    (batch,) = microbatches(groups, 100, torch.device("cpu"))
+    (batch,) = microbatches(groups, 100, torch.float32, torch.device("cpu"))
     return batch
 
 
@@ -52,7 +52,7 @@ def test_prompts_of_one_token_share_nothing_and_work(policy: Policy) -> None:
     from conftest import episode, group
 
     single = [group([5], episode([6, 7], 1.0), episode([8], 0.0))]
-    (batch,) = microbatches(single, 100, torch.device("cpu"))
+    (batch,) = microbatches(single, 100, torch.float32, torch.device("cpu"))
     torch.testing.assert_close(policy.logprobs(batch), naive_logprobs(policy, single, 1.0), atol=1e-5, rtol=1e-5)
 
 

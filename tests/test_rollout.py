@@ -2,9 +2,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 
-from rlora.records import Episode, Group, Prompt, Reward, Sampling
-from rlora.rollout import RewardError, collect, prompts_of_step
+from rlora.records import Episode, Group, Prompt, Reward, RewardError, Sampling
+from rlora.rollout import collect, prompts_of_step
 from rlora.task import Task
 
 
@@ -62,6 +63,8 @@ def raises(completions: list[str], answers: list[Any]) -> list[float]:
         (lambda c, a: ["1", "0"], r"it returned '1' for '0'"),
         (lambda c, a: [None, 1.0], r"it returned None for '0'"),
         (lambda c, a: [1j, 1.0], r"it returned 1j for '0'"),
+        (lambda c, a: [10**400, 1.0], r"it returned 10+ for '0'"),
+        (lambda c, a: [torch.ones(2), 1.0], r"it returned tensor\(.*\) for '0'"),
     ],
 )
 def test_a_reward_that_misbehaves_is_told_and_what_was_sampled_is_kept(reward: Reward, message: str) -> None:

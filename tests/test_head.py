@@ -1,0 +1,41 @@
+import pytest
+import torch
+
+from rlora import head
+from rlora.head import token_logprobs
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("biased", [False, True])
+def test_chunks_give_the_plain_logprobs_and_gradients(
+    monkeypatch: pytest.MonkeyPatch, temperature: float, biased: bool
+) -> None:
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(10, 6, requires_grad=True), torch.randn(50, 6), torch.randint(50, (10,))
+    bias = torch.randn(50) if biased else None
+    monkeypatch.setattr(head, "_LOGITS", 150)  # three tokens at a time, and one at the end
+    ours = token_logprobs(hidden, weight, bias, targets, temperature)
+    plain = (torch.nn.functional.linear(hidden, weight, bias) / temperature).log_softmax(-1)[range(10), targets]
+    torch.testing.assert_close(ours, plain)
+    weights = torch.randn(10)
+    for got, expected in zip(
+        torch.autograd.grad((ours * weights).sum(), hidden),
+        torch.autograd.grad((plain * weights).sum(), hidden),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, expected)
+
+
+def test_gradients_hold_against_finite_differences() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    weight, targets = torch.randn(7, 3, dtype=torch.float64), torch.randint(7, (4,))
+    ours = token_logprobs(hidden, weight, None, targets, 0.9).double()
+    step = 1e-3  # logprobs are fp32
+    (gradient,) = torch.autograd.grad(ours.sum(), hidden)
+    for i in range(4):
+        for j in range(3):
+            moved = hidden.detach().clone()
+            moved[i, j] += step
+            change = token_logprobs(moved, weight, None, targets, 0.9).double() - ours
+            assert change.sum().item() / step == pytest.approx(gradient[i, j].item(), abs=2e-3)
