@@ -1,5 +1,6 @@
 """Attention over a packed row: each completion sees its prompt and itself, its siblings never."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,15 +16,37 @@ NAME = "rlora_tree"  # of this attention among those of transformers
 
 @dataclass(frozen=True)
 class Tree:
-    """Where P prompts of up to L tokens, each with up to G completions of up to T tokens, stand in a row of N tokens.
+    """A row of N tokens laid out as P prompts of up to L tokens, each with up to G completions of up to T tokens.
 
-    A place past the end of its prompt or completion holds 0, as any other token would do: what it yields is dropped.
+    The M = P L + P G T places are those of the prompts, then those of the completions. Places past an end hold the
+    row's first token; what they yield is dropped.
     """
 
-    prompts: Tensor  # (P, L) int64, places in the row
-    completions: Tensor  # (P, G, T) int64, places in the row
+    shape: tuple[int, int, int, int]  # P, L, G, T
+    token_of_place: Tensor  # (M,) int64
+    place_of_token: Tensor  # (N,) int64
+    empty_places: Tensor  # int64, those past an end
     bias: Tensor  # (P, 1, 1, 1, T, L + T) 0 where a completion's token may look, -inf elsewhere; in the base's dtype
-    row: Tensor  # (N,) int64, the row's tokens among those of `prompts` and then `completions`, flattened
+
+
+class _Lay(torch.autograd.Function):
+    """Rows of `x` by `index`. No row is wanted twice but for empty places, so the gradient comes back by `back`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, back: Tensor, empty: Tensor | None) -> Tensor:
+        ctx.back, ctx.empty = back, empty
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grad.index_select(0, ctx.back)
+        if ctx.empty is not None:
+            grad.index_fill_(0, ctx.empty, 0)
+        return grad, None, None, None
+
+
+def _lay(x: Tensor, index: Tensor, back: Tensor, empty: Tensor | None = None) -> Tensor:
+    return _Lay.apply(x, index, back, empty)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def tree_attention(q: Tensor, k: Tensor, v: Tensor, tree: Tree, scale: float) -> Tensor:
@@ -32,25 +55,28 @@ def tree_attention(q: Tensor, k: Tensor, v: Tensor, tree: Tree, scale: float) ->
     A prompt's keys and values are read where they are, for all its completions in one product: nothing is copied G
     times, and no two siblings' tokens meet.
     """
-    (_, H, D), K, R = q.shape, k.shape[1], q.shape[1] // k.shape[1]
-    (P, L), (_, G, T) = tree.prompts.shape, tree.completions.shape
+    (P, L, G, T), (_, H, D), K = tree.shape, q.shape, k.shape[1]
+    R = H // K
+    q, k, v = (_lay(x, tree.token_of_place, tree.place_of_token) for x in (q, k, v))
+    q_p, q_c = q.split([P * L, P * G * T])
+    (k_p, k_c), (v_p, v_c) = (
+        (x[: P * L].view(P, L, K, D).transpose(1, 2), x[P * L :].view(P, G, T, K, D).permute(0, 3, 1, 2, 4))
+        for x in (k, v)
+    )  # (P, K, L, D) and (P, K, G, T, D)
     # the prompts, causal
-    at = tree.prompts.flatten()
-    q_p = q[at].view(P, L, H, D).transpose(1, 2)
-    k_p, v_p = (x[at].view(P, L, K, D).transpose(1, 2) for x in (k, v))
-    out_p = nn.functional.scaled_dot_product_attention(q_p, k_p, v_p, is_causal=True, scale=scale, enable_gqa=R > 1)
+    q_p = q_p.view(P, L, K, R, D).permute(0, 2, 3, 1, 4).reshape(P, K, R * L, D)
+    causal = torch.full((L, L), -math.inf, dtype=q.dtype, device=q.device).triu(1)
+    weights = ((q_p @ k_p.mT).view(P, K, R, L, L) * scale + causal).softmax(-1)
+    out_p = (weights.view(P, K, R * L, L) @ v_p).view(P, K, R, L, D).permute(0, 3, 1, 2, 4)
     # the completions: scores against the prompt beside those against the completion itself, one softmax over both
-    at = tree.completions.flatten()
-    q_c = q[at].view(P, G, T, K, R, D).permute(0, 3, 1, 4, 2, 5).reshape(P, K, G * R * T, D)
-    k_c, v_c = (x[at].view(P, G, T, K, D).permute(0, 3, 1, 2, 4).contiguous() for x in (k, v))  # (P, K, G, T, D)
+    q_c = q_c.view(P, G, T, K, R, D).permute(0, 3, 1, 4, 2, 5).reshape(P, K, G * R * T, D)
     own = (P, K, G, R * T, D)
     scores = torch.cat([(q_c @ k_p.mT).view(P, K, G, R * T, L), q_c.view(own) @ k_c.mT], dim=-1)
-    scores = scores.view(P, K, G, R, T, L + T) * scale + tree.bias
-    weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype).view(P, K, G, R * T, L + T)
-    from_prompt = weights[..., :L].reshape(P, K, G * R * T, L) @ v_p
-    out_c = from_prompt.view(own) + weights[..., L:] @ v_c
-    out_c = out_c.view(P, K, G, R, T, D).permute(0, 2, 4, 1, 3, 5).reshape(-1, H, D)
-    return torch.cat([out_p.transpose(1, 2).reshape(-1, H, D), out_c])[tree.row]
+    weights = (scores.view(P, K, G, R, T, L + T) * scale + tree.bias).softmax(-1).view(P, K, G, R * T, L + T)
+    out_c = (weights[..., :L].reshape(P, K, G * R * T, L) @ v_p).view(own) + weights[..., L:] @ v_c
+    out_c = out_c.view(P, K, G, R, T, D).permute(0, 2, 4, 1, 3, 5)
+    out = torch.cat([out_p.reshape(-1, H, D), out_c.reshape(-1, H, D)])
+    return _lay(out, tree.place_of_token, tree.token_of_place, tree.empty_places)
 
 
 def _attend(

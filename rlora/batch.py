@@ -50,16 +50,18 @@ def microbatches(
     out. Groups go by the length of their longest completion, for attention pads those of a microbatch to one length.
     `dtype` is that of the policy's activations.
     """
+    informative = [group for group in groups if group.informative]
+    total = sum(map(_tokens, informative))
+    share = total / max(1, math.ceil(total / max_tokens))  # alike in size: a small rest would compute slowly
     branches: list[_Branch] = []
     tokens = 0
-    for group in sorted(groups, key=lambda group: max(len(episode.completion_ids) for episode in group.episodes)):
-        if not group.informative:
-            continue
+    for group in sorted(informative, key=lambda group: max(len(episode.completion_ids) for episode in group.episodes)):
         prompt, opened = group.prompt.token_ids, False
         for episode, advantage in zip(group.episodes, group_centred(torch.tensor(group.rewards)).tolist(), strict=True):
             if not episode.completion_ids:
                 continue  # nothing was sampled: there is no token to learn from
-            if branches and tokens + len(episode.completion_ids) + (0 if opened else len(prompt)) > max_tokens:
+            wanted = len(episode.completion_ids) + (0 if opened else len(prompt))
+            if branches and (tokens >= share or tokens + wanted > max_tokens):
                 yield _pack(branches, dtype, device)
                 branches, tokens, opened = [], 0, False
             if not opened:
@@ -71,45 +73,48 @@ def microbatches(
         yield _pack(branches, dtype, device)
 
 
+def _tokens(group: Group) -> int:
+    """Those of the prompt, once, and of its completions."""
+    return len(group.prompt.token_ids) + sum(len(episode.completion_ids) for episode in group.episodes)
+
+
 def _pack(branches: Sequence[_Branch], dtype: torch.dtype, device: torch.device) -> Microbatch:
     """One row: each prompt, followed by its completions."""
     completions = [completion for _, of_prompt in branches for completion in of_prompt]
     P, L = len(branches), max(len(prompt) for prompt, _ in branches)
     G, T = max(len(of_prompt) for _, of_prompt in branches), max(completion.length for completion in completions) - 1
-    prompts_PL = torch.zeros(P, L, dtype=torch.int64)
-    completions_PGT = torch.zeros(P, G, T, dtype=torch.int64)
+    places = torch.arange(P * (L + G * T))
+    place_of_prompt, place_of_completion = places[: P * L].view(P, L), places[P * L :].view(P, G, T)
     seen_PL = torch.zeros(P, L, dtype=torch.bool)
     ids: list[int] = []
     positions: list[int] = []
-    row: list[Tensor] = []
+    place_of_token: list[Tensor] = []
     predictors: list[int] = []
-    places = torch.arange(P * (L + G * T))
-    place_of_prompt, place_of_completion = places[: P * L].view(P, L), places[P * L :].view(P, G, T)
     for p, (prompt, of_prompt) in enumerate(branches):
         length = len(prompt)
-        prompts_PL[p, :length] = torch.arange(len(ids), len(ids) + length)
         seen_PL[p, :length] = True
-        row.append(place_of_prompt[p, :length])
+        place_of_token.append(place_of_prompt[p, :length])
         ids += prompt
         positions += range(length)
         last = len(ids) - 1
         for g, completion in enumerate(of_prompt):
             inputs = completion.episode.completion_ids[:-1]
-            standing = range(len(ids), len(ids) + len(inputs))
-            completions_PGT[p, g, : len(inputs)] = torch.tensor(standing)
-            row.append(place_of_completion[p, g, : len(inputs)])
-            predictors += [last, *standing]
+            predictors += [last, *range(len(ids), len(ids) + len(inputs))]
+            place_of_token.append(place_of_completion[p, g, : len(inputs)])
             ids += inputs
             positions += range(length, length + len(inputs))
     may_look = torch.cat([seen_PL[:, None].expand(P, T, L), torch.ones(T, T).tril().bool().expand(P, T, T)], dim=-1)
-    bias = torch.zeros(P, 1, 1, 1, T, L + T, dtype=dtype)
-    bias.masked_fill_(~may_look[:, None, None, None], -math.inf)
+    bias = torch.zeros(P, 1, 1, 1, T, L + T, dtype=dtype).masked_fill_(~may_look[:, None, None, None], -math.inf)
+    place = torch.cat(place_of_token)
+    token_of_place = torch.zeros_like(places).index_put_((place,), torch.arange(len(ids)))
+    empty = torch.ones_like(places, dtype=torch.bool).index_fill_(0, place, value=False).nonzero()[:, 0]
+    tree = Tree((P, L, G, T), *(tensor.to(device) for tensor in (token_of_place, place, empty, bias)))
     lengths = torch.tensor([completion.length for completion in completions])
     advantages = torch.tensor([completion.advantage for completion in completions])
     return Microbatch(
         input_ids=torch.tensor(ids).to(device),
         position_ids=torch.tensor(positions).to(device),
-        tree=Tree(prompts_PL.to(device), completions_PGT.to(device), bias.to(device), torch.cat(row).to(device)),
+        tree=tree,
         predictors=torch.tensor(predictors).to(device),
         targets=torch.tensor([t for c in completions for t in c.episode.completion_ids]).to(device),
         behaviour_logprobs=torch.tensor([x for c in completions for x in c.episode.behaviour_logprobs]).to(device),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-_LOGITS = 2**24  # held at a time
+_LOGITS = 3 * 2**21  # held at a time: few enough that malloc reuses their memory (below 32 MiB in fp32)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -24,15 +24,16 @@ class _TokenLogprobs(torch.autograd.Function):
         slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for at in torch.arange(len(hidden), device=hidden.device).split(max(1, _LOGITS // len(weight))):
             part = slice(int(at[0]), int(at[-1]) + 1)
-            logits = linear(hidden[part], weight, bias).float().div_(temperature)
+            logits = linear(hidden[part], weight, bias)
             target = targets[part, None]
-            chosen = logits.gather(1, target)
-            normaliser = logits.logsumexp(1, keepdim=True)
-            logprobs[part] = (chosen - normaliser)[:, 0]
+            spread = (logits if temperature == 1 else logits.float() / temperature).log_softmax(1, dtype=torch.float32)
+            logprobs[part] = spread.gather(1, target)[:, 0]
             if slope is not None:
-                d_logits = logits.sub_(normaliser).exp_().neg_()  # -p, in place
-                d_logits.scatter_add_(1, target, torch.ones_like(chosen))
-                slope[part] = d_logits.div_(temperature).to(weight.dtype) @ weight
+                d_logits = spread.exp_().neg_()  # -p, in place
+                d_logits.scatter_add_(1, target, torch.ones_like(target, dtype=torch.float32))
+                torch.mm(d_logits.to(weight.dtype), weight, out=slope[part])
+        if slope is not None and temperature != 1:
+            slope /= temperature
         ctx.slope = slope
         return logprobs
 

@@ -1,6 +1,7 @@
 """Low-rank layers over every weight matrix of a frozen base."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +30,30 @@ class LoRALinear(nn.Module):
         self.enabled = True
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)
         if not self.enabled:
-            return y
+            return self.base(x)  # type: ignore[no-any-return]
         a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype) * self.scale
-        return y + linear(linear(x, a), b)
+        return _LowRank.apply(x, self.base.weight, self.base.bias, a, b)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _LowRank(torch.autograd.Function):
+    """y = W x + b A x, in place: the thin product is added to W x as it is made, and so is its part of x's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        flat = x.flatten(0, -2)
+        h = flat @ a.mT  # (tokens, r)
+        ctx.save_for_backward(flat, h, weight, a, b)
+        y = linear(flat, weight, bias).addmm_(h, b.mT)
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, h, weight, a, b = ctx.saved_tensors
+        g = grad.flatten(0, -2)
+        g_h = g @ b
+        g_x = (g @ weight).addmm_(g_h, a).view(*grad.shape[:-1], -1) if ctx.needs_input_grad[0] else None
+        return g_x, None, None, g_h.mT @ x, g.mT @ h
 
 
 def add_lora(model: nn.Module, rank: int, alpha: float, seed: int) -> dict[str, LoRALinear]:

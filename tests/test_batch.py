@@ -21,15 +21,15 @@ def test_one_microbatch_by_hand(groups: list[Group]) -> None:
     assert batch.input_ids[batch.predictors].tolist() == [7, 8, 9, 7, 10, 24, 25, 24, 26, 27]
     assert batch.advantages.tolist() == [0.5] * 3 + [-0.5] * 2 + [0.0] * 2 + [-0.5] * 3  # the empty one had 1.0
     assert batch.behaviour_logprobs.tolist() == [-1.0] * 10
-    assert batch.tree.prompts.tolist() == [[0, 1, 2, 0, 0], [6, 7, 8, 9, 10]]
-    assert batch.tree.completions.tolist() == [[[3, 4], [5, 0]], [[11, 0], [12, 13]]]
+    assert batch.tree.shape == (2, 5, 2, 2)
+    assert batch.tree.token_of_place.tolist() == [0, 1, 2, 0, 0, 6, 7, 8, 9, 10, 3, 4, 5, 0, 11, 0, 12, 13]
+    assert batch.tree.empty_places.tolist() == [3, 4, 13, 15]
+    assert batch.tree.token_of_place[batch.tree.place_of_token].tolist() == list(range(14))
     x = -math.inf  # a token sees its prompt (3 tokens of 5 places, and 5 of 5) and its own completion up to itself
     assert batch.tree.bias.view(2, 2, 7).tolist() == [
         [[0, 0, 0, x, x, 0, x], [0, 0, 0, x, x, 0, 0]],
         [[0, 0, 0, 0, 0, 0, x], [0, 0, 0, 0, 0, 0, 0]],
     ]
-    places = torch.cat([batch.tree.prompts.flatten(), batch.tree.completions.flatten()])
-    assert places[batch.tree.row].tolist() == list(range(14))
 
 
 def test_groups_that_agree_are_left_out() -> None:
@@ -41,7 +41,9 @@ def test_microbatches_keep_to_the_budget_and_lose_nothing(groups: list[Group], b
     whole = sorted(token for batch in pack(groups) for token in batch.targets.tolist())
     batches = pack(groups, budget)
     assert len(batches) > 1
-    assert all(len(batch.input_ids) <= budget or batch.tree.completions.shape[:2] == (1, 1) for batch in batches)
+    assert all(
+        len(batch.input_ids) <= budget or (batch.tree.shape[0], batch.tree.shape[2]) == (1, 1) for batch in batches
+    )
     assert sorted(token for batch in batches for token in batch.targets.tolist()) == whole
 
 

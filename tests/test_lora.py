@@ -35,7 +35,8 @@ def test_forward_rounds_as_the_engine_does_and_gradients_reach_the_masters() -> 
     layer.lora_B.data.normal_()
     x = torch.randn(2, 4, dtype=torch.bfloat16)
     served_a, served_b = layer.lora_A.bfloat16(), layer.lora_B.bfloat16() * 3.0  # vLLM folds the scale into B, in bf16
-    assert layer(x).equal(layer.base(x) + (x @ served_a.T) @ served_b.T)
+    delta = (x @ served_a.T).float() @ served_b.T.float()  # added to the base's output before that is rounded again
+    assert layer(x).equal((layer.base(x).float() + delta).bfloat16())
     layer(x).sum().backward()
     assert layer.lora_B.grad is not None
     assert layer.lora_B.grad.dtype == torch.float32

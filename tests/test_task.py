@@ -51,7 +51,10 @@ def test_every_end_token_of_the_model_stops(demo: str) -> None:
     [
         ({"model": "./no/such/model"}, r"model = './no/such/model': neither a local directory"),
         ({"model": "demo:gpt-5"}, r"model = 'demo:gpt-5': no such demo model; there is demo:smollm2-135m"),
-        ({"env_args": {"hihg": 3}}, r"env_args = \{'hihg': 3\}: it raised TypeError: .*'hihg'; give the arguments that it takes"),
+        (
+            {"env_args": {"hihg": 3}},
+            r"env_args = \{'hihg': 3\}: it raised TypeError: .*'hihg'; give the arguments that it takes",
+        ),
         ({"env_args": {"operator": "/"}}, r"env_args\.operator = '/': use one of"),
         ({"sampling": {"max_tokens": 100000}}, r"max_tokens = 100512: the context of .* is \d+ tokens"),
         ({"reward": "rlora.config:read"}, r"reward = .*its first parameters are \(path\)"),
