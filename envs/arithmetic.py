@@ -12,7 +12,7 @@ _OPERATORS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b
 class Arithmetic:
     """ "What is a + b?" for all a, b in low..high, a quarter of them held out.
 
-    A pair of operands is held out in both orders, so that no held-out answer is seen in training.
+    A pair of operands is held out in both orders: 3 + 4 is not learned from 4 + 3.
     """
 
     def __init__(

@@ -39,6 +39,8 @@ def locate(model: str) -> str:
             f"model = {model!r}: neither a local directory with a model nor a hub id that can be reached "
             f"({type(error).__name__}); give a directory with config.json and safetensors, a hub id, or {DEMO}"
         ) from error
+    if Path(model).is_dir() and not any(path.suffix in {".safetensors", ".bin"} for path in Path(model).iterdir()):
+        raise RloraError(f"model = {model!r}: no weights are there (*.safetensors); save the whole model in it")
     return model
 
 

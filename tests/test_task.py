@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,6 +81,19 @@ def test_a_reward_scores_one_completion_or_a_group() -> None:
         as_reward(lambda text: 1.0)
 
 
-def test_a_local_directory_is_a_model(tiny: str, tmp_path: Path, config: MakeConfig) -> None:
+def test_a_local_directory_is_a_model(demo: str, tmp_path: Path, config: MakeConfig) -> None:
+    task = load_task(config(model=demo))
+    assert task.base == demo
+    assert task.prompts
     with pytest.raises(RloraError, match="neither a local directory"):
         load_task(config(model=str(tmp_path)))  # empty
+    shutil.copy(Path(demo) / "config.json", tmp_path)
+    with pytest.raises(RloraError, match="no weights are there"):
+        load_task(config(model=str(tmp_path)))
+
+
+def test_every_end_token_ends_a_completion(demo: str, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(demo)
+    assert stop_token_ids(demo, tokenizer) == (tokenizer.eos_token_id,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 11]}')
+    assert stop_token_ids(str(tmp_path), tokenizer) == tuple(sorted([tokenizer.eos_token_id, 7, 11]))

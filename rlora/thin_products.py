@@ -1,0 +1,38 @@
+"""The low-rank product in vLLM on CPU: thin dense products in place of a copy of A and B for every token."""
+
+from typing import Any
+
+from torch import Tensor
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+NAME = f"{__name__}.ThinProducts"
+
+
+class ThinProducts(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is untyped here
+    """y += B A x for the rows of each adapter in the batch. Rows without an adapter (slot -1) stay the base's.
+
+    vLLM's own gathers A and B for every token, and takes -1 for the last slot in a batch that mixes rows with and
+    without an adapter.
+    """
+
+    def update_metadata(self, *arguments: Any, **options: Any) -> None:
+        """Called where the batch changes."""
+        super().update_metadata(*arguments, **options)
+        slots = self.token_lora_indices.unique().tolist()
+        self.slots = [slot for slot in slots if slot >= 0]
+        self.mixed = len(slots) > 1
+
+    def add_lora_linear(
+        self, y: Tensor, x: Tensor, lora_a_stacked: tuple[Tensor, ...], lora_b_stacked: tuple[Tensor, ...],
+        scale: float, output_slices: tuple[int, ...], **_: Any,
+    ) -> None:  # fmt: skip
+        """y (tokens, d_out) in place; x (tokens, d_in); of each slice, A (slots, 1, r, d_in) and B (slots, 1, d, r)."""
+        for slot in self.slots:
+            mask = (self.token_lora_indices == slot)[:, None] if self.mixed else None
+            start = 0
+            for a, b, width in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
+                h = x @ a[slot, 0].mT  # (tokens, r)
+                if mask is not None:
+                    h *= mask
+                y[:, start : start + width].addmm_(h, b[slot, 0].mT, alpha=scale)
+                start += width
