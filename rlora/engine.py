@@ -13,7 +13,7 @@ from vllm.logprobs import Logprob
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
-from rlora import machine
+from rlora import machine, thin_products
 from rlora.checkpoint import write_adapter
 from rlora.config import Config
 from rlora.records import Adapter, Episode, Group, Prompt, RloraError, Sampling
@@ -35,6 +35,7 @@ class Engine:
         self._request_ids = itertools.count()
         options: dict[str, Any] = {}
         if machine.device().type == "cpu":
+            thin_products.install()
             options["block_size"] = 32  # its smallest; with 128 the completions of a short prompt share nothing
         if settings.tensor_parallel_size == 1:
             options["distributed_executor_backend"] = "uni"  # in this process; others spin beside the learner

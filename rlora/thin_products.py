@@ -1,14 +1,25 @@
 """The low-rank product in vLLM on CPU: thin dense products in place of a copy of A and B for every token."""
 
+import warnings
 from typing import Any
 
+import vllm
 from torch import Tensor
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+from vllm.platforms.cpu import CpuPlatform
 
-NAME = f"{__name__}.ThinProducts"
+_CHECKED = {"0.32.0"}  # versions of vLLM whose own product this one was compared with
 
 
-class ThinProducts(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is untyped here
+def install() -> None:
+    """Let engines that are built from now on use `ThinProducts`, where vLLM's version was checked with it."""
+    if vllm.__version__.partition("+")[0] in _CHECKED:
+        CpuPlatform.get_punica_wrapper = classmethod(lambda cls: f"{__name__}.ThinProducts")  # type: ignore[assignment]
+    else:
+        warnings.warn(f"vLLM {vllm.__version__} applies adapters its own way: {_CHECKED} were checked", stacklevel=2)
+
+
+class ThinProducts(PunicaWrapperCPU):
     """y += B A x for the rows of each adapter in the batch. Rows without an adapter (slot -1) stay the base's.
 
     vLLM's own gathers A and B for every token, and takes -1 for the last slot in a batch that mixes rows with and
