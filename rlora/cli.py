@@ -141,12 +141,12 @@ def _value(arguments: list[str], option: str) -> str | None:
 def _report(run: Path, base: str) -> None:
     """The table at the end of a run, and what to do next."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from rlora import checkpoint
 
     summary = checkpoint.summarise(run, {})
-    table = Table(title="What it gained", show_header=False)
+    table = Table("", Column("", overflow="fold"), title="What it gained", show_header=False)
     if "accuracy/after" in summary:
         table.add_row("greedy held-out accuracy before", f"{summary['accuracy/before']:.3f}")
         table.add_row("greedy held-out accuracy after", f"{summary['accuracy/after']:.3f}")
