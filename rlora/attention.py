@@ -90,6 +90,12 @@ def _attend(
     for option in ("softcap", "s_aux"):
         if options.get(option) is not None:
             raise RloraError(f"model: its attention uses {option}, which can't be trained here yet; use another model")
+    window, longest = options.get("sliding_window"), tree.shape[1] + tree.shape[3]
+    if window is not None and longest > window:
+        raise RloraError(
+            f"sampling.max_prompt_tokens + sampling.max_tokens: the model's attention sees {window} tokens, and a "
+            f"prompt and completion have {longest}; lower one of them"
+        )
     return tree_attention(q[0].transpose(0, 1), k[0].transpose(0, 1), v[0].transpose(0, 1), tree, scaling)[None], None
 
 

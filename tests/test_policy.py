@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
+from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from rlora.batch import Microbatch, microbatches
 from rlora.policy import Policy
@@ -76,3 +76,14 @@ def test_a_base_that_caps_its_logits_is_refused() -> None:
     )  # fmt: skip
     with pytest.raises(RloraError, match="Gemma2ForCausalLM does more with its logits"):
         Policy(Gemma2ForCausalLM(config), 1, 32.0, 0)
+
+
+def test_a_context_longer_than_the_attention_window_is_refused(batch: Microbatch) -> None:
+    config = MistralConfig(
+        vocab_size=97, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, sliding_window=7,
+    )  # fmt: skip
+    assert Policy(MistralForCausalLM(config), 1, 32.0, 0).logprobs(batch).isfinite().all()  # 5 + 2 tokens
+    config.sliding_window = 6
+    with pytest.raises(RloraError, match="attention sees 6 tokens, and a prompt and completion have 7"):
+        Policy(MistralForCausalLM(config), 1, 32.0, 0).logprobs(batch)
