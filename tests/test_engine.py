@@ -42,13 +42,13 @@ def setup(request: pytest.FixtureRequest) -> Iterator[Setup]:
         yield Setup(config, task, engines[0], fresh, perturbed(fresh))
 
 
-def perturbed(adapter: Adapter) -> Adapter:
-    """The next version, as far from the base as some ten updates bring it."""
+def perturbed(adapter: Adapter, std: float = 2e-3) -> Adapter:
+    """The next version, every B random; by default as far from the base as some ten updates bring it."""
     tensors = safetensors.torch.load(adapter.weights)
     generator = torch.Generator().manual_seed(0)
     for name, tensor in tensors.items():
         if "lora_B" in name:
-            tensor.normal_(std=2e-3, generator=generator)
+            tensor.normal_(std=std, generator=generator)
     return replace(adapter, version=adapter.version + 1, weights=safetensors.torch.save(tensors, {"format": "pt"}))
 
 
@@ -102,10 +102,11 @@ def test_engine_and_learner_agree_after_a_swap(setup: Setup) -> None:
 
 
 def test_the_comparison_can_tell_two_versions_apart(setup: Setup) -> None:
-    swap([setup.engine], setup.trained)
+    # in 16 bit rounding hides versions as close as `setup.trained`: their ratio wavers between 1.3 and 2.1
+    clear, trained = (10, setup.trained) if setup.config.dtype == "float32" else (2, perturbed(setup.fresh, std=5e-3))
+    swap([setup.engine], trained)
     groups = setup.engine.generate(setup.task.prompts[:8], SAMPLING, 1)
-    clear = 10 if setup.config.dtype == "float32" else 1.5  # rounding in 16 bit is most of the difference there
-    assert difference(setup, setup.fresh, groups) > clear * difference(setup, setup.trained, groups)
+    assert difference(setup, setup.fresh, groups) > clear * difference(setup, trained, groups)
 
 
 def test_a_swap_changes_what_is_sampled_and_the_old_version_is_gone(setup: Setup) -> None:
