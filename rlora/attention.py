@@ -1,6 +1,5 @@
 """Attention over a packed row: each completion sees its prompt and itself, its siblings never."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +25,9 @@ class Tree:
     token_of_place: Tensor  # (M,) int64
     place_of_token: Tensor  # (N,) int64
     empty_places: Tensor  # int64, those past an end
-    bias: Tensor  # (P, 1, 1, 1, T, L + T) 0 where a completion's token may look, -inf elsewhere; in the base's dtype
+    # 0 where a token may look, -inf elsewhere; in the base's dtype
+    causal: Tensor  # (L, L), of a prompt's tokens
+    bias: Tensor  # (P, 1, 1, 1, T, L + T), of a completion's
 
 
 class _Lay(torch.autograd.Function):
@@ -65,8 +66,7 @@ def tree_attention(q: Tensor, k: Tensor, v: Tensor, tree: Tree, scale: float) ->
     )  # (P, K, L, D) and (P, K, G, T, D)
     # the prompts, causal
     q_p = q_p.view(P, L, K, R, D).permute(0, 2, 3, 1, 4).reshape(P, K, R * L, D)
-    causal = torch.full((L, L), -math.inf, dtype=q.dtype, device=q.device).triu(1)
-    weights = ((q_p @ k_p.mT).view(P, K, R, L, L) * scale + causal).softmax(-1)
+    weights = ((q_p @ k_p.mT).view(P, K, R, L, L) * scale + tree.causal).softmax(-1)
     out_p = (weights.view(P, K, R * L, L) @ v_p).view(P, K, R, L, D).permute(0, 3, 1, 2, 4)
     # the completions: scores against the prompt beside those against the completion itself, one softmax over both
     q_c = q_c.view(P, G, T, K, R, D).permute(0, 3, 1, 4, 2, 5).reshape(P, K, G * R * T, D)

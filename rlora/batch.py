@@ -105,10 +105,11 @@ def _pack(branches: Sequence[_Branch], dtype: torch.dtype, device: torch.device)
             positions += range(length, length + len(inputs))
     may_look = torch.cat([seen_PL[:, None].expand(P, T, L), torch.ones(T, T).tril().bool().expand(P, T, T)], dim=-1)
     bias = torch.zeros(P, 1, 1, 1, T, L + T, dtype=dtype).masked_fill_(~may_look[:, None, None, None], -math.inf)
+    causal = torch.full((L, L), -math.inf, dtype=dtype).triu(1)
     place = torch.cat(place_of_token)
     token_of_place = torch.zeros_like(places).index_put_((place,), torch.arange(len(ids)))
     empty = torch.ones_like(places, dtype=torch.bool).index_fill_(0, place, value=False).nonzero()[:, 0]
-    tree = Tree((P, L, G, T), *(tensor.to(device) for tensor in (token_of_place, place, empty, bias)))
+    tree = Tree((P, L, G, T), *(tensor.to(device) for tensor in (token_of_place, place, empty, causal, bias)))
     lengths = torch.tensor([completion.length for completion in completions])
     advantages = torch.tensor([completion.advantage for completion in completions])
     return Microbatch(

@@ -120,11 +120,12 @@ def _env_args(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
             others.append(argument)
             continue
         name, equals, value = argument.removeprefix("--env-args.").partition("=")
-        value = value if equals else next(rest, "")
+        text = value if equals else next(rest, "")
         try:
-            found[name.replace("-", "_")] = json.loads(value)  # a number or a boolean
+            given = json.loads(text)  # a number or a boolean
         except json.JSONDecodeError:
-            found[name.replace("-", "_")] = value
+            given = text
+        found[name.replace("-", "_")] = given
     return found, others
 
 

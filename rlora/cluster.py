@@ -84,17 +84,15 @@ def start(
         settings = config.engine
         at_once = settings.replicas + (config.max_staleness > 0)  # processes that compute at the same time
         share = max(1, machine.cores() // at_once)
-        threads = settings.threads or share
-        environment = machine.engine_environment(threads, settings.kv_cache_gib, cuda)
+        environment = machine.engine_environment(settings.threads or share, settings.kv_cache_gib, cuda)
         for replica in range(settings.replicas):
             reserved = settings.cpus, settings.gpus * settings.tensor_parallel_size * cuda, environment
             made_of = config, task.base, task.stop_token_ids, replica, version
             remotes.append(_Remote(f"engine {replica}", *reserved, "rlora.engine:Engine", *made_of))
         if learn:
             learner = config.learner
-            environment = machine.learner_environment(
-                learner.threads or (share if config.max_staleness else machine.cores())
-            )
+            threads = learner.threads or (share if config.max_staleness else machine.cores())
+            environment = machine.learner_environment(threads)
             reserved = learner.cpus, learner.gpus * cuda, environment
             remotes.append(_Remote("learner", *reserved, "rlora.learner:Learner", config, task.base, run))
         building = {remote.built: remote for remote in remotes}

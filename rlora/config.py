@@ -47,7 +47,7 @@ class EngineConfig:
     gpus: Annotated[float, Field(ge=0)] = 0.5
     """Ray GPUs that a replica reserves for each of its `tensor_parallel_size`, where the cluster has GPUs."""
     threads: Annotated[int, Field(ge=0)] = 0
-    """CPU threads of a replica; 0 shares the cores out over the replicas."""
+    """CPU threads of a replica; 0 shares the cores out over all that compute at once."""
     kv_cache_gib: Count = 2
     """Memory for keys and values of a replica on CPU, in GiB."""
     max_num_seqs: Count = 128
@@ -87,7 +87,7 @@ class LearnerConfig:
     gpus: Annotated[float, Field(ge=0)] = 0.5
     """Ray GPUs that the learner reserves, where the cluster has GPUs."""
     threads: Annotated[int, Field(ge=0)] = 0
-    """CPU threads of the learner; 0 takes all cores."""
+    """CPU threads of the learner; 0 takes all cores, or its share where `max_staleness` lets engines run beside it."""
 
 
 @dataclass(frozen=True)

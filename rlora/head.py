@@ -22,8 +22,9 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> Tensor:
         logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
         slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for at in torch.arange(len(hidden), device=hidden.device).split(max(1, _LOGITS // len(weight))):
-            part = slice(int(at[0]), int(at[-1]) + 1)
+        chunk = max(1, _LOGITS // len(weight))
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
             logits = linear(hidden[part], weight, bias)
             target = targets[part, None]
             spread = (logits if temperature == 1 else logits.float() / temperature).log_softmax(1, dtype=torch.float32)

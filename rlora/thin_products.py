@@ -27,19 +27,19 @@ class ThinProducts(PunicaWrapperCPU):
     """
 
     def update_metadata(self, *arguments: Any, **options: Any) -> None:
-        """Called where the batch changes."""
+        """Called where the batch changes: which adapters are in it, and the mask (tokens, 1) of each one's rows."""
         super().update_metadata(*arguments, **options)
-        slots = self.token_lora_indices.unique().tolist()
-        self.slots = [slot for slot in slots if slot >= 0]
-        self.mixed = len(slots) > 1
+        slots = self.token_lora_indices
+        present = slots.unique().tolist()
+        # the mask is None where all rows are one adapter's
+        self.rows = {slot: (slots == slot)[:, None] if len(present) > 1 else None for slot in present if slot >= 0}
 
     def add_lora_linear(
         self, y: Tensor, x: Tensor, lora_a_stacked: tuple[Tensor, ...], lora_b_stacked: tuple[Tensor, ...],
         scale: float, output_slices: tuple[int, ...], **_: Any,
     ) -> None:  # fmt: skip
         """y (tokens, d_out) in place; x (tokens, d_in); of each slice, A (slots, 1, r, d_in) and B (slots, 1, d, r)."""
-        for slot in self.slots:
-            mask = (self.token_lora_indices == slot)[:, None] if self.mixed else None
+        for slot, mask in self.rows.items():
             start = 0
             for a, b, width in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
                 h = x @ a[slot, 0].mT  # (tokens, r)

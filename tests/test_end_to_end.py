@@ -177,13 +177,7 @@ def test_a_bare_checkout_runs_as_a_ray_job_with_two_replicas(tmp_path: Path) -> 
             assert time.monotonic() < deadline
             time.sleep(0.5)
         done = subprocess.run(
-            submit,
-            cwd=checkout,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=600,
+            submit, cwd=checkout, env=environment, capture_output=True, text=True, check=False, timeout=600
         )
     finally:
         cluster.terminate()
