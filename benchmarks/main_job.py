@@ -64,7 +64,7 @@ def _plot(curves: list[list[float]], path: Path) -> None:
     for seed, rewards in enumerate(curves):
         axes.plot(range(len(rewards)), rewards, label=f"seed {seed}")
     axes.set(xlabel="step", ylabel="mean reward of 128 completions", ylim=(0, 1.02))
-    axes.set_title("SmolLM2-135M, rank 1: “What is a + b?”, a and b from 1 to 20")
+    axes.set_title("SmolLM2-135M, rank 1: “What is a + b?”, a and b from 1 to 11")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=130)

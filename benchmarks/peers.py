@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/peers.py            up to 30 steps a side, an hour or more
     .venv/bin/python benchmarks/peers.py --quick    one step a side; no time to reward
 
-Both sides train launch/arithmetic.toml: the same base in bf16, the same prompts in the same order, the same groups,
+Both sides train benchmarks/peers.toml: the same base in bf16, the same prompts in the same order, the same groups,
 reward, rank-1 adapter over every linear layer (fp32 masters), loss, Adam and a constant learning rate, on all cores.
 Start-up (imports, loading the model, Ray, vLLM) counts on neither side. The last line printed is one JSON object. In
 it, `step_ratio` is TRL's seconds a step over rlora's, over the same first steps; `time_to_reward_ratio` compares the
@@ -40,7 +40,7 @@ from rlora.rollout import prompts_of_step
 from rlora.task import load_task
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIG = ROOT / "launch" / "arithmetic.toml"
+CONFIG = Path(__file__).with_suffix(".toml")
 TRL = ROOT / ".venv-trl"
 STEPS = 30  # at most, on each side
 COMPARED = 3  # first steps, for the seconds a step
@@ -125,7 +125,7 @@ def train_rlora(steps: int, scratch: Path) -> Side:
     """rlora's figures, of the command that a user runs."""
     directory = scratch / "rlora"
     options = ["--steps", str(steps), "--run-dir", directory, "--evaluate.prompts", "0"]
-    run([sys.executable, "-m", "rlora", "train", CONFIG, *options, "--learner.lr-schedule", "constant"])
+    run([sys.executable, "-m", "rlora", "train", CONFIG, *options])
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     seconds, rewards, lengths = (
         [row[name] for row in rows] for name in ("time/step", "reward/mean", "completion/length")
