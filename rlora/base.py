@@ -62,6 +62,11 @@ def context_length(path: str) -> int | None:
     return length
 
 
+def has_experts(path: str) -> bool:
+    """Whether it is a mixture of experts."""
+    return bool(getattr(AutoConfig.from_pretrained(path).get_text_config(), "num_experts_per_tok", 0))
+
+
 def stop_token_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Every token that ends a completion: the generation config may name more than the tokenizer."""
     try:

@@ -22,6 +22,7 @@ class Microbatch:
     input_ids: Tensor  # (N,) int64
     position_ids: Tensor  # (N,) int64, of each token in its own prompt + completion
     tree: Tree
+    adapters: int | Tensor  # of all tokens, or of each: (N,) int64
     predictors: Tensor  # (C,) int64, the place in the row of the token before each completion token
     targets: Tensor  # (C,) int64, the completion tokens
     behaviour_logprobs: Tensor  # (C,) float32
@@ -38,24 +39,31 @@ class _Completion:
         return len(self.episode.completion_ids)
 
 
-_Branch = tuple[tuple[int, ...], list[_Completion]]  # a prompt's tokens and completions
+@dataclass(frozen=True)
+class _Branch:
+    prompt: tuple[int, ...]
+    adapter: int
+    completions: list[_Completion]
 
 
 def microbatches(
-    groups: Sequence[Group], max_tokens: int, dtype: torch.dtype, device: torch.device
-) -> Iterator[Microbatch]:
+    groups: Sequence[Group], max_tokens: int, dtype: torch.dtype, device: torch.device,
+    adapters: Sequence[int] | None = None,
+) -> Iterator[Microbatch]:  # fmt: skip
     """The episodes that carry a gradient, `max_tokens` tokens at a time (one episode at least).
 
     Groups whose rewards all agree have zero advantages, and the advantage is the only gradient here: they are left
     out. Groups go by the length of their longest completion, for attention pads those of a microbatch to one length.
-    `dtype` is that of the policy's activations.
+    `dtype` is that of the policy's activations; `adapters` those of the bank that each group is learned by, the first
+    where it is not given.
     """
-    informative = [group for group in groups if group.informative]
-    total = sum(map(_tokens, informative))
+    of_group = zip(groups, adapters or [0] * len(groups), strict=True)
+    informative = [(group, adapter) for group, adapter in of_group if group.informative]
+    total = sum(_tokens(group) for group, _ in informative)
     share = total / max(1, math.ceil(total / max_tokens))  # alike in size: a small rest would compute slowly
     branches: list[_Branch] = []
     tokens = 0
-    for group in sorted(informative, key=lambda group: max(len(episode.completion_ids) for episode in group.episodes)):
+    for group, adapter in sorted(informative, key=lambda each: _longest(each[0])):
         prompt, opened = group.prompt.token_ids, False
         for episode, advantage in zip(group.episodes, group_centred(torch.tensor(group.rewards)).tolist(), strict=True):
             if not episode.completion_ids:
@@ -65,12 +73,27 @@ def microbatches(
                 yield _pack(branches, dtype, device)
                 branches, tokens, opened = [], 0, False
             if not opened:
-                branches.append((prompt, []))
+                branches.append(_Branch(prompt, adapter, []))
                 tokens, opened = tokens + len(prompt), True
-            branches[-1][1].append(_Completion(episode, advantage))
+            branches[-1].completions.append(_Completion(episode, advantage))
             tokens += len(episode.completion_ids)
     if branches:
         yield _pack(branches, dtype, device)
+
+
+def shares(groups: Sequence[Group], ranks: int) -> list[list[Group]]:
+    """The groups dealt out to learners so that each has about as many tokens to compute."""
+    dealt: list[list[Group]] = [[] for _ in range(ranks)]
+    tokens = [0] * ranks
+    for group in sorted(groups, key=_tokens, reverse=True) if ranks > 1 else groups:
+        rank = tokens.index(min(tokens))
+        dealt[rank].append(group)
+        tokens[rank] += _tokens(group) if group.informative else 0
+    return dealt
+
+
+def _longest(group: Group) -> int:
+    return max(len(episode.completion_ids) for episode in group.episodes)
 
 
 def _tokens(group: Group) -> int:
@@ -80,29 +103,31 @@ def _tokens(group: Group) -> int:
 
 def _pack(branches: Sequence[_Branch], dtype: torch.dtype, device: torch.device) -> Microbatch:
     """One row: each prompt, followed by its completions."""
-    completions = [completion for _, of_prompt in branches for completion in of_prompt]
-    P, L = len(branches), max(len(prompt) for prompt, _ in branches)
-    G, T = max(len(of_prompt) for _, of_prompt in branches), max(completion.length for completion in completions) - 1
+    completions = [completion for branch in branches for completion in branch.completions]
+    P, L = len(branches), max(len(branch.prompt) for branch in branches)
+    G, T = max(len(branch.completions) for branch in branches), max(each.length for each in completions) - 1
     places = torch.arange(P * (L + G * T))
     place_of_prompt, place_of_completion = places[: P * L].view(P, L), places[P * L :].view(P, G, T)
     seen_PL = torch.zeros(P, L, dtype=torch.bool)
     ids: list[int] = []
     positions: list[int] = []
+    adapters: list[int] = []
     place_of_token: list[Tensor] = []
     predictors: list[int] = []
-    for p, (prompt, of_prompt) in enumerate(branches):
-        length = len(prompt)
+    for p, branch in enumerate(branches):
+        start, length = len(ids), len(branch.prompt)
         seen_PL[p, :length] = True
         place_of_token.append(place_of_prompt[p, :length])
-        ids += prompt
+        ids += branch.prompt
         positions += range(length)
         last = len(ids) - 1
-        for g, completion in enumerate(of_prompt):
+        for g, completion in enumerate(branch.completions):
             inputs = completion.episode.completion_ids[:-1]
             predictors += [last, *range(len(ids), len(ids) + len(inputs))]
             place_of_token.append(place_of_completion[p, g, : len(inputs)])
             ids += inputs
             positions += range(length, length + len(inputs))
+        adapters += [branch.adapter] * (len(ids) - start)
     may_look = torch.cat([seen_PL[:, None].expand(P, T, L), torch.ones(T, T).tril().bool().expand(P, T, T)], dim=-1)
     bias = torch.zeros(P, 1, 1, 1, T, L + T, dtype=dtype).masked_fill_(~may_look[:, None, None, None], -math.inf)
     causal = torch.full((L, L), -math.inf, dtype=dtype).triu(1)
@@ -116,6 +141,7 @@ def _pack(branches: Sequence[_Branch], dtype: torch.dtype, device: torch.device)
         input_ids=torch.tensor(ids).to(device),
         position_ids=torch.tensor(positions).to(device),
         tree=tree,
+        adapters=torch.tensor(adapters).to(device) if len(set(adapters)) > 1 else adapters[0],
         predictors=torch.tensor(predictors).to(device),
         targets=torch.tensor([t for c in completions for t in c.episode.completion_ids]).to(device),
         behaviour_logprobs=torch.tensor([x for c in completions for x in c.episode.behaviour_logprobs]).to(device),

@@ -14,6 +14,7 @@ from typing import Any
 
 import tomli_w
 
+from rlora import peft_format
 from rlora.config import Config
 from rlora.records import Adapter, RewardError, RloraError
 from rlora.task import Task
@@ -26,6 +27,9 @@ def create(run: Path, config: Config, task: Task, overwrite: bool = False) -> No
 
     `overwrite` removes what is there, if it is a run.
     """
+    start = config.learner.start_from
+    if overwrite and start and Path(start).resolve().is_relative_to(run.resolve()):
+        raise RloraError(f"learner.start_from = {start!r}: --overwrite would remove it; name another --run-dir")
     if overwrite and (run / "config.toml").exists():
         shutil.rmtree(run)
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
@@ -99,13 +103,13 @@ def last_version(run: Path) -> int | None:
     return max((int(path.name) for path in run.glob("adapters/[0-9]*")), default=None)
 
 
-def read_adapter(run: Path, version: int) -> Adapter:
-    """A saved version. Raises RloraError where it is not there."""
+def read_adapter(run: Path, version: int | None = None) -> Adapter:
+    """A saved version, the last one where none is named. Raises RloraError where it is not there."""
+    version = (last_version(run) or 0) if version is None else version
     path = adapter_path(run, version)
     if not path.is_dir():
         raise RloraError(f"{run}: it has no adapter of version {version}; the last one is {last_version(run)}")
-    config, weights = (path / name for name in ("adapter_config.json", "adapter_model.safetensors"))
-    return Adapter(run.name, version, config.read_bytes(), weights.read_bytes())
+    return Adapter(run.name, version, *peft_format.read(path))
 
 
 def write_adapter(adapter: Adapter, directory: Path) -> Path:

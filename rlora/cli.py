@@ -1,11 +1,11 @@
-"""The command line: rlora train | eval."""
+"""The command line: rlora train | eval | export."""
 
 import json
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import tyro
 
@@ -37,12 +37,28 @@ class Eval:
     run: tyro.conf.Positional[Path]
     """The run's directory."""
     version: int | None = None
-    """The adapter version; the last one by default, 0 is the base."""
+    """The adapter version; the last one by default, 0 is what the run started from."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write an adapter of a run in PEFT's format, or the whole model with the adapter merged into it."""
+
+    run: tyro.conf.Positional[Path]
+    """The run's directory."""
+    to: Path
+    """The directory to write; it must not be there yet."""
+    version: int | None = None
+    """The adapter version; the last one by default."""
+    merge: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Add the adapter into the base's weights and write them all."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of merged weights. bfloat16 loses part of a small update, and says how much."""
 
 
 def main() -> None:
     """Run the command in sys.argv; exits with 0, 1 (an error that its message explains), 2 (usage) or 130 (Ctrl-C)."""
-    commands = {"train": _train, "eval": _eval}
+    commands = {"train": _train, "eval": _eval, "export": _export}
     command, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
     if command not in commands:
         print(f"usage: rlora {{{','.join(commands)}}} ...\n`rlora train --help` documents every field", file=sys.stderr)
@@ -62,7 +78,8 @@ def _train(arguments: list[str]) -> None:
     from rlora import checkpoint
     from rlora.task import load_task
 
-    task = load_task(given.config)
+    config = given.config
+    task = load_task(config)
     from rlora.train import train
 
     if given.resume:
@@ -70,6 +87,9 @@ def _train(arguments: list[str]) -> None:
         if (checkpoint.last_version(run) or 0) >= given.config.steps:
             raise RloraError(f"steps = {given.config.steps}: {run} has them all; give more by --steps")
         checkpoint.write_config(run, given.config)
+        if config.learner.start_from:  # it may be gone by now; the run has its own copy
+            own = str(checkpoint.adapter_path(run, 0))
+            config = replace(config, learner=replace(config.learner, start_from=own))
     else:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         run = given.run_dir or Path("runs") / f"{given.config.env.rpartition(':')[2].lower()}-{stamp}"
@@ -78,7 +98,7 @@ def _train(arguments: list[str]) -> None:
         print(f"{task.dropped} prompts are longer than sampling.max_prompt_tokens and left out")
     print(f"run: {run}")
     try:
-        train(given.config, task, run)
+        train(config, task, run)
     except BaseException:
         if (version := checkpoint.last_version(run)) is not None:
             print(f"The last whole adapter is {checkpoint.adapter_path(run, version)}; "
@@ -169,13 +189,42 @@ def _eval(arguments: list[str]) -> None:
     from rlora.evaluate import evaluate
     from rlora.task import load_task
 
-    version = given.version if given.version is not None else checkpoint.last_version(given.run) or 0
-    adapter = checkpoint.read_adapter(given.run, version)
+    adapter = checkpoint.read_adapter(given.run, given.version)
     task = load_task(config)
     if not task.held_out:
         raise RloraError(f"env = {config.env!r}: it has no held-out prompts, or evaluate.prompts is 0")
     with cluster.start(config, task, given.run.name, learn=False) as (_, engines):
         swap(engines, adapter)
-        result = evaluate(config, task, engines, version)
-    print(f"version {version}: greedy held-out accuracy {result.accuracy:.3f}, mean reward {result.reward:.3f}, "
-          f"{len(task.held_out)} prompts")  # fmt: skip
+        result = evaluate(config, task, engines, adapter.version)
+    print(
+        f"version {adapter.version}: greedy held-out accuracy {result.accuracy:.3f}, "
+        f"mean reward {result.reward:.3f}, {len(task.held_out)} prompts"
+    )
+
+
+def _export(arguments: list[str]) -> None:
+    given = tyro.cli(Export, args=arguments, prog="rlora export")
+    config = read(given.run / "config.toml")
+    from rlora import checkpoint
+
+    adapter = checkpoint.read_adapter(given.run, given.version)
+    if given.to.exists():
+        raise RloraError(f"--to {given.to}: it is there already; name another directory")
+    if not given.merge:
+        print(f"version {adapter.version}: {checkpoint.write_adapter(adapter, given.to)}")
+        return
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from rlora import machine
+    from rlora.base import load_tokenizer, locate
+    from rlora.merge import merge
+
+    where = locate(config.model)
+    base = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32)
+    off = merge(base, adapter, machine.DTYPES[given.dtype])
+    base.save_pretrained(given.to)
+    load_tokenizer(where).save_pretrained(given.to)
+    print(
+        f"version {adapter.version} merged in {given.dtype}: {given.to}; its update is {off:.2%} off the adapter's own"
+    )

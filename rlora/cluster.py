@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -34,6 +35,12 @@ class _Actor:
         """The node and the process this is."""
         return ray.get_runtime_context().get_node_id(), os.getpid()
 
+    def address(self) -> str:
+        """A free port of this node, as host:port."""
+        with socket.socket() as free:
+            free.bind(("", 0))
+            return f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
+
     def call(self, method: str, *arguments: Any) -> Any:
         return getattr(self.object, method)(*arguments)
 
@@ -60,13 +67,39 @@ class _Remote:
             raise RloraError(f"the process of the {self.role} died: {error}") from error
 
 
+class _Ranks:
+    """Learners that share each update, seen as one: the first answers, and what changes them is called on all."""
+
+    def __init__(self, remotes: list[_Remote]) -> None:
+        self.remotes = remotes
+        if len(remotes) > 1:
+            address = ray.get(remotes[0].actor.address.remote())
+            self.on_all("join", [(address, rank, len(remotes)) for rank, _ in enumerate(remotes)])
+
+    def __getattr__(self, method: str) -> Any:
+        if method in ("update", "resume"):
+            return lambda *arguments: self.on_all(method, [tuple(map(ray.put, arguments))] * len(self.remotes))
+        return getattr(self.remotes[0], method)
+
+    def on_all(self, method: str, arguments: list[tuple[Any, ...]]) -> Any:
+        """The first one's result. An error of any is raised at once: the others would wait for it for ever."""
+        calls = {
+            remote.actor.call.remote(method, *own): remote for remote, own in zip(self.remotes, arguments, strict=True)
+        }
+        results = {}
+        while waiting := [call for call in calls if call not in results]:
+            for call in ray.wait(waiting)[0]:
+                results[call] = calls[call].wait(call)
+        return results[next(iter(calls))]
+
+
 @contextmanager
 def start(
     config: Config, task: Task, run: str, version: int = 0, learn: bool = True
 ) -> Iterator[tuple[Learner, list[Engine]]]:
     """The learner of `run` (none, unless `learn`) and `engine.replicas` engines, placed by Ray.
 
-    `version` is the first one that will be served.
+    `learner.replicas` learners are seen as one. `version` is the first one that will be served.
 
     Joins the Ray cluster of this job or machine, or starts one that ends with it. On leaving, however that comes
     about, every process is gone and so are its files in RAM.
@@ -91,10 +124,17 @@ def start(
             remotes.append(_Remote(f"engine {replica}", *reserved, "rlora.engine:Engine", *made_of))
         if learn:
             learner = config.learner
-            threads = learner.threads or (share if config.max_staleness else machine.cores())
-            environment = machine.learner_environment(threads)
+            if cuda and learner.replicas > 1 and learner.gpus <= 0.5:
+                raise RloraError(
+                    f"learner.gpus = {learner.gpus}: {learner.replicas} learners might share a GPU, and NCCL needs one "
+                    "for each; set learner.gpus to 1"
+                )
+            cores = share if config.max_staleness else machine.cores()
+            environment = machine.learner_environment(learner.threads or max(1, cores // learner.replicas))
             reserved = learner.cpus, learner.gpus * cuda, environment
-            remotes.append(_Remote("learner", *reserved, "rlora.learner:Learner", config, task.base, run))
+            for rank in range(learner.replicas):
+                role = f"learner {rank}" if learner.replicas > 1 else "learner"
+                remotes.append(_Remote(role, *reserved, "rlora.learner:Learner", config, task.base, run))
         building = {remote.built: remote for remote in remotes}
         while building:
             built, _ = ray.wait(list(building), timeout=_PATIENCE)
@@ -103,7 +143,8 @@ def start(
             if not built:
                 waiting = ", ".join(remote.role for remote in building.values())
                 print(f"still starting: {waiting}; Ray has {ray.available_resources()} free for them", flush=True)
-        yield cast(Learner, remotes[-1]), cast(list[Engine], remotes[: settings.replicas])
+        engines, learners = remotes[: settings.replicas], remotes[settings.replicas :]
+        yield cast(Learner, _Ranks(learners)), cast(list[Engine], engines)
     finally:
         # a second Ctrl-C must not stop the clean-up half way
         before = {number: _on_signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}

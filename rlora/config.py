@@ -63,9 +63,19 @@ class LearnerConfig:
     __pydantic_config__ = _STRICT
 
     rank: Annotated[int, Field(ge=1, le=8)] = 1
-    """Rank r of the adapter, 1 to 8: W' = W + (alpha / r) B A over every linear layer."""
+    """Rank r of the adapter, 1 to 8: W' = W + (alpha / r) B A. Experts share it, each has at least 1."""
     alpha: Positive = 32.0
     """Scale of the adapter; with alpha / r the best learning rate hardly depends on the rank."""
+    targets: Literal["all", "attention", "mlp"] = "all"
+    """Which weight matrices it is over; `all` is attention, MLP and experts. Attention alone learns clearly worse."""
+    head: bool = False
+    """Whether it is over the output head too, where that is not tied to the embeddings."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r) in place of alpha / r."""
+    init: Literal["uniform", "orthonormal"] = "uniform"
+    """How A starts: uniform within 1 / sqrt(d_in), or with orthonormal rows. B starts at 0."""
+    start_from: str = ""
+    """The directory of an adapter in PEFT's format to start from; by default a fresh one, whose policy is the base."""
     lr: Positive = 1e-4
     """Learning rate of Adam."""
     lr_schedule: Literal["constant", "linear"] = "constant"
@@ -80,14 +90,18 @@ class LearnerConfig:
     """Cap of the importance ratio p_learner / p_behaviour of a token."""
     microbatch_tokens: Count = 2048
     """Tokens in one forward pass, each prompt's once; lower it where memory is short."""
+    checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, up to half more time."""
     max_bad_updates: Count = 3
     """Updates in a row that may be skipped for a non-finite loss or gradient before the run stops."""
+    replicas: Count = 1
+    """How many learners share each update (data-parallel); Ray places each by its resources."""
     cpus: Annotated[float, Field(ge=0)] = 0.5
-    """Ray CPUs that the learner reserves."""
+    """Ray CPUs that a learner reserves."""
     gpus: Annotated[float, Field(ge=0)] = 0.5
-    """Ray GPUs that the learner reserves, where the cluster has GPUs."""
+    """Ray GPUs that a learner reserves, where the cluster has GPUs."""
     threads: Annotated[int, Field(ge=0)] = 0
-    """CPU threads of the learner; 0 takes all cores, or its share where `max_staleness` lets engines run beside it."""
+    """CPU threads of a learner; 0 takes all cores, or its share where `max_staleness` lets engines run beside it."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
 from rlora import machine, thin_products
+from rlora.base import has_experts
 from rlora.checkpoint import write_adapter
 from rlora.config import Config
 from rlora.records import Adapter, Episode, Group, Prompt, RloraError, Sampling
@@ -33,8 +34,15 @@ class Engine:
         self.requests: dict[int, LoRARequest] = {}  # by version
         self._engine_ids = itertools.count(1)  # never reused: vLLM's prefix cache and slots go by name and id
         self._request_ids = itertools.count()
+        self.experts = has_experts(base)
+        ranks_are_1 = config.learner.rank == 1 and not config.learner.start_from  # which may have a rank pattern
         options: dict[str, Any] = {}
         if machine.device().type == "cpu":
+            if self.experts:
+                raise RloraError(
+                    f"model = {config.model!r}: a mixture of experts can't be served with any adapter by vLLM's CPU "
+                    "build, whose only backend for its experts has none; use a dense model here, or a GPU"
+                )
             thin_products.install()
             options["block_size"] = 32  # its smallest; with 128 the completions of a short prompt share nothing
         if settings.tensor_parallel_size == 1:
@@ -47,7 +55,8 @@ class Engine:
                 max_num_seqs=settings.max_num_seqs,
                 seed=seed_of(config.seed, replica, version),
                 enable_lora=True,
-                max_lora_rank=1 if config.learner.rank == 1 else 8,  # vLLM's buckets: rank 1, and 2..8 in one of 8
+                max_lora_rank=1 if ranks_are_1 else 8,  # vLLM's buckets: rank 1, and 2..8 in one of 8
+                enable_mixed_moe_lora_format=self.experts,  # PEFT's: experts fused, as transformers has them
                 max_loras=config.max_staleness + 2,  # those that may be asked for, and the next one as it is delivered
                 logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
                 generation_config="vllm",  # the model's own sampling defaults stay out
@@ -65,8 +74,12 @@ class Engine:
         if held and held.lora_name == adapter.name:
             return
         path = write_adapter(adapter, self.directory / adapter.name)
-        request = LoRARequest(adapter.name, next(self._engine_ids), str(path))
-        if not self.llm.add_lora(request):
+        request = LoRARequest(adapter.name, next(self._engine_ids), str(path), is_3d_lora_weight=self.experts)
+        try:
+            loaded = self.llm.add_lora(request)
+        except ValueError as error:
+            raise RloraError(f"adapter {adapter.name}: vLLM can't serve it: {error}") from error
+        if not loaded:
             raise RloraError(f"adapter {adapter.name}: vLLM did not load it")
         if held:
             self.retire(adapter.version)  # the same version of an earlier life

@@ -5,6 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+
+from rlora.lora import low_rank
 
 _LOGITS = 3 * 2**21  # held at a time: few enough that malloc reuses their memory (below 32 MiB in fp32)
 
@@ -52,3 +55,24 @@ def token_logprobs(
     head is frozen. Logits are rounded to the head's dtype, as the engine does, and go on in fp32.
     """
     return _TokenLogprobs.apply(hidden, weight, bias, targets, temperature)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def adapted_token_logprobs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: tuple[Tensor, Tensor, Tensor | None],
+    targets: Tensor, temperature: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """The same with an adapter over the head: A (R, d), B (V, R) and the mask of each token (C, R), or None.
+
+    Gradients reach A and B too, each a sum over tokens, so the logits of a chunk are computed again in the backward
+    pass.
+    """
+    a, b, mask = adapter
+
+    def part(hidden: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
+        logits = low_rank(hidden, weight, bias, a, b, mask).float() / temperature
+        return logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
+
+    chunk = max(1, _LOGITS // len(weight))
+    masks = [None] * -(-len(hidden) // chunk) if mask is None else mask.split(chunk)
+    parts = zip(hidden.split(chunk), targets.split(chunk), masks, strict=True)
+    return torch.cat([checkpoint(part, *each, use_reentrant=False) for each in parts])

@@ -1,17 +1,21 @@
 """The learner: owns the adapter's fp32 masters and Adam; groups in, the next adapter version out."""
 
-import json
 import math
 import time
 from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
 
 import safetensors.torch
 import torch
+import torch.distributed
+from torch import Tensor
 
-from rlora import machine
+from rlora import machine, peft_format
 from rlora.base import load_base
-from rlora.batch import microbatches
-from rlora.config import Config
+from rlora.batch import microbatches, shares
+from rlora.config import Config, LearnerConfig
+from rlora.lora import Spec
 from rlora.loss import kl_k3, truncated_importance_loss
 from rlora.policy import Policy
 from rlora.records import Adapter, Group, RloraError, UpdateStats
@@ -24,27 +28,44 @@ class Learner:
         self.config, self.base, self.run = config, base, run
         self.device = machine.device()
         model = load_base(base, machine.DTYPES[config.dtype])
-        self.policy = Policy(model, config.learner.rank, config.learner.alpha, config.seed)
+        spec, start = first_adapter(config.learner)
+        self.policy = Policy(model, [spec], config.seed, config.learner.checkpointing)
+        if start is not None:
+            peft_format.fill(self.policy.bank, 0, start)
         self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
         learner = config.learner
         self.optimizer = torch.optim.Adam(self.parameters, lr=learner.lr, betas=learner.betas, eps=learner.eps)
+        self.rank, self.ranks = 0, 1
         self.version = 0
         self.skipped_in_a_row = 0  # updates whose loss or gradient was not finite
+
+    def join(self, address: str, rank: int, ranks: int) -> None:
+        """Become one of `ranks` learners that share each update; the first listens at `address` (host:port)."""
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        try:
+            torch.distributed.init_process_group(
+                backend, f"tcp://{address}", rank=rank, world_size=ranks, timeout=timedelta(minutes=2)
+            )
+            torch.distributed.all_reduce(torch.zeros(1, device=self.device))  # NCCL connects at its first use
+        except RuntimeError as error:
+            raise RloraError(f"learner {rank} of {ranks} could not meet the others at {address}: {error}") from error
+        self.rank, self.ranks = rank, ranks
 
     def update(self, groups: Sequence[Group]) -> tuple[Adapter, UpdateStats]:
         """One step: the loss of `groups`, one Adam step on the adapter, and version + 1.
 
         Token losses are summed and divided once by the number of all completion tokens, those of groups without
         signal included. A non-finite loss or gradient leaves adapter and optimizer as they were; the version goes up
-        all the same.
+        all the same. Where several learners share the update, each is given all groups and computes its part; the
+        gradients are added up, and all take the same step.
         """
         start = time.perf_counter()
         settings = self.config.learner
         total_tokens = sum(len(episode.completion_ids) for group in groups for episode in group.episodes)
-        loss_sum = kl_sum = truncated = torch.zeros((), device=self.device)
-        tokens = 0
+        sums = torch.zeros(4, device=self.device)  # of this rank: loss, KL, truncated ratios, tokens
         self.optimizer.zero_grad()
-        for batch in microbatches(groups, settings.microbatch_tokens, self.policy.base.dtype, self.device):
+        mine = shares(groups, self.ranks)[self.rank]
+        for batch in microbatches(mine, settings.microbatch_tokens, self.policy.base.dtype, self.device):
             logprobs = self.policy.logprobs(batch, self.config.sampling.temperature)
             losses = truncated_importance_loss(
                 logprobs, batch.behaviour_logprobs, batch.advantages, settings.importance_cap
@@ -52,14 +73,14 @@ class Learner:
             loss = losses.sum() / total_tokens
             loss.backward()
             with torch.no_grad():
-                loss_sum = loss_sum + loss
-                kl_sum = kl_sum + kl_k3(logprobs, batch.behaviour_logprobs).sum()
-                truncated = truncated + (logprobs - batch.behaviour_logprobs > math.log(settings.importance_cap)).sum()
-            tokens += len(logprobs)
+                kl = kl_k3(logprobs, batch.behaviour_logprobs).sum()
+                truncated = (logprobs - batch.behaviour_logprobs > math.log(settings.importance_cap)).sum()
+                sums += torch.stack([loss, kl, truncated, torch.full_like(loss, len(logprobs))])
+        loss_sum, kl_sum, truncated_sum, tokens = self._over_ranks(sums).tolist()
         grad_norm = (
             torch.nn.utils.clip_grad_norm_(self.parameters, settings.max_grad_norm) if tokens else torch.zeros(())
         )
-        finite = bool(torch.isfinite(loss_sum) and torch.isfinite(grad_norm))
+        finite = math.isfinite(loss_sum) and bool(torch.isfinite(grad_norm))
         lr = scheduled_lr(self.config, self.version)
         if tokens and finite:
             for parameters in self.optimizer.param_groups:
@@ -68,36 +89,35 @@ class Learner:
         self.version += 1
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         stats = UpdateStats(
-            loss=float(loss_sum),
+            loss=loss_sum,
             grad_norm=float(grad_norm),
             lr=lr,
-            kl_behaviour=float(kl_sum) / tokens if tokens else None,
-            ratio_truncated=float(truncated) / tokens if tokens else None,
-            tokens=tokens,
+            kl_behaviour=kl_sum / tokens if tokens else None,
+            ratio_truncated=truncated_sum / tokens if tokens else None,
+            tokens=int(tokens),
             seconds=time.perf_counter() - start,
             skipped_in_a_row=self.skipped_in_a_row,
         )
         return self.adapter(), stats
 
+    def _over_ranks(self, sums: Tensor) -> Tensor:
+        """Add up `sums` and the gradients over all ranks, in one message."""
+        if self.ranks == 1:
+            return sums
+        gradients = [
+            torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in self.parameters
+        ]
+        flat = torch.cat([sums, *(gradient.flatten() for gradient in gradients)])
+        torch.distributed.all_reduce(flat)
+        sums, *parts = flat.split([len(sums), *(gradient.numel() for gradient in gradients)])
+        for parameter, part in zip(self.parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+        return sums
+
     def adapter(self) -> Adapter:
         """The current version, in PEFT's format."""
-        tensors = {}
-        for name, layer in self.policy.layers.items():
-            for matrix in ("lora_A", "lora_B"):
-                tensors[f"base_model.model.{name}.{matrix}.weight"] = getattr(layer, matrix).detach().cpu().contiguous()
-        config = {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": self.base,
-            "r": self.config.learner.rank,
-            "lora_alpha": self.config.learner.alpha,
-            "lora_dropout": 0.0,
-            "bias": "none",
-            "target_modules": sorted({name.rpartition(".")[2] for name in self.policy.layers}),
-            "inference_mode": True,
-        }
-        weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
-        return Adapter(self.run, self.version, json.dumps(config, indent=2).encode(), weights)
+        config, weights = peft_format.encode(self.policy.bank, 0, self.base)
+        return Adapter(self.run, self.version, config, weights)
 
     def state(self) -> bytes:
         """All that `resume` needs: the version, the masters and Adam's moments, in safetensors format."""
@@ -121,6 +141,30 @@ class Learner:
                     self.optimizer.state[parameter][name] = moment if name == "step" else moment.to(self.device)
         self.version = int(tensors["version"])
         return self.adapter()
+
+
+def first_adapter(learner: LearnerConfig) -> tuple[Spec, dict[str, Tensor] | None]:
+    """What a run starts with: the adapter the config asks for, and its tensors where it was saved before.
+
+    Raises RloraError where `start_from` can't be read, or is of another rank or scale than the config says.
+    """
+    spec = Spec(learner.rank, learner.alpha, learner.rslora, learner.init, learner.targets, learner.head)
+    if not learner.start_from:
+        return spec, None
+    for name in ("targets", "head", "init"):
+        if getattr(learner, name) != getattr(LearnerConfig(), name):
+            raise RloraError(
+                f"learner.{name} = {getattr(learner, name)!r}: learner.start_from brings its own; leave it out"
+            )
+    saved, tensors = peft_format.decode(*peft_format.read(Path(learner.start_from)))
+    for field in ("rank", "alpha", "rslora"):
+        ours, its = getattr(spec, field), getattr(saved, field)
+        if ours != its:
+            raise RloraError(
+                f"learner.start_from = {learner.start_from!r}: its {field} is {its}, learner.{field} is {ours}; "
+                f"set learner.{field} to {its}"
+            )
+    return saved, tensors
 
 
 def scheduled_lr(config: Config, step: int) -> float:

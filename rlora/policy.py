@@ -1,26 +1,28 @@
 """Policy = base + adapter -> token logprobs; with the adapter off it is the reference policy."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from rlora import attention
 from rlora.batch import Microbatch
-from rlora.head import token_logprobs
-from rlora.lora import add_lora
+from rlora.head import adapted_token_logprobs, token_logprobs
+from rlora.lora import Bank, Route, Spec
 from rlora.records import RloraError
 
 
 class Policy(nn.Module):
-    """A frozen base with a rank-`rank` adapter over every linear layer except the output head.
+    """A frozen base with a bank of adapters over its weight matrices.
 
-    Raises RloraError where the base's logits are not its output head of its last hidden states.
+    With `checkpointing`, the backward pass computes each layer's activations again instead of keeping them. Raises
+    RloraError where the base's logits are not its output head of its last hidden states.
     """
 
-    def __init__(self, base: PreTrainedModel, rank: int, alpha: float, seed: int) -> None:
+    def __init__(self, base: PreTrainedModel, adapters: Sequence[Spec], seed: int, checkpointing: bool = False) -> None:
         super().__init__()
         self.base = base.eval()  # no dropout: the learner's policy has to be the engine's
         base.set_attn_implementation(attention.NAME)
@@ -30,26 +32,46 @@ class Policy(nn.Module):
             if self.head is None or not base(probe).logits.equal(self.head(self.body(probe).last_hidden_state)):
                 raise RloraError(f"model: {type(base).__name__} does more with its logits than its output head; "
                                  "such models can't be trained yet, use another one")  # fmt: skip
-        self.layers = add_lora(base, rank, alpha, seed)  # by module name
+        self.bank = Bank(base, adapters, seed)
+        if checkpointing:
+            if not hasattr(self.body, "layers"):
+                raise RloraError(
+                    f"learner.checkpointing = true: {type(base).__name__} has no list of layers; leave it off"
+                )
+            for layer in cast(nn.ModuleList, self.body.layers):
+                layer.forward = self._computed_again(layer.forward)
+        self.head_factors = next((f for matrix, f in self.bank.factors.items() if matrix.kind == "head"), None)
 
-    @contextmanager
-    def adapter_off(self) -> Iterator[None]:
-        """Within it, the policy is the base."""
-        for layer in self.layers.values():
-            layer.enabled = False
-        try:
-            yield
-        finally:
-            for layer in self.layers.values():
-                layer.enabled = True
+    def _computed_again(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A layer's forward pass that keeps its inputs alone; transformers' own is off outside of training mode."""
+
+        def checkpointed(*arguments: Any, **options: Any) -> Any:
+            route = self.bank.routing.route
+
+            def again(*arguments: Any, **options: Any) -> Any:
+                with self.bank.serving(route):  # in the backward pass the bank may follow another
+                    return forward(*arguments, **options)
+
+            return checkpoint(again, *arguments, use_reentrant=False, **options)
+
+        return checkpointed
 
     def logprobs(self, batch: Microbatch, temperature: float = 1.0) -> Tensor:
         """Natural log of each completion token's probability at the temperature the engine samples with: (C,) fp32.
 
         The whole row runs once through the base: a prompt is computed once for all its completions, whose gradients
-        meet in it, and there are no pads.
+        meet in it, and there are no pads. Each token meets the adapter that `batch` gives it: with `lora.OFF` these are
+        the reference policy's.
         """
-        hidden: Tensor = self.body(
-            input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False, tree=batch.tree
-        ).last_hidden_state[0]  # (N, hidden size)
-        return token_logprobs(hidden[batch.predictors], self.head.weight, self.head.bias, batch.targets, temperature)
+        with self.bank.serving(Route(batch.adapters)):
+            hidden: Tensor = self.body(
+                input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False, tree=batch.tree
+            ).last_hidden_state[0]  # (N, hidden size)
+        hidden, head = hidden[batch.predictors], (self.head.weight, self.head.bias)  # (C, hidden size)
+        if self.head_factors is None:
+            return token_logprobs(hidden, *head, batch.targets, temperature)
+        whose = batch.adapters if isinstance(batch.adapters, int) else batch.adapters[batch.predictors]
+        stacked = self.head_factors.stacked(Route(whose), hidden.dtype)
+        if stacked is None:  # none of this batch's adapters is over the head
+            return token_logprobs(hidden, *head, batch.targets, temperature)
+        return adapted_token_logprobs(hidden, *head, stacked, batch.targets, temperature)

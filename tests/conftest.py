@@ -8,7 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reached a hub would 
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from rlora.base import DEMO, locate
 from rlora.config import Config, validate
@@ -36,6 +36,32 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("tiny")
     LlamaForCausalLM(config).save_pretrained(path)
     return str(path)
+
+
+_SMALL = {
+    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 64, "pad_token_id": None, "bos_token_id": 0,
+    "eos_token_id": 1, "initializer_range": 0.2,
+}  # fmt: skip
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+TINY_CONFIGS: dict[str, dict[str, object]] = {
+    "llama": _SMALL,
+    "qwen2": _SMALL,
+    "qwen3": _SMALL,
+    "gemma": _SMALL,
+    "mistral": _SMALL,
+    "phi3": _SMALL,
+    "mixtral": _SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": _SMALL | _EXPERTS | {"shared_expert_intermediate_size": 32},
+    "qwen3_moe": _SMALL | _EXPERTS,
+}  # by transformers' model type
+
+
+def tiny_model(name: str) -> PreTrainedModel:
+    """A two-layer model of a class, in fp32; the same random weights each time."""
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **TINY_CONFIGS[name]))
+    return model.eval()
 
 
 @pytest.fixture

@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import NEEDS_SHARED, ROOT, SHARED
+from transformers import AutoConfig
 
 pytestmark = pytest.mark.vllm
 TOML = "launch/arithmetic.toml"
@@ -83,14 +85,26 @@ def test_a_short_run_raises_the_reward_and_can_be_resumed_and_evaluated(tmp_path
     assert resumed.returncode == 0, resumed.stderr
     assert [line["step"] for line in metrics(run)] == [0, 1, 2, 3, 4]
 
+    merged = rlora("export", str(run), "--to", str(tmp_path / "merged"), "--merge")
+    assert merged.returncode == 0, merged.stderr
+    assert "version 5 merged in bfloat16" in merged.stdout
+    assert "loses part of it" in merged.stderr
+    assert AutoConfig.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16
+    assert rlora("export", str(run), "--to", str(tmp_path / "adapter"), "--version", "2").returncode == 0
+    exported = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert exported == (run / "adapters" / "2" / "adapter_model.safetensors").read_bytes()
+    again = rlora("export", str(run), "--to", str(tmp_path / "adapter"))
+    assert (again.returncode, "it is there already" in again.stderr) == (1, True)
 
-def test_two_replicas_on_stale_episodes_with_a_users_reward(tmp_path: Path) -> None:
-    """A reward in a file of the user's own, two engines, and sampling that overlaps the update."""
+
+def test_two_engines_and_two_learners_on_stale_episodes_with_a_users_reward(tmp_path: Path) -> None:
+    """A reward in a file of the user's own, two engines, an update that two learners share, sampling beside it."""
     (tmp_path / "brief.py").write_text("def brief(completion, answer):\n    return -float(len(completion))\n")
     run = tmp_path / "run"
     done = rlora(
         "train", TOML, "--reward", f"{tmp_path}/brief.py:brief", "--run-dir", str(run), "--steps", "3",
-        "--engine.replicas", "2", "--engine.kv-cache-gib", "1", "--max-staleness", "1", *SMALL,
+        "--engine.replicas", "2", "--engine.kv-cache-gib", "1", "--learner.replicas", "2", "--max-staleness", "1",
+        *SMALL,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     lines = metrics(run)

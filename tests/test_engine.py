@@ -16,6 +16,7 @@ from rlora.config import Config
 from rlora.delivery import swap
 from rlora.learner import Learner
 from rlora.machine import ram_directory
+from rlora.peft_format import fill
 from rlora.records import Adapter, Engine, Group, RloraError, Sampling
 from rlora.task import Task, load_task
 
@@ -55,10 +56,7 @@ def perturbed(adapter: Adapter, std: float = 2e-3) -> Adapter:
 def difference(setup: Setup, adapter: Adapter, groups: Sequence[Group]) -> float:
     """Mean absolute difference of the engine's logprobs and those of the learner's policy under `adapter`."""
     learner = Learner(setup.config, setup.task.base, "run")
-    tensors = safetensors.torch.load(adapter.weights)
-    for name, layer in learner.policy.layers.items():
-        layer.lora_A.data.copy_(tensors[f"base_model.model.{name}.lora_A.weight"])
-        layer.lora_B.data.copy_(tensors[f"base_model.model.{name}.lora_B.weight"])
+    fill(learner.policy.bank, 0, safetensors.torch.load(adapter.weights))
     marked = [group.with_rewards([float(i) for i, _ in enumerate(group.episodes)]) for group in groups]
     with torch.no_grad():
         differences = [

@@ -1,10 +1,12 @@
 import json
+import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.multiprocessing
 from conftest import episode, group
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -12,6 +14,8 @@ from transformers import AutoModelForCausalLM
 from rlora.checkpoint import write_adapter
 from rlora.config import Config
 from rlora.learner import Learner, refuse_to_go_on, scheduled_lr
+from rlora.lora import OFF, Route
+from rlora.peft_format import masters
 from rlora.records import Group, RloraError
 
 MakeConfig = Callable[..., Config]
@@ -62,11 +66,12 @@ def test_a_linear_schedule_falls_to_zero(config: MakeConfig) -> None:
 
 def test_an_update_takes_the_scheduled_learning_rate(tiny: str, config: MakeConfig, groups: list[Group]) -> None:
     learner = Learner(config(steps=2, learner={"lr": 0.08, "lr_schedule": "linear"}), tiny, "run")
-    before = learner.policy.layers["model.layers.0.mlp.up_proj"].lora_B.detach().clone()
+    up = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
+    before = masters(learner.policy.bank, 0)[up].detach().clone()
     moved = []
     for _ in range(2):
         _, stats = learner.update(groups)
-        after = learner.policy.layers["model.layers.0.mlp.up_proj"].lora_B.detach().clone()
+        after = masters(learner.policy.bank, 0)[up].detach().clone()
         moved.append(float((after - before).abs().median()))
         before = after
         assert stats.lr == scheduled_lr(learner.config, learner.version - 1)
@@ -90,6 +95,33 @@ def test_microbatches_do_not_change_the_update(tiny: str, config: MakeConfig, gr
         updates.append(learner.update(on_policy(learner, groups))[1])
     assert updates[0].loss == pytest.approx(updates[1].loss, rel=1e-4)
     assert updates[0].grad_norm == pytest.approx(updates[1].grad_norm, rel=1e-4)
+
+
+def _of_two(rank: int, address: str, config: Config, base: str, groups: list[Group], out: str) -> None:
+    """One of two learners, in a process of its own: what its update leaves."""
+    learner = Learner(config, base, "run")
+    learner.join(address, rank, 2)
+    adapter, stats = learner.update(groups)
+    gradient = torch.cat([parameter.grad.flatten() for parameter in learner.parameters if parameter.grad is not None])
+    torch.save((gradient, adapter, replace(stats, seconds=0)), f"{out}/{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_learners_take_the_step_of_one(tiny: str, config: MakeConfig, groups: list[Group], tmp_path: Path) -> None:
+    settings = config(learner={"rank": 2, "lr": 0.01})
+    alone = Learner(settings, tiny, "run")
+    _, stats = alone.update(groups)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    torch.multiprocessing.spawn(_of_two, (address, settings, tiny, groups, str(tmp_path)), nprocs=2)
+    results = [torch.load(tmp_path / str(rank), weights_only=False) for rank in range(2)]
+    assert results[0][1] == results[1][1]  # the same adapter, bit for bit
+    gradient, _, shared = results[0]
+    expected = torch.cat([parameter.grad.flatten() for parameter in alone.parameters if parameter.grad is not None])
+    assert (gradient.double() - expected.double()).norm() <= 1e-5 * expected.double().norm()
+    assert (shared.tokens, shared.kl_behaviour) == (stats.tokens, pytest.approx(stats.kl_behaviour, rel=1e-5))
+    assert shared.loss == pytest.approx(stats.loss, rel=1e-5)
 
 
 def test_groups_that_agree_cost_no_forward_pass(learner: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,9 +172,24 @@ def test_peft_loads_the_adapter_and_gives_the_same_logits(
     with torch.no_grad():
         ours = learner.policy.base(ids).logits
         torch.testing.assert_close(peft(ids).logits, ours, atol=1e-5, rtol=1e-5)
-        with learner.policy.adapter_off():
+        with learner.policy.bank.serving(Route(OFF)):
             assert not torch.allclose(learner.policy.base(ids).logits, ours, atol=1e-3)
     assert json.loads(adapter.config)["r"] == 2
+
+
+def test_a_run_may_start_from_a_saved_adapter(
+    tiny: str, config: MakeConfig, learner: Learner, groups: list[Group], tmp_path: Path
+) -> None:
+    trained, _ = learner.update(groups)
+    path = str(write_adapter(trained, tmp_path / "1"))
+    started = Learner(config(learner={"rank": 2, "start_from": path}), tiny, "other").adapter()
+    assert (started.version, started.weights) == (0, trained.weights)
+    with pytest.raises(RloraError, match=r"its rank is 2, learner\.rank is 1; set learner\.rank to 2"):
+        Learner(config(learner={"start_from": path}), tiny, "other")
+    with pytest.raises(RloraError, match=r"learner\.head = True: learner\.start_from brings its own"):
+        Learner(config(learner={"rank": 2, "head": True, "start_from": path}), tiny, "other")
+    with pytest.raises(RloraError, match="no adapter in PEFT's format is there"):
+        Learner(config(learner={"start_from": str(tmp_path)}), tiny, "other")
 
 
 def test_the_demo_adapter_has_the_known_size(demo: str, config: MakeConfig) -> None:

@@ -1,8 +1,18 @@
+from dataclasses import replace
+
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
 
 from rlora.batch import Microbatch, microbatches
+from rlora.lora import OFF, Route, Spec
 from rlora.policy import Policy
 from rlora.records import Group, RloraError
 
@@ -20,11 +30,16 @@ def naive_logprobs(policy: Policy, groups: list[Group], temperature: float) -> t
     return torch.cat(rows)
 
 
+def stir(policy: Policy) -> None:
+    for factors in policy.bank.factors.values():
+        for b in factors.lora_B:
+            b.data.normal_(std=0.1)
+
+
 @pytest.fixture
 def policy(tiny_base: PreTrainedModel) -> Policy:
-    policy = Policy(tiny_base, rank=2, alpha=32.0, seed=0)
-    for layer in policy.layers.values():
-        layer.lora_B.data.normal_(std=0.1)
+    policy = Policy(tiny_base, [Spec(2)], seed=0)
+    stir(policy)
     return policy
 
 
@@ -48,6 +63,76 @@ def test_shared_prompts_give_the_plain_logprobs_and_gradients(
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_activations_computed_again_give_the_same_gradients(tiny: str, groups: list[Group]) -> None:
+    def gradients(checkpointing: bool) -> tuple[int, tuple[torch.Tensor, ...]]:
+        """How many numbers the forward pass keeps, and the gradients."""
+        torch.manual_seed(0)
+        base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+        policy = Policy(base, [Spec(2), Spec(1)], 0, checkpointing)
+        stir(policy)
+        owners = [0, 0, 1]  # two adapters in a row: each layer has to remember whose tokens it had
+        (batch,) = microbatches(groups, 100, torch.float32, torch.device("cpu"), owners)
+        kept: list[int] = []
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            kept.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logprobs = policy.logprobs(batch)
+        parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        return sum(kept), torch.autograd.grad(logprobs.sum(), parameters)
+
+    (all_kept, expected), (few_kept, computed_again) = gradients(False), gradients(True)
+    assert few_kept < all_kept / 2
+    assert all(ours.equal(theirs) for ours, theirs in zip(computed_again, expected, strict=True))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_an_adapted_head_gives_the_plain_logprobs_and_gradients(
+    tiny_base: PreTrainedModel, batch: Microbatch, groups: list[Group], temperature: float
+) -> None:
+    policy = Policy(tiny_base, [Spec(2, head=True)], seed=0)
+    stir(policy)
+    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    assert len(parameters) == 2 * (2 * 7 + 1)
+    packed, plain = policy.logprobs(batch, temperature), naive_logprobs(policy, groups, temperature)
+    torch.testing.assert_close(packed, plain, atol=1e-5, rtol=1e-5)
+    weights = torch.randn(len(plain))
+    packed_gradient = torch.autograd.grad((packed * weights).sum(), parameters)
+    plain_gradient = torch.autograd.grad((plain * weights).sum(), parameters)
+    for ours, expected in zip(packed_gradient, plain_gradient, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_tied_head_is_refused(tiny_base: PreTrainedModel) -> None:
+    tiny_base.get_output_embeddings().weight = tiny_base.get_input_embeddings().weight
+    with pytest.raises(RloraError, match=r"learner\.head = true: the output head of LlamaForCausalLM is its embedding"):
+        Policy(tiny_base, [Spec(head=True)], seed=0)
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_groups_of_several_adapters_share_a_row(tiny_base: PreTrainedModel, groups: list[Group], head: bool) -> None:
+    policy = Policy(tiny_base, [Spec(1, head=head), Spec(3), Spec(2, 8.0, head=head)], seed=0)
+    stir(policy)
+    owners = [2, 1, 0]
+    (batch,) = microbatches(groups, 100, torch.float32, torch.device("cpu"), owners)
+    together = policy.logprobs(batch)
+    apart = []
+    for index, group in enumerate(groups):
+        for single in microbatches([group], 100, torch.float32, torch.device("cpu"), owners[index : index + 1]):
+            apart.append((_longest(group), policy.logprobs(single)))
+    apart.sort(key=lambda each: each[0])
+    torch.testing.assert_close(together, torch.cat([logprobs for _, logprobs in apart]), atol=1e-5, rtol=1e-5)
+    reference = policy.logprobs(replace(batch, adapters=OFF))
+    with policy.bank.serving(Route(OFF)):
+        torch.testing.assert_close(reference, naive_logprobs(policy, groups, 1.0), atol=1e-5, rtol=1e-5)
+
+
+def _longest(group: Group) -> int:
+    return max(len(episode.completion_ids) for episode in group.episodes)
+
+
 def test_prompts_of_one_token_share_nothing_and_work(policy: Policy) -> None:
     from conftest import episode, group
 
@@ -60,12 +145,11 @@ def test_a_fresh_adapter_gives_exactly_the_base_logits(tiny_base: PreTrainedMode
     ids = torch.randint(97, (3, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = tiny_base(ids).logits
-        policy = Policy(tiny_base, rank=1, alpha=32.0, seed=0)
+        policy = Policy(tiny_base, [Spec()], seed=0)
         assert policy.base(ids).logits.equal(before)
-        for layer in policy.layers.values():
-            layer.lora_B.data.normal_(std=0.1)
+        stir(policy)
         assert not policy.base(ids).logits.equal(before)
-        with policy.adapter_off():
+        with policy.bank.serving(Route(OFF)):
             assert policy.base(ids).logits.equal(before)
 
 
@@ -75,7 +159,7 @@ def test_a_base_that_caps_its_logits_is_refused() -> None:
         num_key_value_heads=1, head_dim=8, final_logit_softcapping=1.0, pad_token_id=0, initializer_range=0.5,
     )  # fmt: skip
     with pytest.raises(RloraError, match="Gemma2ForCausalLM does more with its logits"):
-        Policy(Gemma2ForCausalLM(config), 1, 32.0, 0)
+        Policy(Gemma2ForCausalLM(config), [Spec()], 0)
 
 
 def test_a_context_longer_than_the_attention_window_is_refused(batch: Microbatch) -> None:
@@ -83,7 +167,7 @@ def test_a_context_longer_than_the_attention_window_is_refused(batch: Microbatch
         vocab_size=97, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, head_dim=8, sliding_window=7,
     )  # fmt: skip
-    assert Policy(MistralForCausalLM(config), 1, 32.0, 0).logprobs(batch).isfinite().all()  # 5 + 2 tokens
+    assert Policy(MistralForCausalLM(config), [Spec()], 0).logprobs(batch).isfinite().all()  # 5 + 2 tokens
     config.sliding_window = 6
     with pytest.raises(RloraError, match="attention sees 6 tokens, and a prompt and completion have 7"):
-        Policy(MistralForCausalLM(config), 1, 32.0, 0).logprobs(batch)
+        Policy(MistralForCausalLM(config), [Spec()], 0).logprobs(batch)

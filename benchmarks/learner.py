@@ -1,0 +1,255 @@
+"""The learner's step beside a plain PEFT one, full fine-tuning, and the machine's own limit.
+
+    .venv/bin/python benchmarks/learner.py            about twenty minutes on two cores
+    .venv/bin/python benchmarks/learner.py --quick    the short shape alone
+
+All sides update SmolLM2-135M in bf16 on the same groups of random tokens, on all cores, each in a process of its own:
+
+- ours: `Learner.update`.
+- PEFT: rows of prompt + completion side by side, logits of the completions, log-softmax a row at a time, entropies
+  without gradient, ratio, backward, clip, Adam: the step as TRL writes it. fp32 adapter under bf16 autocast; the faster
+  of eager and sdpa attention; as many completion tokens a pass as ours has.
+- full: the same step with all weights trained.
+- mm: `torch.mm` of 2048 x 1536 x 1536 in bf16, in the same process as ours, before and after it.
+
+Throughput is in completion tokens trained a second, memory the peak above what the process held before its first
+step. `utilisation` counts 4 x body parameters x distinct tokens + 4 x head parameters x completion tokens: a frozen
+base has a forward pass and the gradient of its activations, none of its weights. The last line printed is one JSON
+object: `short.vs_peft`, `balanced.vs_peft`, `long_prompt.vs_peft` (G = 8, rank 1), `utilisation` and `memory.vs_peft`
+(balanced), `k4_over_k1` (seconds of four adapters in one forward over one's, the same tokens), and every row.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+
+from rlora.base import DEMO, locate
+from rlora.batch import microbatches
+from rlora.config import Config, validate
+from rlora.learner import Learner
+from rlora.lora import Spec
+from rlora.loss import truncated_importance_loss
+from rlora.policy import Policy
+from rlora.records import Episode, Group, Prompt
+
+SHAPES = {"short": (40, 32, 8), "balanced": (200, 200, 1), "long_prompt": (600, 100, 2)}  # prompt, completion, prompts
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    side: str  # ours, peft-eager, peft-sdpa, full or bank
+    shape: str
+    G: int = 8
+    rank: int = 1
+    K: int = 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--quick", action="store_true", help="the short shape alone")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.case:
+        print(json.dumps(measure(Case(**json.loads(options.case)))))
+        return
+    shapes = ["short"] if options.quick else list(SHAPES)
+    cases = [Case(side, shape) for shape in shapes for side in ("ours", "peft-eager", "peft-sdpa", "full")]
+    if not options.quick:
+        for G, rank in ((16, 1), (8, 8)):
+            cases += [Case(side, shape, G, rank) for shape in shapes for side in ("ours", "peft-eager")]
+    cases += [Case("bank", "short", K=K) for K in (1, 4)]
+    rows = [in_process(case) for case in cases]
+    table = Table("side", "shape", "G", "rank", "K", "tokens/s", "peak MiB", "of the mm limit")
+    for row in rows:
+        share = f"{row['utilisation']:.2f}" if row["utilisation"] else ""
+        named = (str(row[key]) for key in ("side", "shape", "G", "rank", "K"))
+        table.add_row(*named, f"{row['tokens_per_s']:.0f}", f"{row['peak_mib']:.0f}", share)
+    Console().print(table)
+    print(json.dumps(ratios(rows)))
+
+
+def in_process(case: Case) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--case", json.dumps(asdict(case))]
+    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+    print(out, file=sys.stderr, flush=True)
+    return asdict(case) | json.loads(out)
+
+
+def ratios(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def of(side: str, shape: str, figure: str) -> list[float]:
+        return [
+            row[figure] for row in rows
+            if row["side"].startswith(side) and row["shape"] == shape and (row["G"], row["rank"]) == (8, 1)
+        ]  # fmt: skip
+
+    found = {shape: of("ours", shape, "tokens_per_s") for shape in SHAPES}
+    figures: dict[str, Any] = {
+        f"{shape}.vs_peft": ours[0] / max(of("peft", shape, "tokens_per_s")) for shape, ours in found.items() if ours
+    }
+    if found["balanced"]:
+        figures["utilisation"] = of("ours", "balanced", "utilisation")[0]
+        figures["memory.vs_peft"] = of("ours", "balanced", "peak_mib")[0] / min(of("peft", "balanced", "peak_mib"))
+    one, four = of("bank", "short", "tokens_per_s")
+    return figures | {"k4_over_k1": one / four, "rows": rows}
+
+
+def measure(case: Case) -> dict[str, Any]:
+    torch.manual_seed(0)
+    groups = make_groups(case)
+    config = validate(
+        {"model": DEMO, "env": "-", "reward": "-", "learner": {"rank": case.rank}, "sampling": {"max_tokens": 256}}
+    )
+    make = {"ours": ours, "bank": bank, "full": full}.get(case.side, peft)
+    limit = [mm_flops()]
+    step = make(case, config, groups)
+    reset_peak()
+    before = memory("VmRSS")
+    step()
+    seconds = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    peak = memory("VmHWM") - before
+    limit.append(mm_flops())
+    tokens = sum(len(episode.completion_ids) for group in groups for episode in group.episodes)
+    distinct = tokens + sum(len(group.prompt.token_ids) for group in groups)
+    base = AutoModelForCausalLM.from_pretrained(locate(DEMO))
+    head = base.get_output_embeddings().weight.numel()
+    flops = 4 * (base.num_parameters() - head) * distinct + 4 * head * tokens
+    best = min(seconds)
+    return {
+        "tokens_per_s": tokens / best,
+        "seconds": seconds,
+        "peak_mib": peak / 1024,
+        "mm_gflops": [flops_a_second / 1e9 for flops_a_second in limit],
+        "utilisation": flops / best / max(limit) if case.side == "ours" else None,
+    }
+
+
+def make_groups(case: Case) -> list[Group]:
+    prompt, completion, prompts = SHAPES[case.shape]
+    draw = random.Random(0)
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(1000, 40_000) for _ in range(count))
+
+    def episode(index: int) -> Episode:
+        return Episode(tokens(completion), (-10.0,) * completion, "length", 0, reward=float(index % 2))
+
+    return [
+        Group(Prompt("", token_ids=tokens(prompt)), tuple(episode(index) for index in range(case.G)))
+        for _ in range(prompts)
+    ]
+
+
+def ours(case: Case, config: Config, groups: list[Group]) -> Callable[[], object]:
+    learner = Learner(config, locate(DEMO), "benchmark")
+    return lambda: learner.update(groups)
+
+
+def bank(case: Case, config: Config, groups: list[Group]) -> Callable[[], object]:
+    """Forward and backward of `case.K` adapters in one row; the groups are theirs in turn."""
+    policy = Policy(load(), [Spec(case.rank)] * case.K, 0)
+    owners = [index % case.K for index in range(len(groups))]
+
+    def step() -> None:
+        for batch in microbatches(groups, 4096, torch.bfloat16, policy.base.device, owners):
+            logprobs = policy.logprobs(batch)
+            truncated_importance_loss(logprobs, batch.behaviour_logprobs, batch.advantages, 2.0).sum().backward()
+
+    return step
+
+
+def peft(case: Case, config: Config, groups: list[Group]) -> Callable[[], object]:
+    from peft import LoraConfig, get_peft_model
+
+    base = load(attn_implementation=case.side.removeprefix("peft-"))
+    lora = LoraConfig(r=case.rank, lora_alpha=32, target_modules="all-linear")
+    model = get_peft_model(base, lora)  # which makes the adapter fp32
+    return plain_step(model, config, groups)
+
+
+def full(case: Case, config: Config, groups: list[Group]) -> Callable[[], object]:
+    return plain_step(load(), config, groups)
+
+
+def load(**options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(locate(DEMO), dtype=torch.bfloat16, **options)
+
+
+def plain_step(model: Any, config: Config, groups: list[Group]) -> Callable[[], None]:
+    """The update as TRL writes it; all rows have one length, so it pads nothing."""
+    batches = list(microbatches(groups, config.learner.microbatch_tokens, torch.bfloat16, torch.device("cpu")))
+    rows_a_pass = len(batches[0].targets) // len(groups[0].episodes[0].completion_ids)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=1e-5)
+    rows = [(group.prompt.token_ids, episode) for group in groups for episode in group.episodes]
+    ids = torch.tensor([prompt + episode.completion_ids for prompt, episode in rows])
+    behaviour = torch.tensor([episode.behaviour_logprobs for _, episode in rows])
+    rewards = torch.tensor([group.rewards for group in groups])
+    advantages = (rewards - rewards.mean(1, keepdim=True)).flatten()
+    T = behaviour.shape[1]
+    model.train()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        for start in range(0, len(rows), rows_a_pass):
+            part = slice(start, start + rows_a_pass)
+            mask = torch.ones_like(ids[part])
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = model(ids[part], attention_mask=mask, logits_to_keep=T + 1).logits[:, :-1]
+            targets = ids[part][:, -T:, None]
+            logprobs = torch.stack(
+                [row.log_softmax(-1).gather(1, target)[:, 0] for row, target in zip(logits, targets, strict=True)]
+            )
+            with torch.no_grad():
+                for row in logits:
+                    spread = row.log_softmax(-1)
+                    -(spread.exp() * spread).sum(-1)
+            ratio = (logprobs - behaviour[part]).exp().clamp(max=2.0)
+            (-(ratio * advantages[part, None]).sum() / behaviour.numel()).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+    return step
+
+
+def mm_flops() -> float:
+    """FLOP/s of torch.mm in bf16, the best of five."""
+    x, w = torch.randn(2048, 1536).bfloat16(), torch.randn(1536, 1536).bfloat16()
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(5):
+            x @ w
+        best = min(best, (time.perf_counter() - start) / 5)
+    return 2 * 2048 * 1536 * 1536 / best
+
+
+def reset_peak() -> None:
+    """Linux: VmHWM starts again from what is held now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def memory(field: str) -> int:
+    """KiB, of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""An adapter added into the weights of its base, for those who can't serve one: to export, never to train with."""
+
+import warnings
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlora.lora import matrices
+from rlora.peft_format import PREFIX, decode, wrappers
+from rlora.records import Adapter, RloraError
+
+
+def merge(base: PreTrainedModel, adapter: Adapter, dtype: torch.dtype) -> float:
+    """W + scale B A in fp32, then rounded to `dtype`, for every matrix of `base` in place.
+
+    `base` is the pristine base in fp32. Returns how far the merged update, rounded(W + scale B A) - rounded(W), is from
+    the adapter's, as a share of ||scale B A|| over all matrices, and warns with it where rounding takes part of the
+    update. Raises RloraError where the adapter does not fit the base.
+    """
+    if base.dtype != torch.float32:
+        raise RloraError(f"merge: the base is in {base.dtype}; load it in float32, or its own rounding is added twice")
+    spec, tensors = decode(adapter.config, adapter.weights)
+    over = wrappers(matrix for matrix in matrices(base) if spec.rank_of(matrix))
+    if {f"{PREFIX}{module}.{letter}.weight" for module in over for letter in ("lora_A", "lora_B")} != tensors.keys():
+        raise RloraError(f"adapter {adapter.name}: its matrices are not those of {type(base).__name__}")
+    lost = update = 0.0
+    with torch.no_grad():
+        for module, matrix in over.items():
+            a, b = (tensors[f"{PREFIX}{module}.{letter}.weight"].float() for letter in ("lora_A", "lora_B"))
+            delta = spec.scale_of(matrix) * _product(a, b, matrix.weight)
+            merged, alone = (matrix.weight + delta).to(dtype).float(), matrix.weight.to(dtype).float()
+            lost += float((merged - alone - delta).square().sum())
+            matrix.weight.copy_(merged)
+            update += float(delta.square().sum())
+    share = (lost / update) ** 0.5 if update else 0.0
+    base.to(dtype)  # type: ignore[arg-type]  # transformers wraps Module.to
+    if share > 0.01:
+        warnings.warn(
+            f"merging adapter {adapter.name} into {dtype} loses part of it: the merged update is {share:.0%} off the "
+            "adapter's own. Serve the adapter itself, or merge into float32",
+            stacklevel=2,
+        )
+    return share
+
+
+def _product(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    """B A, of each expert where the weight has them (in PEFT's layout, see `lora.Factors`)."""
+    if weight.ndim == 2:
+        return b @ a
+    experts = len(weight)
+    return b.view(len(b), -1, experts).permute(2, 0, 1) @ a.view(experts, -1, a.shape[1])

@@ -1,0 +1,163 @@
+"""PEFT's format of one adapter, both ways, as bytes: adapter_config.json and adapter_model.safetensors."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor, nn
+
+from rlora.lora import Bank, Matrix, Spec
+from rlora.records import RloraError
+
+MAX_RANK = 8
+
+_LEAVE_THE_BASE = {"gaussian", "orthogonal", "eva"}  # PEFT's named initialisations that do not change the base
+
+PREFIX = "base_model.model."
+_FUSED = ("gate_up_proj", "down_proj")  # of experts, in the order PEFT wraps them
+
+# settings of PEFT's that make of A and B something else than W + scale B A, and the value that leaves them off
+_MUST_BE = {
+    "use_dora": False, "lora_bias": False, "fan_in_fan_out": False, "bias": "none", "modules_to_save": None,
+    "layer_replication": None, "trainable_token_indices": None, "alora_invocation_tokens": None, "use_qalora": False,
+}  # fmt: skip
+
+
+def encode(bank: Bank, adapter: int, base: str) -> tuple[bytes, bytes]:
+    """Adapter `adapter` of `bank` over the base at `base`: its config and its weights, in fp32."""
+    spec = bank.specs[adapter]
+    experts = [matrix for matrix in bank.over(adapter) if matrix.weight.ndim == 3]
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": spec.rank,
+        "lora_alpha": spec.alpha,
+        "use_rslora": spec.rslora,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": _modules(bank, adapter),
+        "rank_pattern": dict(spec.rank_pattern),
+        "alpha_pattern": dict(spec.alpha_pattern),
+        "inference_mode": True,
+    }
+    if experts:
+        config["target_parameters"] = sorted({_ending(matrix) for matrix in experts})
+        if spec.shares_rank and (rank := spec.rank_of(experts[0])) != spec.rank:
+            config["rank_pattern"] = {_ending(matrix): rank for matrix in experts}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in masters(bank, adapter).items()}
+    return json.dumps(config, indent=2).encode(), safetensors.torch.save(tensors, metadata={"format": "pt"})
+
+
+def masters(bank: Bank, adapter: int) -> dict[str, nn.Parameter]:
+    """The adapter's masters by the names that PEFT saves them under."""
+    return {
+        f"{PREFIX}{module}.{letter}.weight": getattr(bank.factors[matrix], letter)[adapter]
+        for module, matrix in wrappers(bank.over(adapter)).items()
+        for letter in ("lora_A", "lora_B")
+    }
+
+
+def wrappers(over: Iterable[Matrix]) -> dict[str, Matrix]:
+    """An adapter's matrices by the modules that PEFT wraps them in.
+
+    Around fused experts it puts a wrapper for each parameter that is adapted, the first parameter's innermost.
+    """
+    found: dict[str, Matrix] = {}
+    for matrix in over:
+        if matrix.place in found:
+            found[f"{matrix.place}.base_layer"] = found.pop(matrix.place)
+        found[matrix.place] = matrix
+    return found
+
+
+def _modules(bank: Bank, adapter: int) -> list[str]:
+    """The linear layers it is over: by the last part of their names where that says no more than it should."""
+    over = {matrix.key for matrix in bank.over(adapter)}
+    linear = {matrix.key for matrix in bank.matrices if matrix.weight.ndim == 2}
+    beyond = {key.rpartition(".")[2] for key in linear - over}
+    return sorted({ending if (ending := key.rpartition(".")[2]) not in beyond else key for key in linear & over})
+
+
+def _ending(expert: Matrix) -> str:
+    return ".".join(expert.key.split(".")[-2:])
+
+
+def read(directory: Path) -> tuple[bytes, bytes]:
+    """The two files of an adapter. Raises RloraError where they are not there."""
+    try:
+        config, weights = (directory / name for name in ("adapter_config.json", "adapter_model.safetensors"))
+        return config.read_bytes(), weights.read_bytes()
+    except OSError as error:
+        raise RloraError(f"{directory}: no adapter in PEFT's format is there ({error})") from None
+
+
+def decode(config: bytes, weights: bytes) -> tuple[Spec, dict[str, Tensor]]:
+    """What PEFT saved: the adapter's spec, and its tensors by PEFT's names.
+
+    Raises RloraError, naming the setting, for what is not plain LoRA of rank 1 to 8.
+    """
+    try:
+        settings: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}} | json.loads(config)
+        rank, alpha = settings["r"], settings["lora_alpha"]
+        tensors = safetensors.torch.load(weights)
+    except (ValueError, KeyError, safetensors.SafetensorError) as error:
+        raise RloraError(
+            f"adapter: its files are not whole ({type(error).__name__}: {error}); save it again"
+        ) from error
+    if settings.get("peft_type") != "LORA":
+        raise RloraError(f"adapter_config.json: peft_type = {settings.get('peft_type')!r}; only LORA can be loaded")
+    for name, value in _MUST_BE.items():
+        if settings.get(name, value) not in (value, None):
+            raise RloraError(f"adapter_config.json: {name} = {settings[name]!r} can't be loaded; it must be {value!r}")
+    init = settings.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower() not in _LEAVE_THE_BASE:
+        raise RloraError(
+            f"adapter_config.json: init_lora_weights = {init!r} started from a base that was changed too, so the "
+            "adapter alone is not the policy; convert it by PEFT's path_initial_model_for_weight_conversion"
+        )
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".base_layer.weight")}  # a copy
+    modules = set()
+    for name in tensors:
+        module, _, factor = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        if factor not in ("lora_A", "lora_B"):
+            raise RloraError(f"adapter_model.safetensors: {name} is neither A nor B of a weight matrix")
+        modules.add(module)
+    for name, each in ({"r": rank} | settings["rank_pattern"]).items():
+        if not 1 <= each <= MAX_RANK:
+            raise RloraError(f"adapter_config.json: {name} has rank {each}; ranks go from 1 to {MAX_RANK}")
+    spec = Spec(
+        rank=rank,
+        alpha=alpha,
+        rslora=bool(settings.get("use_rslora")),
+        targets=_keys(modules, settings.get("target_parameters") or []),
+        rank_pattern=settings["rank_pattern"],
+        alpha_pattern=settings["alpha_pattern"],
+        shares_rank=False,
+    )
+    return spec, tensors
+
+
+def _keys(modules: set[str], parameters: list[str]) -> frozenset[str]:
+    """The keys of the matrices that PEFT has wrapped in `modules`, where it was told to adapt `parameters` too."""
+    keys = set()
+    for module in modules:
+        place = module.removesuffix(".base_layer")
+        of_module = _FUSED if place.endswith(".experts") else ()
+        fused = [part for part in of_module if any(f".{place}.{part}".endswith(f".{end}") for end in parameters)]
+        keys.add(f"{place}.{fused[0 if module != place else -1]}" if fused else module)
+    return frozenset(keys)
+
+
+def fill(bank: Bank, adapter: int, tensors: dict[str, Tensor]) -> None:
+    """Put an adapter's tensors in its place in the bank. Raises RloraError where they do not fit, changing nothing."""
+    ours = masters(bank, adapter)
+    for name in sorted(ours.keys() | tensors.keys()):
+        want, got = (list(t[name].shape) if name in t else "nothing" for t in (ours, tensors))
+        if want != got:
+            raise RloraError(f"adapter: {name} is {got} where this model and rank have {want}; it is another model's")
+    for name, master in ours.items():
+        master.data.copy_(tensors[name])

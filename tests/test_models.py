@@ -1,0 +1,89 @@
+"""Every class of models: one update, its adapter in PEFT, and in the engine where vLLM's CPU build serves it."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_CONFIGS, tiny_model
+from peft import PeftModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+from rlora.batch import microbatches
+from rlora.checkpoint import write_adapter
+from rlora.config import Config
+from rlora.learner import Learner
+from rlora.lora import OFF
+from rlora.records import Adapter, Group, Prompt, RloraError, Sampling
+from rlora.task import Task
+
+DENSE = sorted(name for name, config in TINY_CONFIGS.items() if "num_experts_per_tok" not in config)
+HEAD = {"llama", "qwen3", "phi3"}  # vLLM serves an adapter over the output head of these
+EXPERTS = sorted(TINY_CONFIGS.keys() - set(DENSE))
+
+MakeConfig = Callable[..., Config]
+
+
+@pytest.fixture
+def base(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The directory of a tiny model of the class that the test is given, with a tokenizer of 97 words."""
+    path = str(tmp_path / request.param)
+    tiny_model(request.param).save_pretrained(path)
+    words = {f"w{index}": index for index in range(97)}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="w2")), eos_token="w1")
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def updated(base: str, config: Config, groups: list[Group]) -> tuple[Learner, Adapter]:
+    learner = Learner(config, base, "run")
+    return learner, learner.update(groups)[0]
+
+
+@pytest.mark.parametrize("base", sorted(TINY_CONFIGS), indirect=True)
+def test_an_update_loads_in_peft(base: str, config: MakeConfig, groups: list[Group], tmp_path: Path) -> None:
+    learner, adapter = updated(base, config(learner={"lr": 0.01}), groups)
+    name = Path(base).name
+    path = write_adapter(adapter, tmp_path / "adapter")
+    peft = PeftModel.from_pretrained(tiny_model(name), str(path))
+    ids = torch.randint(97, (2, 11), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours = learner.policy.base(ids).logits
+        assert not torch.allclose(ours, tiny_model(name)(ids).logits, atol=1e-2)
+        torch.testing.assert_close(peft(ids).logits, ours, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    ("base", "head"), [*((name, name in HEAD) for name in DENSE), (EXPERTS[0], False)], indirect=["base"]
+)
+def test_the_engine_gives_the_logprobs_of_an_update(
+    base: str, head: bool, config: MakeConfig, groups: list[Group]
+) -> None:
+    from rlora import cluster
+    from rlora.delivery import swap
+
+    settings = config(model=base, learner={"lr": 0.01, "head": head})
+    learner, adapter = updated(base, settings, groups)
+    task = Task(base, None, (1,), None, [], [], 0)  # type: ignore[arg-type]  # an engine needs base and stop tokens
+    prompts = [Prompt("", token_ids=group.prompt.token_ids) for group in groups]
+    if Path(base).name in EXPERTS and not torch.cuda.is_available():
+        with (
+            pytest.raises(RloraError, match=r"experts.*CPU"),
+            cluster.start(settings, task, "run", learn=False),
+        ):
+            pass
+        return
+    with cluster.start(settings, task, "run", learn=False) as (_, engines):
+        swap(engines, adapter)
+        sampled = engines[0].generate(prompts, Sampling(6, 1.0, 4), adapter.version)
+    marked = [group.with_rewards([0.0, 1.0, 0.0, 1.0]) for group in sampled]
+    with torch.no_grad():
+        for batch in microbatches(marked, 1000, torch.float32, learner.device):
+            of_engine, ours = batch.behaviour_logprobs, learner.policy.logprobs(batch)
+            torch.testing.assert_close(ours, of_engine, atol=2e-4, rtol=1e-4)
+            of_base = learner.policy.logprobs(replace(batch, adapters=OFF))
+            assert (of_base - of_engine).abs().mean() > 0.02
