@@ -13,7 +13,7 @@ MINIMAL = {"model": "m", "env": "a:B", "reward": "c:d"}
 
 def test_main_job_is_valid() -> None:
     config = read(ROOT / "launch" / "arithmetic.toml")
-    assert (config.learner.rank, config.group_size, config.max_model_len) == (1, 8, 96)
+    assert (config.learner.rank, config.group_size, config.max_model_len) == (1, 8, 80)
 
 
 def test_written_config_reads_back_equal(tmp_path: Path) -> None:
