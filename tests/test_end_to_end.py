@@ -130,7 +130,8 @@ def test_an_interrupt_keeps_the_last_version_and_ends_everything(
     number: signal.Signals, status: int, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "rlora", "train", TOML, "--run-dir", str(run), *SMALL]
+    heeding = "env", "--default-signal=INT"  # what a shell starts in the background ignores Ctrl-C, tests or not
+    command = [*heeding, sys.executable, "-m", "rlora", "train", TOML, "--run-dir", str(run), *SMALL]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
