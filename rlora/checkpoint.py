@@ -118,8 +118,8 @@ def write_adapter(adapter: Adapter, directory: Path) -> Path:
     shutil.rmtree(half, ignore_errors=True)
     try:
         half.mkdir(parents=True)
-        (half / "adapter_config.json").write_bytes(adapter.config)
-        (half / "adapter_model.safetensors").write_bytes(adapter.weights)
+        for name, content in zip(peft_format.FILES, (adapter.config, adapter.weights), strict=True):
+            (half / name).write_bytes(content)
         shutil.rmtree(directory, ignore_errors=True)
         half.rename(directory)
     finally:

@@ -84,16 +84,16 @@ def _train(arguments: list[str]) -> None:
 
     if given.resume:
         run = given.resume
-        if (checkpoint.last_version(run) or 0) >= given.config.steps:
-            raise RloraError(f"steps = {given.config.steps}: {run} has them all; give more by --steps")
-        checkpoint.write_config(run, given.config)
+        if (checkpoint.last_version(run) or 0) >= config.steps:
+            raise RloraError(f"steps = {config.steps}: {run} has them all; give more by --steps")
+        checkpoint.write_config(run, config)
         if config.learner.start_from:  # it may be gone by now; the run has its own copy
             own = str(checkpoint.adapter_path(run, 0))
             config = replace(config, learner=replace(config.learner, start_from=own))
     else:
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        run = given.run_dir or Path("runs") / f"{given.config.env.rpartition(':')[2].lower()}-{stamp}"
-        checkpoint.create(run, given.config, task, given.overwrite)
+        run = given.run_dir or Path("runs") / f"{config.env.rpartition(':')[2].lower()}-{stamp}"
+        checkpoint.create(run, config, task, given.overwrite)
     if task.dropped:
         print(f"{task.dropped} prompts are longer than sampling.max_prompt_tokens and left out")
     print(f"run: {run}")

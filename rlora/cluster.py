@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
@@ -86,11 +86,24 @@ class _Ranks:
         calls = {
             remote.actor.call.remote(method, *own): remote for remote, own in zip(self.remotes, arguments, strict=True)
         }
-        results = {}
-        while waiting := [call for call in calls if call not in results]:
-            for call in ray.wait(waiting)[0]:
-                results[call] = calls[call].wait(call)
-        return results[next(iter(calls))]
+        return _results(calls)[next(iter(calls))]
+
+
+def _results(calls: Mapping[Any, _Remote], late: Callable[[list[_Remote]], None] = lambda _: None) -> dict[Any, Any]:
+    """What each call gives. The first error is raised at once; `late` is told now and then whom we still wait for."""
+    results: dict[Any, Any] = {}
+    while waiting := [call for call in calls if call not in results]:
+        ended, _ = ray.wait(waiting, timeout=_PATIENCE)
+        for call in ended:
+            results[call] = calls[call].wait(call)
+        if not ended:
+            late([calls[call] for call in waiting])
+    return results
+
+
+def _still_starting(remotes: list[_Remote]) -> None:
+    waiting = ", ".join(remote.role for remote in remotes)
+    print(f"still starting: {waiting}; Ray has {ray.available_resources()} free for them", flush=True)
 
 
 @contextmanager
@@ -135,14 +148,7 @@ def start(
             for rank in range(learner.replicas):
                 role = f"learner {rank}" if learner.replicas > 1 else "learner"
                 remotes.append(_Remote(role, *reserved, "rlora.learner:Learner", config, task.base, run))
-        building = {remote.built: remote for remote in remotes}
-        while building:
-            built, _ = ray.wait(list(building), timeout=_PATIENCE)
-            for reference in built:
-                building.pop(reference).wait(reference)  # raises what went wrong
-            if not built:
-                waiting = ", ".join(remote.role for remote in building.values())
-                print(f"still starting: {waiting}; Ray has {ray.available_resources()} free for them", flush=True)
+        _results({remote.built: remote for remote in remotes}, _still_starting)
         engines, learners = remotes[: settings.replicas], remotes[settings.replicas :]
         yield cast(Learner, _Ranks(learners)), cast(list[Engine], engines)
     finally:

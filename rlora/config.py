@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from rlora.records import RloraError
+from rlora.records import MAX_RANK, RloraError
 
 # A token's probability would depend on which others were cut off or penalised; the learner could not know it.
 _UNLEARNABLE = {"top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
@@ -62,7 +62,7 @@ class EngineConfig:
 class LearnerConfig:
     __pydantic_config__ = _STRICT
 
-    rank: Annotated[int, Field(ge=1, le=8)] = 1
+    rank: Annotated[int, Field(ge=1, le=MAX_RANK)] = 1
     """Rank r of the adapter, 1 to 8: W' = W + (alpha / r) B A. Experts share it, each has at least 1."""
     alpha: Positive = 32.0
     """Scale of the adapter; with alpha / r the best learning rate hardly depends on the rank."""

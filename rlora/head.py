@@ -25,9 +25,7 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> Tensor:
         logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
         slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        chunk = max(1, _LOGITS // len(weight))
-        for start in range(0, len(hidden), chunk):
-            part = slice(start, start + chunk)
+        for part in _chunks(len(hidden), len(weight)):
             logits = linear(hidden[part], weight, bias)
             target = targets[part, None]
             spread = (logits if temperature == 1 else logits.float() / temperature).log_softmax(1, dtype=torch.float32)
@@ -68,11 +66,15 @@ def adapted_token_logprobs(
     """
     a, b, mask = adapter
 
-    def part(hidden: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
-        logits = low_rank(hidden, weight, bias, a, b, mask).float() / temperature
-        return logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
+    def of(part: slice) -> Tensor:
+        logits = low_rank(hidden[part], weight, bias, a, b, None if mask is None else mask[part]).float() / temperature
+        return logits.log_softmax(1).gather(1, targets[part, None])[:, 0]
 
-    chunk = max(1, _LOGITS // len(weight))
-    masks = [None] * -(-len(hidden) // chunk) if mask is None else mask.split(chunk)
-    parts = zip(hidden.split(chunk), targets.split(chunk), masks, strict=True)
-    return torch.cat([checkpoint(part, *each, use_reentrant=False) for each in parts])
+    parts = _chunks(len(hidden), len(weight))
+    return torch.cat([checkpoint(of, part, use_reentrant=False) for part in parts])
+
+
+def _chunks(tokens: int, vocabulary: int) -> list[slice]:
+    """The tokens whose logits are held at a time."""
+    chunk = max(1, _LOGITS // vocabulary)
+    return [slice(start, start + chunk) for start in range(0, tokens, chunk)]

@@ -133,10 +133,15 @@ class Factors(nn.Module):
         a = [self.lora_A[k].to(dtype) for k in route.present]
         b = [self.lora_B[k].to(dtype) * self.scales[k] for k in route.present]
         if self.experts:
-            a = [a_k.view(self.experts, -1, a_k.shape[1]) for a_k in a]
-            b = [b_k.view(len(b_k), -1, self.experts).permute(2, 0, 1) for b_k in b]
+            pairs = [of_each_expert(a_k, b_k, self.experts) for a_k, b_k in zip(a, b, strict=True)]
+            a, b = [a_k for a_k, _ in pairs], [b_k for _, b_k in pairs]
         mask = route.mask(ranks, dtype)
         return (a[0], b[0], mask) if len(a) == 1 else (torch.cat(a, -2), torch.cat(b, -1), mask)
+
+
+def of_each_expert(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """A (E r, d_in) and B (d_out, r E) in PEFT's layout -> A (E, r, d_in) and B (E, d_out, r), views."""
+    return a.view(experts, -1, a.shape[1]), b.view(len(b), -1, experts).permute(2, 0, 1)
 
 
 def _initial(init: Init, experts: int, rank: int, d_in: int, generator: torch.Generator) -> Tensor:

@@ -3,11 +3,10 @@
 import warnings
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlora.lora import matrices
-from rlora.peft_format import PREFIX, decode, wrappers
+from rlora.lora import matrices, of_each_expert
+from rlora.peft_format import by_names, decode
 from rlora.records import Adapter, RloraError
 
 
@@ -21,14 +20,16 @@ def merge(base: PreTrainedModel, adapter: Adapter, dtype: torch.dtype) -> float:
     if base.dtype != torch.float32:
         raise RloraError(f"merge: the base is in {base.dtype}; load it in float32, or its own rounding is added twice")
     spec, tensors = decode(adapter.config, adapter.weights)
-    over = wrappers(matrix for matrix in matrices(base) if spec.rank_of(matrix))
-    if {f"{PREFIX}{module}.{letter}.weight" for module in over for letter in ("lora_A", "lora_B")} != tensors.keys():
+    over = by_names(matrix for matrix in matrices(base) if spec.rank_of(matrix))
+    if {name for names in over for name in names} != tensors.keys():
         raise RloraError(f"adapter {adapter.name}: its matrices are not those of {type(base).__name__}")
     lost = update = 0.0
     with torch.no_grad():
-        for module, matrix in over.items():
-            a, b = (tensors[f"{PREFIX}{module}.{letter}.weight"].float() for letter in ("lora_A", "lora_B"))
-            delta = spec.scale_of(matrix) * _product(a, b, matrix.weight)
+        for names, matrix in over.items():
+            a, b = (tensors[name].float() for name in names)
+            if matrix.weight.ndim == 3:
+                a, b = of_each_expert(a, b, len(matrix.weight))
+            delta = spec.scale_of(matrix) * (b @ a)
             merged, alone = (matrix.weight + delta).to(dtype).float(), matrix.weight.to(dtype).float()
             lost += float((merged - alone - delta).square().sum())
             matrix.weight.copy_(merged)
@@ -42,11 +43,3 @@ def merge(base: PreTrainedModel, adapter: Adapter, dtype: torch.dtype) -> float:
             stacklevel=2,
         )
     return share
-
-
-def _product(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
-    """B A, of each expert where the weight has them (in PEFT's layout, see `lora.Factors`)."""
-    if weight.ndim == 2:
-        return b @ a
-    experts = len(weight)
-    return b.view(len(b), -1, experts).permute(2, 0, 1) @ a.view(experts, -1, a.shape[1])

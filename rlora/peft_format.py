@@ -10,13 +10,12 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from rlora.lora import Bank, Matrix, Spec
-from rlora.records import RloraError
-
-MAX_RANK = 8
+from rlora.records import MAX_RANK, RloraError
 
 _LEAVE_THE_BASE = {"gaussian", "orthogonal", "eva"}  # PEFT's named initialisations that do not change the base
 
-PREFIX = "base_model.model."
+FILES = ("adapter_config.json", "adapter_model.safetensors")  # what config and weights are called on disk
+_PREFIX = "base_model.model."
 _FUSED = ("gate_up_proj", "down_proj")  # of experts, in the order PEFT wraps them
 
 # settings of PEFT's that make of A and B something else than W + scale B A, and the value that leaves them off
@@ -54,24 +53,27 @@ def encode(bank: Bank, adapter: int, base: str) -> tuple[bytes, bytes]:
 
 def masters(bank: Bank, adapter: int) -> dict[str, nn.Parameter]:
     """The adapter's masters by the names that PEFT saves them under."""
-    return {
-        f"{PREFIX}{module}.{letter}.weight": getattr(bank.factors[matrix], letter)[adapter]
-        for module, matrix in wrappers(bank.over(adapter)).items()
-        for letter in ("lora_A", "lora_B")
-    }
+    found: dict[str, nn.Parameter] = {}
+    for (name_a, name_b), matrix in by_names(bank.over(adapter)).items():
+        factors = bank.factors[matrix]
+        found |= {name_a: factors.lora_A[adapter], name_b: factors.lora_B[adapter]}
+    return found
 
 
-def wrappers(over: Iterable[Matrix]) -> dict[str, Matrix]:
-    """An adapter's matrices by the modules that PEFT wraps them in.
+def by_names(over: Iterable[Matrix]) -> dict[tuple[str, str], Matrix]:
+    """An adapter's matrices by the names that PEFT saves their A and B under.
 
     Around fused experts it puts a wrapper for each parameter that is adapted, the first parameter's innermost.
     """
-    found: dict[str, Matrix] = {}
+    wrapped: dict[str, Matrix] = {}
     for matrix in over:
-        if matrix.place in found:
-            found[f"{matrix.place}.base_layer"] = found.pop(matrix.place)
-        found[matrix.place] = matrix
-    return found
+        if matrix.place in wrapped:
+            wrapped[f"{matrix.place}.base_layer"] = wrapped.pop(matrix.place)
+        wrapped[matrix.place] = matrix
+    return {
+        (f"{_PREFIX}{module}.lora_A.weight", f"{_PREFIX}{module}.lora_B.weight"): matrix
+        for module, matrix in wrapped.items()
+    }
 
 
 def _modules(bank: Bank, adapter: int) -> list[str]:
@@ -89,7 +91,7 @@ def _ending(expert: Matrix) -> str:
 def read(directory: Path) -> tuple[bytes, bytes]:
     """The two files of an adapter. Raises RloraError where they are not there."""
     try:
-        config, weights = (directory / name for name in ("adapter_config.json", "adapter_model.safetensors"))
+        config, weights = (directory / name for name in FILES)
         return config.read_bytes(), weights.read_bytes()
     except OSError as error:
         raise RloraError(f"{directory}: no adapter in PEFT's format is there ({error})") from None
@@ -122,7 +124,7 @@ def decode(config: bytes, weights: bytes) -> tuple[Spec, dict[str, Tensor]]:
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".base_layer.weight")}  # a copy
     modules = set()
     for name in tensors:
-        module, _, factor = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        module, _, factor = name.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
         if factor not in ("lora_A", "lora_B"):
             raise RloraError(f"adapter_model.safetensors: {name} is neither A nor B of a weight matrix")
         modules.add(module)

@@ -68,10 +68,14 @@ class Policy(nn.Module):
                 input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False, tree=batch.tree
             ).last_hidden_state[0]  # (N, hidden size)
         hidden, head = hidden[batch.predictors], (self.head.weight, self.head.bias)  # (C, hidden size)
+        if adapter := self._over_head(batch, hidden.dtype):
+            return adapted_token_logprobs(hidden, *head, adapter, batch.targets, temperature)
+        return token_logprobs(hidden, *head, batch.targets, temperature)
+
+    def _over_head(self, batch: Microbatch, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """What the batch's adapters have over the output head; None where they leave it alone."""
         if self.head_factors is None:
-            return token_logprobs(hidden, *head, batch.targets, temperature)
-        whose = batch.adapters if isinstance(batch.adapters, int) else batch.adapters[batch.predictors]
-        stacked = self.head_factors.stacked(Route(whose), hidden.dtype)
-        if stacked is None:  # none of this batch's adapters is over the head
-            return token_logprobs(hidden, *head, batch.targets, temperature)
-        return adapted_token_logprobs(hidden, *head, stacked, batch.targets, temperature)
+            return None
+        adapters = batch.adapters
+        whose = adapters if isinstance(adapters, int) else adapters[batch.predictors]
+        return self.head_factors.stacked(Route(whose), dtype)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
+MAX_RANK = 8
 Messages = Sequence[Mapping[str, str]]  # chat messages: {"role": ..., "content": ...}
 
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from rlora.base import DEMO, locate
 from rlora.config import Config, validate
+from rlora.lora import Bank
 from rlora.records import Episode, Group, Prompt
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,6 +63,13 @@ def tiny_model(name: str) -> PreTrainedModel:
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **TINY_CONFIGS[name]))
     return model.eval()
+
+
+def stir(bank: Bank) -> None:
+    """Make every B random, so that no adapter's policy is the base."""
+    for factors in bank.factors.values():
+        for b in factors.lora_B:
+            b.data.normal_(std=0.1)
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
-from collections.abc import Callable
-
 import pytest
 import torch
-from conftest import TINY_CONFIGS, tiny_model
+from conftest import TINY_CONFIGS, stir, tiny_model
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedModel
@@ -24,9 +22,7 @@ def over(base: nn.Linear, *specs: Spec, seed: int = 0) -> tuple[LoRALinear, Bank
 def filled(model: nn.Module, *specs: Spec) -> Bank:
     """A bank whose B is not 0."""
     bank = Bank(model, specs)
-    for factors in bank.factors.values():
-        for b in factors.lora_B:
-            b.data.normal_(std=0.1)
+    stir(bank)
     return bank
 
 
@@ -137,12 +133,10 @@ def test_a_spec_chooses_its_matrices(tiny_base: PreTrainedModel, spec: Spec, exp
     assert sum(parameter.numel() for parameter in trainable) == sum(m.numel() for m in masters(bank, 0).values())
 
 
-@pytest.mark.parametrize(
-    ("name", "experts"), [("mixtral", {"gate_up_proj"}), ("qwen3_moe", {"gate_up_proj"}), ("qwen2_moe", MLP)]
-)
-def test_experts_are_adapted_and_routers_left_alone(name: str, experts: set[str]) -> None:
+@pytest.mark.parametrize(("name", "shared_experts"), [("mixtral", set()), ("qwen3_moe", set()), ("qwen2_moe", MLP)])
+def test_experts_are_adapted_and_routers_left_alone(name: str, shared_experts: set[str]) -> None:
     bank = Bank(tiny_model(name), [Spec(8)])
-    assert names(bank) == ATTENTION | experts | {"gate_up_proj", "down_proj"}
+    assert names(bank) == ATTENTION | shared_experts | {"gate_up_proj", "down_proj"}
     for matrix, factors in bank.factors.items():
         fused = matrix.weight.ndim == 3
         assert factors.ranks == [8 // 2 if fused else 8]  # 2 experts a token
@@ -159,10 +153,9 @@ def test_experts_in_another_layout_are_refused() -> None:
     assert names(Bank(GptOssForCausalLM(config), [Spec(targets="attention")])) == ATTENTION
 
 
-@pytest.mark.parametrize("make", [lambda: nn.Sequential(nn.Embedding(3, 2))])
-def test_a_model_without_linear_layers_is_refused(make: Callable[[], nn.Module]) -> None:
+def test_a_model_without_linear_layers_is_refused() -> None:
     with pytest.raises(RloraError, match=r"none of the 0 weight matrices .* of Sequential"):
-        Bank(make(), [Spec()])
+        Bank(nn.Sequential(nn.Embedding(3, 2)), [Spec()])
 
 
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match")  # PEFT asks modules, not parameters
@@ -179,20 +172,18 @@ def test_gradients_equal_those_of_autograd_through_peft(name: str) -> None:
     )  # fmt: skip
     theirs.set_experts_implementation("eager")  # the others have no fp64
     peft = get_peft_model(theirs, config)
-    of_peft = {n.replace(".default", ""): p.double() for n, p in peft.named_parameters() if "lora_" in n}
+    of_peft = {n.replace(".default", ""): p for n, p in peft.named_parameters() if "lora_" in n}
     ours_by_name = masters(bank, 0)
     assert of_peft.keys() == ours_by_name.keys()
-    for key, parameter in peft.named_parameters():
-        if "lora_" in key:
-            parameter.data = ours_by_name[key.replace(".default", "")].data.double()
+    for key, parameter in of_peft.items():
+        parameter.data = ours_by_name[key].data.double()
     ids = torch.randint(97, (2, 7), generator=torch.Generator().manual_seed(0))
     for logits in (ours(ids).logits, peft(ids).logits):
         logits.log_softmax(-1)[..., 5].sum().backward()
     with torch.no_grad():
         torch.testing.assert_close(ours(ids).logits, peft(ids).logits, atol=1e-9, rtol=1e-9)
-    for key, parameter in peft.named_parameters():
-        if "lora_" in key:
-            expected, got = parameter.grad, ours_by_name[key.replace(".default", "")].grad
-            assert expected is not None
-            assert got is not None
-            torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-5)  # ours are cast to fp32
+    for key, parameter in of_peft.items():
+        expected, got = parameter.grad, ours_by_name[key].grad
+        assert expected is not None
+        assert got is not None
+        torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-5)  # ours are cast to fp32

@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import stir
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -17,10 +18,14 @@ from rlora.policy import Policy
 from rlora.records import Group, RloraError
 
 
+def _longest(group: Group) -> int:
+    return max(len(episode.completion_ids) for episode in group.episodes)
+
+
 def naive_logprobs(policy: Policy, groups: list[Group], temperature: float) -> torch.Tensor:
     """Row by row, with no packing and no sharing."""
     rows = []
-    for group in sorted(groups, key=lambda g: max(len(e.completion_ids) for e in g.episodes)):
+    for group in sorted(groups, key=_longest):
         for episode in group.episodes:
             if group.informative and episode.completion_ids:
                 ids = torch.tensor([group.prompt.token_ids + episode.completion_ids])
@@ -30,16 +35,22 @@ def naive_logprobs(policy: Policy, groups: list[Group], temperature: float) -> t
     return torch.cat(rows)
 
 
-def stir(policy: Policy) -> None:
-    for factors in policy.bank.factors.values():
-        for b in factors.lora_B:
-            b.data.normal_(std=0.1)
+def assert_plain(policy: Policy, batch: Microbatch, groups: list[Group], temperature: float) -> None:
+    """Logprobs and gradients of the packed row are those of its episodes row by row."""
+    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    packed, plain = policy.logprobs(batch, temperature), naive_logprobs(policy, groups, temperature)
+    torch.testing.assert_close(packed, plain, atol=1e-5, rtol=1e-5)
+    weights = torch.randn(len(plain))
+    packed_gradient = torch.autograd.grad((packed * weights).sum(), parameters)
+    plain_gradient = torch.autograd.grad((plain * weights).sum(), parameters)
+    for ours, expected in zip(packed_gradient, plain_gradient, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.fixture
 def policy(tiny_base: PreTrainedModel) -> Policy:
     policy = Policy(tiny_base, [Spec(2)], seed=0)
-    stir(policy)
+    stir(policy.bank)
     return policy
 
 
@@ -53,14 +64,7 @@ def batch(groups: list[Group]) -> Microbatch:
 def test_shared_prompts_give_the_plain_logprobs_and_gradients(
     policy: Policy, batch: Microbatch, groups: list[Group], temperature: float
 ) -> None:
-    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    packed, plain = policy.logprobs(batch, temperature), naive_logprobs(policy, groups, temperature)
-    torch.testing.assert_close(packed, plain, atol=1e-5, rtol=1e-5)
-    weights = torch.randn(len(plain))
-    packed_gradient = torch.autograd.grad((packed * weights).sum(), parameters)
-    plain_gradient = torch.autograd.grad((plain * weights).sum(), parameters)
-    for ours, expected in zip(packed_gradient, plain_gradient, strict=True):
-        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+    assert_plain(policy, batch, groups, temperature)
 
 
 def test_activations_computed_again_give_the_same_gradients(tiny: str, groups: list[Group]) -> None:
@@ -69,7 +73,7 @@ def test_activations_computed_again_give_the_same_gradients(tiny: str, groups: l
         torch.manual_seed(0)
         base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
         policy = Policy(base, [Spec(2), Spec(1)], 0, checkpointing)
-        stir(policy)
+        stir(policy.bank)
         owners = [0, 0, 1]  # two adapters in a row: each layer has to remember whose tokens it had
         (batch,) = microbatches(groups, 100, torch.float32, torch.device("cpu"), owners)
         kept: list[int] = []
@@ -93,16 +97,10 @@ def test_an_adapted_head_gives_the_plain_logprobs_and_gradients(
     tiny_base: PreTrainedModel, batch: Microbatch, groups: list[Group], temperature: float
 ) -> None:
     policy = Policy(tiny_base, [Spec(2, head=True)], seed=0)
-    stir(policy)
+    stir(policy.bank)
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     assert len(parameters) == 2 * (2 * 7 + 1)
-    packed, plain = policy.logprobs(batch, temperature), naive_logprobs(policy, groups, temperature)
-    torch.testing.assert_close(packed, plain, atol=1e-5, rtol=1e-5)
-    weights = torch.randn(len(plain))
-    packed_gradient = torch.autograd.grad((packed * weights).sum(), parameters)
-    plain_gradient = torch.autograd.grad((plain * weights).sum(), parameters)
-    for ours, expected in zip(packed_gradient, plain_gradient, strict=True):
-        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+    assert_plain(policy, batch, groups, temperature)
 
 
 def test_a_tied_head_is_refused(tiny_base: PreTrainedModel) -> None:
@@ -114,7 +112,7 @@ def test_a_tied_head_is_refused(tiny_base: PreTrainedModel) -> None:
 @pytest.mark.parametrize("head", [False, True])
 def test_groups_of_several_adapters_share_a_row(tiny_base: PreTrainedModel, groups: list[Group], head: bool) -> None:
     policy = Policy(tiny_base, [Spec(1, head=head), Spec(3), Spec(2, 8.0, head=head)], seed=0)
-    stir(policy)
+    stir(policy.bank)
     owners = [2, 1, 0]
     (batch,) = microbatches(groups, 100, torch.float32, torch.device("cpu"), owners)
     together = policy.logprobs(batch)
@@ -127,10 +125,6 @@ def test_groups_of_several_adapters_share_a_row(tiny_base: PreTrainedModel, grou
     reference = policy.logprobs(replace(batch, adapters=OFF))
     with policy.bank.serving(Route(OFF)):
         torch.testing.assert_close(reference, naive_logprobs(policy, groups, 1.0), atol=1e-5, rtol=1e-5)
-
-
-def _longest(group: Group) -> int:
-    return max(len(episode.completion_ids) for episode in group.episodes)
 
 
 def test_prompts_of_one_token_share_nothing_and_work(policy: Policy) -> None:
@@ -147,7 +141,7 @@ def test_a_fresh_adapter_gives_exactly_the_base_logits(tiny_base: PreTrainedMode
         before = tiny_base(ids).logits
         policy = Policy(tiny_base, [Spec()], seed=0)
         assert policy.base(ids).logits.equal(before)
-        stir(policy)
+        stir(policy.bank)
         assert not policy.base(ids).logits.equal(before)
         with policy.bank.serving(Route(OFF)):
             assert policy.base(ids).logits.equal(before)
