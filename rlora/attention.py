@@ -5,12 +5,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlora.records import RloraError
 
 NAME = "rlora_tree"  # of this attention among those of transformers
+
+_SCORES = 2**20  # held at a time in the backward pass
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,8 @@ class Tree:
     place_of_token: Tensor  # (N,) int64
     empty_places: Tensor  # int64, those past an end
     # 0 where a token may look, -inf elsewhere; in the base's dtype
-    causal: Tensor  # (L, L), of a prompt's tokens
-    bias: Tensor  # (P, 1, 1, 1, T, L + T), of a completion's
+    causal: Tensor  # (1, 1, L, L), of a prompt's tokens
+    bias: Tensor  # (P G, 1, T, L + T), of a completion's; the same for all where no prompt is shorter: (1, 1, T, L + T)
 
 
 class _Lay(torch.autograd.Function):
@@ -50,32 +53,76 @@ def _lay(x: Tensor, index: Tensor, back: Tensor, empty: Tensor | None = None) ->
     return _Lay.apply(x, index, back, empty)  # type: ignore[no-any-return, no-untyped-call]
 
 
+class _Attention(torch.autograd.Function):
+    """softmax(q k^T * scale + bias) v, whose weights are computed again in the backward pass, some rows at a time.
+
+    q (B, H, T, D), k and v (B, K, S, D), bias (B or 1, 1, T, S) -> (B, H, T, D)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+        out = scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=True)
+        ctx.save_for_backward(q, k, v, bias, out)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, bias, out = ctx.saved_tensors
+        (B, H, T, D), (_, K, S, _), scale = q.shape, k.shape, ctx.scale
+        R = H // K  # heads that share a key: their rows go together
+        q, d_out, out = (x.reshape(B * K, R, T, D) for x in (q, d_out, out))
+        k, v = k.reshape(B * K, S, D), v.reshape(B * K, S, D)
+        wide = torch.promote_types(q.dtype, torch.float32)  # of sums
+        shift = (d_out * out).sum(-1, keepdim=True, dtype=wide).neg().to(q.dtype)  # -sum_S weights * d_weights
+        d_q = torch.empty_like(q)
+        d_k, d_v = (torch.zeros_like(x, dtype=wide) for x in (k, v))
+        whose = torch.arange(B * K, device=q.device) // K
+        rows = max(1, min(T, _SCORES // (R * S)))
+        pairs = max(1, _SCORES // (R * rows * S))
+        for b in _slices(B * K, pairs):
+            for t in _slices(T, rows):
+                q_t, d_t, shift_t = (x[b, :, t].flatten(1, 2) for x in (q, d_out, shift))  # (pairs, R rows, ...)
+                bias_t = (bias[whose[b], :, t] if len(bias) > 1 else bias[:, :, t]).expand(-1, R, -1, -1).flatten(1, 2)
+                weights = torch.baddbmm(bias_t, q_t, k[b].mT, alpha=scale).softmax(-1)
+                d_v[b] += weights.mT @ d_t
+                d_scores = torch.baddbmm(shift_t, d_t, v[b].mT).mul_(weights)
+                d_q[b, :, t] = (d_scores @ k[b]).view_as(q[b, :, t])
+                d_k[b] += d_scores.mT @ q_t
+        d_q, d_k, d_v = d_q.mul_(scale), d_k.mul_(scale).to(k.dtype), d_v.to(v.dtype)
+        return d_q.view(B, H, T, D), d_k.view(B, K, S, D), d_v.view(B, K, S, D), None, None
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """Attention with a bias on its scores. On CPU, torch's own backward pass takes two to four times as long."""
+    if q.is_cuda:
+        return scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=True)
+    return _Attention.apply(q, k, v, bias, scale)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _slices(length: int, step: int) -> list[slice]:
+    return [slice(start, start + step) for start in range(0, length, step)]
+
+
 def tree_attention(q: Tensor, k: Tensor, v: Tensor, tree: Tree, scale: float) -> Tensor:
     """softmax(q k^T * scale) v along the tree. q (N, H, D); k, v (N, K, D) with H a multiple of K -> (N, H, D)
 
-    A prompt's keys and values are read where they are, for all its completions in one product: nothing is copied G
-    times, and no two siblings' tokens meet.
+    A completion's keys are its prompt's, which are computed once, and its own: no two siblings' tokens meet.
     """
     (P, L, G, T), (_, H, D), K = tree.shape, q.shape, k.shape[1]
-    R = H // K
     q, k, v = (_lay(x, tree.token_of_place, tree.place_of_token) for x in (q, k, v))
-    q_p, q_c = q.split([P * L, P * G * T])
-    (k_p, k_c), (v_p, v_c) = (
-        (x[: P * L].view(P, L, K, D).transpose(1, 2), x[P * L :].view(P, G, T, K, D).permute(0, 3, 1, 2, 4))
-        for x in (k, v)
-    )  # (P, K, L, D) and (P, K, G, T, D)
-    # the prompts, causal
-    q_p = q_p.view(P, L, K, R, D).permute(0, 2, 3, 1, 4).reshape(P, K, R * L, D)
-    weights = ((q_p @ k_p.mT).view(P, K, R, L, L) * scale + tree.causal).softmax(-1)
-    out_p = (weights.view(P, K, R * L, L) @ v_p).view(P, K, R, L, D).permute(0, 3, 1, 2, 4)
-    # the completions: scores against the prompt beside those against the completion itself, one softmax over both
-    q_c = q_c.view(P, G, T, K, R, D).permute(0, 3, 1, 4, 2, 5).reshape(P, K, G * R * T, D)
-    own = (P, K, G, R * T, D)
-    scores = torch.cat([(q_c @ k_p.mT).view(P, K, G, R * T, L), q_c.view(own) @ k_c.mT], dim=-1)
-    weights = (scores.view(P, K, G, R, T, L + T) * scale + tree.bias).softmax(-1).view(P, K, G, R * T, L + T)
-    out_c = (weights[..., :L].reshape(P, K, G * R * T, L) @ v_p).view(own) + weights[..., L:] @ v_c
-    out_c = out_c.view(P, K, G, R, T, D).permute(0, 2, 4, 1, 3, 5)
-    out = torch.cat([out_p.reshape(-1, H, D), out_c.reshape(-1, H, D)])
+    (q_p, q_c), (k_p, k_c), (v_p, v_c) = (
+        (prompts.view(P, L, x.shape[1], D).transpose(1, 2), completions.view(P * G, T, x.shape[1], D).transpose(1, 2))
+        for x in (q, k, v)
+        for prompts, completions in [x.split([P * L, P * G * T])]
+    )  # (P, heads, L, D) and (P G, heads, T, D)
+    out_p = _attention(q_p, k_p, v_p, tree.causal, scale)
+    k_c, v_c = (
+        torch.cat([prompt[:, None].expand(P, G, K, L, D).flatten(0, 1), own], dim=2)
+        for prompt, own in ((k_p, k_c), (v_p, v_c))
+    )  # (P G, K, L + T, D)
+    out_c = _attention(q_c, k_c, v_c, tree.bias, scale)
+    out = torch.cat([out_p.transpose(1, 2).reshape(-1, H, D), out_c.transpose(1, 2).reshape(-1, H, D)])
     return _lay(out, tree.place_of_token, tree.token_of_place, tree.empty_places)
 
 

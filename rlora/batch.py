@@ -128,9 +128,12 @@ def _pack(branches: Sequence[_Branch], dtype: torch.dtype, device: torch.device)
             ids += inputs
             positions += range(length, length + len(inputs))
         adapters += [branch.adapter] * (len(ids) - start)
-    may_look = torch.cat([seen_PL[:, None].expand(P, T, L), torch.ones(T, T).tril().bool().expand(P, T, T)], dim=-1)
-    bias = torch.zeros(P, 1, 1, 1, T, L + T, dtype=dtype).masked_fill_(~may_look[:, None, None, None], -math.inf)
-    causal = torch.full((L, L), -math.inf, dtype=dtype).triu(1)
+    seen_PL = seen_PL[:1] if seen_PL.all() else seen_PL.repeat_interleave(G, 0)
+    may_look = torch.cat(
+        [seen_PL[:, None].expand(-1, T, L), torch.ones(T, T).tril().bool().expand(len(seen_PL), T, T)], dim=-1
+    )
+    bias = torch.zeros(may_look.shape, dtype=dtype).masked_fill_(~may_look, -math.inf)[:, None]
+    causal = torch.full((1, 1, L, L), -math.inf, dtype=dtype).triu(1)
     place = torch.cat(place_of_token)
     token_of_place = torch.zeros_like(places).index_put_((place,), torch.arange(len(ids)))
     empty = torch.ones_like(places, dtype=torch.bool).index_fill_(0, place, value=False).nonzero()[:, 0]

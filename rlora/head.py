@@ -27,15 +27,14 @@ class _TokenLogprobs(torch.autograd.Function):
         slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for part in _chunks(len(hidden), len(weight)):
             logits = linear(hidden[part], weight, bias)
-            target = targets[part, None]
-            spread = (logits if temperature == 1 else logits.float() / temperature).log_softmax(1, dtype=torch.float32)
-            logprobs[part] = spread.gather(1, target)[:, 0]
+            target, top = logits.gather(1, targets[part, None]).float(), logits.amax(1, keepdim=True)
+            odds = logits.sub_(top).div_(temperature).exp_()  # in place: p of each token over that of the likeliest
+            total = odds.sum(1, keepdim=True, dtype=torch.float32)
+            logprobs[part] = ((target - top) / temperature - total.log())[:, 0]
             if slope is not None:
-                d_logits = spread.exp_().neg_()  # -p, in place
-                d_logits.scatter_add_(1, target, torch.ones_like(target, dtype=torch.float32))
-                torch.mm(d_logits.to(weight.dtype), weight, out=slope[part])
-        if slope is not None and temperature != 1:
-            slope /= temperature
+                torch.mm(odds, weight, out=slope[part]).div_(total)
+        if slope is not None:
+            slope = torch.sub(weight[targets], slope, out=slope).div_(temperature)
         ctx.slope = slope
         return logprobs
 
@@ -50,7 +49,7 @@ def token_logprobs(
     """Natural logs of the targets' probabilities under softmax(hidden weight^T / temperature), in fp32.
 
     hidden (C, d), weight (V, d), bias (V,) or None, targets (C,) int64 -> (C,). Gradients reach `hidden` alone: the
-    head is frozen. Logits are rounded to the head's dtype, as the engine does, and go on in fp32.
+    head is frozen. Logits are rounded to the head's dtype, as the engine does; sums over the vocabulary are fp32.
     """
     return _TokenLogprobs.apply(hidden, weight, bias, targets, temperature)  # type: ignore[no-any-return, no-untyped-call]
 

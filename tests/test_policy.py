@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from rlora import attention
 from rlora.batch import Microbatch, microbatches
 from rlora.lora import OFF, Route, Spec
 from rlora.policy import Policy
@@ -165,3 +167,26 @@ def test_a_context_longer_than_the_attention_window_is_refused(batch: Microbatch
     config.sliding_window = 6
     with pytest.raises(RloraError, match="attention sees 6 tokens, and a prompt and completion have 7"):
         Policy(MistralForCausalLM(config), [Spec()], 0).logprobs(batch)
+
+
+@pytest.mark.parametrize("held", [2**20, 40, 1])
+@pytest.mark.parametrize("biases", [1, 4])
+def test_attention_computed_again_has_the_gradients_of_autograd(
+    monkeypatch: pytest.MonkeyPatch, held: int, biases: int
+) -> None:
+    """Whole, some pairs of a sequence and a key's heads at a time, and a single row of one at a time."""
+    monkeypatch.setattr(attention, "_SCORES", held)
+    torch.manual_seed(0)
+    B, H, K, T, S, D = 4, 6, 2, 5, 7, 3
+    q, k, v = (torch.randn(B, heads, n, D).double().requires_grad_() for heads, n in ((H, T), (K, S), (K, S)))
+    bias = torch.randn(biases, 1, T, S).double().masked_fill_(torch.ones(T, S).tril(2) == 0, -math.inf)
+    seen = torch.randn(B, H, T, D).double()
+
+    def gradients(out: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad((out * seen).sum(), (q, k, v))
+
+    plain = (q.view(B, K, H // K, T, D) @ k[:, :, None].mT * 0.7 + bias[:, :, None]).softmax(-1) @ v[:, :, None]
+    expected = gradients(plain.view(B, H, T, D))
+    found = gradients(attention._attention(q, k, v, bias, 0.7))
+    for gradient, autograd in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, autograd, rtol=1e-10, atol=1e-10)
