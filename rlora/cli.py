@@ -210,6 +210,8 @@ def _export(arguments: list[str]) -> None:
     adapter = checkpoint.read_adapter(given.run, given.version)
     if given.to.exists():
         raise RloraError(f"--to {given.to}: it is there already; name another directory")
+    if adapter.whole and given.merge:
+        raise RloraError("--merge: this run trained all weights, so there is no adapter to merge; leave it out")
     if not given.merge:
         print(f"version {adapter.version}: {checkpoint.write_adapter(adapter, given.to)}")
         return

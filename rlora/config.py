@@ -62,6 +62,8 @@ class EngineConfig:
 class LearnerConfig:
     __pydantic_config__ = _STRICT
 
+    adapter: Literal["lora", "none"] = "lora"
+    """What is trained: a low-rank adapter, or, with `none`, all weights: the baseline, whose lr is a tenth or less."""
     rank: Annotated[int, Field(ge=1, le=MAX_RANK)] = 1
     """Rank r of the adapter, 1 to 8: W' = W + (alpha / r) B A. Experts share it, each has at least 1."""
     alpha: Positive = 32.0
@@ -168,9 +170,26 @@ def validate(values: Config | dict[str, Any], source: str = "") -> Config:
     """A config whose every value has its type and range. Raises RloraError with a line for each field at fault."""
     table = asdict(values) if isinstance(values, Config) else values
     try:
-        return _ADAPTER.validate_json(json.dumps(table, default=str))  # JSON, like TOML, has lists for tuples
+        config = _ADAPTER.validate_json(json.dumps(table, default=str))  # JSON, like TOML, has lists for tuples
     except ValidationError as error:
         raise RloraError(source + explain(error)) from None
+    if config.learner.adapter == "none":
+        _refuse_beside_all_weights(config, source)
+    return config
+
+
+def _refuse_beside_all_weights(config: Config, source: str) -> None:
+    """Raise RloraError for what needs an adapter."""
+    for name in ("rank", "alpha", "targets", "head", "rslora", "init", "start_from"):
+        if (value := getattr(config.learner, name)) != getattr(LearnerConfig(), name):
+            raise RloraError(
+                f'{source}learner.{name} = {value!r}: there is no adapter (learner.adapter = "none"); leave it out'
+            )
+    if config.max_staleness:
+        raise RloraError(
+            f'{source}max_staleness = {config.max_staleness}: with learner.adapter = "none" an engine holds one '
+            "version at a time, so sampling can't overlap with learning; set max_staleness to 0"
+        )
 
 
 def refuse_unlearnable(names: Iterable[str]) -> None:
