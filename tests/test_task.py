@@ -4,9 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from rlora.base import load_tokenizer, stop_token_ids
-from rlora.config import Config
+from rlora.config import Config, load, read
 from rlora.records import Prompt, RloraError
 from rlora.task import as_reward, load_task, tokenise
 
@@ -120,6 +121,19 @@ def test_messages_that_the_chat_template_refuses_are_told(demo: str) -> None:
     tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
     with pytest.raises(RloraError, match=r"takes no .*'2 \+ 2\?'.* \(System role not supported\)"):
         tokenise([Prompt("2 + 2?")], tokenizer, 100)
+
+
+def test_the_examples_of_the_readme_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block of the README that starts with a comment that names its file."""
+    blocks = re.findall(r"```\w+\n# (\S+\.\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for name, text in blocks:
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert {name for name, _ in blocks} == {"brief.py", "doubling.py", "doubling.toml"}
+    task = load_task(read(Path("doubling.toml")))
+    assert (task.prompts[1].text, task.prompts[1].answer) == ("What is twice 2?", 4)
+    brief = as_reward("brief.py:brief", load("reward", "brief.py:brief"))
+    assert brief(["It is 4.", "4", "5"], [4, 4, 4]) == [0.992, 0.999, -0.001]
 
 
 def test_a_local_directory_is_a_model(demo: str, tmp_path: Path, config: MakeConfig) -> None:
