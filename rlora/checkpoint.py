@@ -8,7 +8,7 @@ import shutil
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,14 @@ def _version(package: str) -> str | None:
         return None
 
 
+def with_own_start(run: Path, config: Config) -> Config:
+    """The config of a run to go on with: it starts from its own copy of `learner.start_from`, once there is one."""
+    own = adapter_path(run, 0)
+    if not (config.learner.start_from and own.is_dir()):
+        return config
+    return replace(config, learner=replace(config.learner, start_from=str(own.absolute())))
+
+
 def save(run: Path, adapter: Adapter, state: bytes) -> None:
     """Keep a version: its adapter, then the state to go on from. What was there before stays whole if this fails.
 
@@ -107,10 +115,13 @@ def last_version(run: Path) -> int | None:
 
 def read_adapter(run: Path, version: int | None = None) -> Adapter:
     """A saved version, the last one where none is named. Raises RloraError where it is not there."""
-    version = (last_version(run) or 0) if version is None else version
+    last = last_version(run)
+    if last is None:
+        raise RloraError(f"{run}: it has no adapter yet; `rlora train --resume {run}` begins it again")
+    version = last if version is None else version
     path = adapter_path(run, version)
     if not path.is_dir():
-        raise RloraError(f"{run}: it has no adapter of version {version}; the last one is {last_version(run)}")
+        raise RloraError(f"{run}: it has no adapter of version {version}; the last one is {last}")
     if (path / WHOLE_FILES[0]).exists():
         config, weights = ((path / name).read_bytes() for name in WHOLE_FILES)
         return Adapter(run.name, version, config, weights, whole=True)

@@ -193,7 +193,10 @@ def first_adapter(learner: LearnerConfig) -> tuple[Spec, dict[str, Tensor] | Non
             raise RloraError(
                 f"learner.{name} = {getattr(learner, name)!r}: learner.start_from brings its own; leave it out"
             )
-    saved, tensors = peft_format.decode(*peft_format.read(Path(learner.start_from)))
+    try:
+        saved, tensors = peft_format.decode(*peft_format.read(Path(learner.start_from)))
+    except RloraError as error:
+        raise RloraError(f"learner.start_from = {learner.start_from!r}: {error}") from error
     for field in ("rank", "alpha", "rslora"):
         ours, its = getattr(spec, field), getattr(saved, field)
         if ours != its:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -131,9 +131,9 @@ class Sampling:
 class Env(Protocol):
     """Where prompts come from: built as `Env(**config.env_args)`."""
 
-    def train(self) -> Sequence[Prompt]: ...
+    def train(self) -> Iterable[Prompt]: ...
 
-    def held_out(self) -> Sequence[Prompt]:
+    def held_out(self) -> Iterable[Prompt]:
         """Prompts that training never sees; may be empty."""
         ...
 
