@@ -11,7 +11,7 @@ import tyro
 
 import rlora
 from rlora.config import Config, read, refuse_unlearnable, validate
-from rlora.records import RloraError
+from rlora.records import Adapter, RloraError
 
 # torch, transformers and Ray take seconds to import: that waits until the command line is understood
 
@@ -119,7 +119,7 @@ def _train(arguments: list[str]) -> None:
             print(f"The last whole adapter is {checkpoint.adapter_path(run, version)}; "
                   f"go on from it with `rlora train --resume {run}`", file=sys.stderr)  # fmt: skip
         raise
-    _report(run, task.base)
+    _report(run, task.base, config.learner.adapter == "none")
 
 
 def _parse_train(arguments: list[str]) -> Train:
@@ -183,7 +183,7 @@ def _env_args(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     return found, others
 
 
-def _report(run: Path, base: str) -> None:
+def _report(run: Path, base: str, whole: bool) -> None:
     """The table at the end of a run, and what to do next."""
     from rich.console import Console
     from rich.table import Column, Table
@@ -198,10 +198,16 @@ def _report(run: Path, base: str) -> None:
         table.add_row("accuracy after", f"{summary['accuracy/after']:.3f}")
     table.add_row("steps", str(summary["steps"]))
     table.add_row("wall time", f"{summary['time/total']:.0f} s, of which training {summary['time/train']:.0f} s")
-    table.add_row("adapter", f"{summary['adapter/parameters']:,} parameters, {summary['adapter/bytes']:,} bytes")
+    table.add_row(
+        "all weights" if whole else "adapter",
+        f"{summary['adapter/parameters']:,} parameters, {summary['adapter/bytes']:,} bytes",
+    )
     table.add_row("where it lies", summary["adapter/path"])
     Console().print(table)
     print(f"Evaluate it again, or go on to N steps in all:\n  rlora eval {run}\n  rlora train --resume {run} --steps N")
+    if whole:
+        print(f"Load it:\n  policy = AutoModelForCausalLM.from_pretrained({summary['adapter/path']!r})")
+        return
     print(f"Load it with PEFT:\n  base = AutoModelForCausalLM.from_pretrained({base!r})")
     print(f"  policy = PeftModel.from_pretrained(base, {summary['adapter/path']!r})")
 
@@ -242,8 +248,9 @@ def _export(arguments: list[str]) -> None:
     adapter = checkpoint.read_adapter(given.run, given.version)
     if given.to.exists():
         raise RloraError(f"--to {given.to}: it is there already; name another directory")
-    if adapter.whole and given.merge:
-        raise RloraError("--merge: this run trained all weights, so there is no adapter to merge; leave it out")
+    if adapter.whole:
+        _export_all_weights(config, adapter, given)
+        return
     if not given.merge:
         base = json.loads(adapter.config)["base_model_name_or_path"]
         print(f"version {adapter.version}: {checkpoint.write_adapter(adapter, given.to)}, over the base {base}")
@@ -262,3 +269,15 @@ def _export(arguments: list[str]) -> None:
     base.save_pretrained(given.to)
     load_tokenizer(where).save_pretrained(given.to)
     print(f"version {adapter.version} merged in {dtype}: {given.to}; its update is {off:.2%} off the adapter's own")
+
+
+def _export_all_weights(config: Config, version: Adapter, given: Export) -> None:
+    """A directory that transformers and vLLM load as a model."""
+    from rlora import checkpoint
+    from rlora.base import load_tokenizer, locate
+
+    if given.merge:
+        raise RloraError("--merge: this run trained all weights, so there is no adapter to merge; leave it out")
+    checkpoint.write_adapter(version, given.to)
+    load_tokenizer(locate(config.model)).save_pretrained(given.to)
+    print(f"version {version.version}, all weights: {given.to}")

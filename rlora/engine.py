@@ -52,6 +52,7 @@ class Engine:
                     "build, whose only backend for its experts has none; use a dense model here, or a GPU"
                 )
             thin_products.install()
+            options["enforce_eager"] = True  # as vLLM does by itself with adapters; compiling takes minutes
             options["block_size"] = 32  # its smallest; with 128 the completions of a short prompt share nothing
         if settings.tensor_parallel_size == 1:
             options["distributed_executor_backend"] = "uni"  # in this process; others spin beside the learner

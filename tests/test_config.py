@@ -1,6 +1,7 @@
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tomli_w
@@ -120,3 +121,18 @@ def test_what_can_not_be_loaded_is_named(spec: str, message: str, tmp_path: Path
     (tmp_path / "broken.py").write_text("1 / 0\n")
     with pytest.raises(RloraError, match=f"reward = .*{message}"):
         load("reward", spec.format(tmp=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_staleness": 1}, r"max_staleness = 1: .*set max_staleness to 0"),
+        ({"learner": {"rank": 8}}, r"learner\.rank = 8: there is no adapter"),
+        ({"learner": {"start_from": "there"}}, r"learner\.start_from = 'there': there is no adapter"),
+    ],
+)
+def test_what_needs_an_adapter_is_refused_where_all_weights_are_trained(values: dict[str, Any], message: str) -> None:
+    learner = {"adapter": "none", **values.get("learner", {})}
+    with pytest.raises(RloraError, match=message):
+        validate(MINIMAL | values | {"learner": learner})
+    assert validate(MINIMAL | {"learner": {"adapter": "none"}}).learner.adapter == "none"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing
-from conftest import episode, group
+from conftest import episode, group, tiny_model
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -195,3 +195,51 @@ def test_a_run_may_start_from_a_saved_adapter(
 def test_the_demo_adapter_has_the_known_size(demo: str, config: MakeConfig) -> None:
     adapter = Learner(config(dtype="bfloat16"), demo, "run").adapter()
     assert adapter.parameters == 305_280
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_all_weights_have_the_gradients_of_plain_autograd(
+    config: MakeConfig, groups: list[Group], tmp_path: Path, tied: bool
+) -> None:
+    tiny_model("llama", tie_word_embeddings=tied).save_pretrained(tmp_path)
+    learner = Learner(config(learner={"adapter": "none", "max_grad_norm": 1e9}), str(tmp_path), "run")
+    plain = tiny_model("llama", tie_word_embeddings=tied)
+    measured = on_policy(learner, groups)
+    loss = torch.zeros(())
+    for g, advantages in zip(measured, ([0.5, -0.5], [0.0, 0.0], [0.0, -0.5, 0.5]), strict=True):
+        for e, advantage in zip(g.episodes, advantages, strict=True):
+            ids = torch.tensor([g.prompt.token_ids + e.completion_ids])
+            logprobs = plain(ids).logits[0, len(g.prompt.token_ids) - 1 : -1].log_softmax(-1)
+            loss = loss - advantage * logprobs.gather(1, torch.tensor(e.completion_ids)[:, None]).sum() / 15
+    loss.backward()
+    adapter, _ = learner.update(measured)
+    assert adapter.parameters == plain.num_parameters()
+    gradients = {name: weight.grad for name, weight in learner.policy.base.named_parameters()}
+    for name, weight in plain.named_parameters():
+        torch.testing.assert_close(gradients[name], weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_16_bit_weights_are_rounded_from_masters_that_keep_small_steps(
+    config: MakeConfig, groups: list[Group], tmp_path: Path
+) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    settings = config(dtype="bfloat16", learner={"adapter": "none", "lr": 1e-5, "microbatch_tokens": 1})
+    learner = Learner(settings, str(tmp_path), "run")
+    started = [weight.detach().clone() for weight in learner.trained]
+    learner.update(groups)
+    state = learner.state()
+    for weight, master, before in zip(learner.trained, learner.parameters, started, strict=True):
+        assert weight.dtype == torch.bfloat16
+        assert weight.equal(master.to(torch.bfloat16))
+        assert weight.grad is None  # it was gathered in fp32
+        moved = (master - before.float()).abs()
+        assert 0 < moved.max() <= 1.01e-5
+        assert weight.ndim > 1 or weight.equal(before)  # those of norms are 1, where 16 bits can't tell such a step
+    straight, _ = learner.update(groups)
+    other = Learner(settings, str(tmp_path), "run")
+    other.resume(state)
+    assert other.update(groups)[0] == straight
+    path = write_adapter(straight, tmp_path / "1")
+    loaded = AutoModelForCausalLM.from_pretrained(str(path))
+    for name, weight in learner.policy.base.named_parameters():
+        assert loaded.get_parameter(name).equal(weight)
