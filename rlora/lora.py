@@ -25,13 +25,20 @@ _ATTENTION = re.compile(r"(^|\.)(self_attn|attn|attention|self_attention)\.")
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """A weight matrix of the base, or one of each expert, fused: (d_out, d_in) or (E, d_out, d_in)."""
+    """A weight matrix of the base, or one of each expert, fused."""
 
     key: str  # the name of its module, or of the experts' parameter
     place: str  # of its module
     kind: str  # attention, mlp or head
-    weight: Tensor
+    shape: tuple[int, ...]  # (d_out, d_in) or (E, d_out, d_in), however it is held
+    module: nn.Module
+    parameter: str = "weight"  # its name in the module
     active: int = 1  # of the E experts, those that a token meets
+
+    @property
+    def weight(self) -> Tensor:
+        """As its module holds it now: a sharded or quantised base has it in another form."""
+        return self.module.get_parameter(self.parameter)
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,7 @@ class Factors(nn.Module):
 
     def __init__(self, matrix: Matrix, specs: Sequence[Spec], generator: torch.Generator) -> None:
         super().__init__()
-        *fused, d_out, d_in = matrix.weight.shape
+        *fused, d_out, d_in = matrix.shape
         device = matrix.weight.device
         self.experts = fused[0] if fused else None
         E = self.experts or 1
@@ -290,11 +297,12 @@ def matrices(model: nn.Module) -> Iterator[Matrix]:
         if isinstance(module, nn.Linear):
             if name.rpartition(".")[2] not in _ROUTERS:
                 kind = "head" if module is head else "attention" if _ATTENTION.search(name) else "mlp"
-                yield Matrix(name, name, kind, module.weight)
+                yield Matrix(name, name, kind, (module.out_features, module.in_features), module)
         elif isinstance(getattr(module, "gate_up_proj", None), nn.Parameter) and isinstance(model, PreTrainedModel):
             active = int(model.config.get_text_config().num_experts_per_tok)
             for part in ("gate_up_proj", "down_proj"):
-                yield Matrix(f"{name}.{part}", name, "mlp", module.get_parameter(part), active)
+                shape = tuple(module.get_parameter(part).shape)
+                yield Matrix(f"{name}.{part}", name, "mlp", shape, module, part, active)
 
 
 def _refuse_tied(model: Any, head: nn.Linear) -> None:
