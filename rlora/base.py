@@ -44,10 +44,10 @@ def locate(model: str) -> str:
     return model
 
 
-def load_base(path: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal language model at `path`, on this machine's device."""
+def load_base(path: str, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
+    """The causal language model at `path`, on `device`, or else this machine's."""
     base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    base.to(machine.device())  # type: ignore[arg-type]  # transformers wraps Module.to
+    base.to(device or machine.device())  # type: ignore[arg-type]  # transformers wraps Module.to
     return base
 
 

@@ -96,6 +96,8 @@ class LearnerConfig:
     """Updates in a row that may be skipped for a non-finite loss or gradient before the run stops."""
     replicas: Count = 1
     """How many learners share each update (data-parallel); Ray places each by its resources."""
+    shard: bool = False
+    """Divide the base's layers among the `replicas`, 2 or more; embeddings and output head stay whole on each."""
     cpus: Annotated[float, Field(ge=0)] = 0.5
     """Ray CPUs that a learner reserves."""
     gpus: Annotated[float, Field(ge=0)] = 0.5
@@ -168,9 +170,20 @@ def validate(values: Config | dict[str, Any], source: str = "") -> Config:
     """A config whose every value has its type and range. Raises RloraError with a line for each field at fault."""
     table = asdict(values) if isinstance(values, Config) else values
     try:
-        return _ADAPTER.validate_json(json.dumps(table, default=str))  # JSON, like TOML, has lists for tuples
+        config = _ADAPTER.validate_json(json.dumps(table, default=str))  # JSON, like TOML, has lists for tuples
     except ValidationError as error:
         raise RloraError(source + explain(error)) from None
+    _refuse_to_shard(config.learner, source)
+    return config
+
+
+def _refuse_to_shard(learner: LearnerConfig, source: str) -> None:
+    """Raise RloraError where the base can't be divided."""
+    if learner.shard and learner.replicas == 1:
+        raise RloraError(
+            f"{source}learner.shard = true: there is one learner, and none to share the base with; set "
+            "learner.replicas to 2 or more, each on a GPU of its own"
+        )
 
 
 def refuse_unlearnable(names: Iterable[str]) -> None:

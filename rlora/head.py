@@ -76,4 +76,4 @@ def adapted_token_logprobs(
 def _chunks(tokens: int, vocabulary: int) -> list[slice]:
     """The tokens whose logits are held at a time."""
     chunk = max(1, _LOGITS // vocabulary)
-    return [slice(start, start + chunk) for start in range(0, tokens, chunk)]
+    return [slice(start, start + chunk) for start in range(0, max(1, tokens), chunk)]

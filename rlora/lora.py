@@ -229,7 +229,7 @@ class _LowRank(torch.autograd.Function):
             h *= mask
         ctx.save_for_backward(flat, h, weight, a, b, mask)
         y = linear(flat, weight, bias).addmm_(h, b.mT)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -238,7 +238,7 @@ class _LowRank(torch.autograd.Function):
         g_h = g @ b
         if mask is not None:
             g_h *= mask
-        g_x = (g @ weight).addmm_(g_h, a).view(*grad.shape[:-1], -1) if ctx.needs_input_grad[0] else None
+        g_x = (g @ weight).addmm_(g_h, a).view(*grad.shape[:-1], a.shape[1]) if ctx.needs_input_grad[0] else None
         return g_x, None, None, g_h.mT @ x, g.mT @ h, None
 
 

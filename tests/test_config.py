@@ -36,6 +36,7 @@ def test_written_config_reads_back_equal(tmp_path: Path) -> None:
         ({"nonsense": 3}, r"nonsense = 3: no such field"),
         ({"engine": {"replica": 2}}, r"engine\.replica = 2: no such field"),
         ({"model": 7}, r"model = 7: .*valid string"),
+        ({"learner": {"shard": True}}, r"learner\.shard = true: there is one learner.*learner\.replicas to 2"),
     ],
 )
 def test_bad_value_is_named_with_its_field(changes: dict[str, object], message: str) -> None:
