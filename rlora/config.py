@@ -92,6 +92,8 @@ class LearnerConfig:
     """Tokens in one forward pass, each prompt's once; lower it where memory is short."""
     checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, up to half more time."""
+    quantise: Literal["none", "int8", "nf4"] = "none"
+    """Hold the learner's base in 8 or 4 bit; engines keep `dtype`, and the importance ratio bridges the gap."""
     max_bad_updates: Count = 3
     """Updates in a row that may be skipped for a non-finite loss or gradient before the run stops."""
     replicas: Count = 1
@@ -173,13 +175,19 @@ def validate(values: Config | dict[str, Any], source: str = "") -> Config:
         config = _ADAPTER.validate_json(json.dumps(table, default=str))  # JSON, like TOML, has lists for tuples
     except ValidationError as error:
         raise RloraError(source + explain(error)) from None
-    _refuse_to_shard(config.learner, source)
+    if config.learner.shard:
+        _refuse_to_shard(config.learner, source)
     return config
 
 
 def _refuse_to_shard(learner: LearnerConfig, source: str) -> None:
     """Raise RloraError where the base can't be divided."""
-    if learner.shard and learner.replicas == 1:
+    if learner.quantise != "none":
+        raise RloraError(
+            f"{source}learner.shard = true: a base in {learner.quantise} can't be divided; leave one of learner.shard "
+            "and learner.quantise off"
+        )
+    if learner.replicas == 1:
         raise RloraError(
             f"{source}learner.shard = true: there is one learner, and none to share the base with; set "
             "learner.replicas to 2 or more, each on a GPU of its own"

@@ -12,7 +12,7 @@ import torch.distributed
 from torch import Tensor
 
 from rlora import machine, peft_format
-from rlora.base import load_base
+from rlora.base import load_base, load_quantised
 from rlora.batch import Microbatch, idle, microbatches, shares
 from rlora.config import Config, LearnerConfig
 from rlora.lora import Spec
@@ -28,8 +28,9 @@ class Learner:
     def __init__(self, config: Config, base: str, run: str) -> None:
         self.config, self.base, self.run = config, base, run
         self.device = machine.device()
+        dtype, quantise = machine.DTYPES[config.dtype], config.learner.quantise
         place = torch.device("cpu") if config.learner.shard else self.device  # `join` moves it, a layer at a time
-        model = load_base(base, machine.DTYPES[config.dtype], place)
+        model = load_base(base, dtype, place) if quantise == "none" else load_quantised(base, dtype, quantise)
         spec, start = first_adapter(config.learner)
         self.policy = Policy(model, [spec], config.seed, config.learner.checkpointing)
         if start is not None:

@@ -175,6 +175,8 @@ class LoRALinear(nn.Module):
         stacked = self.factors.stacked(self.routing.route, x.dtype)
         if stacked is None:
             return self.base(x)  # type: ignore[no-any-return]
+        if type(self.base) is not nn.Linear:  # quantised: W x and its gradient are its own affair
+            return thin_product(self.base(x), x, *stacked)
         return low_rank(x, self.base.weight, self.base.bias, *stacked)
 
 
@@ -214,6 +216,14 @@ def low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tenso
     `mask` (tokens, R) chooses each token's adapter among those stacked; a token that has none gets W x, exactly.
     """
     return _LowRank.apply(x, weight, bias, a, b, mask)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def thin_product(y: Tensor, x: Tensor, a: Tensor, b: Tensor, mask: Tensor | None) -> Tensor:
+    """y + b (mask * (a x)), y (..., d_out), the rest as in `low_rank`: for a W that is at hand as a function alone."""
+    h = x.flatten(0, -2) @ a.mT  # (tokens, R)
+    if mask is not None:
+        h = h * mask
+    return torch.addmm(y.flatten(0, -2), h, b.mT).view_as(y)
 
 
 class _LowRank(torch.autograd.Function):

@@ -37,6 +37,11 @@ def test_written_config_reads_back_equal(tmp_path: Path) -> None:
         ({"engine": {"replica": 2}}, r"engine\.replica = 2: no such field"),
         ({"model": 7}, r"model = 7: .*valid string"),
         ({"learner": {"shard": True}}, r"learner\.shard = true: there is one learner.*learner\.replicas to 2"),
+        (
+            {"learner": {"shard": True, "replicas": 2, "quantise": "nf4"}},
+            r"learner\.shard = true: a base in nf4 can't be",
+        ),
+        ({"learner": {"quantise": "int4"}}, r"learner\.quantise = 'int4': .*'none', 'int8' or 'nf4'"),
     ],
 )
 def test_bad_value_is_named_with_its_field(changes: dict[str, object], message: str) -> None:
