@@ -15,7 +15,8 @@ def shard(body: nn.Module, device: torch.device) -> None:
 
     A layer's weights are gathered before its forward and its backward pass and let go after it (FSDP2; Zhao et al.
     2023, arXiv:2304.11277), so all ranks have to run the same passes. What is trained stays whole on each rank; so do
-    embeddings, output head and the last norm, which are used outside of any layer. Their place does not change.
+    embeddings, output head and the last norm: the head's weight is used outside of any forward pass that could gather
+    it, and may be the embeddings' too. Their device does not change.
 
     Raises RloraError where the model has no list of layers.
     """
