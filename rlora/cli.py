@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, cast
 
 import tyro
 
+import rlora
 from rlora.config import Config, read, refuse_unlearnable, validate
 from rlora.records import RloraError
 
@@ -38,6 +39,8 @@ class Eval:
     """The run's directory."""
     version: int | None = None
     """The adapter version; the last one by default, 0 is what the run started from."""
+    prompts: int | None = None
+    """How many held-out prompts to answer; the run's evaluate.prompts by default."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +55,30 @@ class Export:
     """The adapter version; the last one by default."""
     merge: tyro.conf.FlagCreatePairsOff[bool] = False
     """Add the adapter into the base's weights and write them all."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of merged weights. bfloat16 loses part of a small update, and says how much."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """Of merged weights, bfloat16 by default, which loses part of a small update and says how much. An adapter is
+    always written in fp32."""
+
+
+_USAGE = f"""usage: rlora COMMAND ...
+
+  train     {Train.__doc__}
+  eval      {Eval.__doc__}
+  export    {Export.__doc__}
+
+`rlora COMMAND --help` documents every option, `rlora --version` prints the version."""
 
 
 def main() -> None:
     """Run the command in sys.argv; exits with 0, 1 (an error that its message explains), 2 (usage) or 130 (Ctrl-C)."""
     commands = {"train": _train, "eval": _eval, "export": _export}
     command, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
+    if command in ("-h", "--help", "--version"):
+        print(f"rlora {rlora.__version__}" if command == "--version" else _USAGE)
+        sys.exit(0)
     if command not in commands:
-        print(f"usage: rlora {{{','.join(commands)}}} ...\n`rlora train --help` documents every field", file=sys.stderr)
-        sys.exit(0 if command in ("-h", "--help") else 2)
+        print(_USAGE, file=sys.stderr)
+        sys.exit(2)
     try:
         commands[command](arguments)
     except (RloraError, OSError) as error:
@@ -76,20 +92,19 @@ def main() -> None:
 def _train(arguments: list[str]) -> None:
     given = _parse_train(arguments)
     from rlora import checkpoint
+    from rlora.learner import first_adapter
     from rlora.task import load_task
 
-    config = given.config
+    config = checkpoint.with_own_start(given.resume, given.config) if given.resume else given.config
     task = load_task(config)
+    first_adapter(config.learner)  # it is only looked at here: the learner's process reads it
     from rlora.train import train
 
     if given.resume:
         run = given.resume
         if (checkpoint.last_version(run) or 0) >= config.steps:
             raise RloraError(f"steps = {config.steps}: {run} has them all; give more by --steps")
-        checkpoint.write_config(run, config)
-        if config.learner.start_from:  # it may be gone by now; the run has its own copy
-            own = str(checkpoint.adapter_path(run, 0))
-            config = replace(config, learner=replace(config.learner, start_from=own))
+        checkpoint.write_config(run, given.config)
     else:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         run = given.run_dir or Path("runs") / f"{config.env.rpartition(':')[2].lower()}-{stamp}"
@@ -111,24 +126,43 @@ def _parse_train(arguments: list[str]) -> Train:
     """The command line over the TOML file it names, or over the config of the run that it resumes."""
     options = [argument.split("=")[0].lstrip("-").replace("-", "_") for argument in arguments if argument[:2] == "--"]
     refuse_unlearnable(option.rpartition(".")[2] for option in options)
-    files = [Path(argument) for argument in arguments if argument.endswith(".toml")]
-    resumed = _value(arguments, "--resume")
-    source = Path(resumed) / "config.toml" if resumed else files[0] if files else None
-    saved = read(source) if source else None
-    default = Train(saved) if saved else None
     env_args, others = _env_args(arguments)
+    saved = _source(others)
+    default = Train(saved) if saved else None
     parsed = cast(Train, tyro.cli(Train, default=default, args=others, prog="rlora train"))
-    config = replace(parsed.config, env_args={**parsed.config.env_args, **env_args})
-    given = replace(parsed, config=validate(config))
-    if resumed and saved:
+    of_another_env = saved.env_args if saved and saved.env != parsed.config.env else {}
+    kept = {name: value for name, value in parsed.config.env_args.items() if name not in of_another_env}
+    given = replace(parsed, config=validate(replace(parsed.config, env_args=kept | env_args)))
+    if given.resume and saved:
         before, after = asdict(saved), asdict(given.config)
         changed = [field for field in before if before[field] != after[field] and field != "steps"]
-        if changed or files or given.run_dir or given.overwrite:
+        if changed or given.file or given.run_dir or given.overwrite:
             raise RloraError(
-                f"--resume {resumed}: a run goes on under its own config, and only --steps may be given beside it; "
-                f"leave out {', '.join(changed) or 'the TOML file, --run-dir and --overwrite'}, or start a new run"
+                f"--resume {given.resume}: a run goes on under its own config, and only --steps may be given beside "
+                f"it; leave out {', '.join(changed) or 'the TOML file, --run-dir and --overwrite'}, or start a new run"
             )
     return given
+
+
+def _source(arguments: list[str]) -> Config | None:
+    """The config that the command line starts from: of the run that it resumes, else of its FILE, if it names one."""
+    nothing = Train(Config(model="", env="", reward=""))
+    arguments = [argument for argument in arguments if argument not in ("-h", "--help")]  # shown once that is known
+    named = tyro.cli(Train, default=nothing, args=arguments, prog="rlora train")
+    if named.resume:
+        return _read_run(named.resume)
+    return read(named.file) if named.file else None
+
+
+def _read_run(run: Path) -> Config:
+    """The config of a run. Raises RloraError where no run is."""
+    path = run / "config.toml"
+    if not path.is_file():
+        raise RloraError(
+            f"{run}: no run is there (it has no config.toml); name a directory that `rlora train` made, "
+            "under runs/ or where --run-dir said"
+        )
+    return read(path)
 
 
 def _env_args(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
@@ -149,16 +183,6 @@ def _env_args(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     return found, others
 
 
-def _value(arguments: list[str], option: str) -> str | None:
-    """What follows an option, as `--option value` or `--option=value`."""
-    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
-        if argument == option:
-            return following
-        if argument.startswith(f"{option}="):
-            return argument.partition("=")[2]
-    return None
-
-
 def _report(run: Path, base: str) -> None:
     """The table at the end of a run, and what to do next."""
     from rich.console import Console
@@ -169,21 +193,24 @@ def _report(run: Path, base: str) -> None:
     summary = checkpoint.summarise(run, {})
     table = Table("", Column("", overflow="fold"), title="What it gained", show_header=False)
     if "accuracy/after" in summary:
-        table.add_row("greedy held-out accuracy before", f"{summary['accuracy/before']:.3f}")
-        table.add_row("greedy held-out accuracy after", f"{summary['accuracy/after']:.3f}")
+        table.add_row("held-out prompts, answered greedily", str(summary["accuracy/prompts"]))
+        table.add_row("accuracy before", f"{summary['accuracy/before']:.3f}")
+        table.add_row("accuracy after", f"{summary['accuracy/after']:.3f}")
     table.add_row("steps", str(summary["steps"]))
     table.add_row("wall time", f"{summary['time/total']:.0f} s, of which training {summary['time/train']:.0f} s")
     table.add_row("adapter", f"{summary['adapter/parameters']:,} parameters, {summary['adapter/bytes']:,} bytes")
     table.add_row("where it lies", summary["adapter/path"])
     Console().print(table)
-    print(f"Evaluate it again, or go on:\n  rlora eval {run}\n  rlora train --resume {run} --steps N")
+    print(f"Evaluate it again, or go on to N steps in all:\n  rlora eval {run}\n  rlora train --resume {run} --steps N")
     print(f"Load it with PEFT:\n  base = AutoModelForCausalLM.from_pretrained({base!r})")
     print(f"  policy = PeftModel.from_pretrained(base, {summary['adapter/path']!r})")
 
 
 def _eval(arguments: list[str]) -> None:
     given = tyro.cli(Eval, args=arguments, prog="rlora eval")
-    config = read(given.run / "config.toml")
+    config = _read_run(given.run)
+    if given.prompts is not None:
+        config = validate(replace(config, evaluate=replace(config.evaluate, prompts=given.prompts)))
     from rlora import checkpoint, cluster
     from rlora.delivery import swap
     from rlora.evaluate import evaluate
@@ -192,26 +219,34 @@ def _eval(arguments: list[str]) -> None:
     adapter = checkpoint.read_adapter(given.run, given.version)
     task = load_task(config)
     if not task.held_out:
-        raise RloraError(f"env = {config.env!r}: it has no held-out prompts, or evaluate.prompts is 0")
+        raise RloraError(
+            f"env = {config.env!r}: none of its first evaluate.prompts = {config.evaluate.prompts} held-out prompts "
+            "can be used; give --prompts where that is 0, or let held_out() return some"
+        )
     with cluster.start(config, task, given.run.name, learn=False) as (_, engines):
         swap(engines, adapter)
         result = evaluate(config, task, engines, adapter.version)
     print(
-        f"version {adapter.version}: greedy held-out accuracy {result.accuracy:.3f}, "
-        f"mean reward {result.reward:.3f}, {len(task.held_out)} prompts"
+        f"version {adapter.version}: greedy accuracy {result.accuracy:.3f}, mean reward {result.reward:.3f}, "
+        f"over {len(task.held_out)} held-out prompts"
     )
 
 
 def _export(arguments: list[str]) -> None:
     given = tyro.cli(Export, args=arguments, prog="rlora export")
-    config = read(given.run / "config.toml")
+    config = _read_run(given.run)
+    if given.dtype and not given.merge:
+        raise RloraError(f"--dtype {given.dtype}: it is of merged weights; add --merge, or leave it out")
     from rlora import checkpoint
 
     adapter = checkpoint.read_adapter(given.run, given.version)
     if given.to.exists():
         raise RloraError(f"--to {given.to}: it is there already; name another directory")
+    if adapter.whole and given.merge:
+        raise RloraError("--merge: this run trained all weights, so there is no adapter to merge; leave it out")
     if not given.merge:
-        print(f"version {adapter.version}: {checkpoint.write_adapter(adapter, given.to)}")
+        base = json.loads(adapter.config)["base_model_name_or_path"]
+        print(f"version {adapter.version}: {checkpoint.write_adapter(adapter, given.to)}, over the base {base}")
         return
     import torch
     from transformers import AutoModelForCausalLM
@@ -222,9 +257,8 @@ def _export(arguments: list[str]) -> None:
 
     where = locate(config.model)
     base = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32)
-    off = merge(base, adapter, machine.DTYPES[given.dtype])
+    dtype = given.dtype or "bfloat16"
+    off = merge(base, adapter, machine.DTYPES[dtype])
     base.save_pretrained(given.to)
     load_tokenizer(where).save_pretrained(given.to)
-    print(
-        f"version {adapter.version} merged in {given.dtype}: {given.to}; its update is {off:.2%} off the adapter's own"
-    )
+    print(f"version {adapter.version} merged in {dtype}: {given.to}; its update is {off:.2%} off the adapter's own")

@@ -10,13 +10,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from rlora.records import MAX_RANK, RloraError
 
 # A token's probability would depend on which others were cut off or penalised; the learner could not know it.
 _UNLEARNABLE = {"top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
 
+
+def _absolute(directory: str) -> str:
+    """A local directory from the root, for an actor's working directory is another; anything else as it is."""
+    return str(Path(directory).absolute()) if directory and Path(directory).is_dir() else directory
+
+
+Directory = Annotated[str, AfterValidator(_absolute)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -62,6 +69,8 @@ class EngineConfig:
 class LearnerConfig:
     __pydantic_config__ = _STRICT
 
+    adapter: Literal["lora", "none"] = "lora"
+    """What is trained: a low-rank adapter, or, with `none`, all weights: the baseline, whose lr is a tenth or less."""
     rank: Annotated[int, Field(ge=1, le=MAX_RANK)] = 1
     """Rank r of the adapter, 1 to 8: W' = W + (alpha / r) B A. Experts share it, each has at least 1."""
     alpha: Positive = 32.0
@@ -74,7 +83,7 @@ class LearnerConfig:
     """Scale by alpha / sqrt(r) in place of alpha / r."""
     init: Literal["uniform", "orthonormal"] = "uniform"
     """How A starts: uniform within 1 / sqrt(d_in), or with orthonormal rows. B starts at 0."""
-    start_from: str = ""
+    start_from: Directory = ""
     """The directory of an adapter in PEFT's format to start from; by default a fresh one, whose policy is the base."""
     lr: Positive = 1e-4
     """Learning rate of Adam."""
@@ -113,7 +122,7 @@ class EvaluateConfig:
     __pydantic_config__ = _STRICT
 
     prompts: Annotated[int, Field(ge=0)] = 100
-    """Held-out prompts to answer greedily before and after training; 0 turns evaluation off."""
+    """Held-out prompts, the first that the env gives, to answer greedily before and after training; 0 is none."""
     threshold: float = 1.0
     """A completion counts as correct from this reward on."""
 
@@ -122,16 +131,16 @@ class EvaluateConfig:
 class Config:
     __pydantic_config__ = _STRICT
 
-    model: str
+    model: Directory
     """The frozen base: a hub id, a local directory, or demo:smollm2-135m."""
     env: str
     """Where prompts come from: module:Name or path/to/file.py:Name."""
     reward: str
     """What scores completions: module:name or path/to/file.py:name."""
     env_args: dict[str, bool | int | float | str] = field(default_factory=dict)
-    """Arguments of the env; on the command line also --env-args.NAME VALUE."""
+    """Arguments of the env; on the command line also --env-args.NAME VALUE. A file's go with the file's env only."""
     steps: Count = 100
-    """Steps to train; each makes one new adapter version."""
+    """Steps to train in all, those before a --resume included; each makes one new adapter version."""
     prompts_per_step: Count = 16
     """Prompts a step."""
     group_size: Annotated[int, Field(ge=2)] = 8
@@ -161,7 +170,7 @@ def read(path: Path) -> Config:
         table = tomllib.loads(path.read_text())
     except OSError as error:
         raise RloraError(f"{path}: can't be read ({error.strerror}); name a TOML file with a config") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RloraError(f"{path}: not valid TOML: {error}") from None
     table.pop("provenance", None)  # what made a run; not a setting
     refuse_unlearnable(name for section in (table, table.get("sampling", {})) for name in section)
@@ -175,9 +184,25 @@ def validate(values: Config | dict[str, Any], source: str = "") -> Config:
         config = _ADAPTER.validate_json(json.dumps(table, default=str))  # JSON, like TOML, has lists for tuples
     except ValidationError as error:
         raise RloraError(source + explain(error)) from None
+    if config.learner.adapter == "none":
+        _refuse_beside_all_weights(config, source)
     if config.learner.shard:
         _refuse_to_shard(config.learner, source)
     return config
+
+
+def _refuse_beside_all_weights(config: Config, source: str) -> None:
+    """Raise RloraError for what needs an adapter."""
+    for name in ("rank", "alpha", "targets", "head", "rslora", "init", "start_from", "quantise", "shard"):
+        if (value := getattr(config.learner, name)) != getattr(LearnerConfig(), name):
+            raise RloraError(
+                f'{source}learner.{name} = {value!r}: there is no adapter (learner.adapter = "none"); leave it out'
+            )
+    if config.max_staleness:
+        raise RloraError(
+            f'{source}max_staleness = {config.max_staleness}: with learner.adapter = "none" an engine holds one '
+            "version at a time, so sampling can't overlap with learning; set max_staleness to 0"
+        )
 
 
 def _refuse_to_shard(learner: LearnerConfig, source: str) -> None:
@@ -231,12 +256,19 @@ def _doc(loc: tuple[int | str, ...]) -> str:
 
 
 def load(field: str, spec: str) -> Any:
-    """The object that a field names as `module:name` or `path/to/file.py:name`. Raises RloraError where it can't."""
+    """The object that a field names as `module:name` or `path/to/file.py:name`. Raises RloraError where it can't.
+
+    A module may lie in the working directory; a file may import what lies beside it.
+    """
     where, _, name = spec.rpartition(":")
     if not where:
         raise RloraError(f"{field} = {spec!r}: write module:name or path/to/file.py:name")
+    is_file = where.endswith(".py")
+    home = str(Path(where).absolute().parent if is_file else Path.cwd())
+    if home not in sys.path:
+        sys.path.insert(0, home)
     try:
-        if where.endswith(".py"):
+        if is_file:
             file = importlib.util.spec_from_file_location(Path(where).stem, where)
             assert file is not None
             assert file.loader is not None

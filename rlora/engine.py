@@ -23,7 +23,7 @@ from rlora.records import Adapter, Episode, Group, Prompt, RloraError, Sampling
 class Engine:
     """vLLM in this process, with its adapters in a RAM-backed directory of its own.
 
-    `base` is where the frozen base is loaded from; `version` the first one it will serve, so that a resumed run does
+    `base` is where the base is loaded from; `version` the first one it will serve, so that a resumed run does
     not draw the samples of its beginning again. Start the process with `machine.engine_environment`.
     """
 
@@ -31,14 +31,22 @@ class Engine:
         settings = config.engine
         self.stop_token_ids = list(stop_token_ids)
         self.directory = machine.adapter_directory(os.getpid())
-        self.requests: dict[int, LoRARequest] = {}  # by version
+        self.requests: dict[int, LoRARequest | None] = {}  # by version; None where it is all weights
         self._engine_ids = itertools.count(1)  # never reused: vLLM's prefix cache and slots go by name and id
         self._request_ids = itertools.count()
+        self.whole = config.learner.adapter == "none"
         self.experts = has_experts(base)
         ranks_are_1 = config.learner.rank == 1 and not config.learner.start_from  # which may have a rank pattern
         options: dict[str, Any] = {}
+        if not self.whole:
+            options |= {
+                "enable_lora": True,
+                "max_lora_rank": 1 if ranks_are_1 else 8,  # vLLM's buckets: rank 1, and 2..8 in one of 8
+                "enable_mixed_moe_lora_format": self.experts,  # PEFT's: experts fused, as transformers has them
+                "max_loras": config.max_staleness + 2,  # those that may be asked for, and the next one as it comes
+            }
         if machine.device().type == "cpu":
-            if self.experts:
+            if self.experts and not self.whole:
                 raise RloraError(
                     f"model = {config.model!r}: a mixture of experts can't be served with any adapter by vLLM's CPU "
                     "build, whose only backend for its experts has none; use a dense model here, or a GPU"
@@ -54,10 +62,6 @@ class Engine:
                 max_model_len=config.max_model_len,
                 max_num_seqs=settings.max_num_seqs,
                 seed=seed_of(config.seed, replica, version),
-                enable_lora=True,
-                max_lora_rank=1 if ranks_are_1 else 8,  # vLLM's buckets: rank 1, and 2..8 in one of 8
-                enable_mixed_moe_lora_format=self.experts,  # PEFT's: experts fused, as transformers has them
-                max_loras=config.max_staleness + 2,  # those that may be asked for, and the next one as it is delivered
                 logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
                 generation_config="vllm",  # the model's own sampling defaults stay out
                 tensor_parallel_size=settings.tensor_parallel_size,
@@ -70,6 +74,10 @@ class Engine:
 
     def load(self, adapter: Adapter) -> None:
         """Make `adapter.version` servable. Raises RloraError where vLLM does not take it."""
+        if self.whole:
+            if adapter.version not in self.requests:
+                self._reload(adapter)
+            return
         held = self.requests.get(adapter.version)
         if held and held.lora_name == adapter.name:
             return
@@ -85,11 +93,20 @@ class Engine:
             self.retire(adapter.version)  # the same version of an earlier life
         self.requests[adapter.version] = request
 
+    def _reload(self, adapter: Adapter) -> None:
+        """Put a version that is all weights in the place of the one before it. No request may be in flight."""
+        path = write_adapter(adapter, self.directory / adapter.name)
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
+        self.llm.apply_model(_pack_head)
+        self.llm.reset_prefix_cache()  # its keys and values are of the weights before
+        shutil.rmtree(path)
+        self.requests = {adapter.version: None}
+
     def retire(self, version: int) -> None:
         """Forget a version and its file. No request may still use it."""
-        request = self.requests.pop(version)
-        self.llm.remove_lora(request.lora_int_id)
-        shutil.rmtree(request.lora_path)
+        if request := self.requests.pop(version):
+            self.llm.remove_lora(request.lora_int_id)
+            shutil.rmtree(request.lora_path)
 
     def versions(self) -> list[int]:
         return sorted(self.requests)
@@ -132,6 +149,12 @@ class Engine:
     def close(self) -> None:
         """Remove the adapters' files."""
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _pack_head(model: Any) -> None:
+    """A head that is tied to the embeddings is left out of a reload; its copy in a kernel's own layout is of before."""
+    if head := getattr(model, "lm_head", None):
+        head.quant_method.process_weights_after_loading(head)
 
 
 def _episode(completion: CompletionOutput, version: int) -> Episode:

@@ -54,20 +54,22 @@ def token_logprobs(
     return _TokenLogprobs.apply(hidden, weight, bias, targets, temperature)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def adapted_token_logprobs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: tuple[Tensor, Tensor, Tensor | None],
+def trained_token_logprobs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: tuple[Tensor, Tensor, Tensor | None] | None,
     targets: Tensor, temperature: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    """The same with an adapter over the head: A (R, d), B (V, R) and the mask of each token (C, R), or None.
+    """The same where the head is trained: itself, or an adapter over it, A (R, d), B (V, R) and each token's mask.
 
-    Gradients reach A and B too, each a sum over tokens, so the logits of a chunk are computed again in the backward
-    pass.
+    Gradients reach it too, each a sum over tokens, so the logits of a chunk are computed again in the backward pass.
     """
-    a, b, mask = adapter
 
     def of(part: slice) -> Tensor:
-        logits = low_rank(hidden[part], weight, bias, a, b, None if mask is None else mask[part]).float() / temperature
-        return logits.log_softmax(1).gather(1, targets[part, None])[:, 0]
+        if adapter is None:
+            logits = linear(hidden[part], weight, bias)
+        else:
+            a, b, mask = adapter
+            logits = low_rank(hidden[part], weight, bias, a, b, None if mask is None else mask[part])
+        return (logits.float() / temperature).log_softmax(1).gather(1, targets[part, None])[:, 0]
 
     parts = _chunks(len(hidden), len(weight))
     return torch.cat([checkpoint(of, part, use_reentrant=False) for part in parts])

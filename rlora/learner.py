@@ -1,6 +1,7 @@
 """The learner: owns the adapter's fp32 masters and Adam; groups in, the next adapter version out."""
 
 import math
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -9,7 +10,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 import torch.distributed
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlora import machine, peft_format
 from rlora.base import load_base, load_quantised
@@ -18,7 +19,7 @@ from rlora.config import Config, LearnerConfig
 from rlora.lora import Spec
 from rlora.loss import kl_k3, truncated_importance_loss
 from rlora.policy import Policy
-from rlora.records import Adapter, Group, RloraError, UpdateStats
+from rlora.records import WHOLE_FILES, Adapter, Group, RloraError, UpdateStats
 from rlora.sharding import shard
 
 
@@ -31,12 +32,16 @@ class Learner:
         dtype, quantise = machine.DTYPES[config.dtype], config.learner.quantise
         place = torch.device("cpu") if config.learner.shard else self.device  # `join` moves it, a layer at a time
         model = load_base(base, dtype, place) if quantise == "none" else load_quantised(base, dtype, quantise)
-        spec, start = first_adapter(config.learner)
-        self.policy = Policy(model, [spec], config.seed, config.learner.checkpointing)
-        if start is not None:
-            peft_format.fill(self.policy.bank, 0, start)
-        self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
         learner = config.learner
+        if learner.adapter == "none":
+            self.policy = Policy(model, [], config.seed, learner.checkpointing)
+        else:
+            spec, start = first_adapter(learner)
+            self.policy = Policy(model, [spec], config.seed, learner.checkpointing)
+            if start is not None:
+                peft_format.fill(self.policy.bank, 0, start)
+        self.trained = [p for p in self.policy.parameters() if p.requires_grad]
+        self.parameters = [master_of(weight) for weight in self.trained]
         self.optimizer = torch.optim.Adam(self.parameters, lr=learner.lr, betas=learner.betas, eps=learner.eps)
         self.rank, self.ranks = 0, 1
         self.version = 0
@@ -93,6 +98,7 @@ class Learner:
             for parameters in self.optimizer.param_groups:
                 parameters["lr"] = lr
             self.optimizer.step()
+            self._round()
         self.version += 1
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         stats = UpdateStats(
@@ -131,8 +137,19 @@ class Learner:
             parameter.grad = part.view_as(parameter)
         return sums
 
+    def _round(self) -> None:
+        """Let the policy have the masters' values, each in its dtype."""
+        for weight, master in zip(self.trained, self.parameters, strict=True):
+            if weight is not master:
+                weight.data.copy_(master.data)
+
     def adapter(self) -> Adapter:
-        """The current version, in PEFT's format."""
+        """The current version, in PEFT's format; without an adapter all weights, in that of transformers."""
+        if self.config.learner.adapter == "none":
+            with tempfile.TemporaryDirectory(dir=machine.ram_directory()) as saved:
+                self.policy.base.save_pretrained(saved, max_shard_size="1000GB")
+                config, weights = ((Path(saved) / name).read_bytes() for name in WHOLE_FILES)
+            return Adapter(self.run, self.version, config, weights, whole=True)
         config, weights = peft_format.encode(self.policy.bank, 0, self.base)
         return Adapter(self.run, self.version, config, weights)
 
@@ -156,8 +173,28 @@ class Learner:
             for name in ("step", "exp_avg", "exp_avg_sq"):
                 if (moment := tensors.get(f"{index}.adam.{name}")) is not None:
                     self.optimizer.state[parameter][name] = moment if name == "step" else moment.to(self.device)
+        self._round()
         self.version = int(tensors["version"])
         return self.adapter()
+
+
+def master_of(weight: nn.Parameter) -> nn.Parameter:
+    """What the optimizer steps in place of a weight that is trained: itself in fp32, else an fp32 copy.
+
+    A step is often smaller than 16 bits can tell from nothing; the copy keeps it. It also gathers the gradients, and
+    adds those of all microbatches up in fp32.
+    """
+    if weight.dtype == torch.float32:
+        return weight
+    master = nn.Parameter(weight.detach().float())
+
+    def gather(weight: Tensor) -> None:
+        assert weight.grad is not None
+        gradient, weight.grad = weight.grad.float(), None
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+
+    weight.register_post_accumulate_grad_hook(gather)
+    return master
 
 
 def first_adapter(learner: LearnerConfig) -> tuple[Spec, dict[str, Tensor] | None]:
@@ -173,7 +210,10 @@ def first_adapter(learner: LearnerConfig) -> tuple[Spec, dict[str, Tensor] | Non
             raise RloraError(
                 f"learner.{name} = {getattr(learner, name)!r}: learner.start_from brings its own; leave it out"
             )
-    saved, tensors = peft_format.decode(*peft_format.read(Path(learner.start_from)))
+    try:
+        saved, tensors = peft_format.decode(*peft_format.read(Path(learner.start_from)))
+    except RloraError as error:
+        raise RloraError(f"learner.start_from = {learner.start_from!r}: {error}") from error
     for field in ("rank", "alpha", "rslora"):
         ours, its = getattr(spec, field), getattr(saved, field)
         if ours != its:

@@ -255,11 +255,12 @@ class _LowRank(torch.autograd.Function):
 class Bank:
     """K adapters over the weight matrices of `model`, which is frozen and changed in place.
 
-    `factors` holds them by matrix. Raises RloraError where there is nothing to adapt.
+    `factors` holds them by matrix. Without any, the model's own weights are left to be trained. Raises RloraError where
+    there is nothing to adapt.
     """
 
     def __init__(self, model: nn.Module, specs: Sequence[Spec], seed: int = 0) -> None:
-        model.requires_grad_(False)
+        model.requires_grad_(not specs)
         self.specs = tuple(specs)
         self.routing = Routing()
         self.factors: dict[Matrix, Factors] = {}
@@ -279,7 +280,7 @@ class Bank:
                     _refuse_other_layouts(place, module)
                     layer = LoRAExperts(module, self.routing, *factors.values())
                 setattr(model.get_submodule(parent), leaf, layer)
-        if not self.factors:
+        if specs and not self.factors:
             wanted = [spec.targets if isinstance(spec.targets, str) else sorted(spec.targets)[:3] for spec in specs]
             raise RloraError(
                 f"model: none of the {len(self.matrices)} weight matrices (torch.nn.Linear and experts) of "

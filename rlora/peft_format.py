@@ -10,11 +10,10 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from rlora.lora import Bank, Matrix, Spec
-from rlora.records import MAX_RANK, RloraError
+from rlora.records import ADAPTER_FILES, MAX_RANK, RloraError
 
 _LEAVE_THE_BASE = {"gaussian", "orthogonal", "eva"}  # PEFT's named initialisations that do not change the base
 
-FILES = ("adapter_config.json", "adapter_model.safetensors")  # what config and weights are called on disk
 _PREFIX = "base_model.model."
 _FUSED = ("gate_up_proj", "down_proj")  # of experts, in the order PEFT wraps them
 
@@ -91,7 +90,7 @@ def _ending(expert: Matrix) -> str:
 def read(directory: Path) -> tuple[bytes, bytes]:
     """The two files of an adapter. Raises RloraError where they are not there."""
     try:
-        config, weights = (directory / name for name in FILES)
+        config, weights = (directory / name for name in ADAPTER_FILES)
         return config.read_bytes(), weights.read_bytes()
     except OSError as error:
         raise RloraError(f"{directory}: no adapter in PEFT's format is there ({error})") from None

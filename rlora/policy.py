@@ -10,13 +10,13 @@ from transformers import PreTrainedModel
 
 from rlora import attention
 from rlora.batch import Microbatch
-from rlora.head import adapted_token_logprobs, token_logprobs
+from rlora.head import token_logprobs, trained_token_logprobs
 from rlora.lora import Bank, Route, Spec
 from rlora.records import RloraError
 
 
 class Policy(nn.Module):
-    """A frozen base with a bank of adapters over its weight matrices.
+    """A frozen base with a bank of adapters over its weight matrices; without `adapters` the base itself is trained.
 
     With `checkpointing`, the backward pass computes each layer's activations again instead of keeping them. Raises
     RloraError where the base's logits are not its output head of its last hidden states.
@@ -68,8 +68,9 @@ class Policy(nn.Module):
                 input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False, tree=batch.tree
             ).last_hidden_state[0]  # (N, hidden size)
         hidden, head = hidden[batch.predictors], (self.head.weight, self.head.bias)  # (C, hidden size)
-        if adapter := self._over_head(batch, hidden.dtype):
-            return adapted_token_logprobs(hidden, *head, adapter, batch.targets, temperature)
+        adapter = self._over_head(batch, hidden.dtype)
+        if adapter or self.head.weight.requires_grad:
+            return trained_token_logprobs(hidden, *head, adapter, batch.targets, temperature)
         return token_logprobs(hidden, *head, batch.targets, temperature)
 
     def _over_head(self, batch: Microbatch, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None] | None:

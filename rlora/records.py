@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
 MAX_RANK = 8
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+WHOLE_FILES = ("config.json", "model.safetensors")
 Messages = Sequence[Mapping[str, str]]  # chat messages: {"role": ..., "content": ...}
 
 
@@ -70,12 +72,22 @@ class Group:
 
 @dataclass(frozen=True)
 class Adapter:
-    """One immutable version of the policy: the bytes of the two files of PEFT's format, and who made them."""
+    """One immutable version of the policy: the bytes of the two files of PEFT's format, and who made them.
+
+    Without an adapter (`learner.adapter = "none"`) a version is all weights, in the format of transformers.
+    """
 
     run: str
     version: int
-    config: bytes  # adapter_config.json
-    weights: bytes  # adapter_model.safetensors, fp32
+    config: bytes  # adapter_config.json; of all weights config.json
+    weights: bytes  # adapter_model.safetensors, fp32; of all weights model.safetensors, in the base's dtype
+    whole: bool = False  # all weights
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """What it is on disk, by name."""
+        names = WHOLE_FILES if self.whole else ADAPTER_FILES
+        return dict(zip(names, (self.config, self.weights), strict=True))
 
     @cached_property
     def digest(self) -> str:
@@ -119,9 +131,9 @@ class Sampling:
 class Env(Protocol):
     """Where prompts come from: built as `Env(**config.env_args)`."""
 
-    def train(self) -> Sequence[Prompt]: ...
+    def train(self) -> Iterable[Prompt]: ...
 
-    def held_out(self) -> Sequence[Prompt]:
+    def held_out(self) -> Iterable[Prompt]:
         """Prompts that training never sees; may be empty."""
         ...
 

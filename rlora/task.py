@@ -1,10 +1,12 @@
 """What is trained on: prompts, reward, the base's tokenizer. All that can be wrong with them is found here."""
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from rlora.base import context_length, load_tokenizer, locate, stop_token_ids
@@ -25,18 +27,21 @@ class Task:
 
 def load_task(config: Config) -> Task:
     """Load env, reward and tokenizer. Raises RloraError that names the field where one of them is not usable."""
-    reward = as_reward(load("reward", config.reward))
+    reward = as_reward(config.reward, load("reward", config.reward))
     make_env = load("env", config.env)
     try:
         env = make_env(**config.env_args)
-        train, held_out = env.train(), env.held_out()[: config.evaluate.prompts]
+        train, held_out = list(env.train()), list(islice(env.held_out(), config.evaluate.prompts))
     except RloraError:
         raise
     except Exception as error:
         raise RloraError(
             f"env = {config.env!r} with env_args = {config.env_args!r}: it raised {type(error).__name__}: {error}; "
-            "give the arguments that it takes, and let it have train() and held_out()"
+            "give the arguments that it takes, and let it have train() and held_out() that return Prompts"
         ) from error
+    for method, prompts in (("train", train), ("held_out", held_out)):
+        for prompt in prompts:
+            _refuse_what_is_no_prompt(f"env = {config.env!r}: its {method}()", prompt)
     where = locate(config.model)
     limit = context_length(where)
     if limit is not None and config.max_model_len > limit:
@@ -63,6 +68,22 @@ def load_task(config: Config) -> Task:
     )
 
 
+def _refuse_what_is_no_prompt(source: str, given: Any) -> None:
+    """Raise RloraError where an env's method, `source`, gives anything but a Prompt of text or chat messages."""
+    if not isinstance(given, Prompt):
+        raise RloraError(f"{source} gave {given!r}; give a rlora.records.Prompt(text, answer) for each problem")
+    text: Any = given.text
+    if not isinstance(text, str) and not (isinstance(text, Sequence) and text and all(map(_is_message, text))):
+        raise RloraError(
+            f"{source} gave a Prompt whose text is {text!r}; give a string, or a list of chat messages, "
+            '{"role": ..., "content": ...} with a string each'
+        )
+
+
+def _is_message(turn: Any) -> bool:
+    return isinstance(turn, Mapping) and all(isinstance(turn.get(key), str) for key in ("role", "content"))
+
+
 def tokenise(prompts: Iterable[Prompt], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[Prompt]:
     """The prompts of at most `max_tokens` tokens, with their `token_ids`. Text becomes tokens here and nowhere else.
 
@@ -74,7 +95,12 @@ def tokenise(prompts: Iterable[Prompt], tokenizer: PreTrainedTokenizerBase, max_
         if tokenizer.chat_template:
             text = prompt.text
             messages = [{"role": "user", "content": text}] if isinstance(text, str) else [dict(turn) for turn in text]
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            try:
+                ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            except TemplateError as error:
+                raise RloraError(
+                    f"env: the model's chat template takes no {messages!r} ({error}); let the env give what it takes"
+                ) from error
         elif isinstance(prompt.text, str):
             ids = tokenizer.encode(prompt.text)
         else:
@@ -87,8 +113,8 @@ def tokenise(prompts: Iterable[Prompt], tokenizer: PreTrainedTokenizerBase, max_
     return tokenised
 
 
-def as_reward(function: Callable[..., Any]) -> Reward:
-    """A reward function of either form as a Reward; the form is told by the names of its two parameters.
+def as_reward(spec: str, function: Callable[..., Any]) -> Reward:
+    """The function that `reward` = `spec` names as a Reward; its form is told by the names of its two parameters.
 
     `f(completion, answer) -> float` scores one completion, `f(completions, answers) -> list[float]` a whole group.
     """
@@ -102,6 +128,6 @@ def as_reward(function: Callable[..., Any]) -> Reward:
     if names == ["completion", "answer"]:
         return lambda completions, answers: [function(*pair) for pair in zip(completions, answers, strict=True)]
     raise RloraError(
-        f"reward = {function!r}: its first parameters are ({', '.join(names)}); "
+        f"reward = {spec!r}: its first parameters are ({', '.join(names)}); "
         "write f(completion, answer) -> float, or f(completions, answers) -> list[float] for a whole group"
     )

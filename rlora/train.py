@@ -45,9 +45,10 @@ def train(config: Config, task: Task, run: Path) -> None:
                 return
             swap(engines, adapter)
             result = evaluate(config, task, engines, adapter.version)
-            checkpoint.summarise(run, {f"accuracy/{when}": result.accuracy, f"reward/{when}": result.reward})
+            figures = {f"accuracy/{when}": result.accuracy, f"reward/{when}": result.reward}
+            checkpoint.summarise(run, figures | {"accuracy/prompts": len(task.held_out)})
 
-        if adapter.version == 0:  # B = 0, so the policy is the base
+        if adapter.version == 0:  # the base, or what learner.start_from names
             checkpoint.save(run, adapter, learner.state())
             measure("before")
 

@@ -58,10 +58,11 @@ TINY_CONFIGS: dict[str, dict[str, object]] = {
 }  # by transformers' model type
 
 
-def tiny_model(name: str) -> PreTrainedModel:
+def tiny_model(name: str, **settings: object) -> PreTrainedModel:
     """A two-layer model of a class, in fp32; the same random weights each time."""
     torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **TINY_CONFIGS[name]))
+    config = AutoConfig.for_model(name, **TINY_CONFIGS[name] | settings)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model.eval()
 
 

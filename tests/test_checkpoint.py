@@ -76,6 +76,14 @@ def test_a_directory_that_holds_something_is_refused(tmp_path: Path, config: Cal
     assert (tmp_path / "thesis.txt").exists()
 
 
+def test_a_run_goes_on_from_its_own_copy_of_what_it_started_from(tmp_path: Path, config: Callable[..., Config]) -> None:
+    given = config(learner={"start_from": "gone"})
+    assert checkpoint.with_own_start(tmp_path, given) == given  # it died before version 0 was saved
+    checkpoint.save(tmp_path, Adapter("run", 0, b"{}", b""), b"")
+    assert checkpoint.with_own_start(tmp_path, given).learner.start_from == str(tmp_path / "adapters" / "0")
+    assert checkpoint.with_own_start(tmp_path, config()) == config()
+
+
 def test_what_was_sampled_is_kept_when_a_reward_fails(tmp_path: Path) -> None:
     failed = RewardError("reward: it raised", [group([1, 2], episode([3]), episode([4]))])
     with pytest.raises(RloraError, match=r"2 sampled episodes are kept in .*unscored\.jsonl"), \

@@ -1,6 +1,7 @@
 """The command line, without starting anything."""
 
 import re
+import shutil
 import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import get_type_hints
 import pytest
 from conftest import ROOT
 
-from rlora.cli import main
+from rlora import __version__
+from rlora.cli import _parse_train, main
 from rlora.config import Config
 
 TOML = str(ROOT / "launch" / "arithmetic.toml")
@@ -49,7 +51,8 @@ def test_help_documents_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         (("--sampling.top-p", "0.9"), r"sampling\.top_p: .*remove it"),
         (("--model", "./nowhere"), r"model = './nowhere': neither a local directory"),
         (("--reward", "mine.py:f"), r"reward = 'mine.py:f': there is no file mine.py"),
-        (("--resume", "runs/none"), r"runs/none/config.toml: can't be read"),
+        (("--resume", "runs/none"), r"runs/none: no run is there .*name a directory that `rlora train` made"),
+        (("--learner.start-from", "none"), r"learner\.start_from = 'none': none: no adapter in PEFT's format is there"),
         (("--env-args.operator", "/"), r"env_args\.operator = '/': use one of"),
         (("--env-args.hihg=3",), r"env_args = .*'hihg': 3.*unexpected keyword argument 'hihg'"),
         (("--learner.betas", "0.9", "1.5"), r"learner\.betas\.1 = 1\.5: .*less than 1"),
@@ -65,12 +68,55 @@ def test_bad_input_is_told_in_a_line_and_makes_nothing(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("eval", "nowhere"), r"nowhere: no run is there"),
+        (("export", "nowhere", "--to", "out"), r"nowhere: no run is there"),
+        (("eval", "{run}"), r"run: it has no adapter yet; `rlora train --resume"),
+        (("eval", "{run}", "--prompts", "-1"), r"evaluate\.prompts = -1: .*greater than or equal to 0"),
+        (("export", "{run}", "--to", "out", "--dtype", "float32"), r"--dtype float32: .*add --merge"),
+    ],
+)
+def test_what_is_asked_of_a_run_that_can_not_give_it(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(ROOT / "launch", tmp_path / "run")
+    (tmp_path / "run" / "arithmetic.toml").rename(tmp_path / "run" / "config.toml")
+    assert run(*(argument.format(run=tmp_path / "run") for argument in arguments)) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_the_args_of_a_file_go_with_its_env_only() -> None:
+    other = "rlora.envs.gsm8k:GSM8K"
+    given = {"low": 1, "high": 11, "held_out_share": 0.35}
+    assert _parse_train([TOML]).config.env_args == given
+    assert _parse_train([TOML, "--env-args.high", "5"]).config.env_args == given | {"high": 5}
+    assert _parse_train([TOML, "--env", other, "--env-args.path=p"]).config.env_args == {"path": "p"}
+
+
+def test_a_config_file_may_have_any_name_and_place(tmp_path: Path) -> None:
+    file = shutil.copy(TOML, tmp_path / "mine")
+    for arguments in (["--steps", "7", str(file)], [str(file), "--steps=7", "--run-dir", "a.toml"]):
+        config = _parse_train(arguments).config
+        assert (config.model, config.learner.lr, config.steps) == ("demo:smollm2-135m", 5e-4, 7)
+
+
 @pytest.mark.parametrize("arguments", [("--steps", "many"), ("--learner.rnak", "2"), ("--nonsense",)])
 def test_usage_errors(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert run("train", TOML, *arguments) == 2
     assert arguments[0] in capsys.readouterr().err
 
 
+def test_no_config(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train") == 2
+    assert "--model" in capsys.readouterr().err
+
+
 def test_no_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run() == 2
-    assert "train,eval" in capsys.readouterr().err
+    assert run() == run("tarin") == 2
+    shown = capsys.readouterr()
+    assert re.search(r"train +Train a policy.*\n +eval +Answer the held-out.*\n +export +Write an adapter", shown.err)
+    assert run("--help") == run("--version") == 0
+    assert "usage: rlora COMMAND" in (out := capsys.readouterr().out)
+    assert f"rlora {__version__}\n" in out

@@ -1,3 +1,4 @@
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -41,6 +42,11 @@ def test_written_config_reads_back_equal(tmp_path: Path) -> None:
             {"learner": {"shard": True, "replicas": 2, "quantise": "nf4"}},
             r"learner\.shard = true: a base in nf4 can't be",
         ),
+        (
+            {"learner": {"shard": True, "replicas": 2, "adapter": "none"}},
+            r"learner\.shard = True: there is no adapter .*leave it out",
+        ),
+        ({"learner": {"quantise": "nf4", "adapter": "none"}}, r"learner\.quantise = 'nf4': there is no adapter"),
         ({"learner": {"quantise": "int4"}}, r"learner\.quantise = 'int4': .*'none', 'int8' or 'nf4'"),
     ],
 )
@@ -71,8 +77,10 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(RloraError, match=r"none\.toml: can't be read"):
         read(tmp_path / "none.toml")
     (tmp_path / "bad.toml").write_text("model = ")
-    with pytest.raises(RloraError, match=r"bad\.toml: not valid TOML"):
-        read(tmp_path / "bad.toml")
+    (tmp_path / "bytes.toml").write_bytes(b"\xff")
+    for name in ("bad", "bytes"):
+        with pytest.raises(RloraError, match=rf"{name}\.toml: not valid TOML"):
+            read(tmp_path / f"{name}.toml")
 
 
 def test_load_takes_a_module_or_a_file(tmp_path: Path) -> None:
@@ -80,6 +88,33 @@ def test_load_takes_a_module_or_a_file(tmp_path: Path) -> None:
     file.write_text("def judge(completion, answer):\n    return 1.0\n")
     assert load("reward", f"{file}:judge")("a", "b") == 1.0
     assert load("env", "rlora.config:Config") is Config
+
+
+def test_load_finds_the_working_directory_and_the_neighbours_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    (tmp_path / "of_the_working_directory.py").write_text("NAME = 'here'\n")
+    (beside / "a_neighbour.py").write_text("NAME = 'beside'\n")
+    (beside / "plug_in.py").write_text("from a_neighbour import NAME\n")
+    monkeypatch.chdir(tmp_path)
+    assert load("env", "of_the_working_directory:NAME") == "here"
+    assert load("env", "beside/plug_in.py:NAME") == "beside"
+
+
+def test_local_directories_become_absolute_and_other_names_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    config = validate(MINIMAL | {"model": "org/name", "learner": {"start_from": "org/../org"}})
+    assert config.model == str(tmp_path / "org" / "name")
+    assert config.learner.start_from == str(tmp_path / "org" / ".." / "org")
+    for name in ("org/other", "demo:smollm2-135m", ""):
+        config = validate(MINIMAL | {"model": name, "learner": {"start_from": name}})
+        assert (config.model, config.learner.start_from) == (name, name)
 
 
 @pytest.mark.parametrize(

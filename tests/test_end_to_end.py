@@ -69,6 +69,7 @@ def test_a_short_run_raises_the_reward_and_can_be_resumed_and_evaluated(tmp_path
     assert all(line["kl/behaviour"] < 0.01 and line["staleness"] == 0 for line in lines)
     summary = json.loads((run / "summary.json").read_text())
     assert summary["accuracy/after"] > summary["accuracy/before"]
+    assert summary["accuracy/prompts"] == 40
     assert summary["adapter/parameters"] == 305_280
     assert sorted(int(path.name) for path in (run / "adapters").iterdir()) == [0, 1, 2, 3, 4]
     assert "step 4/4" in done.stdout

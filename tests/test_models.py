@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from rlora.batch import microbatches
+from rlora.batch import Microbatch, microbatches
 from rlora.checkpoint import write_adapter
 from rlora.config import Config
 from rlora.learner import Learner
@@ -63,27 +63,55 @@ def test_an_update_loads_in_peft(base: str, config: MakeConfig, groups: list[Gro
 def test_the_engine_gives_the_logprobs_of_an_update(
     base: str, head: bool, config: MakeConfig, groups: list[Group]
 ) -> None:
+    settings = config(model=base, learner={"lr": 0.01, "head": head})
+    learner, adapter = updated(base, settings, groups)
+    if Path(base).name in EXPERTS and not torch.cuda.is_available():
+        with pytest.raises(RloraError, match=r"experts.*CPU"):
+            sample(base, settings, [adapter], groups)
+        return
+    (sampled,) = sample(base, settings, [adapter], groups)
+    for batch in microbatches(sampled, 1000, torch.float32, learner.device):
+        agree(learner, batch)
+        with torch.no_grad():
+            of_base = learner.policy.logprobs(replace(batch, adapters=OFF))
+        assert (of_base - batch.behaviour_logprobs).abs().mean() > 0.02
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("base", ["llama", "gemma"], indirect=True)  # which have the head in two places in vLLM
+def test_the_engine_gives_the_logprobs_of_all_weights_trained(
+    base: str, config: MakeConfig, groups: list[Group]
+) -> None:
+    """Two versions after each other: nothing of the base, or of the version before, is left in the engine."""
+    tiny_model(Path(base).name, tie_word_embeddings=True).save_pretrained(base)
+    settings = config(model=base, learner={"adapter": "none", "lr": 0.01})
+    learners = [Learner(settings, base, "run") for _ in range(2)]
+    adapters = [learner.update(groups)[0] for learner in learners]
+    adapters[1] = learners[1].update(groups)[0]
+    for learner, sampled in zip(learners, sample(base, settings, adapters, groups), strict=True):
+        (batch,) = microbatches(sampled, 1000, torch.float32, learner.device)
+        agree(learner, batch)
+        other = learners[1 - learners.index(learner)]
+        with torch.no_grad():
+            assert (other.policy.logprobs(batch) - batch.behaviour_logprobs).abs().mean() > 0.02
+
+
+def sample(base: str, settings: Config, adapters: list[Adapter], groups: list[Group]) -> list[list[Group]]:
+    """What an engine samples under each version, with rewards that differ in every group."""
     from rlora import cluster
     from rlora.delivery import swap
 
-    settings = config(model=base, learner={"lr": 0.01, "head": head})
-    learner, adapter = updated(base, settings, groups)
     task = Task(base, None, (1,), None, [], [], 0)  # type: ignore[arg-type]  # an engine needs base and stop tokens
     prompts = [Prompt("", token_ids=group.prompt.token_ids) for group in groups]
-    if Path(base).name in EXPERTS and not torch.cuda.is_available():
-        with (
-            pytest.raises(RloraError, match=r"experts.*CPU"),
-            cluster.start(settings, task, "run", learn=False),
-        ):
-            pass
-        return
+    found = []
     with cluster.start(settings, task, "run", learn=False) as (_, engines):
-        swap(engines, adapter)
-        sampled = engines[0].generate(prompts, Sampling(6, 1.0, 4), adapter.version)
-    marked = [group.with_rewards([0.0, 1.0, 0.0, 1.0]) for group in sampled]
+        for adapter in adapters:
+            swap(engines, adapter)
+            sampled = engines[0].generate(prompts, Sampling(6, 1.0, 4), adapter.version)
+            found.append([group.with_rewards([0.0, 1.0, 0.0, 1.0]) for group in sampled])
+    return found
+
+
+def agree(learner: Learner, batch: Microbatch) -> None:
     with torch.no_grad():
-        for batch in microbatches(marked, 1000, torch.float32, learner.device):
-            of_engine, ours = batch.behaviour_logprobs, learner.policy.logprobs(batch)
-            torch.testing.assert_close(ours, of_engine, atol=2e-4, rtol=1e-4)
-            of_base = learner.policy.logprobs(replace(batch, adapters=OFF))
-            assert (of_base - of_engine).abs().mean() > 0.02
+        torch.testing.assert_close(learner.policy.logprobs(batch), batch.behaviour_logprobs, atol=2e-4, rtol=1e-4)

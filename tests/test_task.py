@@ -1,11 +1,13 @@
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from rlora.base import load_tokenizer, stop_token_ids
-from rlora.config import Config
+from rlora.config import Config, load, read
 from rlora.records import Prompt, RloraError
 from rlora.task import as_reward, load_task, tokenise
 
@@ -75,10 +77,63 @@ def test_a_reward_scores_one_completion_or_a_group() -> None:
     def whole(completions: list[str], answers: list[int]) -> list[float]:
         return [1.0 / len(completions)] * len(completions)
 
-    assert as_reward(one)(["3", "4"], [3, 3]) == [1.0, 0.0]
-    assert as_reward(whole)(["3", "4"], [3, 3]) == [0.5, 0.5]
-    with pytest.raises(RloraError, match="write f\\(completion, answer\\)"):
-        as_reward(lambda text: 1.0)
+    assert as_reward("mine:one", one)(["3", "4"], [3, 3]) == [1.0, 0.0]
+    assert as_reward("mine:whole", whole)(["3", "4"], [3, 3]) == [0.5, 0.5]
+    with pytest.raises(RloraError, match=r"reward = 'mine:f': .*\(text\); write f\(completion, answer\)"):
+        as_reward("mine:f", lambda text: 1.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("['What is 1 + 1?']", r"its train\(\) gave 'What is 1 \+ 1\?'; give a rlora\.records\.Prompt"),
+        ("'2 + 2?'", r"its train\(\) gave '2'; give a rlora\.records\.Prompt"),
+        ("None", r"it raised TypeError: 'NoneType' .*train\(\) and held_out\(\) that return Prompts"),
+        ("[Prompt(7)]", r"gave a Prompt whose text is 7; give a string"),
+        ("[Prompt([])]", r"gave a Prompt whose text is \[\]; give a string"),
+        ("[Prompt([{'role': 'user'}])]", r"text is \[\{'role': 'user'\}\]; .*\"content\""),
+        ("[Prompt([{'role': 'user', 'content': 4}])]", r"text is .*4\}\]; .*with a string each"),
+    ],
+)
+def test_an_env_that_gives_no_prompts_is_named_with_what_it_gave(
+    given: str, message: str, tmp_path: Path, config: MakeConfig
+) -> None:
+    env = write_env(tmp_path, given)
+    with pytest.raises(RloraError, match=re.escape(f"env = {env!r}") + ".*" + message):
+        load_task(config(env=env))
+
+
+def test_an_env_may_give_any_iterable(tmp_path: Path, config: MakeConfig) -> None:
+    task = load_task(config(env=write_env(tmp_path, "(Prompt(f'{n}?') for n in range(9))"), evaluate={"prompts": 4}))
+    assert [len(task.prompts), len(task.held_out)] == [9, 4]
+
+
+def write_env(directory: Path, given: str) -> str:
+    """An env whose two methods return `given`, as the config names it."""
+    file = directory / "mine.py"
+    methods = "".join(f"    def {name}(self):\n        return {given}\n" for name in ("train", "held_out"))
+    file.write_text(f"from rlora.records import Prompt\n\n\nclass Mine:\n{methods}")
+    return f"{file}:Mine"
+
+
+def test_messages_that_the_chat_template_refuses_are_told(demo: str) -> None:
+    tokenizer = load_tokenizer(demo)
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(RloraError, match=r"takes no .*'2 \+ 2\?'.* \(System role not supported\)"):
+        tokenise([Prompt("2 + 2?")], tokenizer, 100)
+
+
+def test_the_examples_of_the_readme_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block of the README that starts with a comment that names its file."""
+    blocks = re.findall(r"```\w+\n# (\S+\.\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for name, text in blocks:
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert {name for name, _ in blocks} == {"brief.py", "doubling.py", "doubling.toml"}
+    task = load_task(read(Path("doubling.toml")))
+    assert (task.prompts[1].text, task.prompts[1].answer) == ("What is twice 2?", 4)
+    brief = as_reward("brief.py:brief", load("reward", "brief.py:brief"))
+    assert brief(["It is 4.", "4", "5"], [4, 4, 4]) == [0.992, 0.999, -0.001]
 
 
 def test_a_local_directory_is_a_model(demo: str, tmp_path: Path, config: MakeConfig) -> None:
