@@ -1,17 +1,19 @@
 """The frozen base: where it is, and what its tokenizer and its end tokens are."""
 
 import importlib.metadata
+import logging
 import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -21,6 +23,7 @@ from rlora import machine
 from rlora.records import RloraError
 
 DEMO = "demo:smollm2-135m"
+_NF4_BLOCK = 64  # weights that share a scale
 
 
 def locate(model: str) -> str:
@@ -44,11 +47,57 @@ def locate(model: str) -> str:
     return model
 
 
-def load_base(path: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal language model at `path`, on this machine's device."""
+def load_base(path: str, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
+    """The causal language model at `path`, on `device`, or else this machine's."""
     base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    base.to(machine.device())  # type: ignore[arg-type]  # transformers wraps Module.to
+    base.to(device or machine.device())  # type: ignore[arg-type]  # transformers wraps Module.to
     return base
+
+
+def load_quantised(path: str, dtype: torch.dtype, quantise: Literal["int8", "nf4"]) -> PreTrainedModel:
+    """The same with its linear layers held in 8 or 4 bit by bitsandbytes.
+
+    Embeddings, output head and fused experts stay in `dtype`. int8 is LLM.int8() (Dettmers et al. 2022,
+    arXiv:2208.07339), which takes its inputs in fp16; nf4 is QLoRA's type (Dettmers et al. 2023, arXiv:2305.14314).
+    Raises RloraError where bitsandbytes is missing or can't do it here.
+    """
+    device = machine.device()
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # at each product it tells of fp16
+    try:
+        settings = (
+            BitsAndBytesConfig(load_in_8bit=True)
+            if quantise == "int8"
+            else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        )
+        base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, device_map=device, quantization_config=settings
+        )
+    except ImportError as error:
+        raise RloraError(
+            f"learner.quantise = {quantise!r}: bitsandbytes or accelerate is missing, or too old for this transformers "
+            f"({error}); run `pip install 'rlora[quantise]'`, or leave learner.quantise off"
+        ) from error
+    if quantise == "nf4" and device.type == "cpu":
+        _ready_for_gradients_on_cpu(base)
+    return base
+
+
+def _ready_for_gradients_on_cpu(base: PreTrainedModel) -> None:
+    """Steer clear of two faults of bitsandbytes' 4-bit layers on CPU (0.50.2).
+
+    Where the processor has AVX512-BF16 a layer packs itself for inference at its first use without gradients, and has
+    none from then on. Weights of other widths than whole blocks are read back wrongly: RloraError.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for name, layer in base.named_modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
+            if layer.in_features % _NF4_BLOCK:
+                raise RloraError(
+                    f'learner.quantise = "nf4": {name} has {layer.in_features} input features, and on CPU bitsandbytes '
+                    f'needs a multiple of {_NF4_BLOCK}; use "int8"'
+                )
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -79,6 +79,20 @@ def microbatches(
             tokens += len(episode.completion_ids)
     if branches:
         yield _pack(branches, dtype, device)
+
+
+def idle(dtype: torch.dtype, device: torch.device) -> Microbatch:
+    """A row of one token that nothing is learned from: C = 0, so its loss has no terms and its gradients are 0."""
+    one_token = _Completion(Episode((0,), (0.0,), "stop", version=0), 0.0)
+    row = _pack([_Branch((0,), 0, [one_token])], dtype, device)
+    none = slice(0)
+    return replace(
+        row,
+        predictors=row.predictors[none],
+        targets=row.targets[none],
+        behaviour_logprobs=row.behaviour_logprobs[none],
+        advantages=row.advantages[none],
+    )
 
 
 def shares(groups: Sequence[Group], ranks: int) -> list[list[Group]]:

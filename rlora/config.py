@@ -101,10 +101,14 @@ class LearnerConfig:
     """Tokens in one forward pass, each prompt's once; lower it where memory is short."""
     checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, up to half more time."""
+    quantise: Literal["none", "int8", "nf4"] = "none"
+    """Hold the learner's base in 8 or 4 bit; engines keep `dtype`, and the importance ratio bridges the gap."""
     max_bad_updates: Count = 3
     """Updates in a row that may be skipped for a non-finite loss or gradient before the run stops."""
     replicas: Count = 1
     """How many learners share each update (data-parallel); Ray places each by its resources."""
+    shard: bool = False
+    """Divide the base's layers among the `replicas`, 2 or more; embeddings and output head stay whole on each."""
     cpus: Annotated[float, Field(ge=0)] = 0.5
     """Ray CPUs that a learner reserves."""
     gpus: Annotated[float, Field(ge=0)] = 0.5
@@ -182,12 +186,14 @@ def validate(values: Config | dict[str, Any], source: str = "") -> Config:
         raise RloraError(source + explain(error)) from None
     if config.learner.adapter == "none":
         _refuse_beside_all_weights(config, source)
+    if config.learner.shard:
+        _refuse_to_shard(config.learner, source)
     return config
 
 
 def _refuse_beside_all_weights(config: Config, source: str) -> None:
     """Raise RloraError for what needs an adapter."""
-    for name in ("rank", "alpha", "targets", "head", "rslora", "init", "start_from"):
+    for name in ("rank", "alpha", "targets", "head", "rslora", "init", "start_from", "quantise", "shard"):
         if (value := getattr(config.learner, name)) != getattr(LearnerConfig(), name):
             raise RloraError(
                 f'{source}learner.{name} = {value!r}: there is no adapter (learner.adapter = "none"); leave it out'
@@ -196,6 +202,20 @@ def _refuse_beside_all_weights(config: Config, source: str) -> None:
         raise RloraError(
             f'{source}max_staleness = {config.max_staleness}: with learner.adapter = "none" an engine holds one '
             "version at a time, so sampling can't overlap with learning; set max_staleness to 0"
+        )
+
+
+def _refuse_to_shard(learner: LearnerConfig, source: str) -> None:
+    """Raise RloraError where the base can't be divided."""
+    if learner.quantise != "none":
+        raise RloraError(
+            f"{source}learner.shard = true: a base in {learner.quantise} can't be divided; leave one of learner.shard "
+            "and learner.quantise off"
+        )
+    if learner.replicas == 1:
+        raise RloraError(
+            f"{source}learner.shard = true: there is one learner, and none to share the base with; set "
+            "learner.replicas to 2 or more, each on a GPU of its own"
         )
 
 

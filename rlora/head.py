@@ -76,6 +76,6 @@ def trained_token_logprobs(
 
 
 def _chunks(tokens: int, vocabulary: int) -> list[slice]:
-    """The tokens whose logits are held at a time."""
+    """The tokens whose logits are held at a time; one slice at least, also of no tokens."""
     chunk = max(1, _LOGITS // vocabulary)
-    return [slice(start, start + chunk) for start in range(0, tokens, chunk)]
+    return [slice(start, start + chunk) for start in range(0, max(1, tokens), chunk)]

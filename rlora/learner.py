@@ -3,7 +3,7 @@
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,13 +13,14 @@ import torch.distributed
 from torch import Tensor, nn
 
 from rlora import machine, peft_format
-from rlora.base import load_base
-from rlora.batch import microbatches, shares
+from rlora.base import load_base, load_quantised
+from rlora.batch import Microbatch, idle, microbatches, shares
 from rlora.config import Config, LearnerConfig
 from rlora.lora import Spec
 from rlora.loss import kl_k3, truncated_importance_loss
 from rlora.policy import Policy
 from rlora.records import WHOLE_FILES, Adapter, Group, RloraError, UpdateStats
+from rlora.sharding import shard
 
 
 class Learner:
@@ -28,7 +29,9 @@ class Learner:
     def __init__(self, config: Config, base: str, run: str) -> None:
         self.config, self.base, self.run = config, base, run
         self.device = machine.device()
-        model = load_base(base, machine.DTYPES[config.dtype])
+        dtype, quantise = machine.DTYPES[config.dtype], config.learner.quantise
+        place = torch.device("cpu") if config.learner.shard else self.device  # `join` moves it, a layer at a time
+        model = load_base(base, dtype, place) if quantise == "none" else load_quantised(base, dtype, quantise)
         learner = config.learner
         if learner.adapter == "none":
             self.policy = Policy(model, [], config.seed, learner.checkpointing)
@@ -55,6 +58,9 @@ class Learner:
         except RuntimeError as error:
             raise RloraError(f"learner {rank} of {ranks} could not meet the others at {address}: {error}") from error
         self.rank, self.ranks = rank, ranks
+        if self.config.learner.shard:
+            shard(self.policy.body, self.device)
+            self.policy.to(self.device)  # what is not sharded
 
     def update(self, groups: Sequence[Group]) -> tuple[Adapter, UpdateStats]:
         """One step: the loss of `groups`, one Adam step on the adapter, and version + 1.
@@ -70,7 +76,8 @@ class Learner:
         sums = torch.zeros(4, device=self.device)  # of this rank: loss, KL, truncated ratios, tokens
         self.optimizer.zero_grad()
         mine = shares(groups, self.ranks)[self.rank]
-        for batch in microbatches(mine, settings.microbatch_tokens, self.policy.base.dtype, self.device):
+        batches = microbatches(mine, settings.microbatch_tokens, self.policy.base.dtype, self.device)
+        for batch in self._in_step(batches) if settings.shard else batches:
             logprobs = self.policy.logprobs(batch, self.config.sampling.temperature)
             losses = truncated_importance_loss(
                 logprobs, batch.behaviour_logprobs, batch.advantages, settings.importance_cap
@@ -105,6 +112,16 @@ class Learner:
             skipped_in_a_row=self.skipped_in_a_row,
         )
         return self.adapter(), stats
+
+    def _in_step(self, batches: Iterator[Microbatch]) -> Iterator[Microbatch]:
+        """`batches`, then idle ones until no rank has any left: each pass of one rank needs the others' weights."""
+        while True:
+            batch = next(batches, None)
+            left = torch.tensor(int(batch is not None), device=self.device)
+            torch.distributed.all_reduce(left, torch.distributed.ReduceOp.MAX)
+            if not left:
+                return
+            yield batch or idle(self.policy.base.dtype, self.device)
 
     def _over_ranks(self, sums: Tensor) -> Tensor:
         """Add up `sums` and the gradients over all ranks, in one message."""

@@ -25,13 +25,20 @@ _ATTENTION = re.compile(r"(^|\.)(self_attn|attn|attention|self_attention)\.")
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """A weight matrix of the base, or one of each expert, fused: (d_out, d_in) or (E, d_out, d_in)."""
+    """A weight matrix of the base, or one of each expert, fused."""
 
     key: str  # the name of its module, or of the experts' parameter
     place: str  # of its module
     kind: str  # attention, mlp or head
-    weight: Tensor
+    shape: tuple[int, ...]  # (d_out, d_in) or (E, d_out, d_in), however it is held
+    module: nn.Module
+    parameter: str = "weight"  # its name in the module
     active: int = 1  # of the E experts, those that a token meets
+
+    @property
+    def weight(self) -> Tensor:
+        """As its module holds it now: a sharded or quantised base has it in another form."""
+        return self.module.get_parameter(self.parameter)
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,7 @@ class Factors(nn.Module):
 
     def __init__(self, matrix: Matrix, specs: Sequence[Spec], generator: torch.Generator) -> None:
         super().__init__()
-        *fused, d_out, d_in = matrix.weight.shape
+        *fused, d_out, d_in = matrix.shape
         device = matrix.weight.device
         self.experts = fused[0] if fused else None
         E = self.experts or 1
@@ -168,6 +175,8 @@ class LoRALinear(nn.Module):
         stacked = self.factors.stacked(self.routing.route, x.dtype)
         if stacked is None:
             return self.base(x)  # type: ignore[no-any-return]
+        if type(self.base) is not nn.Linear:  # quantised: W x and its gradient are its own affair
+            return thin_product(self.base(x), x, *stacked)
         return low_rank(x, self.base.weight, self.base.bias, *stacked)
 
 
@@ -209,6 +218,14 @@ def low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tenso
     return _LowRank.apply(x, weight, bias, a, b, mask)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def thin_product(y: Tensor, x: Tensor, a: Tensor, b: Tensor, mask: Tensor | None) -> Tensor:
+    """y + b (mask * (a x)), y (..., d_out), the rest as in `low_rank`: for a W that is at hand as a function alone."""
+    h = x.flatten(0, -2) @ a.mT  # (tokens, R)
+    if mask is not None:
+        h = h * mask
+    return torch.addmm(y.flatten(0, -2), h, b.mT).view_as(y)
+
+
 class _LowRank(torch.autograd.Function):
     """In place: the thin product is added to W x as it is made, and so is its part of x's gradient."""
 
@@ -222,7 +239,7 @@ class _LowRank(torch.autograd.Function):
             h *= mask
         ctx.save_for_backward(flat, h, weight, a, b, mask)
         y = linear(flat, weight, bias).addmm_(h, b.mT)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -231,7 +248,7 @@ class _LowRank(torch.autograd.Function):
         g_h = g @ b
         if mask is not None:
             g_h *= mask
-        g_x = (g @ weight).addmm_(g_h, a).view(*grad.shape[:-1], -1) if ctx.needs_input_grad[0] else None
+        g_x = (g @ weight).addmm_(g_h, a).view(*grad.shape[:-1], a.shape[1]) if ctx.needs_input_grad[0] else None
         return g_x, None, None, g_h.mT @ x, g.mT @ h, None
 
 
@@ -291,11 +308,12 @@ def matrices(model: nn.Module) -> Iterator[Matrix]:
         if isinstance(module, nn.Linear):
             if name.rpartition(".")[2] not in _ROUTERS:
                 kind = "head" if module is head else "attention" if _ATTENTION.search(name) else "mlp"
-                yield Matrix(name, name, kind, module.weight)
+                yield Matrix(name, name, kind, (module.out_features, module.in_features), module)
         elif isinstance(getattr(module, "gate_up_proj", None), nn.Parameter) and isinstance(model, PreTrainedModel):
             active = int(model.config.get_text_config().num_experts_per_tok)
             for part in ("gate_up_proj", "down_proj"):
-                yield Matrix(f"{name}.{part}", name, "mlp", module.get_parameter(part), active)
+                shape = tuple(module.get_parameter(part).shape)
+                yield Matrix(f"{name}.{part}", name, "mlp", shape, module, part, active)
 
 
 def _refuse_tied(model: Any, head: nn.Linear) -> None:

@@ -27,8 +27,8 @@ def merge(base: PreTrainedModel, adapter: Adapter, dtype: torch.dtype) -> float:
     with torch.no_grad():
         for names, matrix in over.items():
             a, b = (tensors[name].float() for name in names)
-            if matrix.weight.ndim == 3:
-                a, b = of_each_expert(a, b, len(matrix.weight))
+            if len(matrix.shape) == 3:
+                a, b = of_each_expert(a, b, matrix.shape[0])
             delta = spec.scale_of(matrix) * (b @ a)
             merged, alone = (matrix.weight + delta).to(dtype).float(), matrix.weight.to(dtype).float()
             lost += float((merged - alone - delta).square().sum())

@@ -27,7 +27,7 @@ _MUST_BE = {
 def encode(bank: Bank, adapter: int, base: str) -> tuple[bytes, bytes]:
     """Adapter `adapter` of `bank` over the base at `base`: its config and its weights, in fp32."""
     spec = bank.specs[adapter]
-    experts = [matrix for matrix in bank.over(adapter) if matrix.weight.ndim == 3]
+    experts = [matrix for matrix in bank.over(adapter) if len(matrix.shape) == 3]
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -78,7 +78,7 @@ def by_names(over: Iterable[Matrix]) -> dict[tuple[str, str], Matrix]:
 def _modules(bank: Bank, adapter: int) -> list[str]:
     """The linear layers it is over: by the last part of their names where that says no more than it should."""
     over = {matrix.key for matrix in bank.over(adapter)}
-    linear = {matrix.key for matrix in bank.matrices if matrix.weight.ndim == 2}
+    linear = {matrix.key for matrix in bank.matrices if len(matrix.shape) == 2}
     beyond = {key.rpartition(".")[2] for key in linear - over}
     return sorted({ending if (ending := key.rpartition(".")[2]) not in beyond else key for key in linear & over})
 

@@ -38,6 +38,17 @@ def test_written_config_reads_back_equal(tmp_path: Path) -> None:
         ({"nonsense": 3}, r"nonsense = 3: no such field"),
         ({"engine": {"replica": 2}}, r"engine\.replica = 2: no such field"),
         ({"model": 7}, r"model = 7: .*valid string"),
+        ({"learner": {"shard": True}}, r"learner\.shard = true: there is one learner.*learner\.replicas to 2"),
+        (
+            {"learner": {"shard": True, "replicas": 2, "quantise": "nf4"}},
+            r"learner\.shard = true: a base in nf4 can't be",
+        ),
+        (
+            {"learner": {"shard": True, "replicas": 2, "adapter": "none"}},
+            r"learner\.shard = True: there is no adapter .*leave it out",
+        ),
+        ({"learner": {"quantise": "nf4", "adapter": "none"}}, r"learner\.quantise = 'nf4': there is no adapter"),
+        ({"learner": {"quantise": "int4"}}, r"learner\.quantise = 'int4': .*'none', 'int8' or 'nf4'"),
     ],
 )
 def test_bad_value_is_named_with_its_field(changes: dict[str, object], message: str) -> None:

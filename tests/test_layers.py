@@ -8,7 +8,7 @@ from conftest import ROOT
 
 LAYERS = [
     {"records", "config", "machine"},
-    {"lora", "advantage", "loss", "attention", "base"},
+    {"lora", "advantage", "loss", "attention", "base", "sharding"},
     {"head"},
     {"policy", "peft_format", "batch", "task"},
     {"learner", "merge", "rollout", "checkpoint"},

@@ -1,5 +1,6 @@
 import json
 import socket
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 import torch.multiprocessing
 from conftest import episode, group, tiny_model
 from peft import PeftModel
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from rlora.checkpoint import write_adapter
@@ -98,30 +100,55 @@ def test_microbatches_do_not_change_the_update(tiny: str, config: MakeConfig, gr
 
 
 def _of_two(rank: int, address: str, config: Config, base: str, groups: list[Group], out: str) -> None:
-    """One of two learners, in a process of its own: what its update leaves."""
+    """One of two learners, in a process of its own: what its update leaves, and how much of the layers it holds."""
+    torch.set_num_threads(1)
     learner = Learner(config, base, "run")
+    layers = learner.policy.body.layers
+    loaded = [weakref.ref(weight) for weight in layers.parameters() if not weight.requires_grad]
     learner.join(address, rank, 2)
     adapter, stats = learner.update(groups)
     gradient = torch.cat([parameter.grad.flatten() for parameter in learner.parameters if parameter.grad is not None])
-    torch.save((gradient, adapter, replace(stats, seconds=0)), f"{out}/{rank}")
+    frozen = [weight for weight in layers.parameters() if not weight.requires_grad]
+    held = sum((weight.to_local() if isinstance(weight, DTensor) else weight).numel() for weight in frozen)
+    kept = sum(weight() is not None for weight in loaded)
+    torch.save((gradient, adapter, replace(stats, seconds=0), held, kept), f"{out}/{rank}")
     torch.distributed.destroy_process_group()
 
 
-def test_two_learners_take_the_step_of_one(tiny: str, config: MakeConfig, groups: list[Group], tmp_path: Path) -> None:
-    settings = config(learner={"rank": 2, "lr": 0.01})
-    alone = Learner(settings, tiny, "run")
+@pytest.mark.parametrize(
+    ("settings", "taken"),
+    [
+        ({}, slice(None)),
+        ({"shard": True, "microbatch_tokens": 9}, slice(None)),  # one rank has more passes to run
+        ({"shard": True, "checkpointing": True}, slice(1)),  # one has none of its own
+    ],
+)
+def test_two_learners_take_the_step_of_one(
+    tiny: str, config: MakeConfig, groups: list[Group], tmp_path: Path, settings: dict[str, object], taken: slice
+) -> None:
+    groups = groups[taken]
+    alone = Learner(config(learner={"rank": 2, "lr": 0.01}), tiny, "run")
+    layers = alone.policy.body.layers
+    whole = sum(weight.numel() for weight in layers.parameters() if not weight.requires_grad)
     _, stats = alone.update(groups)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    torch.multiprocessing.spawn(_of_two, (address, settings, tiny, groups, str(tmp_path)), nprocs=2)
+    shared_config = config(learner={"rank": 2, "lr": 0.01, "replicas": 2} | settings)
+    torch.multiprocessing.spawn(_of_two, (address, shared_config, tiny, groups, str(tmp_path)), nprocs=2)
     results = [torch.load(tmp_path / str(rank), weights_only=False) for rank in range(2)]
     assert results[0][1] == results[1][1]  # the same adapter, bit for bit
-    gradient, _, shared = results[0]
+    gradient, _, shared, *_ = results[0]
     expected = torch.cat([parameter.grad.flatten() for parameter in alone.parameters if parameter.grad is not None])
     assert (gradient.double() - expected.double()).norm() <= 1e-5 * expected.double().norm()
     assert (shared.tokens, shared.kl_behaviour) == (stats.tokens, pytest.approx(stats.kl_behaviour, rel=1e-5))
     assert shared.loss == pytest.approx(stats.loss, rel=1e-5)
+    held, kept = zip(*(result[3:] for result in results), strict=True)
+    if shared_config.learner.shard:
+        assert held == (whole / 2, whole / 2)
+        assert kept == (0, 0)  # what was loaded is gone
+    else:
+        assert held == (whole, whole)
 
 
 def test_groups_that_agree_cost_no_forward_pass(learner: Learner, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,9 +138,9 @@ def test_experts_are_adapted_and_routers_left_alone(name: str, shared_experts: s
     bank = Bank(tiny_model(name), [Spec(8)])
     assert names(bank) == ATTENTION | shared_experts | {"gate_up_proj", "down_proj"}
     for matrix, factors in bank.factors.items():
-        fused = matrix.weight.ndim == 3
+        fused = len(matrix.shape) == 3
         assert factors.ranks == [8 // 2 if fused else 8]  # 2 experts a token
-        assert factors.lora_A[0].shape == ((4 * 4 if fused else 8), matrix.weight.shape[-1])
+        assert factors.lora_A[0].shape == ((4 * 4 if fused else 8), matrix.shape[-1])
 
 
 def test_experts_in_another_layout_are_refused() -> None:
@@ -164,8 +164,8 @@ def test_gradients_equal_those_of_autograd_through_peft(name: str) -> None:
     """Logits and gradients, in fp64, with PEFT's own layers over the same matrices and the same numbers."""
     ours, theirs = tiny_model(name).double(), tiny_model(name).double()
     bank = filled(ours, Spec(2, 8.0))
-    fused = [matrix for matrix in bank.factors if matrix.weight.ndim == 3]
-    modules = [matrix.key for matrix in bank.factors if matrix.weight.ndim == 2]
+    fused = [matrix for matrix in bank.factors if len(matrix.shape) == 3]
+    modules = [matrix.key for matrix in bank.factors if len(matrix.shape) == 2]
     config = LoraConfig(
         r=2, lora_alpha=8.0, target_modules=modules,
         target_parameters=[matrix.key for matrix in fused] or None, rank_pattern={matrix.key: 1 for matrix in fused},

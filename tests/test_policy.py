@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from rlora import attention
-from rlora.batch import Microbatch, microbatches
+from rlora.batch import Microbatch, idle, microbatches
 from rlora.lora import OFF, Route, Spec
 from rlora.policy import Policy
 from rlora.records import Group, RloraError
@@ -103,6 +103,17 @@ def test_an_adapted_head_gives_the_plain_logprobs_and_gradients(
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     assert len(parameters) == 2 * (2 * 7 + 1)
     assert_plain(policy, batch, groups, temperature)
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_an_idle_row_reaches_every_layer_and_teaches_nothing(tiny_base: PreTrainedModel, head: bool) -> None:
+    policy = Policy(tiny_base, [Spec(2, head=head)], seed=0)
+    stir(policy.bank)
+    logprobs = policy.logprobs(idle(torch.float32, torch.device("cpu")))
+    assert logprobs.shape == (0,)
+    logprobs.sum().backward()
+    gradients = [parameter.grad for parameter in policy.parameters() if parameter.requires_grad]
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
 
 
 def test_a_tied_head_is_refused(tiny_base: PreTrainedModel) -> None:
