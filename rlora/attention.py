@@ -73,6 +73,9 @@ class _Attention(torch.autograd.Function):
         R = H // K  # heads that share a key: their rows go together
         q, d_out, out = (x.reshape(B * K, R, T, D) for x in (q, d_out, out))
         k, v = k.reshape(B * K, S, D), v.reshape(B * K, S, D)
+        k = k - k.mean(
+            1, keepdim=True
+        )  # which shifts a query's scores alike, so no weight, and 16 bits hold more of them
         wide = torch.promote_types(q.dtype, torch.float32)  # of sums
         shift = (d_out * out).sum(-1, keepdim=True, dtype=wide).neg().to(q.dtype)  # -sum_S weights * d_weights
         d_q = torch.empty_like(q)
@@ -95,8 +98,9 @@ class _Attention(torch.autograd.Function):
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
     """Attention with a bias on its scores. On CPU, torch's own backward pass takes two to four times as long."""
-    if q.is_cuda:
-        return scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=True)
+    if q.is_cuda:  # whose fused kernels take no mask beside fewer heads of keys than of queries
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        return scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     return _Attention.apply(q, k, v, bias, scale)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -107,7 +111,8 @@ def _slices(length: int, step: int) -> list[slice]:
 def tree_attention(q: Tensor, k: Tensor, v: Tensor, tree: Tree, scale: float) -> Tensor:
     """softmax(q k^T * scale) v along the tree. q (N, H, D); k, v (N, K, D) with H a multiple of K -> (N, H, D)
 
-    A completion's keys are its prompt's, which are computed once, and its own: no two siblings' tokens meet.
+    A completion's keys are its prompt's, which are computed once and copied to each, and its own: no two siblings'
+    tokens meet.
     """
     (P, L, G, T), (_, H, D), K = tree.shape, q.shape, k.shape[1]
     q, k, v = (_lay(x, tree.token_of_place, tree.place_of_token) for x in (q, k, v))

@@ -77,6 +77,10 @@ def load_quantised(path: str, dtype: torch.dtype, quantise: Literal["int8", "nf4
             f"learner.quantise = {quantise!r}: bitsandbytes or accelerate is missing, or too old for this transformers "
             f"({error}); run `pip install 'rlora[quantise]'`, or leave learner.quantise off"
         ) from error
+    except (ValueError, RuntimeError) as error:
+        raise RloraError(
+            f"learner.quantise = {quantise!r}: this model can't be held so here ({error}); leave learner.quantise off"
+        ) from error
     if quantise == "nf4" and device.type == "cpu":
         _ready_for_gradients_on_cpu(base)
     return base

@@ -27,9 +27,9 @@ def create(run: Path, config: Config, task: Task, overwrite: bool = False) -> No
 
     `overwrite` removes what is there, if it is a run.
     """
-    start = config.learner.start_from
-    if overwrite and start and Path(start).resolve().is_relative_to(run.resolve()):
-        raise RloraError(f"learner.start_from = {start!r}: --overwrite would remove it; name another --run-dir")
+    for field, path in {"model": config.model, "learner.start_from": config.learner.start_from}.items():
+        if overwrite and path and Path(path).resolve().is_relative_to(run.resolve()):
+            raise RloraError(f"{field} = {path!r}: --overwrite would remove it; name another --run-dir")
     if overwrite and (run / "config.toml").exists():
         shutil.rmtree(run)
     if run.exists() and (not run.is_dir() or any(run.iterdir())):

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -38,7 +39,8 @@ class Eval:
     run: tyro.conf.Positional[Path]
     """The run's directory."""
     version: int | None = None
-    """The adapter version; the last one by default, 0 is what the run started from."""
+    """The adapter version; the last one by default, 0 is what the run started from; of all weights the last.
+    """
     prompts: int | None = None
     """How many held-out prompts to answer; the run's evaluate.prompts by default."""
 
@@ -124,9 +126,9 @@ def _train(arguments: list[str]) -> None:
 
 def _parse_train(arguments: list[str]) -> Train:
     """The command line over the TOML file it names, or over the config of the run that it resumes."""
-    options = [argument.split("=")[0].lstrip("-").replace("-", "_") for argument in arguments if argument[:2] == "--"]
-    refuse_unlearnable(option.rpartition(".")[2] for option in options)
     env_args, others = _env_args(arguments)
+    options = [argument.split("=")[0].lstrip("-").replace("-", "_") for argument in others if argument[:2] == "--"]
+    refuse_unlearnable(option.rpartition(".")[2] for option in options)
     saved = _source(others)
     default = Train(saved) if saved else None
     parsed = cast(Train, tyro.cli(Train, default=default, args=others, prog="rlora train"))
@@ -273,11 +275,16 @@ def _export(arguments: list[str]) -> None:
 
 def _export_all_weights(config: Config, version: Adapter, given: Export) -> None:
     """A directory that transformers and vLLM load as a model."""
+    from transformers import GenerationConfig
+
     from rlora import checkpoint
     from rlora.base import load_tokenizer, locate
 
     if given.merge:
         raise RloraError("--merge: this run trained all weights, so there is no adapter to merge; leave it out")
     checkpoint.write_adapter(version, given.to)
-    load_tokenizer(locate(config.model)).save_pretrained(given.to)
+    where = locate(config.model)
+    load_tokenizer(where).save_pretrained(given.to)
+    with suppress(OSError):  # it has none
+        GenerationConfig.from_pretrained(where).save_pretrained(given.to)
     print(f"version {version.version}, all weights: {given.to}")

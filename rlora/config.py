@@ -266,7 +266,7 @@ def load(field: str, spec: str) -> Any:
     is_file = where.endswith(".py")
     home = str(Path(where).absolute().parent if is_file else Path.cwd())
     if home not in sys.path:
-        sys.path.insert(0, home)
+        sys.path.append(home)  # last: a file called like an installed package must not take its place
     try:
         if is_file:
             file = importlib.util.spec_from_file_location(Path(where).stem, where)

@@ -11,6 +11,7 @@ from vllm import CompletionOutput, EngineArgs, LLMEngine, RequestOutput, Samplin
 from vllm.inputs import TokensPrompt
 from vllm.logprobs import Logprob
 from vllm.lora.request import LoRARequest
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.sampling_params import RequestOutputKind
 
 from rlora import machine, thin_products
@@ -32,6 +33,7 @@ class Engine:
         self.stop_token_ids = list(stop_token_ids)
         self.directory = machine.adapter_directory(os.getpid())
         self.requests: dict[int, LoRARequest | None] = {}  # by version; None where it is all weights
+        self.serving = ""  # the name of the version that is all weights
         self._engine_ids = itertools.count(1)  # never reused: vLLM's prefix cache and slots go by name and id
         self._request_ids = itertools.count()
         self.whole = config.learner.adapter == "none"
@@ -46,10 +48,10 @@ class Engine:
                 "max_loras": config.max_staleness + 2,  # those that may be asked for, and the next one as it comes
             }
         if machine.device().type == "cpu":
-            if self.experts and not self.whole:
+            if self.experts:
                 raise RloraError(
-                    f"model = {config.model!r}: a mixture of experts can't be served with any adapter by vLLM's CPU "
-                    "build, whose only backend for its experts has none; use a dense model here, or a GPU"
+                    f"model = {config.model!r}: vLLM's CPU build can't serve a mixture of experts with an adapter, for "
+                    "its only backend for experts has none, nor surely reload one; use a dense model here, or a GPU"
                 )
             thin_products.install()
             options["enforce_eager"] = True  # as vLLM does by itself with adapters; compiling takes minutes
@@ -76,7 +78,7 @@ class Engine:
     def load(self, adapter: Adapter) -> None:
         """Make `adapter.version` servable. Raises RloraError where vLLM does not take it."""
         if self.whole:
-            if adapter.version not in self.requests:
+            if self.serving != adapter.name:
                 self._reload(adapter)
             return
         held = self.requests.get(adapter.version)
@@ -101,7 +103,7 @@ class Engine:
         self.llm.apply_model(_pack_head)
         self.llm.reset_prefix_cache()  # its keys and values are of the weights before
         shutil.rmtree(path)
-        self.requests = {adapter.version: None}
+        self.requests, self.serving = {adapter.version: None}, adapter.name
 
     def retire(self, version: int) -> None:
         """Forget a version and its file. No request may still use it."""
@@ -154,8 +156,9 @@ class Engine:
 
 def _pack_head(model: Any) -> None:
     """A head that is tied to the embeddings is left out of a reload; its copy in a kernel's own layout is of before."""
-    if head := getattr(model, "lm_head", None):
-        head.quant_method.process_weights_after_loading(head)
+    for head in model.modules():
+        if isinstance(head, ParallelLMHead):
+            head.quant_method.process_weights_after_loading(head)
 
 
 def _episode(completion: CompletionOutput, version: int) -> Episode:

@@ -27,14 +27,15 @@ class _TokenLogprobs(torch.autograd.Function):
         slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for part in _chunks(len(hidden), len(weight)):
             logits = linear(hidden[part], weight, bias)
-            target, top = logits.gather(1, targets[part, None]).float(), logits.amax(1, keepdim=True)
+            target_id = targets[part, None]
+            target, top = logits.gather(1, target_id).float(), logits.amax(1, keepdim=True)
             odds = logits.sub_(top).div_(temperature).exp_()  # in place: p of each token over that of the likeliest
             total = odds.sum(1, keepdim=True, dtype=torch.float32)
             logprobs[part] = ((target - top) / temperature - total.log())[:, 0]
             if slope is not None:
-                torch.mm(odds, weight, out=slope[part]).div_(total)
-        if slope is not None:
-            slope = torch.sub(weight[targets], slope, out=slope).div_(temperature)
+                # p - 1 of the target before the product: after it, W[target] and p W might agree to all their digits
+                odds.scatter_(1, target_id, (odds.gather(1, target_id) - total).to(odds.dtype))
+                torch.mm(odds, weight, out=slope[part]).div_(total * -temperature)
         ctx.slope = slope
         return logprobs
 
@@ -49,7 +50,8 @@ def token_logprobs(
     """Natural logs of the targets' probabilities under softmax(hidden weight^T / temperature), in fp32.
 
     hidden (C, d), weight (V, d), bias (V,) or None, targets (C,) int64 -> (C,). Gradients reach `hidden` alone: the
-    head is frozen. Logits are rounded to the head's dtype, as the engine does; sums over the vocabulary are fp32.
+    head is frozen. Logits are rounded to the head's dtype, as the engine does, and so is each p over the largest; sums
+    over the vocabulary are fp32.
     """
     return _TokenLogprobs.apply(hidden, weight, bias, targets, temperature)  # type: ignore[no-any-return, no-untyped-call]
 

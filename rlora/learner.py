@@ -146,7 +146,7 @@ class Learner:
     def adapter(self) -> Adapter:
         """The current version, in PEFT's format; without an adapter all weights, in that of transformers."""
         if self.config.learner.adapter == "none":
-            with tempfile.TemporaryDirectory(dir=machine.ram_directory()) as saved:
+            with tempfile.TemporaryDirectory() as saved:
                 self.policy.base.save_pretrained(saved, max_shard_size="1000GB")
                 config, weights = ((Path(saved) / name).read_bytes() for name in WHOLE_FILES)
             return Adapter(self.run, self.version, config, weights, whole=True)

@@ -91,7 +91,9 @@ class Adapter:
 
     @cached_property
     def digest(self) -> str:
-        return hashlib.sha256(self.config + self.weights).hexdigest()
+        digest = hashlib.sha256(self.config)
+        digest.update(self.weights)
+        return digest.hexdigest()
 
     @property
     def parameters(self) -> int:

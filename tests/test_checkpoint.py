@@ -29,6 +29,19 @@ def full_disk() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def test_of_all_weights_only_the_last_version_is_kept(tmp_path: Path) -> None:
+    for version in (0, 1, 2):
+        weights = Adapter("run", version, b"{}", bytes([version]) * 100, whole=True)
+        checkpoint.save(tmp_path, weights, b"state")
+        read = checkpoint.read_adapter(tmp_path)
+        assert (read.version, read.weights, read.whole) == (version, weights.weights, True)
+    assert [path.name for path in (tmp_path / "adapters").iterdir()] == ["2"]
+    assert {path.name for path in checkpoint.adapter_path(tmp_path, 2).iterdir()} == {
+        "config.json",
+        "model.safetensors",
+    }
+
+
 def test_a_full_disk_leaves_the_last_version_whole(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, OLD, b"old state" * 1000)
     with pytest.raises(RloraError, match=r"version 2 could not be written \(.*too large\); make room"), full_disk():

@@ -39,3 +39,18 @@ def test_gradients_hold_against_finite_differences() -> None:
             moved[i, j] += step
             change = token_logprobs(moved, weight, None, targets, 0.9).double() - ours
             assert change.sum().item() / step == pytest.approx(gradient[i, j].item(), abs=2e-3)
+
+
+def test_a_sure_token_keeps_its_gradient_in_16_bits() -> None:
+    """At p = 0.999 W[target] and p W agree to nearly all their digits, and what is left is the gradient."""
+    torch.manual_seed(0)
+    weight = torch.randn(300, 64).bfloat16()
+    targets = torch.arange(20)
+    hidden = (weight[targets] * 0.25).requires_grad_()
+    exact = hidden.detach().double().requires_grad_()
+    plain = torch.nn.functional.linear(exact, weight.double()).log_softmax(-1)[range(20), targets]
+    assert plain.exp().median() > 0.998
+    (expected,) = torch.autograd.grad(plain.sum(), exact)
+    (got,) = torch.autograd.grad(token_logprobs(hidden, weight, None, targets).sum(), hidden)
+    off = (got - expected).norm(dim=1) / expected.norm(dim=1)
+    assert off.median() < 0.05

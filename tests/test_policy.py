@@ -201,3 +201,16 @@ def test_attention_computed_again_has_the_gradients_of_autograd(
     found = gradients(attention._attention(q, k, v, bias, 0.7))
     for gradient, autograd in zip(found, expected, strict=True):
         torch.testing.assert_close(gradient, autograd, rtol=1e-10, atol=1e-10)
+
+
+def test_large_keys_cost_no_digits_in_16_bits() -> None:
+    """Some models' keys share a large part, which shifts all scores of a query and should change nothing."""
+    torch.manual_seed(0)
+    q, k, v, d_out = (torch.randn(2, 2, 16, 128).bfloat16() for _ in range(4))
+    shifted = (k + 30 * torch.randn(128).bfloat16()).requires_grad_()
+    bias = torch.zeros(1, 1, 16, 16).masked_fill_(torch.ones(16, 16).tril() == 0, -math.inf).bfloat16()
+    (got,) = torch.autograd.grad((attention._attention(q, shifted, v, bias, 0.1) * d_out).sum(), shifted)
+    exact = shifted.detach().double().requires_grad_()
+    plain = (q.double() @ exact.mT * 0.1 + bias).softmax(-1) @ v.double()
+    (expected,) = torch.autograd.grad((plain * d_out).sum(), exact)
+    assert (got - expected).norm() < 0.02 * expected.norm()
