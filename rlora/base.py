@@ -92,7 +92,7 @@ def _ready_for_gradients_on_cpu(base: PreTrainedModel) -> None:
     Where the processor has AVX512-BF16 a layer packs itself for inference at its first use without gradients, and has
     none from then on. Weights of other widths than whole blocks are read back wrongly: RloraError.
     """
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
     for name, layer in base.named_modules():
         if isinstance(layer, Linear4bit):
