@@ -73,9 +73,8 @@ class _Attention(torch.autograd.Function):
         R = H // K  # heads that share a key: their rows go together
         q, d_out, out = (x.reshape(B * K, R, T, D) for x in (q, d_out, out))
         k, v = k.reshape(B * K, S, D), v.reshape(B * K, S, D)
-        k = k - k.mean(
-            1, keepdim=True
-        )  # which shifts a query's scores alike, so no weight, and 16 bits hold more of them
+        # which shifts a query's scores alike, so no weight, and 16 bits hold more of them
+        k = k - k.mean(1, keepdim=True)
         wide = torch.promote_types(q.dtype, torch.float32)  # of sums
         shift = (d_out * out).sum(-1, keepdim=True, dtype=wide).neg().to(q.dtype)  # -sum_S weights * d_weights
         d_q = torch.empty_like(q)

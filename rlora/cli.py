@@ -39,8 +39,7 @@ class Eval:
     run: tyro.conf.Positional[Path]
     """The run's directory."""
     version: int | None = None
-    """The adapter version; the last one by default, 0 is what the run started from; of all weights the last.
-    """
+    """The adapter version; the last one by default, 0 is what the run started from. Of all weights, the last alone."""
     prompts: int | None = None
     """How many held-out prompts to answer; the run's evaluate.prompts by default."""
 
