@@ -50,8 +50,8 @@ class Engine:
         if machine.device().type == "cpu":
             if self.experts:
                 raise RloraError(
-                    f"model = {config.model!r}: vLLM's CPU build can't serve a mixture of experts with an adapter, for "
-                    "its only backend for experts has none, nor surely reload one; use a dense model here, or a GPU"
+                    f"model = {config.model!r}: vLLM's CPU build can't serve adapters over experts (its only backend "
+                    "for them has none), nor is it sure to reload their weights; use a dense model here, or a GPU"
                 )
             thin_products.install()
             options["enforce_eager"] = True  # as vLLM does by itself with adapters; compiling takes minutes

@@ -66,7 +66,7 @@ def test_the_engine_gives_the_logprobs_of_an_update(
     settings = config(model=base, learner={"lr": 0.01, "head": head})
     learner, adapter = updated(base, settings, groups)
     if Path(base).name in EXPERTS and not torch.cuda.is_available():
-        with pytest.raises(RloraError, match=r"experts.*CPU"):
+        with pytest.raises(RloraError, match="CPU build can't serve adapters over experts"):
             sample(base, settings, [adapter], groups)
         return
     (sampled,) = sample(base, settings, [adapter], groups)
