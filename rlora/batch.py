@@ -81,11 +81,15 @@ def microbatches(
         yield _pack(branches, dtype, device)
 
 
+def alone(token_ids: Sequence[int], dtype: torch.dtype, device: torch.device) -> Microbatch:
+    """A row of one text, whose targets are its tokens but the first: C is one less than their number."""
+    episode = Episode(tuple(token_ids[1:]), (0.0,) * (len(token_ids) - 1), "stop", version=0)
+    return _pack([_Branch(tuple(token_ids[:1]), 0, [_Completion(episode, 0.0)])], dtype, device)
+
+
 def idle(dtype: torch.dtype, device: torch.device) -> Microbatch:
     """A row of one token that nothing is learned from: C = 0, so its loss has no terms and its gradients are 0."""
-    one_token = _Completion(Episode((0,), (0.0,), "stop", version=0), 0.0)
-    row = _pack([_Branch((0,), 0, [one_token])], dtype, device)
-    none = slice(0)
+    row, none = alone((0, 0), dtype, device), slice(0)
     return replace(
         row,
         predictors=row.predictors[none],

@@ -4,6 +4,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,13 +15,15 @@ from torch import Tensor, nn
 
 from rlora import machine, peft_format
 from rlora.base import load_base, load_quantised
-from rlora.batch import Microbatch, idle, microbatches, shares
+from rlora.batch import Microbatch, alone, idle, microbatches, shares
 from rlora.config import Config, LearnerConfig
-from rlora.lora import Spec
+from rlora.lora import OFF, Spec
 from rlora.loss import kl_k3, truncated_importance_loss
 from rlora.policy import Policy
-from rlora.records import WHOLE_FILES, Adapter, Group, RloraError, UpdateStats
+from rlora.records import WHOLE_FILES, Adapter, Canary, Group, RloraError, UpdateStats
 from rlora.sharding import shard
+
+_CANARY = 24  # tokens: one short prompt, and enough logprobs for a mean
 
 
 class Learner:
@@ -46,13 +49,17 @@ class Learner:
         self.rank, self.ranks = 0, 1
         self.version = 0
         self.skipped_in_a_row = 0  # updates whose loss or gradient was not finite
+        self.canary: Canary | None = None
+        self.canary = self._canary()
 
     def join(self, address: str, rank: int, ranks: int) -> None:
         """Become one of `ranks` learners that share each update; the first listens at `address` (host:port)."""
         backend = "nccl" if self.device.type == "cuda" else "gloo"
+        host, _, port = address.rpartition(":")
         try:
-            torch.distributed.init_process_group(
-                backend, f"tcp://{address}", rank=rank, world_size=ranks, timeout=timedelta(minutes=2)
+            store = torch.distributed.TCPStore(host, int(port), ranks, rank == 0, timeout=timedelta(minutes=2))
+            torch.distributed.init_process_group(  # Ray tells of a rank that died; one that is slow is waited for
+                backend, store=store, rank=rank, world_size=ranks, timeout=timedelta(days=1)
             )
             torch.distributed.all_reduce(torch.zeros(1, device=self.device))  # NCCL connects at its first use
         except RuntimeError as error:
@@ -99,6 +106,7 @@ class Learner:
                 parameters["lr"] = lr
             self.optimizer.step()
             self._round()
+            self.canary = self._canary()
         self.version += 1
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         stats = UpdateStats(
@@ -149,9 +157,29 @@ class Learner:
             with tempfile.TemporaryDirectory() as saved:
                 self.policy.base.save_pretrained(saved, max_shard_size="1000GB")
                 config, weights = ((Path(saved) / name).read_bytes() for name in WHOLE_FILES)
-            return Adapter(self.run, self.version, config, weights, whole=True)
+            return Adapter(self.run, self.version, config, weights, whole=True, canary=self.canary)
         config, weights = peft_format.encode(self.policy.bank, 0, self.base)
-        return Adapter(self.run, self.version, config, weights)
+        return Adapter(self.run, self.version, config, weights, canary=self.canary)
+
+    @torch.no_grad()
+    def _canary(self) -> Canary | None:
+        """What the policy says of the same few random tokens each time.
+
+        None where the context does not hold two, or where an adapter is over the head: vLLM can't apply that to the
+        logprobs of a prompt.
+        """
+        count = min(_CANARY, self.config.max_model_len - 1)  # an engine samples one more
+        if count < 2 or self.policy.head_factors:
+            return None
+        vocabulary = self.policy.base.config.get_text_config().vocab_size
+        tokens = torch.randint(vocabulary, (count,), generator=torch.Generator().manual_seed(0)).tolist()
+        row = alone(tokens, self.policy.base.dtype, self.policy.base.device)
+        logprobs = tuple(self.policy.logprobs(row).tolist())
+        if self.canary:
+            of_base = self.canary.base_logprobs
+        else:
+            of_base = tuple(self.policy.logprobs(replace(row, adapters=OFF)).tolist())
+        return Canary(tuple(tokens), logprobs, of_base)
 
     def state(self) -> bytes:
         """All that `resume` needs: the version, the masters and Adam's moments, in safetensors format."""
@@ -174,6 +202,7 @@ class Learner:
                 if (moment := tensors.get(f"{index}.adam.{name}")) is not None:
                     self.optimizer.state[parameter][name] = moment if name == "step" else moment.to(self.device)
         self._round()
+        self.canary = self._canary()
         self.version = int(tensors["version"])
         return self.adapter()
 

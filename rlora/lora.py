@@ -67,16 +67,15 @@ class Spec:
         else:
             wanted = self.head if matrix.kind == "head" else self.targets in ("all", matrix.kind)
         rank = max(1, self.rank // matrix.active) if self.shares_rank else self.rank
-        return _by_pattern(self.rank_pattern, matrix, rank) if wanted else 0
+        return _by_pattern(self.rank_pattern, matrix.key, rank) if wanted else 0
 
-    def scale_of(self, matrix: Matrix) -> float:
-        rank = self.rank_of(matrix)
-        alpha = _by_pattern(self.alpha_pattern, matrix, self.alpha)
-        return alpha / max(1, math.sqrt(rank) if self.rslora else rank)
+    def scale(self, key: str, rank: int) -> float:
+        """Of the matrix with that key, over which the adapter has that rank."""
+        return _by_pattern(self.alpha_pattern, key, self.alpha) / max(1, math.sqrt(rank) if self.rslora else rank)
 
 
-def _by_pattern(pattern: Mapping[str, _Number], matrix: Matrix, default: _Number) -> _Number:
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", matrix.key)), default)
+def _by_pattern(pattern: Mapping[str, _Number], key: str, default: _Number) -> _Number:
+    return next((value for ending, value in pattern.items() if re.match(rf"(.*\.)?({ending})$", key)), default)
 
 
 class Route:
@@ -121,7 +120,7 @@ class Factors(nn.Module):
         self.experts = fused[0] if fused else None
         E = self.experts or 1
         self.ranks = [spec.rank_of(matrix) for spec in specs]
-        self.scales = [spec.scale_of(matrix) for spec in specs]
+        self.scales = [spec.scale(matrix.key, rank) for spec, rank in zip(specs, self.ranks, strict=True)]
         a = [_initial(spec.init, E, rank, d_in, generator) for spec, rank in zip(specs, self.ranks, strict=True)]
         self.lora_A = nn.ParameterList(nn.Parameter(a_k.to(device)) for a_k in a)
         self.lora_B = nn.ParameterList(  # 0: the policy is the base

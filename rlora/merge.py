@@ -29,7 +29,7 @@ def merge(base: PreTrainedModel, adapter: Adapter, dtype: torch.dtype) -> float:
             a, b = (tensors[name].float() for name in names)
             if len(matrix.shape) == 3:
                 a, b = of_each_expert(a, b, matrix.shape[0])
-            delta = spec.scale_of(matrix) * (b @ a)
+            delta = spec.scale(matrix.key, spec.rank_of(matrix)) * (b @ a)
             merged, alone = (matrix.weight + delta).to(dtype).float(), matrix.weight.to(dtype).float()
             lost += float((merged - alone - delta).square().sum())
             matrix.weight.copy_(merged)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -26,6 +27,22 @@ class RewardError(RloraError):
     def __init__(self, message: str, groups: Sequence[Group] = ()) -> None:
         super().__init__(message)
         self.groups = tuple(groups)
+
+
+class DeliveryError(RloraError):
+    """An engine does not serve the version that it should."""
+
+
+class EngineLostError(RloraError):
+    """The process of an engine died, or vLLM failed in it. What it held can be made again elsewhere."""
+
+
+class NotLoadedError(RloraError):
+    """An engine was asked for a version that it does not hold."""
+
+
+class StaleError(RloraError):
+    """An engine gave a request up, because nothing could be learned from it: it is staler than `max_staleness`."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +88,15 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Canary:
+    """A few tokens, and what the learner says of each but the first: its logprob at temperature 1."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]  # under the version
+    base_logprobs: tuple[float, ...]  # without an adapter
+
+
+@dataclass(frozen=True)
 class Adapter:
     """One immutable version of the policy: the bytes of the two files of PEFT's format, and who made them.
 
@@ -82,6 +108,7 @@ class Adapter:
     config: bytes  # adapter_config.json; of all weights config.json
     weights: bytes  # adapter_model.safetensors, fp32; of all weights model.safetensors, in the base's dtype
     whole: bool = False  # all weights
+    canary: Canary | None = None  # what an engine that serves it gives too; None where no learner said
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -91,15 +118,26 @@ class Adapter:
 
     @cached_property
     def digest(self) -> str:
+        """SHA-256 over the config and, in the order of their names, each tensor's name, dtype, shape and bytes."""
+        tensors, data = self._tensors
         digest = hashlib.sha256(self.config)
-        digest.update(self.weights)
+        for name, tensor in sorted(tensors.items()):
+            digest.update(f"{name} {tensor['dtype']} {tensor['shape']}\n".encode())
+            digest.update(data[slice(*tensor["data_offsets"])])
         return digest.hexdigest()
 
     @property
     def parameters(self) -> int:
-        """How many numbers it holds; the first 8 bytes of a safetensors file are the length of its JSON header."""
-        header = json.loads(self.weights[8 : 8 + int.from_bytes(self.weights[:8], "little")])
-        return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+        """How many numbers it holds."""
+        return sum(math.prod(tensor["shape"]) for tensor in self._tensors[0].values())
+
+    @property
+    def _tensors(self) -> tuple[dict[str, Any], memoryview]:
+        """What a safetensors file says of each tensor, and their bytes: 8 bytes of length, a JSON header, the data."""
+        start = 8 + int.from_bytes(self.weights[:8], "little")
+        header = json.loads(self.weights[8:start] or "{}")
+        header.pop("__metadata__", None)
+        return header, memoryview(self.weights)[start:]
 
     @property
     def name(self) -> str:
@@ -130,6 +168,23 @@ class Sampling:
     group_size: int = 1
 
 
+@dataclass(frozen=True)
+class Proof:
+    """What an engine says of a version that it serves now."""
+
+    digest: str  # of the file that it read
+    load_seconds: float  # until it was in its slot
+    proof_seconds: float  # of reading file and slot again
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Figures of an engine since it began."""
+
+    busy_seconds: float  # in which it computed
+    canary: float | None  # mean absolute difference of the last canary's logprobs and the learner's, nats
+
+
 class Env(Protocol):
     """Where prompts come from: built as `Env(**config.env_args)`."""
 
@@ -147,20 +202,20 @@ class Reward(Protocol):
 
 
 class Engine(Protocol):
-    """Samples under an exact adapter version."""
+    """Samples under exact adapter versions. A call returns at once; its future may raise EngineLostError."""
 
-    def load(self, adapter: Adapter) -> None:
-        """Make a version servable."""
+    def load(self, adapter: Adapter) -> Future[Proof]:
+        """Serve a version beside those it serves. Raises DeliveryError where it turns out to serve something else."""
         ...
 
-    def versions(self) -> list[int]:
-        """The versions it can serve now."""
+    def generate(self, prompt: Prompt, sampling: Sampling, version: int) -> Future[Group]:
+        """`sampling.group_size` unscored episodes. Raises NotLoadedError for a version it does not hold, StaleError."""
         ...
 
-    def retire(self, version: int) -> None:
-        """Forget a version that no request uses."""
+    def stats(self) -> Future[EngineStats]:
+        """What it has done so far."""
         ...
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[Group]:
-        """One group of `sampling.group_size` unscored episodes a prompt, in order."""
+    def close(self) -> Future[None]:
+        """End it; nothing may be asked of it any more."""
         ...

@@ -6,10 +6,24 @@ from conftest import episode, group
 from rlora.records import Adapter
 
 
-def test_adapter_identity_holds_run_version_and_bytes() -> None:
-    one, other = Adapter("run", 3, b"{}", b"a"), Adapter("run", 3, b"{}", b"b")
-    assert one.name.startswith("run-v3-")
-    assert one.name != other.name  # the same version, trained again to other bytes
+def adapter(version: int = 3, config: bytes = b"{}", **tensors: torch.Tensor) -> Adapter:
+    own = {name: tensor.clone() for name, tensor in tensors.items()}
+    return Adapter("run", version, config, safetensors.torch.save(own, metadata={"format": "pt"}))
+
+
+def test_an_adapters_identity_holds_run_version_and_all_that_its_tensors_are() -> None:
+    one = torch.arange(6.0)
+    own = adapter(A=one.view(2, 3), B=one)
+    others = [
+        adapter(A=one.view(2, 3), B=one + 1e-7),  # the same version, trained again to other bytes
+        adapter(A=one.view(3, 2), B=one),
+        adapter(A=one.view(torch.int32).view(2, 3), B=one),
+        adapter(A=one, B=one.view(2, 3)),
+        adapter(config=b"{ }", A=one.view(2, 3), B=one),
+    ]
+    assert own.name.startswith("run-v3-")
+    assert len({own.name, *(other.name for other in others)}) == 6
+    assert own.digest == adapter(B=one, A=one.view(2, 3)).digest == adapter(4, A=one.view(2, 3), B=one).digest
 
 
 def test_adapter_counts_its_parameters() -> None:

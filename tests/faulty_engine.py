@@ -1,0 +1,81 @@
+"""An engine that a test can make go wrong: what it reads, or what it holds, is not the adapter it was given."""
+
+import json
+import shutil
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from vllm.lora.request import LoRARequest
+
+import rlora.engine
+from rlora.checkpoint import write_adapter
+from rlora.engine import Engine
+from rlora.records import Adapter
+
+
+class FaultyEngine(Engine):
+    """`fail(kind, checks)`: the next load goes wrong so; of the proof's parts only the named ones look at it."""
+
+    def __init__(self, *made_of: Any) -> None:
+        self.kind, self.checks = "", ("file", "slots", "canary")
+        self.before: Adapter | None = None
+        super().__init__(*made_of)
+
+    def fail(self, kind: str, checks: tuple[str, ...]) -> Future[None]:
+        def set_up() -> None:
+            self.kind, self.checks = kind, checks
+
+        return self._post(set_up)
+
+    def _load(self, adapter: Adapter) -> Any:
+        differences, write = rlora.engine.slots.differences, rlora.engine.write_adapter
+        if "slots" not in self.checks:
+            rlora.engine.slots.differences = lambda model, lora_id, adapter: []
+        if self.kind and "file" in self.checks:  # what lies there is wrong
+            rlora.engine.write_adapter = lambda adapter, path: write(self._spoilt(adapter), path)
+        try:
+            proof = super()._load(adapter)
+        finally:
+            rlora.engine.slots.differences, rlora.engine.write_adapter = differences, write
+            self.kind, self.checks = "", ("file", "slots", "canary")
+        self.before = adapter
+        return proof
+
+    def _put(self, adapter: Adapter, path: Path) -> Any:
+        if not self.kind or "file" in self.checks:
+            return super()._put(adapter, path)
+        if self.kind == "no load at all":
+            return LoRARequest(adapter.name, next(self._engine_ids), str(path))
+        # what lies there is right, but vLLM takes another
+        spoilt = write_adapter(self._spoilt(adapter), path.with_name("spoilt"))
+        shutil.move(path, path.with_name("right"))
+        shutil.move(spoilt, path)
+        request = super()._put(adapter, path)
+        shutil.rmtree(path)
+        shutil.move(path.with_name("right"), path)
+        return request
+
+    def _spoilt(self, adapter: Adapter) -> Adapter:
+        config, tensors = json.loads(adapter.config), safetensors.torch.load(adapter.weights)
+        names = sorted(tensors)
+        up, down = (next(n for n in names if f"layers.{layer}." in n and "up_proj.lora_B" in n) for layer in (0, 1))
+        if self.kind == "a flipped byte":  # the least that bf16 can tell
+            bits = tensors[up].bfloat16().view(torch.int16)
+            bits[0, 0] ^= 1
+            tensors[up] = bits.view(torch.bfloat16).float()
+        elif self.kind == "a missing module":
+            del tensors[up], tensors[up.replace("lora_B", "lora_A")]
+        elif self.kind == "two modules swapped":
+            tensors[up], tensors[down] = tensors[down], tensors[up]
+        elif self.kind == "another alpha":
+            config["lora_alpha"] *= 1.01
+        elif self.kind == "the same version of another life":  # trained again from other episodes
+            generator = torch.Generator().manual_seed(1)
+            tensors = {n: t + 5e-4 * torch.randn(t.shape, generator=generator).sign() for n, t in tensors.items()}
+        else:
+            assert self.before is not None
+            return self.before
+        return Adapter(adapter.run, adapter.version, json.dumps(config).encode(), safetensors.torch.save(tensors))
