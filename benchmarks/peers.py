@@ -36,7 +36,7 @@ from rich.table import Table
 
 from rlora import machine
 from rlora.config import Config, load, read
-from rlora.rollout import prompts_of_step
+from rlora.rollout import prompt_at
 from rlora.task import load_task
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,7 +93,8 @@ def describe(config: Config, steps: int) -> dict[str, Any]:
         "steps": [
             [
                 {"text": prompt.text, "answer": prompt.answer, "token_ids": prompt.token_ids}
-                for prompt in prompts_of_step(task.prompts, step, config.prompts_per_step, config.seed)
+                for place in range(step * config.prompts_per_step, (step + 1) * config.prompts_per_step)
+                for prompt in [prompt_at(task.prompts, place, config.seed)]
             ]
             for step in range(steps)
         ],

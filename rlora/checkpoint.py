@@ -94,6 +94,19 @@ def read_state(run: Path) -> bytes | None:
     return path.read_bytes() if path.exists() else None
 
 
+def ask_for_engines(run: Path, count: int) -> None:
+    """Leave word for a run, wherever it goes on, of how many engines it should have."""
+    write_file(run / "engines", f"{count}\n".encode())
+
+
+def wanted_engines(run: Path) -> int | None:
+    """What was asked for, None where nothing was."""
+    try:
+        return int((run / "engines").read_text())
+    except (OSError, ValueError):
+        return None
+
+
 def adapter_path(run: Path, version: int) -> Path:
     return run / "adapters" / str(version)
 

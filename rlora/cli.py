@@ -1,4 +1,4 @@
-"""The command line: rlora train | eval | export."""
+"""The command line: rlora train | scale | eval | export."""
 
 import json
 import sys
@@ -33,6 +33,16 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Scale:
+    """Give a run that goes on more engines or fewer, from its next step on."""
+
+    run: tyro.conf.Positional[Path]
+    """The run's directory."""
+    engines: tyro.conf.Positional[int]
+    """How many, 1 to the run's engine.max_replicas."""
+
+
+@dataclass(frozen=True)
 class Eval:
     """Answer the held-out prompts of a run greedily, under one of its adapters."""
 
@@ -64,6 +74,7 @@ class Export:
 _USAGE = f"""usage: rlora COMMAND ...
 
   train     {Train.__doc__}
+  scale     {Scale.__doc__}
   eval      {Eval.__doc__}
   export    {Export.__doc__}
 
@@ -72,7 +83,7 @@ _USAGE = f"""usage: rlora COMMAND ...
 
 def main() -> None:
     """Run the command in sys.argv; exits with 0, 1 (an error that its message explains), 2 (usage) or 130 (Ctrl-C)."""
-    commands = {"train": _train, "eval": _eval, "export": _export}
+    commands = {"train": _train, "scale": _scale, "eval": _eval, "export": _export}
     command, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
     if command in ("-h", "--help", "--version"):
         print(f"rlora {rlora.__version__}" if command == "--version" else _USAGE)
@@ -213,13 +224,23 @@ def _report(run: Path, base: str, whole: bool) -> None:
     print(f"  policy = PeftModel.from_pretrained(base, {summary['adapter/path']!r})")
 
 
+def _scale(arguments: list[str]) -> None:
+    given = tyro.cli(Scale, args=arguments, prog="rlora scale")
+    most = _read_run(given.run).engine.max_replicas
+    if not 1 <= given.engines <= most:
+        raise RloraError(f"engines = {given.engines}: the run's engine.max_replicas lets it have 1 to {most}")
+    from rlora import checkpoint
+
+    checkpoint.ask_for_engines(given.run, given.engines)
+    print(f"{given.run}: {given.engines} engines from its next step on")
+
+
 def _eval(arguments: list[str]) -> None:
     given = tyro.cli(Eval, args=arguments, prog="rlora eval")
     config = _read_run(given.run)
     if given.prompts is not None:
         config = validate(replace(config, evaluate=replace(config.evaluate, prompts=given.prompts)))
     from rlora import checkpoint, cluster
-    from rlora.delivery import swap
     from rlora.evaluate import evaluate
     from rlora.task import load_task
 
@@ -230,9 +251,9 @@ def _eval(arguments: list[str]) -> None:
             f"env = {config.env!r}: none of its first evaluate.prompts = {config.evaluate.prompts} held-out prompts "
             "can be used; give --prompts where that is 0, or let held_out() return some"
         )
-    with cluster.start(config, task, given.run.name, learn=False) as (_, engines):
-        swap(engines, adapter)
-        result = evaluate(config, task, engines, adapter.version)
+    with cluster.start(config, task, given.run.name, learn=False) as (_, fleet):
+        fleet.swap(adapter)
+        result = evaluate(config, task, fleet)
     print(
         f"version {adapter.version}: greedy accuracy {result.accuracy:.3f}, mean reward {result.reward:.3f}, "
         f"over {len(task.held_out)} held-out prompts"

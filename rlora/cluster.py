@@ -1,5 +1,6 @@
 """Ray's home: the learner and the engines as actors, and nothing left behind when they end."""
 
+import asyncio
 import logging
 import os
 import shutil
@@ -8,8 +9,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,10 +21,12 @@ from ray.exceptions import RayError, RayTaskError
 
 from rlora import machine
 from rlora.config import Config, load
+from rlora.delivery import Fleet
 from rlora.learner import Learner
-from rlora.records import Engine, RloraError
+from rlora.records import Adapter, Engine, EngineLostError, Group, Proof, RloraError
 from rlora.task import Task
 
+ENGINE = "rlora.engine:Engine"
 _PATIENCE = 30.0  # seconds until we say that Ray has found no place for an actor
 
 
@@ -45,46 +50,147 @@ class _Actor:
         return getattr(self.object, method)(*arguments)
 
 
+class _EngineActor(_Actor):
+    """Its calls return at once, in their order, and settle when the object's futures do."""
+
+    async def call(self, method: str, *arguments: Any) -> Any:
+        return await asyncio.wrap_future(super().call(method, *arguments))
+
+
+class _LostError(RloraError):
+    """The process of an actor died."""
+
+
 class _Remote:
-    """An actor seen as the plain object it holds: a call waits for its result and raises the object's own error."""
+    """An actor that holds a plain object."""
+
+    kind: type[_Actor] = _Actor
 
     def __init__(self, role: str, cpus: float, gpus: float, environment: dict[str, str], spec: str, *arguments: Any):
         options = {"num_cpus": cpus, "num_gpus": gpus, "runtime_env": {"env_vars": environment}}
         self.role: str = role
-        self.actor = cast(Any, ray.remote(_Actor).options(**options).remote())
+        self.actor = cast(Any, ray.remote(self.kind).options(**options).remote())
         self.placed = self.actor.place.remote()
         self.built = self.actor.build.remote(spec, *arguments)
 
-    def __getattr__(self, method: str) -> Any:
-        return lambda *arguments: self.wait(self.actor.call.remote(method, *arguments))
-
     def wait(self, reference: Any) -> Any:
+        """What a call on it gives; raises the object's own error."""
         try:
             return ray.get(reference)
         except RayTaskError as error:
             raise error.cause from error  # which shows where, in the actor
         except RayError as error:
-            raise RloraError(f"the process of the {self.role} died: {error}") from error
+            raise _LostError(f"the process of the {self.role} died: {error}") from error
+
+
+class _RemoteEngine(_Remote):
+    """An engine in an actor: a call returns a future. `share` puts an adapter into Ray's object store, once for all."""
+
+    kind = _EngineActor
+
+    def __init__(self, share: Callable[[Adapter], Any], *made_of: Any) -> None:
+        self.share = share
+        super().__init__(*made_of)
+
+    def load(self, adapter: Adapter) -> Future[Proof]:
+        return self._call("load", self.share(adapter))
+
+    def __getattr__(self, method: str) -> Any:
+        return partial(self._call, method)
+
+    def close(self) -> None:
+        threading.Thread(target=_end, args=([self],)).start()
+
+    def _call(self, method: str, *arguments: Any) -> Future[Any]:
+        called: Future[Any] = Future()
+
+        def settle(done: Future[Any]) -> None:
+            error = done.exception()
+            if isinstance(error, RayTaskError):
+                called.set_exception(error.cause)
+            elif isinstance(error, RayError):
+                called.set_exception(EngineLostError(f"the process of the {self.role} died: {error}"))
+            elif error:
+                called.set_exception(error)
+            else:
+                called.set_result(done.result())
+
+        self.actor.call.remote(method, *arguments).future().add_done_callback(settle)
+        return called
 
 
 class _Ranks:
-    """Learners that share each update, seen as one: the first answers, and what changes them is called on all."""
+    """Learners that share each update, seen as one: the first answers, and what changes them is called on all.
 
-    def __init__(self, remotes: list[_Remote]) -> None:
-        self.remotes = remotes
-        if len(remotes) > 1:
-            address = ray.get(remotes[0].actor.address.remote())
-            self.on_all("join", [(address, rank, len(remotes)) for rank, _ in enumerate(remotes)])
+    Where one dies, all are made anew by `make`, go on from the last state, and do the update again; after `restarts`
+    times in a row RloraError is raised.
+    """
 
-    def __getattr__(self, method: str) -> Any:
-        if method in ("update", "resume"):
-            return lambda *arguments: self.on_all(method, [tuple(map(ray.put, arguments))] * len(self.remotes))
-        return getattr(self.remotes[0], method)
+    def __init__(self, make: Callable[[], list[_Remote]], remotes: list[_Remote], restarts: int) -> None:
+        self._make, self._remotes, self._restarts = make, remotes, restarts
+        self._state: bytes | None = None  # after the last update; None while it is as it was built
+        self._join()
 
-    def on_all(self, method: str, arguments: list[tuple[Any, ...]]) -> Any:
+    def update(self, groups: Sequence[Group]) -> Any:
+        """`Learner.update` on all; the state after it is kept too, so that what is returned is never lost."""
+
+        def updated() -> tuple[Any, bytes]:
+            return self._on_all("update", [(shared,)] * len(self._remotes)), self._on_first("state")
+
+        shared = ray.put(groups)
+        result, self._state = self._despite_deaths(updated)
+        return result
+
+    def resume(self, state: bytes) -> Adapter:
+        self._state = state
+        adapter: Adapter = self._despite_deaths(self._resumed)
+        return adapter
+
+    def adapter(self) -> Adapter:
+        adapter: Adapter = self._despite_deaths(partial(self._on_first, "adapter"))
+        return adapter
+
+    def state(self) -> bytes:
+        state: bytes = self._state or self._despite_deaths(partial(self._on_first, "state"))
+        return state
+
+    def _despite_deaths(self, call: Callable[[], Any]) -> Any:
+        deaths = 0
+        while True:
+            try:
+                if deaths:
+                    self._make_anew()
+                return call()
+            except _LostError as error:
+                deaths += 1
+                if deaths > self._restarts:
+                    raise
+                print(f"{error}\nIt is started again, and goes on from its last state.", flush=True)
+
+    def _make_anew(self) -> None:
+        _end(self._remotes)
+        self._remotes = self._make()
+        _results({remote.built: remote for remote in self._remotes}, _still_starting)
+        self._join()
+        if self._state:
+            self._resumed()
+
+    def _join(self) -> None:
+        if len(self._remotes) > 1:
+            address = ray.get(self._remotes[0].actor.address.remote())
+            self._on_all("join", [(address, rank, len(self._remotes)) for rank, _ in enumerate(self._remotes)])
+
+    def _resumed(self) -> Any:
+        shared = ray.put(self._state)
+        return self._on_all("resume", [(shared,)] * len(self._remotes))
+
+    def _on_first(self, method: str) -> Any:
+        return self._remotes[0].wait(self._remotes[0].actor.call.remote(method))
+
+    def _on_all(self, method: str, arguments: list[tuple[Any, ...]]) -> Any:
         """The first one's result. An error of any is raised at once: the others would wait for it for ever."""
         calls = {
-            remote.actor.call.remote(method, *own): remote for remote, own in zip(self.remotes, arguments, strict=True)
+            remote.actor.call.remote(method, *own): remote for remote, own in zip(self._remotes, arguments, strict=True)
         }
         return _results(calls)[next(iter(calls))]
 
@@ -109,8 +215,8 @@ def _still_starting(remotes: list[_Remote]) -> None:
 @contextmanager
 def start(
     config: Config, task: Task, run: str, version: int = 0, learn: bool = True
-) -> Iterator[tuple[Learner, list[Engine]]]:
-    """The learner of `run` (none, unless `learn`) and `engine.replicas` engines, placed by Ray.
+) -> Iterator[tuple[Learner, Fleet]]:
+    """The learner of `run` (none, unless `learn`) and a fleet of `engine.replicas` engines, placed by Ray.
 
     `learner.replicas` learners are seen as one. `version` is the first one that will be served.
 
@@ -125,36 +231,61 @@ def start(
         ) from error
     _on_signal(signal.SIGTERM, lambda *_: sys.exit(143))  # `ray job stop` sends it; Ray's own handler cleans nothing up
     remotes: list[_Remote] = []
+    fleet: Fleet | None = None
     try:
         cuda = ray.cluster_resources().get("GPU", 0) > 0
         settings = config.engine
         at_once = settings.replicas + (config.max_staleness > 0)  # processes that compute at the same time
         share = max(1, machine.cores() // at_once)
-        environment = machine.engine_environment(settings.threads or share, settings.kv_cache_gib, cuda)
-        for replica in range(settings.replicas):
+        shared = lru_cache(maxsize=config.max_staleness + 2)(ray.put)
+
+        def engine(number: int) -> _RemoteEngine:
+            environment = machine.engine_environment(settings.threads or share, settings.kv_cache_gib, cuda)
             reserved = settings.cpus, settings.gpus * settings.tensor_parallel_size * cuda, environment
-            made_of = config, task.base, task.stop_token_ids, replica, version
-            remotes.append(_Remote(f"engine {replica}", *reserved, "rlora.engine:Engine", *made_of))
-        if learn:
+            made_of = config, task.base, task.stop_token_ids, number, version
+            remotes.append(made := _RemoteEngine(shared, f"engine {number}", *reserved, ENGINE, *made_of))
+            return made
+
+        def another(number: int) -> Engine:
+            made = engine(number)
+            try:
+                made.wait(made.built)
+            except BaseException:
+                made.close()
+                raise
+            return cast(Engine, made)
+
+        def learners() -> list[_Remote]:
             learner = config.learner
-            if cuda and learner.replicas > 1 and learner.gpus <= 0.5:
-                raise RloraError(
-                    f"learner.gpus = {learner.gpus}: {learner.replicas} learners might share a GPU, and NCCL needs one "
-                    "for each; set learner.gpus to 1"
-                )
             cores = share if config.max_staleness else machine.cores()
             environment = machine.learner_environment(learner.threads or max(1, cores // learner.replicas))
             reserved = learner.cpus, learner.gpus * cuda, environment
+            made = []
             for rank in range(learner.replicas):
                 role = f"learner {rank}" if learner.replicas > 1 else "learner"
-                remotes.append(_Remote(role, *reserved, "rlora.learner:Learner", config, task.base, run))
+                made.append(_Remote(role, *reserved, "rlora.learner:Learner", config, task.base, run))
+            remotes.extend(made)
+            return made
+
+        if learn and cuda and config.learner.replicas > 1 and config.learner.gpus <= 0.5:
+            raise RloraError(
+                f"learner.gpus = {config.learner.gpus}: {config.learner.replicas} learners might share a GPU, and NCCL "
+                "needs one for each; set learner.gpus to 1"
+            )
+        engines = [engine(number) for number in range(settings.replicas)]
+        ranks = learners() if learn else []
         _results({remote.built: remote for remote in remotes}, _still_starting)
-        engines, learners = remotes[: settings.replicas], remotes[settings.replicas :]
-        yield cast(Learner, _Ranks(learners)), cast(list[Engine], engines)
+        fleet = Fleet(
+            another, cast(list[Engine], engines), 2 * settings.max_num_seqs, settings.patience, config.restarts
+        )
+        yield cast(Learner, _Ranks(learners, ranks, config.restarts)), fleet
     finally:
         # a second Ctrl-C must not stop the clean-up half way
         before = {number: _on_signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-        _stop(remotes)
+        if fleet:
+            fleet.stop()
+        _end(remotes)
+        ray.shutdown()
         for number, handler in before.items():
             _on_signal(number, handler)
 
@@ -166,22 +297,22 @@ def _on_signal(number: signal.Signals, handler: Any) -> Any:
     return None
 
 
-def _stop(remotes: list[_Remote]) -> None:
-    """End the actors and Ray, and remove what killed processes leave in this machine's RAM file system."""
-    here = ray.get_runtime_context().get_node_id()
-    pids = []
-    for remote in remotes:
-        with suppress(RayError):  # it never ran, or it is dead
-            node, pid = ray.get(remote.placed, timeout=1)
-            pids += [pid] if node == here else []
-    ray.wait([remote.actor.call.remote("close") for remote in remotes], num_returns=len(remotes), timeout=2)
-    for remote in remotes:
-        ray.kill(remote.actor)
-    ray.shutdown()
-    for pid in pids:
-        deadline = time.monotonic() + 10
-        while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        shutil.rmtree(machine.adapter_directory(pid), ignore_errors=True)
-        for lock in machine.ram_directory().glob(f"__KMP_REGISTERED_LIB_{pid}_*"):  # of Intel's OpenMP
-            lock.unlink(missing_ok=True)
+def _end(remotes: Sequence[_Remote]) -> None:
+    """End actors, those that died too, and remove what killed processes leave in this machine's RAM file system."""
+    with suppress(RayError, RuntimeError):  # Ray has ended meanwhile, and all of it
+        here = ray.get_runtime_context().get_node_id()
+        pids = []
+        for remote in remotes:
+            with suppress(RayError):  # it never ran
+                node, pid = ray.get(remote.placed, timeout=1)
+                pids += [pid] if node == here else []
+        ray.wait([remote.actor.call.remote("close") for remote in remotes], num_returns=len(remotes), timeout=2)
+        for remote in remotes:
+            ray.kill(remote.actor)
+        for pid in pids:
+            deadline = time.monotonic() + 10
+            while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            shutil.rmtree(machine.adapter_directory(pid), ignore_errors=True)
+            for lock in machine.ram_directory().glob(f"__KMP_REGISTERED_LIB_{pid}_*"):  # of Intel's OpenMP
+                lock.unlink(missing_ok=True)

@@ -63,6 +63,12 @@ class EngineConfig:
     """GPUs of a replica."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of a GPU's memory that a replica may use."""
+    max_replicas: Count = 8
+    """The most engines that `rlora scale` may ask for while a run goes on."""
+    patience: Positive = 120.0
+    """Seconds in which an engine has to take a swap; one that does not is replaced."""
+    straggler_seconds: Positive = 120.0
+    """Seconds that a step waits for its last groups once half are there; later ones count for later steps, or not."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +153,8 @@ class Config:
     """Completions a prompt (G), 2 or more: an advantage is relative to its group's mean."""
     max_staleness: Annotated[int, Field(ge=0)] = 0
     """Versions that an episode may be behind the learner; 0 is on policy, 1 samples while the learner updates."""
+    restarts: Annotated[int, Field(ge=0)] = 3
+    """Times in a row that a lost engine or learner is started again before the run does without it, or stops."""
     seed: int = 0
     """Seed of the order of prompts, the adapter's A, and sampling."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"

@@ -1,12 +1,12 @@
 """How good a version is on held-out prompts."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 from rlora.config import Config
-from rlora.records import Engine, Sampling
-from rlora.rollout import collect
+from rlora.delivery import Fleet
+from rlora.records import RewardError, Sampling
+from rlora.rollout import score, with_text
 from rlora.task import Task
 
 
@@ -16,9 +16,16 @@ class Evaluation:
     reward: float  # mean
 
 
-def evaluate(config: Config, task: Task, engines: Sequence[Engine], version: int) -> Evaluation:
-    """Answer each held-out prompt once, greedily, under `version`."""
+def evaluate(config: Config, task: Task, fleet: Fleet) -> Evaluation:
+    """Answer each held-out prompt once, greedily, under the version that was swapped in last.
+
+    Raises RewardError, which keeps what was sampled, where the reward function fails.
+    """
     sampling = Sampling(config.sampling.max_tokens, temperature=0.0)
-    groups = collect(task, engines, task.held_out, sampling, version).groups
-    rewards = [group.rewards[0] for group in groups]
+    requests = [fleet.generate(prompt, sampling) for prompt in task.held_out]
+    groups = [with_text(request.group.result(), task.tokenizer) for request in requests]
+    try:
+        rewards = [score(group, task).rewards[0] for group in groups]
+    except RewardError as error:
+        raise RewardError(str(error), groups) from error
     return Evaluation(fmean(value >= config.evaluate.threshold for value in rewards), fmean(rewards))

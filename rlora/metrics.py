@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from rlora.records import Group, UpdateStats
+from rlora.delivery import FleetStats
+from rlora.records import Group, Proof, UpdateStats
 from rlora.rollout import Collection
 
 _SHOWN = {  # in the live display: label and format
@@ -20,7 +21,7 @@ _SHOWN = {  # in the live display: label and format
     "completion/length": ("completion length", "{:.1f} tokens"),
     "rollout/tokens_per_second": ("engine", "{:.0f} tokens/s"),
     "learner/tokens_per_second": ("learner", "{:.0f} tokens/s"),
-    "swap/seconds": ("swap", "{:.3f} s"),
+    "time/swap": ("swap", "{:.3f} s"),
     "kl/behaviour": ("learner/engine KL", "{:.5f} nats"),
     "staleness": ("staleness", "{:.1f}"),
 }
@@ -61,12 +62,16 @@ class Metrics:
     def __exit__(self, *_: object) -> None:
         self.live.stop()
 
-    def start(self, step: int) -> None:
-        """Begin at `step`. Lines of that step and later, and one cut off by a crash, are dropped: they come again."""
+    def start(self, step: int, fleet: FleetStats) -> None:
+        """Begin at `step`, with what the fleet has done so far.
+
+        Lines of that step and later, and one cut off by a crash, are dropped: they come again.
+        """
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < step]
         self.path.write_text("".join(f"{line}\n" for line in kept))
         self.first_step, self.began, self.lapped = step, time.perf_counter(), time.perf_counter()
+        self.busy_seconds = fleet.busy_seconds
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -75,9 +80,13 @@ class Metrics:
         yield
         self.seconds[phase] = time.perf_counter() - start
 
-    def log(self, step: int, collection: Collection, update: UpdateStats) -> None:
+    def log(
+        self, step: int, proofs: Sequence[Proof], collection: Collection, update: UpdateStats, fleet: FleetStats
+    ) -> None:
         """Write and show the figures of a step; docs/metrics.md says what each means."""
         now = time.perf_counter()
+        whole, sampling = now - self.lapped, fleet.busy_seconds - self.busy_seconds
+        self.lapped, self.busy_seconds = now, fleet.busy_seconds
         figures = summarise(collection.groups, step) | {
             "loss": update.loss,
             "grad/norm": update.grad_norm,
@@ -85,15 +94,24 @@ class Metrics:
             "kl/behaviour": update.kl_behaviour,
             "ratio/truncated": update.ratio_truncated,
             "update/skipped": update.skipped_in_a_row > 0,
-            "swap/seconds": self.seconds["swap"],
+            "rollout/late": collection.late,
+            "rollout/stale": collection.stale,
+            "rollout/replayed": fleet.replayed,
+            "engine/count": fleet.engines,
+            "engine/lost": fleet.lost,
+            "engine/busy": sampling / whole if sampling > 0 else None,
+            "learner/busy": update.seconds / whole,
+            "swap/load": max((proof.load_seconds for proof in proofs), default=None),
+            "swap/proof": max((proof.proof_seconds for proof in proofs), default=None),
+            "swap/canary": fleet.canary,
             **{f"time/{phase}": seconds for phase, seconds in self.seconds.items()},
-            "time/sampling": collection.sampling_seconds,
+            "time/sampling": sampling if sampling > 0 else None,  # below 0: another engine than the step before
             "time/reward": collection.reward_seconds,
-            "time/step": now - self.lapped,
+            "time/step": whole,
         }
-        figures["rollout/tokens_per_second"] = (figures["completion/tokens"] or 0) / collection.sampling_seconds
+        tokens = figures["completion/tokens"] or 0
+        figures["rollout/tokens_per_second"] = tokens / sampling if sampling > 0 else None
         figures["learner/tokens_per_second"] = update.tokens / update.seconds if update.tokens else None
-        self.lapped = now
         finite = {name: value if value is None or math.isfinite(value) else None for name, value in figures.items()}
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **finite}) + "\n")

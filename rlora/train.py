@@ -1,20 +1,14 @@
 """The loop, and nothing but the loop."""
 
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from itertools import islice
+from contextlib import closing
 from pathlib import Path
 
 from rlora import checkpoint, cluster
 from rlora.config import Config
-from rlora.delivery import swap
 from rlora.evaluate import evaluate
 from rlora.learner import refuse_to_go_on
 from rlora.metrics import Metrics
-from rlora.records import Sampling
-from rlora.rollout import Collection, collect, prompts_of_step
+from rlora.rollout import Rollouts
 from rlora.task import Task
 
 
@@ -25,26 +19,20 @@ def train(config: Config, task: Task, run: Path) -> None:
     leaves there: metrics.jsonl, a line a step; adapters/<version>/, in PEFT's format; state.safetensors, to go on
     from; summary.json.
     """
-    sampling = Sampling(config.sampling.max_tokens, config.sampling.temperature, config.group_size)
     start = checkpoint.last_version(run) or 0
     with (
         checkpoint.keeping_unscored(run),
         Metrics(run / "metrics.jsonl", config.steps) as metrics,
-        cluster.start(config, task, run.name, start) as (learner, engines),
-        _background() as background,
+        cluster.start(config, task, run.name, start) as (learner, fleet),
     ):
         state = checkpoint.read_state(run)  # None in a fresh run
         adapter = learner.resume(state) if state else learner.adapter()
 
-        def collecting(step: int) -> Future[Collection]:
-            prompts = prompts_of_step(task.prompts, step, config.prompts_per_step, config.seed)
-            return background.submit(collect, task, engines, prompts, sampling, adapter.version)
-
         def measure(when: str) -> None:
             if not task.held_out:
                 return
-            swap(engines, adapter)
-            result = evaluate(config, task, engines, adapter.version)
+            fleet.swap(adapter)
+            result = evaluate(config, task, fleet)
             figures = {f"accuracy/{when}": result.accuracy, f"reward/{when}": result.reward}
             checkpoint.summarise(run, figures | {"accuracy/prompts": len(task.held_out)})
 
@@ -52,32 +40,20 @@ def train(config: Config, task: Task, run: Path) -> None:
             checkpoint.save(run, adapter, learner.state())
             measure("before")
 
-        metrics.start(adapter.version)
-        steps = iter(range(adapter.version, config.steps))
-        pending: deque[Future[Collection]] = deque()  # collections in flight
-        for step in range(adapter.version, config.steps):
-            with metrics.timed("swap"):
-                swap(engines, adapter, config.max_staleness)
-            # max_staleness 0 is on policy: one in flight. 1 samples the next one while the learner updates.
-            for ahead in islice(steps, config.max_staleness + 1 - len(pending)):
-                pending.append(collecting(ahead))
-            with metrics.timed("wait"):
-                collection = pending.popleft().result()
-            with metrics.timed("update"):
-                adapter, update = learner.update(collection.groups)
-            metrics.log(step, collection, update)
-            with metrics.timed("save"):
-                checkpoint.save(run, adapter, learner.state())
-            refuse_to_go_on(config, update)
+        metrics.start(adapter.version, fleet.stats())
+        with closing(Rollouts(config, task, fleet, adapter.version)) as rollouts:
+            for step in range(adapter.version, config.steps):
+                fleet.resize(checkpoint.wanted_engines(run) or config.engine.replicas)
+                with metrics.timed("swap"):
+                    proofs = fleet.swap(adapter)
+                # max_staleness 0 is on policy; 1 has the next step's prompts sampled while the learner updates
+                with metrics.timed("wait"):
+                    collection = rollouts.take(adapter.version)
+                with metrics.timed("update"):
+                    adapter, update = learner.update(collection.groups)
+                metrics.log(step, proofs, collection, update, fleet.stats())
+                with metrics.timed("save"):
+                    checkpoint.save(run, adapter, learner.state())
+                refuse_to_go_on(config, update)
         measure("after")
         checkpoint.summarise(run, checkpoint.describe(run, adapter) | metrics.totals())
-
-
-@contextmanager
-def _background() -> Iterator[ThreadPoolExecutor]:
-    """A thread to collect in. On leaving, what is queued is dropped and what runs is not waited for."""
-    pool = ThreadPoolExecutor(1)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)

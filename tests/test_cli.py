@@ -76,6 +76,8 @@ def test_bad_input_is_told_in_a_line_and_makes_nothing(
         (("eval", "{run}"), r"run: it has no adapter yet; `rlora train --resume"),
         (("eval", "{run}", "--prompts", "-1"), r"evaluate\.prompts = -1: .*greater than or equal to 0"),
         (("export", "{run}", "--to", "out", "--dtype", "float32"), r"--dtype float32: .*add --merge"),
+        (("scale", "nowhere", "2"), r"nowhere: no run is there"),
+        (("scale", "{run}", "9"), r"engines = 9: the run's engine\.max_replicas lets it have 1 to 8"),
     ],
 )
 def test_what_is_asked_of_a_run_that_can_not_give_it(
@@ -116,7 +118,10 @@ def test_no_config(capsys: pytest.CaptureFixture[str]) -> None:
 def test_no_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == run("tarin") == 2
     shown = capsys.readouterr()
-    assert re.search(r"train +Train a policy.*\n +eval +Answer the held-out.*\n +export +Write an adapter", shown.err)
+    listed = (
+        r"train +Train a policy.*\n +scale +Give a run.*\n +eval +Answer the held-out.*\n +export +Write an adapter"
+    )
+    assert re.search(listed, shown.err)
     assert run("--help") == run("--version") == 0
     assert "usage: rlora COMMAND" in (out := capsys.readouterr().out)
     assert f"rlora {__version__}\n" in out

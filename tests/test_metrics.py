@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 from conftest import episode, group
 
+from rlora.delivery import FleetStats
 from rlora.metrics import Metrics, sparkline, summarise
-from rlora.records import UpdateStats
+from rlora.records import Proof, UpdateStats
 from rlora.rollout import Collection
 
 GROUPS = (
@@ -29,11 +30,13 @@ def test_figures_by_hand() -> None:
 
 def log(path: Path, *steps: int, update: UpdateStats = UPDATE) -> None:
     with Metrics(path, steps=10) as metrics:
-        metrics.start(steps[0])
-        for step in steps:
+        metrics.start(steps[0], FleetStats(engines=1, busy_seconds=1.0, canary=None, lost=0, replayed=0))
+        for busy, step in enumerate(steps, start=1):
             with metrics.timed("swap"):
                 pass
-            metrics.log(step, Collection(GROUPS, sampling_seconds=4.0, reward_seconds=0.1), update)
+            collection = Collection(GROUPS, reward_seconds=0.1, late=0, stale=0)
+            fleet = FleetStats(engines=1, busy_seconds=1.0 + 4.0 * busy, canary=0.1, lost=0, replayed=0)
+            metrics.log(step, [Proof("", 0.01, 0.02)], collection, update, fleet)
 
 
 def test_a_line_a_step_and_a_resumed_run_does_its_steps_again(

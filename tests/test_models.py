@@ -99,15 +99,16 @@ def test_the_engine_gives_the_logprobs_of_all_weights_trained(
 def sample(base: str, settings: Config, adapters: list[Adapter], groups: list[Group]) -> list[list[Group]]:
     """What an engine samples under each version, with rewards that differ in every group."""
     from rlora import cluster
-    from rlora.delivery import swap
 
     task = Task(base, None, (1,), None, [], [], 0)  # type: ignore[arg-type]  # an engine needs base and stop tokens
     prompts = [Prompt("", token_ids=group.prompt.token_ids) for group in groups]
     found = []
-    with cluster.start(settings, task, "run", learn=False) as (_, engines):
+    with cluster.start(settings, task, "run", learn=False) as (_, fleet):
         for adapter in adapters:
-            swap(engines, adapter)
-            sampled = engines[0].generate(prompts, Sampling(6, 1.0, 4), adapter.version)
+            fleet.swap(adapter)
+            requests = [fleet.generate(prompt, Sampling(6, 1.0, 4)) for prompt in prompts]
+            sampled = [request.group.result() for request in requests]
+            assert {episode.version for group in sampled for episode in group.episodes} == {adapter.version}
             found.append([group.with_rewards([0.0, 1.0, 0.0, 1.0]) for group in sampled])
     return found
 
