@@ -131,7 +131,7 @@ def _train(arguments: list[str]) -> None:
             print(f"The last whole adapter is {checkpoint.adapter_path(run, version)}; "
                   f"go on from it with `rlora train --resume {run}`", file=sys.stderr)  # fmt: skip
         raise
-    _report(run, task.base, config.learner.adapter == "none")
+    _report(run, task.base, config.learner.whole)
 
 
 def _parse_train(arguments: list[str]) -> Train:

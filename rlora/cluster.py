@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from rlora import machine
 from rlora.config import Config, load
@@ -28,6 +28,7 @@ from rlora.task import Task
 
 ENGINE = "rlora.engine:Engine"
 _PATIENCE = 30.0  # seconds until we say that Ray has found no place for an actor
+_START = 1800.0  # seconds in which an engine that replaces another has to be ready
 
 
 class _Actor:
@@ -90,6 +91,7 @@ class _RemoteEngine(_Remote):
 
     def __init__(self, share: Callable[[Adapter], Any], *made_of: Any) -> None:
         self.share = share
+        self.closing: threading.Thread | None = None
         super().__init__(*made_of)
 
     def load(self, adapter: Adapter) -> Future[Proof]:
@@ -99,7 +101,8 @@ class _RemoteEngine(_Remote):
         return partial(self._call, method)
 
     def close(self) -> None:
-        threading.Thread(target=_end, args=([self],)).start()
+        self.closing = threading.Thread(target=_end, args=([self],), daemon=True)
+        self.closing.start()
 
     def _call(self, method: str, *arguments: Any) -> Future[Any]:
         called: Future[Any] = Future()
@@ -161,11 +164,25 @@ class _Ranks:
                 if deaths:
                     self._make_anew()
                 return call()
-            except _LostError as error:
+            except Exception as error:
+                if not (isinstance(error, _LostError) or self._one_died()):
+                    raise
                 deaths += 1
                 if deaths > self._restarts:
                     raise
                 print(f"{error}\nIt is started again, and goes on from its last state.", flush=True)
+
+    def _one_died(self) -> bool:
+        """Whether an error of one learner is that another is gone: it hears of that before Ray does."""
+        if len(self._remotes) == 1:
+            return False
+        for remote in self._remotes:
+            with suppress(GetTimeoutError):  # it waits for another
+                try:
+                    ray.get(remote.actor.place.remote(), timeout=5)
+                except RayActorError:
+                    return True
+        return False
 
     def _make_anew(self) -> None:
         _end(self._remotes)
@@ -177,7 +194,7 @@ class _Ranks:
 
     def _join(self) -> None:
         if len(self._remotes) > 1:
-            address = ray.get(self._remotes[0].actor.address.remote())
+            address = self._remotes[0].wait(self._remotes[0].actor.address.remote())
             self._on_all("join", [(address, rank, len(self._remotes)) for rank, _ in enumerate(self._remotes)])
 
     def _resumed(self) -> Any:
@@ -212,6 +229,71 @@ def _still_starting(remotes: list[_Remote]) -> None:
     print(f"still starting: {waiting}; Ray has {ray.available_resources()} free for them", flush=True)
 
 
+class _Crew:
+    """The actors of a run: makes engines and learners as the config says, and ends them all."""
+
+    def __init__(self, config: Config, task: Task, run: str, version: int) -> None:
+        self.config, self.task, self.run, self.version = config, task, run, version
+        self.remotes: list[_Remote] = []
+        self.over = False
+        self.cuda = ray.cluster_resources().get("GPU", 0) > 0
+        at_once = config.engine.replicas + (config.max_staleness > 0)  # processes that compute at the same time
+        self.share = max(1, machine.cores() // at_once)
+        self.put = lru_cache(maxsize=config.max_staleness + 2)(ray.put)
+
+    def engine(self, number: int) -> _RemoteEngine:
+        settings = self.config.engine
+        environment = machine.engine_environment(settings.threads or self.share, settings.kv_cache_gib, self.cuda)
+        reserved = settings.cpus, settings.gpus * settings.tensor_parallel_size * self.cuda, environment
+        made_of = self.config, self.task.base, self.task.stop_token_ids, number, self.version
+        made = _RemoteEngine(self.put, f"engine {number}", *reserved, ENGINE, *made_of)
+        self.remotes.append(made)
+        return made
+
+    def another_engine(self, number: int) -> Engine:
+        """One that is ready, in place of one that died. Raises RloraError where it is not in time."""
+        if self.over:
+            raise RloraError("engine: the run is over")
+        made, deadline = self.engine(number), time.monotonic() + _START
+
+        def late(remotes: list[_Remote]) -> None:
+            _still_starting(remotes)
+            if time.monotonic() > deadline:
+                raise RloraError(f"engine {number}: it was not ready after {_START:.0f} s")
+
+        try:
+            _results({made.built: made}, late)
+        except BaseException:
+            made.close()
+            raise
+        return cast(Engine, made)
+
+    def learners(self) -> list[_Remote]:
+        learner = self.config.learner
+        if self.cuda and learner.replicas > 1 and learner.gpus <= 0.5:
+            raise RloraError(
+                f"learner.gpus = {learner.gpus}: {learner.replicas} learners might share a GPU, and NCCL needs one "
+                "for each; set learner.gpus to 1"
+            )
+        cores = self.share if self.config.max_staleness else machine.cores()
+        environment = machine.learner_environment(learner.threads or max(1, cores // learner.replicas))
+        reserved = learner.cpus, learner.gpus * self.cuda, environment
+        made = []
+        for rank in range(learner.replicas):
+            role = f"learner {rank}" if learner.replicas > 1 else "learner"
+            made.append(_Remote(role, *reserved, "rlora.learner:Learner", self.config, self.task.base, self.run))
+        self.remotes += made
+        return made
+
+    def end(self) -> None:
+        self.over = True
+        engines = [remote for remote in self.remotes if isinstance(remote, _RemoteEngine)]
+        closing = {remote: remote.closing for remote in engines if remote.closing}
+        for thread in closing.values():
+            thread.join(timeout=15)
+        _end([remote for remote in self.remotes if remote not in closing])
+
+
 @contextmanager
 def start(
     config: Config, task: Task, run: str, version: int = 0, learn: bool = True
@@ -230,61 +312,21 @@ def start(
             f"Ray: {error} If that cluster has ended, `ray stop` forgets it; RAY_ADDRESS=local starts one for this run"
         ) from error
     _on_signal(signal.SIGTERM, lambda *_: sys.exit(143))  # `ray job stop` sends it; Ray's own handler cleans nothing up
-    remotes: list[_Remote] = []
+    crew = _Crew(config, task, run, version)
     fleet: Fleet | None = None
     try:
-        cuda = ray.cluster_resources().get("GPU", 0) > 0
-        settings = config.engine
-        at_once = settings.replicas + (config.max_staleness > 0)  # processes that compute at the same time
-        share = max(1, machine.cores() // at_once)
-        shared = lru_cache(maxsize=config.max_staleness + 2)(ray.put)
-
-        def engine(number: int) -> _RemoteEngine:
-            environment = machine.engine_environment(settings.threads or share, settings.kv_cache_gib, cuda)
-            reserved = settings.cpus, settings.gpus * settings.tensor_parallel_size * cuda, environment
-            made_of = config, task.base, task.stop_token_ids, number, version
-            remotes.append(made := _RemoteEngine(shared, f"engine {number}", *reserved, ENGINE, *made_of))
-            return made
-
-        def another(number: int) -> Engine:
-            made = engine(number)
-            try:
-                made.wait(made.built)
-            except BaseException:
-                made.close()
-                raise
-            return cast(Engine, made)
-
-        def learners() -> list[_Remote]:
-            learner = config.learner
-            cores = share if config.max_staleness else machine.cores()
-            environment = machine.learner_environment(learner.threads or max(1, cores // learner.replicas))
-            reserved = learner.cpus, learner.gpus * cuda, environment
-            made = []
-            for rank in range(learner.replicas):
-                role = f"learner {rank}" if learner.replicas > 1 else "learner"
-                made.append(_Remote(role, *reserved, "rlora.learner:Learner", config, task.base, run))
-            remotes.extend(made)
-            return made
-
-        if learn and cuda and config.learner.replicas > 1 and config.learner.gpus <= 0.5:
-            raise RloraError(
-                f"learner.gpus = {config.learner.gpus}: {config.learner.replicas} learners might share a GPU, and NCCL "
-                "needs one for each; set learner.gpus to 1"
-            )
-        engines = [engine(number) for number in range(settings.replicas)]
-        ranks = learners() if learn else []
-        _results({remote.built: remote for remote in remotes}, _still_starting)
-        fleet = Fleet(
-            another, cast(list[Engine], engines), 2 * settings.max_num_seqs, settings.patience, config.restarts
-        )
-        yield cast(Learner, _Ranks(learners, ranks, config.restarts)), fleet
+        learners = crew.learners() if learn else []
+        engines = [crew.engine(number) for number in range(config.engine.replicas)]
+        _results({remote.built: remote for remote in crew.remotes}, _still_starting)
+        room = 2 * config.engine.max_num_seqs
+        fleet = Fleet(crew.another_engine, cast(list[Engine], engines), room, config.engine.patience, config.restarts)
+        yield cast(Learner, _Ranks(crew.learners, learners, config.restarts)), fleet
     finally:
         # a second Ctrl-C must not stop the clean-up half way
         before = {number: _on_signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
         if fleet:
             fleet.stop()
-        _end(remotes)
+        crew.end()
         ray.shutdown()
         for number, handler in before.items():
             _on_signal(number, handler)
@@ -299,7 +341,9 @@ def _on_signal(number: signal.Signals, handler: Any) -> Any:
 
 def _end(remotes: Sequence[_Remote]) -> None:
     """End actors, those that died too, and remove what killed processes leave in this machine's RAM file system."""
-    with suppress(RayError, RuntimeError):  # Ray has ended meanwhile, and all of it
+    if not ray.is_initialized():  # it has ended meanwhile, and all of it
+        return
+    with suppress(RayError):
         here = ray.get_runtime_context().get_node_id()
         pids = []
         for remote in remotes:

@@ -122,6 +122,11 @@ class LearnerConfig:
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads of a learner; 0 takes all cores, or its share where `max_staleness` lets engines run beside it."""
 
+    @property
+    def whole(self) -> bool:
+        """Whether all weights are trained: then there is no adapter."""
+        return self.adapter == "none"
+
 
 @dataclass(frozen=True)
 class EvaluateConfig:
@@ -192,7 +197,7 @@ def validate(values: Config | dict[str, Any], source: str = "") -> Config:
         config = _ADAPTER.validate_json(json.dumps(table, default=str))  # JSON, like TOML, has lists for tuples
     except ValidationError as error:
         raise RloraError(source + explain(error)) from None
-    if config.learner.adapter == "none":
+    if config.learner.whole:
         _refuse_beside_all_weights(config, source)
     if config.learner.shard:
         _refuse_to_shard(config.learner, source)

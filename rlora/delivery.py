@@ -4,7 +4,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,7 @@ class Request:
     group: Future[Group] = field(default_factory=Future)  # with unscored episodes
     adapter: Adapter | None = None  # it is sampled under, wherever it has to be sent again; None while it waits
     attempts: int = 0
+    cancelled: bool = False  # nobody waits for it any more: it is not sent again
 
     @property
     def version(self) -> int | None:
@@ -43,6 +45,8 @@ class Request:
 @dataclass(eq=False)
 class _Member:
     engine: Engine
+    number: int
+    busy_seconds: float = 0.0  # when it was asked last
     flying: list[Request] = field(default_factory=list)
     leaving: bool = False
 
@@ -57,7 +61,7 @@ class FleetStats:
     """Figures of a fleet since it began."""
 
     engines: int  # now
-    busy_seconds: float  # in which those have computed, their mean
+    busy_seconds: float  # in which engines have computed, each step's divided by the engines there were
     canary: float | None  # the farthest that one's was from the learner's, mean over its tokens, nats
     lost: int  # engines that died
     replayed: int  # prompts sampled again because of it
@@ -80,12 +84,14 @@ class Fleet:
     ) -> None:
         self._start_engine = start
         self._room, self._patience, self._restarts = room, patience, restarts
-        self._members = [_Member(engine) for engine in engines]
-        self._started = len(engines)  # ever
+        self._members = [_Member(engine, number) for number, engine in enumerate(engines)]
+        self._asked = self._started = len(engines)  # for, by `resize`, and ever
         self._starting = 0  # now
-        self._failed = 0  # starts in a row
+        self._failed, self._last_failed = 0, -1  # starts in a row, and the number of the last one
+        self._busy_seconds = 0.0
         self._queue: deque[Request] = deque()
-        self._adapter: Adapter | None = None  # the last one swapped in
+        self._newest: Adapter | None = None  # what every engine has or is given now
+        self._adapter: Adapter | None = None  # what prompts are sampled under: the last one that was swapped in
         self._given_up: RloraError | None = None
         self._changed = threading.Condition()  # its lock guards all of the above
         self._calls = ThreadPoolExecutor(1)  # runs what engines' futures call back, one after the other
@@ -98,6 +104,7 @@ class Fleet:
         and RloraError where no engine is left.
         """
         with self._changed:
+            self._newest = adapter
             loads = {member: member.engine.load(adapter) for member in self._members}
         deadline = time.monotonic() + self._patience
         proofs = []
@@ -126,19 +133,20 @@ class Fleet:
     def resize(self, engines: int) -> None:
         """Have so many engines from now on. Those that are too many get no more prompts and end after their last."""
         with self._changed:
+            if engines == self._asked:  # nothing new: fewer may be left because some can't be started
+                return
+            self._asked = engines
             staying = [member for member in self._members if not member.leaving]
             for member in staying[engines:]:
                 member.leaving = True
-            for member in self._members:
-                if member.leaving and not member.flying:
-                    self._end(member)
+                self._let_go(member)
             for _ in range(engines - len(staying) - self._starting):
                 self._start()
 
     def check(self) -> None:
         """Find out which engines answer no more: each has to do so between two of its steps."""
         with self._changed:
-            adapter = self._adapter
+            adapter = self._newest
         if adapter:
             self.swap(adapter)
 
@@ -150,13 +158,15 @@ class Fleet:
 
     def stats(self) -> FleetStats:
         with self._changed:
-            asked = [member.engine.stats() for member in self._members]
-            lost, replayed = self._lost, self._replayed
-        done, _ = wait(asked, timeout=1)
-        stats = [each.result() for each in done if not each.exception()]
-        busy = sum(each.busy_seconds for each in stats) / max(1, len(stats))
-        canary = max((each.canary for each in stats if each.canary is not None), default=None)
-        return FleetStats(len(asked), busy, canary, lost, replayed)
+            asked = {member: member.engine.stats() for member in self._members}
+        wait(asked.values(), timeout=1)
+        stats = {member: each.result() for member, each in asked.items() if each.done() and not each.exception()}
+        with self._changed:
+            for member, each in stats.items():
+                self._busy_seconds += (each.busy_seconds - member.busy_seconds) / len(asked)
+                member.busy_seconds = each.busy_seconds
+            canary = max((each.canary for each in stats.values() if each.canary is not None), default=None)
+            return FleetStats(len(asked), self._busy_seconds, canary, self._lost, self._replayed)
 
     def stop(self) -> None:
         """Start no more engines, and give nothing to those there are."""
@@ -169,13 +179,14 @@ class Fleet:
 
     def _send(self) -> None:
         """Hand out what is queued, as far as there is room."""
-        while self._queue and self._adapter:
+        while self._queue and self._adapter and not self._given_up:
             free = [each for each in self._members if not each.leaving and each.completions < self._room]
             if not free:
                 break
-            member, request = min(free, key=lambda each: each.completions), self._queue.popleft()
-            request.adapter = request.adapter or self._adapter
-            self._give(member, request)
+            request = self._queue.popleft()
+            if not request.cancelled:
+                request.adapter = request.adapter or self._adapter
+                self._give(min(free, key=lambda each: each.completions), request)
         if self._given_up:
             for request in self._queue:
                 request.group.set_exception(self._given_up)
@@ -192,46 +203,50 @@ class Fleet:
 
         def locked() -> None:
             with self._changed:
-                call(*arguments)
+                try:
+                    call(*arguments)
+                except Exception as error:  # a fault of ours: whoever waits is told, or would wait for ever
+                    self._give_up(RloraError(f"engine: {type(error).__name__}: {error}"), error)
 
-        if not self._given_up:
+        with suppress(RuntimeError):  # stopped
             self._calls.submit(locked)
 
     def _settle(self, member: _Member, request: Request, sampled: Future[Group]) -> None:
         if request not in member.flying:  # its engine was lost: it is sampled elsewhere, and counts once
             return
         error = sampled.exception()
-        if isinstance(error, EngineLostError):
-            self._lose(member, error)
-        else:
-            if isinstance(error, NotLoadedError):  # another version, on an engine that joined since
-                assert request.adapter is not None
-                loaded = member.engine.load(request.adapter)
-                loaded.add_done_callback(lambda done: self._later(self._ask_again, member, request, done))
-                return
-            member.flying.remove(request)
-            if error:
-                request.group.set_exception(error)
-            else:
-                self._failed = 0
-                request.group.set_result(sampled.result())
-            if member.leaving and not member.flying:
-                self._end(member)
-        self._send()
+        if isinstance(error, NotLoadedError) and request.adapter and not request.cancelled:
+            # another version, on an engine that joined since
+            loaded = member.engine.load(request.adapter)
+            loaded.add_done_callback(lambda done: self._later(self._give_again, member, request, done))
+            return
+        if not error and member.number > self._last_failed:
+            self._failed = 0
+        self._settled(member, request, error, sampled)
 
-    def _ask_again(self, member: _Member, request: Request, loaded: Future[Proof]) -> None:
+    def _give_again(self, member: _Member, request: Request, loaded: Future[Proof]) -> None:
         """Send a request to an engine that has its version by now."""
         if request not in member.flying:
             return
-        error = loaded.exception()
-        if isinstance(error, EngineLostError):
-            self._lose(member, error)
-        elif error:
-            member.flying.remove(request)
-            request.group.set_exception(error)
+        if error := loaded.exception():
+            self._settled(member, request, error)
         else:
             member.flying.remove(request)
             self._give(member, request)
+
+    def _settled(
+        self, member: _Member, request: Request, error: BaseException | None, sampled: Future[Group] | None = None
+    ) -> None:
+        if isinstance(error, EngineLostError):
+            self._lose(member, error)
+            return
+        member.flying.remove(request)
+        if error:
+            request.group.set_exception(error)
+        elif sampled:
+            request.group.set_result(sampled.result())
+        self._let_go(member)
+        self._send()
 
     def _lose(self, member: _Member, error: BaseException) -> None:
         """Replay what an engine had in flight, and start another in its place."""
@@ -242,45 +257,68 @@ class Fleet:
         for request in reversed(member.flying):
             request.attempts += 1
             if request.attempts < _ATTEMPTS:
-                self._replayed += 1
+                self._replayed += not request.cancelled
                 self._queue.appendleft(request)
             else:
-                request.group.set_exception(
-                    RloraError(
-                        f"engine: {_ATTEMPTS} engines were lost while they sampled {request.prompt.text!r}: {error}"
-                    )
-                )
+                what = f"engine: {_ATTEMPTS} engines were lost while they sampled {request.prompt.text!r}"
+                request.group.set_exception(RloraError(f"{what}: {error}"))
         member.flying.clear()
         if not member.leaving:
-            self._start()
+            self._start_or_do_without(error)
         self._send()
+
+    def _let_go(self, member: _Member) -> None:
+        """End an engine that is too many, once it has nothing in flight."""
+        if member.leaving and not member.flying:
+            self._end(member)
 
     def _end(self, member: _Member) -> None:
         self._members.remove(member)
         member.engine.close()
 
-    def _start(self) -> None:
-        threading.Thread(target=self._join, args=(self._started,), daemon=True).start()
+    def _start(self, after: float = 0.0) -> None:
+        threading.Thread(target=self._join, args=(self._started, after), daemon=True).start()
         self._starting += 1
         self._started += 1
 
+    def _start_or_do_without(self, error: BaseException) -> None:
+        if self._failed < self._restarts and not isinstance(error, DeliveryError):
+            self._start(after=_PAUSE if self._failed else 0.0)
+            return
+        if any(not member.leaving for member in self._members) or self._starting:
+            print(f"engine: one less from now on, it could not be started again: {error}", flush=True)
+        else:
+            what = f"engine: every engine is gone, and none could be started again in {self._failed} tries ({error})"
+            self._give_up(RloraError(what), error)
+
+    def _give_up(self, reason: RloraError, cause: BaseException) -> None:
+        reason.__cause__ = cause
+        self._given_up = self._given_up or reason
+        for member in self._members:
+            for request in member.flying:
+                request.group.set_exception(self._given_up)
+            member.flying.clear()
+        self._changed.notify_all()
+        self._send()
+
     # --- on a thread of its own ---
 
-    def _join(self, number: int) -> None:
+    def _join(self, number: int, after: float) -> None:
         """Start an engine, and let it in once it has the version of now, proven."""
         engine = None
+        time.sleep(after)
         try:
             engine = self._start_engine(number)
             adapter = None
             while True:
                 with self._changed:
-                    if adapter is self._adapter:
+                    if adapter is self._newest:
                         self._starting -= 1
-                        self._members.append(_Member(engine))
+                        self._members.append(_Member(engine, number))
                         self._changed.notify_all()
                         self._send()
                         return
-                    adapter = self._adapter
+                    adapter = self._newest
                 if adapter:
                     _checked(adapter, engine.load(adapter).result(self._patience))
         except Exception as error:
@@ -288,25 +326,28 @@ class Fleet:
                 self._starting -= 1
                 if engine:
                     engine.close()
-                self._count_failure(error)
+                self._failed, self._last_failed = self._failed + 1, number
+                if not self._given_up:
+                    self._start_or_do_without(error)
 
-    def _count_failure(self, error: Exception) -> None:
-        self._failed += 1
-        if self._given_up:
+
+def wait_for(
+    futures: Sequence[Future[Any]], count: int, seconds: float, patience: float, check: Callable[[], None]
+) -> None:
+    """Wait until `count` of the futures are done, or one has failed, or for so many seconds.
+
+    After each `patience` seconds in which nothing comes `check` is called, to look for engines that hang.
+    """
+    deadline = time.monotonic() + seconds
+    while len(left := [future for future in futures if not future.done()]) > len(futures) - count:
+        if any(future.done() and future.exception() for future in futures):
             return
-        if self._failed <= self._restarts and not isinstance(error, DeliveryError):
-            timer = threading.Timer(_PAUSE, lambda: self._later(self._start))
-            timer.daemon = True
-            timer.start()
-        elif self._members or self._starting:
-            print(f"engine: one less from now on, it could not be started again: {error}", flush=True)
-        else:
-            self._given_up = RloraError(
-                f"engine: every engine is gone, and none could be started again in {self._failed} tries ({error})"
-            )
-            self._given_up.__cause__ = error
-            self._changed.notify_all()
-            self._send()
+        timeout = min(deadline - time.monotonic(), patience)
+        if timeout <= 0:
+            return
+        done, _ = wait(left, timeout, FIRST_COMPLETED)
+        if not done and timeout == patience:
+            check()
 
 
 def _checked(adapter: Adapter, proof: Proof) -> Proof:

@@ -1,10 +1,11 @@
 """How good a version is on held-out prompts."""
 
+import math
 from dataclasses import dataclass
 from statistics import fmean
 
 from rlora.config import Config
-from rlora.delivery import Fleet
+from rlora.delivery import Fleet, wait_for
 from rlora.records import RewardError, Sampling
 from rlora.rollout import score, with_text
 from rlora.task import Task
@@ -23,6 +24,7 @@ def evaluate(config: Config, task: Task, fleet: Fleet) -> Evaluation:
     """
     sampling = Sampling(config.sampling.max_tokens, temperature=0.0)
     requests = [fleet.generate(prompt, sampling) for prompt in task.held_out]
+    wait_for([request.group for request in requests], len(requests), math.inf, config.engine.patience, fleet.check)
     groups = [with_text(request.group.result(), task.tokenizer) for request in requests]
     try:
         rewards = [score(group, task).rewards[0] for group in groups]

@@ -36,7 +36,7 @@ class Learner:
         place = torch.device("cpu") if config.learner.shard else self.device  # `join` moves it, a layer at a time
         model = load_base(base, dtype, place) if quantise == "none" else load_quantised(base, dtype, quantise)
         learner = config.learner
-        if learner.adapter == "none":
+        if learner.whole:
             self.policy = Policy(model, [], config.seed, learner.checkpointing)
         else:
             spec, start = first_adapter(learner)
@@ -57,7 +57,9 @@ class Learner:
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         host, _, port = address.rpartition(":")
         try:
-            store = torch.distributed.TCPStore(host, int(port), ranks, rank == 0, timeout=timedelta(minutes=2))
+            store = torch.distributed.TCPStore(  # type: ignore[attr-defined]
+                host, int(port), ranks, rank == 0, timeout=timedelta(minutes=2)
+            )
             torch.distributed.init_process_group(  # Ray tells of a rank that died; one that is slow is waited for
                 backend, store=store, rank=rank, world_size=ranks, timeout=timedelta(days=1)
             )
@@ -153,7 +155,7 @@ class Learner:
 
     def adapter(self) -> Adapter:
         """The current version, in PEFT's format; without an adapter all weights, in that of transformers."""
-        if self.config.learner.adapter == "none":
+        if self.config.learner.whole:
             with tempfile.TemporaryDirectory() as saved:
                 self.policy.base.save_pretrained(saved, max_shard_size="1000GB")
                 config, weights = ((Path(saved) / name).read_bytes() for name in WHOLE_FILES)

@@ -105,7 +105,7 @@ class Metrics:
             "swap/proof": max((proof.proof_seconds for proof in proofs), default=None),
             "swap/canary": fleet.canary,
             **{f"time/{phase}": seconds for phase, seconds in self.seconds.items()},
-            "time/sampling": sampling if sampling > 0 else None,  # below 0: another engine than the step before
+            "time/sampling": sampling if sampling > 0 else None,  # 0: no engine answered
             "time/reward": collection.reward_seconds,
             "time/step": whole,
         }

@@ -5,7 +5,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rlora.config import Config
-from rlora.delivery import Fleet, Request
+from rlora.delivery import Fleet, Request, wait_for
 from rlora.records import Episode, Group, Prompt, RewardError, Sampling
 from rlora.task import Task
 
@@ -95,7 +95,7 @@ class Rollouts:
         start = time.perf_counter()
         try:
             group = score(sampled.result(), self.task)
-        except Exception as error:
+        except BaseException as error:  # a user's function may raise anything, and the step waits for it
             flight.scored.set_exception(error)
             return
         flight.reward_seconds = time.perf_counter() - start
@@ -106,19 +106,14 @@ class Rollouts:
         versions = [(flight, flight.request.version) for flight in self._flights]  # None while no engine had room
         stale = [flight for flight, version in versions if version is not None and version < oldest]
         self._flights = [flight for flight in self._flights if flight not in stale]
+        for flight in stale:
+            flight.request.cancelled = True
         self._again.extend(flight.place for flight in stale)
         return len(stale)
 
     def _await(self, flights: Sequence[_Flight], count: int, seconds: float) -> None:
-        """Wait until `count` are scored, or for so long. Now and then look for engines that hang."""
-        deadline, patience = time.monotonic() + seconds, self.config.engine.patience
-        while len(left := [flight.scored for flight in flights if not flight.scored.done()]) > len(flights) - count:
-            timeout = min(deadline - time.monotonic(), patience)
-            if timeout <= 0:
-                return
-            done, _ = wait(left, timeout, FIRST_COMPLETED)
-            if not done and timeout == patience:
-                self.fleet.check()
+        scored = [flight.scored for flight in flights]
+        wait_for(scored, count, seconds, self.config.engine.patience, self.fleet.check)
 
     def _groups(self, flights: Sequence[_Flight]) -> tuple[Group, ...]:
         try:

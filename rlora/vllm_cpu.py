@@ -106,4 +106,5 @@ def draw(
     logprobs = logits.log_softmax(-1, dtype=torch.float32)
     total = logprobs.exp().cumsum_(-1)
     u = (1 - torch.rand(len(total), 1)) * total[:, -1:]
-    return torch.searchsorted(total, u)[:, 0], logprobs
+    tokens = torch.searchsorted(total, u)[:, 0].clamp_(max=logits.shape[1] - 1)  # past the end where a row is NaN
+    return tokens, logprobs

@@ -185,6 +185,17 @@ def test_an_engine_that_takes_no_swap_is_replaced() -> None:
     assert stage.engines[2].held == [3]
 
 
+def test_an_engine_that_hangs_is_found_by_a_check() -> None:
+    stage = Stage(2, patience=0.1)
+    stage.fleet.swap(adapter(3))
+    (request,) = stage.ask(0)
+    stage.engines[0].hangs = True
+    stage.fleet.check()
+    until(lambda: stage.engines[1].asked)
+    stage.engines[1].answer()
+    assert request.group.result(SOON).prompt.answer == 0
+
+
 def test_a_swap_waits_for_the_replacement_of_the_only_engine() -> None:
     stage = Stage(1)
     stage.engines[0].die()
@@ -218,12 +229,46 @@ def test_when_no_engine_can_be_started_every_prompt_fails_with_the_reason() -> N
     requests = stage.ask(0, 1)
     stage.engines[0].die()
     for request in requests:
-        with pytest.raises(RloraError, match=r"every engine is gone.*in 2 tries \(no memory\)"):
+        with pytest.raises(RloraError, match=r"every engine is gone.*in 1 tries \(no memory\)"):
             request.group.result(SOON)
     with pytest.raises(RloraError, match="every engine is gone"):
         stage.fleet.swap(adapter(1))
     with pytest.raises(RloraError, match="every engine is gone"):
         stage.ask(2)[0].group.result(SOON)
+
+
+def test_an_engine_that_can_not_be_started_is_not_tried_for_ever_beside_those_that_work() -> None:
+    tries = []
+
+    def start(number: int) -> Any:
+        tries.append(number)
+        raise OSError("no memory")
+
+    stage = Stage(2, start, restarts=2)
+    stage.fleet.swap(adapter(0))
+    requests = stage.ask(0, 1)
+    stage.engines[0].die()
+    until(lambda: len(tries) == 2)
+    stage.engines[1].answer()
+    assert all(request.group.result(SOON) for request in requests)
+    until(lambda: stage.fleet.stats().engines == 1)
+    stage.fleet.resize(2)  # as it was asked before: nothing new
+    stage.fleet.swap(adapter(1))
+    time.sleep(0.1)
+    assert tries == [2, 3]
+
+
+def test_what_nobody_waits_for_is_not_sampled_again() -> None:
+    stage = Stage(1)
+    stage.fleet.swap(adapter(0))
+    dropped, kept = stage.ask(0, 1)
+    dropped.cancelled = True
+    stage.engines[0].die()
+    until(lambda: len(stage.engines) == 2 and stage.engines[1].asked)
+    stage.engines[1].answer()
+    assert kept.group.result(SOON).prompt.answer == 1
+    assert [answer for answer, _, _ in stage.engines[1].asked] == [1]
+    assert stage.fleet.stats().replayed == 1
 
 
 def test_a_prompt_that_every_engine_dies_of_is_told() -> None:

@@ -176,6 +176,14 @@ def test_a_reward_that_misbehaves_is_told_and_what_was_sampled_is_kept(
     assert error.value.groups[0].episodes[0].text == str(order(1)[0])
 
 
+def test_a_reward_that_exits_ends_the_step(rollouts: Callable[..., Rollouts]) -> None:
+    def leaves(completions: list[str], answers: list[Any]) -> list[float]:
+        raise SystemExit("no more")
+
+    with pytest.raises(SystemExit, match="no more"):
+        rollouts(leaves).take(0)
+
+
 def test_a_failed_fleet_ends_the_step(rollouts: Callable[..., Rollouts]) -> None:
     made = rollouts()
     fleet = fleet_of(made)
