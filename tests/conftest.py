@@ -1,7 +1,7 @@
 """What several test files share: a tiny base, the real demo base, groups, and where the shared data lies."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reached a hub would pass here and fail there
@@ -112,3 +112,8 @@ def groups() -> list[Group]:
         group([5, 11], episode([12, 13, 14, 1], 1.0), episode([15], 1.0)),
         group([20, 21, 22, 23, 24], episode([25, 1], 0.5), episode([26, 27, 28], 0.0), episode([], 1.0)),
     ]
+
+
+def marked(groups: Sequence[Group]) -> list[Group]:
+    """With rewards that differ, so that every token is computed."""
+    return [group.with_rewards([float(i) for i, _ in enumerate(group.episodes)]) for group in groups]
