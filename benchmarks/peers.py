@@ -87,17 +87,12 @@ def describe(config: Config, steps: int) -> dict[str, Any]:
     """All that the TRL side has to know of the work."""
     task = load_task(config)
     reward = load("reward", config.reward)
-    learner = config.learner
+    learner, count = config.learner, config.prompts_per_step
+    places = (prompt_at(task.prompts, place, config.seed) for place in range(steps * count))
+    prompts = [{"text": prompt.text, "answer": prompt.answer, "token_ids": prompt.token_ids} for prompt in places]
     return TRL_MACHINE | {
         "base": task.base,
-        "steps": [
-            [
-                {"text": prompt.text, "answer": prompt.answer, "token_ids": prompt.token_ids}
-                for place in range(step * config.prompts_per_step, (step + 1) * config.prompts_per_step)
-                for prompt in [prompt_at(task.prompts, place, config.seed)]
-            ]
-            for step in range(steps)
-        ],
+        "steps": [prompts[start : start + count] for start in range(0, len(prompts), count)],
         "target": TARGET,
         "reward_file": inspect.getsourcefile(reward),
         "reward_name": reward.__name__,

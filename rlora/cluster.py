@@ -66,6 +66,7 @@ class _Remote:
     """An actor that holds a plain object."""
 
     kind: type[_Actor] = _Actor
+    lost: type[RloraError] = _LostError
 
     def __init__(self, role: str, cpus: float, gpus: float, environment: dict[str, str], spec: str, *arguments: Any):
         options = {"num_cpus": cpus, "num_gpus": gpus, "runtime_env": {"env_vars": environment}}
@@ -78,16 +79,21 @@ class _Remote:
         """What a call on it gives; raises the object's own error."""
         try:
             return ray.get(reference)
-        except RayTaskError as error:
-            raise error.cause from error  # which shows where, in the actor
         except RayError as error:
-            raise _LostError(f"the process of the {self.role} died: {error}") from error
+            raise self.own(error) from error  # which shows where, in the actor
+
+    def own(self, error: RayError) -> Exception:
+        """The object's error behind one of Ray's; `lost` where its process died."""
+        if isinstance(error, RayTaskError):
+            return cast(Exception, error.cause)
+        return self.lost(f"the process of the {self.role} died: {error}")
 
 
 class _RemoteEngine(_Remote):
     """An engine in an actor: a call returns a future. `share` puts an adapter into Ray's object store, once for all."""
 
     kind = _EngineActor
+    lost = EngineLostError
 
     def __init__(self, share: Callable[[Adapter], Any], *made_of: Any) -> None:
         self.share = share
@@ -108,13 +114,8 @@ class _RemoteEngine(_Remote):
         called: Future[Any] = Future()
 
         def settle(done: Future[Any]) -> None:
-            error = done.exception()
-            if isinstance(error, RayTaskError):
-                called.set_exception(error.cause)
-            elif isinstance(error, RayError):
-                called.set_exception(EngineLostError(f"the process of the {self.role} died: {error}"))
-            elif error:
-                called.set_exception(error)
+            if error := done.exception():
+                called.set_exception(self.own(error) if isinstance(error, RayError) else error)
             else:
                 called.set_result(done.result())
 

@@ -59,10 +59,9 @@ class _Held:
 
     adapter: Adapter
     request: LoRARequest | None  # None where it is all weights
-    proof: Proof
+    proof: Proof = field(init=False)
     leases: int = 0
-    asked: bool = False  # its canary
-    verdict: Future[None] = field(default_factory=Future)  # of its canary; nothing that it sampled is given out before
+    verdict: Future[None] | None = None  # of its canary, once that is sent; nothing it sampled is given out before
 
 
 @dataclass(eq=False)
@@ -129,9 +128,7 @@ class Engine:
 
     def stats(self) -> Future[EngineStats]:
         """Known at once, also in a step."""
-        now: Future[EngineStats] = Future()
-        now.set_result(EngineStats(self.busy, self.canary))
-        return now
+        return _known(EngineStats(self.busy, self.canary))
 
     def versions(self) -> Future[list[int]]:
         """Those that are served."""
@@ -143,11 +140,9 @@ class Engine:
 
     def close(self) -> Future[None]:
         """Remove the adapters' files, and end the thread after its step."""
-        closed: Future[None] = Future()
         self._posted.put(None)
         shutil.rmtree(self.directory, ignore_errors=True)
-        closed.set_result(None)
-        return closed
+        return _known(None)
 
     def _build(self, config: Config, base: str, seed: int) -> LLMEngine:
         settings = config.engine
@@ -257,8 +252,7 @@ class Engine:
     def _generate(self, prompt: Prompt, sampling: Sampling, version: int, sampled: Future[Group]) -> None:
         with _errors_to(sampled):
             held = self._serving(version)
-            if held:
-                self._prove_routing(held)
+            verdict = self._verdict(held) if held else _known(None)
             output = self._submit(
                 prompt.token_ids,
                 held.request if held else None,
@@ -270,43 +264,40 @@ class Engine:
                 logprobs=0,  # of the sampled token alone
             )
 
-        def finish(output: Future[RequestOutput]) -> None:
-            if held:
-                held.verdict.add_done_callback(partial(settle, output))
-                self._release(held)
-            else:
-                settle(output)
+            def finish(output: Future[RequestOutput]) -> None:
+                verdict.add_done_callback(partial(settle, output))
+                if held:
+                    self._release(held)
 
-        def settle(output: Future[RequestOutput], verdict: Future[None] | None = None) -> None:
-            with _errors_to(sampled):
-                if verdict:
+            def settle(output: Future[RequestOutput], verdict: Future[None]) -> None:
+                with _errors_to(sampled):
                     verdict.result()
-                episodes = tuple(_episode(completion, version) for completion in output.result().outputs)
-                sampled.set_result(Group(prompt, episodes))
+                    episodes = tuple(_episode(completion, version) for completion in output.result().outputs)
+                    sampled.set_result(Group(prompt, episodes))
 
-        if not sampled.done():
             if held:
                 held.leases += 1
             output.add_done_callback(finish)
 
-    def _prove_routing(self, held: _Held) -> None:
-        """Send a version's canary along with its first prompt; none of its groups gets out before it came back right.
+    def _verdict(self, held: _Held) -> Future[None]:
+        """Whether a version's canary came back right; it is sent along with the version's first prompt.
 
-        It shares a step with them: alone it would take as long as one for them all.
+        It shares a step with the prompts: alone it would take as long as one for them all.
         """
-        canary = held.adapter.canary
-        if held.asked or held.verdict.done() or not canary:
-            return
+        if held.verdict or not held.adapter.canary:
+            return held.verdict or _known(None)
+        verdict: Future[None] = Future()
+        held.verdict = verdict
 
         def judge(answer: Future[RequestOutput]) -> None:
-            with _errors_to(held.verdict):
+            with _errors_to(verdict):
                 self._judge(held.adapter, _prompt_logprobs(answer.result()))
-                held.verdict.set_result(None)
+                verdict.set_result(None)
             self._release(held)
 
-        held.asked = True
         held.leases += 1
-        self._send_canary(canary, held.request).add_done_callback(judge)
+        self._send_canary(held.adapter.canary, held.request).add_done_callback(judge)
+        return verdict
 
     def _release(self, held: _Held) -> None:
         held.leases -= 1
@@ -339,26 +330,23 @@ class Engine:
                 self._drop(idle)
             else:
                 self._step()
-        first = bool(adapter.canary) and self.noise is None
-        base = self._ask(adapter.canary, None) if adapter.canary and first else []
+        canary = adapter.canary if self.noise is None else None  # the first is asked at once, after the base's own
+        base = self._ask(canary, None) if canary else []
         path = write_adapter(adapter, self.directory / adapter.name)
-        request = self._put(adapter, path)
+        held = _Held(adapter, self._put(adapter, path))
         loaded = time.perf_counter()
-        digest = self._digest(adapter, path)
-        held = _Held(adapter, request, Proof(digest, loaded - start, 0.0))
         try:
-            self._compare(held)
-            if first and adapter.canary:
-                self.noise = _distance(base, adapter.canary.base_logprobs)
-                self._judge(adapter, self._ask(adapter.canary, request), base)
+            digest = self._compare(held, path)
+            if canary:
+                self.noise = _distance(base, canary.base_logprobs)
+                self._judge(adapter, self._ask(canary, held.request), base)
+                held.verdict = _known(None)
         except DeliveryError:
             self._drop(held)
             raise
-        if first or not adapter.canary:
-            held.verdict.set_result(None)
         if self.whole:
             shutil.rmtree(path)
-        held.proof = replace(held.proof, proof_seconds=time.perf_counter() - loaded)
+        held.proof = Proof(digest, loaded - start, time.perf_counter() - loaded)
         self.held.append(held)
         self._retire()
         return held.proof
@@ -380,25 +368,23 @@ class Engine:
             raise RloraError(f"adapter {adapter.name}: vLLM did not load it")
         return request
 
-    def _digest(self, adapter: Adapter, path: Path) -> str:
-        """Of the file that vLLM has read."""
-        config, weights = ((path / name).read_bytes() for name in adapter.files)
-        return replace(adapter, config=config, weights=weights).digest
-
-    def _compare(self, held: _Held) -> None:
-        """Raise DeliveryError where the file or the slot is not the adapter's.
+    def _compare(self, held: _Held, path: Path) -> str:
+        """The digest of the file that vLLM has read. Raises DeliveryError where it or the slot is not the adapter's.
 
         Logprobs alone can't tell a version from the one before it in 16 bits: that is what the slots are read for.
         """
         adapter, found = held.adapter, []
-        if held.proof.digest != adapter.digest:
-            found.append(f"the file that it read has the digest {held.proof.digest[:12]}")
+        config, weights = ((path / name).read_bytes() for name in adapter.files)
+        digest = replace(adapter, config=config, weights=weights).digest
+        if digest != adapter.digest:
+            found.append(f"the file that it read has the digest {digest[:12]}")
         if held.request:
             compare = partial(slots.differences, lora_id=held.request.lora_int_id, adapter=adapter)
             found += [line for lines in self.llm.apply_model(compare) for line in lines]
         if found:
             more = f", and {len(found) - 3} more" if len(found) > 3 else ""
             raise DeliveryError(f"adapter {adapter.name}: the engine does not serve it: {'; '.join(found[:3])}{more}")
+        return digest
 
     def _judge(self, adapter: Adapter, logprobs: list[float], base: list[float] | None = None) -> None:
         """Raise DeliveryError where the canary's logprobs are not the learner's, or the base's where it is the base."""
@@ -460,6 +446,13 @@ def _errors_to(future: Future[Any]) -> Iterator[None]:
     except Exception as error:
         if not future.done():
             future.set_exception(error)
+
+
+def _known(value: _Result) -> Future[_Result]:
+    """A future that is settled."""
+    future: Future[_Result] = Future()
+    future.set_result(value)
+    return future
 
 
 def _prompt_logprobs(output: RequestOutput) -> list[float]:

@@ -123,7 +123,7 @@ def decode(config: bytes, weights: bytes) -> tuple[Spec, dict[str, Tensor]]:
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".base_layer.weight")}  # a copy
     modules = set()
     for name in tensors:
-        module, _, factor = name.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
+        module, factor = parse(name)
         if factor not in ("lora_A", "lora_B"):
             raise RloraError(f"adapter_model.safetensors: {name} is neither A nor B of a weight matrix")
         modules.add(module)
@@ -151,6 +151,12 @@ def _keys(modules: set[str], parameters: list[str]) -> frozenset[str]:
         fused = [part for part in of_module if any(f".{place}.{part}".endswith(f".{end}") for end in parameters)]
         keys.add(f"{place}.{fused[0 if module != place else -1]}" if fused else module)
     return frozenset(keys)
+
+
+def parse(name: str) -> tuple[str, str]:
+    """The module that a saved tensor is over, and which factor it is: lora_A or lora_B."""
+    module, _, factor = name.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
+    return module, factor
 
 
 def fill(bank: Bank, adapter: int, tensors: dict[str, Tensor]) -> None:

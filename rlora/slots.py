@@ -28,8 +28,9 @@ def differences(model: Any, lora_id: int, adapter: Adapter) -> list[str]:
         pairs: list[_Pair] = [wanted.pop(member, (None, None)) for member in manager.packed_modules.get(name, [name])]
         if not hasattr(module, "lora_a_stacked"):  # experts
             continue
-        for factor, stacks, wants in zip("AB", _stacks(module), _parts(module, pairs), strict=True):
-            if not all(_holds(stack[slot, 0], want) for stack, want in zip(stacks, wants, strict=True)):
+        stacks = _stacks(module)
+        for factor, parts, wants in zip("AB", stacks, _parts(module, pairs, len(stacks[0])), strict=True):
+            if not all(_holds(part[slot, 0], want) for part, want in zip(parts, wants, strict=True)):
                 found.append(f"{factor} of {name} is not the adapter's")
     return found + [f"{name} is in no slot" for name in wanted if ".experts" not in name]
 
@@ -40,9 +41,9 @@ def _by_module(model: Any, adapter: Adapter, dtype: torch.dtype) -> dict[str, tu
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     found = {}
     for name_a, a in tensors.items():
-        if name_a.endswith(".lora_A.weight"):
+        key, factor = peft_format.parse(name_a)
+        if factor == "lora_A":
             b = tensors[name_a.replace(".lora_A.", ".lora_B.")]
-            key = name_a.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
             place, _ = parse_fine_tuned_lora_name(name_a, mapper and mapper.get_rename_mapper())
             found[place] = a.to(dtype), b.to(dtype) * spec.scale(key, len(a))
     return found
@@ -54,19 +55,16 @@ def _stacks(module: Any) -> list[tuple[Tensor, ...]]:
     return [(stack,) if isinstance(stack, Tensor) else stack for stack in stacks]
 
 
-def _parts(module: Any, pairs: list[_Pair]) -> tuple[list[Any], list[Any]]:
-    """The A and the B of each part of a layer's matrix, on this rank of a tensor-parallel engine."""
+def _parts(module: Any, pairs: list[_Pair], count: int) -> tuple[list[Any], list[Any]]:
+    """The A and the B of each of the `count` parts of a layer's matrix, on this rank of a tensor-parallel engine."""
     a, b = ([pair[factor] for pair in pairs] for factor in (0, 1))
-    count = len(_stacks(module)[0])
     if len(a) != count:  # one matrix of the base that vLLM holds in several parts
         a, b = module.expand_packed_lora(a, b)
-    if getattr(module, "tp_size", 1) == 1:
+    if getattr(module, "tp_size", 1) == 1 or a == [None]:
         return a, b
     if count > 1:
         return module.slice_lora_a(a), module.slice_lora_b(b)
-    return [x if x is None else module.slice_lora_a(x) for x in a], [
-        x if x is None else module.slice_lora_b(x) for x in b
-    ]
+    return [module.slice_lora_a(a[0])], [module.slice_lora_b(b[0])]
 
 
 def _holds(slot: Tensor, want: Tensor | None) -> bool:

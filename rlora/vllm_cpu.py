@@ -64,8 +64,7 @@ class ThinProducts(PunicaWrapperCPU):
         scale: float, output_slices: tuple[int, ...], **_: Any,
     ) -> None:  # fmt: skip
         """y (tokens, d_out) in place; x (tokens, d_in); A and B those of one matrix, or all parts of one by `fuse`."""
-        a, b = lora_a_stacked[0], lora_b_stacked[0]
-        _add(y, x, a if a._base is None else a._base, b if b._base is None else b._base, scale, self.rows)
+        _add(y, x, _whole(lora_a_stacked), _whole(lora_b_stacked), scale, self.rows)
 
     def add_lora_logits(
         self, y: Tensor, x: Tensor, lora_a_stacked: Tensor, lora_b_stacked: Tensor, scale: float, **_: Any
@@ -77,6 +76,11 @@ class ThinProducts(PunicaWrapperCPU):
         if self.head and len(y) == len(self.sampler_indices):
             padless = y[:, : lora_b_stacked.shape[2]]
             _add(padless, x, lora_a_stacked, lora_b_stacked, scale, self.sampled_rows)
+
+
+def _whole(parts: tuple[Tensor, ...]) -> Tensor:
+    """What `fuse` made the parts views of; the only part where there is one."""
+    return parts[0] if parts[0]._base is None else parts[0]._base
 
 
 def _rows(slots: Tensor) -> dict[int, Tensor | None]:
