@@ -185,7 +185,7 @@ class Engine:
             )
         )
         if ours and not self.whole:
-            llm.apply_model(vllm_cpu.fuse)
+            llm.apply_model(vllm_cpu.lay_out)
         return llm
 
     # --- what callers promise, and the thread that keeps it ---

@@ -1,10 +1,14 @@
 """What stands in the place of vLLM's own parts on CPU: the low-rank product, and the drawing of tokens."""
 
 import warnings
+from collections.abc import Callable
+from functools import cache, lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 import vllm
+from numpy.typing import NDArray
 from torch import Tensor
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.platforms.cpu import CpuPlatform
@@ -28,21 +32,29 @@ def install(head: bool) -> bool:
     return True
 
 
-def fuse(model: Any) -> None:
-    """Lay the slots of matrices that vLLM has fused side by side, so that one thin product serves them all.
+def lay_out(model: Any) -> None:
+    """Lay the slots of matrices that vLLM has fused side by side, so that one product serves them all.
 
-    A's of the parts (slots, 1, r, d_in) become rows of one (slots, 1, parts x r, d_in), and B's (slots, 1, d, r) blocks
-    of one (slots, 1, sum of d, parts x r) that is 0 elsewhere. vLLM goes on writing to the parts, which are views.
+    A's of the parts (slots, 1, r, d_in) become rows of one (slots, parts x r, d_in). B's (slots, 1, d, r) become
+    columns of one (slots, r, sum of d): transposed, for the product goes along d. vLLM goes on writing to the parts,
+    which are views now.
     """
+    from rlora import thin_product  # not sooner: vLLM can't start where numba was imported (its dispatcher.py)
+
+    thin_product.use_threads(torch.get_num_threads())
+    ThinProducts.add = staticmethod(thin_product.add)
     for module in model.lora_manager.modules.values():
-        parts_a, parts_b = module.lora_a_stacked, module.lora_b_stacked
-        if isinstance(parts_a, tuple) and len(parts_a) > 1:
-            rank, widths = parts_a[0].shape[2], [part.shape[2] for part in parts_b]
-            a = parts_a[0].new_zeros(len(parts_a[0]), 1, rank * len(parts_a), parts_a[0].shape[3])
-            b = parts_b[0].new_zeros(len(parts_b[0]), 1, sum(widths), rank * len(parts_b))
-            rows = a.split(rank, 2)
-            blocks = [part.split(rank, 3)[i] for i, part in enumerate(b.split(widths, 2))]
-            module.lora_a_stacked, module.lora_b_stacked = tuple(rows), tuple(blocks)
+        one = isinstance(module.lora_a_stacked, Tensor)  # as over the output head
+        parts_a = (module.lora_a_stacked,) if one else module.lora_a_stacked
+        parts_b = (module.lora_b_stacked,) if one else module.lora_b_stacked
+        if parts_a[0].dim() != 4:  # over the embeddings
+            continue
+        rank, widths = parts_a[0].shape[2], [part.shape[2] for part in parts_b]
+        a = parts_a[0].new_zeros(len(parts_a[0]), len(parts_a) * rank, parts_a[0].shape[3])
+        b = parts_b[0].new_zeros(len(parts_b[0]), rank, sum(widths))
+        rows = [part.unsqueeze(1) for part in a.split(rank, 1)]
+        columns = [part.mT.unsqueeze(1) for part in b.split(widths, 2)]
+        module.lora_a_stacked, module.lora_b_stacked = (rows[0], columns[0]) if one else (tuple(rows), tuple(columns))
 
 
 class ThinProducts(PunicaWrapperCPU):
@@ -53,18 +65,21 @@ class ThinProducts(PunicaWrapperCPU):
     """
 
     head = True
+    add: Callable[..., None] | None = None  # until `lay_out`; nothing is in a slot before
 
     def update_metadata(self, *arguments: Any, **options: Any) -> None:
-        """Called where the batch changes: which adapters are in it, and the mask (rows, 1) of each one's rows."""
+        """Called where the batch changes: the slot of each row."""
         super().update_metadata(*arguments, **options)
-        self.rows, self.sampled_rows = _rows(self.token_lora_indices), _rows(self.sampler_indices)
+        self.slots, self.sampled_slots = self.token_lora_indices.numpy(), self.sampler_indices.numpy()
+        self.none = bool((self.slots < 0).all())
 
     def add_lora_linear(
         self, y: Tensor, x: Tensor, lora_a_stacked: tuple[Tensor, ...], lora_b_stacked: tuple[Tensor, ...],
         scale: float, output_slices: tuple[int, ...], **_: Any,
     ) -> None:  # fmt: skip
-        """y (tokens, d_out) in place; x (tokens, d_in); A and B those of one matrix, or all parts of one by `fuse`."""
-        _add(y, x, _whole(lora_a_stacked), _whole(lora_b_stacked), scale, self.rows)
+        """y (tokens, d_out) in place; x (tokens, d_in); A and B as `lay_out` made them."""
+        if not self.none:
+            self._add(y, x, lora_a_stacked[0], lora_b_stacked[0], self.slots, output_slices, scale)
 
     def add_lora_logits(
         self, y: Tensor, x: Tensor, lora_a_stacked: Tensor, lora_b_stacked: Tensor, scale: float, **_: Any
@@ -73,28 +88,32 @@ class ThinProducts(PunicaWrapperCPU):
 
         Logprobs of a prompt come here too, its rows alone, and nobody says whose they are: they are the base head's.
         """
-        if self.head and len(y) == len(self.sampler_indices):
-            padless = y[:, : lora_b_stacked.shape[2]]
-            _add(padless, x, lora_a_stacked, lora_b_stacked, scale, self.sampled_rows)
+        if self.head and len(y) == len(self.sampled_slots):
+            self._add(y, x, lora_a_stacked, lora_b_stacked, self.sampled_slots, (lora_b_stacked.shape[2],), scale)
+
+    def _add(
+        self, y: Tensor, x: Tensor, part_of_a: Tensor, part_of_b: Tensor, slots: NDArray[np.int64],
+        widths: tuple[int, ...], scale: float,
+    ) -> None:  # fmt: skip
+        if self.add:
+            self.add(_numbers(y), _numbers(x), _all_of(part_of_a), _all_of(part_of_b), slots, _ends(widths), scale)
 
 
-def _whole(parts: tuple[Tensor, ...]) -> Tensor:
-    """What `fuse` made the parts views of; the only part where there is one."""
-    return parts[0] if parts[0]._base is None else parts[0]._base
+@lru_cache
+def _ends(widths: tuple[int, ...]) -> NDArray[np.int64]:
+    return np.cumsum(widths)
 
 
-def _rows(slots: Tensor) -> dict[int, Tensor | None]:
-    """The mask (rows, 1) of each adapter's rows; None where all rows are one adapter's."""
-    present = slots.unique().tolist()
-    return {slot: (slots == slot)[:, None] if len(present) > 1 else None for slot in present if slot >= 0}
+@cache
+def _all_of(part: Tensor) -> NDArray[Any]:
+    """What `lay_out` made the part a view of."""
+    assert part._base is not None
+    return _numbers(part._base)
 
 
-def _add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, rows: dict[int, Tensor | None]) -> None:
-    for slot, mask in rows.items():
-        h = x @ a[slot, 0].mT  # (rows, R)
-        if mask is not None:
-            h *= mask
-        y.addmm_(h, b[slot, 0].mT, alpha=scale)
+def _numbers(tensor: Tensor) -> NDArray[Any]:
+    """The tensor's own memory; numpy knows no bfloat16, so its bits."""
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def draw(

@@ -8,7 +8,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reached a hub would 
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from rlora.base import DEMO, locate
 from rlora.config import Config, validate
@@ -37,6 +46,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("tiny")
     LlamaForCausalLM(config).save_pretrained(path)
     return str(path)
+
+
+def save_words(path: str) -> None:
+    """A tokenizer of 97 words."""
+    words = {f"w{index}": index for index in range(97)}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="w2")), eos_token="w1")
+    tokenizer.save_pretrained(path)
 
 
 _SMALL = {

@@ -219,19 +219,23 @@ def pid_of(remote: Any) -> int:
     return int(pid)
 
 
-def test_a_run_outlives_its_engines_and_its_learners(config: Callable[..., Config]) -> None:
-    """kill -9 of an engine that samples, loads or waits, and of a learner of two: no prompt is lost or comes twice."""
+PHASES = ("idle", "loading", "canary", "sampling", "learning")
+
+
+@pytest.mark.parametrize("count", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_outlives_its_engines_and_its_learners(config: Callable[..., Config], count: int) -> None:
+    """kill -9, once a step, of an engine in each of its phases or of a learner of two: no prompt is lost or doubled."""
     small = config(
-        prompts_per_step=4, group_size=4, steps=6, max_staleness=1, learner={"lr": 5e-4, "replicas": 2},
+        prompts_per_step=4, group_size=4, steps=count + 1, max_staleness=1, learner={"lr": 5e-4, "replicas": 2},
         sampling={"max_tokens": 24, "max_prompt_tokens": 48},
         engine={"replicas": 2, "kv_cache_gib": 1, "straggler_seconds": 300.0},
     )  # fmt: skip
     task = load_task(small)
-    kills: list[int] = []
+    killed: list[int] = []
 
     def kill(remote: Any, after: float) -> None:
-        pid = pid_of(remote)
-        timer = threading.Timer(after, lambda: (os.kill(pid, signal.SIGKILL), kills.append(pid)))
+        _, pid = ray.get(remote.placed)
+        timer = threading.Timer(after, lambda: (os.kill(pid, signal.SIGKILL), killed.append(pid)))
         timer.daemon = True
         timer.start()
 
@@ -241,25 +245,26 @@ def test_a_run_outlives_its_engines_and_its_learners(config: Callable[..., Confi
         adapter = learner.adapter()
         with closing(Rollouts(small, task, fleet, 0)) as rollouts:
             for step in range(small.steps):
-                if step == 1:
-                    kill(fleet.engines[0], 0.0)  # while it waits
+                phase = PHASES[step % len(PHASES)] if step < count else None
+                if phase == "idle":
+                    kill(fleet.engines[0], 0.0)
                     time.sleep(0.5)
-                if step == 2:
-                    kill(fleet.engines[-1], 0.03)  # while it loads
+                if phase == "loading":
+                    kill(fleet.engines[-1], 0.03)
                 fleet.swap(adapter)
-                if step in (0, 3):
-                    kill(fleet.engines[0], 0.5)  # while it samples
+                if phase in ("canary", "sampling"):  # the canary goes with a version's first prompts
+                    kill(fleet.engines[0], 0.1 if phase == "canary" else 0.8)
                 collection = rollouts.take(adapter.version)
-                if step == 4:
-                    kill(ranks._remotes[1], 0.3)  # while it updates
+                if phase == "learning":
+                    kill(ranks._remotes[step % 2], 0.3)
                 adapter, update = learner.update(collection.groups)
                 assert (adapter.version, update.skipped_in_a_row) == (step + 1, 0)
                 trained += collection.groups
         stats = fleet.stats()
-    assert len(set(kills)) == 5
-    assert stats.lost == 4
+    assert len(set(killed)) == count
+    assert stats.lost == count * 4 // 5
     assert stats.replayed > 0
-    places = [prompt_at(task.prompts, place, small.seed) for place in range(24)]
+    places = [prompt_at(task.prompts, place, small.seed) for place in range(4 * small.steps)]
     assert [group.prompt for group in trained] == places
     assert all(len(group.episodes) == len(group.rewards) == 4 for group in trained)
     for place, group in enumerate(trained):

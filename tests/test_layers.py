@@ -8,7 +8,7 @@ from conftest import ROOT
 
 LAYERS = [
     {"records", "config", "machine"},
-    {"lora", "advantage", "loss", "attention", "base", "sharding"},
+    {"lora", "advantage", "loss", "attention", "base", "sharding", "thin_product"},
     {"head"},
     {"policy", "peft_format", "batch", "task", "delivery"},
     {"learner", "merge", "rollout", "checkpoint", "slots", "vllm_cpu"},

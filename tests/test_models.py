@@ -6,11 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_CONFIGS, tiny_model
+from conftest import TINY_CONFIGS, save_words, tiny_model
 from peft import PeftModel
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
 
 from rlora.batch import Microbatch, microbatches
 from rlora.checkpoint import write_adapter
@@ -32,9 +29,7 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The directory of a tiny model of the class that the test is given, with a tokenizer of 97 words."""
     path = str(tmp_path / request.param)
     tiny_model(request.param).save_pretrained(path)
-    words = {f"w{index}": index for index in range(97)}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="w2")), eos_token="w1")
-    tokenizer.save_pretrained(path)
+    save_words(path)
     return path
 
 

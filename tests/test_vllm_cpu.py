@@ -15,7 +15,7 @@ SLOT_OF = {7: 0, 9: 1}
 def test_each_row_gets_its_own_adapter_or_none(ids: tuple[int, ...], widths: tuple[int, ...]) -> None:
     from vllm.lora.layers import LoRAMapping
 
-    from rlora.vllm_cpu import ThinProducts, fuse
+    from rlora.vllm_cpu import ThinProducts, lay_out
 
     torch.manual_seed(0)
     rank, d_in = 3, 5
@@ -23,7 +23,7 @@ def test_each_row_gets_its_own_adapter_or_none(ids: tuple[int, ...], widths: tup
         lora_a_stacked=tuple(torch.zeros(2, 1, rank, d_in) for _ in widths),
         lora_b_stacked=tuple(torch.zeros(2, 1, width, rank) for width in widths),
     )
-    fuse(SimpleNamespace(lora_manager=SimpleNamespace(modules={"qkv_proj": layer})))
+    lay_out(SimpleNamespace(lora_manager=SimpleNamespace(modules={"qkv_proj": layer})))
     for part in (*layer.lora_a_stacked, *layer.lora_b_stacked):
         part[0].normal_(), part[1].normal_()  # as vLLM writes them: into one slot of one part
     x, y = torch.randn(4, d_in), torch.randn(4, sum(widths))
