@@ -135,10 +135,10 @@ class Probe(engine.Engine):
         return self._post(take)
 
     def holds(self) -> Future[tuple[float, int, int]]:
-        """MiB of this process, adapters that vLLM holds, files in its directory."""
+        """MiB of this process's own, adapters that vLLM holds, files in its directory."""
         return self._post(
             lambda: (
-                psutil.Process().memory_info().rss / 2**20,
+                psutil.Process().memory_full_info().uss / 2**20,
                 len(self.llm.list_loras()),
                 sum(1 for path in self.directory.rglob("*") if path.is_file()),
             )
@@ -282,7 +282,7 @@ def stock(task: Task, adapter: Path | None) -> float:
     )  # fmt: skip
     prompts = [TokensPrompt(prompt_token_ids=list(prompt.token_ids)) for prompt in task.prompts[:PROMPTS]]
     rates = []
-    for _ in range(5):
+    for _ in range(3):
         start = time.perf_counter()
         outputs = llm.generate(prompts, settings, lora_request=request, use_tqdm=False)
         tokens = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import safetensors.numpy
 import safetensors.torch
 from torch import Tensor, nn
 
@@ -46,8 +47,8 @@ def encode(bank: Bank, adapter: int, base: str) -> tuple[bytes, bytes]:
         config["target_parameters"] = sorted({_ending(matrix) for matrix in experts})
         if spec.shares_rank and (rank := spec.rank_of(experts[0])) != spec.rank:
             config["rank_pattern"] = {_ending(matrix): rank for matrix in experts}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in masters(bank, adapter).items()}
-    return json.dumps(config, indent=2).encode(), safetensors.torch.save(tensors, metadata={"format": "pt"})
+    arrays = {name: master.detach().cpu().numpy() for name, master in masters(bank, adapter).items()}
+    return json.dumps(config, indent=2).encode(), safetensors.numpy.save(arrays, metadata={"format": "pt"})
 
 
 def masters(bank: Bank, adapter: int) -> dict[str, nn.Parameter]:

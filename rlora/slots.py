@@ -39,12 +39,13 @@ def _by_module(model: Any, adapter: Adapter, dtype: torch.dtype) -> dict[str, tu
     """A and scale x B by vLLM's names of the matrices they are over, rounded as the learner's own forward pass does."""
     spec, tensors = peft_format.decode(adapter.config, adapter.weights)
     mapper = getattr(model, "hf_to_vllm_mapper", None)
+    renames = mapper and mapper.get_rename_mapper()
     found = {}
     for name_a, a in tensors.items():
         key, factor = peft_format.parse(name_a)
         if factor == "lora_A":
             b = tensors[name_a.replace(".lora_A.", ".lora_B.")]
-            place, _ = parse_fine_tuned_lora_name(name_a, mapper and mapper.get_rename_mapper())
+            place, _ = parse_fine_tuned_lora_name(name_a, renames)
             found[place] = a.to(dtype), b.to(dtype) * spec.scale(key, len(a))
     return found
 
