@@ -7,11 +7,12 @@ All on SmolLM2-135M in bf16 with a rank-1 adapter over every weight matrix, 128 
 32 tokens at most). Versions are one Adam-sized step apart. Each engine is a Ray actor of its own, one after the other:
 
 - swaps: from the learner's tensors to the engine's proof of file and slot, on an engine that is idle, and on one that
-  samples; each version's canary comes with its first prompt. Beside it (a) the adapter merged into the base and all
-  weights reloaded in place (`reload_weights`, the fastest way this engine has; what carries them to the engine is not
-  counted), and (b) PEFT's save to disk and vLLM's load from there, unproven.
-- sampling: tokens/s with the adapter and without it in turn; with vLLM's own low-rank product and drawing of tokens;
-  vLLM as it comes (its defaults, its own processes); and that without an adapter, compiled.
+  samples; each version's canary comes with its first prompt (`swap_and_canary`: until that is judged, a step more).
+  Beside it (a) the adapter merged into the base and all weights reloaded in place (`reload_weights`, the fastest way
+  this engine has; what carries them to the engine is not counted), and (b) PEFT's save to disk and vLLM's load from
+  there, unproven.
+- sampling: tokens/s with the adapter and without it in turn; with vLLM's own low-rank product in the same engine; vLLM
+  as it comes (its defaults, its own processes); and that without an adapter, compiled.
 - runs: seconds a step of a short run at `max_staleness` 0 and 1, and the proof's share of it: file and slot, the
   canary in the engine, and in the learner. A kill: how much longer a step's sampling takes when an engine dies in it.
 
@@ -30,6 +31,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median, quantiles
 from typing import Any
@@ -46,8 +48,9 @@ from transformers import AutoModelForCausalLM
 from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
 from vllm.lora.request import LoRARequest
+from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
 
-from rlora import cluster, engine, peft_format
+from rlora import cluster, engine, machine, peft_format
 from rlora.base import DEMO
 from rlora.checkpoint import write_adapter
 from rlora.config import validate
@@ -156,18 +159,23 @@ class Probe(engine.Engine):
 
 
 class StockOp(Probe):
-    """The same engine with vLLM's own low-rank product and drawing of tokens."""
+    """The same engine with vLLM's own low-rank product; tokens are drawn as in ours."""
 
     def _build(self, *made_of: Any) -> Any:
-        engine.vllm_cpu.install = lambda head: False
+        def without_the_product(head: bool) -> bool:
+            TopKTopPSampler.forward_cpu = engine.vllm_cpu.draw
+            return False
+
+        engine.vllm_cpu.install = without_the_product
         return super()._build(*made_of)
 
 
 @contextmanager
 def engines(task: Task, kind: type[Probe], learn: bool = False, **changes: Any) -> Iterator[tuple[Learner, Fleet]]:
-    """A fleet of `kind`, and a learner."""
+    """A fleet of `kind`, whose engines have all cores each, and a learner."""
     cluster.ENGINE = f"{HERE}:{kind.__name__}"
-    with cluster.start(validate(CONFIG | changes), task, "benchmark", learn=learn) as started:
+    settings = {"engine": {"threads": machine.cores()}} | changes
+    with cluster.start(validate(CONFIG | settings), task, "benchmark", learn=learn) as started:
         yield started
 
 
@@ -196,8 +204,8 @@ def ours(task: Task, count: int, saved: Path) -> dict[str, float]:
         for number in range(count):
             seconds, of = swap()
             idle.append(seconds), proof.append(of.proof_seconds), load.append(of.load_seconds)
-            with_canary.append(timed(lambda: token(task, fleet)))
-            without.append(timed(lambda: token(task, fleet)))
+            with_canary.append(timed(partial(token, task, fleet, 2 * number)))
+            without.append(timed(partial(token, task, fleet, 2 * number + 1)))
             if number in (count // 10, count - 1):
                 held.append(probe.holds().result())
         memory, adapters, files = (late - early for early, late in zip(*held, strict=True))
@@ -232,6 +240,7 @@ def ours(task: Task, count: int, saved: Path) -> dict[str, float]:
     for name, seconds in (
         ("swap", idle), ("load", load), ("proof", proof), ("swap_busy", busy), ("step", steps), ("disk", disk),
         ("canary", [a - b for a, b in zip(with_canary, without, strict=True)]), ("learner_canary", in_learner),
+        ("swap_and_canary", [a + b for a, b in zip(idle, with_canary, strict=True)]),
     ):  # fmt: skip
         figures[f"{name}_ms_p50"] = 1000 * median(seconds)
     figures["swap_ms_p99"] = 1000 * quantiles(idle, n=100)[98]
@@ -247,16 +256,16 @@ def merging(task: Task, saved: Path) -> dict[str, float]:
     config = (Path(task.base) / "config.json").read_bytes()
     over = peft_format.by_names(matrix for matrix in matrices(base) if spec.rank_of(matrix))
     seconds = []
+    fixed = {name: weight.to(torch.bfloat16) for name, weight in base.state_dict().items() if name != "lm_head.weight"}
     with torch.no_grad(), engines(task, Probe, learner={"adapter": "none"}) as (_, fleet):
         (probe,) = fleet.engines
         for version in range(6):
             start = time.perf_counter()
-            merged = {name: weight.to(torch.bfloat16) for name, weight in base.state_dict().items()}
+            merged = dict(fixed)  # embeddings and norms stay; the head is tied
             for (a, b), matrix in over.items():
                 scale = spec.scale(matrix.key, spec.rank)
                 weight = torch.addmm(matrix.weight, tensors[b], tensors[a], alpha=scale)
                 merged[f"{matrix.key}.weight"] = weight.to(torch.bfloat16)
-            merged.pop("lm_head.weight", None)  # tied
             weights = safetensors.torch.save(merged, {"format": "pt"})
             made = time.perf_counter() - start
             adapter = Adapter("benchmark", version, config, weights, whole=True)
@@ -338,7 +347,7 @@ def kills(task: Task) -> dict[str, float]:
                 finish(requests)
 
             unhurt = median([timed(lambda: step(False)) for _ in range(3)])
-            figures[f"kill_s_{replicas}_engines"] = timed(lambda: step(True)) - unhurt
+            figures[f"kill_s_{replicas}_engines"] = median([timed(lambda: step(True)) for _ in range(3)]) - unhurt
     return figures
 
 
@@ -366,8 +375,9 @@ def batch(task: Task, fleet: Fleet, base: bool = False) -> float:
     return tokens / (time.perf_counter() - start)
 
 
-def token(task: Task, fleet: Fleet) -> None:
-    finish([fleet.generate(task.prompts[0], Sampling(max_tokens=1))])
+def token(task: Task, fleet: Fleet, number: int) -> None:
+    """One token of a prompt that the version has not seen before."""
+    finish([fleet.generate(task.prompts[number % len(task.prompts)], Sampling(max_tokens=1))])
 
 
 def finish(requests: list[Request]) -> list[Any]:

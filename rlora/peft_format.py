@@ -47,7 +47,7 @@ def encode(bank: Bank, adapter: int, base: str) -> tuple[bytes, bytes]:
         config["target_parameters"] = sorted({_ending(matrix) for matrix in experts})
         if spec.shares_rank and (rank := spec.rank_of(experts[0])) != spec.rank:
             config["rank_pattern"] = {_ending(matrix): rank for matrix in experts}
-    arrays = {name: master.detach().cpu().numpy() for name, master in masters(bank, adapter).items()}
+    arrays = {name: master.detach().cpu().contiguous().numpy() for name, master in masters(bank, adapter).items()}
     return json.dumps(config, indent=2).encode(), safetensors.numpy.save(arrays, metadata={"format": "pt"})
 
 

@@ -65,7 +65,7 @@ class ThinProducts(PunicaWrapperCPU):
     """
 
     head = True
-    add: Callable[..., None] | None = None  # until `lay_out`; nothing is in a slot before
+    add: Callable[..., None] | None = None  # until `lay_out`; before it there are zeros in the slots
 
     def update_metadata(self, *arguments: Any, **options: Any) -> None:
         """Called where the batch changes: the slot of each row."""
@@ -89,14 +89,18 @@ class ThinProducts(PunicaWrapperCPU):
         Logprobs of a prompt come here too, its rows alone, and nobody says whose they are: they are the base head's.
         """
         if self.head and len(y) == len(self.sampled_slots):
-            self._add(y, x, lora_a_stacked, lora_b_stacked, self.sampled_slots, (lora_b_stacked.shape[2],), scale)
+            vocabulary = lora_b_stacked.shape[2]  # y may be padded
+            self._add(y[:, :vocabulary], x, lora_a_stacked, lora_b_stacked, self.sampled_slots, (vocabulary,), scale)
 
     def _add(
         self, y: Tensor, x: Tensor, part_of_a: Tensor, part_of_b: Tensor, slots: NDArray[np.int64],
         widths: tuple[int, ...], scale: float,
     ) -> None:  # fmt: skip
         if self.add:
-            self.add(_numbers(y), _numbers(x), _all_of(part_of_a), _all_of(part_of_b), slots, _ends(widths), scale)
+            a, b = _all_of(part_of_a), _all_of(part_of_b)  # the product looks at no bounds
+            assert len(x) == len(y) == len(slots)
+            assert (x.shape[1], y.shape[1]) == (a.shape[2], b.shape[2])
+            self.add(_numbers(y), _numbers(x), a, b, slots, _ends(widths), scale)
 
 
 @lru_cache

@@ -1,7 +1,9 @@
-"""An engine that a test can make go wrong: what it reads, or what it holds, is not the adapter it was given."""
+"""Engines that a test can make go wrong: what one holds is not the adapter it was given, or its process dies."""
 
 import json
+import os
 import shutil
+import signal
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -79,3 +81,35 @@ class FaultyEngine(Engine):
             assert self.before is not None
             return self.before
         return Adapter(adapter.run, adapter.version, json.dumps(config).encode(), safetensors.torch.save(tensors))
+
+
+class MortalEngine(Engine):
+    """`die(phase)`: kill -9, once it is in that phase."""
+
+    def __init__(self, *made_of: Any) -> None:
+        self.phase = ""
+        super().__init__(*made_of)
+
+    def die(self, phase: str) -> Future[None]:
+        def set_up() -> None:
+            self.phase = phase
+            assert phase != "idle" or not self._running
+            self._in("idle")
+
+        return self._post(set_up)
+
+    def _put(self, adapter: Adapter, path: Path) -> Any:
+        request = super()._put(adapter, path)
+        self._in("loading")
+        return request
+
+    def _step(self) -> None:
+        if any(asked.version is None for asked in self._running.values()):
+            self._in("canary")
+        super()._step()
+        if any(asked.version is not None for asked in self._running.values()):
+            self._in("sampling")
+
+    def _in(self, phase: str) -> None:
+        if phase == self.phase:
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from transformers import AutoConfig
 
 from rlora import cluster
 from rlora.config import Config
-from rlora.records import Group
+from rlora.records import EngineLostError, Group
 from rlora.rollout import Rollouts, prompt_at
 from rlora.task import load_task
 
@@ -214,16 +215,13 @@ def test_a_bare_checkout_runs_as_a_ray_job_with_two_replicas(tmp_path: Path) -> 
     assert len(metrics(run)) == 2
 
 
-def pid_of(remote: Any) -> int:
-    _, pid = ray.get(remote.placed)
-    return int(pid)
-
-
 PHASES = ("idle", "loading", "canary", "sampling", "learning")
 
 
 @pytest.mark.parametrize("count", [5, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_run_outlives_its_engines_and_its_learners(config: Callable[..., Config], count: int) -> None:
+def test_a_run_outlives_its_engines_and_its_learners(
+    config: Callable[..., Config], count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """kill -9, once a step, of an engine in each of its phases or of a learner of two: no prompt is lost or doubled."""
     small = config(
         prompts_per_step=4, group_size=4, steps=count + 1, max_staleness=1, learner={"lr": 5e-4, "replicas": 2},
@@ -231,11 +229,12 @@ def test_a_run_outlives_its_engines_and_its_learners(config: Callable[..., Confi
         engine={"replicas": 2, "kv_cache_gib": 1, "straggler_seconds": 300.0},
     )  # fmt: skip
     task = load_task(small)
-    killed: list[int] = []
+    monkeypatch.setattr(cluster, "ENGINE", f"{Path(__file__).with_name('faulty_engine.py')}:MortalEngine")
+    killed: set[int] = set()
 
-    def kill(remote: Any, after: float) -> None:
+    def kill_learner(remote: Any) -> None:
         _, pid = ray.get(remote.placed)
-        timer = threading.Timer(after, lambda: (os.kill(pid, signal.SIGKILL), killed.append(pid)))
+        timer = threading.Timer(0.3, lambda: (os.kill(pid, signal.SIGKILL), killed.add(pid)))  # in its update
         timer.daemon = True
         timer.start()
 
@@ -246,22 +245,24 @@ def test_a_run_outlives_its_engines_and_its_learners(config: Callable[..., Confi
         with closing(Rollouts(small, task, fleet, 0)) as rollouts:
             for step in range(small.steps):
                 phase = PHASES[step % len(PHASES)] if step < count else None
+                engine: Any = fleet.engines[0]
                 if phase == "idle":
-                    kill(fleet.engines[0], 0.0)
-                    time.sleep(0.5)
+                    wait([flight.request.group for flight in rollouts._flights])
+                    with pytest.raises(EngineLostError):
+                        engine.die(phase).result()
                 if phase == "loading":
-                    kill(fleet.engines[-1], 0.03)
+                    engine.die(phase).result()
                 fleet.swap(adapter)
                 if phase in ("canary", "sampling"):  # the canary goes with a version's first prompts
-                    kill(fleet.engines[0], 0.1 if phase == "canary" else 0.8)
+                    engine.die(phase).result()
                 collection = rollouts.take(adapter.version)
                 if phase == "learning":
-                    kill(ranks._remotes[step % 2], 0.3)
+                    kill_learner(ranks._remotes[step % 2])
                 adapter, update = learner.update(collection.groups)
                 assert (adapter.version, update.skipped_in_a_row) == (step + 1, 0)
                 trained += collection.groups
         stats = fleet.stats()
-    assert len(set(killed)) == count
+    assert len(killed) == count // 5
     assert stats.lost == count * 4 // 5
     assert stats.replayed > 0
     places = [prompt_at(task.prompts, place, small.seed) for place in range(4 * small.steps)]

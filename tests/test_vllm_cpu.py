@@ -10,9 +10,12 @@ pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]  # importi
 SLOT_OF = {7: 0, 9: 1}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("widths", [(4,), (4, 2)])
 @pytest.mark.parametrize("ids", [(7, 7, 7, 7), (7, 0, 9, 7), (0, 0, 0, 0)])
-def test_each_row_gets_its_own_adapter_or_none(ids: tuple[int, ...], widths: tuple[int, ...]) -> None:
+def test_each_row_gets_its_own_adapter_or_none(
+    ids: tuple[int, ...], widths: tuple[int, ...], dtype: torch.dtype
+) -> None:
     from vllm.lora.layers import LoRAMapping
 
     from rlora.vllm_cpu import ThinProducts, lay_out
@@ -20,30 +23,33 @@ def test_each_row_gets_its_own_adapter_or_none(ids: tuple[int, ...], widths: tup
     torch.manual_seed(0)
     rank, d_in = 3, 5
     layer: Any = SimpleNamespace(
-        lora_a_stacked=tuple(torch.zeros(2, 1, rank, d_in) for _ in widths),
-        lora_b_stacked=tuple(torch.zeros(2, 1, width, rank) for width in widths),
+        lora_a_stacked=tuple(torch.zeros(2, 1, rank, d_in, dtype=dtype) for _ in widths),
+        lora_b_stacked=tuple(torch.zeros(2, 1, width, rank, dtype=dtype) for width in widths),
     )
     lay_out(SimpleNamespace(lora_manager=SimpleNamespace(modules={"qkv_proj": layer})))
     for part in (*layer.lora_a_stacked, *layer.lora_b_stacked):
         part[0].normal_(), part[1].normal_()  # as vLLM writes them: into one slot of one part
-    x, y = torch.randn(4, d_in), torch.randn(4, sum(widths))
-    expected = y.clone()
+    x, y = torch.randn(4, d_in).to(dtype), torch.randn(4, sum(widths)).to(dtype)
+    expected = y.double()
     for row, adapter in enumerate(ids):
         if adapter:
             slot = SLOT_OF[adapter]
             parts = zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True)
-            expected[row] += torch.cat([b[slot, 0] @ a[slot, 0] @ x[row] for a, b in parts])
+            expected[row] += torch.cat([b[slot, 0].double() @ a[slot, 0].double() @ x[row].double() for a, b in parts])
     products = ThinProducts(16, 4, torch.device("cpu"))
     products.update_metadata(LoRAMapping(ids, ids, is_prefill=True), [7, 9], 3, 100)
     got = y.clone()
     products.add_lora_linear(got, x, layer.lora_a_stacked, layer.lora_b_stacked, 1.0, widths)
-    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(got, expected.to(dtype))
+    if dtype == torch.bfloat16:  # rounded once, to the nearest
+        assert got.equal(expected.to(dtype))
     without = [row for row, adapter in enumerate(ids) if not adapter]
     assert got[without].equal(y[without])
     if len(widths) == 1:
-        got = y.clone()
-        products.add_lora_logits(got, x, layer.lora_a_stacked[0], layer.lora_b_stacked[0], 1.0)
-        torch.testing.assert_close(got, expected)
+        padded = torch.cat([y, y[:, :1]], 1)
+        got = padded[:, :-1]
+        products.add_lora_logits(padded, x, layer.lora_a_stacked[0], layer.lora_b_stacked[0], 1.0)
+        torch.testing.assert_close(got, expected.to(dtype))
 
 
 def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:
