@@ -58,7 +58,13 @@ def add(y: Any, x: Any, a: Any, b: Any, slots: Any, ends: Any, scale: float) -> 
     rank = b.shape[1]
     for row in numba.prange(len(x)):
         slot = slots[row]
-        if slot >= 0:
+        if slot >= 0 and rank == 1:
+            start = 0
+            for part in range(len(ends)):
+                h = np.float32(scale) * _dot(x[row], a[slot, part])
+                _add_scaled_rounded(y[row, start : ends[part]], h, b[slot, 0, start : ends[part]])
+                start = ends[part]
+        elif slot >= 0:
             delta = np.zeros(b.shape[2], np.float32)
             start = 0
             for part in range(len(ends)):
@@ -87,3 +93,9 @@ def _add_scaled(delta: Any, h: Any, b: Any) -> None:
 def _add_rounded(y: Any, delta: Any) -> None:
     for d in range(len(delta)):
         y[d] = _rounded(_read(y[d]) + delta[d], y[d])
+
+
+@_JIT
+def _add_scaled_rounded(y: Any, h: Any, b: Any) -> None:
+    for d in range(len(y)):
+        y[d] = _rounded(_read(y[d]) + h * _read(b[d]), y[d])

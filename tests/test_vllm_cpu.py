@@ -10,18 +10,19 @@ pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]  # importi
 SLOT_OF = {7: 0, 9: 1}
 
 
+@pytest.mark.parametrize("rank", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("widths", [(4,), (4, 2)])
 @pytest.mark.parametrize("ids", [(7, 7, 7, 7), (7, 0, 9, 7), (0, 0, 0, 0)])
 def test_each_row_gets_its_own_adapter_or_none(
-    ids: tuple[int, ...], widths: tuple[int, ...], dtype: torch.dtype
+    ids: tuple[int, ...], widths: tuple[int, ...], dtype: torch.dtype, rank: int
 ) -> None:
     from vllm.lora.layers import LoRAMapping
 
     from rlora.vllm_cpu import ThinProducts, lay_out
 
     torch.manual_seed(0)
-    rank, d_in = 3, 5
+    d_in = 5
     layer: Any = SimpleNamespace(
         lora_a_stacked=tuple(torch.zeros(2, 1, rank, d_in, dtype=dtype) for _ in widths),
         lora_b_stacked=tuple(torch.zeros(2, 1, width, rank, dtype=dtype) for width in widths),
