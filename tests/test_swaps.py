@@ -49,7 +49,7 @@ def test_swaps_leave_nothing_behind(config: Callable[..., Config], tmp_path: Pat
         _, pid = ray.get(engine.placed)
         of_engine = psutil.Process(pid)
         adapter = learner.adapter()
-        proofs = fleet.swap(adapter)
+        fleet.swap(adapter)
         for number, state in enumerate(states(learner.state())):
             sampled = [fleet.generate(prompt, Sampling(4, 1.0, 2)) for prompt in prompts]  # and the version's canary
             for request in sampled:
