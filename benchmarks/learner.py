@@ -2,6 +2,7 @@
 
     .venv/bin/python benchmarks/learner.py            about twenty minutes on two cores
     .venv/bin/python benchmarks/learner.py --quick    the short shape alone
+    .venv/bin/python benchmarks/learner.py --algorithms    GRPO, GRPO with a KL term, and PPO
 
 All sides update SmolLM2-135M in bf16 on the same groups of random tokens, on all cores, each in a process of its own:
 
@@ -10,13 +11,15 @@ All sides update SmolLM2-135M in bf16 on the same groups of random tokens, on al
   without gradient, ratio, backward, clip, Adam: the step as TRL writes it. fp32 adapter under bf16 autocast; the faster
   of eager and sdpa attention; as many completion tokens a pass as ours has.
 - full: the same step with all weights trained.
+- grpo, grpo-kl, ppo: ours, by another `algorithm.name` (and `algorithm.kl`); PPO in 4 minibatches with its critic.
 - mm: `torch.mm` of 2048 x 1536 x 1536 in bf16, in the same process as ours, before and after it.
 
 Throughput is in completion tokens trained a second, memory the peak above what the process held before its first
 step. `utilisation` counts 4 x body parameters x distinct tokens + 4 x head parameters x completion tokens: a frozen
 base has a forward pass and the gradient of its activations, none of its weights. The last line printed is one JSON
 object: `short.vs_peft`, `balanced.vs_peft`, `long_prompt.vs_peft` (G = 8, rank 1), `utilisation` and `memory.vs_peft`
-(balanced), `k4_over_k1` (seconds of four adapters in one forward over one's, the same tokens), and every row.
+(balanced), `k4_over_k1` (seconds of four adapters in one forward over one's, the same tokens), and every row. With
+`--algorithms` it is `grpo-kl.memory`, `grpo-kl.seconds`, `ppo.memory`, `ppo.seconds`, all over GRPO's, and the rows.
 """
 
 import argparse
@@ -36,21 +39,23 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from rlora.base import DEMO, locate
-from rlora.batch import microbatches
+from rlora.batch import lesson, microbatches
 from rlora.config import Config, validate
 from rlora.learner import Learner
 from rlora.lora import Spec
-from rlora.loss import truncated_importance_loss
+from rlora.loss import reinforce
 from rlora.policy import Policy
 from rlora.records import Episode, Group, Prompt
 
-SHAPES = {"short": (40, 32, 8), "balanced": (200, 200, 1), "long_prompt": (600, 100, 1)}  # prompt, completion, prompts
+# tokens of a prompt and of a completion, prompts
+SHAPES = {"short": (40, 32, 8), "balanced": (200, 200, 1), "long_prompt": (600, 100, 1), "four": (200, 200, 4)}
+ALGORITHMS = {"grpo": {"name": "grpo"}, "grpo-kl": {"name": "grpo", "kl": 0.01}, "ppo": {"name": "ppo"}}
 REPEATS, SECONDS = 5, 25  # steps that are timed, as many as there is time for
 
 
 @dataclass(frozen=True)
 class Case:
-    side: str  # ours, peft-eager, peft-sdpa, full or bank
+    side: str  # ours, one of ALGORITHMS, peft-eager, peft-sdpa, full or bank
     shape: str
     G: int = 8
     rank: int = 1
@@ -60,25 +65,35 @@ class Case:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="the short shape alone")
+    parser.add_argument("--algorithms", action="store_true", help="GRPO, GRPO with a KL term, and PPO, alone")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
         print(json.dumps(measure(Case(**json.loads(options.case)))))
         return
-    shapes = ["short"] if options.quick else list(SHAPES)
+    if options.algorithms:
+        rows = [in_process(Case(side, "four")) for side in ALGORITHMS]
+        show(rows)
+        print(json.dumps(over_grpo(rows)))
+        return
+    shapes = ["short"] if options.quick else ["short", "balanced", "long_prompt"]
     cases = [Case(side, shape) for shape in shapes for side in ("ours", "peft-eager", "peft-sdpa", "full")]
     if not options.quick:
         for G, rank in ((16, 1), (8, 8)):
             cases += [Case(side, shape, G, rank) for shape in shapes for side in ("ours", "peft-eager")]
     cases += [Case("bank", "short", K=K) for K in (1, 4)]
     rows = [in_process(case) for case in cases]
+    show(rows)
+    print(json.dumps(ratios(rows)))
+
+
+def show(rows: list[dict[str, Any]]) -> None:
     table = Table("side", "shape", "G", "rank", "K", "tokens/s", "peak MiB", "of the mm limit")
     for row in rows:
         share = f"{row['utilisation']:.2f}" if row["utilisation"] else ""
         named = (str(row[key]) for key in ("side", "shape", "G", "rank", "K"))
         table.add_row(*named, f"{row['tokens_per_s']:.0f}", f"{row['peak_mib']:.0f}", share)
     Console().print(table)
-    print(json.dumps(ratios(rows)))
 
 
 def in_process(case: Case) -> dict[str, Any]:
@@ -88,6 +103,13 @@ def in_process(case: Case) -> dict[str, Any]:
     return asdict(case) | json.loads(out)
 
 
+def over_grpo(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    grpo, *others = rows
+    ratios = {f"{row['side']}.memory": row["peak_mib"] / grpo["peak_mib"] for row in others}
+    ratios |= {f"{row['side']}.seconds": min(row["seconds"]) / min(grpo["seconds"]) for row in others}
+    return ratios | {"rows": rows}
+
+
 def ratios(rows: list[dict[str, Any]]) -> dict[str, Any]:
     def of(side: str, shape: str, figure: str) -> list[float]:
         return [
@@ -95,7 +117,7 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, Any]:
             if row["side"].startswith(side) and row["shape"] == shape and (row["G"], row["rank"]) == (8, 1)
         ]  # fmt: skip
 
-    found = {shape: of("ours", shape, "tokens_per_s") for shape in SHAPES}
+    found = {shape: of("ours", shape, "tokens_per_s") for shape in ("short", "balanced", "long_prompt")}
     figures: dict[str, Any] = {
         f"{shape}.vs_peft": ours[0] / max(of("peft", shape, "tokens_per_s")) for shape, ours in found.items() if ours
     }
@@ -110,9 +132,12 @@ def measure(case: Case) -> dict[str, Any]:
     torch.manual_seed(0)
     groups = make_groups(case)
     config = validate(
-        {"model": DEMO, "env": "-", "reward": "-", "learner": {"rank": case.rank}, "sampling": {"max_tokens": 256}}
-    )
-    make = {"ours": ours, "bank": bank, "full": full}.get(case.side, peft)
+        {
+            "model": DEMO, "env": "-", "reward": "-", "learner": {"rank": case.rank}, "sampling": {"max_tokens": 256},
+            "algorithm": ALGORITHMS.get(case.side, {}),
+        }
+    )  # fmt: skip
+    make = {"bank": bank, "full": full, "peft-eager": peft, "peft-sdpa": peft}.get(case.side, ours)
     limit = [mm_flops()]
     step = make(case, config, groups)
     reset_peak()
@@ -164,12 +189,15 @@ def ours(case: Case, config: Config, groups: list[Group]) -> Callable[[], object
 def bank(case: Case, config: Config, groups: list[Group]) -> Callable[[], object]:
     """Forward and backward of `case.K` adapters in one row; the groups are theirs in turn."""
     policy = Policy(load(), [Spec(case.rank)] * case.K, 0)
-    owners = [index % case.K for index in range(len(groups))]
+    owned = [
+        [lesson(group.prompt.token_ids, episode, 1.0, adapter=index % case.K) for episode in group.episodes]
+        for index, group in enumerate(groups)
+    ]
 
     def step() -> None:
-        for batch in microbatches(groups, 4096, torch.bfloat16, policy.base.device, owners):
+        for batch in microbatches(owned, 4096, torch.bfloat16, policy.base.device):
             logprobs = policy.logprobs(batch)
-            truncated_importance_loss(logprobs, batch.behaviour_logprobs, batch.advantages, 2.0).sum().backward()
+            reinforce((logprobs - batch.tokens.behaviour_logprobs).exp(), batch.tokens.advantages).sum().backward()
 
     return step
 
@@ -193,7 +221,8 @@ def load(**options: Any) -> Any:
 
 def plain_step(model: Any, config: Config, groups: list[Group]) -> Callable[[], None]:
     """The update as TRL writes it; all rows have one length, so it pads nothing."""
-    batches = list(microbatches(groups, config.learner.microbatch_tokens, torch.bfloat16, torch.device("cpu")))
+    lessons = [[lesson(group.prompt.token_ids, episode) for episode in group.episodes] for group in groups]
+    batches = list(microbatches(lessons, config.learner.microbatch_tokens, torch.bfloat16, torch.device("cpu")))
     rows_a_pass = len(batches[0].targets) // len(groups[0].episodes[0].completion_ids)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=1e-5)

@@ -27,15 +27,16 @@ def main() -> None:
     options = parser.parse_args()
     seeds, extra = ([0], ["--steps", "3"]) if options.quick else ([0, 1, 2], [])
     with tempfile.TemporaryDirectory() as directory:
-        runs = [_run(seed, Path(directory) / str(seed), extra) for seed in seeds]
+        runs = [train("launch/arithmetic.toml", seed, Path(directory) / str(seed), extra) for seed in seeds]
     table = Table("seed", "accuracy before", "after", "steps", "training", "reward by step")
-    for seed, (summary, rewards) in zip(seeds, runs, strict=True):
+    curves = [[line["reward/mean"] for line in lines] for _, lines in runs]
+    for seed, (summary, _), rewards in zip(seeds, runs, curves, strict=True):
         before, after = (f"{summary[f'accuracy/{when}']:.3f}" for when in ("before", "after"))
         curve = " ".join(f"{reward:.2f}" for reward in rewards)
         table.add_row(str(seed), before, after, str(summary["steps"]), f"{summary['time/train']:.0f} s", curve)
     Console().print(table)
     if options.plot:
-        _plot([rewards for _, rewards in runs], options.plot)
+        _plot(curves, options.plot)
     before, after = ([summary[f"accuracy/{when}"] for summary, _ in runs] for when in ("before", "after"))
     figures = {
         "accuracy_before": before,
@@ -46,12 +47,12 @@ def main() -> None:
     print(json.dumps(figures))
 
 
-def _run(seed: int, run: Path, extra: list[str]) -> tuple[dict[str, Any], list[float]]:
-    """Summary and mean reward a step of one run."""
-    command = [sys.executable, "-m", "rlora", "train", "launch/arithmetic.toml", "--seed", str(seed)]
-    subprocess.run([*command, "--run-dir", str(run), *extra], cwd=ROOT, check=True, stdout=sys.stderr)
+def train(config: str, seed: int, run: Path, options: list[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Summary of one run, and its figures of each step."""
+    command = [sys.executable, "-m", "rlora", "train", config, "--seed", str(seed), "--run-dir", str(run)]
+    subprocess.run([*command, *options], cwd=ROOT, check=True, stdout=sys.stderr)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return json.loads((run / "summary.json").read_text()), [line["reward/mean"] for line in lines]
+    return json.loads((run / "summary.json").read_text()), lines
 
 
 def _plot(curves: list[list[float]], path: Path) -> None:

@@ -2,89 +2,106 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlora.advantage import group_centred
 from rlora.attention import Tree
-from rlora.records import Episode, Group
+from rlora.loss import Tokens
+from rlora.records import Episode
+
+
+@dataclass(frozen=True, eq=False)
+class Lesson:
+    """An episode of a prompt, and what is known of its own tokens: those that the policy sampled."""
+
+    prompt: tuple[int, ...]
+    episode: Episode
+    tokens: Tokens  # (own tokens,) each
+    adapter: int = 0  # of the bank, by which it is learned
+
+    @property
+    def length(self) -> int:
+        """Its tokens in a row, those of tools included."""
+        return len(self.episode.completion_ids)
+
+    def knowing(self, **known: Tensor) -> "Lesson":
+        """With more that is known of its tokens."""
+        return replace(self, tokens=replace(self.tokens, **known))
 
 
 @dataclass(frozen=True)
 class Microbatch:
-    """Prompts and their completions in one row of N tokens; C completion tokens to learn from.
+    """Prompts and their completions in one row of N tokens; C of them, the policy's own, to learn from.
 
-    A completion's last token predicts nothing that is learned from, so it is not in the row.
+    A completion's last token predicts nothing that is learned from, so it is not in the row, unless `ends` asks for it.
     """
 
     input_ids: Tensor  # (N,) int64
     position_ids: Tensor  # (N,) int64, of each token in its own prompt + completion
     tree: Tree
     adapters: int | Tensor  # of all tokens, or of each: (N,) int64
-    predictors: Tensor  # (C,) int64, the place in the row of the token before each completion token
-    targets: Tensor  # (C,) int64, the completion tokens
-    behaviour_logprobs: Tensor  # (C,) float32
-    advantages: Tensor  # (C,) float32, each token has its episode's
-
-
-@dataclass(frozen=True)
-class _Completion:
-    episode: Episode
-    advantage: float
-
-    @property
-    def length(self) -> int:
-        return len(self.episode.completion_ids)
+    predictors: Tensor  # (C,) int64, the place in the row of the token before each own token
+    targets: Tensor  # (C,) int64, the own tokens
+    lengths: Tensor  # (E,) int64, how many of the C are of each episode
+    tokens: Tokens  # (C,) each
+    lessons: tuple[Lesson, ...]  # E
 
 
 @dataclass(frozen=True)
 class _Branch:
     prompt: tuple[int, ...]
     adapter: int
-    completions: list[_Completion]
+    completions: list[Lesson]
 
 
 def microbatches(
-    groups: Sequence[Group], max_tokens: int, dtype: torch.dtype, device: torch.device,
-    adapters: Sequence[int] | None = None,
-) -> Iterator[Microbatch]:  # fmt: skip
-    """The episodes that carry a gradient, `max_tokens` tokens at a time (one episode at least).
+    groups: Sequence[Sequence[Lesson]], max_tokens: int, dtype: torch.dtype, device: torch.device, ends: bool = False
+) -> Iterator[Microbatch]:
+    """The lessons of each group, which have one prompt and one adapter, `max_tokens` tokens at a time (one at least).
 
-    Groups whose rewards all agree have zero advantages, and the advantage is the only gradient here: they are left
-    out. Groups go by the length of their longest completion, for attention pads those of a microbatch to one length.
-    `dtype` is that of the policy's activations; `adapters` those of the bank that each group is learned by, the first
-    where it is not given.
+    Groups go by the length of their longest completion, for attention pads those of a microbatch to one length.
+    `dtype` is that of the policy's activations. With `ends` the last token of each completion is in the row too, and
+    its place is the last of the episode's `predictors`, whose target is no token: for what is said of the text as a
+    whole, not for logprobs.
     """
-    of_group = zip(groups, adapters or [0] * len(groups), strict=True)
-    informative = [(group, adapter) for group, adapter in of_group if group.informative]
-    total = sum(_tokens(group) for group, _ in informative)
+    groups = [group for group in groups if group]
+    total = sum(_tokens(group) for group in groups)
     share = total / max(1, math.ceil(total / max_tokens))  # alike in size: a small rest would compute slowly
     branches: list[_Branch] = []
     tokens = 0
-    for group, adapter in sorted(informative, key=lambda each: _longest(each[0])):
-        prompt, opened = group.prompt.token_ids, False
-        for episode, advantage in zip(group.episodes, group_centred(torch.tensor(group.rewards)).tolist(), strict=True):
-            if not episode.completion_ids:
-                continue  # nothing was sampled: there is no token to learn from
-            wanted = len(episode.completion_ids) + (0 if opened else len(prompt))
+    for group in sorted(groups, key=lambda group: max(lesson.length for lesson in group)):
+        prompt, opened = group[0].prompt, False
+        for lesson in group:
+            wanted = lesson.length + (0 if opened else len(prompt))
             if branches and (tokens >= share or tokens + wanted > max_tokens):
-                yield _pack(branches, dtype, device)
+                yield _pack(branches, dtype, device, ends)
                 branches, tokens, opened = [], 0, False
             if not opened:
-                branches.append(_Branch(prompt, adapter, []))
+                branches.append(_Branch(prompt, lesson.adapter, []))
                 tokens, opened = tokens + len(prompt), True
-            branches[-1].completions.append(_Completion(episode, advantage))
-            tokens += len(episode.completion_ids)
+            branches[-1].completions.append(lesson)
+            tokens += lesson.length
     if branches:
-        yield _pack(branches, dtype, device)
+        yield _pack(branches, dtype, device, ends)
+
+
+def lesson(
+    prompt: Sequence[int], episode: Episode, advantage: float = 0.0, weight: float = 1.0, adapter: int = 0
+) -> Lesson:
+    """The same advantage and weight for each token."""
+    own = episode.own or (True,) * len(episode.completion_ids)
+    behaviour = torch.tensor([x for x, sampled in zip(episode.behaviour_logprobs, own, strict=True) if sampled])
+    advantages, weights = torch.full_like(behaviour, advantage), torch.full_like(behaviour, weight)
+    return Lesson(tuple(prompt), episode, Tokens(behaviour, advantages, weights), adapter)
 
 
 def alone(token_ids: Sequence[int], dtype: torch.dtype, device: torch.device) -> Microbatch:
     """A row of one text, whose targets are its tokens but the first: C is one less than their number."""
     episode = Episode(tuple(token_ids[1:]), (0.0,) * (len(token_ids) - 1), "stop", version=0)
-    return _pack([_Branch(tuple(token_ids[:1]), 0, [_Completion(episode, 0.0)])], dtype, device)
+    return _pack([_Branch(tuple(token_ids[:1]), 0, [lesson(token_ids[:1], episode)])], dtype, device)
 
 
 def idle(dtype: torch.dtype, device: torch.device) -> Microbatch:
@@ -94,36 +111,43 @@ def idle(dtype: torch.dtype, device: torch.device) -> Microbatch:
         row,
         predictors=row.predictors[none],
         targets=row.targets[none],
-        behaviour_logprobs=row.behaviour_logprobs[none],
-        advantages=row.advantages[none],
+        lengths=row.lengths[none],
+        tokens=Tokens(*(torch.zeros(0, device=device) for _ in fields(Tokens))),
+        lessons=(),
     )
 
 
-def shares(groups: Sequence[Group], ranks: int) -> list[list[Group]]:
-    """The groups dealt out to learners so that each has about as many tokens to compute."""
-    dealt: list[list[Group]] = [[] for _ in range(ranks)]
-    tokens = [0] * ranks
-    for group in sorted(groups, key=_tokens, reverse=True) if ranks > 1 else groups:
-        rank = tokens.index(min(tokens))
-        dealt[rank].append(group)
-        tokens[rank] += _tokens(group) if group.informative else 0
+def shares(sizes: Sequence[int], ranks: int) -> list[list[int]]:
+    """The places of groups of such sizes dealt out to learners so that each has about as much to compute."""
+    dealt: list[list[int]] = [[] for _ in range(ranks)]
+    given = [0] * ranks
+    for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]) if ranks > 1 else range(len(sizes)):
+        rank = given.index(min(given))
+        dealt[rank].append(place)
+        given[rank] += sizes[place]
     return dealt
 
 
-def _longest(group: Group) -> int:
-    return max(len(episode.completion_ids) for episode in group.episodes)
-
-
-def _tokens(group: Group) -> int:
+def _tokens(group: Sequence[Lesson]) -> int:
     """Those of the prompt, once, and of its completions."""
-    return len(group.prompt.token_ids) + sum(len(episode.completion_ids) for episode in group.episodes)
+    return len(group[0].prompt) + sum(lesson.length for lesson in group)
 
 
-def _pack(branches: Sequence[_Branch], dtype: torch.dtype, device: torch.device) -> Microbatch:
+def _joined(lessons: Sequence[Lesson], device: torch.device) -> Tokens:
+    """What is known of all their tokens; None where it is not known of each."""
+    columns = {field.name: [getattr(lesson.tokens, field.name) for lesson in lessons] for field in fields(Tokens)}
+    joined: dict[str, Any] = {
+        name: None if any(of is None for of in column) else torch.cat(column).to(device)
+        for name, column in columns.items()
+    }
+    return Tokens(**joined)
+
+
+def _pack(branches: Sequence[_Branch], dtype: torch.dtype, device: torch.device, ends: bool = False) -> Microbatch:
     """One row: each prompt, followed by its completions."""
     completions = [completion for branch in branches for completion in branch.completions]
     P, L = len(branches), max(len(branch.prompt) for branch in branches)
-    G, T = max(len(branch.completions) for branch in branches), max(each.length for each in completions) - 1
+    G, T = max(len(branch.completions) for branch in branches), max(each.length for each in completions) - (not ends)
     places = torch.arange(P * (L + G * T))
     place_of_prompt, place_of_completion = places[: P * L].view(P, L), places[P * L :].view(P, G, T)
     seen_PL = torch.zeros(P, L, dtype=torch.bool)
@@ -132,6 +156,7 @@ def _pack(branches: Sequence[_Branch], dtype: torch.dtype, device: torch.device)
     adapters: list[int] = []
     place_of_token: list[Tensor] = []
     predictors: list[int] = []
+    targets: list[int] = []
     for p, branch in enumerate(branches):
         start, length = len(ids), len(branch.prompt)
         seen_PL[p, :length] = True
@@ -140,8 +165,14 @@ def _pack(branches: Sequence[_Branch], dtype: torch.dtype, device: torch.device)
         positions += range(length)
         last = len(ids) - 1
         for g, completion in enumerate(branch.completions):
-            inputs = completion.episode.completion_ids[:-1]
-            predictors += [last, *range(len(ids), len(ids) + len(inputs))]
+            completion_ids = completion.episode.completion_ids
+            inputs = completion_ids if ends else completion_ids[:-1]
+            own = completion.episode.own or (True,) * len(completion_ids)
+            of_all = list(
+                zip((last, *range(len(ids), len(ids) + len(inputs))), (*completion_ids, 0), (*own, ends), strict=False)
+            )
+            predictors += [place for place, _, learned in of_all if learned]
+            targets += [token for _, token, learned in of_all if learned]
             place_of_token.append(place_of_completion[p, g, : len(inputs)])
             ids += inputs
             positions += range(length, length + len(inputs))
@@ -156,15 +187,14 @@ def _pack(branches: Sequence[_Branch], dtype: torch.dtype, device: torch.device)
     token_of_place = torch.zeros_like(places).index_put_((place,), torch.arange(len(ids)))
     empty = torch.ones_like(places, dtype=torch.bool).index_fill_(0, place, value=False).nonzero()[:, 0]
     tree = Tree((P, L, G, T), *(tensor.to(device) for tensor in (token_of_place, place, empty, causal, bias)))
-    lengths = torch.tensor([completion.length for completion in completions])
-    advantages = torch.tensor([completion.advantage for completion in completions])
     return Microbatch(
         input_ids=torch.tensor(ids).to(device),
         position_ids=torch.tensor(positions).to(device),
         tree=tree,
         adapters=torch.tensor(adapters).to(device) if len(set(adapters)) > 1 else adapters[0],
         predictors=torch.tensor(predictors).to(device),
-        targets=torch.tensor([t for c in completions for t in c.episode.completion_ids]).to(device),
-        behaviour_logprobs=torch.tensor([x for c in completions for x in c.episode.behaviour_logprobs]).to(device),
-        advantages=advantages.repeat_interleave(lengths).to(device),
+        targets=torch.tensor(targets).to(device),
+        lengths=torch.tensor([len(each.tokens.weights) + ends for each in completions]).to(device),
+        tokens=_joined(completions, device),
+        lessons=tuple(completions),
     )

@@ -144,7 +144,11 @@ def _parse_train(arguments: list[str]) -> Train:
     parsed = cast(Train, tyro.cli(Train, default=default, args=others, prog="rlora train"))
     of_another_env = saved.env_args if saved and saved.env != parsed.config.env else {}
     kept = {name: value for name, value in parsed.config.env_args.items() if name not in of_another_env}
-    given = replace(parsed, config=validate(replace(parsed.config, env_args=kept | env_args)))
+    table = asdict(parsed.config) | {"env_args": kept | env_args}
+    if "algorithm.name" in options:  # its own settings, but for those that are given beside it
+        named = {option.removeprefix("algorithm.").removeprefix("no_") for option in options}
+        table["algorithm"] = {name: value for name, value in table["algorithm"].items() if name in named}
+    given = replace(parsed, config=validate(table))
     if given.resume and saved:
         before, after = asdict(saved), asdict(given.config)
         changed = [field for field in before if before[field] != after[field] and field != "steps"]

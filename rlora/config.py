@@ -91,18 +91,18 @@ class LearnerConfig:
     """How A starts: uniform within 1 / sqrt(d_in), or with orthonormal rows. B starts at 0."""
     start_from: Directory = ""
     """The directory of an adapter in PEFT's format to start from; by default a fresh one, whose policy is the base."""
-    lr: Positive = 1e-4
-    """Learning rate of Adam."""
-    lr_schedule: Literal["constant", "linear"] = "constant"
-    """Constant, or linear from lr at the first step down to 0 after the last (`steps`; a resumed run may have more)."""
+    lr: Positive | Literal["auto"] = 1e-4
+    """Learning rate of Adam; `auto` takes the rule that was fitted for adapters to the base's hidden size."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How it falls from lr at the first step to `lr_floor` after the last (`steps`; a resumed run may have more)."""
+    lr_floor: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Where it falls to, as a share of lr."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Decay rates of Adam's two moments."""
     eps: Positive = 1e-12
     """Adam's epsilon; small, because gradients of an adapter can be tiny."""
     max_grad_norm: Positive = 1.0
     """The gradient is scaled down to this norm where it is longer."""
-    importance_cap: Annotated[float, Field(ge=1)] = 2.0
-    """Cap of the importance ratio p_learner / p_behaviour of a token."""
     microbatch_tokens: Count = 2048
     """Tokens in one forward pass, each prompt's once; lower it where memory is short."""
     checkpointing: bool = False
@@ -126,6 +126,86 @@ class LearnerConfig:
     def whole(self) -> bool:
         """Whether all weights are trained: then there is no adapter."""
         return self.adapter == "none"
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    __pydantic_config__ = _STRICT
+
+    name: Literal["reinforce", "grpo", "dr-grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++", "ppo"] = "reinforce"
+    """Sets what the fields below are unless they are given; docs/algorithms.md has the table."""
+    advantage: Literal["centred", "standardised", "leave-one-out", "whitened", "gae"] = "centred"
+    """From the returns of a group (the first three), of the whole step, or of each token by a critic."""
+    loss: Literal["reinforce", "clip", "gspo", "cispo"] = "reinforce"
+    """Of a token: its ratio to the update's start as it is, clipped, its episode's clipped, or a clipped weight."""
+    average: Literal["tokens", "episodes", "constant"] = "tokens"
+    """Whether each token counts alike in a minibatch, or each episode, or by 1 / (episodes x sampling.max_tokens)."""
+    clip_low: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """How far below 1 the ratio may be before it is clipped."""
+    clip_high: Annotated[float, Field(ge=0)] = 0.2
+    """How far above 1."""
+    dual_clip: Annotated[float, Field(ge=0)] = 0.0
+    """The most that a token of negative advantage may cost, times that; above 1, or 0 for no bound."""
+    correction: Literal["token-truncate", "token-mask", "episode-truncate", "episode-mask", "none"] = "token-truncate"
+    """What p_start / p_behaviour does, of a token or the product over an episode, where it is over the cap."""
+    importance_cap: Annotated[float, Field(ge=1)] = 2.0
+    """Cap of that ratio."""
+    kl: Annotated[float, Field(ge=0)] = 0.0
+    """Coefficient of the KL to the reference policy: the base, with the adapter off. 0 computes none."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Whether the KL is added to the loss or taken from the reward."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Of the KL a token (Schulman 2020)."""
+    entropy: float = 0.0
+    """Coefficient of the entropy bonus. 0 computes no entropy."""
+    epochs: Count = 1
+    """Times that an update goes through the step's episodes."""
+    minibatches: Count = 1
+    """Parts of the step's groups; each is one Adam step."""
+    target_kl: Annotated[float, Field(ge=0)] = 0.0
+    """An update ends where the KL from its start, mean over a minibatch's tokens, is above this; 0 is no bound."""
+    refills: Annotated[int, Field(ge=0)] = 0
+    """Times that a step asks for more prompts in place of groups whose rewards agree (DAPO's dynamic sampling)."""
+    drop_truncated: bool = False
+    """Learn nothing from completions that were cut off at sampling.max_tokens."""
+    overlong_tokens: Annotated[int, Field(ge=0)] = 0
+    """The last so many tokens before sampling.max_tokens cost more and more of `overlong_penalty`."""
+    overlong_penalty: Annotated[float, Field(ge=0)] = 0.0
+    """Taken from the reward of a completion of sampling.max_tokens tokens."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Discount a token, of `gae` and `whitened`."""
+    lam: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """GAE's lambda."""
+
+
+@dataclass(frozen=True)
+class CriticConfig:
+    __pydantic_config__ = _STRICT
+
+    rank: Annotated[int, Field(ge=1, le=MAX_RANK)] = 1
+    """Rank of the critic's own adapter, on the same base."""
+    lr: Positive = 1e-3
+    """Learning rate of its adapter and its head."""
+    clip: Annotated[float, Field(ge=0)] = 0.2
+    """How far a value may move from what it was before the update; 0 is no bound."""
+    warmup: Annotated[int, Field(ge=0)] = 0
+    """Steps in which the critic learns and the policy does not."""
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "reinforce": {},
+    "grpo": {"advantage": "standardised", "loss": "clip", "average": "episodes"},
+    "dr-grpo": {"loss": "clip", "average": "constant"},
+    "dapo": {"advantage": "standardised", "loss": "clip", "clip_high": 0.28, "refills": 2},
+    "gspo": {
+        "advantage": "standardised", "loss": "gspo", "average": "episodes", "clip_low": 3e-4, "clip_high": 4e-4,
+        "correction": "episode-truncate",
+    },
+    "cispo": {"advantage": "standardised", "loss": "cispo", "clip_low": 1.0, "clip_high": 4.0},
+    "rloo": {"advantage": "leave-one-out"},
+    "reinforce++": {"advantage": "whitened", "loss": "clip", "kl": 1e-3, "kl_in": "reward", "kl_estimator": "k2"},
+    "ppo": {"advantage": "gae", "loss": "clip", "epochs": 1, "minibatches": 4, "lam": 0.95},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -167,6 +247,8 @@ class Config:
     sampling: SamplingConfig = SamplingConfig()
     engine: EngineConfig = EngineConfig()
     learner: LearnerConfig = LearnerConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    critic: CriticConfig = CriticConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @property
@@ -193,6 +275,8 @@ def read(path: Path) -> Config:
 def validate(values: Config | dict[str, Any], source: str = "") -> Config:
     """A config whose every value has its type and range. Raises RloraError with a line for each field at fault."""
     table = asdict(values) if isinstance(values, Config) else values
+    given = table.get("algorithm", {})
+    table = table | {"algorithm": PRESETS.get(given.get("name"), {}) | given}
     try:
         config = _ADAPTER.validate_json(json.dumps(table, default=str))  # JSON, like TOML, has lists for tuples
     except ValidationError as error:
@@ -201,7 +285,41 @@ def validate(values: Config | dict[str, Any], source: str = "") -> Config:
         _refuse_beside_all_weights(config, source)
     if config.learner.shard:
         _refuse_to_shard(config.learner, source)
+    _refuse_what_makes_no_sense(config, source)
     return config
+
+
+def _refuse_what_makes_no_sense(config: Config, source: str) -> None:
+    """Raise RloraError for parts of an algorithm that do not go together."""
+    a = config.algorithm
+
+    def refuse(name: str, why: str) -> None:
+        raise RloraError(f"{source}algorithm.{name} = {getattr(a, name)!r}: {why}")
+
+    if 0 < a.dual_clip <= 1:
+        refuse("dual_clip", "a token inside the clip would be cut too; set it above 1 (3 is usual), or to 0")
+    if a.loss == "gspo" and a.correction.startswith("token"):
+        refuse("correction", "GSPO's ratio is its episode's, and so must this one be; use episode-truncate, "
+               "episode-mask or none")  # fmt: skip
+    if a.loss == "gspo" and a.advantage in ("gae", "whitened"):
+        refuse("advantage", "each token has its own, but GSPO has one ratio for a whole episode; use "
+               'algorithm.loss = "clip", or advantages of a group')  # fmt: skip
+    if a.kl and config.learner.whole:
+        refuse("kl", "the reference policy is the base with the adapter off, and without an adapter the base itself is "
+               "trained; set it to 0")  # fmt: skip
+    if a.advantage == "gae" and config.learner.whole:
+        refuse("advantage", "the critic is an adapter beside the policy's, on a base that stays; it needs "
+               'learner.adapter = "lora"')  # fmt: skip
+    if a.refills and a.advantage in ("gae", "whitened"):
+        refuse("refills", "groups whose rewards agree do carry a gradient here; set it to 0")
+    if a.minibatches > config.prompts_per_step:
+        refuse("minibatches", f"there are {config.prompts_per_step} groups a step (prompts_per_step), and a group "
+               "stays whole; set it to that or less")  # fmt: skip
+    if a.overlong_tokens >= config.sampling.max_tokens:
+        refuse("overlong_tokens", f"a completion has {config.sampling.max_tokens} at most (sampling.max_tokens); set "
+               "it below that")  # fmt: skip
+    if bool(a.overlong_penalty) != bool(a.overlong_tokens):
+        refuse("overlong_penalty", f"algorithm.overlong_tokens is {a.overlong_tokens}; set both, or leave both out")
 
 
 def _refuse_beside_all_weights(config: Config, source: str) -> None:
@@ -244,16 +362,17 @@ def refuse_unlearnable(names: Iterable[str]) -> None:
 
 def explain(error: ValidationError) -> str:
     """One line a field at fault: its name, its value, what it must be, and what it means."""
-    lines = []
+    lines: dict[str, str] = {}  # by the field: one that may be of several types has a fault for each
     for fault in error.errors():
-        name = ".".join(str(part) for part in fault["loc"])
+        name = ".".join(str(part) for i, part in enumerate(fault["loc"]) if i < 2 or isinstance(part, int))
         if fault["type"] == "missing":
-            lines.append(f"{name}: not set, and it has no default; set it in the file or by --{name}")
+            line = f"{name}: not set, and it has no default; set it in the file or by --{name}"
         elif fault["type"] == "unexpected_keyword_argument":
-            lines.append(f"{name} = {fault['input']!r}: no such field; `rlora train --help` lists them all")
+            line = f"{name} = {fault['input']!r}: no such field; `rlora train --help` lists them all"
         else:
-            lines.append(f"{name} = {fault['input']!r}: {fault['msg'].replace('Input', 'it')}. {_doc(fault['loc'])}")
-    return "\n".join(lines)
+            line = f"{name} = {fault['input']!r}: {fault['msg'].replace('Input', 'it')}. {_doc(fault['loc'])}"
+        lines.setdefault(name, line)
+    return "\n".join(lines.values())
 
 
 def _doc(loc: tuple[int | str, ...]) -> str:

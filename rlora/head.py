@@ -56,13 +56,14 @@ def token_logprobs(
     return _TokenLogprobs.apply(hidden, weight, bias, targets, temperature)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def trained_token_logprobs(
+def logprobs_and_entropies(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: tuple[Tensor, Tensor, Tensor | None] | None,
     targets: Tensor, temperature: float = 1.0,
-) -> Tensor:  # fmt: skip
-    """The same where the head is trained: itself, or an adapter over it, A (R, d), B (V, R) and each token's mask.
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same, and the entropies -sum p log p in nats: (C,) each, with gradients to the head too where it is trained.
 
-    Gradients reach it too, each a sum over tokens, so the logits of a chunk are computed again in the backward pass.
+    It is trained itself, or an adapter over it is: A (R, d), B (V, R) and each token's mask. The logits of a chunk are
+    computed again in the backward pass.
     """
 
     def of(part: slice) -> Tensor:
@@ -71,10 +72,12 @@ def trained_token_logprobs(
         else:
             a, b, mask = adapter
             logits = low_rank(hidden[part], weight, bias, a, b, None if mask is None else mask[part])
-        return (logits.float() / temperature).log_softmax(1).gather(1, targets[part, None])[:, 0]
+        logprobs = (logits.float() / temperature).log_softmax(1)
+        return torch.stack([logprobs.gather(1, targets[part, None])[:, 0], -(logprobs.exp() * logprobs).sum(1)])
 
     parts = _chunks(len(hidden), len(weight))
-    return torch.cat([checkpoint(of, part, use_reentrant=False) for part in parts])
+    both = torch.cat([checkpoint(of, part, use_reentrant=False) for part in parts], dim=1)
+    return both[0], both[1]
 
 
 def _chunks(tokens: int, vocabulary: int) -> list[slice]:

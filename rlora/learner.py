@@ -1,29 +1,40 @@
 """The learner: owns the adapter's fp32 masters and Adam; groups in, the next adapter version out."""
 
 import math
+import random
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from statistics import fmean
+from typing import cast
 
 import safetensors.torch
 import torch
 import torch.distributed
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlora import machine, peft_format
+from rlora.advantage import whitened
+from rlora.algorithm import credit, own_tokens, token_losses, weigher
 from rlora.base import load_base, load_quantised
-from rlora.batch import Microbatch, alone, idle, microbatches, shares
+from rlora.batch import Lesson, Microbatch, alone, idle, lesson, microbatches, shares
 from rlora.config import Config, LearnerConfig
 from rlora.lora import OFF, Spec
-from rlora.loss import kl_k3, truncated_importance_loss
+from rlora.loss import value_loss
+from rlora.optimizer import Optimizer, auto_lr, scheduled_lr
 from rlora.policy import Policy
 from rlora.records import WHOLE_FILES, Adapter, Canary, Group, RloraError, UpdateStats
 from rlora.sharding import shard
 
 _CANARY = 24  # tokens: one short prompt, and enough logprobs for a mean
+_FIGURES = (  # sums over the tokens of a minibatch
+    "loss", "tokens", "kl_behaviour", "ratio_truncated", "kl_start", "surprise", "clipped", "kl_reference",
+    "value_loss",
+)  # fmt: skip
 
 
 class Learner:
@@ -36,16 +47,17 @@ class Learner:
         place = torch.device("cpu") if config.learner.shard else self.device  # `join` moves it, a layer at a time
         model = load_base(base, dtype, place) if quantise == "none" else load_quantised(base, dtype, quantise)
         learner = config.learner
+        self.critic = config.algorithm.advantage == "gae"
         if learner.whole:
             self.policy = Policy(model, [], config.seed, learner.checkpointing)
         else:
             spec, start = first_adapter(learner)
-            self.policy = Policy(model, [spec], config.seed, learner.checkpointing)
+            critic = [Spec(config.critic.rank, learner.alpha)] if self.critic else []
+            self.policy = Policy(model, [spec, *critic], config.seed, learner.checkpointing, self.critic)
             if start is not None:
                 peft_format.fill(self.policy.bank, 0, start)
-        self.trained = [p for p in self.policy.parameters() if p.requires_grad]
-        self.parameters = [master_of(weight) for weight in self.trained]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=learner.lr, betas=learner.betas, eps=learner.eps)
+        self.lr = auto_lr(model) if learner.lr == "auto" else learner.lr
+        self.optimizer = Optimizer(*self.policy.trained(), learner)
         self.rank, self.ranks = 0, 1
         self.version = 0
         self.skipped_in_a_row = 0  # updates whose loss or gradient was not finite
@@ -72,56 +84,171 @@ class Learner:
             self.policy.to(self.device)  # what is not sharded
 
     def update(self, groups: Sequence[Group]) -> tuple[Adapter, UpdateStats]:
-        """One step: the loss of `groups`, one Adam step on the adapter, and version + 1.
+        """One step: what the algorithm makes of `groups`, an Adam step a minibatch on the adapter, and version + 1.
 
-        Token losses are summed and divided once by the number of all completion tokens, those of groups without
-        signal included. A non-finite loss or gradient leaves adapter and optimizer as they were; the version goes up
+        A minibatch with a non-finite loss or gradient leaves adapter and optimizer as they were; the version goes up
         all the same. Where several learners share the update, each is given all groups and computes its part; the
-        gradients are added up, and all take the same step.
+        gradients are added up, and all take the same steps.
         """
-        start = time.perf_counter()
-        settings = self.config.learner
-        total_tokens = sum(len(episode.completion_ids) for group in groups for episode in group.episodes)
-        sums = torch.zeros(4, device=self.device)  # of this rank: loss, KL, truncated ratios, tokens
-        self.optimizer.zero_grad()
-        mine = shares(groups, self.ranks)[self.rank]
-        batches = microbatches(mine, settings.microbatch_tokens, self.policy.base.dtype, self.device)
-        for batch in self._in_step(batches) if settings.shard else batches:
-            logprobs = self.policy.logprobs(batch, self.config.sampling.temperature)
-            losses = truncated_importance_loss(
-                logprobs, batch.behaviour_logprobs, batch.advantages, settings.importance_cap
-            )
-            loss = losses.sum() / total_tokens
-            loss.backward()
-            with torch.no_grad():
-                kl = kl_k3(logprobs, batch.behaviour_logprobs).sum()
-                truncated = (logprobs - batch.behaviour_logprobs > math.log(settings.importance_cap)).sum()
-                sums += torch.stack([loss, kl, truncated, torch.full_like(loss, len(logprobs))])
-        loss_sum, kl_sum, truncated_sum, tokens = self._over_ranks(sums).tolist()
-        grad_norm = (
-            torch.nn.utils.clip_grad_norm_(self.parameters, settings.max_grad_norm) if tokens else torch.zeros(())
-        )
-        finite = math.isfinite(loss_sum) and bool(torch.isfinite(grad_norm))
-        lr = scheduled_lr(self.config, self.version)
-        if tokens and finite:
-            for parameters in self.optimizer.param_groups:
-                parameters["lr"] = lr
-            self.optimizer.step()
-            self._round()
+        began, algorithm = time.perf_counter(), self.config.algorithm
+        lrs = [scheduled_lr(self.config, self.lr, self.version)]
+        if self.critic:
+            lrs = [lrs[0] if self.version >= self.config.critic.warmup else 0.0, self.config.critic.lr]
+        lessons, explained_variance = self._lessons(groups)
+        sums: Counter[str] = Counter()
+        norms: list[float] = []
+        all_finite = True
+        for chosen in self._minibatches(len(groups)):
+            of_minibatch, norm = self._minibatch([groups[i] for i in chosen], [lessons[i] for i in chosen], lrs)
+            all_finite &= math.isfinite(of_minibatch["loss"] + norm)
+            sums.update(of_minibatch)
+            norms.append(norm)
+            moved = of_minibatch["kl_start"] / max(1.0, of_minibatch["tokens"])
+            if not math.isfinite(moved) or 0 < algorithm.target_kl < moved:
+                break
+        if sums["tokens"]:
             self.canary = self._canary()
         self.version += 1
-        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        self.skipped_in_a_row = 0 if all_finite else self.skipped_in_a_row + 1
+
+        def a_token(name: str, computed: bool = True) -> float | None:
+            return sums[name] / sums["tokens"] if computed and sums["tokens"] else None
+
         stats = UpdateStats(
-            loss=loss_sum,
-            grad_norm=float(grad_norm),
-            lr=lr,
-            kl_behaviour=kl_sum / tokens if tokens else None,
-            ratio_truncated=truncated_sum / tokens if tokens else None,
-            tokens=int(tokens),
-            seconds=time.perf_counter() - start,
+            loss=sums["loss"] / max(1, len(norms)),
+            grad_norm=fmean(norms) if norms else 0.0,
+            lr=lrs[0],
+            kl_behaviour=a_token("kl_behaviour"),
+            ratio_truncated=a_token("ratio_truncated"),
+            clipped=a_token("clipped", algorithm.loss != "reinforce"),
+            kl_start=a_token("kl_start"),
+            kl_reference=a_token("kl_reference", algorithm.kl > 0),
+            surprise=a_token("surprise"),
+            value_loss=a_token("value_loss", self.critic),
+            explained_variance=explained_variance,
+            minibatches=len(norms),
+            tokens=int(sums["tokens"]),
+            seconds=time.perf_counter() - began,
             skipped_in_a_row=self.skipped_in_a_row,
         )
         return self.adapter(), stats
+
+    def _lessons(self, groups: Sequence[Group]) -> tuple[list[list[Lesson]], float | None]:
+        """What this rank is to learn from each group, nothing from those that are another's or carry no gradient; and
+        the share of the returns' variance that the critic knew."""
+        algorithm, max_tokens = self.config.algorithm, self.config.sampling.max_tokens
+        lessons = [
+            [lesson(group.prompt.token_ids, each) for each in group.episodes if own_tokens(each)] for group in groups
+        ]
+        own = shares(
+            [sum(each.length for each in of) * group.informative for group, of in zip(groups, lessons, strict=True)],
+            self.ranks,
+        )[self.rank]
+        lessons = [of if i in own else [] for i, of in enumerate(lessons)]
+        lessons, ends = self._before(lessons)
+        lessons = [
+            credit(group, of, algorithm, max_tokens, [ends.get(id(each.episode), 0.0) for each in of]) if of else []
+            for group, of in zip(groups, lessons, strict=True)
+        ]
+        explained_variance = None
+        if algorithm.advantage in ("whitened", "gae"):
+            lessons, explained_variance = self._whitened(lessons)
+        all_count = (algorithm.kl_in == "loss" and algorithm.kl) or algorithm.entropy or self.critic
+        lessons = [[each for each in of if all_count or each.tokens.advantages.any()] for of in lessons]
+        return lessons, explained_variance
+
+    @torch.no_grad()
+    def _before(self, lessons: list[list[Lesson]]) -> tuple[list[list[Lesson]], dict[int, float]]:
+        """The lessons with what the algorithm has to know before its first minibatch, and what the critic says last."""
+        algorithm, temperature = self.config.algorithm, self.config.sampling.temperature
+        wanted: dict[str, Callable[[Microbatch], Tensor]] = {}
+        if algorithm.epochs * algorithm.minibatches > 1 or (algorithm.kl and algorithm.kl_in == "reward"):
+            wanted["start_logprobs"] = lambda row: self.policy.logprobs(row, temperature)
+        if algorithm.kl:
+            wanted["reference_logprobs"] = lambda row: self.policy.logprobs(replace(row, adapters=OFF), temperature)
+        known: dict[int, dict[str, Tensor]] = defaultdict(dict)  # of each episode
+        ends: dict[int, float] = {}
+        for row in self._rows(lessons) if wanted else ():
+            for name, of in wanted.items():
+                for each, part in zip(row.lessons, of(row).cpu().split(row.lengths.tolist()), strict=True):
+                    known[id(each.episode)][name] = part
+        for row in self._rows(lessons, ends=True) if self.critic else ():
+            for each, part in zip(row.lessons, self.policy.values(row).cpu().split(row.lengths.tolist()), strict=True):
+                known[id(each.episode)]["values"], ends[id(each.episode)] = part[:-1], float(part[-1])
+        return [[each.knowing(**known[id(each.episode)]) for each in of] for of in lessons], ends
+
+    def _whitened(self, lessons: list[list[Lesson]]) -> tuple[list[list[Lesson]], float | None]:
+        """With advantages of mean 0 and variance 1 over all ranks' tokens, and the critic's explained variance."""
+        of_all = [each.tokens for of in lessons for each in of]
+        advantages = torch.cat([torch.zeros(0), *(tokens.advantages for tokens in of_all)])
+        returns = torch.cat(
+            [torch.zeros(0), *(tokens.advantages if tokens.returns is None else tokens.returns for tokens in of_all)]
+        )
+        x = torch.stack([advantages, returns]).double()
+        moments = torch.cat([torch.tensor([len(advantages)]), x.sum(1), x.square().sum(1)]).to(self.device)
+        if self.ranks > 1:
+            torch.distributed.all_reduce(moments)
+        count, *both = moments.cpu()
+        mean, square = torch.stack(both).view(2, 2) / count.clamp(min=1)
+        variance = (square - mean.square()).clamp(min=0)
+        explained = float(1 - variance[0] / variance[1]) if self.critic and variance[1] else None  # A = R - V
+        of_advantages = mean[0].float(), variance[0].float()
+        lessons = [
+            [each.knowing(advantages=whitened(each.tokens.advantages, *of_advantages)) for each in of] for of in lessons
+        ]
+        return lessons, explained
+
+    def _minibatches(self, groups: int) -> Iterator[list[int]]:
+        """The places of each minibatch's groups, in another order each epoch; alike on all ranks."""
+        algorithm = self.config.algorithm
+        for epoch in range(algorithm.epochs):
+            order = list(range(groups))
+            if algorithm.epochs * algorithm.minibatches > 1:
+                random.Random(f"{self.config.seed} {self.version} {epoch}").shuffle(order)
+            for part in range(algorithm.minibatches):
+                if chosen := order[part :: algorithm.minibatches]:
+                    yield chosen
+
+    def _minibatch(
+        self, groups: Sequence[Group], lessons: Sequence[Sequence[Lesson]], lrs: Sequence[float]
+    ) -> tuple[dict[str, float], float]:
+        """The loss, its gradient and an Adam step; returns sums over all ranks' tokens, and the gradient's norm."""
+        algorithm, temperature = self.config.algorithm, self.config.sampling.temperature
+        weight = weigher(groups, algorithm, self.config.sampling.max_tokens)
+        weighted = [
+            [each.knowing(weights=torch.full_like(each.tokens.weights, weight(each.episode))) for each in of]
+            for of in lessons
+        ]
+        sums = dict.fromkeys(_FIGURES, torch.zeros((), device=self.device))
+        self.optimizer.zero_grad()
+        for row in self._rows(weighted):
+            if algorithm.entropy:
+                logprobs, entropies = self.policy.logprobs_and_entropies(row, temperature)
+            else:
+                logprobs, entropies = self.policy.logprobs(row, temperature), None
+            losses, figures = token_losses(row, logprobs, entropies, algorithm)
+            loss = (losses * row.tokens.weights).sum()
+            loss.backward()
+            figures |= {"loss": loss.detach(), "tokens": torch.ones_like(logprobs)}
+            if self.critic:
+                values, before, returns = self.policy.values(row), row.tokens.values, row.tokens.returns
+                of_values = value_loss(values, cast(Tensor, before), cast(Tensor, returns), self.config.critic.clip)
+                (of_values * row.tokens.weights).sum().backward()
+                figures["value_loss"] = of_values
+            for name, figure in figures.items():
+                sums[name] = sums[name] + figure.detach().sum()
+        stacked = torch.stack(list(sums.values()))
+        if self.ranks > 1:
+            stacked = self.optimizer.add_over_ranks(stacked)
+        total = dict(zip(sums, stacked.tolist(), strict=True))
+        if not total["tokens"]:
+            return total, 0.0
+        return total, self.optimizer.step(*lrs) if math.isfinite(total["loss"]) else math.nan
+
+    def _rows(self, lessons: Sequence[Sequence[Lesson]], ends: bool = False) -> Iterator[Microbatch]:
+        budget = self.config.learner.microbatch_tokens
+        rows = microbatches(lessons, budget, self.policy.base.dtype, self.device, ends)
+        return self._in_step(rows) if self.config.learner.shard else rows
 
     def _in_step(self, batches: Iterator[Microbatch]) -> Iterator[Microbatch]:
         """`batches`, then idle ones until no rank has any left: each pass of one rank needs the others' weights."""
@@ -132,26 +259,6 @@ class Learner:
             if not left:
                 return
             yield batch or idle(self.policy.base.dtype, self.device)
-
-    def _over_ranks(self, sums: Tensor) -> Tensor:
-        """Add up `sums` and the gradients over all ranks, in one message."""
-        if self.ranks == 1:
-            return sums
-        gradients = [
-            torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in self.parameters
-        ]
-        flat = torch.cat([sums, *(gradient.flatten() for gradient in gradients)])
-        torch.distributed.all_reduce(flat)
-        sums, *parts = flat.split([len(sums), *(gradient.numel() for gradient in gradients)])
-        for parameter, part in zip(self.parameters, parts, strict=True):
-            parameter.grad = part.view_as(parameter)
-        return sums
-
-    def _round(self) -> None:
-        """Let the policy have the masters' values, each in its dtype."""
-        for weight, master in zip(self.trained, self.parameters, strict=True):
-            if weight is not master:
-                weight.data.copy_(master.data)
 
     def adapter(self) -> Adapter:
         """The current version, in PEFT's format; without an adapter all weights, in that of transformers."""
@@ -185,47 +292,15 @@ class Learner:
 
     def state(self) -> bytes:
         """All that `resume` needs: the version, the masters and Adam's moments, in safetensors format."""
-        tensors = {"version": torch.tensor(self.version)}
-        for index, parameter in enumerate(self.parameters):
-            tensors[f"{index}.master"] = parameter.detach().cpu()
-            for name, value in self.optimizer.state[parameter].items():
-                tensors[f"{index}.adam.{name}"] = value.cpu()
-        return safetensors.torch.save(tensors)
+        return safetensors.torch.save({"version": torch.tensor(self.version)} | self.optimizer.state())
 
     def resume(self, state: bytes) -> Adapter:
         """Go on from `state`; returns its adapter. Raises RloraError where it is of another base, rank or target."""
         tensors = safetensors.torch.load(state)
-        shapes = {f"{index}.master": parameter.shape for index, parameter in enumerate(self.parameters)}
-        if shapes != {name: tensor.shape for name, tensor in tensors.items() if name.endswith(".master")}:
-            raise RloraError("resume: the saved state is of another model or rank; resume with the config of the run")
-        for index, parameter in enumerate(self.parameters):
-            parameter.data.copy_(tensors[f"{index}.master"])
-            for name in ("step", "exp_avg", "exp_avg_sq"):
-                if (moment := tensors.get(f"{index}.adam.{name}")) is not None:
-                    self.optimizer.state[parameter][name] = moment if name == "step" else moment.to(self.device)
-        self._round()
+        self.optimizer.resume(tensors)
         self.canary = self._canary()
         self.version = int(tensors["version"])
         return self.adapter()
-
-
-def master_of(weight: nn.Parameter) -> nn.Parameter:
-    """What the optimizer steps in place of a weight that is trained: itself in fp32, else an fp32 copy.
-
-    A step is often smaller than 16 bits can tell from nothing; the copy keeps it. It also gathers the gradients, and
-    adds those of all microbatches up in fp32.
-    """
-    if weight.dtype == torch.float32:
-        return weight
-    master = nn.Parameter(weight.detach().float())
-
-    def gather(weight: Tensor) -> None:
-        assert weight.grad is not None
-        gradient, weight.grad = weight.grad.float(), None
-        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-
-    weight.register_post_accumulate_grad_hook(gather)
-    return master
 
 
 def first_adapter(learner: LearnerConfig) -> tuple[Spec, dict[str, Tensor] | None]:
@@ -253,12 +328,6 @@ def first_adapter(learner: LearnerConfig) -> tuple[Spec, dict[str, Tensor] | Non
                 f"set learner.{field} to {its}"
             )
     return saved, tensors
-
-
-def scheduled_lr(config: Config, step: int) -> float:
-    """The learning rate of a step."""
-    decay = 1 - step / config.steps if config.learner.lr_schedule == "linear" else 1.0
-    return config.learner.lr * decay
 
 
 def refuse_to_go_on(config: Config, update: UpdateStats) -> None:

@@ -1,22 +1,115 @@
-"""Token losses of the policy and estimators beside them. Pure torch; callers sum and normalise once."""
+"""Losses of the policy's tokens, estimators beside them, and the critic's. Pure torch.
 
+Three policies meet here. The *behaviour* policy sampled (the engine's logprobs, of some version); the *start* is the
+learner's own before the update's first minibatch; *now* is the one that is being trained. Two ratios: `correct` has
+start over behaviour, which undoes the difference of engine and learner and staleness, and is never differentiated;
+the surrogates have now over start, which is 1 in value until the update's second minibatch.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
 from torch import Tensor
 
 
-def truncated_importance_loss(logprobs: Tensor, behaviour_logprobs: Tensor, advantages: Tensor, cap: float) -> Tensor:
-    """-min(p_learner / p_behaviour, cap) * A * log p_learner, the ratio detached. All (N,) -> (N,)
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """What is known of C tokens before an update: (C,) float32 each, None where the algorithm does without."""
 
-    Its gradient is -min(ratio, cap) * A * grad log p: the gradient of the importance-weighted objective of "LoRA
-    Without Regret" (Thinking Machines, 2025), with the weight truncated as in "Your Efficient RL Framework Secretly
-    Brings You Off-Policy RL Training" (Yao et al. 2025, TIS). Because the weight is detached, a token over the cap
-    keeps a bounded gradient; PPO's clip would silence it.
+    behaviour_logprobs: Tensor
+    advantages: Tensor
+    weights: Tensor  # of each token's loss in that of the minibatch
+    start_logprobs: Tensor | None = None  # None: the first minibatch is the only one
+    reference_logprobs: Tensor | None = None
+    values: Tensor | None = None  # the critic's, before the update
+    returns: Tensor | None = None  # that it should have said
+
+
+# --- surrogates: now / start, times the advantage ---
+
+
+def reinforce(ratio: Tensor, advantages: Tensor) -> Tensor:
+    """-r A, whose gradient is -r A grad log p: REINFORCE with importance weights. (C,) -> (C,)
+
+    The objective of "LoRA Without Regret" (Thinking Machines, 2025) and, on policy, the gradient of all the others.
     """
-    ratio = (logprobs.detach() - behaviour_logprobs).exp()
-    return -ratio.clamp(max=cap) * advantages * logprobs
+    return -ratio * advantages
 
 
-def kl_k3(logprobs: Tensor, behaviour_logprobs: Tensor) -> Tensor:
-    """KL(behaviour || learner) a token, from tokens of the behaviour policy: exp(d) - 1 - d, d = log p_learner -
-    log p_behaviour. Never negative, unbiased (Schulman 2020, "Approximating KL divergence", k3). (N,) -> (N,)"""
-    d = logprobs - behaviour_logprobs
-    return d.exp() - 1 - d
+def clipped(ratio: Tensor, advantages: Tensor, low: float, high: float, dual: float = 0.0) -> Tensor:
+    """-min(r A, clip(r, 1 - low, 1 + high) A) (PPO, arXiv:1707.06347, eq. 7; DAPO's clip-higher, arXiv:2503.14476,
+    eq. 10). (C,) -> (C,)
+
+    With `dual` > 1, where A < 0 no more than -dual A (dual-clip PPO, arXiv:1912.09729, eq. 5).
+    """
+    objective = torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+    if dual:
+        objective = torch.where(advantages < 0, torch.maximum(objective, dual * advantages), objective)
+    return -objective
+
+
+def clipped_weight(ratio: Tensor, logprobs: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
+    """-sg(clip(r, 1 - low, 1 + high)) A log p (CISPO, MiniMax-M1, arXiv:2506.13585, eq. 4 and 5). (C,) -> (C,)
+
+    The weight is detached, so a token beyond the clip keeps a gradient; PPO's clip silences it.
+    """
+    return -ratio.detach().clamp(1 - low, 1 + high) * advantages * logprobs
+
+
+def sequence_log_ratio(log_ratio: Tensor, lengths: Tensor) -> Tensor:
+    """Each token gets its episode's mean: log s_i of GSPO (arXiv:2507.18071, eq. 7). (C,), (E,) int64 -> (C,)"""
+    return (_of_episodes(log_ratio, lengths) / lengths.clamp(min=1)).repeat_interleave(lengths)
+
+
+# --- what corrects for who sampled ---
+
+
+def correct(
+    start: Tensor, behaviour: Tensor, lengths: Tensor, level: Literal["token", "episode"],
+    beyond: Literal["truncate", "mask"], cap: float,
+) -> Tensor:  # fmt: skip
+    """The weight of each token's loss, p_start / p_behaviour, detached; of the token, or the product over its episode.
+
+    Beyond `cap` it is `cap` (TIS, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", Yao et al.
+    2025), or 0 (masked: IcePop, MIS). (C,) each, lengths (E,) -> (C,)
+    """
+    log_ratio = (start - behaviour).detach()
+    if level == "episode":
+        log_ratio = _of_episodes(log_ratio, lengths).repeat_interleave(lengths)
+    ratio = log_ratio.exp()
+    return ratio.clamp(max=cap) if beyond == "truncate" else ratio * (ratio <= cap)
+
+
+# --- KL ---
+
+
+def kl(logprobs: Tensor, others: Tensor, estimator: Literal["k1", "k2", "k3"]) -> Tensor:
+    """KL(p || q) a token, from tokens of p; d = log p - log q (Schulman 2020, "Approximating KL divergence"). (C,)
+
+    k1 = d: unbiased, of either sign. k2 = d^2 / 2: biased, its gradient is that of the KL. k3 = exp(-d) - 1 + d:
+    unbiased, never negative (GRPO, arXiv:2402.03300, eq. 4).
+    """
+    d = logprobs - others
+    if estimator == "k1":
+        return d
+    return d.square() / 2 if estimator == "k2" else (-d).expm1() + d
+
+
+# --- the critic ---
+
+
+def value_loss(values: Tensor, before: Tensor, returns: Tensor, clip: float) -> Tensor:
+    """max((V - R)^2, (clip(V, V_before - clip, V_before + clip) - R)^2) / 2 (PPO's own code; "What Matters In
+    On-Policy RL", arXiv:2006.05990, appendix B.2). (C,) -> (C,); a `clip` of 0 clips nothing."""
+    error = (values - returns).square()
+    if clip:
+        near = torch.minimum(torch.maximum(values, before - clip), before + clip)
+        error = torch.maximum(error, (near - returns).square())
+    return error / 2
+
+
+def _of_episodes(x: Tensor, lengths: Tensor) -> Tensor:
+    """The sum over each episode's tokens: (C,), (E,) int64 -> (E,)"""
+    episodes = torch.arange(len(lengths), device=x.device).repeat_interleave(lengths)
+    return x.new_zeros(len(lengths)).index_add(0, episodes, x)

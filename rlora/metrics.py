@@ -87,12 +87,19 @@ class Metrics:
         now = time.perf_counter()
         whole, sampling = now - self.lapped, fleet.busy_seconds - self.busy_seconds
         self.lapped, self.busy_seconds = now, fleet.busy_seconds
-        figures = summarise(collection.groups, step) | {
+        figures = summarise(collection.sampled, step) | {
             "loss": update.loss,
             "grad/norm": update.grad_norm,
             "lr": update.lr,
             "kl/behaviour": update.kl_behaviour,
+            "kl/update": update.kl_start,
+            "kl/reference": update.kl_reference,
             "ratio/truncated": update.ratio_truncated,
+            "ratio/clipped": update.clipped,
+            "entropy": update.surprise,
+            "critic/loss": update.value_loss,
+            "critic/explained_variance": update.explained_variance,
+            "update/minibatches": update.minibatches,
             "update/skipped": update.skipped_in_a_row > 0,
             "rollout/late": collection.late,
             "rollout/stale": collection.stale,

@@ -1,6 +1,7 @@
-"""Policy = base + adapter -> token logprobs; with the adapter off it is the reference policy."""
+"""Policy = base + adapter -> token logprobs; with the adapter off the reference policy, with the critic's values."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 
 from rlora import attention
 from rlora.batch import Microbatch
-from rlora.head import token_logprobs, trained_token_logprobs
+from rlora.head import logprobs_and_entropies, token_logprobs
 from rlora.lora import Bank, Route, Spec
 from rlora.records import RloraError
 
@@ -18,11 +19,15 @@ from rlora.records import RloraError
 class Policy(nn.Module):
     """A frozen base with a bank of adapters over its weight matrices; without `adapters` the base itself is trained.
 
-    With `checkpointing`, the backward pass computes each layer's activations again instead of keeping them. Raises
+    With `critic` the last adapter is that of a critic, which has a head of its own for values; it starts at 0. With
+    `checkpointing`, the backward pass computes each layer's activations again instead of keeping them. Raises
     RloraError where the base's logits are not its output head of its last hidden states.
     """
 
-    def __init__(self, base: PreTrainedModel, adapters: Sequence[Spec], seed: int, checkpointing: bool = False) -> None:
+    def __init__(
+        self, base: PreTrainedModel, adapters: Sequence[Spec], seed: int, checkpointing: bool = False,
+        critic: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.base = base.eval()  # no dropout: the learner's policy has to be the engine's
         base.set_attn_implementation(attention.NAME)
@@ -40,6 +45,10 @@ class Policy(nn.Module):
                 )
             for layer in cast(nn.ModuleList, self.body.layers):
                 layer.forward = self._computed_again(layer.forward)
+        self.value_head = None
+        if critic:
+            self.value_head = nn.Linear(cast(int, self.head.in_features), 1, device=base.device)
+            nn.init.zeros_(self.value_head.weight), nn.init.zeros_(self.value_head.bias)
         self.head_factors = next((f for matrix, f in self.bank.factors.items() if matrix.kind == "head"), None)
 
     def _computed_again(self, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,15 +72,41 @@ class Policy(nn.Module):
         meet in it, and there are no pads. Each token meets the adapter that `batch` gives it: with `lora.OFF` these are
         the reference policy's.
         """
+        hidden, head = self._hidden(batch), (self.head.weight, self.head.bias)
+        adapter = self._over_head(batch, hidden.dtype)
+        if adapter or self.head.weight.requires_grad:
+            return logprobs_and_entropies(hidden, *head, adapter, batch.targets, temperature)[0]
+        return token_logprobs(hidden, *head, batch.targets, temperature)
+
+    def logprobs_and_entropies(self, batch: Microbatch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Also the entropy in nats of what each completion token was drawn from: (C,) fp32 each."""
+        hidden, head = self._hidden(batch), (self.head.weight, self.head.bias)
+        return logprobs_and_entropies(hidden, *head, self._over_head(batch, hidden.dtype), batch.targets, temperature)
+
+    def trained(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """The parameters that learn: the policy's, and those of the critic's adapter and head."""
+        of_critic: list[nn.Parameter] = []
+        if self.value_head is not None:
+            factors = self.bank.factors.values()
+            of_critic = [each[-1] for of in factors for each in (of.lora_A, of.lora_B)] + [
+                *self.value_head.parameters()
+            ]
+        its = {id(weight) for weight in of_critic}
+        return [p for p in self.parameters() if p.requires_grad and id(p) not in its], of_critic
+
+    def values(self, batch: Microbatch) -> Tensor:
+        """What the critic expects of the text before each of `batch.predictors`' next tokens: (C,) fp32."""
+        assert self.value_head is not None
+        hidden = self._hidden(replace(batch, adapters=len(self.bank.specs) - 1))
+        return self.value_head(hidden.float())[:, 0]  # type: ignore[no-any-return]
+
+    def _hidden(self, batch: Microbatch) -> Tensor:
+        """The base's last hidden states at the predictors: (C, hidden size)."""
         with self.bank.serving(Route(batch.adapters)):
             hidden: Tensor = self.body(
                 input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False, tree=batch.tree
             ).last_hidden_state[0]  # (N, hidden size)
-        hidden, head = hidden[batch.predictors], (self.head.weight, self.head.bias)  # (C, hidden size)
-        adapter = self._over_head(batch, hidden.dtype)
-        if adapter or self.head.weight.requires_grad:
-            return trained_token_logprobs(hidden, *head, adapter, batch.targets, temperature)
-        return token_logprobs(hidden, *head, batch.targets, temperature)
+        return hidden[batch.predictors]
 
     def _over_head(self, batch: Microbatch, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """What the batch's adapters have over the output head; None where they leave it alone."""

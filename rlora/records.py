@@ -64,6 +64,7 @@ class Episode:
     version: int  # of the adapter that sampled it
     text: str = ""  # the completion without special tokens
     reward: float | None = None  # None until it is scored
+    own: tuple[bool, ...] = ()  # T: which tokens the policy sampled, where some are a tool's; empty: all
 
 
 @dataclass(frozen=True)
@@ -154,9 +155,16 @@ class UpdateStats:
     lr: float
     kl_behaviour: float | None  # nats a token, engine against learner
     ratio_truncated: float | None  # share of tokens over the importance cap
-    tokens: int  # completion tokens computed
+    tokens: int  # completion tokens computed, each as often as it was
     seconds: float
     skipped_in_a_row: int  # updates up to this one whose loss or gradient was not finite; 0 where this one counted
+    minibatches: int = 1  # Adam steps
+    clipped: float | None = None  # share of tokens whose ratio to the update's start was
+    kl_start: float | None = None  # nats a token that the policy moved in the update, before its last minibatch
+    kl_reference: float | None = None  # nats a token, learner against the base
+    surprise: float | None = None  # nats a token, -log p: on policy its mean is the entropy
+    value_loss: float | None = None
+    explained_variance: float | None = None  # of the returns, by the critic before the update
 
 
 @dataclass(frozen=True)

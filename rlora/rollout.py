@@ -23,7 +23,8 @@ from rlora.task import Task
 class Collection:
     """The scored groups of one step."""
 
-    groups: tuple[Group, ...]
+    groups: tuple[Group, ...]  # to learn from
+    sampled: tuple[Group, ...]  # all of them
     reward_seconds: float
     late: int  # prompts that were not waited for; their groups may still come in time for a later step
     stale: int  # prompts whose groups came too late to learn from, and that are sampled again
@@ -57,21 +58,33 @@ class Rollouts:
     def take(self, version: int) -> Collection:
         """The groups of `prompts_per_step` prompts, for the step that learns from `version` on.
 
-        Fewer where some are late: once half are there, the rest get `engine.straggler_seconds`. Raises RewardError,
-        which keeps what was sampled, where the reward function fails.
+        Fewer where some are late: once half are there, the rest get `engine.straggler_seconds`. Groups whose rewards
+        agree are made up for `algorithm.refills` times (DAPO's dynamic sampling, arXiv:2503.14476, section 3.2).
+        Raises RewardError, which keeps what was sampled, where the reward function fails.
         """
-        count = self.config.prompts_per_step
+        count, refills = self.config.prompts_per_step, self.config.algorithm.refills
         stale = self._drop_stale(version - self.config.max_staleness)
-        ahead = min(self.config.max_staleness + 1, self.config.steps - version)
-        while len(self._flights) < ahead * count:
+        flights, late = self._next_flights(version, count)
+        sampled = self._groups(flights)
+        for _ in range(refills):
+            if missing := count - sum(group.informative for group in sampled):
+                others, late_too = self._next_flights(version, missing)
+                flights, late = flights + others, late + late_too
+                sampled = self._groups(flights)
+        groups = tuple(group for group in sampled if group.informative) if refills else sampled
+        return Collection(groups, sampled, sum(flight.reward_seconds for flight in flights), late, stale)
+
+    def _next_flights(self, version: int, count: int) -> tuple[list[_Flight], int]:
+        """The next `count` that were sent, those that are there in time, and how many are not; others follow them."""
+        steps_ahead = min(self.config.max_staleness, self.config.steps - version - 1)
+        while len(self._flights) < count + steps_ahead * self.config.prompts_per_step:
             self._send(self._again.popleft() if self._again else self._new_place())
         step = self._flights[:count]
         self._await(step, math.ceil(count / 2), math.inf)
         self._await(step, count, self.config.engine.straggler_seconds)
         there = [flight for flight in step if flight.scored.done()]
-        groups = self._groups(there)
         self._flights = [flight for flight in self._flights if flight not in there]
-        return Collection(groups, sum(flight.reward_seconds for flight in there), len(step) - len(there), stale)
+        return there, len(step) - len(there)
 
     def close(self) -> None:
         """Score nothing any more; what is being scored is not waited for."""
@@ -119,7 +132,7 @@ class Rollouts:
         try:
             return tuple(flight.scored.result() for flight in flights)
         except RewardError as error:
-            sampled = [flight.request.group for flight in self._flights]
+            sampled = [flight.request.group for flight in (*flights, *self._flights)]
             done, _ = wait(sampled, self.config.engine.straggler_seconds)
             there = [each.result() for each in sampled if each in done and not each.exception()]
             groups = [with_text(group, self.task.tokenizer) for group in there]

@@ -19,7 +19,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from rlora.advantage import centred
 from rlora.base import DEMO, locate
+from rlora.batch import Lesson, lesson
 from rlora.config import Config, validate
 from rlora.lora import Bank
 from rlora.records import Episode, Group, Prompt
@@ -133,3 +135,16 @@ def groups() -> list[Group]:
 def marked(groups: Sequence[Group]) -> list[Group]:
     """With rewards that differ, so that every token is computed."""
     return [group.with_rewards([float(i) for i, _ in enumerate(group.episodes)]) for group in groups]
+
+
+def lessons(groups: Sequence[Group], owners: Sequence[int] | None = None) -> list[list[Lesson]]:
+    """Each episode of the groups whose rewards differ, with its advantage and a weight of 1."""
+    return [
+        [
+            lesson(group.prompt.token_ids, episode, advantage, 1.0, owner)
+            for episode, advantage in zip(group.episodes, centred(torch.tensor(group.rewards)).tolist(), strict=True)
+            if episode.completion_ids
+        ]
+        for group, owner in zip(groups, owners or [0] * len(groups), strict=True)
+        if group.informative
+    ]

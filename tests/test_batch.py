@@ -2,14 +2,14 @@ import math
 
 import pytest
 import torch
-from conftest import episode, group
+from conftest import episode, group, lessons
 
 from rlora.batch import Microbatch, microbatches
 from rlora.records import Group
 
 
 def pack(groups: list[Group], budget: int = 100) -> list[Microbatch]:
-    return list(microbatches(groups, budget, torch.float32, torch.device("cpu")))
+    return list(microbatches(lessons(groups), budget, torch.float32, torch.device("cpu")))
 
 
 def test_one_microbatch_by_hand(groups: list[Group]) -> None:
@@ -19,8 +19,8 @@ def test_one_microbatch_by_hand(groups: list[Group]) -> None:
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 3, 0, 1, 2, 3, 4, 5, 5, 6]
     assert batch.targets.tolist() == [8, 9, 1, 10, 1, 25, 1, 26, 27, 28]
     assert batch.input_ids[batch.predictors].tolist() == [7, 8, 9, 7, 10, 24, 25, 24, 26, 27]
-    assert batch.advantages.tolist() == [0.5] * 3 + [-0.5] * 2 + [0.0] * 2 + [-0.5] * 3  # the empty one had 1.0
-    assert batch.behaviour_logprobs.tolist() == [-1.0] * 10
+    assert batch.tokens.advantages.tolist() == [0.5] * 3 + [-0.5] * 2 + [0.0] * 2 + [-0.5] * 3  # the empty one had 1.0
+    assert batch.tokens.behaviour_logprobs.tolist() == [-1.0] * 10
     assert batch.tree.shape == (2, 5, 2, 2)
     assert batch.tree.token_of_place.tolist() == [0, 1, 2, 0, 0, 6, 7, 8, 9, 10, 3, 4, 5, 0, 11, 0, 12, 13]
     assert batch.tree.empty_places.tolist() == [3, 4, 13, 15]

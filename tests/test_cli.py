@@ -40,7 +40,9 @@ def test_help_documents_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     text = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
     for name in [*names(Config), "run_dir", "overwrite", "resume"]:
         option = "--" + name.replace("_", "-")
-        assert re.search(rf"{re.escape(option)}(, --\S+)?(?![\w.-])[^-]* [A-Z]\w+", text), f"{option} has no help"
+        assert re.search(rf"{re.escape(option)}(, --\S+)?(?![\w.-])( \{{[^}}]*\}})?[^-]* [A-Z]\w+", text), (
+            f"{option} has no help"
+        )
 
 
 @pytest.mark.parametrize(
@@ -95,6 +97,14 @@ def test_the_args_of_a_file_go_with_its_env_only() -> None:
     assert _parse_train([TOML]).config.env_args == given
     assert _parse_train([TOML, "--env-args.high", "5"]).config.env_args == given | {"high": 5}
     assert _parse_train([TOML, "--env", other, "--env-args.path=p"]).config.env_args == {"path": "p"}
+
+
+def test_an_algorithms_name_brings_its_settings_but_for_those_given_beside_it() -> None:
+    algorithm = _parse_train([TOML, "--algorithm.name", "gspo", "--algorithm.clip-high", "0.1"]).config.algorithm
+    assert (algorithm.loss, algorithm.clip_low, algorithm.clip_high) == ("gspo", 3e-4, 0.1)
+    ppo = _parse_train(["launch/arithmetic-ppo.toml", "--algorithm.lam", "0.5"]).config
+    assert (ppo.algorithm.advantage, ppo.algorithm.minibatches, ppo.algorithm.lam) == ("gae", 4, 0.5)
+    assert _parse_train(["launch/arithmetic-ppo.toml", "--algorithm.name", "rloo"]).config.algorithm.minibatches == 1
 
 
 def test_a_config_file_may_have_any_name_and_place(tmp_path: Path) -> None:

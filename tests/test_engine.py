@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from conftest import marked
+from conftest import lessons, marked
 
 from rlora import cluster
 from rlora.base import load_base
@@ -70,8 +70,8 @@ def difference(setup: Setup, adapter: Adapter, groups: Sequence[Group]) -> float
     fill(learner.policy.bank, 0, safetensors.torch.load(adapter.weights))
     with torch.no_grad():
         differences = [
-            (learner.policy.logprobs(batch, setup.config.sampling.temperature) - batch.behaviour_logprobs).abs()
-            for batch in microbatches(marked(groups), 1000, learner.policy.base.dtype, learner.device)
+            (learner.policy.logprobs(batch, setup.config.sampling.temperature) - batch.tokens.behaviour_logprobs).abs()
+            for batch in microbatches(lessons(marked(groups)), 1000, learner.policy.base.dtype, learner.device)
         ]
     return torch.cat(differences).mean().item()
 

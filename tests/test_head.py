@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from rlora import head
-from rlora.head import token_logprobs
+from rlora.head import logprobs_and_entropies, token_logprobs
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -54,3 +54,15 @@ def test_a_sure_token_keeps_its_gradient_in_16_bits() -> None:
     (got,) = torch.autograd.grad(token_logprobs(hidden, weight, None, targets).sum(), hidden)
     off = (got - expected).norm(dim=1) / expected.norm(dim=1)
     assert off.median() < 0.05
+
+
+def test_entropies_and_their_gradients_are_the_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(10, 6, requires_grad=True), torch.randn(50, 6), torch.randint(50, (10,))
+    monkeypatch.setattr(head, "_LOGITS", 150)
+    logprobs, entropies = logprobs_and_entropies(hidden, weight, None, None, targets, 0.7)
+    torch.testing.assert_close(logprobs, token_logprobs(hidden, weight, None, targets, 0.7))
+    plain = torch.distributions.Categorical(logits=torch.nn.functional.linear(hidden, weight) / 0.7).entropy()
+    torch.testing.assert_close(entropies, plain)
+    got, expected = (torch.autograd.grad(each.sum(), hidden, retain_graph=True)[0] for each in (entropies, plain))
+    torch.testing.assert_close(got, expected)

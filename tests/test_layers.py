@@ -9,8 +9,9 @@ from conftest import ROOT
 LAYERS = [
     {"records", "config", "machine"},
     {"lora", "advantage", "loss", "attention", "base", "sharding", "thin_product"},
-    {"head"},
+    {"head", "optimizer"},
     {"policy", "peft_format", "batch", "task", "delivery"},
+    {"algorithm"},
     {"learner", "merge", "rollout", "checkpoint", "slots", "vllm_cpu"},
     {"engine", "evaluate", "metrics"},
     {"cluster", "train", "cli", "__main__"},

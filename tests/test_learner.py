@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from rlora.checkpoint import write_adapter
 from rlora.config import Config
-from rlora.learner import Learner, refuse_to_go_on, scheduled_lr
+from rlora.learner import Learner, refuse_to_go_on
 from rlora.lora import OFF, Route
+from rlora.optimizer import scheduled_lr
 from rlora.peft_format import masters
 from rlora.records import Group, RloraError
 
@@ -49,11 +50,11 @@ def test_on_policy_the_loss_is_the_plain_policy_gradient(learner: Learner, group
     by_hand = 0.0
     for g, advantages in zip(measured, ([0.5, -0.5], [0.0, 0.0], [0.0, -0.5, 0.5]), strict=True):
         for e, advantage in zip(g.episodes, advantages, strict=True):
-            by_hand -= advantage * sum(e.behaviour_logprobs)
+            by_hand -= advantage * len(e.completion_ids)  # the ratio is 1
     tokens = 3 + 2 + 4 + 1 + 2 + 3  # those of the group whose rewards agree count too
     adapter, stats = learner.update(measured)
     assert stats.loss == pytest.approx(by_hand / tokens, rel=1e-4)
-    assert stats.tokens == 10
+    assert stats.tokens == 3 + 2 + 3  # those with an advantage
     assert stats.kl_behaviour == pytest.approx(0.0, abs=1e-6)
     assert stats.ratio_truncated == 0.0
     assert not stats.skipped_in_a_row
@@ -62,8 +63,10 @@ def test_on_policy_the_loss_is_the_plain_policy_gradient(learner: Learner, group
 
 def test_a_linear_schedule_falls_to_zero(config: MakeConfig) -> None:
     falling = config(steps=4, learner={"lr": 0.08, "lr_schedule": "linear"})
-    assert [scheduled_lr(falling, step) for step in range(5)] == pytest.approx([0.08, 0.06, 0.04, 0.02, 0.0])
-    assert scheduled_lr(config(steps=4, learner={"lr": 0.08}), 3) == 0.08
+    assert [scheduled_lr(falling, 0.08, step) for step in range(5)] == pytest.approx([0.08, 0.06, 0.04, 0.02, 0.0])
+    assert scheduled_lr(config(steps=4), 0.08, 3) == 0.08
+    cosine = config(steps=4, learner={"lr_schedule": "cosine", "lr_floor": 0.1})
+    assert [scheduled_lr(cosine, 1.0, step) for step in (0, 2, 4)] == pytest.approx([1.0, 0.55, 0.1])
 
 
 def test_an_update_takes_the_scheduled_learning_rate(tiny: str, config: MakeConfig, groups: list[Group]) -> None:
@@ -76,7 +79,7 @@ def test_an_update_takes_the_scheduled_learning_rate(tiny: str, config: MakeConf
         after = masters(learner.policy.bank, 0)[up].detach().clone()
         moved.append(float((after - before).abs().median()))
         before = after
-        assert stats.lr == scheduled_lr(learner.config, learner.version - 1)
+        assert stats.lr == scheduled_lr(learner.config, 0.08, learner.version - 1)
     assert moved[0] == pytest.approx(0.08, rel=1e-3)  # Adam's first step is the learning rate itself
     assert moved[1] < 0.05
 
@@ -107,7 +110,9 @@ def _of_two(rank: int, address: str, config: Config, base: str, groups: list[Gro
     loaded = [weakref.ref(weight) for weight in layers.parameters() if not weight.requires_grad]
     learner.join(address, rank, 2)
     adapter, stats = learner.update(groups)
-    gradient = torch.cat([parameter.grad.flatten() for parameter in learner.parameters if parameter.grad is not None])
+    gradient = torch.cat(
+        [parameter.grad.flatten() for parameter in learner.optimizer.masters if parameter.grad is not None]
+    )
     frozen = [weight for weight in layers.parameters() if not weight.requires_grad]
     held = sum((weight.to_local() if isinstance(weight, DTensor) else weight).numel() for weight in frozen)
     kept = sum(weight() is not None for weight in loaded)
@@ -139,7 +144,9 @@ def test_two_learners_take_the_step_of_one(
     results = [torch.load(tmp_path / str(rank), weights_only=False) for rank in range(2)]
     assert results[0][1] == results[1][1]  # the same adapter, bit for bit
     gradient, _, shared, *_ = results[0]
-    expected = torch.cat([parameter.grad.flatten() for parameter in alone.parameters if parameter.grad is not None])
+    expected = torch.cat(
+        [parameter.grad.flatten() for parameter in alone.optimizer.masters if parameter.grad is not None]
+    )
     assert (gradient.double() - expected.double()).norm() <= 1e-5 * expected.double().norm()
     assert (shared.tokens, shared.kl_behaviour) == (stats.tokens, pytest.approx(stats.kl_behaviour, rel=1e-5))
     assert shared.loss == pytest.approx(stats.loss, rel=1e-5)
@@ -252,10 +259,10 @@ def test_16_bit_weights_are_rounded_from_masters_that_keep_small_steps(
     tiny_model("llama").save_pretrained(tmp_path)
     settings = config(dtype="bfloat16", learner={"adapter": "none", "lr": 1e-5, "microbatch_tokens": 1})
     learner = Learner(settings, str(tmp_path), "run")
-    started = [weight.detach().clone() for weight in learner.trained]
+    started = [weight.detach().clone() for weight in learner.optimizer.weights]
     learner.update(groups)
     state = learner.state()
-    for weight, master, before in zip(learner.trained, learner.parameters, started, strict=True):
+    for weight, master, before in zip(learner.optimizer.weights, learner.optimizer.masters, started, strict=True):
         assert weight.dtype == torch.bfloat16
         assert weight.equal(master.to(torch.bfloat16))
         assert weight.grad is None  # it was gathered in fp32

@@ -2,32 +2,102 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
-from rlora.loss import kl_k3, truncated_importance_loss
+from rlora.loss import clipped, clipped_weight, correct, kl, reinforce, sequence_log_ratio, value_loss
 
-
-def test_truncated_importance_loss_by_hand() -> None:
-    p_learner, p_behaviour = torch.tensor([0.5, 0.5, 0.2]), torch.tensor([0.5, 0.1, 0.4])
-    advantages = torch.tensor([1.0, 2.0, -1.0])
-    losses = truncated_importance_loss(p_learner.log(), p_behaviour.log(), advantages, cap=2.0)
-    # ratios 1, 5 (truncated to 2) and 0.5
-    expected = [-1 * 1 * math.log(0.5), -2 * 2 * math.log(0.5), 0.5 * math.log(0.2)]
-    assert losses.tolist() == pytest.approx(expected, rel=1e-6)
+LENGTHS = torch.tensor([2, 1])
 
 
-def test_gradient_is_the_truncated_ratio_times_the_advantage() -> None:
-    logprobs = torch.tensor([-1.0, -1.0, -3.0], requires_grad=True)
-    behaviour = torch.tensor([-1.0, -4.0, -2.0])
-    truncated_importance_loss(logprobs, behaviour, torch.tensor([0.5, 1.0, -1.0]), cap=2.0).sum().backward()
+def logs(*probabilities: float) -> Tensor:
+    return torch.tensor(probabilities).log()
+
+
+def test_surrogates_by_hand() -> None:
+    ratio, advantages = torch.tensor([1.5, 1.5, 0.5, 0.5, 9.0]), torch.tensor([1.0, -1.0, 1.0, -1.0, -1.0])
+    assert reinforce(ratio, advantages).tolist() == [-1.5, 1.5, -0.5, 0.5, 9.0]
+    assert clipped(ratio, advantages, 0.2, 0.3).tolist() == pytest.approx([-1.3, 1.5, -0.5, 0.8, 9.0])
+    assert clipped(ratio, advantages, 0.2, 0.3, dual=3.0).tolist() == pytest.approx([-1.3, 1.5, -0.5, 0.8, 3.0])
+    logprobs = torch.full((5,), -2.0)
+    weighted = clipped_weight(ratio, logprobs, advantages, 0.2, 0.3)
+    assert weighted.tolist() == pytest.approx([2.6, -2.6, 1.6, -1.6, -2.6])
+
+
+def gradient(of: object, start: Tensor) -> list[float]:
+    """By the logprobs of now, which are those of the start."""
+    assert callable(of)
+    logprobs = start.clone().requires_grad_()
+    of(logprobs).sum().backward()
     assert logprobs.grad is not None
-    assert logprobs.grad.tolist() == pytest.approx([-0.5, -2.0, math.exp(-1)], rel=1e-6)
+    return logprobs.grad.tolist()
 
 
-def test_k3_by_hand_and_never_negative() -> None:
-    learner, behaviour = torch.tensor([0.5, 0.1]).log(), torch.tensor([0.25, 0.2]).log()
-    assert kl_k3(learner, behaviour).tolist() == pytest.approx([2 - 1 - math.log(2), 0.5 - 1 - math.log(0.5)], rel=1e-5)
-    noise = torch.randn(1000)
-    assert (kl_k3(noise, torch.zeros(1000)) >= 0).all()
-    # unbiased: the mean over the behaviour policy is the KL
+def test_on_policy_all_gradients_are_those_of_reinforce() -> None:
+    start, advantages = logs(0.5, 0.1, 0.3), torch.tensor([1.0, 1.0, -2.0])
+    plain = gradient(lambda x: -advantages * x, start)
+    assert gradient(lambda x: reinforce((x - start).exp(), advantages), start) == pytest.approx(plain)
+    assert gradient(lambda x: clipped((x - start).exp(), advantages, 0.2, 0.2, 3.0), start) == pytest.approx(plain)
+    assert gradient(lambda x: clipped_weight((x - start).exp(), x, advantages, 0.2, 0.2), start) == pytest.approx(plain)
+    by_episode = gradient(
+        lambda x: clipped(sequence_log_ratio(x - start, LENGTHS).exp(), advantages, 3e-4, 4e-4), start
+    )
+    assert by_episode == pytest.approx(plain)  # both tokens of an episode have its advantage
+
+
+def test_what_is_clipped_has_no_gradient_but_in_cispo() -> None:
+    start, now = logs(0.1, 0.1), logs(0.4, 0.01)
+    advantages = torch.tensor([1.0, -1.0])
+    assert gradient(lambda x: clipped((x - start).exp(), advantages, 0.2, 0.2), now) == [0.0, 0.0]
+    assert gradient(lambda x: clipped_weight((x - start).exp(), x, advantages, 0.2, 0.2), now) == pytest.approx(
+        [-1.2, 0.8]
+    )
+
+
+def test_the_ratio_of_an_episode_is_the_geometric_mean_of_its_tokens() -> None:
+    log_ratio = torch.tensor([1.0, 3.0, -1.0])
+    assert sequence_log_ratio(log_ratio, LENGTHS).tolist() == [2.0, 2.0, -1.0]
+
+
+def test_corrections_by_hand() -> None:
+    start, behaviour = logs(0.5, 0.5, 0.2).requires_grad_(), logs(0.5, 0.1, 0.4)  # ratios 1, 5 and 0.5
+    assert correct(start, behaviour, LENGTHS, "token", "truncate", 2.0).tolist() == pytest.approx([1.0, 2.0, 0.5])
+    assert correct(start, behaviour, LENGTHS, "token", "mask", 2.0).tolist() == pytest.approx([1.0, 0.0, 0.5])
+    assert correct(start, behaviour, LENGTHS, "episode", "truncate", 4.0).tolist() == pytest.approx([4.0, 4.0, 0.5])
+    assert correct(start, behaviour, LENGTHS, "episode", "mask", 4.0).tolist() == pytest.approx([0.0, 0.0, 0.5])
+    assert not correct(start, behaviour, LENGTHS, "token", "truncate", 2.0).requires_grad
+
+
+def test_kl_by_hand() -> None:
+    p, q = logs(0.25, 0.2), logs(0.5, 0.1)
+    d = [-math.log(2), math.log(2)]
+    assert kl(p, q, "k1").tolist() == pytest.approx(d)
+    assert kl(p, q, "k2").tolist() == pytest.approx([x * x / 2 for x in d])
+    assert kl(p, q, "k3").tolist() == pytest.approx([2 - 1 - math.log(2), 0.5 - 1 + math.log(2)])
+
+
+def test_k1_and_k3_are_unbiased_and_k3_never_negative() -> None:
     p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.5, 0.3, 0.2])
-    assert (p * kl_k3(q.log(), p.log())).sum().item() == pytest.approx((p * (p / q).log()).sum().item(), rel=1e-5)
+    exact = (p * (p / q).log()).sum().item()
+    for estimator in ("k1", "k3"):
+        assert (p * kl(p.log(), q.log(), estimator)).sum().item() == pytest.approx(exact, rel=1e-5)  # type: ignore[arg-type]
+    assert (kl(torch.randn(1000, dtype=torch.float64), torch.zeros(1000), "k3") >= 0).all()
+
+
+def test_the_gradient_of_k2_is_that_of_the_kl() -> None:
+    logits, q = torch.tensor([0.3, -0.2, 0.5], requires_grad=True), torch.tensor([0.5, 0.3, 0.2])
+    p = logits.softmax(0)
+    (exact,) = torch.autograd.grad((p * (p / q).log()).sum(), logits, retain_graph=True)
+    sampled = (p.detach() * kl(p.log(), q.log(), "k2")).sum()  # the mean over tokens of p
+    (estimated,) = torch.autograd.grad(sampled, logits)
+    torch.testing.assert_close(estimated, exact)
+
+
+def test_value_loss_by_hand() -> None:
+    values, before, returns = (
+        torch.tensor([2.0, 0.1, -1.0]),
+        torch.tensor([0.0, 0.0, 0.0]),
+        torch.tensor([1.0, 1.0, -1.0]),
+    )
+    assert value_loss(values, before, returns, 0.0).tolist() == pytest.approx([0.5, 0.405, 0.0])
+    # clipped to 0.5, 0.1 and -0.5: the larger error counts
+    assert value_loss(values, before, returns, 0.5).tolist() == pytest.approx([0.5, 0.405, 0.125])

@@ -34,7 +34,7 @@ def log(path: Path, *steps: int, update: UpdateStats = UPDATE) -> None:
         for busy, step in enumerate(steps, start=1):
             with metrics.timed("swap"):
                 pass
-            collection = Collection(GROUPS, reward_seconds=0.1, late=0, stale=0)
+            collection = Collection(GROUPS, GROUPS, reward_seconds=0.1, late=0, stale=0)
             fleet = FleetStats(engines=1, busy_seconds=1.0 + 4.0 * busy, canary=0.1, lost=0, replayed=0)
             metrics.log(step, [Proof("", 0.01, 0.02)], collection, update, fleet)
 

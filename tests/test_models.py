@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_CONFIGS, save_words, tiny_model
+from conftest import TINY_CONFIGS, lessons, save_words, tiny_model
 from peft import PeftModel
 
 from rlora.batch import Microbatch, microbatches
@@ -65,11 +65,11 @@ def test_the_engine_gives_the_logprobs_of_an_update(
             sample(base, settings, [adapter], groups)
         return
     (sampled,) = sample(base, settings, [adapter], groups)
-    for batch in microbatches(sampled, 1000, torch.float32, learner.device):
+    for batch in microbatches(lessons(sampled), 1000, torch.float32, learner.device):
         agree(learner, batch)
         with torch.no_grad():
             of_base = learner.policy.logprobs(replace(batch, adapters=OFF))
-        assert (of_base - batch.behaviour_logprobs).abs().mean() > 0.02
+        assert (of_base - batch.tokens.behaviour_logprobs).abs().mean() > 0.02
 
 
 @pytest.mark.vllm
@@ -84,11 +84,11 @@ def test_the_engine_gives_the_logprobs_of_all_weights_trained(
     adapters = [learner.update(groups)[0] for learner in learners]
     adapters[1] = learners[1].update(groups)[0]
     for learner, sampled in zip(learners, sample(base, settings, adapters, groups), strict=True):
-        (batch,) = microbatches(sampled, 1000, torch.float32, learner.device)
+        (batch,) = microbatches(lessons(sampled), 1000, torch.float32, learner.device)
         agree(learner, batch)
         other = learners[1 - learners.index(learner)]
         with torch.no_grad():
-            assert (other.policy.logprobs(batch) - batch.behaviour_logprobs).abs().mean() > 0.02
+            assert (other.policy.logprobs(batch) - batch.tokens.behaviour_logprobs).abs().mean() > 0.02
 
 
 def sample(base: str, settings: Config, adapters: list[Adapter], groups: list[Group]) -> list[list[Group]]:
@@ -110,4 +110,6 @@ def sample(base: str, settings: Config, adapters: list[Adapter], groups: list[Gr
 
 def agree(learner: Learner, batch: Microbatch) -> None:
     with torch.no_grad():
-        torch.testing.assert_close(learner.policy.logprobs(batch), batch.behaviour_logprobs, atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            learner.policy.logprobs(batch), batch.tokens.behaviour_logprobs, atol=2e-4, rtol=1e-4
+        )

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import stir
+from conftest import lessons, stir
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -58,7 +58,7 @@ def policy(tiny_base: PreTrainedModel) -> Policy:
 
 @pytest.fixture
 def batch(groups: list[Group]) -> Microbatch:
-    (batch,) = microbatches(groups, 100, torch.float32, torch.device("cpu"))
+    (batch,) = microbatches(lessons(groups), 100, torch.float32, torch.device("cpu"))
     return batch
 
 
@@ -77,7 +77,7 @@ def test_activations_computed_again_give_the_same_gradients(tiny: str, groups: l
         policy = Policy(base, [Spec(2), Spec(1)], 0, checkpointing)
         stir(policy.bank)
         owners = [0, 0, 1]  # two adapters in a row: each layer has to remember whose tokens it had
-        (batch,) = microbatches(groups, 100, torch.float32, torch.device("cpu"), owners)
+        (batch,) = microbatches(lessons(groups, owners), 100, torch.float32, torch.device("cpu"))
         kept: list[int] = []
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -127,11 +127,13 @@ def test_groups_of_several_adapters_share_a_row(tiny_base: PreTrainedModel, grou
     policy = Policy(tiny_base, [Spec(1, head=head), Spec(3), Spec(2, 8.0, head=head)], seed=0)
     stir(policy.bank)
     owners = [2, 1, 0]
-    (batch,) = microbatches(groups, 100, torch.float32, torch.device("cpu"), owners)
+    (batch,) = microbatches(lessons(groups, owners), 100, torch.float32, torch.device("cpu"))
     together = policy.logprobs(batch)
     apart = []
     for index, group in enumerate(groups):
-        for single in microbatches([group], 100, torch.float32, torch.device("cpu"), owners[index : index + 1]):
+        for single in microbatches(
+            lessons([group], owners[index : index + 1]), 100, torch.float32, torch.device("cpu")
+        ):
             apart.append((_longest(group), policy.logprobs(single)))
     apart.sort(key=lambda each: each[0])
     torch.testing.assert_close(together, torch.cat([logprobs for _, logprobs in apart]), atol=1e-5, rtol=1e-5)
@@ -144,7 +146,7 @@ def test_prompts_of_one_token_share_nothing_and_work(policy: Policy) -> None:
     from conftest import episode, group
 
     single = [group([5], episode([6, 7], 1.0), episode([8], 0.0))]
-    (batch,) = microbatches(single, 100, torch.float32, torch.device("cpu"))
+    (batch,) = microbatches(lessons(single), 100, torch.float32, torch.device("cpu"))
     torch.testing.assert_close(policy.logprobs(batch), naive_logprobs(policy, single, 1.0), atol=1e-5, rtol=1e-5)
 
 

@@ -201,3 +201,21 @@ def test_each_epoch_goes_once_through_all_prompts_in_its_own_order() -> None:
     assert sorted(first) == sorted(second) == [0, 1, 2, 3, 4]
     assert first != second
     assert [prompt_at(PROMPTS, place, seed=1).answer for place in range(10)] != seen
+
+
+def test_groups_that_agree_are_made_up_for_so_many_times(rollouts: Callable[..., Rollouts]) -> None:
+    def sometimes(completions: list[str], answers: list[Any]) -> list[float]:
+        return [0.0, float(int(completions[0]) >= 2)]  # prompts 0 and 1 teach nothing
+
+    def informative(answer: int) -> bool:
+        return answer >= 2
+
+    for refills in (1, 3):
+        made = rollouts(sometimes, algorithm={"refills": refills})
+        collection = made.take(0)
+        taken = answers(collection.sampled)
+        assert taken == order(len(taken))
+        assert answers(collection.groups) == [answer for answer in taken if informative(answer)]
+        assert len(fleet_of(made).requests) == len(taken) > 4
+    assert len(collection.groups) == 4
+    assert len(rollouts(sometimes).take(0).groups) == 4  # without it all are learned from, and count

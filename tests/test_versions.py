@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from conftest import marked
+from conftest import lessons, marked
 
 from rlora import cluster
 from rlora.base import DEMO
@@ -42,11 +42,13 @@ class Line:
         bank = self.learner.policy.bank
         if version != OFF:
             fill(bank, 0, safetensors.torch.load(self.versions[version].weights))
-        batches = list(microbatches(marked(groups), 1000, torch.float32, self.learner.device))
+        batches = list(microbatches(lessons(marked(groups)), 1000, torch.float32, self.learner.device))
         with torch.no_grad():
             rows = [replace(batch, adapters=OFF) if version == OFF else batch for batch in batches]
             ours = [self.learner.policy.logprobs(row) for row in rows]
-        return torch.cat([own - batch.behaviour_logprobs for own, batch in zip(ours, batches, strict=True)]).abs()
+        return torch.cat(
+            [own - batch.tokens.behaviour_logprobs for own, batch in zip(ours, batches, strict=True)]
+        ).abs()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,124 @@
+"""Our losses beside TRL's own code: the same episodes, value and gradient.
+
+    .venv/bin/python benchmarks/losses.py
+
+Random episodes of unequal length, some cut off, many tokens far off policy: logprobs of the policy now, of the update's
+start, of the engine, and of the reference. TRL's `GRPOTrainer._compute_loss` runs in TRL's environment (`peers.py`
+makes it) on these logprobs. Prints a table and, as its last line, a JSON object: by how much each case's loss differs
+(`<case>/loss`), and its gradient by the logprobs at most, relative to the largest (`<case>/gradient`). Exits with 1
+where one is above 1e-5.
+"""
+
+import json
+import math
+import random
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from peers import run, trl_python
+from rich.console import Console
+from rich.table import Table
+
+from rlora.algorithm import credit, token_losses, weigher
+from rlora.batch import lesson, microbatches
+from rlora.config import AlgorithmConfig, validate
+from rlora.records import Episode, Group, Prompt
+
+MAX_TOKENS, PROMPTS, G = 12, 3, 4
+# rlora's settings, and TRL's for the same
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "grpo": ({"name": "grpo"}, {"loss_type": "grpo"}),
+    "grpo, kl": ({"name": "grpo", "kl": 0.05}, {"loss_type": "grpo", "beta": 0.05}),
+    "dr-grpo": ({"name": "dr-grpo"}, {"loss_type": "dr_grpo", "scale_rewards": False}),
+    "dapo": ({"name": "dapo"}, {"loss_type": "dapo", "epsilon_high": 0.28}),
+    "dapo, dual clip, no cut-off ones": (
+        {"name": "dapo", "dual_clip": 1.5, "drop_truncated": True},
+        {"loss_type": "dapo", "epsilon_high": 0.28, "delta": 1.5, "mask_truncated": True},
+    ),
+    "gspo": (
+        {"name": "gspo", "clip_low": 0.1, "clip_high": 0.15},
+        {"loss_type": "grpo", "epsilon": 0.1, "epsilon_high": 0.15, "level": "sequence", "correction": "sequence"},
+    ),
+    "cispo": ({"name": "cispo", "clip_high": 0.5}, {"loss_type": "cispo", "epsilon_high": 1.5}),
+}
+
+
+def main() -> None:
+    groups, logprobs = episodes()
+    figures: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        work, measured = Path(directory) / "work.json", Path(directory) / "measured.json"
+        rewards = [[episode.reward for episode in group.episodes] for group in groups]
+        cut = [[episode.finish_reason == "length" for episode in group.episodes] for group in groups]
+        settings = {name: trl for name, (_, trl) in CASES.items()}
+        work.write_text(
+            json.dumps({"cases": settings, "rewards": rewards, "cut": cut, "max_tokens": MAX_TOKENS, **logprobs})
+        )
+        run([trl_python(), Path(__file__).with_name("peer_losses.py"), work, measured])
+        theirs = json.loads(measured.read_text())
+    table = Table("case", "loss", "TRL's", "difference", "of the gradient")
+    for name, (settings_of_ours, _) in CASES.items():
+        loss, gradient = ours(groups, logprobs, settings_of_ours)
+        of_trl = theirs[name]
+        largest = max(abs(g) for g in of_trl["gradient"])
+        off = max(abs(a - b) for a, b in zip(gradient, of_trl["gradient"], strict=True)) / largest
+        figures[f"{name}/loss"], figures[f"{name}/gradient"] = abs(loss - of_trl["loss"]), off
+        table.add_row(name, f"{loss:.7f}", f"{of_trl['loss']:.7f}", f"{abs(loss - of_trl['loss']):.1e}", f"{off:.1e}")
+    Console().print(table)
+    print(json.dumps(figures))
+    sys.exit(max(figures.values()) > 1e-5)
+
+
+def episodes() -> tuple[list[Group], dict[str, list[list[float]]]]:
+    """Groups, and a list a token of each policy's logprobs of each episode, in their order."""
+    draw = random.Random(0)
+    groups, logprobs = [], {name: [] for name in ("now", "start", "behaviour", "reference")}  # type: ignore[var-annotated]
+    for _ in range(PROMPTS):
+        of_group = []
+        for _ in range(G):
+            length = draw.randint(2, MAX_TOKENS)
+            now = [math.log(draw.uniform(0.05, 0.9)) for _ in range(length)]
+            logprobs["now"].append(now)
+            for name, spread in (("start", 0.4), ("behaviour", 0.6), ("reference", 1.0)):
+                logprobs[name].append([x + draw.gauss(0, spread) for x in now])
+            reason = "length" if draw.random() < 0.25 else "stop"
+            reward = float(draw.random() < 0.5)
+            of_group.append(Episode((7,) * length, tuple(logprobs["behaviour"][-1]), reason, 0, reward=reward))
+        groups.append(Group(Prompt("", token_ids=(5, 6)), tuple(of_group)))
+    return groups, logprobs
+
+
+def ours(
+    groups: list[Group], logprobs: dict[str, list[list[float]]], settings: dict[str, Any]
+) -> tuple[float, list[float]]:
+    """The loss, and its gradient by each token's logprob, in the order of the episodes."""
+    values = {"model": "-", "env": "-", "reward": "-", "sampling": {"max_tokens": MAX_TOKENS}, "algorithm": settings}
+    algorithm: AlgorithmConfig = validate(values).algorithm
+    weight = weigher(groups, algorithm, MAX_TOKENS)
+    of_episode = dict(zip((id(e) for group in groups for e in group.episodes), range(PROMPTS * G), strict=True))
+    loss, gradients = 0.0, {}
+    for group in groups:
+        lessons = []
+        for episode in group.episodes:
+            place = of_episode[id(episode)]
+            known = {"start_logprobs": logprobs["start"][place]}
+            known |= {"reference_logprobs": logprobs["reference"][place]} if algorithm.kl else {}
+            made = lesson(group.prompt.token_ids, episode, weight=weight(episode))
+            lessons.append(made.knowing(**{name: torch.tensor(of).double() for name, of in known.items()}))
+        credited = credit(group, lessons, algorithm, MAX_TOKENS, [0.0] * len(lessons))
+        (row,) = microbatches([credited], 1000, torch.float32, torch.device("cpu"))
+        places = [of_episode[id(each.episode)] for each in row.lessons]
+        now = torch.tensor([x for place in places for x in logprobs["now"][place]]).double().requires_grad_()
+        losses, _ = token_losses(row, now, None, algorithm)
+        total = (losses * row.tokens.weights).sum()
+        (gradient,) = torch.autograd.grad(total, now)
+        loss += total.item()
+        gradients |= dict(zip(places, gradient.split(row.lengths.tolist()), strict=True))
+    return loss, torch.cat([gradients[place] for place in range(PROMPTS * G)]).tolist()
+
+
+if __name__ == "__main__":
+    main()

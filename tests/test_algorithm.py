@@ -1,0 +1,126 @@
+"""Which token learns what, by hand."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from conftest import episode, group, lessons
+
+from rlora.algorithm import credit, episode_return, token_losses, weigher
+from rlora.batch import Lesson, lesson, microbatches
+from rlora.config import AlgorithmConfig, validate
+from rlora.records import Episode, Group
+
+MAX_TOKENS = 8
+
+
+def algorithm(name: str = "reinforce", **changes: Any) -> AlgorithmConfig:
+    values = {"model": "-", "env": "-", "reward": "-", "sampling": {"max_tokens": MAX_TOKENS}}
+    return validate(values | {"algorithm": {"name": name} | changes}).algorithm
+
+
+def of_group(of: Group, **known: Sequence[float]) -> list[Lesson]:
+    made = [lesson(of.prompt.token_ids, each) for each in of.episodes if each.completion_ids]
+    return [
+        replace(each, tokens=replace(each.tokens, **{k: torch.tensor(v) for k, v in known.items()})) for each in made
+    ]
+
+
+def test_each_token_has_its_episodes_advantage_and_empty_episodes_count_for_the_mean() -> None:
+    three = group([5], episode([6, 7], 1.0), episode([8], 0.0), episode([], 0.5))
+    credited = credit(three, of_group(three), algorithm(), MAX_TOKENS, [0.0, 0.0])
+    assert [each.tokens.advantages.tolist() for each in credited] == [[0.5, 0.5], [-0.5]]
+    assert all(each.tokens.returns is None for each in credited)
+
+
+def test_kl_in_the_reward_is_paid_by_the_episode_or_by_its_tokens() -> None:
+    two = group([5], episode([6, 7], 1.0), episode([8, 9], 0.0))
+    known = of_group(two, start_logprobs=[-1.0, -1.0], reference_logprobs=[-1.5, -3.0])
+    known[1] = of_group(two, start_logprobs=[-1.0, -1.0], reference_logprobs=[-1.0, -1.0])[1]
+    settings = {"kl": 0.1, "kl_in": "reward", "kl_estimator": "k1"}
+    by_episode = credit(two, known, algorithm("rloo", **settings), MAX_TOKENS, [0.0, 0.0])
+    assert by_episode[0].tokens.advantages.tolist() == pytest.approx([0.75, 0.75])  # 1 - 0.1 * 2.5
+    by_token = credit(two, known, algorithm("reinforce++", gamma=0.5, **settings), MAX_TOKENS, [0.0, 0.0])
+    assert by_token[0].tokens.advantages.tolist() == pytest.approx([-0.05 + 0.5 * 0.8, 1 - 0.2])
+
+
+@pytest.mark.parametrize(("reason", "last"), [("stop", 0.0), ("length", 0.7)])
+def test_gae_bootstraps_where_an_episode_was_cut_off(reason: str, last: float) -> None:
+    one = group([5], replace(episode([6, 7], 1.0), finish_reason=reason), episode([8], 0.0))
+    known = of_group(one, values=[0.5, 0.25])[:1]
+    (credited,) = credit(one, known, algorithm("ppo", gamma=0.9, lam=0.5), MAX_TOKENS, [0.7])
+    second = 1 + 0.9 * last - 0.25
+    first = 0.9 * 0.25 - 0.5 + 0.45 * second
+    assert credited.tokens.advantages.tolist() == pytest.approx([first, second])
+    assert credited.tokens.returns is not None
+    assert credited.tokens.returns.tolist() == pytest.approx([first + 0.5, second + 0.25])
+
+
+def test_an_overlong_completion_pays_more_and_more() -> None:
+    settings = algorithm(overlong_tokens=4, overlong_penalty=0.5)
+    returns = [episode_return(episode([6] * length, 1.0), settings, MAX_TOKENS) for length in (3, 4, 5, 8)]
+    assert returns == [1.0, 1.0, 0.875, 0.5]
+
+
+def cut(of: Episode) -> Episode:
+    return replace(of, finish_reason="length")
+
+
+def test_weights_by_hand() -> None:
+    groups = [group([5], episode([6, 7, 8], 1.0), episode([9], 0.0)), group([5], cut(episode([6, 7], 1.0)))]
+
+    def weights(**settings: Any) -> list[float]:
+        weight = weigher(groups, algorithm(**settings), MAX_TOKENS)
+        return [weight(each) for of in groups for each in of.episodes]
+
+    assert weights() == pytest.approx([1 / 6] * 3)
+    assert weights(drop_truncated=True) == pytest.approx([1 / 4, 1 / 4, 0])
+    assert weights(average="episodes") == pytest.approx([1 / 9, 1 / 3, 1 / 6])
+    assert weights(average="constant") == pytest.approx([1 / 24] * 3)
+
+
+def test_tokens_of_a_tool_are_read_and_not_learned() -> None:
+    called = replace(episode([6, 7, 8, 9], 1.0, [-1.0, 0.0, 0.0, -2.0]), own=(True, False, False, True))
+    two = group([5], called, episode([10, 11], 0.0))
+    (row,) = microbatches(lessons([two]), 100, torch.float32, torch.device("cpu"))
+    assert row.input_ids.tolist() == [5, 6, 7, 8, 10]
+    assert row.targets.tolist() == [6, 9, 10, 11]
+    assert row.input_ids[row.predictors].tolist() == [5, 8, 5, 10]
+    assert row.tokens.behaviour_logprobs.tolist() == [-1.0, -2.0, -1.0, -1.0]
+    assert row.lengths.tolist() == [2, 2]
+    (row,) = microbatches(lessons([two]), 100, torch.float32, torch.device("cpu"), ends=True)
+    assert row.input_ids.tolist() == [5, 6, 7, 8, 9, 10, 11]
+    assert row.input_ids[row.predictors].tolist() == [5, 8, 9, 5, 10, 11]
+    assert row.lengths.tolist() == [3, 3]
+    assert weigher([two], algorithm(), MAX_TOKENS)(called) == 1 / 4
+
+
+def test_a_tokens_loss_is_the_sum_of_what_was_asked_for() -> None:
+    two = group([5], episode([6, 7], 1.0, [-2.0, -1.0]), episode([8], 0.0, [-4.0]))
+    of_two = of_group(two, reference_logprobs=[-1.0, -1.0])[:1] + of_group(two, reference_logprobs=[-1.0])[1:]
+    credited = credit(two, of_two, algorithm(), MAX_TOKENS, [0.0, 0.0])
+    (row,) = microbatches([credited], 100, torch.float32, torch.device("cpu"))
+    now, entropies = torch.tensor([-1.0, -1.5, -1.0]), torch.tensor([1.0, 2.0, 3.0])
+    settings = algorithm(kl=0.1, kl_estimator="k1", entropy=0.01)
+    losses, figures = token_losses(row, now, entropies, settings)
+    # -A w + 0.1 (now - reference) - 0.01 H, with w = min(exp(now - behaviour), 2)
+    w = [2.0, torch.tensor(-0.5).exp().item(), 2.0]
+    expected = [-0.5 * w[0] - 0.01, -0.5 * w[1] - 0.05 - 0.02, 0.5 * w[2] - 0.03]
+    assert losses.tolist() == pytest.approx(expected)
+    assert figures["ratio_truncated"].tolist() == [True, False, True]
+    assert figures["surprise"].tolist() == [1.0, 1.5, 1.0]
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr-grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++"])
+def test_on_policy_every_algorithm_has_the_gradient_of_its_advantages(name: str) -> None:
+    two = group([5], episode([6, 7], 1.0, [-2.0, -1.0]), episode([8], 0.0, [-4.0]))
+    credited = credit(two, of_group(two), algorithm(name), MAX_TOKENS, [0.0, 0.0])
+    (row,) = microbatches([credited], 100, torch.float32, torch.device("cpu"))
+    now = row.tokens.behaviour_logprobs.clone().requires_grad_()
+    losses, _ = token_losses(row, now, None, algorithm(name))
+    losses.sum().backward()
+    assert now.grad is not None
+    assert (-now.grad).tolist() == pytest.approx(row.tokens.advantages.tolist())
+    assert row.tokens.advantages.tolist()[0] > 0
