@@ -48,8 +48,8 @@ def credit(
             advantages = generalised(rewards, torch.zeros_like(rewards), 0.0, algorithm.gamma, 1.0)
             credited.append(lesson.knowing(advantages=advantages))
         else:
-            bootstrap = end if lesson.episode.finish_reason == "length" else 0.0
-            advantages = generalised(rewards, values, bootstrap, algorithm.gamma, algorithm.lam)
+            cut_off = algorithm.bootstrap_truncated and lesson.episode.finish_reason == "length"
+            advantages = generalised(rewards, values, end if cut_off else 0.0, algorithm.gamma, algorithm.lam)
             credited.append(lesson.knowing(advantages=advantages, returns=advantages + values))
     return credited
 

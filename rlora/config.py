@@ -7,6 +7,7 @@ import sys
 import tomllib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -176,6 +177,9 @@ class AlgorithmConfig:
     """Discount a token, of `gae` and `whitened`."""
     lam: Annotated[float, Field(ge=0, le=1)] = 1.0
     """GAE's lambda."""
+    bootstrap_truncated: bool = False
+    """With `gae`, add to the reward of a completion that was cut off what the critic expects after it. For rewards that
+    go on; where the reward is of the whole answer it counts twice, and the policy learns to be cut off."""
 
 
 @dataclass(frozen=True)
@@ -234,8 +238,8 @@ class Config:
     """Steps to train in all, those before a --resume included; each makes one new adapter version."""
     prompts_per_step: Count = 16
     """Prompts a step."""
-    group_size: Annotated[int, Field(ge=2)] = 8
-    """Completions a prompt (G), 2 or more: an advantage is relative to its group's mean."""
+    group_size: Count = 8
+    """Completions a prompt (G); 2 or more where an advantage is relative to its group's mean."""
     max_staleness: Annotated[int, Field(ge=0)] = 0
     """Versions that an episode may be behind the learner; 0 is on policy, 1 samples while the learner updates."""
     restarts: Annotated[int, Field(ge=0)] = 3
@@ -291,35 +295,42 @@ def validate(values: Config | dict[str, Any], source: str = "") -> Config:
 
 def _refuse_what_makes_no_sense(config: Config, source: str) -> None:
     """Raise RloraError for parts of an algorithm that do not go together."""
-    a = config.algorithm
-
-    def refuse(name: str, why: str) -> None:
-        raise RloraError(f"{source}algorithm.{name} = {getattr(a, name)!r}: {why}")
-
-    if 0 < a.dual_clip <= 1:
-        refuse("dual_clip", "a token inside the clip would be cut too; set it above 1 (3 is usual), or to 0")
-    if a.loss == "gspo" and a.correction.startswith("token"):
-        refuse("correction", "GSPO's ratio is its episode's, and so must this one be; use episode-truncate, "
-               "episode-mask or none")  # fmt: skip
-    if a.loss == "gspo" and a.advantage in ("gae", "whitened"):
-        refuse("advantage", "each token has its own, but GSPO has one ratio for a whole episode; use "
-               'algorithm.loss = "clip", or advantages of a group')  # fmt: skip
-    if a.kl and config.learner.whole:
-        refuse("kl", "the reference policy is the base with the adapter off, and without an adapter the base itself is "
-               "trained; set it to 0")  # fmt: skip
-    if a.advantage == "gae" and config.learner.whole:
-        refuse("advantage", "the critic is an adapter beside the policy's, on a base that stays; it needs "
-               'learner.adapter = "lora"')  # fmt: skip
-    if a.refills and a.advantage in ("gae", "whitened"):
-        refuse("refills", "groups whose rewards agree do carry a gradient here; set it to 0")
-    if a.minibatches > config.prompts_per_step:
-        refuse("minibatches", f"there are {config.prompts_per_step} groups a step (prompts_per_step), and a group "
-               "stays whole; set it to that or less")  # fmt: skip
-    if a.overlong_tokens >= config.sampling.max_tokens:
-        refuse("overlong_tokens", f"a completion has {config.sampling.max_tokens} at most (sampling.max_tokens); set "
-               "it below that")  # fmt: skip
-    if bool(a.overlong_penalty) != bool(a.overlong_tokens):
-        refuse("overlong_penalty", f"algorithm.overlong_tokens is {a.overlong_tokens}; set both, or leave both out")
+    a, of_group = config.algorithm, config.algorithm.advantage not in ("gae", "whitened")
+    senseless = [
+        (of_group and config.group_size == 1, "group_size",
+         f"algorithm.advantage = {a.advantage!r} is relative to the other completions of a prompt; set it to 2 or "
+         "more, or use whitened or gae"),
+        (0 < a.dual_clip <= 1, "algorithm.dual_clip",
+         "a token inside the clip would be cut too; set it above 1 (3 is usual), or to 0"),
+        (a.dual_clip and a.loss not in ("clip", "gspo"), "algorithm.dual_clip",
+         f"algorithm.loss = {a.loss!r} has no clipped surrogate to bound; set it to 0"),
+        (a.loss == "gspo" and a.correction.startswith("token"), "algorithm.correction",
+         "GSPO's ratio is its episode's, and so must this one be; use episode-truncate, episode-mask or none"),
+        (a.loss == "gspo" and not of_group, "algorithm.advantage",
+         "each token has its own, but GSPO has one ratio for a whole episode; use algorithm.loss = \"clip\", or "
+         "advantages of a group"),
+        (a.kl and config.learner.whole, "algorithm.kl",
+         "the reference policy is the base with the adapter off, and without an adapter the base itself is trained; "
+         "set it to 0"),
+        (a.advantage == "gae" and config.learner.whole, "algorithm.advantage",
+         "the critic is an adapter beside the policy's, on a base that stays; it needs learner.adapter = \"lora\""),
+        (a.advantage == "gae" and config.critic.warmup >= config.steps, "critic.warmup",
+         f"the policy would never learn in {config.steps} steps; set it below `steps`"),
+        (a.bootstrap_truncated and a.advantage != "gae", "algorithm.bootstrap_truncated",
+         "only a critic knows what would follow; set algorithm.advantage = \"gae\", or leave it out"),
+        (a.refills and not of_group, "algorithm.refills",
+         "groups whose rewards agree do carry a gradient here; set it to 0"),
+        (a.minibatches > config.prompts_per_step, "algorithm.minibatches",
+         f"there are {config.prompts_per_step} groups a step (prompts_per_step), and a group stays whole; set it to "
+         "that or less"),
+        (a.overlong_tokens >= config.sampling.max_tokens, "algorithm.overlong_tokens",
+         f"a completion has {config.sampling.max_tokens} at most (sampling.max_tokens); set it below that"),
+        (bool(a.overlong_penalty) != bool(a.overlong_tokens), "algorithm.overlong_penalty",
+         f"algorithm.overlong_tokens is {a.overlong_tokens}; set both, or leave both out"),
+    ]  # fmt: skip
+    for is_so, name, why in senseless:
+        if is_so:
+            raise RloraError(f"{source}{name} = {attrgetter(name)(config)!r}: {why}")
 
 
 def _refuse_beside_all_weights(config: Config, source: str) -> None:

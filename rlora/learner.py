@@ -140,10 +140,13 @@ class Learner:
         lessons = [
             [lesson(group.prompt.token_ids, each) for each in group.episodes if own_tokens(each)] for group in groups
         ]
-        own = shares(
-            [sum(each.length for each in of) * group.informative for group, of in zip(groups, lessons, strict=True)],
-            self.ranks,
-        )[self.rank]
+        by_group = algorithm.advantage not in ("whitened", "gae")
+        all_count = not by_group or (algorithm.kl_in == "loss" and algorithm.kl) or algorithm.entropy
+        sizes = [
+            sum(each.length for each in of) if all_count or group.informative else 0
+            for group, of in zip(groups, lessons, strict=True)
+        ]
+        own = shares(sizes, self.ranks)[self.rank]
         lessons = [of if i in own else [] for i, of in enumerate(lessons)]
         lessons, ends = self._before(lessons)
         lessons = [
@@ -151,9 +154,8 @@ class Learner:
             for group, of in zip(groups, lessons, strict=True)
         ]
         explained_variance = None
-        if algorithm.advantage in ("whitened", "gae"):
+        if not by_group:
             lessons, explained_variance = self._whitened(lessons)
-        all_count = (algorithm.kl_in == "loss" and algorithm.kl) or algorithm.entropy or self.critic
         lessons = [[each for each in of if all_count or each.tokens.advantages.any()] for of in lessons]
         return lessons, explained_variance
 

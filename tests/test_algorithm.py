@@ -46,11 +46,14 @@ def test_kl_in_the_reward_is_paid_by_the_episode_or_by_its_tokens() -> None:
     assert by_token[0].tokens.advantages.tolist() == pytest.approx([-0.05 + 0.5 * 0.8, 1 - 0.2])
 
 
-@pytest.mark.parametrize(("reason", "last"), [("stop", 0.0), ("length", 0.7)])
-def test_gae_bootstraps_where_an_episode_was_cut_off(reason: str, last: float) -> None:
+@pytest.mark.parametrize(
+    ("reason", "bootstrap", "last"), [("stop", True, 0.0), ("length", True, 0.7), ("length", False, 0.0)]
+)
+def test_gae_bootstraps_where_an_episode_was_cut_off(reason: str, bootstrap: bool, last: float) -> None:
     one = group([5], replace(episode([6, 7], 1.0), finish_reason=reason), episode([8], 0.0))
     known = of_group(one, values=[0.5, 0.25])[:1]
-    (credited,) = credit(one, known, algorithm("ppo", gamma=0.9, lam=0.5), MAX_TOKENS, [0.7])
+    settings = algorithm("ppo", gamma=0.9, lam=0.5, bootstrap_truncated=bootstrap)
+    (credited,) = credit(one, known, settings, MAX_TOKENS, [0.7])
     second = 1 + 0.9 * last - 0.25
     first = 0.9 * 0.25 - 0.5 + 0.45 * second
     assert credited.tokens.advantages.tolist() == pytest.approx([first, second])

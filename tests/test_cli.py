@@ -49,7 +49,7 @@ def test_help_documents_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (("--learner.rank", "9"), r"learner\.rank = 9: .*less than or equal to 8"),
-        (("--group_size", "1"), r"group_size = 1: .*2"),
+        (("--group_size", "1"), r"group_size = 1: .*2 or more"),
         (("--sampling.top-p", "0.9"), r"sampling\.top_p: .*remove it"),
         (("--model", "./nowhere"), r"model = './nowhere': neither a local directory"),
         (("--reward", "mine.py:f"), r"reward = 'mine.py:f': there is no file mine.py"),

@@ -35,6 +35,15 @@ def test_written_config_reads_back_equal(tmp_path: Path) -> None:
         ({"learner": {"lr": "much"}}, r"^learner\.lr = 'much': [^\n]*$"),
         ({"algorithm": {"name": "sarsa"}}, r"algorithm\.name = 'sarsa': .*'reinforce', 'grpo'"),
         ({"algorithm": {"dual_clip": 0.5}}, r"algorithm\.dual_clip = 0\.5: .*above 1"),
+        (
+            {"algorithm": {"dual_clip": 3.0}},
+            r"algorithm\.dual_clip = 3\.0: algorithm\.loss = 'reinforce' has no clipped",
+        ),
+        ({"algorithm": {"bootstrap_truncated": True}}, r"algorithm\.bootstrap_truncated = True: only a critic knows"),
+        (
+            {"algorithm": {"name": "ppo"}, "critic": {"warmup": 9}, "steps": 9},
+            r"critic\.warmup = 9: the policy would never learn in 9 steps",
+        ),
         ({"algorithm": {"name": "gspo", "correction": "token-mask"}}, r"algorithm\.correction = 'token-mask': GSPO"),
         ({"algorithm": {"name": "gspo", "advantage": "gae"}}, r"algorithm\.advantage = 'gae': each token has its own"),
         ({"algorithm": {"name": "ppo", "minibatches": 17}}, r"algorithm\.minibatches = 17: there are 16 groups"),
@@ -43,7 +52,8 @@ def test_written_config_reads_back_equal(tmp_path: Path) -> None:
         ({"algorithm": {"overlong_tokens": 9}}, r"algorithm\.overlong_penalty = 0\.0: algorithm\.overlong_tokens is 9"),
         ({"algorithm": {"kl": 0.1}, "learner": {"adapter": "none"}}, r"algorithm\.kl = 0\.1: the reference policy"),
         ({"algorithm": {"name": "ppo"}, "learner": {"adapter": "none"}}, r"algorithm\.advantage = 'gae': the critic"),
-        ({"group_size": 1}, r"group_size = 1: .*2.*relative to its group's mean"),
+        ({"group_size": 0}, r"group_size = 0: .*1.*relative to its group's mean"),
+        ({"group_size": 1}, r"group_size = 1: algorithm\.advantage = 'centred' is relative to the other"),
         ({"steps": True}, r"steps = True: .*valid integer"),
         ({"dtype": "int8"}, r"dtype = 'int8': .*'bfloat16' or 'float32'"),
         ({"nonsense": 3}, r"nonsense = 3: no such field"),
@@ -69,7 +79,7 @@ def test_bad_value_is_named_with_its_field(changes: dict[str, object], message: 
 
 def test_every_fault_is_told_at_once() -> None:
     with pytest.raises(RloraError) as error:
-        validate({"model": "m", "steps": 0, "group_size": 1})
+        validate({"model": "m", "steps": 0, "group_size": 0})
     assert [line.split(" ")[0].rstrip(":") for line in str(error.value).splitlines()] == [
         "env", "reward", "steps", "group_size",
     ]  # fmt: skip
