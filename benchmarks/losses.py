@@ -108,7 +108,7 @@ def ours(
             known |= {"reference_logprobs": logprobs["reference"][place]} if algorithm.kl else {}
             made = lesson(group.prompt.token_ids, episode, weight=weight(episode))
             lessons.append(made.knowing(**{name: torch.tensor(of).double() for name, of in known.items()}))
-        credited = credit(group, lessons, algorithm, MAX_TOKENS, [0.0] * len(lessons))
+        credited = credit(group, lessons, algorithm, MAX_TOKENS)
         (row,) = microbatches([credited], 1000, torch.float32, torch.device("cpu"))
         places = [of_episode[id(each.episode)] for each in row.lessons]
         now = torch.tensor([x for place in places for x in logprobs["now"][place]]).double().requires_grad_()

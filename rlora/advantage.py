@@ -26,7 +26,7 @@ def leave_one_out(returns_G: Tensor) -> Tensor:
 
 
 def whitened(advantages: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-    """(A - mean) / std, of a whole step (REINFORCE++, arXiv:2501.03262, eq. 9; PPO's usual normalisation)."""
+    """(A - mean) / std, of a whole step (REINFORCE++, arXiv:2501.03262; PPO's usual normalisation)."""
     return (advantages - mean) * (variance + 1e-8).rsqrt()
 
 
@@ -36,13 +36,13 @@ def generalised(rewards_T: Tensor, values_T: Tensor, bootstrap: float, gamma: fl
     rewards and values (T,) -> (T,). V_t is the value before token t. `bootstrap` is that after the last one: 0 where
     the episode terminated, the critic's own where it was cut off.
     """
-    advantages = values_T.new_zeros(len(values_T))
+    advantages: list[float] = []
     following, advantage = bootstrap, 0.0
-    for t in range(len(values_T) - 1, -1, -1):
-        delta = float(rewards_T[t]) + gamma * following - float(values_T[t])
-        advantage = delta + gamma * lam * advantage
-        advantages[t], following = advantage, float(values_T[t])
-    return advantages
+    for reward, value in zip(reversed(rewards_T.tolist()), reversed(values_T.tolist()), strict=True):
+        advantage = reward + gamma * following - value + gamma * lam * advantage
+        advantages.append(advantage)
+        following = value
+    return values_T.new_tensor(advantages[::-1])
 
 
 def _unless_alike(returns_G: Tensor, advantages_G: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from rlora.advantage import centred, generalised, leave_one_out, standardised
 from rlora.batch import Lesson, Microbatch
 from rlora.config import AlgorithmConfig
-from rlora.loss import clipped, clipped_weight, correct, kl, reinforce, sequence_log_ratio
+from rlora.loss import clipped, clipped_weight, importance, kl, reinforce, sequence_log_ratio
 from rlora.records import Episode, Group
 
 _OF_A_GROUP = {"centred": centred, "standardised": standardised, "leave-one-out": leave_one_out}
@@ -21,16 +21,14 @@ def episode_return(episode: Episode, algorithm: AlgorithmConfig, max_tokens: int
     return episode.reward - algorithm.overlong_penalty * min(1.0, max(0, over) / max(1, algorithm.overlong_tokens))
 
 
-def credit(
-    group: Group, lessons: Sequence[Lesson], algorithm: AlgorithmConfig, max_tokens: int, ends: Sequence[float]
-) -> list[Lesson]:
+def credit(group: Group, lessons: Sequence[Lesson], algorithm: AlgorithmConfig, max_tokens: int) -> list[Lesson]:
     """The group's lessons with their advantages, and returns where there is a critic; not whitened yet.
 
-    `lessons` are those of its episodes that have tokens; `ends` what the critic says after each one's last token.
+    `lessons` are those of its episodes that are learned from; the returns of all count for the group's mean.
     """
     kls = [_kl_in_reward(lesson, algorithm) for lesson in lessons]
     returns = {id(episode): episode_return(episode, algorithm, max_tokens) for episode in group.episodes}
-    if algorithm.advantage in _OF_A_GROUP:
+    if algorithm.of_group:
         for lesson, of_tokens in zip(lessons, kls, strict=True):
             returns[id(lesson.episode)] -= float(of_tokens.sum())
         of_group = _OF_A_GROUP[algorithm.advantage](torch.tensor(list(returns.values()))).tolist()
@@ -40,33 +38,32 @@ def credit(
             for lesson in lessons
         ]
     credited = []
-    for lesson, of_tokens, end in zip(lessons, kls, ends, strict=True):
+    for lesson, of_tokens in zip(lessons, kls, strict=True):
         rewards = -of_tokens
         rewards[-1] += returns[id(lesson.episode)]
         values = lesson.tokens.values
-        if values is None:  # REINFORCE++: no critic, so what follows is all there is (arXiv:2501.03262, eq. 8)
+        if values is None:  # REINFORCE++: no critic, so what follows is all there is (arXiv:2501.03262)
             advantages = generalised(rewards, torch.zeros_like(rewards), 0.0, algorithm.gamma, 1.0)
             credited.append(lesson.knowing(advantages=advantages))
         else:
             cut_off = algorithm.bootstrap_truncated and lesson.episode.finish_reason == "length"
-            advantages = generalised(rewards, values, end if cut_off else 0.0, algorithm.gamma, algorithm.lam)
+            end = float(lesson.end) if cut_off and lesson.end is not None else 0.0
+            advantages = generalised(rewards, values, end, algorithm.gamma, algorithm.lam)
             credited.append(lesson.knowing(advantages=advantages, returns=advantages + values))
     return credited
 
 
 def weigher(groups: Sequence[Group], algorithm: AlgorithmConfig, max_tokens: int) -> Callable[[Episode], float]:
-    """The weight of the loss of each token of an episode, so that the minibatch's is their plain sum.
+    """The weight of each token of an episode that is learned from, so that the minibatch's loss is their plain sum.
 
     By tokens (DAPO, arXiv:2503.14476, eq. 8): 1 over all that are learned from. By episodes (GRPO, arXiv:2402.03300,
     eq. 3): 1 over the episode's, then over the episodes. By a constant (Dr.GRPO, arXiv:2503.20783): 1 over episodes x
     `max_tokens`. Episodes without signal count.
     """
     episodes = [episode for group in groups for episode in group.episodes]
-    total = sum(own_tokens(episode) for episode in episodes if not _dropped(episode, algorithm))
+    total = sum(own_tokens(episode) for episode in episodes if learned_from(episode, algorithm))
 
     def weight(episode: Episode) -> float:
-        if _dropped(episode, algorithm):
-            return 0.0
         if algorithm.average == "tokens":
             return 1 / total
         return 1 / (len(episodes) * (own_tokens(episode) if algorithm.average == "episodes" else max_tokens))
@@ -92,21 +89,22 @@ def token_losses(
     else:
         losses = clipped(ratio, tokens.advantages, low, high, algorithm.dual_clip)
     behaviour = tokens.behaviour_logprobs
-    if algorithm.correction != "none":
-        level = "episode" if algorithm.correction.startswith("episode") else "token"
-        beyond = "mask" if algorithm.correction.endswith("mask") else "truncate"
-        losses = losses * correct(start, behaviour, lengths, level, beyond, algorithm.importance_cap)  # type: ignore[arg-type]
+    level, _, beyond = algorithm.correction.partition("-")
+    sampled = importance(start, behaviour, lengths, of_episode=level == "episode")
+    over = sampled > algorithm.importance_cap
+    if beyond:
+        losses = losses * sampled.masked_fill(over, algorithm.importance_cap if beyond == "truncate" else 0.0)
     figures = {
         "kl_behaviour": kl(behaviour, start, "k3"),  # of the policy that sampled, on its own tokens
-        "ratio_truncated": (start - behaviour).exp() > algorithm.importance_cap,
-        "kl_start": kl(start, now, "k3"),
-        "surprise": -now,  # whose mean is the entropy, for tokens that the policy has sampled itself
+        "ratio_truncated": over,
+        "kl_update": kl(start, now, "k3"),
+        "entropy": -now if entropies is None else entropies,  # its mean, for tokens that the policy has sampled itself
     }
     if algorithm.loss != "reinforce":
         figures["clipped"] = (ratio < 1 - low) | (ratio > 1 + high)
     if tokens.reference_logprobs is not None:
         figures["kl_reference"] = kl(now, tokens.reference_logprobs, "k3")
-        if algorithm.kl_in == "loss":
+        if algorithm.kl_of("loss"):
             losses = losses + algorithm.kl * kl(logprobs, tokens.reference_logprobs, algorithm.kl_estimator)
     if entropies is not None:
         losses = losses - algorithm.entropy * entropies
@@ -117,14 +115,16 @@ def own_tokens(episode: Episode) -> int:
     return sum(episode.own) if episode.own else len(episode.completion_ids)
 
 
-def _dropped(episode: Episode, algorithm: AlgorithmConfig) -> bool:
-    """Whether it was cut off and nothing is learned from it; its return still counts for its group's mean."""
-    return algorithm.drop_truncated and episode.finish_reason == "length"
+def learned_from(episode: Episode, algorithm: AlgorithmConfig) -> bool:
+    """Not if it is empty, or was cut off and those are dropped; its return counts for its group's mean all the same."""
+    return own_tokens(episode) > 0 and not (algorithm.drop_truncated and episode.finish_reason == "length")
 
 
 def _kl_in_reward(lesson: Lesson, algorithm: AlgorithmConfig) -> Tensor:
     """What each token pays for its distance from the reference policy."""
     tokens = lesson.tokens
-    if algorithm.kl_in != "reward" or tokens.reference_logprobs is None or tokens.start_logprobs is None:
+    if not algorithm.kl_of("reward"):
         return torch.zeros_like(tokens.weights)
+    assert tokens.start_logprobs is not None
+    assert tokens.reference_logprobs is not None
     return algorithm.kl * kl(tokens.start_logprobs, tokens.reference_logprobs, algorithm.kl_estimator)

@@ -20,6 +20,7 @@ class Lesson:
     prompt: tuple[int, ...]
     episode: Episode
     tokens: Tokens  # (own tokens,) each
+    end: Tensor | None = None  # (1,), what the critic says after the last one
     adapter: int = 0  # of the bank, by which it is learned
 
     @property
@@ -27,9 +28,9 @@ class Lesson:
         """Its tokens in a row, those of tools included."""
         return len(self.episode.completion_ids)
 
-    def knowing(self, **known: Tensor) -> "Lesson":
-        """With more that is known of its tokens."""
-        return replace(self, tokens=replace(self.tokens, **known))
+    def knowing(self, end: Tensor | None = None, **known: Tensor) -> "Lesson":
+        """With more that is known of its tokens, and of what comes after."""
+        return replace(self, tokens=replace(self.tokens, **known), end=self.end if end is None else end)
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def lesson(
     own = episode.own or (True,) * len(episode.completion_ids)
     behaviour = torch.tensor([x for x, sampled in zip(episode.behaviour_logprobs, own, strict=True) if sampled])
     advantages, weights = torch.full_like(behaviour, advantage), torch.full_like(behaviour, weight)
-    return Lesson(tuple(prompt), episode, Tokens(behaviour, advantages, weights), adapter)
+    return Lesson(tuple(prompt), episode, Tokens(behaviour, advantages, weights), adapter=adapter)
 
 
 def alone(token_ids: Sequence[int], dtype: torch.dtype, device: torch.device) -> Microbatch:

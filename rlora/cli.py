@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, cast
 import tyro
 
 import rlora
-from rlora.config import Config, read, refuse_unlearnable, validate
+from rlora.config import PRESETS, Config, read, refuse_unlearnable, validate
 from rlora.records import Adapter, RloraError
 
 # torch, transformers and Ray take seconds to import: that waits until the command line is understood
@@ -103,13 +103,20 @@ def main() -> None:
 
 def _train(arguments: list[str]) -> None:
     given = _parse_train(arguments)
+    from transformers import AutoConfig
+
     from rlora import checkpoint
     from rlora.learner import first_adapter
+    from rlora.optimizer import auto_lr
     from rlora.task import load_task
 
     config = checkpoint.with_own_start(given.resume, given.config) if given.resume else given.config
     task = load_task(config)
     first_adapter(config.learner)  # it is only looked at here: the learner's process reads it
+    if config.learner.lr == "auto":
+        base = AutoConfig.from_pretrained(task.base)
+        print(f"learner.lr = auto: {auto_lr(config, base):.2g}, by a rule that was fitted on supervised runs, of the "
+              f"base's kind ({base.model_type}) and hidden size ({base.get_text_config().hidden_size})")  # fmt: skip
     from rlora.train import train
 
     if given.resume:
@@ -145,9 +152,11 @@ def _parse_train(arguments: list[str]) -> Train:
     of_another_env = saved.env_args if saved and saved.env != parsed.config.env else {}
     kept = {name: value for name, value in parsed.config.env_args.items() if name not in of_another_env}
     table = asdict(parsed.config) | {"env_args": kept | env_args}
-    if "algorithm.name" in options:  # its own settings, but for those that are given beside it
-        named = {option.removeprefix("algorithm.").removeprefix("no_") for option in options}
-        table["algorithm"] = {name: value for name, value in table["algorithm"].items() if name in named}
+    if "algorithm.name" in options:  # then what the file's own name set goes, unless it is given beside the new one
+        of_names = PRESETS[table["algorithm"]["name"]] | (PRESETS[saved.algorithm.name] if saved else {})
+        given_too = {option.removeprefix("algorithm.").removeprefix("no_") for option in options}
+        for name in of_names.keys() - given_too:
+            del table["algorithm"][name]
     given = replace(parsed, config=validate(table))
     if given.resume and saved:
         before, after = asdict(saved), asdict(given.config)

@@ -146,7 +146,7 @@ class AlgorithmConfig:
     clip_high: Annotated[float, Field(ge=0)] = 0.2
     """How far above 1."""
     dual_clip: Annotated[float, Field(ge=0)] = 0.0
-    """The most that a token of negative advantage may cost, times that; above 1, or 0 for no bound."""
+    """The most that a token of negative advantage may cost, times that; above 1 + `clip_high`, or 0 for no bound."""
     correction: Literal["token-truncate", "token-mask", "episode-truncate", "episode-mask", "none"] = "token-truncate"
     """What p_start / p_behaviour does, of a token or the product over an episode, where it is over the cap."""
     importance_cap: Annotated[float, Field(ge=1)] = 2.0
@@ -156,15 +156,15 @@ class AlgorithmConfig:
     kl_in: Literal["loss", "reward"] = "loss"
     """Whether the KL is added to the loss or taken from the reward."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Of the KL a token (Schulman 2020)."""
-    entropy: float = 0.0
+    """Of the KL a token (Schulman 2020): k2 or k3 in the loss, k1 in the reward."""
+    entropy: Annotated[float, Field(ge=0)] = 0.0
     """Coefficient of the entropy bonus. 0 computes no entropy."""
     epochs: Count = 1
     """Times that an update goes through the step's episodes."""
     minibatches: Count = 1
     """Parts of the step's groups; each is one Adam step."""
     target_kl: Annotated[float, Field(ge=0)] = 0.0
-    """An update ends where the KL from its start, mean over a minibatch's tokens, is above this; 0 is no bound."""
+    """An update ends before a minibatch whose mean KL a token from the update's start is above this; 0: no bound."""
     refills: Annotated[int, Field(ge=0)] = 0
     """Times that a step asks for more prompts in place of groups whose rewards agree (DAPO's dynamic sampling)."""
     drop_truncated: bool = False
@@ -181,15 +181,24 @@ class AlgorithmConfig:
     """With `gae`, add to the reward of a completion that was cut off what the critic expects after it. For rewards that
     go on; where the reward is of the whole answer it counts twice, and the policy learns to be cut off."""
 
+    @property
+    def of_group(self) -> bool:
+        """Whether an advantage is relative to the other completions of the prompt, and the same for all its tokens."""
+        return self.advantage not in ("whitened", "gae")
+
+    def kl_of(self, where: Literal["loss", "reward"]) -> bool:
+        """Whether the KL to the reference policy is computed, and counts there."""
+        return self.kl > 0 and self.kl_in == where
+
 
 @dataclass(frozen=True)
 class CriticConfig:
     __pydantic_config__ = _STRICT
 
     rank: Annotated[int, Field(ge=1, le=MAX_RANK)] = 1
-    """Rank of the critic's own adapter, on the same base."""
-    lr: Positive = 1e-3
-    """Learning rate of its adapter and its head."""
+    """Rank of the critic's own adapter, over all matrices of the same base; its scale is `learner.alpha`."""
+    lr: Positive = 3e-4
+    """Learning rate of its adapter and its head; it falls like the policy's."""
     clip: Annotated[float, Field(ge=0)] = 0.2
     """How far a value may move from what it was before the update; 0 is no bound."""
     warmup: Annotated[int, Field(ge=0)] = 0
@@ -203,12 +212,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dapo": {"advantage": "standardised", "loss": "clip", "clip_high": 0.28, "refills": 2},
     "gspo": {
         "advantage": "standardised", "loss": "gspo", "average": "episodes", "clip_low": 3e-4, "clip_high": 4e-4,
-        "correction": "episode-truncate",
+        "correction": "episode-truncate", "minibatches": 4,
     },
-    "cispo": {"advantage": "standardised", "loss": "cispo", "clip_low": 1.0, "clip_high": 4.0},
+    "cispo": {"advantage": "standardised", "loss": "cispo", "clip_low": 1.0, "clip_high": 4.0, "minibatches": 4},
     "rloo": {"advantage": "leave-one-out"},
-    "reinforce++": {"advantage": "whitened", "loss": "clip", "kl": 1e-3, "kl_in": "reward", "kl_estimator": "k2"},
-    "ppo": {"advantage": "gae", "loss": "clip", "epochs": 1, "minibatches": 4, "lam": 0.95},
+    "reinforce++": {"advantage": "whitened", "loss": "clip", "kl": 1e-3, "kl_in": "reward", "kl_estimator": "k1"},
+    "ppo": {"advantage": "gae", "loss": "clip", "minibatches": 4, "lam": 0.95},
 }  # fmt: skip
 
 
@@ -279,8 +288,9 @@ def read(path: Path) -> Config:
 def validate(values: Config | dict[str, Any], source: str = "") -> Config:
     """A config whose every value has its type and range. Raises RloraError with a line for each field at fault."""
     table = asdict(values) if isinstance(values, Config) else values
-    given = table.get("algorithm", {})
-    table = table | {"algorithm": PRESETS.get(given.get("name"), {}) | given}
+    given = table.get("algorithm")
+    if isinstance(given, dict):
+        table = table | {"algorithm": PRESETS.get(str(given.get("name")), {}) | given}
     try:
         config = _ADAPTER.validate_json(json.dumps(table, default=str))  # JSON, like TOML, has lists for tuples
     except ValidationError as error:
@@ -295,20 +305,28 @@ def validate(values: Config | dict[str, Any], source: str = "") -> Config:
 
 def _refuse_what_makes_no_sense(config: Config, source: str) -> None:
     """Raise RloraError for parts of an algorithm that do not go together."""
-    a, of_group = config.algorithm, config.algorithm.advantage not in ("gae", "whitened")
+    a = config.algorithm
     senseless = [
-        (of_group and config.group_size == 1, "group_size",
+        (a.of_group and config.group_size == 1, "group_size",
          f"algorithm.advantage = {a.advantage!r} is relative to the other completions of a prompt; set it to 2 or "
          "more, or use whitened or gae"),
-        (0 < a.dual_clip <= 1, "algorithm.dual_clip",
-         "a token inside the clip would be cut too; set it above 1 (3 is usual), or to 0"),
+        (0 < a.dual_clip <= 1 + a.clip_high, "algorithm.dual_clip",
+         f"a token inside the clip would be cut too; set it above {1 + a.clip_high:g} (3 is usual), or to 0"),
         (a.dual_clip and a.loss not in ("clip", "gspo"), "algorithm.dual_clip",
          f"algorithm.loss = {a.loss!r} has no clipped surrogate to bound; set it to 0"),
         (a.loss == "gspo" and a.correction.startswith("token"), "algorithm.correction",
          "GSPO's ratio is its episode's, and so must this one be; use episode-truncate, episode-mask or none"),
-        (a.loss == "gspo" and not of_group, "algorithm.advantage",
+        (a.loss == "gspo" and not a.of_group, "algorithm.advantage",
          "each token has its own, but GSPO has one ratio for a whole episode; use algorithm.loss = \"clip\", or "
          "advantages of a group"),
+        (a.kl_of("loss") and a.kl_estimator == "k1", "algorithm.kl_estimator",
+         "in the loss its gradient is 0 on average, at any distance; use k2 or k3, or algorithm.kl_in = \"reward\""),
+        (a.kl_of("reward") and a.kl_estimator != "k1", "algorithm.kl_estimator",
+         "in the reward it pushes tokens that are too rare further down; use k1, or algorithm.kl_in = \"loss\""),
+        (a.target_kl and a.epochs * a.minibatches == 1, "algorithm.target_kl",
+         "the one minibatch of an update starts where the update does; set it to 0, or more minibatches or epochs"),
+        (a.bootstrap_truncated and a.drop_truncated, "algorithm.bootstrap_truncated",
+         "algorithm.drop_truncated learns nothing from those completions; leave one of them out"),
         (a.kl and config.learner.whole, "algorithm.kl",
          "the reference policy is the base with the adapter off, and without an adapter the base itself is trained; "
          "set it to 0"),
@@ -318,7 +336,7 @@ def _refuse_what_makes_no_sense(config: Config, source: str) -> None:
          f"the policy would never learn in {config.steps} steps; set it below `steps`"),
         (a.bootstrap_truncated and a.advantage != "gae", "algorithm.bootstrap_truncated",
          "only a critic knows what would follow; set algorithm.advantage = \"gae\", or leave it out"),
-        (a.refills and not of_group, "algorithm.refills",
+        (a.refills and not a.of_group, "algorithm.refills",
          "groups whose rewards agree do carry a gradient here; set it to 0"),
         (a.minibatches > config.prompts_per_step, "algorithm.minibatches",
          f"there are {config.prompts_per_step} groups a step (prompts_per_step), and a group stays whole; set it to "

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rlora import machine, peft_format
 from rlora.advantage import whitened
-from rlora.algorithm import credit, own_tokens, token_losses, weigher
+from rlora.algorithm import credit, learned_from, token_losses, weigher
 from rlora.base import load_base, load_quantised
 from rlora.batch import Lesson, Microbatch, alone, idle, lesson, microbatches, shares
 from rlora.config import Config, LearnerConfig
@@ -32,7 +32,7 @@ from rlora.sharding import shard
 
 _CANARY = 24  # tokens: one short prompt, and enough logprobs for a mean
 _FIGURES = (  # sums over the tokens of a minibatch
-    "loss", "tokens", "kl_behaviour", "ratio_truncated", "kl_start", "surprise", "clipped", "kl_reference",
+    "loss", "tokens", "kl_behaviour", "ratio_truncated", "kl_update", "entropy", "clipped", "kl_reference",
     "value_loss",
 )  # fmt: skip
 
@@ -56,7 +56,9 @@ class Learner:
             self.policy = Policy(model, [spec, *critic], config.seed, learner.checkpointing, self.critic)
             if start is not None:
                 peft_format.fill(self.policy.bank, 0, start)
-        self.lr = auto_lr(model) if learner.lr == "auto" else learner.lr
+        self.lrs = [auto_lr(config, model.config) if learner.lr == "auto" else learner.lr, config.critic.lr][
+            : 1 + self.critic
+        ]
         self.optimizer = Optimizer(*self.policy.trained(), learner)
         self.rank, self.ranks = 0, 1
         self.version = 0
@@ -91,42 +93,42 @@ class Learner:
         gradients are added up, and all take the same steps.
         """
         began, algorithm = time.perf_counter(), self.config.algorithm
-        lrs = [scheduled_lr(self.config, self.lr, self.version)]
-        if self.critic:
-            lrs = [lrs[0] if self.version >= self.config.critic.warmup else 0.0, self.config.critic.lr]
+        lrs = [scheduled_lr(self.config, lr, self.version) for lr in self.lrs]
+        if self.critic and self.version < self.config.critic.warmup:
+            lrs[0] = 0.0
         lessons, explained_variance = self._lessons(groups)
         sums: Counter[str] = Counter()
-        norms: list[float] = []
-        all_finite = True
-        for chosen in self._minibatches(len(groups)):
-            of_minibatch, norm = self._minibatch([groups[i] for i in chosen], [lessons[i] for i in chosen], lrs)
-            all_finite &= math.isfinite(of_minibatch["loss"] + norm)
+        norms: list[float] = []  # of the minibatches that had anything to learn
+        for chosen in self._minibatches(len(groups), algorithm.epochs):
+            of_minibatch = self._gradient([groups[i] for i in chosen], [lessons[i] for i in chosen])
             sums.update(of_minibatch)
-            norms.append(norm)
-            moved = of_minibatch["kl_start"] / max(1.0, of_minibatch["tokens"])
-            if not math.isfinite(moved) or 0 < algorithm.target_kl < moved:
+            if not of_minibatch["tokens"]:
+                continue
+            if 0 < algorithm.target_kl < of_minibatch["kl_update"] / of_minibatch["tokens"]:
                 break
-        if sums["tokens"]:
+            norms.append(self.optimizer.step(*lrs) if math.isfinite(of_minibatch["loss"]) else math.nan)
+        steps = [norm for norm in norms if math.isfinite(norm)]
+        if norms:
             self.canary = self._canary()
         self.version += 1
-        self.skipped_in_a_row = 0 if all_finite else self.skipped_in_a_row + 1
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if norms and not steps else 0
 
         def a_token(name: str, computed: bool = True) -> float | None:
             return sums[name] / sums["tokens"] if computed and sums["tokens"] else None
 
         stats = UpdateStats(
             loss=sums["loss"] / max(1, len(norms)),
-            grad_norm=fmean(norms) if norms else 0.0,
+            grad_norm=fmean(steps) if steps else math.nan if norms else 0.0,
             lr=lrs[0],
             kl_behaviour=a_token("kl_behaviour"),
             ratio_truncated=a_token("ratio_truncated"),
             clipped=a_token("clipped", algorithm.loss != "reinforce"),
-            kl_start=a_token("kl_start"),
+            kl_update=a_token("kl_update"),
             kl_reference=a_token("kl_reference", algorithm.kl > 0),
-            surprise=a_token("surprise"),
+            entropy=a_token("entropy"),
             value_loss=a_token("value_loss", self.critic),
             explained_variance=explained_variance,
-            minibatches=len(norms),
+            minibatches=len(steps),
             tokens=int(sums["tokens"]),
             seconds=time.perf_counter() - began,
             skipped_in_a_row=self.skipped_in_a_row,
@@ -137,56 +139,56 @@ class Learner:
         """What this rank is to learn from each group, nothing from those that are another's or carry no gradient; and
         the share of the returns' variance that the critic knew."""
         algorithm, max_tokens = self.config.algorithm, self.config.sampling.max_tokens
+
+        def credited(lessons: list[list[Lesson]]) -> list[list[Lesson]]:
+            return [credit(group, of, algorithm, max_tokens) for group, of in zip(groups, lessons, strict=True)]
+
         lessons = [
-            [lesson(group.prompt.token_ids, each) for each in group.episodes if own_tokens(each)] for group in groups
+            [lesson(group.prompt.token_ids, each) for each in group.episodes if learned_from(each, algorithm)]
+            for group in groups
         ]
-        by_group = algorithm.advantage not in ("whitened", "gae")
-        all_count = not by_group or (algorithm.kl_in == "loss" and algorithm.kl) or algorithm.entropy
-        sizes = [
-            sum(each.length for each in of) if all_count or group.informative else 0
-            for group, of in zip(groups, lessons, strict=True)
-        ]
-        own = shares(sizes, self.ranks)[self.rank]
-        lessons = [of if i in own else [] for i, of in enumerate(lessons)]
-        lessons, ends = self._before(lessons)
-        lessons = [
-            credit(group, of, algorithm, max_tokens, [ends.get(id(each.episode), 0.0) for each in of]) if of else []
-            for group, of in zip(groups, lessons, strict=True)
-        ]
-        explained_variance = None
-        if not by_group:
-            lessons, explained_variance = self._whitened(lessons)
-        lessons = [[each for each in of if all_count or each.tokens.advantages.any()] for of in lessons]
-        return lessons, explained_variance
+        at_once = algorithm.of_group and not algorithm.kl_of("reward")
+        if at_once:
+            lessons = credited(lessons)
+            if not algorithm.kl_of("loss") and not algorithm.entropy:  # which every token has
+                lessons = [[each for each in of if each.tokens.advantages.any()] for of in lessons]
+        own = shares([sum(each.length for each in of) for of in lessons], self.ranks)[self.rank]
+        lessons = self._before([of if i in own else [] for i, of in enumerate(lessons)])
+        if not at_once:
+            lessons = credited(lessons)
+        return (lessons, None) if algorithm.of_group else self._whitened(lessons)
 
     @torch.no_grad()
-    def _before(self, lessons: list[list[Lesson]]) -> tuple[list[list[Lesson]], dict[int, float]]:
-        """The lessons with what the algorithm has to know before its first minibatch, and what the critic says last."""
+    def _before(self, lessons: list[list[Lesson]]) -> list[list[Lesson]]:
+        """The lessons with what the algorithm has to know before its first minibatch."""
         algorithm, temperature = self.config.algorithm, self.config.sampling.temperature
         wanted: dict[str, Callable[[Microbatch], Tensor]] = {}
-        if algorithm.epochs * algorithm.minibatches > 1 or (algorithm.kl and algorithm.kl_in == "reward"):
+        if algorithm.epochs * algorithm.minibatches > 1 or algorithm.kl_of("reward"):
             wanted["start_logprobs"] = lambda row: self.policy.logprobs(row, temperature)
         if algorithm.kl:
             wanted["reference_logprobs"] = lambda row: self.policy.logprobs(replace(row, adapters=OFF), temperature)
-        known: dict[int, dict[str, Tensor]] = defaultdict(dict)  # of each episode
-        ends: dict[int, float] = {}
-        for row in self._rows(lessons) if wanted else ():
-            for name, of in wanted.items():
-                for each, part in zip(row.lessons, of(row).cpu().split(row.lengths.tolist()), strict=True):
-                    known[id(each.episode)][name] = part
-        for row in self._rows(lessons, ends=True) if self.critic else ():
-            for each, part in zip(row.lessons, self.policy.values(row).cpu().split(row.lengths.tolist()), strict=True):
-                known[id(each.episode)]["values"], ends[id(each.episode)] = part[:-1], float(part[-1])
-        return [[each.knowing(**known[id(each.episode)]) for each in of] for of in lessons], ends
+        known: dict[Lesson, dict[str, Tensor]] = defaultdict(dict)
+        for chosen in self._minibatches(len(lessons), epochs=1):  # the same rows as then: they round alike
+            of_minibatch = [lessons[i] for i in chosen]
+            for row in self._rows(of_minibatch) if wanted else ():
+                for name, of in wanted.items():
+                    for each, part in zip(row.lessons, of(row).cpu().split(row.lengths.tolist()), strict=True):
+                        known[each][name] = part
+            for row in self._rows(of_minibatch, ends=True) if self.critic else ():
+                values = self.policy.values(row).cpu().split(row.lengths.tolist())
+                for each, part in zip(row.lessons, values, strict=True):
+                    known[each] |= {"values": part[:-1], "end": part[-1:]}
+        return [[each.knowing(**known[each]) for each in of] for of in lessons]
 
     def _whitened(self, lessons: list[list[Lesson]]) -> tuple[list[list[Lesson]], float | None]:
         """With advantages of mean 0 and variance 1 over all ranks' tokens, and the critic's explained variance."""
         of_all = [each.tokens for of in lessons for each in of]
-        advantages = torch.cat([torch.zeros(0), *(tokens.advantages for tokens in of_all)])
-        returns = torch.cat(
-            [torch.zeros(0), *(tokens.advantages if tokens.returns is None else tokens.returns for tokens in of_all)]
+        none = torch.zeros(0)
+        advantages = torch.cat([none, *(tokens.advantages for tokens in of_all)])
+        values = torch.cat(
+            [none, *(tokens.advantages * 0 if tokens.values is None else tokens.values for tokens in of_all)]
         )
-        x = torch.stack([advantages, returns]).double()
+        x = torch.stack([advantages, advantages + values]).double()
         moments = torch.cat([torch.tensor([len(advantages)]), x.sum(1), x.square().sum(1)]).to(self.device)
         if self.ranks > 1:
             torch.distributed.all_reduce(moments)
@@ -200,10 +202,10 @@ class Learner:
         ]
         return lessons, explained
 
-    def _minibatches(self, groups: int) -> Iterator[list[int]]:
+    def _minibatches(self, groups: int, epochs: int) -> Iterator[list[int]]:
         """The places of each minibatch's groups, in another order each epoch; alike on all ranks."""
         algorithm = self.config.algorithm
-        for epoch in range(algorithm.epochs):
+        for epoch in range(epochs):
             order = list(range(groups))
             if algorithm.epochs * algorithm.minibatches > 1:
                 random.Random(f"{self.config.seed} {self.version} {epoch}").shuffle(order)
@@ -211,10 +213,8 @@ class Learner:
                 if chosen := order[part :: algorithm.minibatches]:
                     yield chosen
 
-    def _minibatch(
-        self, groups: Sequence[Group], lessons: Sequence[Sequence[Lesson]], lrs: Sequence[float]
-    ) -> tuple[dict[str, float], float]:
-        """The loss, its gradient and an Adam step; returns sums over all ranks' tokens, and the gradient's norm."""
+    def _gradient(self, groups: Sequence[Group], lessons: Sequence[Sequence[Lesson]]) -> dict[str, float]:
+        """The loss of a minibatch and its gradient, both of all ranks; returns sums over all their tokens."""
         algorithm, temperature = self.config.algorithm, self.config.sampling.temperature
         weight = weigher(groups, algorithm, self.config.sampling.max_tokens)
         weighted = [
@@ -242,10 +242,7 @@ class Learner:
         stacked = torch.stack(list(sums.values()))
         if self.ranks > 1:
             stacked = self.optimizer.add_over_ranks(stacked)
-        total = dict(zip(sums, stacked.tolist(), strict=True))
-        if not total["tokens"]:
-            return total, 0.0
-        return total, self.optimizer.step(*lrs) if math.isfinite(total["loss"]) else math.nan
+        return dict(zip(sums, stacked.tolist(), strict=True))
 
     def _rows(self, lessons: Sequence[Sequence[Lesson]], ends: bool = False) -> Iterator[Microbatch]:
         budget = self.config.learner.microbatch_tokens

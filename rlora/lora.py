@@ -113,7 +113,7 @@ class Factors(nn.Module):
     experts.
     """
 
-    def __init__(self, matrix: Matrix, specs: Sequence[Spec], generator: torch.Generator) -> None:
+    def __init__(self, matrix: Matrix, specs: Sequence[Spec], generators: Sequence[torch.Generator]) -> None:
         super().__init__()
         *fused, d_out, d_in = matrix.shape
         device = matrix.weight.device
@@ -121,7 +121,8 @@ class Factors(nn.Module):
         E = self.experts or 1
         self.ranks = [spec.rank_of(matrix) for spec in specs]
         self.scales = [spec.scale(matrix.key, rank) for spec, rank in zip(specs, self.ranks, strict=True)]
-        a = [_initial(spec.init, E, rank, d_in, generator) for spec, rank in zip(specs, self.ranks, strict=True)]
+        each = zip(specs, self.ranks, generators, strict=True)
+        a = [_initial(spec.init, E, rank, d_in, generator) for spec, rank, generator in each]
         self.lora_A = nn.ParameterList(nn.Parameter(a_k.to(device)) for a_k in a)
         self.lora_B = nn.ParameterList(  # 0: the policy is the base
             nn.Parameter(torch.zeros(d_out, rank * E, device=device)) for rank in self.ranks
@@ -264,9 +265,9 @@ class Bank:
         self.routing = Routing()
         self.factors: dict[Matrix, Factors] = {}
         self.matrices = list(matrices(model))
-        generator = torch.Generator().manual_seed(seed)
+        generators = [torch.Generator().manual_seed(seed + k) for k in range(len(specs))]  # A does not depend on others
         for place, found in groupby(self.matrices, lambda matrix: matrix.place):
-            factors = {matrix: Factors(matrix, specs, generator) for matrix in found}
+            factors = {matrix: Factors(matrix, specs, generators) for matrix in found}
             if any(any(each.ranks) for each in factors.values()):
                 self.factors |= factors
                 parent, _, leaf = place.rpartition(".")

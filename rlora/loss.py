@@ -1,7 +1,7 @@
 """Losses of the policy's tokens, estimators beside them, and the critic's. Pure torch.
 
 Three policies meet here. The *behaviour* policy sampled (the engine's logprobs, of some version); the *start* is the
-learner's own before the update's first minibatch; *now* is the one that is being trained. Two ratios: `correct` has
+learner's own before the update's first minibatch; *now* is the one that is being trained. Two ratios: `importance` is
 start over behaviour, which undoes the difference of engine and learner and staleness, and is never differentiated;
 the surrogates have now over start, which is 1 in value until the update's second minibatch.
 """
@@ -65,20 +65,16 @@ def sequence_log_ratio(log_ratio: Tensor, lengths: Tensor) -> Tensor:
 # --- what corrects for who sampled ---
 
 
-def correct(
-    start: Tensor, behaviour: Tensor, lengths: Tensor, level: Literal["token", "episode"],
-    beyond: Literal["truncate", "mask"], cap: float,
-) -> Tensor:  # fmt: skip
-    """The weight of each token's loss, p_start / p_behaviour, detached; of the token, or the product over its episode.
+def importance(start: Tensor, behaviour: Tensor, lengths: Tensor, of_episode: bool) -> Tensor:
+    """p_start / p_behaviour, detached: of each token, or the product over its episode. (C,) each, lengths (E,) -> (C,)
 
-    Beyond `cap` it is `cap` (TIS, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", Yao et al.
-    2025), or 0 (masked: IcePop, MIS). (C,) each, lengths (E,) -> (C,)
+    Cut at a cap it is truncated importance sampling (TIS, "Your Efficient RL Framework Secretly Brings You Off-Policy
+    RL Training", Yao et al. 2025); 0 beyond it, masked (MIS).
     """
     log_ratio = (start - behaviour).detach()
-    if level == "episode":
+    if of_episode:
         log_ratio = _of_episodes(log_ratio, lengths).repeat_interleave(lengths)
-    ratio = log_ratio.exp()
-    return ratio.clamp(max=cap) if beyond == "truncate" else ratio * (ratio <= cap)
+    return log_ratio.exp()
 
 
 # --- KL ---

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.distributed
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig
 
 from rlora.config import Config, LearnerConfig
 from rlora.records import RloraError
@@ -85,14 +85,13 @@ def scheduled_lr(config: Config, lr: float, step: int) -> float:
     return lr * (learner.lr_floor + (1 - learner.lr_floor) * left)
 
 
-def auto_lr(base: PreTrainedModel) -> float:
-    """5e-4 (2000 / hidden size)^p, with p = 0.781 for Llama and 0.0775 for Qwen ("LoRA Without Regret", Thinking
-    Machines 2025). Fitted on supervised runs; other models are taken for Llamas."""
-    hidden = base.config.get_text_config().hidden_size
-    power = 0.0775 if "qwen" in base.config.model_type else 0.781
-    lr = 5e-4 * (2000 / hidden) ** power
-    print(f"learner.lr = auto: {lr:.2g}, 5e-4 x (2000 / {hidden})^{power} ({base.config.model_type})", flush=True)
-    return float(lr)
+def auto_lr(config: Config, base: PreTrainedConfig) -> float:
+    """What `learner.lr = "auto"` is: 5e-5 (2000 / hidden size)^p, ten times that for an adapter; p is 0.781 for Llama
+    and 0.0775 for Qwen ("LoRA Without Regret", Thinking Machines 2025). Fitted on supervised runs; other models are
+    taken for Llamas."""
+    power = 0.0775 if "qwen" in base.model_type else 0.781
+    lr = 5e-5 if config.learner.whole else 5e-4
+    return float(lr * (2000 / base.get_text_config().hidden_size) ** power)
 
 
 def _master_of(weight: nn.Parameter) -> nn.Parameter:

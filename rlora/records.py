@@ -80,7 +80,7 @@ class Group:
 
     @property
     def informative(self) -> bool:
-        """Whether rewards differ; where they agree, group-relative advantages are all zero."""
+        """Whether rewards differ; where they agree, advantages that are relative to the group are all zero."""
         return len(set(self.rewards)) > 1
 
     def with_rewards(self, rewards: Sequence[float]) -> Group:
@@ -157,12 +157,12 @@ class UpdateStats:
     ratio_truncated: float | None  # share of tokens over the importance cap
     tokens: int  # completion tokens computed, each as often as it was
     seconds: float
-    skipped_in_a_row: int  # updates up to this one whose loss or gradient was not finite; 0 where this one counted
+    skipped_in_a_row: int  # updates up to this one without any finite loss and gradient; 0 where this one counted
     minibatches: int = 1  # Adam steps
     clipped: float | None = None  # share of tokens whose ratio to the update's start was
-    kl_start: float | None = None  # nats a token that the policy moved in the update, before its last minibatch
+    kl_update: float | None = None  # nats a token that the policy moved in the update, before its last minibatch
     kl_reference: float | None = None  # nats a token, learner against the base
-    surprise: float | None = None  # nats a token, -log p: on policy its mean is the entropy
+    entropy: float | None = None  # nats a token; the mean of -log p, which it is on policy, unless it is in the loss
     value_loss: float | None = None
     explained_variance: float | None = None  # of the returns, by the critic before the update
 

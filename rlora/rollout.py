@@ -64,23 +64,26 @@ class Rollouts:
         """
         count, refills = self.config.prompts_per_step, self.config.algorithm.refills
         stale = self._drop_stale(version - self.config.max_staleness)
-        flights, late = self._next_flights(version, count)
+        flights, late = self._next_flights(version, count, wait_for_half=True)
         sampled = self._groups(flights)
         for _ in range(refills):
-            if missing := count - sum(group.informative for group in sampled):
-                others, late_too = self._next_flights(version, missing)
-                flights, late = flights + others, late + late_too
-                sampled = self._groups(flights)
+            missing = count - sum(group.informative for group in sampled)
+            if late or not missing:  # what is late is waited for once, not again
+                break
+            others, late = self._next_flights(version, missing)
+            flights += others
+            sampled = self._groups(flights)
         groups = tuple(group for group in sampled if group.informative) if refills else sampled
         return Collection(groups, sampled, sum(flight.reward_seconds for flight in flights), late, stale)
 
-    def _next_flights(self, version: int, count: int) -> tuple[list[_Flight], int]:
-        """The next `count` that were sent, those that are there in time, and how many are not; others follow them."""
+    def _next_flights(self, version: int, count: int, wait_for_half: bool = False) -> tuple[list[_Flight], int]:
+        """Of the next `count` that were sent those that are there in time, and how many are not; others follow them."""
         steps_ahead = min(self.config.max_staleness, self.config.steps - version - 1)
         while len(self._flights) < count + steps_ahead * self.config.prompts_per_step:
             self._send(self._again.popleft() if self._again else self._new_place())
         step = self._flights[:count]
-        self._await(step, math.ceil(count / 2), math.inf)
+        if wait_for_half:
+            self._await(step, math.ceil(count / 2), math.inf)
         self._await(step, count, self.config.engine.straggler_seconds)
         there = [flight for flight in step if flight.scored.done()]
         self._flights = [flight for flight in self._flights if flight not in there]

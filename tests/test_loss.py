@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlora.loss import clipped, clipped_weight, correct, kl, reinforce, sequence_log_ratio, value_loss
+from rlora.loss import clipped, clipped_weight, importance, kl, reinforce, sequence_log_ratio, value_loss
 
 LENGTHS = torch.tensor([2, 1])
 
@@ -58,13 +58,11 @@ def test_the_ratio_of_an_episode_is_the_geometric_mean_of_its_tokens() -> None:
     assert sequence_log_ratio(log_ratio, LENGTHS).tolist() == [2.0, 2.0, -1.0]
 
 
-def test_corrections_by_hand() -> None:
-    start, behaviour = logs(0.5, 0.5, 0.2).requires_grad_(), logs(0.5, 0.1, 0.4)  # ratios 1, 5 and 0.5
-    assert correct(start, behaviour, LENGTHS, "token", "truncate", 2.0).tolist() == pytest.approx([1.0, 2.0, 0.5])
-    assert correct(start, behaviour, LENGTHS, "token", "mask", 2.0).tolist() == pytest.approx([1.0, 0.0, 0.5])
-    assert correct(start, behaviour, LENGTHS, "episode", "truncate", 4.0).tolist() == pytest.approx([4.0, 4.0, 0.5])
-    assert correct(start, behaviour, LENGTHS, "episode", "mask", 4.0).tolist() == pytest.approx([0.0, 0.0, 0.5])
-    assert not correct(start, behaviour, LENGTHS, "token", "truncate", 2.0).requires_grad
+def test_importance_by_hand() -> None:
+    start, behaviour = logs(0.5, 0.5, 0.2).requires_grad_(), logs(0.5, 0.1, 0.4)
+    assert importance(start, behaviour, LENGTHS, of_episode=False).tolist() == pytest.approx([1.0, 5.0, 0.5])
+    assert importance(start, behaviour, LENGTHS, of_episode=True).tolist() == pytest.approx([5.0, 5.0, 0.5])
+    assert not importance(start, behaviour, LENGTHS, of_episode=False).requires_grad
 
 
 def test_kl_by_hand() -> None:
