@@ -117,6 +117,27 @@ def test_a_tokens_loss_is_the_sum_of_what_was_asked_for() -> None:
     assert token_losses(row, now, None, algorithm())[1]["entropy"].tolist() == [1.0, 1.5, 1.0]
 
 
+@pytest.mark.parametrize(
+    ("correction", "weights"),
+    [
+        ("token-truncate", [2.0, 0.5, 1.0]),
+        ("token-mask", [0.0, 0.5, 1.0]),
+        ("episode-truncate", [2.0, 2.0, 1.0]),
+        ("episode-mask", [0.0, 0.0, 1.0]),
+        ("none", [1.0, 1.0, 1.0]),
+    ],
+)
+def test_what_the_engine_gave_too_rarely_counts_no_more_than_the_cap(correction: str, weights: list[float]) -> None:
+    log_half = torch.tensor(0.5).log().item()
+    two = group([5], episode([6, 7], 1.0, [-300.0, log_half + 0.1]), episode([8], 0.0, [-1.0]))
+    (row,) = microbatches([of_group(two)], 100, torch.float32, torch.device("cpu"))
+    row = replace(row, tokens=replace(row.tokens, advantages=torch.ones(3)))
+    now = torch.tensor([-1.0, 2 * log_half + 0.1, -1.0])  # ratios e^299, 1/2 and 1
+    losses, figures = token_losses(row, now, None, algorithm(correction=correction))
+    assert losses.tolist() == pytest.approx([-weight for weight in weights])
+    assert figures["ratio_truncated"].tolist() == [True, correction.startswith("episode"), False]
+
+
 @pytest.mark.parametrize("name", ["grpo", "dr-grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++"])
 def test_on_policy_every_algorithm_has_the_gradient_of_its_advantages(name: str) -> None:
     two = group([5], episode([6, 7], 1.0, [-2.0, -1.0]), episode([8], 0.0, [-4.0]))

@@ -11,13 +11,13 @@ import torch.multiprocessing
 from conftest import episode, group, tiny_model
 from peft import PeftModel
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from rlora.checkpoint import write_adapter
 from rlora.config import Config
 from rlora.learner import Learner, refuse_to_go_on
 from rlora.lora import OFF, Route
-from rlora.optimizer import scheduled_lr
+from rlora.optimizer import auto_lr, scheduled_lr
 from rlora.peft_format import masters
 from rlora.records import Group, RloraError
 
@@ -67,6 +67,15 @@ def test_a_linear_schedule_falls_to_zero(config: MakeConfig) -> None:
     assert scheduled_lr(config(steps=4), 0.08, 3) == 0.08
     cosine = config(steps=4, learner={"lr_schedule": "cosine", "lr_floor": 0.1})
     assert [scheduled_lr(cosine, 1.0, step) for step in (0, 2, 4)] == pytest.approx([1.0, 0.55, 0.1])
+
+
+def test_auto_lr_is_the_fitted_rule(tiny: str, config: MakeConfig) -> None:
+    base = LlamaConfig(hidden_size=576)
+    assert auto_lr(config(), base) == pytest.approx(5e-4 * (2000 / 576) ** 0.781)
+    assert auto_lr(config(), Qwen3Config(hidden_size=576)) == pytest.approx(5e-4 * (2000 / 576) ** 0.0775)
+    assert auto_lr(config(learner={"adapter": "none"}), base) == pytest.approx(5e-5 * (2000 / 576) ** 0.781)
+    learner = Learner(config(learner={"lr": "auto"}), tiny, "run")
+    assert learner.lrs == [auto_lr(config(), learner.policy.base.config)]
 
 
 def test_an_update_takes_the_scheduled_learning_rate(tiny: str, config: MakeConfig, groups: list[Group]) -> None:
@@ -121,25 +130,29 @@ def _of_two(rank: int, address: str, config: Config, base: str, groups: list[Gro
 
 
 @pytest.mark.parametrize(
-    ("settings", "taken"),
+    ("algorithm", "settings", "taken"),
     [
-        ({}, slice(None)),
-        ({"shard": True, "microbatch_tokens": 9}, slice(None)),  # one rank has more passes to run
-        ({"shard": True, "checkpointing": True}, slice(1)),  # one has none of its own
+        ({}, {}, slice(None)),
+        ({}, {"shard": True, "microbatch_tokens": 9}, slice(None)),  # one rank has more passes to run
+        ({}, {"shard": True, "checkpointing": True}, slice(1)),  # one has none of its own
+        ({"name": "ppo", "minibatches": 2, "kl": 0.1}, {}, slice(None)),
+        ({"name": "ppo", "minibatches": 2, "kl": 0.1}, {"shard": True, "checkpointing": True}, slice(None)),
+        ({"name": "gspo", "minibatches": 3, "target_kl": 1e-9}, {"shard": True}, slice(None)),
     ],
 )
 def test_two_learners_take_the_step_of_one(
-    tiny: str, config: MakeConfig, groups: list[Group], tmp_path: Path, settings: dict[str, object], taken: slice
-) -> None:
+    tiny: str, config: MakeConfig, groups: list[Group], tmp_path: Path, algorithm: dict[str, object],
+    settings: dict[str, object], taken: slice,
+) -> None:  # fmt: skip
     groups = groups[taken]
-    alone = Learner(config(learner={"rank": 2, "lr": 0.01}), tiny, "run")
+    alone = Learner(config(learner={"rank": 2, "lr": 0.01}, algorithm=algorithm), tiny, "run")
     layers = alone.policy.body.layers
     whole = sum(weight.numel() for weight in layers.parameters() if not weight.requires_grad)
     _, stats = alone.update(groups)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    shared_config = config(learner={"rank": 2, "lr": 0.01, "replicas": 2} | settings)
+    shared_config = config(learner={"rank": 2, "lr": 0.01, "replicas": 2} | settings, algorithm=algorithm)
     torch.multiprocessing.spawn(_of_two, (address, shared_config, tiny, groups, str(tmp_path)), nprocs=2)
     results = [torch.load(tmp_path / str(rank), weights_only=False) for rank in range(2)]
     assert results[0][1] == results[1][1]  # the same adapter, bit for bit
@@ -147,9 +160,12 @@ def test_two_learners_take_the_step_of_one(
     expected = torch.cat(
         [parameter.grad.flatten() for parameter in alone.optimizer.masters if parameter.grad is not None]
     )
-    assert (gradient.double() - expected.double()).norm() <= 1e-5 * expected.double().norm()
-    assert (shared.tokens, shared.kl_behaviour) == (stats.tokens, pytest.approx(stats.kl_behaviour, rel=1e-5))
-    assert shared.loss == pytest.approx(stats.loss, rel=1e-5)
+    near = 1e-5 if stats.minibatches == 1 else 1e-3  # Adam's first step takes the sign of what is almost 0
+    assert (gradient.double() - expected.double()).norm() <= near * expected.double().norm()
+    assert (shared.tokens, shared.minibatches) == (stats.tokens, stats.minibatches)
+    for name in ("loss", "grad_norm", "kl_behaviour", "kl_update", "kl_reference", "value_loss", "explained_variance"):
+        ours, its = getattr(shared, name), getattr(stats, name)
+        assert ours == (its if its is None else pytest.approx(its, rel=near, abs=1e-6)), name
     held, kept = zip(*(result[3:] for result in results), strict=True)
     if shared_config.learner.shard:
         assert held == (whole / 2, whole / 2)

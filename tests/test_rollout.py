@@ -100,6 +100,15 @@ def test_steps_ahead_are_sampled_before_they_are_asked_for_and_no_more_than_the_
     assert len(fleet_of(made).requests) == 12
 
 
+def test_refills_do_not_wait_for_what_was_late(rollouts: Callable[..., Rollouts]) -> None:
+    made = rollouts(algorithm={"refills": 2})
+    slow = order(4)[2]
+    fleet_of(made).held = {slow}
+    collection = made.take(0)
+    assert (answers(collection.sampled), collection.late) == ([a for a in order(4) if a != slow], 1)
+    assert len(fleet_of(made).requests) == 4
+
+
 def test_a_late_group_counts_for_a_later_step_while_it_is_fresh(rollouts: Callable[..., Rollouts]) -> None:
     made = rollouts(max_staleness=1)
     fleet = fleet_of(made)
