@@ -22,7 +22,7 @@ from peers import run, trl_python
 from rich.console import Console
 from rich.table import Table
 
-from rlora.algorithm import credit, token_losses, weigher
+from rlora.algorithm import credit, learned_from, token_losses, weigher
 from rlora.batch import lesson, microbatches
 from rlora.config import AlgorithmConfig, validate
 from rlora.records import Episode, Group, Prompt
@@ -99,10 +99,10 @@ def ours(
     algorithm: AlgorithmConfig = validate(values).algorithm
     weight = weigher(groups, algorithm, MAX_TOKENS)
     of_episode = dict(zip((id(e) for group in groups for e in group.episodes), range(PROMPTS * G), strict=True))
-    loss, gradients = 0.0, {}
+    loss, gradients = 0.0, {place: torch.zeros(len(of)) for place, of in enumerate(logprobs["now"])}
     for group in groups:
         lessons = []
-        for episode in group.episodes:
+        for episode in (each for each in group.episodes if learned_from(each, algorithm)):
             place = of_episode[id(episode)]
             known = {"start_logprobs": logprobs["start"][place]}
             known |= {"reference_logprobs": logprobs["reference"][place]} if algorithm.kl else {}

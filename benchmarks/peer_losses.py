@@ -1,14 +1,16 @@
 """TRL's part of losses.py: what `GRPOTrainer._compute_loss` makes of given logprobs.
 
 It runs in TRL's own environment, `python peer_losses.py <work.json> <measured.json>`, and imports nothing of rlora.
-The trainer is a stand-in that has the settings and hands out the logprobs; the loss is TRL's code.
+The trainer is a stand-in that has the settings and hands out the logprobs, and raises AttributeError for any other; the
+loss is TRL's code. Advantages and the engine's importance ratio, which TRL makes elsewhere, are written out here.
 """
 
 import json
 import sys
+from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
 
 import torch
 from torch import Tensor
@@ -42,20 +44,22 @@ def of_case(work: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
         "advantages": advantages.flatten(), "old_per_token_logps": start, "ref_per_token_logps": reference,
         "importance_sampling_ratio": difference.exp().clamp(max=2.0), "num_items_in_batch": kept.sum(),
     }  # fmt: skip
-    trainer = MagicMock()
-    trainer._get_per_token_logps_and_entropies.return_value = (now, torch.zeros_like(now), None)
-    trainer.top_entropy_quantile, trainer.off_policy_mask_threshold = 1.0, None
-    trainer.importance_sampling_level = settings.get("level", "token")
-    trainer.beta, trainer.loss_type = settings.get("beta", 0.0), settings["loss_type"]
-    trainer.epsilon_low = settings.get("epsilon", 0.2)
-    trainer.epsilon_high = settings.get("epsilon_high", trainer.epsilon_low)
-    trainer.args.delta, trainer.args.use_bias_correction_kl = settings.get("delta"), False
-    trainer.args.steps_per_generation = trainer.current_gradient_accumulation_steps = 1
-    trainer.accelerator.gather = lambda x: x  # for its metrics
-    trainer.accelerator.num_processes, trainer.max_completion_length = 1, work["max_tokens"]
-    trainer.use_vllm = trainer.vllm_importance_sampling_correction = trainer.model.training = True
-    trainer._entropy_bonus_enabled = trainer.aux_loss_enabled = False
-    loss: Tensor = GRPOTrainer._compute_loss(trainer, MagicMock(), inputs)
+    training = SimpleNamespace(training=True)
+    trainer = SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *_, **__: (now, torch.zeros_like(now), None),
+        top_entropy_quantile=1.0, off_policy_mask_threshold=None,
+        importance_sampling_level=settings.get("level", "token"),
+        beta=settings.get("beta", 0.0), loss_type=settings["loss_type"], epsilon_low=settings.get("epsilon", 0.2),
+        epsilon_high=settings.get("epsilon_high", settings.get("epsilon", 0.2)), model=training,
+        args=SimpleNamespace(
+            delta=settings.get("delta"), use_bias_correction_kl=False, steps_per_generation=1, num_iterations=1,
+        ),
+        current_gradient_accumulation_steps=1, max_completion_length=work["max_tokens"], use_vllm=True,
+        vllm_importance_sampling_correction=True, _entropy_bonus_enabled=False, aux_loss_enabled=False,
+        accelerator=SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x, num_processes=1),
+        _metrics=defaultdict(lambda: defaultdict(list)),
+    )  # fmt: skip
+    loss: Tensor = GRPOTrainer._compute_loss(trainer, training, inputs)
     (gradient,) = torch.autograd.grad(loss, now)
     return {"loss": loss.item(), "gradient": gradient[mask.bool()].tolist()}
 

@@ -22,6 +22,7 @@ class Lesson:
     tokens: Tokens  # (own tokens,) each
     end: Tensor | None = None  # (1,), what the critic says after the last one
     adapter: int = 0  # of the bank, by which it is learned
+    ends: bool = False  # its last token is in the row too, for what is said of the text as a whole
 
     @property
     def length(self) -> int:
@@ -37,7 +38,8 @@ class Lesson:
 class Microbatch:
     """Prompts and their completions in one row of N tokens; C of them, the policy's own, to learn from.
 
-    A completion's last token predicts nothing that is learned from, so it is not in the row, unless `ends` asks for it.
+    A completion's last token predicts nothing that is learned from, so it is not in the row, unless its lesson `ends`:
+    then its place is the last of the lesson's `predictors`, whose target is no token.
     """
 
     input_ids: Tensor  # (N,) int64
@@ -50,6 +52,23 @@ class Microbatch:
     tokens: Tokens  # (C,) each
     lessons: tuple[Lesson, ...]  # E
 
+    def parts(self) -> "list[tuple[Microbatch, Tensor]]":
+        """For each adapter of its lessons: the same row with those lessons alone, and which of C are theirs (bool)."""
+        adapters = [each.adapter for each in self.lessons]
+        if not isinstance(self.adapters, Tensor):
+            return [(self, torch.ones_like(self.predictors, dtype=torch.bool))]
+        found = []
+        for adapter in sorted(set(adapters)):
+            chosen = torch.tensor([each == adapter for each in adapters], device=self.lengths.device)
+            its = chosen.repeat_interleave(self.lengths)
+            lessons = tuple(each for each in self.lessons if each.adapter == adapter)
+            part = replace(
+                self, adapters=adapter, predictors=self.predictors[its], targets=self.targets[its],
+                lengths=self.lengths[chosen], tokens=_joined(lessons, its.device), lessons=lessons,
+            )  # fmt: skip
+            found.append((part, its))
+        return found
+
 
 @dataclass(frozen=True)
 class _Branch:
@@ -59,14 +78,12 @@ class _Branch:
 
 
 def microbatches(
-    groups: Sequence[Sequence[Lesson]], max_tokens: int, dtype: torch.dtype, device: torch.device, ends: bool = False
+    groups: Sequence[Sequence[Lesson]], max_tokens: int, dtype: torch.dtype, device: torch.device
 ) -> Iterator[Microbatch]:
     """The lessons of each group, which have one prompt and one adapter, `max_tokens` tokens at a time (one at least).
 
     Groups go by the length of their longest completion, for attention pads those of a microbatch to one length.
-    `dtype` is that of the policy's activations. With `ends` the last token of each completion is in the row too, and
-    its place is the last of the episode's `predictors`, whose target is no token: for what is said of the text as a
-    whole, not for logprobs.
+    `dtype` is that of the policy's activations.
     """
     groups = [group for group in groups if group]
     total = sum(_tokens(group) for group in groups)
@@ -78,7 +95,7 @@ def microbatches(
         for lesson in group:
             wanted = lesson.length + (0 if opened else len(prompt))
             if branches and (tokens >= share or tokens + wanted > max_tokens):
-                yield _pack(branches, dtype, device, ends)
+                yield _pack(branches, dtype, device)
                 branches, tokens, opened = [], 0, False
             if not opened:
                 branches.append(_Branch(prompt, lesson.adapter, []))
@@ -86,7 +103,7 @@ def microbatches(
             branches[-1].completions.append(lesson)
             tokens += lesson.length
     if branches:
-        yield _pack(branches, dtype, device, ends)
+        yield _pack(branches, dtype, device)
 
 
 def lesson(
@@ -144,11 +161,14 @@ def _joined(lessons: Sequence[Lesson], device: torch.device) -> Tokens:
     return Tokens(**joined)
 
 
-def _pack(branches: Sequence[_Branch], dtype: torch.dtype, device: torch.device, ends: bool = False) -> Microbatch:
+def _pack(branches: Sequence[_Branch], dtype: torch.dtype, device: torch.device) -> Microbatch:
     """One row: each prompt, followed by its completions."""
     completions = [completion for branch in branches for completion in branch.completions]
     P, L = len(branches), max(len(branch.prompt) for branch in branches)
-    G, T = max(len(branch.completions) for branch in branches), max(each.length for each in completions) - (not ends)
+    G, T = (
+        max(len(branch.completions) for branch in branches),
+        max(each.length - (not each.ends) for each in completions),
+    )
     places = torch.arange(P * (L + G * T))
     place_of_prompt, place_of_completion = places[: P * L].view(P, L), places[P * L :].view(P, G, T)
     seen_PL = torch.zeros(P, L, dtype=torch.bool)
@@ -167,11 +187,14 @@ def _pack(branches: Sequence[_Branch], dtype: torch.dtype, device: torch.device,
         last = len(ids) - 1
         for g, completion in enumerate(branch.completions):
             completion_ids = completion.episode.completion_ids
-            inputs = completion_ids if ends else completion_ids[:-1]
+            inputs = completion_ids if completion.ends else completion_ids[:-1]
             own = completion.episode.own or (True,) * len(completion_ids)
             of_all = list(
-                zip((last, *range(len(ids), len(ids) + len(inputs))), (*completion_ids, 0), (*own, ends), strict=False)
-            )
+                zip(
+                    (last, *range(len(ids), len(ids) + len(inputs))), (*completion_ids, 0), (*own, completion.ends),
+                    strict=False,
+                )
+            )  # fmt: skip
             predictors += [place for place, _, learned in of_all if learned]
             targets += [token for _, token, learned in of_all if learned]
             place_of_token.append(place_of_completion[p, g, : len(inputs)])
@@ -195,7 +218,7 @@ def _pack(branches: Sequence[_Branch], dtype: torch.dtype, device: torch.device,
         adapters=torch.tensor(adapters).to(device) if len(set(adapters)) > 1 else adapters[0],
         predictors=torch.tensor(predictors).to(device),
         targets=torch.tensor(targets).to(device),
-        lengths=torch.tensor([len(each.tokens.weights) + ends for each in completions]).to(device),
+        lengths=torch.tensor([len(each.tokens.weights) + each.ends for each in completions]).to(device),
         tokens=_joined(completions, device),
         lessons=tuple(completions),
     )

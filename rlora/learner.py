@@ -5,9 +5,10 @@ import random
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import cast
@@ -24,9 +25,9 @@ from rlora.base import load_base, load_quantised
 from rlora.batch import Lesson, Microbatch, alone, idle, lesson, microbatches, shares
 from rlora.config import Config, LearnerConfig
 from rlora.lora import OFF, Spec
-from rlora.loss import value_loss
+from rlora.loss import Tokens, value_loss
 from rlora.optimizer import Optimizer, auto_lr, scheduled_lr
-from rlora.policy import Policy
+from rlora.policy import CRITIC, Policy
 from rlora.records import WHOLE_FILES, Adapter, Canary, Group, RloraError, UpdateStats
 from rlora.sharding import shard
 
@@ -162,23 +163,22 @@ class Learner:
     def _before(self, lessons: list[list[Lesson]]) -> list[list[Lesson]]:
         """The lessons with what the algorithm has to know before its first minibatch."""
         algorithm, temperature = self.config.algorithm, self.config.sampling.temperature
-        wanted: dict[str, Callable[[Microbatch], Tensor]] = {}
-        if algorithm.epochs * algorithm.minibatches > 1 or algorithm.kl_of("reward"):
-            wanted["start_logprobs"] = lambda row: self.policy.logprobs(row, temperature)
-        if algorithm.kl:
-            wanted["reference_logprobs"] = lambda row: self.policy.logprobs(replace(row, adapters=OFF), temperature)
-        known: dict[Lesson, dict[str, Tensor]] = defaultdict(dict)
-        for chosen in self._minibatches(len(lessons), epochs=1):  # the same rows as then: they round alike
+        of_start = algorithm.epochs * algorithm.minibatches > 1 or algorithm.kl_of("reward")
+        known: dict[Tokens, dict[str, Tensor]] = defaultdict(dict)
+        for chosen in self._minibatches(len(lessons), epochs=1):  # the rows of then: they round alike
             of_minibatch = [lessons[i] for i in chosen]
-            for row in self._rows(of_minibatch) if wanted else ():
-                for name, of in wanted.items():
-                    for each, part in zip(row.lessons, of(row).cpu().split(row.lengths.tolist()), strict=True):
-                        known[each][name] = part
-            for row in self._rows(of_minibatch, ends=True) if self.critic else ():
-                values = self.policy.values(row).cpu().split(row.lengths.tolist())
-                for each, part in zip(row.lessons, values, strict=True):
-                    known[each] |= {"values": part[:-1], "end": part[-1:]}
-        return [[each.knowing(**known[each]) for each in of] for of in lessons]
+            of_reference = _by(OFF, of_minibatch) if algorithm.kl else []
+            of_policy = of_minibatch if of_start else []
+            of_critic = _by(CRITIC, of_minibatch, algorithm.bootstrap_truncated) if self.critic else []
+            for row in chain(self._rows(of_reference), self._rows(of_policy + of_critic)):
+                for part, hidden in self.policy.read(row):
+                    if part.adapters == CRITIC:
+                        said = self.policy.values_of(hidden)
+                    else:
+                        said = self.policy.logprobs_of(hidden, part, temperature)
+                    for each, its in zip(part.lessons, said.cpu().split(part.lengths.tolist()), strict=True):
+                        known[each.tokens] |= _named(each, its)
+        return [[each.knowing(**known[each.tokens]) for each in of] for of in lessons]
 
     def _whitened(self, lessons: list[list[Lesson]]) -> tuple[list[list[Lesson]], float | None]:
         """With advantages of mean 0 and variance 1 over all ranks' tokens, and the critic's explained variance."""
@@ -215,38 +215,43 @@ class Learner:
 
     def _gradient(self, groups: Sequence[Group], lessons: Sequence[Sequence[Lesson]]) -> dict[str, float]:
         """The loss of a minibatch and its gradient, both of all ranks; returns sums over all their tokens."""
-        algorithm, temperature = self.config.algorithm, self.config.sampling.temperature
-        weight = weigher(groups, algorithm, self.config.sampling.max_tokens)
+        weight = weigher(groups, self.config.algorithm, self.config.sampling.max_tokens)
         weighted = [
             [each.knowing(weights=torch.full_like(each.tokens.weights, weight(each.episode))) for each in of]
             for of in lessons
         ]
         sums = dict.fromkeys(_FIGURES, torch.zeros((), device=self.device))
         self.optimizer.zero_grad()
-        for row in self._rows(weighted):
-            if algorithm.entropy:
-                logprobs, entropies = self.policy.logprobs_and_entropies(row, temperature)
-            else:
-                logprobs, entropies = self.policy.logprobs(row, temperature), None
-            losses, figures = token_losses(row, logprobs, entropies, algorithm)
-            loss = (losses * row.tokens.weights).sum()
+        for row in self._rows(weighted + (_by(CRITIC, weighted) if self.critic else [])):
+            loss = torch.zeros((), device=self.device)
+            for part, hidden in self.policy.read(row):
+                losses, figures = self._token_losses(part, hidden)
+                loss = loss + (losses * part.tokens.weights).sum()
+                for name, figure in figures.items():
+                    sums[name] = sums[name] + figure.detach().sum()
             loss.backward()
-            figures |= {"loss": loss.detach(), "tokens": torch.ones_like(logprobs)}
-            if self.critic:
-                values, before, returns = self.policy.values(row), row.tokens.values, row.tokens.returns
-                of_values = value_loss(values, cast(Tensor, before), cast(Tensor, returns), self.config.critic.clip)
-                (of_values * row.tokens.weights).sum().backward()
-                figures["value_loss"] = of_values
-            for name, figure in figures.items():
-                sums[name] = sums[name] + figure.detach().sum()
         stacked = torch.stack(list(sums.values()))
         if self.ranks > 1:
             stacked = self.optimizer.add_over_ranks(stacked)
         return dict(zip(sums, stacked.tolist(), strict=True))
 
-    def _rows(self, lessons: Sequence[Sequence[Lesson]], ends: bool = False) -> Iterator[Microbatch]:
-        budget = self.config.learner.microbatch_tokens
-        rows = microbatches(lessons, budget, self.policy.base.dtype, self.device, ends)
+    def _token_losses(self, part: Microbatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of the critic's part or of the policy's: the loss of each of its C tokens, and figures a token."""
+        algorithm, tokens = self.config.algorithm, part.tokens
+        if part.adapters == CRITIC:
+            before, returns = cast(Tensor, tokens.values), cast(Tensor, tokens.returns)
+            losses = value_loss(self.policy.values_of(hidden), before, returns, self.config.critic.clip)
+            return losses, {"value_loss": losses}
+        temperature, entropies = self.config.sampling.temperature, None
+        if algorithm.entropy:
+            logprobs, entropies = self.policy.logprobs_and_entropies_of(hidden, part, temperature)
+        else:
+            logprobs = self.policy.logprobs_of(hidden, part, temperature)
+        losses, figures = token_losses(part, logprobs, entropies, algorithm)
+        return losses, figures | {"loss": losses * tokens.weights, "tokens": torch.ones_like(logprobs)}
+
+    def _rows(self, lessons: Sequence[Sequence[Lesson]]) -> Iterator[Microbatch]:
+        rows = microbatches(lessons, self.config.learner.microbatch_tokens, self.policy.base.dtype, self.device)
         return self._in_step(rows) if self.config.learner.shard else rows
 
     def _in_step(self, batches: Iterator[Microbatch]) -> Iterator[Microbatch]:
@@ -300,6 +305,18 @@ class Learner:
         self.canary = self._canary()
         self.version = int(tensors["version"])
         return self.adapter()
+
+
+def _by(adapter: int, lessons: Sequence[Sequence[Lesson]], ends: bool = False) -> list[list[Lesson]]:
+    """The same lessons, by another adapter of the bank."""
+    return [[replace(each, adapter=adapter, ends=ends) for each in of] for of in lessons]
+
+
+def _named(each: Lesson, said: Tensor) -> dict[str, Tensor]:
+    """What was said of a lesson before an update, by the name under which `Lesson.knowing` takes it."""
+    if each.adapter != CRITIC:
+        return {"reference_logprobs" if each.adapter == OFF else "start_logprobs": said}
+    return {"values": said[:-1], "end": said[-1:]} if each.ends else {"values": said}
 
 
 def first_adapter(learner: LearnerConfig) -> tuple[Spec, dict[str, Tensor] | None]:

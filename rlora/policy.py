@@ -1,7 +1,6 @@
 """Policy = base + adapter -> token logprobs; with the adapter off the reference policy, with the critic's values."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -15,11 +14,13 @@ from rlora.head import logprobs_and_entropies, token_logprobs
 from rlora.lora import Bank, Route, Spec
 from rlora.records import RloraError
 
+CRITIC = 1  # its adapter's place in the bank; the policy's is 0
+
 
 class Policy(nn.Module):
     """A frozen base with a bank of adapters over its weight matrices; without `adapters` the base itself is trained.
 
-    With `critic` the last adapter is that of a critic, which has a head of its own for values; it starts at 0. With
+    With `critic` the adapter CRITIC is that of a critic, which has a head of its own for values; it starts at 0. With
     `checkpointing`, the backward pass computes each layer's activations again instead of keeping them. Raises
     RloraError where the base's logits are not its output head of its last hidden states.
     """
@@ -72,33 +73,43 @@ class Policy(nn.Module):
         meet in it, and there are no pads. Each token meets the adapter that `batch` gives it: with `lora.OFF` these are
         the reference policy's.
         """
-        hidden, head = self._hidden(batch), (self.head.weight, self.head.bias)
-        adapter = self._over_head(batch, hidden.dtype)
-        if adapter or self.head.weight.requires_grad:
-            return logprobs_and_entropies(hidden, *head, adapter, batch.targets, temperature)[0]
-        return token_logprobs(hidden, *head, batch.targets, temperature)
+        return self.logprobs_of(self._hidden(batch), batch, temperature)
 
-    def logprobs_and_entropies(self, batch: Microbatch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    def read(self, batch: Microbatch) -> list[tuple[Microbatch, Tensor]]:
+        """One pass over the base for all adapters of the row: each one's part of it, and the last hidden states at the
+        part's predictors (C, hidden size), for the three methods that follow."""
+        hidden = self._hidden(batch)
+        return [(part, hidden[its]) for part, its in batch.parts()]
+
+    def logprobs_of(self, hidden: Tensor, part: Microbatch, temperature: float = 1.0) -> Tensor:
+        """Each completion token's logprob: (C,) fp32."""
+        head, adapter = (self.head.weight, self.head.bias), self._over_head(part, hidden.dtype)
+        if adapter or self.head.weight.requires_grad:
+            return logprobs_and_entropies(hidden, *head, adapter, part.targets, temperature)[0]
+        return token_logprobs(hidden, *head, part.targets, temperature)
+
+    def logprobs_and_entropies_of(
+        self, hidden: Tensor, part: Microbatch, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
         """Also the entropy in nats of what each completion token was drawn from: (C,) fp32 each."""
-        hidden, head = self._hidden(batch), (self.head.weight, self.head.bias)
-        return logprobs_and_entropies(hidden, *head, self._over_head(batch, hidden.dtype), batch.targets, temperature)
+        head, adapter = (self.head.weight, self.head.bias), self._over_head(part, hidden.dtype)
+        return logprobs_and_entropies(hidden, *head, adapter, part.targets, temperature)
+
+    def values_of(self, hidden: Tensor) -> Tensor:
+        """What the critic expects of the text before each of its part's next tokens: (C,) fp32."""
+        assert self.value_head is not None
+        return self.value_head(hidden.float())[:, 0]  # type: ignore[no-any-return]
 
     def trained(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """The parameters that learn: the policy's, and those of the critic's adapter and head."""
         of_critic: list[nn.Parameter] = []
         if self.value_head is not None:
             factors = self.bank.factors.values()
-            of_critic = [each[-1] for of in factors for each in (of.lora_A, of.lora_B)] + [
+            of_critic = [each[CRITIC] for of in factors for each in (of.lora_A, of.lora_B)] + [
                 *self.value_head.parameters()
             ]
         its = {id(weight) for weight in of_critic}
         return [p for p in self.parameters() if p.requires_grad and id(p) not in its], of_critic
-
-    def values(self, batch: Microbatch) -> Tensor:
-        """What the critic expects of the text before each of `batch.predictors`' next tokens: (C,) fp32."""
-        assert self.value_head is not None
-        hidden = self._hidden(replace(batch, adapters=len(self.bank.specs) - 1))
-        return self.value_head(hidden.float())[:, 0]  # type: ignore[no-any-return]
 
     def _hidden(self, batch: Microbatch) -> Tensor:
         """The base's last hidden states at the predictors: (C, hidden size)."""

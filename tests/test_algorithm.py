@@ -93,7 +93,8 @@ def test_tokens_of_a_tool_are_read_and_not_learned() -> None:
     assert row.input_ids[row.predictors].tolist() == [5, 8, 5, 10]
     assert row.tokens.behaviour_logprobs.tolist() == [-1.0, -2.0, -1.0, -1.0]
     assert row.lengths.tolist() == [2, 2]
-    (row,) = microbatches(lessons([two]), 100, torch.float32, torch.device("cpu"), ends=True)
+    to_the_end = [[replace(each, ends=True) for each in of] for of in lessons([two])]
+    (row,) = microbatches(to_the_end, 100, torch.float32, torch.device("cpu"))
     assert row.input_ids.tolist() == [5, 6, 7, 8, 9, 10, 11]
     assert row.input_ids[row.predictors].tolist() == [5, 8, 9, 5, 10, 11]
     assert row.lengths.tolist() == [3, 3]

@@ -10,10 +10,11 @@ from conftest import episode, group, lessons, stir
 from transformers import AutoModelForCausalLM
 
 from rlora.advantage import generalised
-from rlora.batch import lesson, microbatches
+from rlora.batch import Microbatch, lesson, microbatches
 from rlora.config import Config
 from rlora.learner import Learner
 from rlora.lora import OFF, Route
+from rlora.policy import CRITIC
 from rlora.records import Group
 
 MakeConfig = Callable[..., Config]
@@ -30,6 +31,19 @@ def make(tiny: str, config: MakeConfig) -> Callable[..., Learner]:
 
 def params(learner: Learner, critic: bool) -> torch.Tensor:
     return torch.cat([weight.detach().flatten() for weight in learner.policy.trained()[critic]])
+
+
+def passes_of(learner: Learner, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Grows with each pass over the base, by the adapter of all its tokens."""
+    passes: list[Any] = []
+    hidden = learner.policy._hidden
+
+    def counted(batch: Microbatch) -> torch.Tensor:
+        passes.append("both" if isinstance(batch.adapters, torch.Tensor) else batch.adapters)
+        return hidden(batch)
+
+    monkeypatch.setattr(learner.policy, "_hidden", counted)
+    return passes
 
 
 def test_the_critic_is_a_second_adapter_and_both_learn(make: Callable[..., Learner], groups: list[Group]) -> None:
@@ -69,12 +83,17 @@ def test_what_the_critic_says_is_its_head_over_its_adapter(make: Callable[..., L
     assert learner.policy.value_head is not None
     learner.policy.value_head.weight.data.normal_()
     cut = replace(episode([8, 9, 10]), finish_reason="length")
-    (row,) = microbatches([[lesson([5, 6], cut)]], 100, torch.float32, torch.device("cpu"), ends=True)
-    values = learner.policy.values(row)
+    by_both = [[lesson([5, 6], cut)], [replace(lesson([5, 6], cut), adapter=CRITIC, ends=True)]]
+    (row,) = microbatches(by_both, 100, torch.float32, torch.device("cpu"))
+    (of_policy, its), (of_critic, hidden_of_critic) = learner.policy.read(row)
+    assert (of_policy.adapters, of_critic.adapters) == (0, CRITIC)
+    values, logprobs = learner.policy.values_of(hidden_of_critic), learner.policy.logprobs_of(its, of_policy)
 
     with learner.policy.bank.serving(Route(1)):
         hidden = learner.policy.body(torch.tensor([[5, 6, 8, 9, 10]])).last_hidden_state[0]
     torch.testing.assert_close(values, learner.policy.value_head(hidden)[1:, 0], atol=1e-5, rtol=1e-5)
+    (alone,) = microbatches([[lesson([5, 6], cut)]], 100, torch.float32, torch.device("cpu"))
+    torch.testing.assert_close(logprobs, learner.policy.logprobs(alone), atol=1e-5, rtol=1e-5)
 
 
 def test_an_update_sees_gae_of_its_own_values(make: Callable[..., Learner], groups: list[Group]) -> None:
@@ -99,14 +118,7 @@ def test_kl_to_the_reference_takes_one_more_pass_and_no_second_model(
     make: Callable[..., Learner], groups: list[Group], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     learner = make(name="grpo", kl=0.05)
-    passes: list[Any] = []
-    logprobs = learner.policy.logprobs
-
-    def counted(batch: Any, temperature: float = 1.0) -> torch.Tensor:
-        passes.append(batch.adapters)
-        return logprobs(batch, temperature)
-
-    monkeypatch.setattr(learner.policy, "logprobs", counted)
+    passes = passes_of(learner, monkeypatch)
     assert learner.update(groups)[1].kl_reference == pytest.approx(0.0, abs=1e-6)  # B = 0
     assert passes == [OFF, 0, 0]  # the last one is the canary's
     assert (learner.update(groups)[1].kl_reference or 0.0) > 0
@@ -145,11 +157,18 @@ def test_one_epoch_of_one_minibatch_needs_no_pass_before(
     make: Callable[..., Learner], groups: list[Group], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     learner = make(name="grpo")
-    passes = []
-    logprobs = learner.policy.logprobs
-    monkeypatch.setattr(learner.policy, "logprobs", lambda *a: passes.append(1) or logprobs(*a))
+    passes = passes_of(learner, monkeypatch)
     learner.update(groups)
-    assert len(passes) == 2  # and the canary
+    assert passes == [0, 0]  # and the canary
+
+
+def test_actor_and_critic_share_each_pass(
+    make: Callable[..., Learner], groups: list[Group], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = make(name="ppo", minibatches=2, kl=0.1)
+    passes = passes_of(learner, monkeypatch)
+    learner.update(groups)
+    assert passes == [OFF, "both", OFF, "both", "both", "both", 0]
 
 
 def test_entropy_bonus_flattens(make: Callable[..., Learner], groups: list[Group]) -> None:
@@ -158,7 +177,8 @@ def test_entropy_bonus_flattens(make: Callable[..., Learner], groups: list[Group
     def entropy(learner: Learner) -> float:
         (row,) = microbatches(lessons(groups), 100, torch.float32, torch.device("cpu"))
         with torch.no_grad():
-            return float(learner.policy.logprobs_and_entropies(row)[1].mean())
+            ((part, hidden),) = learner.policy.read(row)
+            return float(learner.policy.logprobs_and_entropies_of(hidden, part)[1].mean())
 
     learner = make(entropy=1.0)
     before = entropy(learner)
