@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from rlora.advantage import centred, generalised, leave_one_out, standardised
+from rlora.advantage import centred, generalised, leave_one_out, standardised, whitened
 from rlora.batch import Lesson, Microbatch
 from rlora.config import AlgorithmConfig
 from rlora.loss import clipped, clipped_weight, importance, kl, reinforce, sequence_log_ratio
@@ -51,6 +51,34 @@ def credit(group: Group, lessons: Sequence[Lesson], algorithm: AlgorithmConfig, 
             advantages = generalised(rewards, values, end, algorithm.gamma, algorithm.lam)
             credited.append(lesson.knowing(advantages=advantages, returns=advantages + values))
     return credited
+
+
+def moments(lessons: Sequence[Sequence[Lesson]]) -> Tensor:
+    """Of all their tokens: their number, the sums of advantages and of returns, and those of their squares.
+
+    (5,) float64, to be added up over ranks. Without a critic returns are taken for advantages.
+    """
+    tokens = [each.tokens for of in lessons for each in of]
+    none = torch.zeros(0)
+    advantages = torch.cat([none, *(each.advantages for each in tokens)])
+    returns = torch.cat([none, *(each.advantages if each.returns is None else each.returns for each in tokens)])
+    x = torch.stack([advantages, returns]).double()
+    return torch.cat([torch.tensor([x.shape[1]]), x.sum(1), x.square().sum(1)])
+
+
+def whiten(lessons: Sequence[Sequence[Lesson]], sums: Tensor) -> tuple[list[list[Lesson]], float | None]:
+    """With advantages of mean 0 and variance 1 where `sums` are the `moments` of all; and the explained variance.
+
+    That is the share of the returns' variance that the critic knew: 1 - Var(R - V) / Var(R), where R - V is the
+    advantage. None where all returns are the same.
+    """
+    mean, square = sums[1:].view(2, 2) / sums[0].clamp(min=1)
+    variance = (square - mean.square()).clamp(min=0)
+    of_advantages = mean[0].float(), variance[0].float()
+    normal = [
+        [each.knowing(advantages=whitened(each.tokens.advantages, *of_advantages)) for each in of] for of in lessons
+    ]
+    return normal, float(1 - variance[0] / variance[1]) if variance[1] else None
 
 
 def weigher(groups: Sequence[Group], algorithm: AlgorithmConfig, max_tokens: int) -> Callable[[Episode], float]:

@@ -52,11 +52,11 @@ class Microbatch:
     tokens: Tokens  # (C,) each
     lessons: tuple[Lesson, ...]  # E
 
-    def parts(self) -> "list[tuple[Microbatch, Tensor]]":
-        """For each adapter of its lessons: the same row with those lessons alone, and which of C are theirs (bool)."""
-        adapters = [each.adapter for each in self.lessons]
+    def parts(self) -> "list[Microbatch]":
+        """The same row for each adapter of its lessons, with those lessons alone."""
         if not isinstance(self.adapters, Tensor):
-            return [(self, torch.ones_like(self.predictors, dtype=torch.bool))]
+            return [self]
+        adapters = [each.adapter for each in self.lessons]
         found = []
         for adapter in sorted(set(adapters)):
             chosen = torch.tensor([each == adapter for each in adapters], device=self.lengths.device)
@@ -66,7 +66,7 @@ class Microbatch:
                 self, adapters=adapter, predictors=self.predictors[its], targets=self.targets[its],
                 lengths=self.lengths[chosen], tokens=_joined(lessons, its.device), lessons=lessons,
             )  # fmt: skip
-            found.append((part, its))
+            found.append(part)
         return found
 
 

@@ -19,8 +19,7 @@ import torch.distributed
 from torch import Tensor
 
 from rlora import machine, peft_format
-from rlora.advantage import whitened
-from rlora.algorithm import credit, learned_from, token_losses, weigher
+from rlora.algorithm import credit, learned_from, moments, token_losses, weigher, whiten
 from rlora.base import load_base, load_quantised
 from rlora.batch import Lesson, Microbatch, alone, idle, lesson, microbatches, shares
 from rlora.config import Config, LearnerConfig
@@ -128,7 +127,7 @@ class Learner:
             kl_reference=a_token("kl_reference", algorithm.kl > 0),
             entropy=a_token("entropy"),
             value_loss=a_token("value_loss", self.critic),
-            explained_variance=explained_variance,
+            explained_variance=explained_variance if self.critic else None,
             minibatches=len(steps),
             tokens=int(sums["tokens"]),
             seconds=time.perf_counter() - began,
@@ -157,7 +156,12 @@ class Learner:
         lessons = self._before([of if i in own else [] for i, of in enumerate(lessons)])
         if not at_once:
             lessons = credited(lessons)
-        return (lessons, None) if algorithm.of_group else self._whitened(lessons)
+        if algorithm.of_group:
+            return lessons, None
+        sums = moments(lessons).to(self.device)
+        if self.ranks > 1:
+            torch.distributed.all_reduce(sums)
+        return whiten(lessons, sums.cpu())
 
     @torch.no_grad()
     def _before(self, lessons: list[list[Lesson]]) -> list[list[Lesson]]:
@@ -179,28 +183,6 @@ class Learner:
                     for each, its in zip(part.lessons, said.cpu().split(part.lengths.tolist()), strict=True):
                         known[each.tokens] |= _named(each, its)
         return [[each.knowing(**known[each.tokens]) for each in of] for of in lessons]
-
-    def _whitened(self, lessons: list[list[Lesson]]) -> tuple[list[list[Lesson]], float | None]:
-        """With advantages of mean 0 and variance 1 over all ranks' tokens, and the critic's explained variance."""
-        of_all = [each.tokens for of in lessons for each in of]
-        none = torch.zeros(0)
-        advantages = torch.cat([none, *(tokens.advantages for tokens in of_all)])
-        values = torch.cat(
-            [none, *(tokens.advantages * 0 if tokens.values is None else tokens.values for tokens in of_all)]
-        )
-        x = torch.stack([advantages, advantages + values]).double()
-        moments = torch.cat([torch.tensor([len(advantages)]), x.sum(1), x.square().sum(1)]).to(self.device)
-        if self.ranks > 1:
-            torch.distributed.all_reduce(moments)
-        count, *both = moments.cpu()
-        mean, square = torch.stack(both).view(2, 2) / count.clamp(min=1)
-        variance = (square - mean.square()).clamp(min=0)
-        explained = float(1 - variance[0] / variance[1]) if self.critic and variance[1] else None  # A = R - V
-        of_advantages = mean[0].float(), variance[0].float()
-        lessons = [
-            [each.knowing(advantages=whitened(each.tokens.advantages, *of_advantages)) for each in of] for of in lessons
-        ]
-        return lessons, explained
 
     def _minibatches(self, groups: int, epochs: int) -> Iterator[list[int]]:
         """The places of each minibatch's groups, in another order each epoch; alike on all ranks."""

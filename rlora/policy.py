@@ -73,13 +73,13 @@ class Policy(nn.Module):
         meet in it, and there are no pads. Each token meets the adapter that `batch` gives it: with `lora.OFF` these are
         the reference policy's.
         """
-        return self.logprobs_of(self._hidden(batch), batch, temperature)
+        return self.logprobs_of(self._hidden(batch)[batch.predictors], batch, temperature)
 
     def read(self, batch: Microbatch) -> list[tuple[Microbatch, Tensor]]:
         """One pass over the base for all adapters of the row: each one's part of it, and the last hidden states at the
         part's predictors (C, hidden size), for the three methods that follow."""
         hidden = self._hidden(batch)
-        return [(part, hidden[its]) for part, its in batch.parts()]
+        return [(part, hidden[part.predictors]) for part in batch.parts()]
 
     def logprobs_of(self, hidden: Tensor, part: Microbatch, temperature: float = 1.0) -> Tensor:
         """Each completion token's logprob: (C,) fp32."""
@@ -112,12 +112,12 @@ class Policy(nn.Module):
         return [p for p in self.parameters() if p.requires_grad and id(p) not in its], of_critic
 
     def _hidden(self, batch: Microbatch) -> Tensor:
-        """The base's last hidden states at the predictors: (C, hidden size)."""
+        """The base's last hidden states of the row: (N, hidden size)."""
         with self.bank.serving(Route(batch.adapters)):
             hidden: Tensor = self.body(
                 input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False, tree=batch.tree
-            ).last_hidden_state[0]  # (N, hidden size)
-        return hidden[batch.predictors]
+            ).last_hidden_state[0]
+        return hidden
 
     def _over_head(self, batch: Microbatch, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """What the batch's adapters have over the output head; None where they leave it alone."""
