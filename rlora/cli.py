@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, cast
 import tyro
 
 import rlora
-from rlora.config import PRESETS, Config, read, refuse_unlearnable, validate
+from rlora.config import PRESETS, AlgorithmConfig, Config, read, refuse_unlearnable, validate
 from rlora.records import Adapter, RloraError
 
 # torch, transformers and Ray take seconds to import: that waits until the command line is understood
@@ -152,11 +152,12 @@ def _parse_train(arguments: list[str]) -> Train:
     of_another_env = saved.env_args if saved and saved.env != parsed.config.env else {}
     kept = {name: value for name, value in parsed.config.env_args.items() if name not in of_another_env}
     table = asdict(parsed.config) | {"env_args": kept | env_args}
-    if "algorithm.name" in options:  # then what the file's own name set goes, unless it is given beside the new one
-        of_names = PRESETS[table["algorithm"]["name"]] | (PRESETS[saved.algorithm.name] if saved else {})
+    if "algorithm.name" in options:  # then what the file's own name set goes; what was given beside either stays
+        before = PRESETS[saved.algorithm.name] if saved else {}
         given_too = {option.removeprefix("algorithm.").removeprefix("no_") for option in options}
-        for name in of_names.keys() - given_too:
-            del table["algorithm"][name]
+        for name in (PRESETS[table["algorithm"]["name"]] | before).keys() - given_too:
+            if table["algorithm"][name] == before.get(name, getattr(AlgorithmConfig(), name)):
+                del table["algorithm"][name]
     given = replace(parsed, config=validate(table))
     if given.resume and saved:
         before, after = asdict(saved), asdict(given.config)

@@ -166,7 +166,8 @@ class AlgorithmConfig:
     target_kl: Annotated[float, Field(ge=0)] = 0.0
     """An update ends before a minibatch whose mean KL a token from the update's start is above this; 0: no bound."""
     refills: Annotated[int, Field(ge=0)] = 0
-    """Times that a step asks for more prompts in place of groups whose rewards agree (DAPO's dynamic sampling)."""
+    """Times that a step asks for more prompts in place of groups whose rewards agree (DAPO's dynamic sampling); none
+    where it has late ones (`engine.straggler_seconds`)."""
     drop_truncated: bool = False
     """Learn nothing from completions that were cut off at sampling.max_tokens."""
     overlong_tokens: Annotated[int, Field(ge=0)] = 0

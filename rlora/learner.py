@@ -98,7 +98,8 @@ class Learner:
             lrs[0] = 0.0
         lessons, explained_variance = self._lessons(groups)
         sums: Counter[str] = Counter()
-        norms: list[float] = []  # of the minibatches that had anything to learn
+        losses: list[float] = []  # of the minibatches that had anything to learn
+        norms: list[float] = []
         for chosen in self._minibatches(len(groups), algorithm.epochs):
             of_minibatch = self._gradient([groups[i] for i in chosen], [lessons[i] for i in chosen])
             sums.update(of_minibatch)
@@ -106,7 +107,8 @@ class Learner:
                 continue
             if 0 < algorithm.target_kl < of_minibatch["kl_update"] / of_minibatch["tokens"]:
                 break
-            norms.append(self.optimizer.step(*lrs) if math.isfinite(of_minibatch["loss"]) else math.nan)
+            losses.append(of_minibatch["loss"])
+            norms.append(self.optimizer.step(*lrs) if math.isfinite(losses[-1]) else math.nan)
         steps = [norm for norm in norms if math.isfinite(norm)]
         if norms:
             self.canary = self._canary()
@@ -117,7 +119,7 @@ class Learner:
             return sums[name] / sums["tokens"] if computed and sums["tokens"] else None
 
         stats = UpdateStats(
-            loss=sums["loss"] / max(1, len(norms)),
+            loss=fmean(losses) if losses else 0.0,
             grad_norm=fmean(steps) if steps else math.nan if norms else 0.0,
             lr=lrs[0],
             kl_behaviour=a_token("kl_behaviour"),
@@ -166,8 +168,10 @@ class Learner:
     @torch.no_grad()
     def _before(self, lessons: list[list[Lesson]]) -> list[list[Lesson]]:
         """The lessons with what the algorithm has to know before its first minibatch."""
-        algorithm, temperature = self.config.algorithm, self.config.sampling.temperature
+        algorithm = self.config.algorithm
         of_start = algorithm.epochs * algorithm.minibatches > 1 or algorithm.kl_of("reward")
+        if not (of_start or algorithm.kl or self.critic):
+            return lessons
         known: dict[Tokens, dict[str, Tensor]] = defaultdict(dict)
         for chosen in self._minibatches(len(lessons), epochs=1):  # the rows of then: they round alike
             of_minibatch = [lessons[i] for i in chosen]
@@ -176,10 +180,8 @@ class Learner:
             of_critic = _by(CRITIC, of_minibatch, algorithm.bootstrap_truncated) if self.critic else []
             for row in chain(self._rows(of_reference), self._rows(of_policy + of_critic)):
                 for part, hidden in self.policy.read(row):
-                    if part.adapters == CRITIC:
-                        said = self.policy.values_of(hidden)
-                    else:
-                        said = self.policy.logprobs_of(hidden, part, temperature)
+                    critic = part.adapters == CRITIC
+                    said = self.policy.values_of(hidden) if critic else self._logprobs(part, hidden)[0]
                     for each, its in zip(part.lessons, said.cpu().split(part.lengths.tolist()), strict=True):
                         known[each.tokens] |= _named(each, its)
         return [[each.knowing(**known[each.tokens]) for each in of] for of in lessons]
@@ -224,13 +226,16 @@ class Learner:
             before, returns = cast(Tensor, tokens.values), cast(Tensor, tokens.returns)
             losses = value_loss(self.policy.values_of(hidden), before, returns, self.config.critic.clip)
             return losses, {"value_loss": losses}
-        temperature, entropies = self.config.sampling.temperature, None
-        if algorithm.entropy:
-            logprobs, entropies = self.policy.logprobs_and_entropies_of(hidden, part, temperature)
-        else:
-            logprobs = self.policy.logprobs_of(hidden, part, temperature)
+        logprobs, entropies = self._logprobs(part, hidden)
         losses, figures = token_losses(part, logprobs, entropies, algorithm)
         return losses, figures | {"loss": losses * tokens.weights, "tokens": torch.ones_like(logprobs)}
+
+    def _logprobs(self, part: Microbatch, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """And the entropies where they are in the loss: always by the same head, for two of them round otherwise."""
+        temperature = self.config.sampling.temperature
+        if self.config.algorithm.entropy:
+            return self.policy.logprobs_and_entropies_of(hidden, part, temperature)
+        return self.policy.logprobs_of(hidden, part, temperature), None
 
     def _rows(self, lessons: Sequence[Sequence[Lesson]]) -> Iterator[Microbatch]:
         rows = microbatches(lessons, self.config.learner.microbatch_tokens, self.policy.base.dtype, self.device)

@@ -59,31 +59,33 @@ class Rollouts:
         """The groups of `prompts_per_step` prompts, for the step that learns from `version` on.
 
         Fewer where some are late: once half are there, the rest get `engine.straggler_seconds`. Groups whose rewards
-        agree are made up for `algorithm.refills` times (DAPO's dynamic sampling, arXiv:2503.14476, section 3.2).
+        agree are made up for `algorithm.refills` times (DAPO's dynamic sampling, arXiv:2503.14476, section 3.2), though
+        not in a step that has late ones; half of what makes up gets as long as the first took, the rest those seconds.
         Raises RewardError, which keeps what was sampled, where the reward function fails.
         """
         count, refills = self.config.prompts_per_step, self.config.algorithm.refills
         stale = self._drop_stale(version - self.config.max_staleness)
-        flights, late = self._next_flights(version, count, wait_for_half=True)
+        began = time.monotonic()
+        flights, late = self._next_flights(version, count)
+        took = time.monotonic() - began
         sampled = self._groups(flights)
         for _ in range(refills):
             missing = count - sum(group.informative for group in sampled)
             if late or not missing:  # what is late is waited for once, not again
                 break
-            others, late = self._next_flights(version, missing)
+            others, late = self._next_flights(version, missing, took)
             flights += others
             sampled = self._groups(flights)
         groups = tuple(group for group in sampled if group.informative) if refills else sampled
         return Collection(groups, sampled, sum(flight.reward_seconds for flight in flights), late, stale)
 
-    def _next_flights(self, version: int, count: int, wait_for_half: bool = False) -> tuple[list[_Flight], int]:
+    def _next_flights(self, version: int, count: int, took: float = math.inf) -> tuple[list[_Flight], int]:
         """Of the next `count` that were sent those that are there in time, and how many are not; others follow them."""
         steps_ahead = min(self.config.max_staleness, self.config.steps - version - 1)
         while len(self._flights) < count + steps_ahead * self.config.prompts_per_step:
             self._send(self._again.popleft() if self._again else self._new_place())
         step = self._flights[:count]
-        if wait_for_half:
-            self._await(step, math.ceil(count / 2), math.inf)
+        self._await(step, math.ceil(count / 2), took)
         self._await(step, count, self.config.engine.straggler_seconds)
         there = [flight for flight in step if flight.scored.done()]
         self._flights = [flight for flight in self._flights if flight not in there]

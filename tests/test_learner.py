@@ -137,6 +137,7 @@ def _of_two(rank: int, address: str, config: Config, base: str, groups: list[Gro
         ({}, {"shard": True, "checkpointing": True}, slice(1)),  # one has none of its own
         ({"name": "ppo", "minibatches": 2, "kl": 0.1}, {}, slice(None)),
         ({"name": "ppo", "minibatches": 2, "kl": 0.1}, {"shard": True, "checkpointing": True}, slice(None)),
+        ({"name": "ppo", "minibatches": 2}, {"shard": True}, slice(1)),
         ({"name": "gspo", "minibatches": 3, "target_kl": 1e-9}, {"shard": True}, slice(None)),
     ],
 )

@@ -109,6 +109,17 @@ def test_refills_do_not_wait_for_what_was_late(rollouts: Callable[..., Rollouts]
     assert len(fleet_of(made).requests) == 4
 
 
+def test_what_makes_up_for_groups_that_agree_is_waited_for_no_longer_than_a_straggler(
+    rollouts: Callable[..., Rollouts],
+) -> None:
+    made = rollouts(algorithm={"refills": 2})
+    held = order(5)[4]
+    fleet_of(made).held = {held}
+    collection = made.take(0)  # all rewards agree, so 4 more are asked for, once
+    assert answers(collection.sampled) == [answer for answer in order(8) if answer != held]
+    assert (collection.groups, collection.late) == ((), order(8).count(held))
+
+
 def test_a_late_group_counts_for_a_later_step_while_it_is_fresh(rollouts: Callable[..., Rollouts]) -> None:
     made = rollouts(max_staleness=1)
     fleet = fleet_of(made)
