@@ -47,8 +47,12 @@ from rlora.loss import reinforce
 from rlora.policy import Policy
 from rlora.records import Episode, Group, Prompt
 
-# tokens of a prompt and of a completion, prompts
-SHAPES = {"short": (40, 32, 8), "balanced": (200, 200, 1), "long_prompt": (600, 100, 1), "four": (200, 200, 4)}
+COMPARED = {
+    "short": (40, 32, 8),
+    "balanced": (200, 200, 1),
+    "long_prompt": (600, 100, 1),
+}  # prompt, completion, prompts
+SHAPES = COMPARED | {"four": (200, 200, 4)}  # of which each is a minibatch
 ALGORITHMS = {"grpo": {"name": "grpo"}, "grpo-kl": {"name": "grpo", "kl": 0.01}, "ppo": {"name": "ppo"}}
 REPEATS, SECONDS = 5, 25  # steps that are timed, as many as there is time for
 
@@ -76,7 +80,7 @@ def main() -> None:
         show(rows)
         print(json.dumps(over_grpo(rows)))
         return
-    shapes = ["short"] if options.quick else ["short", "balanced", "long_prompt"]
+    shapes = ["short"] if options.quick else list(COMPARED)
     cases = [Case(side, shape) for shape in shapes for side in ("ours", "peft-eager", "peft-sdpa", "full")]
     if not options.quick:
         for G, rank in ((16, 1), (8, 8)):
@@ -117,7 +121,7 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, Any]:
             if row["side"].startswith(side) and row["shape"] == shape and (row["G"], row["rank"]) == (8, 1)
         ]  # fmt: skip
 
-    found = {shape: of("ours", shape, "tokens_per_s") for shape in ("short", "balanced", "long_prompt")}
+    found = {shape: of("ours", shape, "tokens_per_s") for shape in COMPARED}
     figures: dict[str, Any] = {
         f"{shape}.vs_peft": ours[0] / max(of("peft", shape, "tokens_per_s")) for shape, ours in found.items() if ours
     }
