@@ -35,7 +35,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rlora import machine
-from rlora.config import Config, load, read
+from rlora.config import Config, read
+from rlora.plugin import load
 from rlora.rollout import prompt_at
 from rlora.task import load_task
 

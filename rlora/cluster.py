@@ -20,9 +20,10 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from rlora import machine
-from rlora.config import Config, load
+from rlora.config import Config
 from rlora.delivery import Fleet
 from rlora.learner import Learner
+from rlora.plugin import load
 from rlora.records import Adapter, Engine, EngineLostError, Group, Proof, RloraError
 from rlora.task import Task
 

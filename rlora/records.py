@@ -7,13 +7,14 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
 MAX_RANK = 8
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 WHOLE_FILES = ("config.json", "model.safetensors")
+STATUSES = ("correct", "wrong", "unparsable", "timeout", "error")  # of an episode, once it is scored
 Messages = Sequence[Mapping[str, str]]  # chat messages: {"role": ..., "content": ...}
 
 
@@ -52,6 +53,7 @@ class Prompt:
     text: str | Messages  # a plain string is sent as one user message where the tokenizer has a chat template
     answer: Any = None  # what the reward compares with
     token_ids: tuple[int, ...] = ()
+    columns: Mapping[str, Any] = field(default_factory=dict)  # what else a reward function may ask for, by name
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,15 @@ class Episode:
 
     completion_ids: tuple[int, ...]  # T tokens; ends with the stop token where finish_reason is "stop"
     behaviour_logprobs: tuple[float, ...]  # T natural logs, of the distribution that was sampled from
-    finish_reason: str  # "stop" or "length"
+    finish_reason: str  # "stop"; "length" where it was cut off, "context" where what the env said had no room left
     version: int  # of the adapter that sampled it
-    text: str = ""  # the completion without special tokens
+    text: str = ""  # the policy's last message, without special tokens
     reward: float | None = None  # None until it is scored
     own: tuple[bool, ...] = ()  # T: which tokens the policy sampled, where some are a tool's; empty: all
+    messages: Messages = ()  # all that followed the prompt, the env's among it; the last of the policy's is `text`
+    state: Mapping[str, Any] = field(default_factory=dict)  # what the env's `reply` kept of it
+    status: str = ""  # of STATUSES, once it is scored
+    parts: Mapping[str, float] = field(default_factory=dict)  # what each reward function gave, by name, not weighted
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,32 @@ class Group:
     def with_rewards(self, rewards: Sequence[float]) -> Group:
         pairs = zip(self.episodes, rewards, strict=True)
         return replace(self, episodes=tuple(replace(episode, reward=reward) for episode, reward in pairs))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A group as reward functions see it. Each of the tuples has G items."""
+
+    prompt: str | Messages  # as the env gave it
+    prompt_text: str  # as the policy read it, special tokens included
+    answer: Any
+    columns: Mapping[str, Any]  # the prompt's
+    completions: tuple[str, ...]  # the policy's last message, without special tokens
+    messages: tuple[Messages, ...]  # all that followed the prompt, the env's messages among it
+    completion_ids: tuple[tuple[int, ...], ...]
+    states: tuple[Mapping[str, Any], ...]  # what the env's `reply` kept of each
+    step: int = 0  # of the run, in which it is scored
+    steps: int = 0  # that the run has in all
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one reward function says of one episode: a status, a number, or, if it has nothing to say of it, neither."""
+
+    status: str | None = None  # of STATUSES
+    value: float | None = None  # None with a status: the number that the config gives it
+    extra: Mapping[str, float] = field(default_factory=dict)  # other figures, to be logged
+    detail: str = ""  # of an error: what it was, and in which file and line
 
 
 @dataclass(frozen=True)
@@ -200,6 +232,21 @@ class Env(Protocol):
 
     def held_out(self) -> Iterable[Prompt]:
         """Prompts that training never sees; may be empty."""
+        ...
+
+
+class Agent(Env, Protocol):
+    """An env that answers the policy: its episodes have several turns. `stop` is optional."""
+
+    stop: Sequence[str]  # strings that end the policy's turn, as its own end token does
+
+    def reply(self, prompt: Prompt, message: str, state: dict[str, Any]) -> str | Messages | None:
+        """What the policy gets to read after `message`, which is what it wrote in its last turn; None ends the episode.
+
+        A string goes on in the policy's own message, as the result of a tool does that is called in the text; chat
+        messages follow it, and the policy answers them. `state` is the episode's own, empty at first: plain data that
+        may be changed. It runs where rewards do: in another process, with a deadline.
+        """
         ...
 
 

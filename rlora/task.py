@@ -10,7 +10,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from rlora.base import context_length, load_tokenizer, locate, stop_token_ids
-from rlora.config import Config, load
+from rlora.config import Config
+from rlora.plugin import load
 from rlora.records import Prompt, Reward, RloraError
 
 

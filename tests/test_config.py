@@ -7,7 +7,8 @@ import pytest
 import tomli_w
 from conftest import ROOT
 
-from rlora.config import Config, load, read, refuse_unlearnable, validate
+from rlora.config import Config, read, refuse_unlearnable, validate
+from rlora.plugin import load
 from rlora.records import RloraError
 
 MINIMAL = {"model": "m", "env": "a:B", "reward": "c:d"}

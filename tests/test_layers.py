@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 LAYERS = [
-    {"records", "config", "machine"},
+    {"records", "plugin", "config", "machine"},
     {"lora", "advantage", "loss", "attention", "base", "sharding", "thin_product"},
     {"head", "optimizer"},
     {"policy", "peft_format", "batch", "task", "delivery"},
@@ -36,7 +36,7 @@ def imports(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
 def test_imports_go_down(path: Path) -> None:
-    ours = {name.split(".")[1] for name in imports(path) if name.startswith("rlora.")}
+    ours = {name.split(".")[1] for name in imports(path) if name.startswith("rlora.")} - {"rewards"}
     assert all(LEVEL[name] <= LEVEL[path.stem] for name in ours), ours
     others = {name.split(".")[0] for name in imports(path)}
     assert ("vllm" in others) <= (path.stem in {"engine", "slots", "vllm_cpu"})
@@ -46,6 +46,10 @@ def test_imports_go_down(path: Path) -> None:
         assert ours <= {"records", "lora"}
 
 
-@pytest.mark.parametrize("path", sorted([*ROOT.glob("envs/*.py"), *ROOT.glob("rewards/*.py")]), ids=lambda p: p.stem)
-def test_plugins_import_records_only(path: Path) -> None:
-    assert {name for name in imports(path) if name.startswith("rlora")} <= {"rlora.records"}
+PLUGINS = [(room, path) for room in ("envs", "rewards") for path in sorted((ROOT / room).glob("*.py"))]
+
+
+@pytest.mark.parametrize(("room", "path"), PLUGINS, ids=lambda each: getattr(each, "stem", each))
+def test_plugins_import_records_and_their_own_room_only(room: str, path: Path) -> None:
+    core = {name for name in imports(path) if name.startswith("rlora.") and not name.startswith(f"rlora.{room}")}
+    assert core <= {"rlora.records", "rlora.plugin"}

@@ -7,7 +7,8 @@ import pytest
 from conftest import ROOT
 
 from rlora.base import load_tokenizer, stop_token_ids
-from rlora.config import Config, load, read
+from rlora.config import Config, read
+from rlora.plugin import load
 from rlora.records import Prompt, RloraError
 from rlora.task import as_reward, load_task, tokenise
 

@@ -1,0 +1,40 @@
+"""Loads what a user plugs in: `module:name` or `path/to/file.py:name`. Stdlib only."""
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+from rlora.records import RloraError
+
+
+def load(field: str, spec: str) -> Any:
+    """The object that a field names as `module:name` or `path/to/file.py:name`. Raises RloraError where it can't.
+
+    A module may lie in the working directory; a file may import what lies beside it.
+    """
+    where, _, name = spec.rpartition(":")
+    if not where:
+        raise RloraError(f"{field} = {spec!r}: write module:name or path/to/file.py:name")
+    is_file = where.endswith(".py")
+    home = str(Path(where).absolute().parent if is_file else Path.cwd())
+    if home not in sys.path:
+        sys.path.append(home)  # last: a file called like an installed package must not take its place
+    try:
+        if is_file:
+            file = importlib.util.spec_from_file_location(Path(where).stem, where)
+            assert file is not None
+            assert file.loader is not None
+            module = importlib.util.module_from_spec(file)
+            sys.modules.setdefault(file.name, module)  # dataclasses look their module up there
+            file.loader.exec_module(module)
+        else:
+            module = importlib.import_module(where)
+    except FileNotFoundError:
+        raise RloraError(f"{field} = {spec!r}: there is no file {where}; give its path from here") from None
+    except Exception as error:
+        raise RloraError(f"{field} = {spec!r}: importing {where} failed: {type(error).__name__}: {error}") from error
+    if not hasattr(module, name):
+        raise RloraError(f"{field} = {spec!r}: {where} has no {name!r}; it is spelt otherwise or is missing")
+    return getattr(module, name)
