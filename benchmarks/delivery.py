@@ -56,8 +56,8 @@ from rlora.checkpoint import write_adapter
 from rlora.config import validate
 from rlora.delivery import Fleet, Request, wait_for
 from rlora.learner import Learner
-from rlora.lora import OFF, matrices
-from rlora.records import Adapter, Sampling
+from rlora.lora import matrices
+from rlora.records import OFF, Adapter, Sampling
 from rlora.task import Task, load_task
 
 PROMPTS, SAMPLING = 16, Sampling(max_tokens=32, group_size=8)
@@ -175,8 +175,8 @@ def engines(task: Task, kind: type[Probe], learn: bool = False, **changes: Any) 
     """A fleet of `kind`, whose engines have all cores each, and a learner."""
     cluster.ENGINE = f"{HERE}:{kind.__name__}"
     settings = {"engine": {"threads": machine.cores()}} | changes
-    with cluster.start(validate(CONFIG | settings), task, "benchmark", learn=learn) as started:
-        yield started
+    with cluster.start(validate(CONFIG | settings), task, "benchmark", learn=learn) as (learner, fleet, _):
+        yield learner, fleet
 
 
 # --- what is measured ---
@@ -287,7 +287,7 @@ def stock(task: Task, adapter: Path | None) -> float:
     request = LoRARequest("adapter", 1, str(adapter)) if adapter else None
     settings = SamplingParams(
         n=SAMPLING.group_size, temperature=1.0, max_tokens=SAMPLING.max_tokens, logprobs=0, detokenize=False,
-        stop_token_ids=list(task.stop_token_ids),
+        stop_token_ids=list(task.chat.stop_token_ids),
     )  # fmt: skip
     prompts = [TokensPrompt(prompt_token_ids=list(prompt.token_ids)) for prompt in task.prompts[:PROMPTS]]
     rates = []

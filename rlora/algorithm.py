@@ -46,7 +46,7 @@ def credit(group: Group, lessons: Sequence[Lesson], algorithm: AlgorithmConfig, 
             advantages = generalised(rewards, torch.zeros_like(rewards), 0.0, algorithm.gamma, 1.0)
             credited.append(lesson.knowing(advantages=advantages))
         else:
-            cut_off = algorithm.bootstrap_truncated and lesson.episode.finish_reason == "length"
+            cut_off = algorithm.bootstrap_truncated and lesson.episode.finish_reason != "stop"
             end = float(lesson.end) if cut_off and lesson.end is not None else 0.0
             advantages = generalised(rewards, values, end, algorithm.gamma, algorithm.lam)
             credited.append(lesson.knowing(advantages=advantages, returns=advantages + values))
@@ -89,12 +89,12 @@ def weigher(groups: Sequence[Group], algorithm: AlgorithmConfig, max_tokens: int
     `max_tokens`. Episodes without signal count.
     """
     episodes = [episode for group in groups for episode in group.episodes]
-    total = sum(own_tokens(episode) for episode in episodes if learned_from(episode, algorithm))
+    total = sum(episode.own_tokens for episode in episodes if learned_from(episode, algorithm))
 
     def weight(episode: Episode) -> float:
         if algorithm.average == "tokens":
             return 1 / total
-        return 1 / (len(episodes) * (own_tokens(episode) if algorithm.average == "episodes" else max_tokens))
+        return 1 / (len(episodes) * (episode.own_tokens if algorithm.average == "episodes" else max_tokens))
 
     return weight
 
@@ -139,13 +139,9 @@ def token_losses(
     return losses, figures
 
 
-def own_tokens(episode: Episode) -> int:
-    return sum(episode.own) if episode.own else len(episode.completion_ids)
-
-
 def learned_from(episode: Episode, algorithm: AlgorithmConfig) -> bool:
     """Not if it is empty, or was cut off and those are dropped; its return counts for its group's mean all the same."""
-    return own_tokens(episode) > 0 and not (algorithm.drop_truncated and episode.finish_reason == "length")
+    return episode.own_tokens > 0 and not (algorithm.drop_truncated and episode.finish_reason != "stop")
 
 
 def _kl_in_reward(lesson: Lesson, algorithm: AlgorithmConfig) -> Tensor:

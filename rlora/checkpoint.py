@@ -40,7 +40,7 @@ def create(run: Path, config: Config, task: Task, overwrite: bool = False) -> No
     run.mkdir(parents=True, exist_ok=True)
     provenance = {
         "packages": {name: version for name in _PACKAGES if (version := _version(name))},
-        "chat_template_sha256": hashlib.sha256(str(task.tokenizer.chat_template).encode()).hexdigest(),
+        "chat_template_sha256": hashlib.sha256(str(task.chat.template).encode()).hexdigest(),
         "prompts": len(task.prompts),
         "prompts_dropped": task.dropped,
     }
@@ -71,14 +71,16 @@ def with_own_start(run: Path, config: Config) -> Config:
     return replace(config, learner=replace(config.learner, start_from=str(own.absolute())))
 
 
-def save(run: Path, adapter: Adapter, state: bytes) -> None:
+def save(run: Path, adapter: Adapter, state: bytes, cursor: Mapping[str, Any] | None = None) -> None:
     """Keep a version: its adapter, then the state to go on from. What was there before stays whole if this fails.
 
-    Of versions that are all weights only the last is kept. Raises RloraError where the disk does not take it.
+    `cursor` is where in the prompts it goes on. Of versions that are all weights only the last is kept. Raises
+    RloraError where the disk does not take it.
     """
     try:
         write_adapter(adapter, adapter_path(run, adapter.version))
         write_file(run / "state.safetensors", state)
+        write_file(run / "cursor.json", json.dumps({"version": adapter.version, "cursor": cursor}).encode())
         for version in range(adapter.version) if adapter.whole else ():
             shutil.rmtree(adapter_path(run, version), ignore_errors=True)
     except OSError as error:
@@ -92,6 +94,13 @@ def read_state(run: Path) -> bytes | None:
     """What the learner goes on from, None where nothing was saved yet."""
     path = run / "state.safetensors"
     return path.read_bytes() if path.exists() else None
+
+
+def read_cursor(run: Path, version: int) -> dict[str, Any] | None:
+    """Where in the prompts a run goes on from `version`, None where that was not saved with it."""
+    path = run / "cursor.json"
+    saved = json.loads(path.read_text()) if path.exists() else {"version": None}
+    return saved["cursor"] if saved["version"] == version else None
 
 
 def ask_for_engines(run: Path, count: int) -> None:

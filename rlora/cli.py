@@ -1,81 +1,30 @@
-"""The command line: rlora train | scale | eval | export."""
+"""The command line: rlora train | eval | grade | show | scale | export."""
 
 import json
 import sys
 import time
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Any
 
 import tyro
 
 import rlora
-from rlora.config import PRESETS, AlgorithmConfig, Config, read, refuse_unlearnable, validate
-from rlora.records import Adapter, RloraError
+from rlora.config import Config, ScoringConfig, validate
+from rlora.options import Eval, Export, Grade, Scale, Show, Train, parse_eval, parse_show, parse_train, read_run
+from rlora.records import BASE, STATUSES, Adapter, Case, RloraError, Score
 
 # torch, transformers and Ray take seconds to import: that waits until the command line is understood
-
-
-@dataclass(frozen=True)
-class Train:
-    """Train a policy. FILE is a TOML config; every field below overrides what it says."""
-
-    config: Annotated[Config, tyro.conf.arg(name="")]
-    file: tyro.conf.Positional[Path | None] = None
-    """A TOML config, such as launch/arithmetic.toml."""
-    run_dir: Path | None = None
-    """Where the run goes; a fresh directory under runs/ by default."""
-    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Replace the run that is in --run-dir."""
-    resume: Path | None = None
-    """Go on with the run in this directory, under its own config; only --steps may be given beside it."""
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Give a run that goes on more engines or fewer, from its next step on."""
-
-    run: tyro.conf.Positional[Path]
-    """The run's directory."""
-    engines: tyro.conf.Positional[int]
-    """How many, 1 to the run's engine.max_replicas."""
-
-
-@dataclass(frozen=True)
-class Eval:
-    """Answer the held-out prompts of a run greedily, under one of its adapters."""
-
-    run: tyro.conf.Positional[Path]
-    """The run's directory."""
-    version: int | None = None
-    """The adapter version; the last one by default, 0 is what the run started from. Of all weights, the last alone."""
-    prompts: int | None = None
-    """How many held-out prompts to answer; the run's evaluate.prompts by default."""
-
-
-@dataclass(frozen=True)
-class Export:
-    """Write an adapter of a run in PEFT's format, or the whole model with the adapter merged into it."""
-
-    run: tyro.conf.Positional[Path]
-    """The run's directory."""
-    to: Path
-    """The directory to write; it must not be there yet."""
-    version: int | None = None
-    """The adapter version; the last one by default."""
-    merge: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Add the adapter into the base's weights and write them all."""
-    dtype: Literal["bfloat16", "float32"] | None = None
-    """Of merged weights, bfloat16 by default, which loses part of a small update and says how much. An adapter is
-    always written in fp32."""
-
 
 _USAGE = f"""usage: rlora COMMAND ...
 
   train     {Train.__doc__}
-  scale     {Scale.__doc__}
   eval      {Eval.__doc__}
+  grade     {Grade.__doc__}
+  show      {Show.__doc__}
+  scale     {Scale.__doc__}
   export    {Export.__doc__}
 
 `rlora COMMAND --help` documents every option, `rlora --version` prints the version."""
@@ -83,7 +32,7 @@ _USAGE = f"""usage: rlora COMMAND ...
 
 def main() -> None:
     """Run the command in sys.argv; exits with 0, 1 (an error that its message explains), 2 (usage) or 130 (Ctrl-C)."""
-    commands = {"train": _train, "scale": _scale, "eval": _eval, "export": _export}
+    commands = {"train": _train, "eval": _eval, "grade": _grade, "show": _show, "scale": _scale, "export": _export}
     command, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
     if command in ("-h", "--help", "--version"):
         print(f"rlora {rlora.__version__}" if command == "--version" else _USAGE)
@@ -102,7 +51,7 @@ def main() -> None:
 
 
 def _train(arguments: list[str]) -> None:
-    given = _parse_train(arguments)
+    given = parse_train(arguments)
     from transformers import AutoConfig
 
     from rlora import checkpoint
@@ -141,74 +90,6 @@ def _train(arguments: list[str]) -> None:
     _report(run, task.base, config.learner.whole)
 
 
-def _parse_train(arguments: list[str]) -> Train:
-    """The command line over the TOML file it names, or over the config of the run that it resumes."""
-    env_args, others = _env_args(arguments)
-    options = [argument.split("=")[0].lstrip("-").replace("-", "_") for argument in others if argument[:2] == "--"]
-    refuse_unlearnable(option.rpartition(".")[2] for option in options)
-    saved = _source(others)
-    default = Train(saved) if saved else None
-    parsed = cast(Train, tyro.cli(Train, default=default, args=others, prog="rlora train"))
-    of_another_env = saved.env_args if saved and saved.env != parsed.config.env else {}
-    kept = {name: value for name, value in parsed.config.env_args.items() if name not in of_another_env}
-    table = asdict(parsed.config) | {"env_args": kept | env_args}
-    if "algorithm.name" in options:  # then what the file's own name set goes; what was given beside either stays
-        before = PRESETS[saved.algorithm.name] if saved else {}
-        given_too = {option.removeprefix("algorithm.").removeprefix("no_") for option in options}
-        for name in (PRESETS[table["algorithm"]["name"]] | before).keys() - given_too:
-            if table["algorithm"][name] == before.get(name, getattr(AlgorithmConfig(), name)):
-                del table["algorithm"][name]
-    given = replace(parsed, config=validate(table))
-    if given.resume and saved:
-        before, after = asdict(saved), asdict(given.config)
-        changed = [field for field in before if before[field] != after[field] and field != "steps"]
-        if changed or given.file or given.run_dir or given.overwrite:
-            raise RloraError(
-                f"--resume {given.resume}: a run goes on under its own config, and only --steps may be given beside "
-                f"it; leave out {', '.join(changed) or 'the TOML file, --run-dir and --overwrite'}, or start a new run"
-            )
-    return given
-
-
-def _source(arguments: list[str]) -> Config | None:
-    """The config that the command line starts from: of the run that it resumes, else of its FILE, if it names one."""
-    nothing = Train(Config(model="", env="", reward=""))
-    arguments = [argument for argument in arguments if argument not in ("-h", "--help")]  # shown once that is known
-    named = tyro.cli(Train, default=nothing, args=arguments, prog="rlora train")
-    if named.resume:
-        return _read_run(named.resume)
-    return read(named.file) if named.file else None
-
-
-def _read_run(run: Path) -> Config:
-    """The config of a run. Raises RloraError where no run is."""
-    path = run / "config.toml"
-    if not path.is_file():
-        raise RloraError(
-            f"{run}: no run is there (it has no config.toml); name a directory that `rlora train` made, "
-            "under runs/ or where --run-dir said"
-        )
-    return read(path)
-
-
-def _env_args(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """What `--env-args.NAME VALUE` gives, and the other arguments. Which names there are only the env knows."""
-    found, others = {}, []
-    rest = iter(arguments)
-    for argument in rest:
-        if not argument.startswith("--env-args."):
-            others.append(argument)
-            continue
-        name, equals, value = argument.removeprefix("--env-args.").partition("=")
-        text = value if equals else next(rest, "")
-        try:
-            given = json.loads(text)  # a number or a boolean
-        except json.JSONDecodeError:
-            given = text
-        found[name.replace("-", "_")] = given
-    return found, others
-
-
 def _report(run: Path, base: str, whole: bool) -> None:
     """The table at the end of a run, and what to do next."""
     from rich.console import Console
@@ -240,7 +121,7 @@ def _report(run: Path, base: str, whole: bool) -> None:
 
 def _scale(arguments: list[str]) -> None:
     given = tyro.cli(Scale, args=arguments, prog="rlora scale")
-    most = _read_run(given.run).engine.max_replicas
+    most = read_run(given.run).engine.max_replicas
     if not 1 <= given.engines <= most:
         raise RloraError(f"engines = {given.engines}: the run's engine.max_replicas lets it have 1 to {most}")
     from rlora import checkpoint
@@ -250,33 +131,134 @@ def _scale(arguments: list[str]) -> None:
 
 
 def _eval(arguments: list[str]) -> None:
-    given = tyro.cli(Eval, args=arguments, prog="rlora eval")
-    config = _read_run(given.run)
+    given = parse_eval(arguments)
+    config = given.config
     if given.prompts is not None:
         config = validate(replace(config, evaluate=replace(config.evaluate, prompts=given.prompts)))
-    from rlora import checkpoint, cluster
-    from rlora.evaluate import evaluate
+    if given.samples < 1:
+        raise RloraError(f"--samples {given.samples}: give 1 or more")
+    adapter, name, out = _adapter_to_evaluate(given)
+    if given.adapter:  # of any rank
+        config = replace(config, learner=replace(config.learner, start_from=str(given.adapter)))
+    from rlora import cluster
+    from rlora.evaluate import answer, pass_at, rows, summarise
+    from rlora.rollout import sampling_of
     from rlora.task import load_task
 
-    adapter = checkpoint.read_adapter(given.run, given.version)
     task = load_task(config)
     if not task.held_out:
         raise RloraError(
             f"env = {config.env!r}: none of its first evaluate.prompts = {config.evaluate.prompts} held-out prompts "
             "can be used; give --prompts where that is 0, or let held_out() return some"
         )
-    with cluster.start(config, task, given.run.name, learn=False) as (_, fleet):
+    greedy = given.samples == 1 and given.temperature is None
+    sampling = sampling_of(config, given.samples, 0.0 if greedy else given.temperature)
+    with cluster.start(config, task, name, learn=False) as (_, fleet, loop):
         fleet.swap(adapter)
-        result = evaluate(config, task, fleet)
-    print(
-        f"version {adapter.version}: greedy accuracy {result.accuracy:.3f}, mean reward {result.reward:.3f}, "
-        f"over {len(task.held_out)} held-out prompts"
-    )
+        groups = answer(config, task.held_out, sampling, fleet, loop)
+    write_rows(out, rows(groups))
+    result = summarise(groups)
+    each = "greedy" if greedy else f"{given.samples} at temperature {sampling.temperature:g}"
+    print(f"{name}: {len(groups)} held-out prompts, completions a prompt: {each}")
+    for k in sorted({min(2**power, given.samples) for power in range(given.samples.bit_length() + 1)}):
+        print(f"  pass@{k}  {pass_at(k, groups)}")
+    print(f"  mean reward {result.reward:.3f}; {', '.join(f'{n} {status}' for status, n in result.statuses.items())}")
+    print(f"  each completion with its verdict: {out}")
+
+
+def _adapter_to_evaluate(given: Eval) -> tuple[Adapter, str, Path]:
+    """The adapter that is asked for, what it is called, and where its completions go."""
+    from rlora import checkpoint, peft_format
+
+    is_run = given.source.suffix != ".toml"
+    if given.adapter or given.base or not is_run:
+        if given.version is not None or (given.adapter and given.base):
+            raise RloraError("--version, --adapter and --base: each names what to evaluate; give one of them")
+        adapter = Adapter("given", 0, *peft_format.read(given.adapter)) if given.adapter else BASE
+        return adapter, str(given.adapter or "base"), given.out or Path("eval.jsonl")
+    adapter = checkpoint.read_adapter(given.source, given.version)
+    out = given.out or given.source / f"eval-{adapter.version}.jsonl"
+    return adapter, f"{given.source.name} version {adapter.version}", out
+
+
+def _grade(arguments: list[str]) -> None:
+    given = tyro.cli(Grade, args=arguments, prog="rlora grade")
+    from rlora.rewards.isolation import Pool
+    from rlora.rewards.worker import Setup
+
+    for field in ("deadline", "workers"):
+        if getattr(given, field) <= 0:
+            raise RloraError(f"--{field} {getattr(given, field):g}: give more than 0")
+    table = _read_rows(given.file)
+    setup = Setup((given.reward,), given.style, directory=str(Path.cwd()), deadline=given.deadline)
+    start = time.perf_counter()
+    with closing(Pool(setup, given.workers)) as pool:
+        scores = [pool.do(_case_of(row)) for row in table]
+        graded = [row | _verdict(score.result()[0][0]) for row, score in zip(table, scores, strict=True)]
+    write_rows(given.out, graded)
+    seconds = time.perf_counter() - start
+    counts = {status: sum(row["status"] == status for row in graded) for status in STATUSES}
+    print(f"{len(graded)} rows in {seconds:.1f} s: {', '.join(f'{n} {status}' for status, n in counts.items() if n)}")
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows to grade. Raises RloraError that names the line where one has no gold or no prediction."""
+    table = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise RloraError(f"{path}, line {number}: not JSON ({error}); give an object a line") from None
+        if not isinstance(row, dict) or "gold" not in row or not isinstance(row.get("prediction"), str):
+            raise RloraError(
+                f'{path}, line {number}: it needs "gold", and "prediction" as a string; it is {line[:200]}'
+            )
+        table.append(row)
+    return table
+
+
+def _case_of(row: dict[str, Any]) -> Case:
+    said = ({"role": "assistant", "content": row["prediction"]},)
+    columns = {name: value for name, value in row.items() if name not in ("gold", "prediction")}
+    return Case("", "", row["gold"], columns, (row["prediction"],), (said,), ((),), ({},))
+
+
+def _verdict(score: Score) -> dict[str, Any]:
+    """What a row gets. A number that has no status is its own verdict: correct from 1 on."""
+    usual = ScoringConfig()
+    status = score.status or ("correct" if (score.value or 0.0) >= usual.correct else "wrong")
+    reward = score.value if score.value is not None else getattr(usual, status)
+    return {"status": status, "reward": reward} | ({"detail": score.detail} if score.detail else {})
+
+
+def write_rows(path: Path, table: Iterable[dict[str, Any]]) -> None:
+    """JSON lines, whole or not at all."""
+    from rlora.checkpoint import write_file
+
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, "".join(json.dumps(row, default=str) + "\n" for row in table).encode())
+
+
+def _show(arguments: list[str]) -> None:
+    given = parse_show(arguments)
+    from rlora.task import load_task
+
+    task = load_task(given.config)
+    if not 0 <= given.number < len(task.prompts):
+        raise RloraError(f"--number {given.number}: there are {len(task.prompts)} training prompts, from 0")
+    prompt = task.prompts[given.number]
+    ends = [task.chat.shown([token]) for token in task.chat.stop_token_ids] + list(task.stop)
+    print(f"{task.chat.shown(prompt.token_ids)}\n--- {len(prompt.token_ids)} tokens; answer {prompt.answer!r}; "
+          f"the policy's message ends with {' or '.join(map(repr, ends))}")  # fmt: skip
+    if prompt.columns:
+        print(f"--- columns {dict(prompt.columns)!r}")
 
 
 def _export(arguments: list[str]) -> None:
     given = tyro.cli(Export, args=arguments, prog="rlora export")
-    config = _read_run(given.run)
+    config = read_run(given.run)
     if given.dtype and not given.merge:
         raise RloraError(f"--dtype {given.dtype}: it is of merged weights; add --merge, or leave it out")
     from rlora import checkpoint

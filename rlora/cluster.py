@@ -20,14 +20,18 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from rlora import machine
+from rlora.agent_loop import AgentLoop
 from rlora.config import Config
 from rlora.delivery import Fleet
 from rlora.learner import Learner
 from rlora.plugin import load
-from rlora.records import Adapter, Engine, EngineLostError, Group, Proof, RloraError
-from rlora.task import Task
+from rlora.records import Adapter, Case, Engine, EngineLostError, Group, Proof, RloraError
+from rlora.rewards.worker import Turn
+from rlora.scoring import Scoring
+from rlora.task import Task, setup_of
 
 ENGINE = "rlora.engine:Engine"
+POOL = "rlora.rewards.isolation:Pool"
 _PATIENCE = 30.0  # seconds until we say that Ray has found no place for an actor
 _START = 1800.0  # seconds in which an engine that replaces another has to be ready
 
@@ -57,6 +61,13 @@ class _EngineActor(_Actor):
 
     async def call(self, method: str, *arguments: Any) -> Any:
         return await asyncio.wrap_future(super().call(method, *arguments))
+
+
+class _PoolActor(_EngineActor):
+    """Where its process dies Ray builds it anew, and gives it again what it was at."""
+
+    def __init__(self, *made_of: Any) -> None:
+        self.build(POOL, *made_of)
 
 
 class _LostError(RloraError):
@@ -89,6 +100,33 @@ class _Remote:
             return cast(Exception, error.cause)
         return self.lost(f"the process of the {self.role} died: {error}")
 
+    def future(self, reference: Any) -> Future[Any]:
+        """Of what a call on it gives; it raises the object's own error."""
+        called: Future[Any] = Future()
+
+        def settle(done: Future[Any]) -> None:
+            if error := done.exception():
+                called.set_exception(self.own(error) if isinstance(error, RayError) else error)
+            else:
+                called.set_result(done.result())
+
+        reference.future().add_done_callback(settle)
+        return called
+
+
+class _RemotePool(_Remote):
+    """Processes that score, in an actor."""
+
+    def __init__(self, cpus: float, *made_of: Any) -> None:
+        options = {"num_cpus": cpus, "scheduling_strategy": "SPREAD", "max_restarts": -1, "max_task_retries": -1}
+        environment = {"env_vars": {"OMP_NUM_THREADS": "1"}}
+        self.role = "reward functions"
+        self.actor = cast(Any, ray.remote(_PoolActor).options(**options, runtime_env=environment).remote(*made_of))
+        self.built = self.placed = self.actor.place.remote()
+
+    def do(self, of: Case | Turn) -> Future[Any]:
+        return self.future(self.actor.call.remote("do", of))
+
 
 class _RemoteEngine(_Remote):
     """An engine in an actor: a call returns a future. `share` puts an adapter into Ray's object store, once for all."""
@@ -112,16 +150,7 @@ class _RemoteEngine(_Remote):
         self.closing.start()
 
     def _call(self, method: str, *arguments: Any) -> Future[Any]:
-        called: Future[Any] = Future()
-
-        def settle(done: Future[Any]) -> None:
-            if error := done.exception():
-                called.set_exception(self.own(error) if isinstance(error, RayError) else error)
-            else:
-                called.set_result(done.result())
-
-        self.actor.call.remote(method, *arguments).future().add_done_callback(settle)
-        return called
+        return self.future(self.actor.call.remote(method, *arguments))
 
 
 class _Ranks:
@@ -247,7 +276,7 @@ class _Crew:
         settings = self.config.engine
         environment = machine.engine_environment(settings.threads or self.share, settings.kv_cache_gib, self.cuda)
         reserved = settings.cpus, settings.gpus * settings.tensor_parallel_size * self.cuda, environment
-        made_of = self.config, self.task.base, self.task.stop_token_ids, number, self.version
+        made_of = self.config, self.task.base, self.task.chat.stop_token_ids, self.task.stop, number, self.version
         made = _RemoteEngine(self.put, f"engine {number}", *reserved, ENGINE, *made_of)
         self.remotes.append(made)
         return made
@@ -287,6 +316,13 @@ class _Crew:
         self.remotes += made
         return made
 
+    def pools(self) -> list[_RemotePool]:
+        scoring = self.config.scoring
+        made_of = setup_of(self.config, self.task.agent), scoring.workers
+        made = [_RemotePool(scoring.cpus, *made_of) for _ in range(scoring.replicas)]
+        self.remotes += made
+        return made
+
     def end(self) -> None:
         self.over = True
         engines = [remote for remote in self.remotes if isinstance(remote, _RemoteEngine)]
@@ -299,10 +335,10 @@ class _Crew:
 @contextmanager
 def start(
     config: Config, task: Task, run: str, version: int = 0, learn: bool = True
-) -> Iterator[tuple[Learner, Fleet]]:
-    """The learner of `run` (none, unless `learn`) and a fleet of `engine.replicas` engines, placed by Ray.
+) -> Iterator[tuple[Learner, Fleet, AgentLoop]]:
+    """The learner of `run` (none, unless `learn`), a fleet of `engine.replicas` engines, and what has them scored.
 
-    `learner.replicas` learners are seen as one. `version` is the first one that will be served.
+    Ray places them all. `learner.replicas` learners are seen as one. `version` is the first one that will be served.
 
     Joins the Ray cluster of this job or machine, or starts one that ends with it. On leaving, however that comes
     about, every process is gone and so are its files in RAM.
@@ -316,18 +352,23 @@ def start(
     _on_signal(signal.SIGTERM, lambda *_: sys.exit(143))  # `ray job stop` sends it; Ray's own handler cleans nothing up
     crew = _Crew(config, task, run, version)
     fleet: Fleet | None = None
+    loop: AgentLoop | None = None
     try:
         learners = crew.learners() if learn else []
         engines = [crew.engine(number) for number in range(config.engine.replicas)]
+        pools = crew.pools()
         _results({remote.built: remote for remote in crew.remotes}, _still_starting)
         room = 2 * config.engine.max_num_seqs
         fleet = Fleet(crew.another_engine, cast(list[Engine], engines), room, config.engine.patience, config.restarts)
-        yield cast(Learner, _Ranks(crew.learners, learners, config.restarts)), fleet
+        loop = AgentLoop(task, fleet, Scoring(config, pools))
+        yield cast(Learner, _Ranks(crew.learners, learners, config.restarts)), fleet, loop
     finally:
         # a second Ctrl-C must not stop the clean-up half way
         before = {number: _on_signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
         if fleet:
             fleet.stop()
+        if loop:
+            loop.close()
         crew.end()
         ray.shutdown()
         for number, handler in before.items():

@@ -36,9 +36,59 @@ class SamplingConfig:
     temperature: Annotated[float, Field(ge=0.01)] = 1.0
     """Temperature of training rollouts; the learner's logprobs use it too."""
     max_tokens: Count = 256
-    """Longest completion, in tokens."""
+    """Longest completion, in tokens; of several turns all of them together, and what the env says."""
     max_prompt_tokens: Count = 512
     """Longest prompt, in tokens. Longer ones are left out when the data is loaded, and counted."""
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    __pydantic_config__ = _STRICT
+
+    system: str = ""
+    """System message of every prompt that has none."""
+    template: str = ""
+    """A chat template (Jinja), or the file it is in, in place of the tokenizer's own."""
+    template_args: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """What the template takes beside messages, such as enable_thinking."""
+    prefill: str = ""
+    """What each message of the policy begins with: part of the prompt, and of what reward functions see."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the policy's message, as its end token does; the env's own beside them."""
+    think: tuple[str, str] = ("<think>", "</think>")
+    """The model's tags around its thinking; reward functions see them as <think> and </think>."""
+
+
+@dataclass(frozen=True)
+class ScoringConfig:
+    __pydantic_config__ = _STRICT
+
+    style: Literal["auto", "completion", "group", "trl", "verl", "verl-batch", "openrlhf"] = "auto"
+    """The form of the reward functions, where their parameters' names do not tell it; docs/rewards.md has them."""
+    correct: float = 1.0
+    """Reward of an episode of that status; so are the next four."""
+    wrong: float = 0.0
+    """Of an answer that is not right."""
+    unparsable: float = 0.0
+    """Of one that has no answer, or none that can be read."""
+    timeout: float = 0.0
+    """Of one whose reward function took longer than `deadline`."""
+    error: float = 0.0
+    """Of one whose reward function failed."""
+    max_errors: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """The run stops where a larger share of a step's episodes is in error."""
+    deadline: Positive = 10.0
+    """Seconds that a call of a reward function, or of an env's reply, may take; then its process is replaced."""
+    memory_mib: Count = 2048
+    """MiB that a call may take."""
+    workers: Count = 2
+    """Processes of a replica that call them."""
+    concurrency: Count = 16
+    """Calls at once of a reward function that is a coroutine, in each process."""
+    replicas: Count = 1
+    """Ray actors that have such processes; Ray spreads them over the nodes."""
+    cpus: Annotated[float, Field(ge=0)] = 0.0
+    """Ray CPUs that a replica reserves."""
 
 
 @dataclass(frozen=True)
@@ -237,10 +287,14 @@ class Config:
     """The frozen base: a hub id, a local directory, or demo:smollm2-135m."""
     env: str
     """Where prompts come from: module:Name or path/to/file.py:Name."""
-    reward: str
-    """What scores completions: module:name or path/to/file.py:name."""
+    reward: str | tuple[str, ...]
+    """What scores completions: module:name or path/to/file.py:name; of several the weighted sum."""
     env_args: dict[str, bool | int | float | str] = field(default_factory=dict)
     """Arguments of the env; on the command line also --env-args.NAME VALUE. A file's go with the file's env only."""
+    reward_args: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Arguments of the reward functions that have a parameter of that name; also --reward-args.NAME VALUE."""
+    reward_weights: tuple[float, ...] = ()
+    """The weight of each reward function; all 1 by default."""
     steps: Count = 100
     """Steps to train in all, those before a --resume included; each makes one new adapter version."""
     prompts_per_step: Count = 16
@@ -256,6 +310,8 @@ class Config:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the frozen base, in the engine and in the learner. The adapter's masters and Adam are always fp32."""
     sampling: SamplingConfig = SamplingConfig()
+    chat: ChatConfig = ChatConfig()
+    scoring: ScoringConfig = ScoringConfig()
     engine: EngineConfig = EngineConfig()
     learner: LearnerConfig = LearnerConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
@@ -265,6 +321,11 @@ class Config:
     @property
     def max_model_len(self) -> int:
         return self.sampling.max_prompt_tokens + self.sampling.max_tokens
+
+    @property
+    def rewards(self) -> tuple[str, ...]:
+        """Each reward function."""
+        return (self.reward,) if isinstance(self.reward, str) else self.reward
 
 
 _ADAPTER = TypeAdapter(Config)
@@ -304,7 +365,14 @@ def validate(values: Config | dict[str, Any], source: str = "") -> Config:
 def _refuse_what_makes_no_sense(config: Config, source: str) -> None:
     """Raise RloraError for parts of an algorithm that do not go together."""
     a = config.algorithm
+    functions = config.rewards
     senseless = [
+        (len(config.reward_weights) not in (0, len(functions)), "reward_weights",
+         f"there are {len(functions)} reward functions; give as many weights, or leave them out"),
+        (not functions or len(set(functions)) < len(functions), "reward",
+         "name one reward function or more, each once"),
+        (not all(config.chat.think), "chat.think", "both tags have to be something; leave it out for the usual ones"),
+        (not all(config.chat.stop), "chat.stop", "an empty string would end every message; leave it out"),
         (a.of_group and config.group_size == 1, "group_size",
          f"algorithm.advantage = {a.advantage!r} is relative to the other completions of a prompt; set it to 2 or "
          "more, or use whitened or gae"),

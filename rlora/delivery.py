@@ -122,11 +122,18 @@ class Fleet:
                 raise self._given_up
         return proofs
 
-    def generate(self, prompt: Prompt, sampling: Sampling) -> Request:
-        """Sample `sampling.group_size` episodes under the version that is swapped in when an engine has room."""
-        request = Request(prompt, sampling)
+    def generate(self, prompt: Prompt, sampling: Sampling, adapter: Adapter | None = None) -> Request:
+        """Sample `sampling.group_size` episodes under the version that is swapped in when an engine has room.
+
+        With an `adapter`, which has been swapped in before, under that one, and before all that waits: it is the next
+        turn of an episode.
+        """
+        request = Request(prompt, sampling, adapter=adapter)
         with self._changed:
-            self._queue.append(request)
+            if adapter:
+                self._queue.appendleft(request)
+            else:
+                self._queue.append(request)
             self._send()
         return request
 

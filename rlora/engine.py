@@ -27,8 +27,8 @@ from rlora import machine, slots, vllm_cpu
 from rlora.base import has_experts
 from rlora.checkpoint import write_adapter
 from rlora.config import Config
-from rlora.lora import OFF
 from rlora.records import (
+    OFF,
     Adapter,
     Canary,
     DeliveryError,
@@ -80,11 +80,14 @@ class Engine:
     were submitted with. A version leaves when it is not the newest and no request has a lease on it.
 
     `base` is where the base is loaded from; `number` is that of this start among all the run's engines and `version`
-    the first one it will serve: no two draw the same samples. Start the process with `machine.engine_environment`.
+    the first one it will serve: no two draw the same samples. A completion ends with one of `stop_token_ids`, or of
+    the strings `stop`. Start the process with `machine.engine_environment`.
     """
 
-    def __init__(self, config: Config, base: str, stop_token_ids: tuple[int, ...], number: int, version: int) -> None:
-        self.stop_token_ids = list(stop_token_ids)
+    def __init__(
+        self, config: Config, base: str, stop_token_ids: Sequence[int], stop: Sequence[str], number: int, version: int
+    ) -> None:
+        self.stop_token_ids, self.stop = list(stop_token_ids), list(stop)
         self.directory = machine.adapter_directory(os.getpid())
         self.whole = config.learner.whole
         self.experts = has_experts(base)
@@ -242,7 +245,7 @@ class Engine:
     ) -> Future[RequestOutput]:
         """Hand a prompt to vLLM; its output comes with a later step."""
         request_id = str(next(self._request_ids))
-        settings = SamplingParams(detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **params)
+        settings = SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY, **{"detokenize": False, **params})
         self.llm.add_request(request_id, TokensPrompt(prompt_token_ids=list(tokens)), settings, lora_request=request)
         self._running[request_id] = asked = _Asked(version)
         return asked.output
@@ -261,6 +264,8 @@ class Engine:
                 temperature=sampling.temperature,
                 max_tokens=sampling.max_tokens,
                 stop_token_ids=self.stop_token_ids,
+                stop=self.stop,
+                detokenize=bool(self.stop),  # to find them
                 logprobs=0,  # of the sampled token alone
             )
 
@@ -316,6 +321,8 @@ class Engine:
     # --- delivery ---
 
     def _load(self, adapter: Adapter) -> Proof:
+        if adapter.version == OFF:
+            return Proof(adapter.digest, 0.0, 0.0)
         for held in self.held:
             if held.adapter.name == adapter.name:
                 self.held.remove(held)

@@ -23,11 +23,11 @@ from rlora.algorithm import credit, learned_from, moments, token_losses, weigher
 from rlora.base import load_base, load_quantised
 from rlora.batch import Lesson, Microbatch, alone, idle, lesson, microbatches, shares
 from rlora.config import Config, LearnerConfig
-from rlora.lora import OFF, Spec
+from rlora.lora import Spec
 from rlora.loss import Tokens, value_loss
 from rlora.optimizer import Optimizer, auto_lr, scheduled_lr
 from rlora.policy import CRITIC, Policy
-from rlora.records import WHOLE_FILES, Adapter, Canary, Group, RloraError, UpdateStats
+from rlora.records import OFF, WHOLE_FILES, Adapter, Canary, Group, RloraError, UpdateStats
 from rlora.sharding import shard
 
 _CANARY = 24  # tokens: one short prompt, and enough logprobs for a mean

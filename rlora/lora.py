@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from rlora.records import RloraError
+from rlora.records import OFF, RloraError
 
 Init = Literal["uniform", "orthonormal"]
 _Number = TypeVar("_Number", int, float)
-OFF = -1  # the adapter of tokens that have none: the reference policy
 
 _ROUTERS = {"gate", "router", "shared_expert_gate"}  # linear layers that choose or weigh experts
 _ATTENTION = re.compile(r"(^|\.)(self_attn|attn|attention|self_attention)\.")

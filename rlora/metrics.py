@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 
 from rlora.delivery import FleetStats
-from rlora.records import Group, Proof, UpdateStats
+from rlora.records import STATUSES, Group, Proof, UpdateStats
 from rlora.rollout import Collection
 
 _SHOWN = {  # in the live display: label and format
@@ -32,13 +32,17 @@ def summarise(groups: Sequence[Group], version: int) -> dict[str, float | None]:
     """Figures of a step's episodes; `version` is the one that the update starts from."""
     episodes = [episode for group in groups for episode in group.episodes]
     rewards = [reward for group in groups for reward in group.rewards]
+    parts = sorted({name for episode in episodes for name in episode.parts})
     return {
-        "reward/mean": fmean(rewards),
-        "reward/max": max(rewards),
+        "reward/mean": fmean(rewards) if rewards else None,
+        "reward/max": max(rewards, default=None),
+        **{f"status/{name}": fmean(episode.status == name for episode in episodes) for name in STATUSES},
+        **{f"reward/{name}": fmean(e.parts[name] for e in episodes if name in e.parts) for name in parts},
         "reward/informative_groups": fmean(group.informative for group in groups),
-        "completion/length": fmean(len(episode.completion_ids) for episode in episodes),
-        "completion/truncated": fmean(episode.finish_reason == "length" for episode in episodes),
-        "completion/tokens": sum(len(episode.completion_ids) for episode in episodes),
+        "completion/length": fmean(episode.own_tokens for episode in episodes),
+        "completion/truncated": fmean(episode.finish_reason != "stop" for episode in episodes),
+        "completion/tokens": sum(episode.own_tokens for episode in episodes),
+        "completion/env_tokens": sum(len(episode.completion_ids) - episode.own_tokens for episode in episodes),
         "staleness": fmean(version - episode.version for episode in episodes),
     }
 

@@ -60,7 +60,7 @@ class Prompt:
 class Episode:
     """One completion of a prompt, sampled by one adapter version."""
 
-    completion_ids: tuple[int, ...]  # T tokens; ends with the stop token where finish_reason is "stop"
+    completion_ids: tuple[int, ...]  # T tokens; with a stop token, or a stop string, at the end if it came to one
     behaviour_logprobs: tuple[float, ...]  # T natural logs, of the distribution that was sampled from
     finish_reason: str  # "stop"; "length" where it was cut off, "context" where what the env said had no room left
     version: int  # of the adapter that sampled it
@@ -71,6 +71,11 @@ class Episode:
     state: Mapping[str, Any] = field(default_factory=dict)  # what the env's `reply` kept of it
     status: str = ""  # of STATUSES, once it is scored
     parts: Mapping[str, float] = field(default_factory=dict)  # what each reward function gave, by name, not weighted
+
+    @property
+    def own_tokens(self) -> int:
+        """How many the policy sampled."""
+        return sum(self.own) if self.own else len(self.completion_ids)
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,11 @@ class Group:
     def informative(self) -> bool:
         """Whether rewards differ; where they agree, advantages that are relative to the group are all zero."""
         return len(set(self.rewards)) > 1
+
+    @property
+    def scored(self) -> Group:
+        """With those of its episodes that have a reward."""
+        return replace(self, episodes=tuple(episode for episode in self.episodes if episode.reward is not None))
 
     def with_rewards(self, rewards: Sequence[float]) -> Group:
         pairs = zip(self.episodes, rewards, strict=True)
@@ -178,6 +188,10 @@ class Adapter:
         return f"{self.run}-v{self.version}-{self.digest[:12]}"
 
 
+OFF = -1  # the version, and the adapter of tokens, that is none: the base, which is the reference policy
+BASE = Adapter("base", OFF, b"", b"")
+
+
 @dataclass(frozen=True)
 class UpdateStats:
     """Figures of one update; token means are over the tokens that were computed, None where there were none."""
@@ -248,12 +262,6 @@ class Agent(Env, Protocol):
         may be changed. It runs where rewards do: in another process, with a deadline.
         """
         ...
-
-
-class Reward(Protocol):
-    """Scores the completions of one group (texts without special tokens): one finite float each."""
-
-    def __call__(self, completions: list[str], answers: list[Any]) -> list[float]: ...
 
 
 class Engine(Protocol):

@@ -1,34 +1,34 @@
-"""What is trained on: prompts, reward, the base's tokenizer. All that can be wrong with them is found here."""
+"""What is trained on: prompts, rewards, the base's tokenizer. All that can be wrong with them is found here."""
 
-import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
-
 from rlora.base import context_length, load_tokenizer, locate, stop_token_ids
+from rlora.chat import Chat
 from rlora.config import Config
 from rlora.plugin import load
-from rlora.records import Prompt, Reward, RloraError
+from rlora.records import Prompt, RloraError
+from rlora.rewards.isolation import Pool
+from rlora.rewards.worker import Setup
 
 
 @dataclass(frozen=True)
 class Task:
     base: str  # where the frozen base is loaded from
-    tokenizer: PreTrainedTokenizerBase
-    stop_token_ids: tuple[int, ...]
-    reward: Reward
+    chat: Chat
+    stop: tuple[str, ...]  # strings that end the policy's message
+    agent: bool  # whether the env answers it
     prompts: list[Prompt]  # to train on
     held_out: list[Prompt]  # the first `evaluate.prompts` of them
     dropped: int  # prompts left out because they are too long
 
 
 def load_task(config: Config) -> Task:
-    """Load env, reward and tokenizer. Raises RloraError that names the field where one of them is not usable."""
-    reward = as_reward(config.reward, load("reward", config.reward))
+    """Load env and tokenizer, and try the reward functions. Raises RloraError that names the field at fault."""
     make_env = load("env", config.env)
     try:
         env = make_env(**config.env_args)
@@ -43,6 +43,9 @@ def load_task(config: Config) -> Task:
     for method, prompts in (("train", train), ("held_out", held_out)):
         for prompt in prompts:
             _refuse_what_is_no_prompt(f"env = {config.env!r}: its {method}()", prompt)
+    agent = hasattr(env, "reply")
+    with closing(Pool(setup_of(config, agent), 1)):  # as it is in the run: only to see that all can be loaded
+        pass
     where = locate(config.model)
     limit = context_length(where)
     if limit is not None and config.max_model_len > limit:
@@ -51,8 +54,9 @@ def load_task(config: Config) -> Task:
             f"the context of {config.model} is {limit} tokens; lower one of them"
         )
     tokenizer = load_tokenizer(where)
-    fitting = tokenise(train, tokenizer, config.sampling.max_prompt_tokens)
-    fitting_held_out = tokenise(held_out, tokenizer, config.sampling.max_prompt_tokens)
+    chat = Chat(tokenizer, config.chat, stop_token_ids(where, tokenizer))
+    fitting = tokenise(train, chat, config.sampling.max_prompt_tokens)
+    fitting_held_out = tokenise(held_out, chat, config.sampling.max_prompt_tokens)
     if not fitting:
         raise RloraError(
             f"env = {config.env!r}: none of its {len(train)} training prompts has 1 to "
@@ -60,12 +64,27 @@ def load_task(config: Config) -> Task:
         )
     return Task(
         base=where,
-        tokenizer=tokenizer,
-        stop_token_ids=stop_token_ids(where, tokenizer),
-        reward=reward,
+        chat=chat,
+        stop=(*getattr(env, "stop", ()), *config.chat.stop),
+        agent=agent,
         prompts=fitting,
         held_out=fitting_held_out,
         dropped=len(train) - len(fitting) + len(held_out) - len(fitting_held_out),
+    )
+
+
+def setup_of(config: Config, agent: bool) -> Setup:
+    """What the processes run that score; with an `agent`, its replies too."""
+    return Setup(
+        rewards=config.rewards,
+        style=config.scoring.style,
+        reward_args=config.reward_args,
+        env=config.env if agent else "",
+        env_args=config.env_args,
+        directory=str(Path.cwd()),
+        deadline=config.scoring.deadline,
+        memory_mib=config.scoring.memory_mib,
+        concurrency=config.scoring.concurrency,
     )
 
 
@@ -85,50 +104,7 @@ def _is_message(turn: Any) -> bool:
     return isinstance(turn, Mapping) and all(isinstance(turn.get(key), str) for key in ("role", "content"))
 
 
-def tokenise(prompts: Iterable[Prompt], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[Prompt]:
-    """The prompts of at most `max_tokens` tokens, with their `token_ids`. Text becomes tokens here and nowhere else.
-
-    A plain string is one user message where the tokenizer has a chat template, and bare text where it has none.
-    """
-    tokenised = []
-    ids: Any
-    for prompt in prompts:
-        if tokenizer.chat_template:
-            text = prompt.text
-            messages = [{"role": "user", "content": text}] if isinstance(text, str) else [dict(turn) for turn in text]
-            try:
-                ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-            except TemplateError as error:
-                raise RloraError(
-                    f"env: the model's chat template takes no {messages!r} ({error}); let the env give what it takes"
-                ) from error
-        elif isinstance(prompt.text, str):
-            ids = tokenizer.encode(prompt.text)
-        else:
-            raise RloraError(
-                "model: its tokenizer has no chat template, but the env's prompts are chat messages; "
-                "use an instruct model, or an env whose prompts are plain strings"
-            )
-        if 0 < len(ids) <= max_tokens:
-            tokenised.append(replace(prompt, token_ids=tuple(ids)))
-    return tokenised
-
-
-def as_reward(spec: str, function: Callable[..., Any]) -> Reward:
-    """The function that `reward` = `spec` names as a Reward; its form is told by the names of its two parameters.
-
-    `f(completion, answer) -> float` scores one completion, `f(completions, answers) -> list[float]` a whole group.
-    """
-    try:
-        names = list(inspect.signature(function).parameters)[:2]
-    except (TypeError, ValueError):
-        names = []
-    if names == ["completions", "answers"]:
-        batch: Reward = function
-        return batch
-    if names == ["completion", "answer"]:
-        return lambda completions, answers: [function(*pair) for pair in zip(completions, answers, strict=True)]
-    raise RloraError(
-        f"reward = {spec!r}: its first parameters are ({', '.join(names)}); "
-        "write f(completion, answer) -> float, or f(completions, answers) -> list[float] for a whole group"
-    )
+def tokenise(prompts: Iterable[Prompt], chat: Chat, max_tokens: int) -> list[Prompt]:
+    """The prompts of at most `max_tokens` tokens, with their `token_ids`."""
+    tokenised = [replace(prompt, token_ids=chat.prompt_ids(prompt.text)) for prompt in prompts]
+    return [prompt for prompt in tokenised if 0 < len(prompt.token_ids) <= max_tokens]

@@ -24,7 +24,7 @@ from rlora.base import DEMO, locate
 from rlora.batch import Lesson, lesson
 from rlora.config import Config, validate
 from rlora.lora import Bank
-from rlora.records import Episode, Group, Prompt
+from rlora.records import Case, Episode, Group, Prompt
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -120,6 +120,13 @@ def episode(tokens: list[int], reward: float | None = None, logprobs: list[float
 
 def group(prompt: list[int], *episodes: Episode) -> Group:
     return Group(Prompt("?", answer=0, token_ids=tuple(prompt)), episodes)
+
+
+def case(*completions: str, answer: object = None, **columns: object) -> Case:
+    """A group of such completions, as reward functions see it."""
+    messages = tuple(({"role": "assistant", "content": text},) for text in completions)
+    ids = tuple(tuple(range(len(text))) for text in completions)
+    return Case("?", "<user>?</user>", answer, columns, completions, messages, ids, ({},) * len(completions))
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ import pytest
 from conftest import ROOT
 
 from rlora import __version__
-from rlora.cli import _parse_train, main
+from rlora.cli import main
 from rlora.config import Config
+from rlora.options import parse_train
 
 TOML = str(ROOT / "launch" / "arithmetic.toml")
 
@@ -94,23 +95,23 @@ def test_what_is_asked_of_a_run_that_can_not_give_it(
 def test_the_args_of_a_file_go_with_its_env_only() -> None:
     other = "rlora.envs.gsm8k:GSM8K"
     given = {"low": 1, "high": 11, "held_out_share": 0.35}
-    assert _parse_train([TOML]).config.env_args == given
-    assert _parse_train([TOML, "--env-args.high", "5"]).config.env_args == given | {"high": 5}
-    assert _parse_train([TOML, "--env", other, "--env-args.path=p"]).config.env_args == {"path": "p"}
+    assert parse_train([TOML]).config.env_args == given
+    assert parse_train([TOML, "--env-args.high", "5"]).config.env_args == given | {"high": 5}
+    assert parse_train([TOML, "--env", other, "--env-args.path=p"]).config.env_args == {"path": "p"}
 
 
 def test_an_algorithms_name_brings_its_settings_but_for_those_given_beside_it() -> None:
-    algorithm = _parse_train([TOML, "--algorithm.name", "gspo", "--algorithm.clip-high", "0.1"]).config.algorithm
+    algorithm = parse_train([TOML, "--algorithm.name", "gspo", "--algorithm.clip-high", "0.1"]).config.algorithm
     assert (algorithm.loss, algorithm.clip_low, algorithm.clip_high) == ("gspo", 3e-4, 0.1)
-    ppo = _parse_train(["launch/arithmetic-ppo.toml", "--algorithm.lam", "0.5"]).config
+    ppo = parse_train(["launch/arithmetic-ppo.toml", "--algorithm.lam", "0.5"]).config
     assert (ppo.algorithm.advantage, ppo.algorithm.minibatches, ppo.algorithm.lam) == ("gae", 4, 0.5)
-    assert _parse_train(["launch/arithmetic-ppo.toml", "--algorithm.name", "rloo"]).config.algorithm.minibatches == 1
+    assert parse_train(["launch/arithmetic-ppo.toml", "--algorithm.name", "rloo"]).config.algorithm.minibatches == 1
 
 
 def test_a_config_file_may_have_any_name_and_place(tmp_path: Path) -> None:
     file = shutil.copy(TOML, tmp_path / "mine")
     for arguments in (["--steps", "7", str(file)], [str(file), "--steps=7", "--run-dir", "a.toml"]):
-        config = _parse_train(arguments).config
+        config = parse_train(arguments).config
         assert (config.model, config.learner.lr, config.steps) == ("demo:smollm2-135m", 5e-4, 7)
 
 
@@ -128,9 +129,7 @@ def test_no_config(capsys: pytest.CaptureFixture[str]) -> None:
 def test_no_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == run("tarin") == 2
     shown = capsys.readouterr()
-    listed = (
-        r"train +Train a policy.*\n +scale +Give a run.*\n +eval +Answer the held-out.*\n +export +Write an adapter"
-    )
+    listed = r"train +Train.*\n +eval +Answer.*\n +grade +Grade.*\n +show +Show.*\n +scale +Give.*\n +export +Write"
     assert re.search(listed, shown.err)
     assert run("--help") == run("--version") == 0
     assert "usage: rlora COMMAND" in (out := capsys.readouterr().out)

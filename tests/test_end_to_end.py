@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from transformers import AutoConfig
 from rlora import cluster
 from rlora.config import Config
 from rlora.records import EngineLostError, Group
-from rlora.rollout import Rollouts, prompt_at
+from rlora.rollout import Rollouts, first_cursor, prompt_at
 from rlora.task import load_task
 
 pytestmark = pytest.mark.vllm
@@ -215,14 +214,17 @@ def test_a_bare_checkout_runs_as_a_ray_job_with_two_replicas(tmp_path: Path) -> 
     assert len(metrics(run)) == 2
 
 
-PHASES = ("idle", "loading", "canary", "sampling", "learning")
+PHASES = ("idle", "loading", "canary", "sampling", "learning", "scoring")
 
 
-@pytest.mark.parametrize("count", [5, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_run_outlives_its_engines_and_its_learners(
+@pytest.mark.parametrize("count", [6, pytest.param(24, marks=pytest.mark.slow)])
+def test_a_run_outlives_its_engines_its_learners_and_its_scorers(
     config: Callable[..., Config], count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """kill -9, once a step, of an engine in each of its phases or of a learner of two: no prompt is lost or doubled."""
+    """kill -9, once a step, of an engine in each of its phases, of a learner of two or of what scores.
+
+    No prompt is lost or doubled.
+    """
     small = config(
         prompts_per_step=4, group_size=4, steps=count + 1, max_staleness=1, learner={"lr": 5e-4, "replicas": 2},
         sampling={"max_tokens": 24, "max_prompt_tokens": 48},
@@ -239,31 +241,35 @@ def test_a_run_outlives_its_engines_and_its_learners(
         timer.start()
 
     trained: list[Group] = []
-    with cluster.start(small, task, "run") as (learner, fleet):
+    with cluster.start(small, task, "run") as (learner, fleet, loop):
         ranks: Any = learner
         adapter = learner.adapter()
-        with closing(Rollouts(small, task, fleet, 0)) as rollouts:
-            for step in range(small.steps):
-                phase = PHASES[step % len(PHASES)] if step < count else None
-                engine: Any = fleet.engines[0]
-                if phase == "idle":
-                    wait([flight.request.group for flight in rollouts._flights])
-                    with pytest.raises(EngineLostError):
-                        engine.die(phase).result()
-                if phase == "loading":
+        rollouts = Rollouts(small, task.prompts, fleet, loop, first_cursor(small, 0))
+        for step in range(small.steps):
+            phase = PHASES[step % len(PHASES)] if step < count else None
+            engine: Any = fleet.engines[0]
+            if phase == "idle":
+                wait([each.flight.request.group for each in rollouts._sent])
+                with pytest.raises(EngineLostError):
                     engine.die(phase).result()
-                fleet.swap(adapter)
-                if phase in ("canary", "sampling"):  # the canary goes with a version's first prompts
-                    engine.die(phase).result()
-                collection = rollouts.take(adapter.version)
-                if phase == "learning":
-                    kill_learner(ranks._remotes[step % 2])
-                adapter, update = learner.update(collection.groups)
-                assert (adapter.version, update.skipped_in_a_row) == (step + 1, 0)
-                trained += collection.groups
+            if phase == "loading":
+                engine.die(phase).result()
+            fleet.swap(adapter)
+            if phase in ("canary", "sampling"):  # the canary goes with a version's first prompts
+                engine.die(phase).result()
+            if phase == "scoring":
+                pool: Any = loop.scoring.pools[0]
+                _, pid = ray.get(pool.actor.place.remote())
+                os.kill(pid, signal.SIGKILL)
+            collection = rollouts.take(adapter.version)
+            if phase == "learning":
+                kill_learner(ranks._remotes[step % 2])
+            adapter, update = learner.update(collection.groups)
+            assert (adapter.version, update.skipped_in_a_row) == (step + 1, 0)
+            trained += collection.groups
         stats = fleet.stats()
-    assert len(killed) == count // 5
-    assert stats.lost == count * 4 // 5
+    assert len(killed) == count // 6
+    assert stats.lost == count * 4 // 6
     assert stats.replayed > 0
     places = [prompt_at(task.prompts, place, small.seed) for place in range(4 * small.steps)]
     assert [group.prompt for group in trained] == places

@@ -40,7 +40,7 @@ def setup(request: pytest.FixtureRequest) -> Iterator[Setup]:
     config = make(dtype=request.param, sampling={"temperature": 0.8, "max_tokens": 16, "max_prompt_tokens": 48})
     task = load_task(config)
     fresh = Learner(config, task.base, "run").adapter()
-    with cluster.start(config, task, "run", learn=False) as (_, fleet):
+    with cluster.start(config, task, "run", learn=False) as (_, fleet, _):
         yield Setup(config, task, fleet.engines[0], fresh, perturbed(fresh))
 
 
@@ -158,7 +158,7 @@ def test_a_completion_ends_at_its_end_token_or_its_length(setup: Setup) -> None:
         reasons.add(episode.finish_reason)
         assert len(episode.behaviour_logprobs) == len(episode.completion_ids)
         assert all(logprob <= 0 for logprob in episode.behaviour_logprobs)
-        ended = episode.completion_ids[-1] in setup.task.stop_token_ids
+        ended = episode.completion_ids[-1] in setup.task.chat.stop_token_ids
         assert ended == (episode.finish_reason == "stop")
         assert len(episode.completion_ids) == 16 or ended
     assert reasons == {"stop", "length"}

@@ -9,12 +9,12 @@ from conftest import ROOT
 LAYERS = [
     {"records", "plugin", "config", "machine"},
     {"lora", "advantage", "loss", "attention", "base", "sharding", "thin_product"},
-    {"head", "optimizer"},
-    {"policy", "peft_format", "batch", "task", "delivery"},
-    {"algorithm"},
+    {"head", "optimizer", "chat"},
+    {"policy", "peft_format", "batch", "task", "delivery", "scoring"},
+    {"algorithm", "agent_loop"},
     {"learner", "merge", "rollout", "checkpoint", "slots", "vllm_cpu"},
     {"engine", "evaluate", "metrics"},
-    {"cluster", "train", "cli", "__main__"},
+    {"cluster", "train", "options", "cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 PURE = {"lora", "advantage", "loss", "attention", "head"}

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from rlora.checkpoint import write_adapter
 from rlora.config import Config
 from rlora.learner import Learner, refuse_to_go_on
-from rlora.lora import OFF, Route
+from rlora.lora import Route
 from rlora.optimizer import auto_lr, scheduled_lr
 from rlora.peft_format import masters
-from rlora.records import Group, RloraError
+from rlora.records import OFF, Group, RloraError
 
 MakeConfig = Callable[..., Config]
 

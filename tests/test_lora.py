@@ -5,9 +5,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedModel
 
-from rlora.lora import OFF, Bank, LoRALinear, Route, Spec, low_rank
+from rlora.lora import Bank, LoRALinear, Route, Spec, low_rank
 from rlora.peft_format import masters
-from rlora.records import RloraError
+from rlora.records import OFF, RloraError
 
 
 def over(base: nn.Linear, *specs: Spec, seed: int = 0) -> tuple[LoRALinear, Bank]:

@@ -6,7 +6,7 @@ from conftest import episode, group
 
 from rlora.delivery import FleetStats
 from rlora.metrics import Metrics, sparkline, summarise
-from rlora.records import Proof, UpdateStats
+from rlora.records import STATUSES, Proof, UpdateStats
 from rlora.rollout import Collection
 
 GROUPS = (
@@ -24,6 +24,8 @@ def test_figures_by_hand() -> None:
         "completion/length": 2.0,
         "completion/truncated": 0.0,
         "completion/tokens": 8,
+        "completion/env_tokens": 0,
+        **{f"status/{name}": 0.0 for name in STATUSES},
         "staleness": 3.0,
     }
 

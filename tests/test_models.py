@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,7 @@ from rlora.batch import Microbatch, microbatches
 from rlora.checkpoint import write_adapter
 from rlora.config import Config
 from rlora.learner import Learner
-from rlora.lora import OFF
-from rlora.records import Adapter, Group, Prompt, RloraError, Sampling
+from rlora.records import OFF, Adapter, Group, Prompt, RloraError, Sampling
 from rlora.task import Task
 
 DENSE = sorted(name for name, config in TINY_CONFIGS.items() if "num_experts_per_tok" not in config)
@@ -95,10 +95,11 @@ def sample(base: str, settings: Config, adapters: list[Adapter], groups: list[Gr
     """What an engine samples under each version, with rewards that differ in every group."""
     from rlora import cluster
 
-    task = Task(base, None, (1,), None, [], [], 0)  # type: ignore[arg-type]  # an engine needs base and stop tokens
+    chat = SimpleNamespace(stop_token_ids=(1,))  # all that an engine needs of it
+    task = Task(base, chat, (), False, [], [], 0)  # type: ignore[arg-type]
     prompts = [Prompt("", token_ids=group.prompt.token_ids) for group in groups]
     found = []
-    with cluster.start(settings, task, "run", learn=False) as (_, fleet):
+    with cluster.start(settings, task, "run", learn=False) as (_, fleet, _):
         for adapter in adapters:
             fleet.swap(adapter)
             requests = [fleet.generate(prompt, Sampling(6, 1.0, 4)) for prompt in prompts]

@@ -15,9 +15,9 @@ from transformers import (
 
 from rlora import attention
 from rlora.batch import Microbatch, idle, microbatches
-from rlora.lora import OFF, Route, Spec
+from rlora.lora import Route, Spec
 from rlora.policy import Policy
-from rlora.records import Group, RloraError
+from rlora.records import OFF, Group, RloraError
 
 
 def _longest(group: Group) -> int:

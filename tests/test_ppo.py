@@ -13,9 +13,9 @@ from rlora.advantage import generalised
 from rlora.batch import Microbatch, lesson, microbatches
 from rlora.config import Config
 from rlora.learner import Learner
-from rlora.lora import OFF, Route
+from rlora.lora import Route
 from rlora.policy import CRITIC
-from rlora.records import Group
+from rlora.records import OFF, Group
 
 MakeConfig = Callable[..., Config]
 

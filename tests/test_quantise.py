@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from rlora.base import load_quantised
 from rlora.config import Config
 from rlora.learner import Learner
-from rlora.lora import OFF, Bank, LoRALinear, Route, Spec
+from rlora.lora import Bank, LoRALinear, Route, Spec
 from rlora.peft_format import masters
-from rlora.records import Group, RloraError
+from rlora.records import OFF, Group, RloraError
 
 MakeConfig = Callable[..., Config]
 FORMS = ["int8", "nf4"]

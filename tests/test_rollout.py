@@ -4,11 +4,16 @@ from typing import Any
 
 import pytest
 import torch
+from rlora.rewards.styles import plug
+from rlora.rewards.worker import Answered, Turn
 
-from rlora.config import Config, validate
+from rlora.agent_loop import AgentLoop
+from rlora.chat import Chat
+from rlora.config import ChatConfig, Config, validate
 from rlora.delivery import Request
-from rlora.records import Adapter, Episode, Group, Prompt, Reward, RewardError, Sampling
-from rlora.rollout import Rollouts, prompt_at
+from rlora.records import Adapter, Case, Episode, Group, Prompt, RewardError, Sampling
+from rlora.rollout import Rollouts, first_cursor, prompt_at
+from rlora.scoring import Scoring
 from rlora.task import Task
 
 PROMPTS = [Prompt("?", answer=number, token_ids=(number,)) for number in range(5)]
@@ -22,8 +27,8 @@ class FakeFleet:
         self.held: set[int] = set()
         self.requests: list[Request] = []
 
-    def generate(self, prompt: Prompt, sampling: Sampling) -> Request:
-        request = Request(prompt, sampling, adapter=Adapter("run", self.version, b"{}", b""))
+    def generate(self, prompt: Prompt, sampling: Sampling, adapter: Adapter | None = None) -> Request:
+        request = Request(prompt, sampling, adapter=adapter or Adapter("run", self.version, b"{}", b""))
         self.requests.append(request)
         if prompt.answer not in self.held:
             answer(request)
@@ -35,14 +40,39 @@ class FakeFleet:
 
 def answer(request: Request) -> None:
     assert request.version is not None
-    episode = Episode(request.prompt.token_ids, (-1.0,), "stop", request.version)
+    episode = Episode(request.prompt.token_ids[:1], (-1.0,), "stop", request.version)
     request.group.set_result(Group(request.prompt, (episode,) * request.sampling.group_size))
 
 
 class FakeTokenizer:
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        assert skip_special_tokens
+    """Tokens are numbers, and text is these."""
+
+    chat_template = None
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
         return " ".join(map(str, ids))
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [int(word) for word in text.split()]
+
+
+class HerePool:
+    """Scores and answers in this process."""
+
+    def __init__(self, reward: Callable[..., Any], reply: Callable[..., Any] | None = None) -> None:
+        self.plug, self.reply = plug("mine.py:f", reward), reply
+        self.cases: list[Case] = []
+
+    def do(self, of: Case | Turn) -> Future[Any]:
+        done: Future[Any] = Future()
+        if isinstance(of, Case):
+            self.cases.append(of)
+            done.set_result([self.plug(of, range(len(of.completions)))])
+        else:
+            assert self.reply
+            state = dict(of.state)
+            done.set_result(Answered(self.reply(of.prompt, of.message, state), state))
+        return done
 
 
 def equal(completions: list[str], answers: list[Any]) -> list[float]:
@@ -51,19 +81,24 @@ def equal(completions: list[str], answers: list[Any]) -> list[float]:
 
 @pytest.fixture
 def rollouts() -> Iterator[Callable[..., Rollouts]]:
-    made = []
+    made: list[Rollouts] = []
 
-    def make(reward: Reward = equal, **changes: Any) -> Rollouts:
-        values = {"model": "-", "env": "-", "reward": "-", "prompts_per_step": 4, "group_size": 2, "steps": 10}
+    def make(
+        reward: Callable[..., Any] = equal, reply: Callable[..., Any] | None = None, cursor: Any = None, **changes: Any
+    ) -> Rollouts:
+        values = {"model": "-", "env": "-", "reward": "mine.py:f", "prompts_per_step": 4, "group_size": 2, "steps": 10}
         engine = {"straggler_seconds": 0.2}
         config: Config = validate(values | {"engine": engine} | changes)
-        task = Task("", FakeTokenizer(), (), reward, PROMPTS, [], 0)  # type: ignore[arg-type]
-        made.append(Rollouts(config, task, FakeFleet(), 0))  # type: ignore[arg-type]
+        fleet: Any = FakeFleet()
+        chat = Chat(FakeTokenizer(), ChatConfig(), ())  # type: ignore[arg-type]
+        task = Task("", chat, (), reply is not None, PROMPTS, [], 0)
+        loop = AgentLoop(task, fleet, Scoring(config, [HerePool(reward, reply)]))
+        made.append(Rollouts(config, PROMPTS, fleet, loop, cursor or first_cursor(config, 0)))
         return made[-1]
 
     yield make
     for each in made:
-        each.close()
+        each.loop.close()
 
 
 def fleet_of(rollouts: Rollouts) -> FakeFleet:
@@ -175,33 +210,73 @@ def raises(completions: list[str], answers: list[Any]) -> list[float]:
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        (raises, r"it raised KeyError: 'boom' \(answer \d, completions \['\d', '\d'\]\)"),
-        (lambda c, a: [float("nan"), 1.0], r"it returned nan for '\d'; return a finite number"),
-        (lambda c, a: [1.0, float("inf")], r"it returned inf for '\d'"),
-        (lambda c, a: [1.0], r"it returned \[1\.0\] for 2 completions"),
-        (lambda c, a: 1.0, r"it returned 1\.0 for 2 completions"),
-        (lambda c, a: ["1", "0"], r"it returned '1' for '\d'"),
-        (lambda c, a: [None, 1.0], r"it returned None for '\d'"),
-        (lambda c, a: [1j, 1.0], r"it returned 1j for '\d'"),
-        (lambda c, a: [10**400, 1.0], r"it returned 10+ for '\d'"),
-        (lambda c, a: [torch.ones(2), 1.0], r"it returned tensor\(.*\) for '\d'"),
+        (raises, r"test_rollout\.py:\d+: f raised KeyError: 'boom'"),
+        (lambda completions, answers: [float("nan"), 1.0], r"f returned nan; let it return a finite number"),
+        (lambda completions, answers: [1.0], r"f returned .*1 .*2"),
+        (lambda completions, answers: 1.0, r"f returned 1\.0"),
+        (lambda completions, answers: ["1", "0"], r"f returned '1'"),
+        (lambda completions, answers: [10**400, 1.0], r"f returned an object of type int"),
+        (lambda completions, answers: [torch.ones(2), 1.0], r"f returned an object of type Tensor"),
     ],
 )
-def test_a_reward_that_misbehaves_is_told_and_what_was_sampled_is_kept(
-    rollouts: Callable[..., Rollouts], reward: Reward, message: str
+def test_a_reward_that_fails_on_most_episodes_ends_the_step_and_what_was_sampled_is_kept(
+    rollouts: Callable[..., Rollouts], reward: Callable[..., Any], message: str
 ) -> None:
     with pytest.raises(RewardError, match=message) as error:
         rollouts(reward).take(0)
+    assert "8 of 8 episodes are in error, and scoring.max_errors = 0.5" in str(error.value)
     assert answers(error.value.groups) == order(4)
     assert error.value.groups[0].episodes[0].text == str(order(1)[0])
 
 
-def test_a_reward_that_exits_ends_the_step(rollouts: Callable[..., Rollouts]) -> None:
-    def leaves(completions: list[str], answers: list[Any]) -> list[float]:
-        raise SystemExit("no more")
+def test_an_episode_in_error_gets_its_status_and_number_and_the_others_theirs(
+    rollouts: Callable[..., Rollouts], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = order(4)[2]
 
-    with pytest.raises(SystemExit, match="no more"):
-        rollouts(leaves).take(0)
+    def sometimes(completion: str, answer: int) -> float:
+        return 1.0 / (int(completion) - bad)
+
+    made = rollouts(sometimes, scoring={"error": -0.5})
+    collection = made.take(0)
+    statuses = [{episode.status for episode in group.episodes} for group in collection.sampled]
+    assert statuses[2] == {"error"}
+    assert collection.sampled[2].rewards == [-0.5, -0.5]
+    assert "error" not in set.union(*(each for place, each in enumerate(statuses) if place != 2))
+    assert capsys.readouterr().out.count("ZeroDivisionError") == 1  # told once, not for each episode
+
+
+def test_statuses_are_numbers_as_the_config_has_it(rollouts: Callable[..., Rollouts]) -> None:
+    def parity(completion: str, answer: int) -> str:
+        return "correct" if int(completion) % 2 else "unparsable"
+
+    collection = rollouts(parity, scoring={"correct": 2.0, "unparsable": -1.0}).take(0)
+    for group in collection.sampled:
+        assert group.rewards == [2.0 if group.prompt.answer % 2 else -1.0] * 2
+
+
+def test_what_a_reward_says_nothing_of_is_not_learned_from(rollouts: Callable[..., Rollouts]) -> None:
+    skipped = order(4)[1]
+
+    def some(completions: list[str], answers: list[int]) -> list[float | None]:
+        return [None, 1.0] if answers[0] == skipped else [0.0, 1.0]
+
+    collection = rollouts(some).take(0)
+    assert answers(collection.sampled) == order(4)
+    assert answers(collection.groups) == [answer for answer in order(4) if answer != skipped]  # one alone has no peers
+    assert collection.sampled[1].rewards == [1.0]
+
+
+def test_where_a_run_ends_another_goes_on_with_what_was_late_first(rollouts: Callable[..., Rollouts]) -> None:
+    made = rollouts(max_staleness=1)
+    late = order(4)[1]
+    fleet_of(made).held = {late}
+    made.take(0)
+    cursor = made.cursor
+    assert cursor["next"] == 8
+    again = rollouts(cursor=cursor).take(1)
+    assert answers(again.sampled) == [late, *order(8)[4:7]]
+    assert rollouts(cursor=cursor).cursor == cursor
 
 
 def test_a_failed_fleet_ends_the_step(rollouts: Callable[..., Rollouts]) -> None:
@@ -239,3 +314,71 @@ def test_groups_that_agree_are_made_up_for_so_many_times(rollouts: Callable[...,
         assert len(fleet_of(made).requests) == len(taken) > 4
     assert len(collection.groups) == 4
     assert len(rollouts(sometimes).take(0).groups) == 4  # without it all are learned from, and count
+
+
+# --- several turns ---
+
+
+def dialogue(prompt: Prompt, message: str, state: dict[str, Any]) -> str | None:
+    """Says 7 8 twice, then ends."""
+    state["turns"] = [*state.get("turns", []), message]
+    return "7 8" if len(state["turns"]) <= 2 else None
+
+
+def last_number(completion: str, answer: int) -> float:
+    return float(completion.rsplit(maxsplit=1)[-1])
+
+
+def test_turns_are_appended_under_one_version_and_what_the_env_says_is_not_the_policys(
+    rollouts: Callable[..., Rollouts],
+) -> None:
+    made = rollouts(last_number, dialogue, sampling={"max_tokens": 20, "max_prompt_tokens": 4})
+    (group, *_) = made.take(0).sampled
+    n = group.prompt.answer
+    for episode in group.episodes:
+        assert episode.completion_ids == (n, 7, 8, n, 7, 8, n)
+        assert episode.own == (True, False, False, True, False, False, True)
+        assert episode.behaviour_logprobs == (-1.0, 0.0, 0.0, -1.0, 0.0, 0.0, -1.0)
+        assert (episode.own_tokens, episode.finish_reason, episode.version) == (3, "stop", 0)
+        assert episode.text == f"{n} 7 8 {n} 7 8 {n}"
+        assert episode.state == {"turns": [str(n)] * 3}
+        assert episode.reward == n
+    turns = [request for request in fleet_of(made).requests if request.prompt.answer == n]
+    assert [request.prompt.token_ids for request in turns[:2]] == [(n,), (n, n, 7, 8)]
+    assert [(r.sampling.max_tokens, r.sampling.group_size) for r in turns] == [
+        (20, 2),
+        (17, 1),
+        (17, 1),
+        (14, 1),
+        (14, 1),
+    ]
+    assert {request.adapter for request in turns} == {turns[0].adapter}
+
+
+def test_an_episode_that_outgrows_its_context_ends_there_and_is_scored(rollouts: Callable[..., Rollouts]) -> None:
+    made = rollouts(last_number, dialogue, sampling={"max_tokens": 6, "max_prompt_tokens": 4})
+    (group, *_) = made.take(0).sampled
+    n = group.prompt.answer
+    assert [e.completion_ids for e in group.episodes] == [(n, 7, 8, n)] * 2  # two more of the env's leave no room
+    assert {e.finish_reason for e in group.episodes} == {"context"}
+    assert group.rewards == [n, n]
+
+
+def test_a_reply_that_fails_costs_its_episode_only(rollouts: Callable[..., Rollouts]) -> None:
+    bad = order(4)[0]
+    made = rollouts(last_number, dialogue, scoring={"error": -1.0})
+    pool: Any = made.loop.scoring.pools[0]
+    do = pool.do
+
+    def fails(of: Case | Turn) -> Future[Any]:
+        if isinstance(of, Turn) and of.prompt.answer == bad:
+            done: Future[Any] = Future()
+            done.set_result(Answered(None, {}, "env = 'mine': its reply raised KeyError: 'x'"))
+            return done
+        return do(of)  # type: ignore[no-any-return]
+
+    pool.do = fails
+    groups = made.take(0).sampled
+    assert groups[0].rewards == [-1.0, -1.0]
+    assert {episode.status for episode in groups[0].episodes} == {"error"}
+    assert all(group.rewards == [group.prompt.answer] * 2 for group in groups[1:])

@@ -44,7 +44,7 @@ def test_swaps_leave_nothing_behind(config: Callable[..., Config], tmp_path: Pat
     learner = Learner(small, base, "run")
     prompts = [Prompt("", token_ids=tuple(range(start, start + 5))) for start in (5, 17, 40)]
     memory, shm = [], []
-    with cluster.start(small, task, "run", learn=False) as (_, fleet):
+    with cluster.start(small, task, "run", learn=False) as (_, fleet, _):
         engine: Any = fleet.engines[0]
         _, pid = ray.get(engine.placed)
         of_engine = psutil.Process(pid)

@@ -4,13 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, case
+from rlora.rewards.styles import plug
 
 from rlora.base import load_tokenizer, stop_token_ids
 from rlora.config import Config, read
 from rlora.plugin import load
-from rlora.records import Prompt, RloraError
-from rlora.task import as_reward, load_task, tokenise
+from rlora.records import RloraError
+from rlora.task import load_task
 
 MakeConfig = Callable[..., Config]
 
@@ -20,8 +21,8 @@ def test_task_of_the_main_job(config: MakeConfig) -> None:
     assert len(task.held_out) == 10
     assert task.dropped == 0
     prompt = task.prompts[0]
-    assert task.tokenizer.decode(list(prompt.token_ids)).count("<|im_start|>") == 3  # one system turn, no second BOS
-    assert task.tokenizer.decode(list(prompt.token_ids)).endswith(f"{prompt.text}<|im_end|>\n<|im_start|>assistant\n")
+    assert task.chat.shown(prompt.token_ids).count("<|im_start|>") == 3  # one system turn, no second BOS
+    assert task.chat.shown(prompt.token_ids).endswith(f"{prompt.text}<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_prompts_that_are_too_long_are_left_out_and_counted(config: MakeConfig) -> None:
@@ -32,18 +33,6 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(config: MakeConfig) 
     assert task.dropped == len(everything.prompts + everything.held_out) - len(task.prompts + task.held_out) > 0
     with pytest.raises(RloraError, match=r"none of its \d+ training prompts has 1 to 5 tokens"):
         load_task(config(sampling={"max_prompt_tokens": 5}))
-
-
-def test_messages_and_plain_text(demo: str) -> None:
-    tokenizer = load_tokenizer(demo)
-    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}]
-    (prompt,) = tokenise([Prompt(chat)], tokenizer, 100)
-    assert "Be brief." in tokenizer.decode(list(prompt.token_ids))
-    tokenizer.chat_template = None
-    (prompt,) = tokenise([Prompt("2 + 2?")], tokenizer, 100)
-    assert tokenizer.decode(list(prompt.token_ids)) == "2 + 2?"
-    with pytest.raises(RloraError, match="no chat template"):
-        tokenise([Prompt(chat)], tokenizer, 100)
 
 
 def test_every_end_token_of_the_model_stops(demo: str) -> None:
@@ -61,7 +50,9 @@ def test_every_end_token_of_the_model_stops(demo: str) -> None:
         ),
         ({"env_args": {"operator": "/"}}, r"env_args\.operator = '/': use one of"),
         ({"sampling": {"max_tokens": 100000}}, r"max_tokens = 100512: the context of .* is \d+ tokens"),
-        ({"reward": "rlora.config:read"}, r"reward = .*its first parameters are \(path\)"),
+        ({"reward": "rlora.config:read"}, r"reward = 'rlora\.config:read': its parameters are \(path"),
+        ({"reward": "mine.py:f"}, r"reward = 'mine\.py:f': there is no file mine\.py"),
+        ({"reward_args": {"hihg": 3}}, r"reward_args\.hihg = 3: no reward function has a parameter of that name"),
     ],
 )
 def test_what_is_wrong_stops_before_anything_starts(
@@ -69,19 +60,6 @@ def test_what_is_wrong_stops_before_anything_starts(
 ) -> None:
     with pytest.raises(RloraError, match=message):
         load_task(config(**changes))
-
-
-def test_a_reward_scores_one_completion_or_a_group() -> None:
-    def one(completion: str, answer: int) -> float:
-        return float(completion == str(answer))
-
-    def whole(completions: list[str], answers: list[int]) -> list[float]:
-        return [1.0 / len(completions)] * len(completions)
-
-    assert as_reward("mine:one", one)(["3", "4"], [3, 3]) == [1.0, 0.0]
-    assert as_reward("mine:whole", whole)(["3", "4"], [3, 3]) == [0.5, 0.5]
-    with pytest.raises(RloraError, match=r"reward = 'mine:f': .*\(text\); write f\(completion, answer\)"):
-        as_reward("mine:f", lambda text: 1.0)
 
 
 @pytest.mark.parametrize(
@@ -117,13 +95,6 @@ def write_env(directory: Path, given: str) -> str:
     return f"{file}:Mine"
 
 
-def test_messages_that_the_chat_template_refuses_are_told(demo: str) -> None:
-    tokenizer = load_tokenizer(demo)
-    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
-    with pytest.raises(RloraError, match=r"takes no .*'2 \+ 2\?'.* \(System role not supported\)"):
-        tokenise([Prompt("2 + 2?")], tokenizer, 100)
-
-
 def test_the_examples_of_the_readme_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every block of the README that starts with a comment that names its file."""
     blocks = re.findall(r"```\w+\n# (\S+\.\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -133,8 +104,9 @@ def test_the_examples_of_the_readme_load(tmp_path: Path, monkeypatch: pytest.Mon
     assert {name for name, _ in blocks} == {"brief.py", "doubling.py", "doubling.toml"}
     task = load_task(read(Path("doubling.toml")))
     assert (task.prompts[1].text, task.prompts[1].answer) == ("What is twice 2?", 4)
-    brief = as_reward("brief.py:brief", load("reward", "brief.py:brief"))
-    assert brief(["It is 4.", "4", "5"], [4, 4, 4]) == [0.992, 0.999, -0.001]
+    brief = plug("brief.py:brief", load("reward", "brief.py:brief"))
+    scores = brief(case("It is 4.", "4", "5", answer=4), range(3))
+    assert [score.value for score in scores] == [0.992, 0.999, -0.001]
 
 
 def test_a_local_directory_is_a_model(demo: str, tmp_path: Path, config: MakeConfig) -> None:

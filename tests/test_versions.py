@@ -15,10 +15,9 @@ from rlora.base import DEMO
 from rlora.batch import microbatches
 from rlora.config import validate
 from rlora.learner import Learner
-from rlora.lora import OFF
 from rlora.machine import ram_directory
 from rlora.peft_format import fill
-from rlora.records import Adapter, DeliveryError, Group, NotLoadedError, Sampling, StaleError
+from rlora.records import OFF, Adapter, DeliveryError, Group, NotLoadedError, Sampling, StaleError
 from rlora.task import Task, load_task
 
 pytestmark = pytest.mark.vllm
@@ -66,7 +65,7 @@ def line() -> Iterator[Line]:
     faulty = f"{Path(__file__).with_name('faulty_engine.py')}:FaultyEngine"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cluster, "ENGINE", faulty)
-        with cluster.start(config, task, "run", learn=False) as (_, fleet):
+        with cluster.start(config, task, "run", learn=False) as (_, fleet, _):
             (engine,) = fleet.engines
             engine.load(versions[0]).result()
             asked = [engine.generate(prompt, Sampling(24, 1.0, 4), 0) for prompt in task.prompts[:8]]

@@ -1,0 +1,564 @@
+"""Reward functions in the forms in which users have them, called unchanged.
+
+    style       told by a parameter called                 called with, always by name, and only what it takes
+    completion  completion, completion_ids, messages,      these, of one episode, and what belongs to its prompt
+                state
+    group       completions, answers, states               these and completion_ids, messages as lists over the episodes,
+                                                           and what belongs to the prompt
+    trl         prompts, log_extra, log_metric,            these and completion_ids as lists, and each column as a list
+                trainer_state; or completions and **kwargs
+    verl        solution_str                               data_source, solution_str, ground_truth, extra_info
+    verl-batch  solution_strs                              data_sources, ... as lists
+    openrlhf    queries                                    queries, prompts, labels as lists
+
+What belongs to a prompt is `answer`, `prompt` (text or messages, as the env gave it), `prompt_text` (as the policy read
+it), `step` and `steps` of the run, and each of the prompt's columns by its name: one value, for a group too.
+
+TRL's trainer passes everything to every function, so its functions end in `**kwargs`. That tells `f(completions, answers,
+**kwargs)` (TRL's) from `f(completions, answers)` (ours). Where prompts are chat messages, they get messages; where they
+are plain strings, strings, unless the function reads the "content" of messages: rlora sends a plain string as a user's
+message, so both kinds are written for it. A parameter that is called like an answer, but is no column, gets the answer.
+Where TRL, verl and OpenRLHF get an answer that is a number, they get its text, as their data sets hold it.
+
+A function of ours returns for each episode a finite number, a bool, a status of `records.STATUSES`, None where it has
+nothing to say of it, or a dict with "score" (a number) or "status", whose other numbers are logged. The others return
+what they may where they come from. Whatever else they return or raise makes a Score of status "error".
+
+Sources: TRL, docs/source/grpo_trainer.md and GRPOTrainer._calculate_rewards; verl, docs/preparation/reward_function.rst
+and its reward managers `naive` and `batch`; OpenRLHF, examples/python/reward_func.py and math_reward_func.py.
+"""
+
+import asyncio
+import functools
+import inspect
+import math
+import numbers
+import os
+import traceback
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
+from types import CodeType, FunctionType, SimpleNamespace
+from typing import Any, Literal
+
+from rlora.records import STATUSES, Case, RloraError, Score
+
+Style = Literal["auto", "completion", "group", "trl", "verl", "verl-batch", "openrlhf"]
+
+_ANSWERS = ("solution", "solutions", "ground_truth", "answer", "answers", "label", "labels", "target")
+_LONGEST = 200  # characters of what an exception says
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a function: of which episodes, and what it logs."""
+
+    case: Case
+    episodes: Sequence[int]
+    chat: bool = False  # TRL's conversational format
+    metrics: defaultdict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
+    columns: defaultdict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
+
+    @property
+    def only(self) -> int:
+        return self.episodes[0]
+
+    def each(self, value: Any) -> list[Any]:
+        """It, for each episode."""
+        return [value] * len(self.episodes)
+
+    def of(self, values: Sequence[Any]) -> list[Any]:
+        """Those of its episodes."""
+        return [values[episode] for episode in self.episodes]
+
+    def log_metric(self, name: str, value: Any) -> None:
+        self.metrics[name].append(value)
+
+    def log_extra(self, column: str, values: Iterable[Any]) -> None:
+        self.columns[column].extend(values)
+
+    def logged(self, place: int) -> dict[str, float]:
+        """What was logged of the episode at a place: the means of metrics, and its value of a column of numbers."""
+        of_metrics = {name: [_number(value) for value in values] for name, values in self.metrics.items()}
+        means = {name: math.fsum(v) / len(v) for name, values in of_metrics.items() if (v := _known(values))}
+        return means | _numbers({name: v[place] for name, v in self.columns.items() if place < len(v)})
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How functions of one style are called, and what they may return."""
+
+    values: Mapping[str, Callable[[_Call], Any]]  # what there is by name; for strange names by position, in this order
+    about: str
+    one_at_a_time: bool = False
+    columns: bool = False  # whether it gets the prompt's by name
+    statuses: bool = False  # may return a status in place of a number
+    dicts: bool = False  # or a dict
+    nothing: bool = True  # or None
+
+
+def _prompt(call: _Call) -> Any:
+    text = call.case.prompt
+    if call.chat and isinstance(text, str):
+        return [{"role": "user", "content": text}]
+    return text if isinstance(text, str) else [dict(turn) for turn in text]
+
+
+def _messages(case: Case, episode: int) -> list[dict[str, str]]:
+    said = case.messages[episode] if case.messages else ()
+    return [dict(turn) for turn in said] or [{"role": "assistant", "content": case.completions[episode]}]
+
+
+def _ids(call: _Call) -> list[list[int]]:
+    return [list(ids) for ids in call.of(call.case.completion_ids)]
+
+
+def _text_answer(call: _Call) -> Any:
+    """The answer as other frameworks' data sets hold it: a number is text."""
+    answer = call.case.answer
+    is_number = isinstance(answer, (numbers.Number, Decimal)) and not isinstance(answer, bool)
+    return str(answer) if is_number else deepcopy(answer)
+
+
+def _column(call: _Call, name: str, default: Callable[[_Call], Any]) -> Any:
+    columns = call.case.columns
+    return deepcopy(columns[name]) if name in columns else default(call)
+
+
+def _data_source(call: _Call) -> Any:
+    return _column(call, "data_source", lambda call: "")
+
+
+def _ground_truth(call: _Call) -> Any:
+    return _column(call, "ground_truth", _text_answer)
+
+
+def _extra_info(call: _Call) -> Any:
+    return _column(call, "extra_info", lambda call: deepcopy(dict(call.case.columns)))
+
+
+_OF_PROMPT: dict[str, Callable[[_Call], Any]] = {
+    "answer": lambda call: deepcopy(call.case.answer),
+    "prompt": _prompt,
+    "prompt_text": lambda call: call.case.prompt_text,
+    "step": lambda call: call.case.step,
+    "steps": lambda call: call.case.steps,
+}
+_FORMS: dict[str, _Form] = {
+    "completion": _Form(
+        {
+            "completion": lambda call: call.case.completions[call.only],
+            **_OF_PROMPT,
+            "completion_ids": lambda call: list(call.case.completion_ids[call.only]),
+            "messages": lambda call: _messages(call.case, call.only),
+            "state": lambda call: deepcopy(dict(call.case.states[call.only])),
+        },
+        "f(completion, answer) -> float for one completion",
+        one_at_a_time=True, columns=True, statuses=True, dicts=True,
+    ),
+    "group": _Form(
+        {
+            "completions": lambda call: call.of(call.case.completions),
+            "answers": lambda call: [deepcopy(call.case.answer) for _ in call.episodes],
+            **_OF_PROMPT,
+            "completion_ids": _ids,
+            "messages": lambda call: [_messages(call.case, episode) for episode in call.episodes],
+            "states": lambda call: [deepcopy(dict(state)) for state in call.of(call.case.states)],
+        },
+        "f(completions, answers) -> list[float] for a group",
+        columns=True, statuses=True, dicts=True,
+    ),
+    "trl": _Form(
+        {
+            "prompts": lambda call: [_prompt(call) for _ in call.episodes],
+            "completions": lambda call: (
+                [_messages(call.case, episode) for episode in call.episodes]
+                if call.chat
+                else call.of(call.case.completions)
+            ),
+            "completion_ids": _ids,
+            "completions_ids": _ids,  # as TRL's documentation spelt it until 0.20
+            "trainer_state": lambda call: SimpleNamespace(global_step=call.case.step, max_steps=call.case.steps),
+            "log_extra": lambda call: call.log_extra,
+            "log_metric": lambda call: call.log_metric,
+        },
+        "TRL's f(prompts, completions, **kwargs) -> list[float | None]",
+        columns=True,
+    ),
+    "verl": _Form(
+        {
+            "data_source": _data_source,
+            "solution_str": lambda call: call.case.completions[call.only],
+            "ground_truth": _ground_truth,
+            "extra_info": _extra_info,
+        },
+        "verl's f(data_source, solution_str, ground_truth, extra_info) -> float | dict",
+        one_at_a_time=True, dicts=True, nothing=False,
+    ),
+    "verl-batch": _Form(
+        {
+            "data_sources": lambda call: call.each(_data_source(call)),
+            "solution_strs": lambda call: call.of(call.case.completions),
+            "ground_truths": lambda call: [_ground_truth(call) for _ in call.episodes],
+            "extra_infos": lambda call: [_extra_info(call) for _ in call.episodes],
+        },
+        "verl's f(data_sources, solution_strs, ground_truths, extra_infos) -> list",
+        dicts=True, nothing=False,
+    ),
+    "openrlhf": _Form(
+        {
+            "queries": lambda call: [call.case.prompt_text + text for text in call.of(call.case.completions)],
+            "prompts": lambda call: call.each(call.case.prompt_text),
+            "labels": lambda call: [_text_answer(call) for _ in call.episodes],
+        },
+        "OpenRLHF's f(queries, prompts, labels) -> tensor | dict",
+        nothing=False,
+    ),
+}  # fmt: skip
+
+
+class _FaultError(Exception):
+    """A function can't be called, or has returned what it may not. Its text says what, and what to do."""
+
+
+@dataclass(frozen=True)
+class Plug:
+    """A user's reward function as rlora calls it."""
+
+    spec: str
+    name: str  # of its part of the reward: as `spec` names it
+    style: str  # never "auto"
+    asynchronous: bool  # a coroutine function: `acall` it
+    function: Callable[..., Any]
+    args: Mapping[str, Any]  # those of the config that it takes
+    takes: frozenset[str]  # names that the config's args may have
+    wanted: tuple[str, ...]  # what it gets of its style's values, by name
+    positional: int  # how many of these it gets by position
+    columns: frozenset[str]  # by which names it gets columns, if they are there
+    anything: bool  # has **kwargs: it gets all columns
+    required: frozenset[str]  # parameters without a default
+    chat: bool  # reads completions as TRL's messages
+
+    @property
+    def one_at_a_time(self) -> bool:
+        """Whether it is called with one episode at a time, else with all that are asked for."""
+        return _FORMS[self.style].one_at_a_time
+
+    def __call__(self, case: Case, episodes: Sequence[int]) -> list[Score]:
+        """A Score for each of those episodes of the group, an "error" for those of a call that fails.
+
+        It lets pass what is neither an Exception nor SystemExit, so KeyboardInterrupt and what a deadline may raise.
+        Not within a running event loop where the function is asynchronous.
+        """
+        if self.asynchronous:
+            return asyncio.run(self.acall(case, episodes))
+        scores: list[Score] = []
+        for call in self._calls(case, episodes):
+            try:
+                scores += self._scores(self._start(call), call)
+            except (Exception, SystemExit) as error:
+                scores += call.each(self._error(error, call))
+        return scores
+
+    async def acall(self, case: Case, episodes: Sequence[int]) -> list[Score]:
+        """The same where the function is asynchronous; one call after the other."""
+        scores: list[Score] = []
+        for call in self._calls(case, episodes):
+            try:
+                scores += self._scores(await self._start(call), call)
+            except (Exception, SystemExit) as error:
+                scores += call.each(self._error(error, call))
+        return scores
+
+    def _calls(self, case: Case, episodes: Sequence[int]) -> list[_Call]:
+        chat = self.style == "trl" and (self.chat or not isinstance(case.prompt, str))
+        return [_Call(case, of, chat) for of in ([[one] for one in episodes] if self.one_at_a_time else [episodes])]
+
+    def _start(self, call: _Call) -> Any:
+        """Call the function. Everything that it gets is a copy: what it does to that is its own affair."""
+        values = _FORMS[self.style].values
+        got = {name: values[name](call) for name in self.wanted}
+        if _FORMS[self.style].columns:
+            got |= self._columns(call)
+        got |= self.args
+        missing = self.required.difference(got)
+        if missing:
+            raise _FaultError(
+                f"needs {', '.join(sorted(missing))}, but the prompt's columns are "
+                f"({', '.join(call.case.columns)}); let the env give such a column, or give the parameter a default"
+            )
+        return self.function(*(got.pop(name) for name in self.wanted[: self.positional]), **got)
+
+    def _columns(self, call: _Call) -> dict[str, Any]:
+        given = call.case.columns
+        names = [name for name in given if name in self.columns or (self.anything and name not in self.wanted)]
+        if self.style != "trl":
+            return {name: deepcopy(given[name]) for name in names}
+        answers = [n for n in _ANSWERS if n not in given and (n in self.columns or (self.anything and n == "answer"))]
+        return {name: [deepcopy(given[name]) for _ in call.episodes] for name in names} | {
+            name: [_text_answer(call) for _ in call.episodes] for name in answers
+        }
+
+    def _scores(self, result: Any, call: _Call) -> list[Score]:
+        """Raises _FaultError where the result is not what a function of the style returns."""
+        logs: Mapping[str, Any] = {}
+        if self.style == "openrlhf" and isinstance(result, Mapping):
+            logs = {"scores": result.get("scores"), **(result.get("extra_logs") or {})}
+            result = result.get("rewards")
+        values = [result] if self.one_at_a_time else _listed(result, len(call.episodes))
+        scores = [self._score(value) for value in values]
+        for place, score in enumerate(scores):
+            logged = call.logged(place) | _numbers({name: _at(value, place) for name, value in logs.items()})
+            scores[place] = replace(score, extra={**score.extra, **logged}) if logged else score
+        return scores
+
+    def _score(self, value: Any) -> Score:
+        form = _FORMS[self.style]
+        if value is None and form.nothing:
+            return Score()
+        if isinstance(value, str) and value in STATUSES and form.statuses:
+            return Score(status=value)
+        if isinstance(value, Mapping) and form.dicts:
+            return self._score_of(value)
+        number = _number(value)
+        if number is None:
+            may = [
+                *(["None"] if form.nothing else []),
+                *([f"one of {', '.join(STATUSES)}"] if form.statuses else []),
+                *(['a dict with "score"'] if form.dicts else []),
+            ]
+            raise _FaultError(f"returned {_shown(value)}; let it return {' or '.join(['a finite number', *may])}")
+        return Score(value=number)
+
+    def _score_of(self, value: Mapping[Any, Any]) -> Score:
+        status = value.get("status") if _FORMS[self.style].statuses else None
+        score = value.get("score")
+        number = _number(score)
+        if status is None and score is None:
+            raise _FaultError('returned a dict without "score"; let it have that, a finite number')
+        if status is not None and status not in STATUSES:
+            raise _FaultError(f'returned a dict whose "status" is {_shown(status)}; use one of {", ".join(STATUSES)}')
+        if score is not None and number is None:
+            raise _FaultError(f'returned a dict whose "score" is {_shown(score)}; let it be a finite number')
+        others = {str(key): other for key, other in value.items() if key not in ("score", "status")}
+        return Score(status, number, _numbers(others))
+
+    def _error(self, error: BaseException, call: _Call) -> Score:
+        """Says what is wrong, where, and what to do."""
+        file, line = _defined(self.function)
+        if isinstance(error, _FaultError):
+            what = str(error)
+        else:
+            files = {os.path.abspath(each) for each in (file, self.spec.rpartition(":")[0]) if each}
+            for frame, at in traceback.walk_tb(error.__traceback__):  # the innermost comes last
+                if os.path.abspath(frame.f_code.co_filename) in files:
+                    file, line = frame.f_code.co_filename, at
+            what = f"raised {_said(error)}; mend it there"
+            if self.style == "trl":
+                form = 'lists of messages (read completion[0]["content"])' if call.chat else "strings"
+                what += f" (its completions were {form})"
+        return Score("error", detail=f"{f'{file}:{line}' if file else self.spec}: {self.name} {what}")
+
+
+def plug(spec: str, function: Callable[..., Any], style: Style = "auto", args: Mapping[str, Any] | None = None) -> Plug:
+    """The function that the config names `spec`, ready to be called.
+
+    A class is made first, with those of `args` that its constructor takes. Where `style` is given and none of the
+    function's parameters has a name of that style, it gets the style's values by position, as in `lambda text, gold: ...`.
+
+    Raises RloraError where the form can't be told from the parameters' names, or the class can't be made.
+    """
+    args = args or {}
+    if style != "auto" and style not in _FORMS:
+        raise RloraError(f"reward = {spec!r}: there is no style {style!r}; use auto or one of {', '.join(_FORMS)}")
+    takes: set[str] = set()
+    if inspect.isclass(function):
+        takes = {name for name, parameter in (_parameters(function) or {}).items() if parameter.kind in _BY_NAME}
+        function = _made(spec, function, {name: args[name] for name in takes & args.keys()})
+    if not callable(function):
+        raise RloraError(f"reward = {spec!r}: it is {_shown(function)}; name a function, or a class with __call__")
+    parameters = _parameters(function)
+    chosen = style if style != "auto" else _told(parameters or {})
+    if not chosen:
+        shown = "can't be seen" if parameters is None else f"are ({', '.join(map(str, parameters.values()))})"
+        forms = "; ".join(f"{form.about} ({name})" for name, form in _FORMS.items())
+        raise RloraError(
+            f"reward = {spec!r}: its parameters {shown}. Name them as one of these does, or set style: {forms}"
+        )
+    values = _FORMS[chosen].values
+    named = {name for name, each in (parameters or {}).items() if each.kind in _BY_NAME}
+    anything = any(each.kind is each.VAR_KEYWORD for each in (parameters or {}).values())
+    by_place = _by_place(parameters, values)
+    mine = named - values.keys() if not by_place else {n for n in named if (parameters or {})[n].default is not _NO}
+    wanted = by_place or [name for name in values if name in named or anything]
+    code = _code(function)
+    return Plug(
+        spec=spec,
+        name=spec.rpartition(":")[2],
+        style=chosen,
+        asynchronous=any(map(inspect.iscoroutinefunction, (function, inspect.unwrap(function), _call_of(function)))),
+        function=function,
+        args={name: args[name] for name in mine if name in args},
+        takes=frozenset(takes | mine),
+        wanted=tuple(wanted),
+        positional=len(by_place),
+        columns=frozenset(mine),
+        anything=anything,
+        required=frozenset() if by_place else frozenset(n for n in named if (parameters or {})[n].default is _NO),
+        chat=chosen == "trl"
+        and code is not None
+        and _reads_messages(code, getattr(_bare(function), "__globals__", {})),
+    )
+
+
+_NO = inspect.Parameter.empty
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+_BY_PLACE = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
+
+
+def _told(parameters: Mapping[str, inspect.Parameter]) -> str | None:
+    """The style that the parameters' names tell."""
+    names = parameters.keys()
+    anything = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    if "solution_str" in names:
+        return "verl"
+    if "solution_strs" in names:
+        return "verl-batch"
+    if "queries" in names:
+        return "openrlhf"
+    if names & {"prompts", "trainer_state", "log_extra", "log_metric", "completions_ids"}:
+        return "trl"
+    if anything and names & {"completions", "completion_ids"} and "completion" not in names:
+        return "trl"
+    if names & {"completions", "answers", "states"}:
+        return "group"
+    if names & {"completion", "completion_ids", "messages", "state"}:
+        return "completion"
+    return None
+
+
+def _by_place(parameters: Mapping[str, inspect.Parameter] | None, values: Iterable[str]) -> list[str]:
+    """The names of the values that a function gets by position; none where it takes them by name."""
+    order = list(values)
+    if parameters is None:  # written in C
+        return order[:2]
+    needed = [each for each in parameters.values() if each.kind in _BY_PLACE and each.default is _NO]
+    if all(each.kind is each.POSITIONAL_ONLY and each.name in order for each in needed):
+        return [each.name for each in needed]
+    return [] if set(order) & parameters.keys() else order[: len(needed)]
+
+
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:
+    """None where it has no signature, as some functions written in C."""
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return None
+
+
+def _made(spec: str, kind: type, args: Mapping[str, Any]) -> Callable[..., Any]:
+    try:
+        made: Callable[..., Any] = kind(**args)
+    except Exception as error:
+        raise RloraError(
+            f"reward = {spec!r}: making it with {dict(args)!r} raised {_said(error)}; give the arguments that it needs"
+        ) from error
+    return made
+
+
+def _call_of(function: Any) -> Any:
+    """What runs when it is called: of an object its class's method."""
+    return function if hasattr(function, "__code__") else getattr(type(function), "__call__", None)
+
+
+def _bare(function: Any) -> Any:
+    """The user's own function, out of its partials and decorators."""
+    while isinstance(function, functools.partial) or hasattr(function, "__wrapped__"):
+        function = function.func if isinstance(function, functools.partial) else function.__wrapped__
+    return _call_of(function)
+
+
+def _code(function: Any) -> CodeType | None:
+    code = getattr(_bare(function), "__code__", None)
+    return code if isinstance(code, CodeType) else None
+
+
+def _defined(function: Any) -> tuple[str, int]:
+    """File and line; none of what is written in C."""
+    code = _code(function)
+    return (code.co_filename, code.co_firstlineno) if code else ("", 0)
+
+
+def _reads_messages(code: CodeType, names: Mapping[str, Any], seen: frozenset[CodeType] = frozenset()) -> bool:
+    """Whether the code, or that of functions of its file that it calls, holds the key "content" of a message.
+
+    TRL gives messages where the data set does. Here a plain string is sent as a user message, so that a function may have
+    been written for either; its code tells which.
+    """
+    if "content" in code.co_consts:
+        return True
+    called = [each for name in code.co_names if isinstance(each := names.get(name), FunctionType)]
+    inner = [each for each in code.co_consts if isinstance(each, CodeType)]
+    inner += [each.__code__ for each in called if each.__code__.co_filename == code.co_filename]
+    return any(_reads_messages(each, names, seen | {code}) for each in inner if each not in seen)
+
+
+def _listed(result: Any, count: int) -> list[Any]:
+    """A returned list, array or tensor of `count` values."""
+    if hasattr(result, "tolist"):
+        result = result.tolist()
+    if not isinstance(result, Sequence) or isinstance(result, str):
+        raise _FaultError(f"returned {_shown(result)}; let it return a list, one reward for each completion")
+    if len(result) != count:
+        raise _FaultError(
+            f"returned {len(result)} rewards for {count} completions; let it return one for each, in order"
+        )
+    return list(result)
+
+
+def _at(value: Any, place: int) -> Any:
+    """What is logged of one episode: a number that holds for all, or its own in a list or tensor."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return value[place] if place < len(value) else None
+    return value
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, of Python, numpy or torch, as a float; None of anything else."""
+    try:
+        value = value.item() if hasattr(value, "item") else value
+        number = float(value) if isinstance(value, (numbers.Real, Decimal)) else math.nan
+    except Exception:  # of several numbers, or one beyond floats
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _known(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: number for name, value in values.items() if (number := _number(value)) is not None}
+
+
+def _shown(value: Any) -> str:
+    """A value in an error's text; of what may be large or strange only its type."""
+    if isinstance(value, str):
+        return repr(value[:60])
+    return (
+        repr(value)
+        if value is None or isinstance(value, (bool, float))
+        else f"an object of type {type(value).__name__}"
+    )
+
+
+def _said(error: BaseException) -> str:
+    """An exception's type and message."""
+    try:
+        message = str(error)[:_LONGEST]
+    except Exception:  # of its own __str__
+        message = ""
+    return f"{type(error).__name__}: {message}".encode("utf-8", "backslashreplace").decode().strip()

@@ -1,0 +1,225 @@
+"""The process that runs a user's reward functions, and an env's replies, on a model's text.
+
+`isolation.Pool` starts it, gives it jobs, and kills it where a call overruns. Calls are on its main thread, where
+SIGALRM works, and it is spawned, not forked: it has nothing of its parent's torch and Ray.
+"""
+
+import asyncio
+import ctypes
+import itertools
+import json
+import os
+import resource
+import signal
+import struct
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, astuple, dataclass, field
+from mmap import mmap
+from multiprocessing.connection import Connection
+from typing import Any
+
+from rlora.rewards.styles import Plug, Style, plug
+
+from rlora.plugin import load
+from rlora.records import Case, Prompt, RloraError, Score
+
+CLOCK = struct.Struct("qqd")  # number of the job, of its call, and when that began (time.monotonic)
+COROUTINES = -2  # in place of a call's number: all those that are awaited at once
+_FLUSH = 0.02  # seconds after which what is done is sent, though more is to do
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a worker runs."""
+
+    rewards: tuple[str, ...] = ()  # each module:name or path/to/file.py:name
+    style: Style = "auto"
+    reward_args: Mapping[str, Any] = field(default_factory=dict)
+    env: str = ""  # whose `reply` is wanted; empty: none is
+    env_args: Mapping[str, Any] = field(default_factory=dict)
+    directory: str = "."  # that relative paths are of, where it exists
+    deadline: float = 10.0  # seconds a call
+    memory_mib: int = 2048  # that calls may take beside what the process has once all is loaded
+    concurrency: int = 16  # calls of a coroutine function at once
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A policy's message that the env has to answer."""
+
+    prompt: Prompt
+    message: str
+    state: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What the env said to it, None at the end of the episode, and the episode's state now."""
+
+    said: str | list[dict[str, str]] | None
+    state: Mapping[str, Any]
+    detail: str = ""  # of an error; then the episode ends
+
+
+@dataclass(frozen=True)
+class Job:
+    """A group to score by each reward function, or a turn to answer."""
+
+    of: Case | Turn
+    overran: Mapping[int, Score] = field(
+        default_factory=dict
+    )  # calls that are not made again, and what is said of them
+
+
+class _Clock:
+    """Which call goes on and since when, in memory that the parent reads."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.memory = mmap(descriptor, CLOCK.size)
+
+    def start(self, job: int, call: int) -> None:
+        CLOCK.pack_into(self.memory, 0, job, call, time.monotonic())
+
+    def stop(self) -> None:
+        CLOCK.pack_into(self.memory, 0, -1, -1, time.monotonic())
+
+
+def load_plugs(setup: Setup) -> list[Plug]:
+    """The reward functions. Raises RloraError where one can't be loaded, or an argument is of none."""
+    plugs = [plug(spec, load("reward", spec), setup.style, setup.reward_args) for spec in setup.rewards]
+    for name in setup.reward_args:
+        if not any(name in each.takes for each in plugs):
+            raise RloraError(
+                f"reward_args.{name} = {setup.reward_args[name]!r}: no reward function has a parameter of that name "
+                f"({', '.join(setup.rewards)}); spell it as the function does, or leave it out"
+            )
+    return plugs
+
+
+class _Worker:
+    def __init__(self, setup: Setup, clock: _Clock) -> None:
+        self.setup, self.clock = setup, clock
+        self.plugs = load_plugs(setup)
+        self.env = load("env", setup.env)(**setup.env_args) if setup.env else None
+
+    def work(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Any]]:
+        """The number and the result of each job, as JSON has it."""
+        awaited = asyncio.run(self._await(jobs)) if any(each.asynchronous for each in self.plugs) else {}
+        for number, job in enumerate(jobs):
+            if isinstance(job.of, Turn):
+                yield number, asdict(self._answer(number, job, job.of))
+                continue
+            calls = itertools.count()
+            verdicts = [
+                awaited[number, each.name] if each.asynchronous else self._score(each, number, job, job.of, calls)
+                for each in self.plugs
+            ]
+            self.clock.stop()
+            yield number, [[astuple(score) for score in scores] for scores in verdicts]
+
+    def _score(self, each: Plug, number: int, job: Job, case: Case, calls: Iterator[int]) -> list[Score]:
+        """Of the group by one function, call by call."""
+        scores: list[Score] = []
+        for episodes in _parts(each, case):
+            call = next(calls)
+            if call in job.overran:
+                scores += [job.overran[call]] * len(episodes)
+            else:
+                self.clock.start(number, call)
+                scores += each(case, episodes)
+        return scores
+
+    async def _await(self, jobs: Sequence[Job]) -> dict[tuple[int, str], list[Score]]:
+        """By the functions that are coroutines, of all groups: so many calls at once, each with its own deadline."""
+        free = asyncio.Semaphore(self.setup.concurrency)
+
+        async def call(each: Plug, job: Job, case: Case, episodes: Sequence[int]) -> list[Score]:
+            if COROUTINES in job.overran:
+                return [job.overran[COROUTINES]] * len(episodes)
+            async with free:
+                self.clock.start(0, COROUTINES)
+                try:
+                    return await asyncio.wait_for(each.acall(case, episodes), self.setup.deadline)
+                except TimeoutError:
+                    return [Score("timeout")] * len(episodes)
+
+        async def group(each: Plug, job: Job, case: Case) -> list[Score]:
+            scores = await asyncio.gather(*(call(each, job, case, episodes) for episodes in _parts(each, case)))
+            return [score for of_call in scores for score in of_call]
+
+        asked = {
+            (number, each.name): group(each, job, job.of)
+            for number, job in enumerate(jobs)
+            for each in self.plugs
+            if each.asynchronous and isinstance(job.of, Case)
+        }
+        return dict(zip(asked, await asyncio.gather(*asked.values()), strict=True))
+
+    def _answer(self, number: int, job: Job, turn: Turn) -> Answered:
+        state = dict(turn.state)
+        if 0 in job.overran:
+            return Answered(None, state, job.overran[0].detail)
+        self.clock.start(number, 0)
+        try:
+            said = self.env.reply(turn.prompt, turn.message, state)  # type: ignore[union-attr]
+            if asyncio.iscoroutine(said):
+                said = asyncio.run(asyncio.wait_for(said, self.setup.deadline))
+            if said is not None and not isinstance(said, str):
+                said = [dict(message) for message in said]
+            json.dumps([said, state])
+        except Exception as error:
+            return Answered(
+                None, turn.state, f"env = {self.setup.env!r}: its reply raised {type(error).__name__}: {error}"
+            )
+        finally:
+            self.clock.stop()
+        return Answered(said, state)
+
+
+def _parts(each: Plug, case: Case) -> list[Sequence[int]]:
+    """The episodes of each call."""
+    everyone = range(len(case.completions))
+    return [[one] for one in everyone] if each.one_at_a_time else [everyone]
+
+
+def _limit_memory(mib: int) -> None:
+    """From here on the process may map so much more."""
+    with open("/proc/self/statm") as file:
+        now = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + mib * 2**20, resource.RLIM_INFINITY))
+
+
+def main() -> None:
+    """Serve the jobs that come over the descriptor argv[1]; argv[2] is the clock's."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a busy worker does not outlive its parent
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent ends us
+    connection, clock = Connection(int(sys.argv[1])), _Clock(int(sys.argv[2]))
+    os.dup2(2, 1)  # what a user's function prints is no answer of ours
+    setup: Setup = connection.recv()
+    if os.path.isdir(setup.directory):
+        os.chdir(setup.directory)
+    try:
+        worker = _Worker(setup, clock)
+    except BaseException as error:
+        detail = str(error) if isinstance(error, RloraError) else f"reward: {type(error).__name__}: {error}"
+        connection.send_bytes(json.dumps({"error": detail}).encode())
+        return
+    if sys.platform == "linux":
+        _limit_memory(setup.memory_mib)
+    names = [each.name for each in worker.plugs]
+    connection.send_bytes(json.dumps({"names": names}).encode())
+    with suppress(EOFError, ConnectionError):
+        while jobs := connection.recv():
+            done: list[Any] = []
+            flushed = time.monotonic()
+            for result in worker.work(jobs):
+                done.append(result)
+                if time.monotonic() - flushed > _FLUSH:
+                    connection.send_bytes(json.dumps(done).encode())
+                    done, flushed = [], time.monotonic()
+            connection.send_bytes(json.dumps(done).encode())

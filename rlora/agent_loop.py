@@ -1,0 +1,113 @@
+"""Plays prompts to scored groups: the policy's turns and the env's, then the rewards."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+
+from rlora.delivery import Fleet, Request
+from rlora.records import Episode, Group, Prompt, Sampling, StaleError
+from rlora.rewards.worker import Turn
+from rlora.scoring import Scoring
+from rlora.task import Task
+
+
+@dataclass(eq=False)
+class Flight:
+    """A prompt on its way to a scored group."""
+
+    request: Request  # its first turn's
+    scored: Future[Group] = field(default_factory=Future)
+    played: Group | None = None  # once it is played to its end, scored or not
+    reward_seconds: float = 0.0  # from its last token to its rewards
+
+
+class AgentLoop:
+    """Prompts go on side by side, as coroutines on one thread.
+
+    An episode of several turns stays with the adapter that it began with. Tokens are appended and never made again from
+    text: what the env says comes after the policy's own, and is marked as not its own.
+    """
+
+    def __init__(self, task: Task, fleet: Fleet, scoring: Scoring) -> None:
+        self.task, self.fleet, self.scoring = task, fleet, scoring
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def start(self, prompt: Prompt, sampling: Sampling, step: int = 0) -> Flight:
+        """Begin with a prompt; its group is scored as one of `step`."""
+        flight = Flight(self.fleet.generate(prompt, sampling))
+        asyncio.run_coroutine_threadsafe(self._fly(flight, step), self._loop)
+        return flight
+
+    def close(self) -> None:
+        """Go on with nothing any more; what is being scored is not waited for."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        if left := asyncio.all_tasks(self._loop):
+            for each in left:
+                each.cancel()
+            self._loop.run_until_complete(asyncio.wait(left))
+        self._loop.close()
+
+    async def _fly(self, flight: Flight, step: int) -> None:
+        try:
+            group = await asyncio.wrap_future(flight.request.group)
+            episodes = await asyncio.gather(*(self._play(flight.request, episode) for episode in group.episodes))
+            flight.played = replace(group, episodes=tuple(episodes))
+            start = time.perf_counter()
+            scored = await self.scoring.score(flight.played, self.task.chat, step)
+            flight.reward_seconds = time.perf_counter() - start
+            flight.scored.set_result(scored)
+        except BaseException as error:  # whoever waits for it is told
+            flight.scored.set_exception(error)
+
+    async def _play(self, request: Request, episode: Episode) -> Episode:
+        """Turn by turn until the env has no more to say, or there is no more room."""
+        chat, prompt, sampling = self.task.chat, request.prompt, request.sampling
+        messages: list[dict[str, str]] = []
+        state: dict[str, object] = {}
+        message_at = turn_at = 0  # where in the completion the policy's message, and its last turn, begin
+        while self.task.agent and episode.finish_reason == "stop":
+            turn = chat.text(episode.completion_ids[turn_at:], whole=turn_at == message_at)
+            answered = await self.scoring.answer(Turn(prompt, turn, state))
+            state = dict(answered.state)
+            if answered.said is None:
+                episode = replace(episode, status="error" if answered.detail else "")
+                break
+            said = chat.reply_ids(answered.said, episode.completion_ids)
+            so_far = episode.completion_ids + said
+            if len(so_far) >= sampling.max_tokens:
+                episode = replace(episode, finish_reason="context")
+                break
+            if not isinstance(answered.said, str):
+                text = chat.text(episode.completion_ids[message_at:])
+                messages += [{"role": "assistant", "content": text}, *answered.said]
+                message_at = len(so_far)
+            turn_at = len(so_far)
+            episode = _followed(episode, said, await self._next_turn(request, so_far))
+        text = chat.text(episode.completion_ids[message_at:])
+        return replace(episode, text=text, messages=(*messages, {"role": "assistant", "content": text}), state=state)
+
+    async def _next_turn(self, request: Request, so_far: tuple[int, ...]) -> Episode:
+        """The policy's tokens after the prompt and `so_far`, under the version that the episode began with."""
+        if request.cancelled:
+            raise StaleError(f"version {request.version}: nobody waits for it any more")
+        prompt = replace(request.prompt, token_ids=request.prompt.token_ids + so_far)
+        sampling = replace(request.sampling, max_tokens=request.sampling.max_tokens - len(so_far), group_size=1)
+        again = self.fleet.generate(prompt, sampling, request.adapter)
+        return (await asyncio.wrap_future(again.group)).episodes[0]
+
+
+def _followed(episode: Episode, said: Sequence[int], turn: Episode) -> Episode:
+    """The episode, what the env said, and the policy's next turn."""
+    own = episode.own or (True,) * len(episode.completion_ids)
+    return replace(
+        turn,
+        completion_ids=episode.completion_ids + tuple(said) + turn.completion_ids,
+        behaviour_logprobs=episode.behaviour_logprobs + (0.0,) * len(said) + turn.behaviour_logprobs,
+        own=own + (False,) * len(said) + (True,) * len(turn.completion_ids),
+    )
