@@ -213,7 +213,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
             raise RloraError(f"{path}, line {number}: not JSON ({error}); give an object a line") from None
         if not isinstance(row, dict) or "gold" not in row or not isinstance(row.get("prediction"), str):
             raise RloraError(
-                f'{path}, line {number}: it needs "gold", and "prediction" as a string; it is {line[:200]}'
+                f'{path}, line {number}: each row needs "gold", and "prediction", a string; this one is {line[:200]}'
             )
         table.append(row)
     return table

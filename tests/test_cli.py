@@ -1,5 +1,6 @@
 """The command line, without starting anything."""
 
+import json
 import re
 import shutil
 import sys
@@ -22,9 +23,11 @@ def run(*arguments: str) -> int:
     """The exit status of `rlora ...`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["rlora", *arguments])
-        with pytest.raises(SystemExit) as ended:
+        try:
             main()
-    return int(ended.value.code or 0)
+        except SystemExit as ended:
+            return int(ended.code or 0)
+    return 0
 
 
 def names(section: type, prefix: str = "") -> list[str]:
@@ -134,3 +137,57 @@ def test_no_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--help") == run("--version") == 0
     assert "usage: rlora COMMAND" in (out := capsys.readouterr().out)
     assert f"rlora {__version__}\n" in out
+
+
+def test_show_prompt_tells_what_the_policy_reads_and_what_ends_its_message(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("show", "prompt", TOML, "--chat.system", "Be brief.", "--chat.stop", "!!", "--number", "3") == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is ")
+    assert "the policy's message ends with '<|im_end|>' or '!!'" in shown
+    assert run("show", "prompt", TOML, "--number", "1000") == 1
+    assert "--number 1000: there are 79 training prompts" in capsys.readouterr().err
+
+
+def test_grade_adds_a_status_and_a_reward_and_keeps_the_rest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [
+        {"gold": "3/4", "prediction": "so it is \\boxed{0.75}.", "id": "a"},
+        {"gold": 7, "prediction": "\\boxed{8}", "id": "b"},
+        {"gold": "7", "prediction": "\ud800 I can't say", "id": "c"},
+    ]
+    file, out = tmp_path / "given.jsonl", tmp_path / "graded.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in given))
+    assert run("grade", str(file), "--out", str(out), "--workers", "1") == 0
+    graded = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["id"], row["status"], row["reward"]) for row in graded] == [
+        ("a", "correct", 1.0), ("b", "wrong", 0.0), ("c", "unparsable", 0.0),
+    ]  # fmt: skip
+    assert [{name: row[name] for name in one} for one, row in zip(given, graded, strict=True)] == given
+    assert "3 rows in" in capsys.readouterr().out
+
+
+def test_grade_with_a_function_of_ones_own_that_hangs(tmp_path: Path) -> None:
+    file, out = tmp_path / "given.jsonl", tmp_path / "graded.jsonl"
+    file.write_text('{"gold": "7", "prediction": "7"}\n\n{"gold": "7", "prediction": "hang"}\n')
+    shady = f"{ROOT / 'tests' / 'shady_rewards.py'}:shady"
+    assert run("grade", str(file), "--out", str(out), "--reward", shady, "--deadline", "0.5") == 0
+    assert [json.loads(line)["status"] for line in out.read_text().splitlines()] == ["correct", "timeout"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 1: not JSON"),
+        ('{"gold": "7"}', 'line 1: each row needs "gold", and "prediction", a string'),
+        ('{"gold": "7", "prediction": 7}', "line 1: each row needs"),
+    ],
+)
+def test_a_row_that_can_not_be_graded_is_named(
+    line: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "given.jsonl"
+    file.write_text(line + "\n")
+    assert run("grade", str(file), "--out", str(tmp_path / "out.jsonl")) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()

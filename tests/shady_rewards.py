@@ -1,0 +1,88 @@
+"""Reward functions, and an env, that a text can make go wrong; tests run them in processes of their own."""
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rlora.records import Prompt
+
+
+def shady(completion: str, answer: object) -> float:
+    """1 where the completion is the answer, unless it is one of the texts that do harm."""
+    if completion == "hang":
+        while True:
+            pass
+    if completion == "hold the GIL":
+        9**9**9
+    if completion == "memory":
+        return float(len(bytearray(8 << 30)))
+    if completion == "die":
+        os._exit(3)
+    if completion == "exit":
+        sys.exit(4)
+    if completion == "raise":
+        raise KeyError("no judge today")
+    if completion == "print":
+        print("a line on standard output")
+    if completion == "alarm":
+        signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError("rang")))
+        signal.alarm(1)
+        try:
+            time.sleep(5)
+        except TimeoutError:
+            return 0.5
+    return float(completion == str(answer))
+
+
+def slow(completion: str, answer: object) -> float:
+    time.sleep(float(completion))
+    return 1.0
+
+
+async def judge(completion: str, answer: object) -> float:
+    """A judge behind a network, who takes as long as the completion says."""
+    await asyncio.sleep(float(completion))
+    return 1.0
+
+
+async def blocking_judge(completion: str, answer: object) -> float:
+    if completion == "block":
+        time.sleep(60)
+    return 1.0
+
+
+def counted(completion: str, answer: str) -> float:
+    """How often it was called, by a file that the answer names."""
+    with Path(answer).open("a") as file:
+        file.write("x")
+    if completion == "die" and Path(answer).stat().st_size == 1:
+        os._exit(3)
+    return float(Path(answer).stat().st_size)
+
+
+class Guarded:
+    """An env that answers "hello" and counts; other messages do harm."""
+
+    def __init__(self, greeting: str = "hello") -> None:
+        self.greeting = greeting
+
+    def train(self) -> list[Prompt]:
+        return [Prompt("greet", answer="hello")]
+
+    held_out = train
+
+    def reply(self, prompt: Prompt, message: str, state: dict[str, Any]) -> str | list[dict[str, str]] | None:
+        if message == "hang":
+            time.sleep(60)
+        if message == "raise":
+            raise ValueError("no such tool")
+        if message == "not plain":
+            state["it"] = object()
+        state["seen"] = state.get("seen", 0) + 1
+        if message == "chat":
+            return [{"role": "user", "content": "and you?"}]
+        return f"{self.greeting} {state['seen']}" if message == prompt.answer else None

@@ -1,0 +1,152 @@
+"""What a reward function does to its process, it does to nothing else."""
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import case
+from rlora.rewards.isolation import Pool
+from rlora.rewards.worker import Answered, Setup, Turn
+
+from rlora.records import Prompt, RloraError, Score
+
+SHADY = str(Path(__file__).with_name("shady_rewards.py"))
+MakePool = Callable[..., Pool]
+
+
+def workers() -> set[int]:
+    return {child.pid for child in psutil.Process().children(recursive=True)}
+
+
+@pytest.fixture
+def pool() -> Iterator[MakePool]:
+    made = []
+    before = workers()
+
+    def make(*functions: str, workers: int = 1, **settings: Any) -> Pool:
+        rewards = tuple(f"{SHADY}:{name}" for name in functions)
+        made.append(Pool(Setup(rewards, **{"deadline": 1.0, "memory_mib": 512} | settings), workers))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+    assert workers() <= before
+
+
+def scores(pool: Pool, *completions: str, answer: object = 7) -> list[Score]:
+    verdicts = pool.do(case(*completions, answer=answer)).result(timeout=60)
+    assert isinstance(verdicts, list)
+    return verdicts[0]
+
+
+def values(found: list[Score]) -> list[float | str | None]:
+    return [score.status or score.value for score in found]
+
+
+@pytest.mark.parametrize(
+    ("bad", "status", "detail"),
+    [
+        ("hang", "timeout", r"more than scoring\.deadline = 1 s"),
+        ("hold the GIL", "timeout", r"more than scoring\.deadline = 1 s"),
+        ("memory", "error", "MemoryError"),
+        ("die", "error", r"its process ended \(exit status 3\)"),
+        ("exit", "error", "SystemExit: 4"),
+        ("raise", "error", r"shady_rewards\.py:\d+: shady raised KeyError: 'no judge today'"),
+    ],
+)
+def test_a_call_that_goes_wrong_gets_a_status_and_all_others_their_scores(
+    pool: MakePool, bad: str, status: str, detail: str
+) -> None:
+    made = pool("shady")
+    before = [made.do(case("7", "8", answer=7)) for _ in range(5)]
+    found = scores(made, "7", bad, "8", bad)
+    after = [made.do(case("7", answer=7)) for _ in range(5)]
+    assert values(found) == [1.0, status, 0.0, status]
+    assert re.search(detail, found[1].detail)
+    assert re.search(detail, found[3].detail)
+    assert [values(each.result()[0]) for each in before] == [[1.0, 0.0]] * 5
+    assert [values(each.result()[0]) for each in after] == [[1.0]] * 5
+
+
+def test_only_the_call_at_fault_is_not_made_again(pool: MakePool, tmp_path: Path) -> None:
+    calls = tmp_path / "calls"
+    found = scores(pool("counted"), "die", "a", "b", answer=str(calls))
+    assert values(found) == ["error", 2.0, 3.0]
+
+
+def test_what_is_sent_while_another_hangs_is_done_by_the_other_workers(pool: MakePool) -> None:
+    made = pool("shady", workers=2, deadline=3.0)
+    hangs = made.do(case("hang", answer=7))
+    time.sleep(0.3)
+    start = time.monotonic()
+    assert values(scores(made, "7")) == [1.0]
+    assert time.monotonic() - start < 2
+    assert values(hangs.result()[0]) == ["timeout"]
+
+
+def test_a_function_may_print_and_use_alarms_of_its_own(pool: MakePool, capfd: pytest.CaptureFixture[str]) -> None:
+    assert values(scores(pool("shady", deadline=4.0), "print", "alarm", "7")) == [0.0, 0.5, 1.0]
+    assert "a line on standard output" not in capfd.readouterr().out
+
+
+def test_many_functions_are_called_on_each(pool: MakePool) -> None:
+    verdicts: Any = pool("shady", "slow").do(case("0", "0.1", answer=0)).result()
+    assert [values(each) for each in verdicts] == [[1.0, 0.0], [1.0, 1.0]]
+
+
+def test_coroutines_are_awaited_together_so_many_at_once_and_each_has_a_deadline(pool: MakePool) -> None:
+    made = pool("judge", concurrency=8)
+    start = time.monotonic()
+    asked = [made.do(case(*["0.4"] * 8)) for _ in range(2)]
+    assert all(values(each.result()[0]) == [1.0] * 8 for each in asked)
+    assert 0.8 <= time.monotonic() - start < 3  # one after the other would be 6.4
+    assert values(scores(made, "0", "30", "0")) == [1.0, "timeout", 1.0]
+
+
+def test_a_coroutine_that_blocks_the_others_costs_its_group_only(pool: MakePool) -> None:
+    made = pool("blocking_judge")
+    asked = [made.do(case(*of)) for of in (("a", "b"), ("a", "block"), ("c",))]
+    assert [values(each.result()[0]) for each in asked] == [[1.0, 1.0], ["timeout", "timeout"], [1.0]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rewards": (f"{SHADY}:missing",)}, r"reward = '.*': .* has no 'missing'"),
+        ({"rewards": ("none.py:f",)}, r"reward = 'none\.py:f': there is no file none\.py"),
+        ({"reward_args": {"over": 3}}, r"reward_args\.over = 3: no reward function has a parameter of that name"),
+        ({"env": f"{SHADY}:Guarded", "env_args": {"x": 1}}, r"unexpected keyword argument 'x'"),
+    ],
+)
+def test_what_can_not_be_loaded_is_told_at_once(settings: dict[str, Any], message: str) -> None:
+    before = workers()
+    with pytest.raises(RloraError, match=message):
+        Pool(Setup(**{"rewards": (f"{SHADY}:shady",)} | settings), 2)
+    assert workers() <= before
+
+
+def test_an_env_answers_where_rewards_run_and_keeps_what_it_knows(pool: MakePool) -> None:
+    made = pool("shady", env=f"{SHADY}:Guarded", env_args={"greeting": "hi"})
+
+    def answer(message: str, state: dict[str, Any]) -> Answered:
+        answered = made.do(Turn(Prompt("greet", answer="hello"), message, state)).result(timeout=60)
+        assert isinstance(answered, Answered)
+        return answered
+
+    assert answer("hello", {"seen": 4}) == Answered("hi 5", {"seen": 5})
+    assert answer("chat", {}) == Answered([{"role": "user", "content": "and you?"}], {"seen": 1})
+    assert answer("bye", {}) == Answered(None, {"seen": 1})
+    for bad, detail in (
+        ("raise", r"shady_rewards\.py:Guarded': its reply raised ValueError: no such tool"),
+        ("not plain", r"its reply raised TypeError: .*not JSON serializable"),
+        ("hang", r"more than scoring\.deadline = 1 s"),
+    ):
+        answered = answer(bad, {"seen": 4})
+        assert (answered.said, answered.state) == (None, {"seen": 4})
+        assert re.search(detail, answered.detail)
+    assert values(scores(made, "7")) == [1.0]
