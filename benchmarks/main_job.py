@@ -1,6 +1,7 @@
-"""The main job under three seeds: what it gains, how fast, and a picture of it.
+"""The main job, or another config, under several seeds: what it gains, how fast, and a picture of it.
 
     python benchmarks/main_job.py [--quick] [--plot docs/curve.png]
+    python benchmarks/main_job.py launch/calculator.toml --title "..." --seeds 1 --plot docs/calculator.png
 
 Prints a table and, as its last line, a JSON object: `accuracy_before`, `accuracy_after`, `train_seconds` (lists, one
 value a seed) and `gain_min`. `--quick` runs one seed for three steps. The runs are made one after the other.
@@ -22,12 +23,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("config", nargs="?", default="launch/arithmetic.toml", help="what to train")
+    parser.add_argument("--seeds", type=int, default=3, help="how many runs")
+    parser.add_argument("--title", default="SmolLM2-135M, rank 1: “What is a + b?”, a and b from 1 to 11")
     parser.add_argument("--quick", action="store_true", help="one seed, three steps")
     parser.add_argument("--plot", type=Path, help="draw the rewards to this PNG file")
     options = parser.parse_args()
-    seeds, extra = ([0], ["--steps", "3"]) if options.quick else ([0, 1, 2], [])
+    seeds, extra = ([0], ["--steps", "3"]) if options.quick else (list(range(options.seeds)), [])
     with tempfile.TemporaryDirectory() as directory:
-        runs = [train("launch/arithmetic.toml", seed, Path(directory) / str(seed), extra) for seed in seeds]
+        runs = [train(options.config, seed, Path(directory) / str(seed), extra) for seed in seeds]
     table = Table("seed", "accuracy before", "after", "steps", "training", "reward by step")
     curves = [[line["reward/mean"] for line in lines] for _, lines in runs]
     for seed, (summary, _), rewards in zip(seeds, runs, curves, strict=True):
@@ -36,7 +40,7 @@ def main() -> None:
         table.add_row(str(seed), before, after, str(summary["steps"]), f"{summary['time/train']:.0f} s", curve)
     Console().print(table)
     if options.plot:
-        _plot(curves, options.plot)
+        _plot(curves, options.title, options.plot)
     before, after = ([summary[f"accuracy/{when}"] for summary, _ in runs] for when in ("before", "after"))
     figures = {
         "accuracy_before": before,
@@ -55,7 +59,7 @@ def train(config: str, seed: int, run: Path, options: list[str]) -> tuple[dict[s
     return json.loads((run / "summary.json").read_text()), lines
 
 
-def _plot(curves: list[list[float]], path: Path) -> None:
+def _plot(curves: list[list[float]], title: str, path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -64,8 +68,7 @@ def _plot(curves: list[list[float]], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
     for seed, rewards in enumerate(curves):
         axes.plot(range(len(rewards)), rewards, label=f"seed {seed}")
-    axes.set(xlabel="step", ylabel="mean reward of 128 completions", ylim=(0, 1.02))
-    axes.set_title("SmolLM2-135M, rank 1: “What is a + b?”, a and b from 1 to 11")
+    axes.set(xlabel="step", ylabel="mean reward of a step", ylim=(0, 1.02), title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=130)

@@ -1,10 +1,12 @@
-"""Sums, differences or products of two integers, made from a seed."""
+"""Sums, differences and products of integers, made from a seed."""
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rlora.records import Prompt, RloraError
+
+from .generated import counts, distinct
 
 _OPERATORS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
 
@@ -41,3 +43,58 @@ class Arithmetic:
 
 def _prompt(a: int, operator: str, b: int) -> Prompt:
     return Prompt(f"What is {a} {operator} {b}?", answer=_OPERATORS[operator](a, b))
+
+
+class GradedArithmetic:
+    """`size` problems as "What is 12 + 7 * 35?" made from `seed`, and `held_out_size` others.
+
+    `digits` and `terms` are how many digits the numbers have and how many numbers there are: "1,2" is some of either.
+    `operators` are some of + - *; * comes first, as usual. Rewards may ask for `digits`, `terms`, and `level`, which is
+    1 for two numbers of one digit, and 1 more for each digit and each number.
+    """
+
+    def __init__(
+        self,
+        digits: int | str | Sequence[int] = "1,2,3",
+        terms: int | str | Sequence[int] = "2,3",
+        operators: str = "+-*",
+        size: int = 2000,
+        held_out_size: int = 200,
+        seed: int = 0,
+    ) -> None:
+        self._digits, self._terms = counts("digits", digits, 1, 9), counts("terms", terms, 2, 9)
+        if not operators or not set(operators) <= set(_OPERATORS):
+            raise RloraError(f"env_args.operators = {operators!r}: use some of {''.join(_OPERATORS)}")
+        self._operators, self._seed = operators, seed
+        self._size, self._held_out_size = size, held_out_size
+
+    def train(self) -> Sequence[Prompt]:
+        return self._prompts()[self._held_out_size :]
+
+    def held_out(self) -> Sequence[Prompt]:
+        return self._prompts()[: self._held_out_size]
+
+    def _prompts(self) -> list[Prompt]:
+        return distinct(self._problems(), self._size, self._held_out_size)
+
+    def _problems(self) -> Iterator[Prompt]:
+        rng = random.Random(self._seed)
+        while True:
+            digits, terms = rng.choice(self._digits), rng.choice(self._terms)
+            text, value = expression(rng, digits, terms, self._operators)
+            columns = {"digits": digits, "terms": terms, "level": digits + terms - 2}
+            yield Prompt(f"What is {text}?", answer=value, columns=columns)
+
+
+def expression(rng: random.Random, digits: int, terms: int, operators: str) -> tuple[str, int]:
+    """An expression of so many numbers of so many digits, and what it comes to."""
+    first, *rest = (rng.randrange(10 ** (digits - 1), 10**digits) for _ in range(terms))
+    text, total, product = str(first), 0, first  # the sum of all that is before the last product, and that
+    for number in rest:
+        sign = rng.choice(operators)
+        text = f"{text} {sign} {number}"
+        if sign == "*":
+            product *= number
+        else:
+            total, product = total + product, number if sign == "+" else -number
+    return text, total + product

@@ -289,7 +289,8 @@ class Plug:
                 f"needs {', '.join(sorted(missing))}, but the prompt's columns are "
                 f"({', '.join(call.case.columns)}); let the env give such a column, or give the parameter a default"
             )
-        return self.function(*(got.pop(name) for name in self.wanted[: self.positional]), **got)
+        by_place = [got.pop(name) for name in self.wanted[: self.positional]]
+        return self.function(*by_place, **got)
 
     def _columns(self, call: _Call) -> dict[str, Any]:
         given = call.case.columns

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 from conftest import NEEDS_SHARED, SHARED
-from rlora.envs.arithmetic import Arithmetic
+from rlora.envs.arithmetic import Arithmetic, GradedArithmetic
 from rlora.envs.gsm8k import GSM8K
 
 from rlora.records import Prompt, RloraError
@@ -40,6 +40,36 @@ def test_arithmetic_answers(operator: str, answer: int) -> None:
 def test_arithmetic_refuses_what_it_can_not_do(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(RloraError, match=message):
         Arithmetic(**arguments)  # type: ignore[arg-type]
+
+
+def test_graded_arithmetic_follows_the_rules_of_python() -> None:
+    prompts = GradedArithmetic(terms="2,4", size=300).train()
+    for prompt in prompts:
+        assert eval(str(prompt.text).removeprefix("What is ").rstrip("?")) == prompt.answer
+    assert {prompt.columns["level"] for prompt in prompts} == {1, 2, 3, 4, 5}
+    assert {prompt.columns["level"] for prompt in prompts if prompt.columns["digits"] == 2} == {2, 4}
+
+
+def test_graded_arithmetic_holds_other_problems_out() -> None:
+    env = GradedArithmetic(digits=1, terms=2, operators="+", size=50, held_out_size=31)  # all there are
+    train, held_out = ({prompt.text for prompt in part} for part in (env.train(), env.held_out()))
+    assert (len(train), len(held_out), len(train | held_out)) == (50, 31, 81)
+    assert GradedArithmetic(size=9).train() == GradedArithmetic(size=9).train()
+    assert GradedArithmetic(size=9).train() != GradedArithmetic(size=9, seed=1).train()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"digits": 0}, "digits = 0: use 1 to 9"),
+        ({"terms": "2,x"}, "terms = '2,x'"),
+        ({"operators": "+/"}, "operators = '[+]/'"),
+        ({"digits": 1, "terms": 2, "operators": "+", "size": 82}, "only 81 different problems were found"),
+    ],
+)
+def test_graded_arithmetic_refuses_what_it_can_not_do(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(RloraError, match=message):
+        GradedArithmetic(**{"held_out_size": 0} | arguments).train()  # type: ignore[arg-type]
 
 
 def write(path: Path, *rows: dict[str, object]) -> str:

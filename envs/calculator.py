@@ -1,0 +1,132 @@
+"""A calculator agent: the policy calls a tool in its text, reads the result, and answers.
+
+    policy  <<347*28=
+    env              9716>>
+    policy                  The answer is 9716.
+
+as GSM8K writes its calculations (Cobbe et al. 2021, arXiv:2110.14168). Few tokenizers join "=" with a digit before
+it, so what the policy samples ends where the env's answer begins.
+"""
+
+import ast
+import operator
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from typing import Any
+
+from rlora.records import Prompt
+
+from .arithmetic import expression
+from .generated import counts, distinct
+
+SYSTEM = (
+    "You can use a calculator: write <<expression= and it writes the result. Then give the answer as in the examples."
+)
+_SHOTS = (
+    ("What is 347 * 28?", "347*28", 9716),
+    ("Mia read 187 of the 521 pages of a book. How many pages are left?", "521-187", 334),
+    ("What is 41 * 16 + 9?", "41*16+9", 665),
+)
+_Story = tuple[str, Callable[[int, int, int], int]]
+_STORIES: tuple[_Story, ...] = (
+    ("A box holds {a} pens. How many pens are in {b} boxes?", lambda a, b, c: a * b),
+    ("A shop had {a} cups and got {b} more. How many cups does it have?", lambda a, b, c: a + b),
+    ("A train ticket costs {a} cents. How many cents do {b} tickets cost?", lambda a, b, c: a * b),
+    ("One farm has {a} sheep and another has {b}. How many sheep do they have together?", lambda a, b, c: a + b),
+)
+_LONG_STORIES: tuple[_Story, ...] = (
+    ("A box holds {a} pens. How many pens are in {b} boxes and {c} loose ones?", lambda a, b, c: a * b + c),
+    ("A shop had {a} cups, got {b} more and then {c}. How many cups does it have?", lambda a, b, c: a + b + c),
+    ("Ana has {a} bags and Ben {b}, each with {c} nuts. How many nuts do they have?", lambda a, b, c: (a + b) * c),
+)
+
+_CALL = re.compile(r"<<([\d+\-*/(). ]{1,100})=\s*$", re.ASCII)
+_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+
+
+class Calculator:
+    """`size` problems that a small model can't do in its head, made from `seed`, and `held_out_size` others.
+
+    `levels` are some of 1 (one operator), 2 (two operators), 3 (a story with one) and 4 (a story with two); the numbers
+    have two or three digits. `shots` of 3 examples stand before each problem. A message that does not end with a call,
+    or ends with one more than `max_calls`, is the last. Reward: `rlora.rewards.calculator:answered`. Rewards may ask
+    for `level` and `question`.
+    """
+
+    stop = ("=",)
+
+    def __init__(
+        self,
+        levels: int | str | Sequence[int] = "1,2,3",
+        shots: int = 2,
+        max_calls: int = 3,
+        size: int = 2000,
+        held_out_size: int = 200,
+        seed: int = 0,
+    ) -> None:
+        self._levels, self._shots = counts("levels", levels, 1, 4), counts("shots", shots, 0, len(_SHOTS))[0]
+        self._max_calls, self._seed = counts("max_calls", max_calls, 1, 100)[0], seed
+        self._size, self._held_out_size = size, held_out_size
+
+    def train(self) -> Sequence[Prompt]:
+        return self._prompts()[self._held_out_size :]
+
+    def held_out(self) -> Sequence[Prompt]:
+        return self._prompts()[: self._held_out_size]
+
+    def reply(self, prompt: Prompt, message: str, state: dict[str, Any]) -> str | None:
+        """The result of the call that the message ends with; "error" where it can't be computed."""
+        call = _CALL.search(message)
+        state["calls"] = state.get("calls", 0) + bool(call)
+        return f"{calculate(call[1])}>>" if call and state["calls"] <= self._max_calls else None
+
+    def _prompts(self) -> list[Prompt]:
+        return distinct(self._problems(), self._size, self._held_out_size)
+
+    def _problems(self) -> Iterator[Prompt]:
+        rng = random.Random(self._seed)
+        while True:
+            level = rng.choice(self._levels)
+            question, answer = _problem(rng, level)
+            turns = [{"role": "system", "content": SYSTEM}]
+            for asked, call, result in _SHOTS[: self._shots]:
+                said = f"<<{call}={result}>> The answer is {result}."
+                turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+            turns.append({"role": "user", "content": question})
+            yield Prompt(turns, answer=answer, columns={"level": level, "question": question})
+
+
+def _problem(rng: random.Random, level: int) -> tuple[str, int]:
+    digits = rng.choice((2, 3))
+    if level <= 2:
+        text, answer = expression(rng, digits, level + 1, "+-*")
+        return f"What is {text}?", answer
+    a, b, c = (rng.randrange(10 ** (digits - 1), 10**digits) for _ in range(3))
+    story, value = rng.choice(_STORIES if level == 3 else _LONG_STORIES)
+    return story.format(a=a, b=b, c=c), value(a, b, c)
+
+
+def calculate(text: str) -> str:
+    """What an expression of + - * / and parentheses comes to: an integer, a decimal of 6 digits, or "error".
+
+    `text` is short, so its numbers and their product are; it is parsed and walked, never evaluated.
+    """
+    try:
+        value = _value(ast.parse(text.strip(), mode="eval").body)
+        return str(value) if value.denominator == 1 else f"{float(value):.6g}"
+    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
+        return "error"
+
+
+def _value(node: ast.expr) -> Fraction:
+    """Raises ValueError for what is no such expression, ZeroDivisionError."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+        return Fraction(str(node.value))
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_value(node.operand)
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        result: Fraction = _OPERATORS[type(node.op)](_value(node.left), _value(node.right))
+        return result
+    raise ValueError("not an expression")

@@ -1,0 +1,107 @@
+"""MATH (Hendrycks et al. 2021, arXiv:2103.03874): competition problems; MATH-500 (arXiv:2305.20050) is held out."""
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+from rlora.records import Prompt, RloraError
+
+from .generated import listed
+from .table import Row, cell, fill, read_rows
+
+TEMPLATE = "{problem}\nReason step by step, and put the answer into \\boxed{{}}."
+SUBJECTS = (
+    "Algebra", "Counting & Probability", "Geometry", "Intermediate Algebra", "Number Theory", "Prealgebra",
+    "Precalculus",
+)  # fmt: skip
+_HUB = "EleutherAI/hendrycks_math"  # a subset for each subject, as counting_and_probability
+
+
+class CompetitionMath:
+    """`path` and `held_out_path` are hub ids, local files (json, jsonl, csv, parquet), or directories with math.json.
+
+    Rows have `problem`, and either `answer` or a `solution` in which the last box is the answer; rows that have neither
+    are left out, as 2 of the 7,474 to train on in deepscaler's copy. The answer is text, in LaTeX. `template` holds
+    {problem}; braces in it are doubled. `levels` ("4,5"; 5 is the hardest) and `subjects` choose among the problems, in
+    both parts. Rewards may ask for `level`, an integer or None, and `subject`, "" where the rows have none.
+    """
+
+    def __init__(
+        self,
+        path: str = _HUB,
+        held_out_path: str = "HuggingFaceH4/MATH-500",
+        template: str = TEMPLATE,
+        levels: str | int | Sequence[int] = "",
+        subjects: str | Sequence[str] = "",
+    ) -> None:
+        if "{problem}" not in template:
+            raise RloraError(f"env_args.template = {template!r}: it needs {{problem}} where the problem goes")
+        self._path, self._held_out_path = path, held_out_path
+        self._template = template
+        self._levels = {int(level) for level in _known("levels", levels, "12345")}
+        self._subjects = set(_known("subjects", subjects, SUBJECTS))
+
+    def train(self) -> Sequence[Prompt]:
+        return self._part("env_args.path", self._path, "train")
+
+    def held_out(self) -> Sequence[Prompt]:
+        return self._part("env_args.held_out_path", self._held_out_path, "test")
+
+    def _part(self, field: str, path: str, split: str) -> list[Prompt]:
+        prompts = []
+        for index, row in enumerate(_rows(field, path, split)):
+            answer, level, subject = _gold(row), _level(row), str(row.get("subject") or row.get("type") or "")
+            if answer is None or (self._levels and level not in self._levels):
+                continue
+            if self._subjects and subject not in self._subjects:
+                continue
+            where = f"{path}, {split}, row {index}"
+            columns = {"problem": cell(row, "problem", where), "level": level, "subject": subject}
+            prompts.append(Prompt(fill(self._template, row, where), answer=answer, columns=columns))
+        if not prompts:
+            raise RloraError(
+                f"{field} = {path!r}: no problem is left; its rows need answer or solution, and what env_args.levels "
+                "and env_args.subjects ask for"
+            )
+        return prompts
+
+
+def _known(name: str, given: object, known: Collection[str]) -> list[str]:
+    """The values of an argument. Raises RloraError where one of them is none of those that there are."""
+    for value in listed(given):
+        if value not in known:
+            raise RloraError(f"env_args.{name} = {given!r}: {value!r} is none of {', '.join(known)}")
+    return listed(given)
+
+
+def _rows(field: str, path: str, split: str) -> Iterator[Row]:
+    if path == _HUB:
+        for subject in SUBJECTS:
+            yield from read_rows(field, path, subject.lower().replace(" ", "_").replace("&", "and"), split)
+    else:
+        yield from read_rows(field, str(Path(path) / "math.json") if Path(path).is_dir() else path, None, split)
+
+
+def _level(row: Row) -> int | None:
+    """Of `level` (5 or "Level 5") or `difficulty` (5.0)."""
+    digits = re.search(r"\d", str(row.get("level") or row.get("difficulty") or ""))
+    return int(digits[0]) if digits else None
+
+
+def _gold(row: Row) -> str | None:
+    answer = row.get("answer")
+    return last_boxed(str(row.get("solution") or "")) if answer is None else str(answer)
+
+
+def last_boxed(text: str) -> str | None:
+    r"""What stands in the last \boxed{...} or \fbox{...} of a data set's own solution; None where there is none."""
+    start = max(text.rfind("\\boxed{"), text.rfind("\\fbox{"))
+    if start < 0:
+        return None
+    start = text.index("{", start) + 1
+    depth = 1
+    for end in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if not depth:
+            return text[start:end]
+    return None

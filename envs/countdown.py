@@ -1,0 +1,118 @@
+"""Countdown: make a target out of given numbers. And 24, where the numbers are four and the target is 24."""
+
+import random
+from collections.abc import Iterator, Sequence
+
+from rlora.records import Prompt, RloraError
+
+from .generated import counts, distinct
+from .table import read_rows
+
+TEMPLATE = (
+    "Using the numbers {numbers}, make an expression that equals {target}. You may use + - * / and parentheses, "
+    "and {rule}. Give the expression in <answer> </answer>, as in <answer> (1 + 2) / 3 </answer>."
+)
+_ALL = "you must use each number exactly once"
+_SOME = "you may use each number at most once"
+
+
+class Countdown:
+    """`size` problems made from `seed`, each with a solution, and `held_out_size` others.
+
+    `count` is how many numbers a problem has, "3,4" some of either: the more, the harder. They are from `low` to
+    `high`, the target from `target_low` to `target_high`. With `use_all` a solution has to use all of them. 24 is count
+    = 4, high = 13, target_low = target_high = 24. Reward: `rlora.rewards.countdown:countdown_answer`. Rewards may ask
+    for `numbers`, `use_all` and `level`, which is how many numbers there are.
+    """
+
+    def __init__(
+        self,
+        count: int | str | Sequence[int] = "3,4",
+        low: int = 1,
+        high: int = 50,
+        target_low: int = 10,
+        target_high: int = 99,
+        use_all: bool = True,
+        size: int = 2000,
+        held_out_size: int = 200,
+        seed: int = 0,
+        template: str = TEMPLATE,
+    ) -> None:
+        if not 1 <= low <= high:
+            raise RloraError(f"env_args.low = {low}: use 1 to env_args.high = {high}")
+        if not 1 <= target_low <= target_high:
+            raise RloraError(f"env_args.target_low = {target_low}: use 1 to env_args.target_high = {target_high}")
+        _refuse_incomplete(template)
+        self._counts, self._range = counts("count", count, 2, 8), (low, high)
+        self._targets = range(target_low, target_high + 1)
+        self._use_all, self._size, self._held_out_size = use_all, size, held_out_size
+        self._seed, self._template = seed, template
+
+    def train(self) -> Sequence[Prompt]:
+        return self._prompts()[self._held_out_size :]
+
+    def held_out(self) -> Sequence[Prompt]:
+        return self._prompts()[: self._held_out_size]
+
+    def _prompts(self) -> list[Prompt]:
+        return distinct(self._problems(), self._size, self._held_out_size)
+
+    def _problems(self) -> Iterator[Prompt]:
+        """Whatever target comes out where two numbers at a time are put together at random."""
+        rng = random.Random(self._seed)
+        while True:
+            numbers = sorted(rng.randint(*self._range) for _ in range(rng.choice(self._counts)))
+            left = rng.sample(numbers, len(numbers) if self._use_all else rng.randint(2, len(numbers)))
+            while len(left) > 1:
+                a, b = left.pop(), left.pop()
+                left.insert(rng.randrange(len(left) + 1), rng.choice(_results(a, b)))
+            if left[0] in self._targets:
+                yield to_prompt(numbers, left[0], self._use_all, self._template)
+
+
+class Game24:
+    """The 1,362 solvable hands of 24 in `path`, as 24.csv of Tree of Thoughts (Yao et al. 2023, arXiv:2305.10601).
+
+    Its rows have `Puzzles`, "1 1 4 6", and `Rank`, 1 the easiest. As in the paper the ranks 901 to 1000 are held out.
+    Reward: `rlora.rewards.countdown:countdown_answer`. Rewards may ask for `numbers`, `use_all` and `level`, the rank.
+    """
+
+    def __init__(self, path: str, template: str = TEMPLATE) -> None:
+        _refuse_incomplete(template)
+        self._path, self._template = path, template
+
+    def train(self) -> Sequence[Prompt]:
+        return [prompt for prompt in self._prompts() if not 900 < prompt.columns["level"] <= 1000]
+
+    def held_out(self) -> Sequence[Prompt]:
+        return [prompt for prompt in self._prompts() if 900 < prompt.columns["level"] <= 1000]
+
+    def _prompts(self) -> Iterator[Prompt]:
+        for index, row in enumerate(read_rows("env_args.path", self._path, None, "train")):
+            try:
+                numbers, rank = [int(number) for number in row["Puzzles"].split()], int(row["Rank"])
+            except (KeyError, AttributeError, TypeError, ValueError):
+                raise RloraError(
+                    f"{self._path}, row {index}: {dict(row)!r}; every row needs Puzzles, as 1 1 4 6, "
+                    "and Rank, an integer"
+                ) from None
+            yield to_prompt(numbers, 24, True, self._template, rank)
+
+
+def to_prompt(numbers: Sequence[int], target: int, use_all: bool, template: str, level: int | None = None) -> Prompt:
+    """One problem, as `rewards.countdown.countdown_answer` takes it."""
+    text = template.replace("{numbers}", ", ".join(map(str, numbers))).replace("{target}", str(target))
+    columns = {"numbers": list(numbers), "use_all": use_all, "level": level or len(numbers)}
+    return Prompt(text.replace("{rule}", _ALL if use_all else _SOME), answer=target, columns=columns)
+
+
+def _results(a: int, b: int) -> list[int]:
+    """What two numbers make: positive integers only."""
+    quotients = [max(a, b) // min(a, b)] if max(a, b) % min(a, b) == 0 else []
+    return [a + b, a * b, *quotients, *([abs(a - b)] if a != b else [])]
+
+
+def _refuse_incomplete(template: str) -> None:
+    for place in ("{numbers}", "{target}"):
+        if place not in template:
+            raise RloraError(f"env_args.template = {template!r}: it needs {place}")

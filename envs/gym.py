@@ -1,0 +1,90 @@
+"""Tasks of reasoning-gym (Stojanovski et al. 2025, arXiv:2505.24760) by name. Needs the extra `gym`.
+
+Its generators make the problems; `rewards/gym.py` grades them. Its own scorers are never called: several evaluate what
+a model wrote. So only tasks are taken that have one right answer, written in one way.
+"""
+
+import importlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rlora.records import Prompt, RloraError
+
+from .generated import listed
+
+INSTRUCTION = "Give the final answer in <answer> </answer>."
+TASKS = (
+    "ab", "acre", "aiw", "arc_1d", "arc_agi", "base_conversion", "basic_arithmetic", "bf", "binary_alternation",
+    "binary_matrix", "bitwise_arithmetic", "caesar_cipher", "calendar_arithmetic", "chain_sum", "circuit_logic",
+    "color_cube_rotation", "count_bits", "count_primes", "course_schedule", "decimal_chain_sum", "emoji_mystery",
+    "family_relationships", "figlet_font", "fraction_simplification", "game_of_life", "game_of_life_halting", "gcd",
+    "gsm_symbolic", "isomorphic_strings", "largest_island", "lcm", "leg_counting", "letter_counting",
+    "list_functions", "mahjong_puzzle", "manipulate_matrix", "maze", "modulo_grid", "needle_haystack",
+    "number_filtering", "number_format", "number_sequence", "number_sorting", "products", "ransom_note", "rearc",
+    "rectangle_count", "rotate_matrix", "rotten_oranges", "self_reference", "simple_equations", "simple_geometry",
+    "spell_backward", "spiral_matrix", "string_insertion", "string_manipulation", "string_splitting",
+    "string_synthesis", "syllogism", "time_intervals", "word_sequence_reversal", "word_sorting", "zebra_puzzles",
+)  # fmt: skip
+_SEVERAL_FORMS = (
+    "advanced_geometry", "codeio", "coin_flip", "complex_arithmetic", "decimal_arithmetic", "dice",
+    "intermediate_integration", "knights_knaves", "polynomial_equations", "polynomial_multiplication",
+    "pool_matrix", "power_function", "prime_factorization", "propositional_logic", "simple_integration",
+)  # fmt: skip
+_SEVERAL_ANSWERS = (
+    "boxnet", "countdown", "cryptarithm", "futoshiki", "graph_color", "group_anagrams", "jugs", "kakurasu",
+    "knight_swap", "letter_jumble", "mini_sudoku", "n_queens", "palindrome_generation", "palindrome_partitioning",
+    "path_star", "puzzle24", "quantum_lock", "rubiks_cube", "rush_hour", "sentence_reordering", "shortest_path",
+    "sokoban", "sudoku", "survo", "tower_of_hanoi", "tsumego", "word_ladder",
+)  # fmt: skip
+_REFUSED = {
+    **dict.fromkeys(_SEVERAL_FORMS, "its right answer can be written in several ways"),
+    **dict.fromkeys(_SEVERAL_ANSWERS, "it may have several right answers; rlora.envs.countdown has Countdown and 24"),
+    "composite": "it mixes others; name these",
+}
+
+
+class ReasoningGym:
+    """`size` problems of `tasks`, "gcd,lcm", in turn, and `held_out_size` others; other arguments are the tasks' own.
+
+    Reward: `rlora.rewards.gym:gym_answer`. Rewards may ask for `task` and `difficulty`, which the task gives.
+    """
+
+    def __init__(
+        self, tasks: str | Sequence[str], size: int = 2000, held_out_size: int = 200, seed: int = 0, **args: Any
+    ) -> None:
+        self._tasks = listed(tasks)
+        for task in self._tasks or [""]:
+            if task not in TASKS:
+                why = _REFUSED.get(task, f"there is no such task; use some of {', '.join(sorted(TASKS))}")
+                raise RloraError(f"env_args.tasks = {tasks!r}: {task!r} can't be graded: {why}")
+        if size < 1 or held_out_size < 0:
+            raise RloraError(f"env_args.size = {size}, held_out_size = {held_out_size}: use 1 or more, and 0 or more")
+        self._size, self._held_out_size, self._seed, self._args = size, held_out_size, seed, args
+
+    def train(self) -> Iterator[Prompt]:
+        """Without those that are held out."""
+        held_out = {prompt.text for prompt in self.held_out()}
+        made = self._made(self._held_out_size, self._held_out_size + self._size)
+        return (prompt for prompt in made if prompt.text not in held_out)
+
+    def held_out(self) -> Iterator[Prompt]:
+        return self._made(0, self._held_out_size)
+
+    def _made(self, start: int, end: int) -> Iterator[Prompt]:
+        """The problems of some numbers: each is made from the seed plus its number."""
+        try:
+            reasoning_gym = importlib.import_module("reasoning_gym")
+        except ImportError:
+            raise RloraError("env: reasoning-gym is not installed; pip install 'rlora[gym]'") from None
+        try:
+            sources = [
+                reasoning_gym.create_dataset(task, seed=self._seed, size=self._size + self._held_out_size, **self._args)
+                for task in self._tasks
+            ]
+        except Exception as error:  # of the task's own config
+            raise RloraError(f"env_args.tasks: {', '.join(self._tasks)} take no {self._args!r} ({error})") from error
+        for number in range(start, end):
+            task = self._tasks[number % len(sources)]
+            made = sources[number % len(sources)][number]
+            columns = {"task": task, "difficulty": str(made["metadata"].get("difficulty", ""))}
+            yield Prompt(f"{made['question'].strip()}\n{INSTRUCTION}", answer=str(made["answer"]), columns=columns)

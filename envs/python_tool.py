@@ -1,0 +1,79 @@
+"""A Python tool for any env: the policy writes code in its text, gets what it prints, and goes on.
+
+policy  <python>print(347 * 28)</python>
+env                                     <result>9716</result>
+policy                                                      The answer is 9716.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from rlora.plugin import load
+from rlora.records import Messages, Prompt, RloraError
+
+from .sandbox import run
+
+INSTRUCTION = "You can run Python: write <python> code that prints </python>, and you get its output. Then answer."
+_CALL = re.compile(r"<python>((?:(?!<python>).)*)</python>\s*$", re.DOTALL)
+
+
+class PythonTool:
+    """The env that `env` names, built with the other arguments, where the policy may run Python; see sandbox.py.
+
+    It is off unless `allow_python` is true. `instruction` is put after each problem. The code gets `seconds`,
+    `memory_mib` and the standard library, and the policy the first `characters` that it prints. A message that does not
+    end with code, or ends with one piece more than `max_calls`, is the last. The reward is the other env's own.
+    """
+
+    stop = ("</python>",)
+
+    def __init__(
+        self,
+        env: str,
+        allow_python: bool = False,
+        instruction: str = INSTRUCTION,
+        max_calls: int = 3,
+        seconds: float = 5.0,
+        memory_mib: int = 512,
+        characters: int = 1000,
+        **env_args: Any,
+    ) -> None:
+        if not allow_python:
+            raise RloraError(
+                "env_args.allow_python = false: the env runs what the model writes, in a sandbox; set it to true "
+                "to let it"
+            )
+        for name, value in (("max_calls", max_calls), ("seconds", seconds), ("characters", characters)):
+            if value <= 0:
+                raise RloraError(f"env_args.{name} = {value}: use more than 0")
+        if memory_mib < 64:
+            raise RloraError(f"env_args.memory_mib = {memory_mib}: Python itself needs 64")
+        self._env, self._env_args, self._instruction = env, env_args, instruction
+        self._max_calls = max_calls
+        self._limits = (seconds, memory_mib, characters)
+
+    def train(self) -> Iterable[Prompt]:
+        run("", seconds=60.0)  # raises where it can't be confined, before anything is sampled
+        return self._instructed(load("env_args.env", self._env)(**self._env_args).train())
+
+    def held_out(self) -> Iterable[Prompt]:
+        return self._instructed(load("env_args.env", self._env)(**self._env_args).held_out())
+
+    def reply(self, prompt: Prompt, message: str, state: dict[str, Any]) -> str | None:
+        """What the code that the message ends with has printed."""
+        call = _CALL.search(message)
+        state["calls"] = state.get("calls", 0) + bool(call)
+        if not call or state["calls"] > self._max_calls:
+            return None
+        return f"\n<result>\n{run(call[1].strip(), *self._limits).strip()}\n</result>\n"
+
+    def _instructed(self, prompts: Iterable[Prompt]) -> Iterable[Prompt]:
+        return [replace(prompt, text=self._with_instruction(prompt.text)) for prompt in prompts]
+
+    def _with_instruction(self, text: str | Messages) -> str | Messages:
+        if isinstance(text, str):
+            return f"{text}\n{self._instruction}"
+        *before, last = text
+        return [*before, {**last, "content": f"{last['content']}\n{self._instruction}"}]

@@ -1,0 +1,524 @@
+"""The math reward: whether a completion's answer equals the gold one. The rules are in docs/rewards.md.
+
+`answer.py` finds the answer, `exact.py` compares plain numbers, `notation.py` and `expression.py` read the rest,
+`values.py` computes; here is what structure means: lists, sets, tuples, intervals, relations, units, words.
+"""
+
+import re
+import signal
+import threading
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from fractions import Fraction
+from functools import lru_cache
+from types import FrameType
+from typing import Any
+
+from rlora.rewards.answer import MAX_LENGTH, Answer, find_answer, find_gold
+from rlora.rewards.exact import number, plain
+from rlora.rewards.expression import Node, read
+from rlora.rewards.notation import UnreadableError
+from rlora.rewards.units import conflict
+from rlora.rewards.values import constant, same, unknowns
+
+SECONDS = 2.0  # a pair; only on the main thread
+_MAX_ITEMS = 60  # of a list: they are compared each with each
+_EMPTY = {"nosolution", "nosolutions", "norealsolution", "norealsolutions", "none", "emptyset", "theemptyset"}
+_LESS = ("<", "<=", ">", ">=")
+_FLIP = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
+
+
+class _OverrunError(BaseException):
+    """Not an Exception, so that nothing on the way takes it for its own."""
+
+
+def math_answer(completion: str, answer: Any) -> str:
+    """The reward function: the status of a completion, given the gold answer of its prompt."""
+    return grade(answer, completion)
+
+
+def grade(gold: str | int | float, prediction: str) -> str:
+    """ "correct", "wrong", "unparsable" (no answer, or one over the bounds), or "timeout" after two seconds.
+
+    `gold` may be bare, in dollars, boxed or a whole solution; `prediction` an answer or a whole completion.
+    """
+    found = find_answer(prediction)
+    if found is None or len(found.text) > MAX_LENGTH:
+        return "unparsable"
+    wanted = _gold(str(gold))
+    one, other = number(wanted.text), number(plain(found.text).strip().strip("$* "))
+    if one is not None and other is not None and not wanted.boxes and not wanted.percent:
+        return "correct" if one == other else "wrong"
+    try:
+        with _deadline(SECONDS):
+            return _compare(wanted, found)
+    except _OverrunError:
+        return "timeout"
+    except RecursionError:
+        return "unparsable"
+
+
+@lru_cache(4096)
+def _gold(text: str) -> Answer:
+    found = find_gold(text.strip())
+    return found._replace(text=plain(found.text).strip().strip("$").strip())
+
+
+@contextmanager
+def _deadline(seconds: float) -> Iterator[None]:
+    """Raises _OverrunError after so long; on other threads than the main one, and without SIGALRM, never."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
+        yield
+        return
+
+    def overrun(_signal: int, _frame: FrameType | None) -> None:
+        raise _OverrunError
+
+    handler = signal.signal(signal.SIGALRM, overrun)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def _compare(wanted: Answer, found: Answer) -> str:
+    gold_text = ", ".join(wanted.boxes) if wanted.boxes else wanted.text + (r"\%" if wanted.percent else "")
+    text = found.text + (r"\%" if found.percent and ("%" in gold_text or "percent" in gold_text) else "")
+    if words(gold_text) == words(text) and _spelling(gold_text) == _spelling(text):
+        return "correct"
+    if _choice(gold_text) and _choice(gold_text) == _choice(text):
+        return "correct"
+    gold, prediction = _tree(gold_text), _tree(text)
+    if prediction is None:
+        return "wrong" if gold is None or _is_words(text) else "unparsable"
+    if gold is None:
+        return "wrong"
+    candidates = [prediction]
+    if gold.op in ("list", "set"):
+        candidates.append(_tree(text, thousands=False))
+        if found.boxes:
+            candidates.append(_tree(", ".join(found.boxes)))
+    if (decimal := _decimal_comma(text, gold, gold=False)) is not None:
+        candidates.append(decimal)
+    golds = [gold]
+    if (decimal := _decimal_comma(gold_text, prediction, gold=True)) is not None:
+        golds.append(decimal)
+    return "correct" if any(equal(g, p) for g in golds for p in candidates if p is not None) else "wrong"
+
+
+def _tree(text: str, thousands: bool = True) -> Node | None:
+    try:
+        return read(text, thousands)
+    except UnreadableError:
+        return None
+
+
+def _decimal_comma(text: str, other: Node, gold: bool) -> Node | None:
+    """1000,99 as a decimal, where the other side is one number."""
+    match = re.fullmatch(r"\s*\$?\s*(-?\d+),(\d+)\s*\$?\s*", text)
+    if match is None or other.op not in ("number", "neg", "unit") or (gold and len(match[2]) < 2 and match[1] != "0"):
+        return None
+    return _tree(f"{match[1]}.{match[2]}")
+
+
+# ---- words ----
+
+
+def words(text: str) -> str:
+    """Letters and digits alone, without case, accents and LaTeX's commands for text."""
+    text = re.sub(r"\\(?:text\w*|mbox|mathrm|mathbf|boxed|left|right|operatorname|displaystyle|quad|qquad)\b", "", text[:MAX_LENGTH])
+    text = unicodedata.normalize("NFKD", text)
+    return "".join(sign for sign in text if sign.isalnum()).casefold()
+
+
+def _spelling(text: str) -> str:
+    """All but spaces and what only typesets."""
+    text = re.sub(r"\\(?:text\w*|mbox|mathrm|mathbf|left|right|displaystyle)\b|\\[,;:! ]|[\s${}()*]|\\[()]", "", text[:MAX_LENGTH])
+    return unicodedata.normalize("NFKD", text).rstrip(".,\\") if len(words(text)) < 2 else _folded(text)
+
+
+def _folded(text: str) -> str:
+    symbols = re.sub(r"[^\W\d_]{4,}", lambda found: found[0].casefold(), text)
+    text = unicodedata.normalize("NFKD", symbols).rstrip(".,\\")
+    return text.casefold() if re.fullmatch(r"[^\W\d_]+", text) else text
+
+
+def _choice(text: str) -> str:
+    """The letter of a multiple choice: B, (B), B. with or without words behind."""
+    bare = re.sub(r"\\(?:text\w*|mathrm|mathbf|mbox)\s*|[{}$*]", "", text[:MAX_LENGTH]).strip().rstrip(".")
+    match = re.fullmatch(r"\(?\s*([A-J])\s*\)?|\(([A-J])\)\s.*|([A-J])[.):]\s.*", bare, re.DOTALL)
+    if match:
+        return next(letter for letter in match.groups() if letter)
+    match = re.fullmatch(r"\(([a-j])\)", bare)
+    if match or (re.search(r"\\(?:text|mathrm)", text) and re.fullmatch(r"[a-j]", bare)):
+        return bare.strip("()").upper()
+    return ""
+
+
+def _is_words(text: str) -> bool:
+    return bool(re.fullmatch(r"[^\d\\=^_{}<>]*[^\W\d_]{2,}[^\d\\=^_{}<>]*", text[:300]))
+
+
+# ---- structure ----
+
+
+def equal(gold: Node, prediction: Node) -> bool:
+    """Whether two trees say the same."""
+    gold, prediction = _bare(gold), _bare(prediction)
+    if gold == prediction:
+        return True
+    if "text" in (gold.op, prediction.op):
+        return _same_words(gold, prediction)
+    try:
+        if _is_region(gold) and _is_region(prediction) and "relation" in (gold.op, prediction.op):
+            if (found := _same_region(gold, prediction)) is not None:
+                return found
+        if gold.op == "relation" or prediction.op == "relation":
+            return _same_relation(gold, prediction)
+        if gold.op in ("list", "set", "tuple", "pm", "mp") or prediction.op in ("list", "set", "tuple", "pm", "mp"):
+            return _same_items(gold, prediction)
+        if gold.op in ("cup", "cap", "minus") or prediction.op in ("cup", "cap", "minus"):
+            return bool(_same_region(gold, prediction))
+        return _same_value(gold, prediction)
+    except UnreadableError:
+        return False
+
+
+def _bare(node: Node) -> Node:
+    """Without what adds nothing: a set or list of one; named values as values; signs as two values."""
+    while node.op in ("list", "set") and len(node.args) == 1:
+        node = node.args[0]
+    return node
+
+
+def _same_words(gold: Node, prediction: Node) -> bool:
+    one, other = (_EMPTY_WORD if words(n.data) in _EMPTY or n == Node("set") else words(n.data) for n in (gold, prediction))
+    if gold.op != "text" or prediction.op != "text":
+        symbol = gold if gold.op == "symbol" else prediction
+        return bool(one == other) and (symbol.op == "symbol" or one == _EMPTY_WORD)
+    return bool(one == other)
+
+
+_EMPTY_WORD = "no solution"
+
+
+def _same_value(gold: Node, prediction: Node) -> bool:
+    gold_unit, unit = _unit(gold), _unit(prediction)
+    if gold_unit and unit and conflict(gold_unit, unit):
+        return False
+    if prediction.op == "unit" and gold.op != "unit" and unknowns(gold) != unknowns(prediction):
+        return False
+    gold, prediction = _without_unit(gold), _without_unit(prediction)
+    bases = [_base(node) for node in (gold, prediction)]
+    if any(bases):
+        return _same_digits(gold, prediction, *bases)
+    if gold.op == "ratio" and prediction.op == "ratio":
+        return len(gold.args) == len(prediction.args) and all(
+            same(Node("div", (a, gold.args[0])), Node("div", (b, prediction.args[0])))
+            for a, b in zip(gold.args[1:], prediction.args[1:], strict=True)
+        )
+    return same(gold, prediction) or _same_rounded(gold, prediction)
+
+
+def _unit(node: Node) -> str:
+    return node.data if node.op == "unit" else "deg" if node.op == "degree" else ""
+
+
+def _without_unit(node: Node) -> Node:
+    while node.op in ("unit", "degree"):
+        node = node.args[0]
+    if node.op == "mul" and node.args[0].op == "text":  # a currency before its amount
+        node = node.args[1]
+    return node
+
+
+def _base(node: Node) -> int:
+    node = node.args[0] if node.op == "neg" else node
+    return int(node.args[1].number or 0) if node.op == "base" else 0
+
+
+def _same_digits(gold: Node, prediction: Node, base: int, other: int) -> bool:
+    """A number without a base is in the gold's; another base than the gold's (ten, if it has none) is wrong."""
+    if (other or base) != (base or 10):
+        return False
+    digits = [node.args[0] if node.op == "base" else node for node in (gold, prediction)]
+    return same(*digits)
+
+
+def _same_rounded(gold: Node, prediction: Node) -> bool:
+    """A float printed out: a gold of 8 digits or more, or a prediction of 15 or more, stands for what rounds to it."""
+    for decimal, exact, least in ((gold, prediction, 8), (prediction, gold, 15)):
+        negative = decimal.op == "neg"
+        inner = decimal.args[0] if negative else decimal
+        digits = inner.data.replace(".", "").lstrip("0")
+        if inner.op != "number" or "." not in inner.data or len(digits) < least or unknowns(exact):
+            continue
+        if exact.op == "number" and exact.data:  # two decimals are equal or they are not
+            continue
+        place = Fraction(1, 10 ** len(inner.data.partition(".")[2]))
+        value = constant(exact)
+        stated = -inner.number if negative and inner.number is not None else inner.number
+        if isinstance(value, Fraction) and stated is not None and abs(value - stated) < place:
+            return True
+    return False
+
+
+# ---- lists ----
+
+
+def _items(node: Node) -> list[Node]:
+    """The members of a list or set, with both values of every plus-minus."""
+    members = node.args if node.op in ("list", "set") else (node,)
+    found = [value for member in members for value in _both(member)]
+    if len(found) > _MAX_ITEMS:
+        raise UnreadableError("a list too long")
+    return found
+
+
+def _both(node: Node) -> list[Node]:
+    if not any(part.op in ("pm", "mp") for part in node.walk()):
+        return [node]
+    return [_signed(node, plus) for plus in (True, False)]
+
+
+def _signed(node: Node, plus: bool) -> Node:
+    args = tuple(_signed(arg, plus) for arg in node.args)
+    if node.op in ("pm", "mp"):
+        return Node("add" if plus == (node.op == "pm") else "sub", args)
+    return replace(node, args=args)
+
+
+def _same_items(gold: Node, prediction: Node) -> bool:
+    for one, other in ((gold, prediction), (prediction, gold)):
+        if one.op == "tuple" and other.op in ("set",):
+            return False
+        if one.op == "tuple" and other.op in ("list", "matrix", "tuple"):
+            return _same_tuple(one, other)
+    if "tuple" in (gold.op, prediction.op):
+        return False
+    ones, others = _items(gold), _items(prediction)
+    names, theirs = [_name(item) for item in ones], [_name(item) for item in others]
+    if len(set(names)) == len(names) > 1 and all(names) and not any(theirs):
+        return len(ones) == len(others) and all(map(equal, ones, others))  # x = 1, y = 2 against 1, 2
+    if names and names[0] and not any(names[1:]):  # a = 4, -8, -10
+        ones[0] = ones[0].args[-1]
+    if theirs and theirs[0] and not any(theirs[1:]):
+        others[0] = others[0].args[-1]
+    if not (_cover(ones, others) and _cover(others, ones)):
+        return False
+    repeated = any(equal(a, b) for n, a in enumerate(ones) for b in ones[:n])
+    return not repeated or len(ones) == len(others) or gold.op == "set"
+
+
+def _cover(ones: list[Node], others: list[Node]) -> bool:
+    return all(any(equal(one, other) for other in others) for one in ones)
+
+
+def _same_tuple(one: Node, other: Node) -> bool:
+    """Members in order. Brackets count for two members (intervals), and not beside a bare list or a vector."""
+    if other.op == "matrix":
+        rows = [row.args for row in other.args]
+        if all(arg.op == "tuple" for arg in one.args) and one.data == "[]":
+            theirs = [arg.args for arg in one.args]
+            return [len(r) for r in rows] == [len(r) for r in theirs] and all(
+                equal(a, b) for r, t in zip(rows, theirs, strict=True) for a, b in zip(r, t, strict=True)
+            )
+        flat = [item for row in rows for item in row] if len(rows) == 1 or len(rows[0]) == 1 else []
+        return len(flat) == len(one.args) and all(map(equal, flat, one.args))
+    if len(one.args) != len(other.args):
+        return False
+    if other.op == "tuple" and one.data != other.data and not (len(one.args) > 2 and {one.data, other.data} == {"()", "[]"}):
+        return False
+    if other.op == "list" and one.data not in ("()", "[]"):
+        return False
+    return all(map(equal, one.args, other.args))
+
+
+# ---- relations ----
+
+
+def _name(node: Node) -> str:
+    """The name on the left of `x = 5`, `f(x) = ...`, `x in S`; empty where there is none."""
+    if node.op != "relation" or not set(node.data.split()) <= {"=", "~", "in", "=="}:
+        return ""
+    return _label(node.args[0])
+
+
+def _label(node: Node) -> str:
+    if node.op == "symbol":
+        return node.data
+    if node.op == "text":
+        return words(node.data)
+    if any(part.op in ("number", "add", "sub", "pow", "relation", "set") for part in node.walk()) and node.op != "call":
+        return ""
+    if node.op == "tuple" and not all(_label(arg) for arg in node.args):
+        return ""
+    if node.op == "call" and node.data in ("abs",) and not unknowns(node):
+        return ""
+    labels = "".join(part.data for part in node.walk() if part.op in ("symbol", "call", "text"))
+    return f"{node.op} {labels}" if unknowns(node) or "text" in node.op else ""
+
+
+def _stated(node: Node) -> Node | None:
+    """What `x = ... = 5` or `2 + 3 = 5` gives; None for other relations. An approximation gives way to what it is of."""
+    signs = node.data.split()
+    if not set(signs) <= {"=", "~", "in", "=="}:
+        return None
+    sides = list(node.args)
+    named = bool(_label(sides[0]))
+    while signs and signs[-1] == "~" and (len(sides) > 2 or not named):
+        signs.pop(), sides.pop()
+    if len(sides) > 2 or named or not any(unknowns(side) for side in sides):
+        return sides[-1]
+    return None
+
+
+def _same_relation(gold: Node, prediction: Node) -> bool:
+    value = _stated(gold) if gold.op == "relation" else gold
+    if prediction.op == "relation":
+        theirs = _stated(prediction)
+        if value is not None and theirs is not None:
+            if gold.op == "relation" and _differ(_name(gold), _name(prediction)):
+                return _proportional(gold, prediction)
+            if equal(value, theirs):
+                return True
+        if gold.op != "relation":
+            return False
+        return _proportional(gold, prediction) and (value is None or bool(unknowns(value)))
+    return value is not None and gold.op == "relation" and equal(value, prediction)
+
+
+def _differ(one: str, other: str) -> bool:
+    """Whether two plain names differ; y and f(x) do not."""
+    return len(one) == len(other) == 1 and one.casefold() != other.casefold()
+
+
+def _proportional(gold: Node, prediction: Node) -> bool:
+    """Whether the differences of the sides are multiples of each other, and the signs agree with the factor's."""
+    ours, theirs = gold.data.split(), prediction.data.split()
+    if len(ours) != len(theirs):
+        return False
+    if len(ours) > 1:
+        flipped = [_FLIP.get(sign, sign) for sign in reversed(theirs)]
+        return (ours == theirs and all(map(equal, gold.args, prediction.args))) or (
+            ours == flipped and all(map(equal, gold.args, reversed(prediction.args)))
+        )
+    one, other = (Node("sub", node.args[:2]) for node in (gold, prediction))
+    names = unknowns(one)
+    if not names or names != unknowns(other) or ours[0] in ("in", "->", "~"):
+        return ours == theirs and all(map(equal, gold.args, prediction.args))
+    ratio = Node("div", (one, other))
+    factor = _factor(ratio)
+    if factor is None:
+        return False
+    if ours[0] in _LESS:
+        return theirs[0] == (ours[0] if factor > 0 else _FLIP[ours[0]])
+    return ours == theirs
+
+
+def _factor(ratio: Node) -> Any:
+    """The value of an expression that does not depend on its unknowns, else None."""
+    try:
+        value = constant(ratio)
+        if isinstance(value, Fraction) and same(ratio, Node("number", number=value)):
+            return value
+        shifted = _renamed(ratio)
+        return value if same(ratio, shifted) else None
+    except (UnreadableError, TypeError):
+        return None
+
+
+def _renamed(node: Node) -> Node:
+    if node.op == "symbol" and unknowns(node):
+        return replace(node, data=f"{node.data}'")
+    return replace(node, args=tuple(map(_renamed, node.args)))
+
+
+# ---- sets of numbers ----
+
+
+def _is_region(node: Node) -> bool:
+    if node.op == "relation":
+        signs = node.data.split()
+        return all(sign in _LESS for sign in signs) or (signs in (["in"], ["="]) and _is_region(node.args[1]))
+    if node.op == "list":
+        return all(arg.op == "relation" and _is_region(arg) for arg in node.args)
+    return node.op in ("cup", "cap", "minus", "builder") or (node.op == "tuple" and len(node.args) == 2)
+
+
+def _same_region(gold: Node, prediction: Node) -> bool | None:
+    """Compares two sets of numbers on their ends, beside and between them; None where one is not such a set."""
+    if {gold.op, prediction.op} == {"relation"} and {*gold.data.split(), *prediction.data.split()} <= set(_LESS):
+        if (unknowns(gold) != unknowns(prediction)) or _proportional(gold, prediction):
+            return None
+    try:
+        ends = sorted({end for node in (gold, prediction) for end in _ends(node)})
+        points = [*ends, *((a + b) / 2 for a, b in zip(ends, ends[1:], strict=False))]
+        points += [ends[0] - 1, ends[-1] + 1, ends[0] - 1000, ends[-1] + 1000] if ends else [Fraction(0)]
+        points += [end + step for end in ends for step in (Fraction(1, 10**6), -Fraction(1, 10**6))]
+        return all(_holds(gold, point) == _holds(prediction, point) for point in points)
+    except (UnreadableError, TypeError):
+        return None
+
+
+def _end(node: Node) -> Any:
+    value = constant(node)
+    return value if isinstance(value, Fraction) else value if value in (float("inf"), -float("inf")) else Fraction(str(float(value)))
+
+
+def _ends(node: Node) -> list[Any]:
+    if node.op == "relation" and node.data in ("in", "="):
+        return _ends(node.args[1])
+    if node.op == "builder":
+        return _ends(node.args[1])
+    if node.op in ("cup", "cap", "minus", "list", "set", "tuple", "relation") and len(node.args) <= _MAX_ITEMS:
+        return [end for arg in node.args for end in _ends(arg)]
+    if unknowns(node):
+        if node.op == "call" and node.data == "abs":
+            return []
+        return []
+    return [value] if abs(value := _end(node)) < 10**30 else []
+
+
+def _holds(node: Node, point: Any) -> bool:
+    """Whether a number lies in a set."""
+    if node.op in ("cup", "list"):
+        if node.op == "list" and node.data == "and":
+            return all(_holds(arg, point) for arg in node.args)
+        return any(_holds(arg, point) for arg in node.args)
+    if node.op == "cap":
+        return all(_holds(arg, point) for arg in node.args)
+    if node.op == "minus":
+        return _holds(node.args[0], point) and not _holds(node.args[1], point)
+    if node.op == "builder" or (node.op == "relation" and node.data in ("in", "=")):
+        return _holds(node.args[1], point)
+    if node.op == "symbol" and node.data == "mathbb R":
+        return True
+    if node.op == "set":
+        return any(_end(arg) == point for arg in node.args)
+    if node.op == "tuple" and len(node.args) == 2:
+        low, high = map(_end, node.args)
+        return bool((low < point or (node.data[0] == "[" and low == point)) and (point < high or (node.data[1] == "]" and point == high)))
+    if node.op == "relation":
+        values = [_at(side, point) for side in node.args]
+        return all(_ordered(a, sign, b) for a, sign, b in zip(values, node.data.split(), values[1:], strict=False))
+    raise UnreadableError("no set of numbers")
+
+
+def _at(side: Node, point: Any) -> Any:
+    """A side of a relation: its value, the point where it is the name, its size where it is the name's."""
+    if not unknowns(side):
+        return _end(side)
+    if side.op == "call" and side.data == "abs" and side.args[0].op == "symbol":
+        return abs(point)
+    if _label(side):
+        return point
+    raise UnreadableError("a relation that is not solved")
+
+
+def _ordered(left: Any, sign: str, right: Any) -> bool:
+    return bool({"<": left < right, "<=": left <= right, ">": left > right, ">=": left >= right}[sign])

@@ -1,0 +1,166 @@
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+from conftest import NEEDS_SHARED, SHARED
+from rlora.envs.competition_math import CompetitionMath, last_boxed
+from rlora.envs.table import Table
+
+from rlora.records import RloraError
+
+ROWS = [{"q": f"What is {n}+{n}?", "a": f"so #### {2 * n}", "level": n} for n in range(10)]
+
+
+def saved(path: Path, rows: list[dict[str, object]] = ROWS) -> str:
+    """The rows in a file, in the format that its name ends with."""
+    data = datasets.Dataset.from_list(rows)
+    if path.suffix == ".parquet":
+        data.to_parquet(path)
+    elif path.suffix == ".csv":
+        data.to_csv(path)
+    else:
+        path.write_text(json.dumps(rows) if path.suffix == ".json" else "".join(json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv", "a.parquet"])
+def test_a_file_of_each_format_gives_the_same_prompts(name: str, tmp_path: Path) -> None:
+    prompts = Table(saved(tmp_path / name), template="{q} {{x}} \\boxed{}", answer="a", answer_after="####").train()
+    assert [prompt.text for prompt in prompts[:2]] == ["What is 0+0? {x} \\boxed{}", "What is 1+1? {x} \\boxed{}"]
+    assert [prompt.answer for prompt in prompts] == [str(2 * n) for n in range(10)]
+    assert prompts[3].columns == ROWS[3]
+
+
+def test_a_share_is_held_out_by_seed(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.jsonl")
+    env, other = (Table(path, prompt="q", answer="a", held_out_share=0.3, seed=seed) for seed in (0, 1))
+    train, held_out = ([prompt.text for prompt in part] for part in (env.train(), env.held_out()))
+    assert (len(train), len(held_out)) == (7, 3)
+    assert sorted(train + held_out) == sorted(str(row["q"]) for row in ROWS)
+    assert [prompt.text for prompt in other.held_out()] != held_out
+    assert list(Table(path, prompt="q", answer="a").held_out()) == []
+
+
+def test_splits_are_the_files_of_a_directory(tmp_path: Path) -> None:
+    saved(tmp_path / "train.jsonl")
+    saved(tmp_path / "test.csv", ROWS[:2])
+    env = Table(str(tmp_path), held_out_split="test", prompt="q", answer="", columns="level")
+    assert (len(env.train()), len(env.held_out())) == (10, 2)
+    assert [(prompt.answer, prompt.columns) for prompt in env.held_out()] == [
+        (None, {"level": 0}),
+        (None, {"level": 1}),
+    ]
+    other = Table(str(tmp_path / "train.jsonl"), held_out_path=str(tmp_path / "test.csv"), prompt="q", answer="a")
+    assert (len(other.train()), len(other.held_out())) == (10, 2)
+
+
+def test_the_parquet_files_of_verl_load(tmp_path: Path) -> None:
+    row = {
+        "data_source": "openai/gsm8k",
+        "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}],
+        "reward_model": {"style": "rule", "ground_truth": "4"},
+        "extra_info": {"index": 0},
+    }
+    (prompt,) = Table(saved(tmp_path / "train.parquet", [row]), answer="reward_model.ground_truth").train()
+    assert prompt.text == row["prompt"]
+    assert prompt.answer == "4"
+    assert (prompt.columns["data_source"], prompt.columns["extra_info"]) == ("openai/gsm8k", {"index": 0})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": "q", "answer": "b"}, r"a\.jsonl, train, row 0: column 'b' is missing \(the row has q, a, level\)"),
+        ({"prompt": "q.x", "answer": "a"}, r"row 0: column 'q\.x' is missing"),
+        ({"prompt": "level", "answer": "a"}, "row 0: column 'level' is 0; it must be a string or a list of chat"),
+        ({"template": "{q} {x}", "answer": "a"}, "row 0: column 'x' is missing"),
+        ({"prompt": "q", "answer": "a", "answer_after": "=>"}, "row 0: a = 'so #### 0' has no '=>'"),
+        ({"prompt": "q", "answer": "a", "columns": "level,x"}, "row 0: column 'x' is missing"),
+    ],
+)
+def test_table_names_the_column_and_the_row(arguments: dict[str, str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(RloraError, match=message):
+        Table(saved(tmp_path / "a.jsonl"), **arguments).train()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"template": "What?"}, "template = 'What[?]': it has no {column}"),
+        ({"template": "{q} {answer}"}, "it shows the answer"),
+        ({"held_out_share": 1.0}, "held_out_share = 1.0"),
+        ({"held_out_share": 0.5, "held_out_split": "test"}, "says already what is held out"),
+        ({"held_out_split": "train"}, "it is what is trained on"),
+    ],
+)
+def test_table_refuses_arguments_before_it_reads(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(RloraError, match=message):
+        Table("nowhere", **arguments)  # type: ignore[arg-type]
+
+
+def test_table_says_what_it_can_not_read(tmp_path: Path) -> None:
+    for path in (str(tmp_path / "nowhere"), str(tmp_path)):
+        with pytest.raises(RloraError, match=r"env_args\.path = .*: train can't be read"):
+            Table(path).train()
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(RloraError, match=r"it ends with '\.txt'"):
+        Table(str(tmp_path / "a.txt")).train()
+
+
+def math(tmp_path: Path, **arguments: object) -> CompetitionMath:
+    train = [
+        {"problem": "1+1?", "answer": "2", "level": "Level 1", "type": "Algebra"},
+        {"problem": "1+2?", "solution": "It is \\boxed{\\frac{6}{2}}.", "level": "Level 5", "type": "Geometry"},
+        {"problem": "Lost?", "answer": None, "level": "Level 5", "type": "Geometry"},
+    ]
+    test = [{"problem": "2+2?", "answer": "4", "level": 5, "subject": "Algebra"}]
+    paths = saved(tmp_path / "a.jsonl", train), saved(tmp_path / "b.jsonl", test)
+    return CompetitionMath(*paths, **arguments)  # type: ignore[arg-type]
+
+
+def test_math_reads_either_kind_of_rows_and_leaves_out_those_without_an_answer(tmp_path: Path) -> None:
+    env = math(tmp_path)
+    assert [prompt.answer for prompt in env.train()] == ["2", "\\frac{6}{2}"]
+    assert [(prompt.columns["level"], prompt.columns["subject"]) for prompt in env.train()] == [
+        (1, "Algebra"), (5, "Geometry"),
+    ]  # fmt: skip
+    (held_out,) = env.held_out()
+    assert held_out.text == "2+2?\nReason step by step, and put the answer into \\boxed{}."
+
+
+def test_math_chooses_by_level_and_subject(tmp_path: Path) -> None:
+    assert [prompt.answer for prompt in math(tmp_path, levels="4,5").train()] == ["\\frac{6}{2}"]
+    assert [prompt.answer for prompt in math(tmp_path, levels=1).train()] == ["2"]
+    assert [prompt.answer for prompt in math(tmp_path, subjects="Algebra").train()] == ["2"]
+    with pytest.raises(RloraError, match="no problem is left"):
+        math(tmp_path, levels=3).train()
+    with pytest.raises(RloraError, match="levels = '6': '6' is none of 1, 2"):
+        math(tmp_path, levels="6")
+    with pytest.raises(RloraError, match="subjects = 'Algbra'"):
+        math(tmp_path, subjects="Algbra")
+    with pytest.raises(RloraError, match="template = 'Go'"):
+        math(tmp_path, template="Go")
+
+
+@pytest.mark.parametrize(
+    ("text", "boxed"),
+    [
+        ("\\boxed{1} and \\boxed{\\sqrt{2}}.", "\\sqrt{2}"),
+        ("\\fbox{3}", "3"),
+        ("\\boxed{1", None),
+        ("none", None),
+    ],
+)
+def test_last_boxed(text: str, boxed: str | None) -> None:
+    assert last_boxed(text) == boxed
+
+
+@NEEDS_SHARED
+def test_math_real_data() -> None:
+    env = CompetitionMath(str(SHARED / "data" / "math_train"), str(SHARED / "data" / "math500"))
+    train, held_out = env.train(), env.held_out()
+    assert (len(train), len(held_out)) == (7472, 500)
+    assert (train[0].answer, train[0].columns["level"], train[0].columns["subject"]) == ("0", 5, "Algebra")
+    assert held_out[0].answer == "\\left( 3, \\frac{\\pi}{2} \\right)"
+    assert not {prompt.text for prompt in train} & {prompt.text for prompt in held_out}
