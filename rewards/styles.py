@@ -3,8 +3,8 @@
     style       told by a parameter called                 called with, always by name, and only what it takes
     completion  completion, completion_ids, messages,      these, of one episode, and what belongs to its prompt
                 state
-    group       completions, answers, states               these and completion_ids, messages as lists over the episodes,
-                                                           and what belongs to the prompt
+    group       completions, answers, states               these and completion_ids, messages as lists over the
+                                                           episodes, and what belongs to the prompt
     trl         prompts, log_extra, log_metric,            these and completion_ids as lists, and each column as a list
                 trainer_state; or completions and **kwargs
     verl        solution_str                               data_source, solution_str, ground_truth, extra_info
@@ -14,8 +14,8 @@
 What belongs to a prompt is `answer`, `prompt` (text or messages, as the env gave it), `prompt_text` (as the policy read
 it), `step` and `steps` of the run, and each of the prompt's columns by its name: one value, for a group too.
 
-TRL's trainer passes everything to every function, so its functions end in `**kwargs`. That tells `f(completions, answers,
-**kwargs)` (TRL's) from `f(completions, answers)` (ours). Where prompts are chat messages, they get messages; where they
+TRL's trainer passes everything to every function, so its functions end in `**kwargs`. That tells `f(completions,
+answers, **kwargs)` (TRL's) from `f(completions, answers)` (ours). Where prompts are chat messages, they get messages; where they
 are plain strings, strings, unless the function reads the "content" of messages: rlora sends a plain string as a user's
 message, so both kinds are written for it. A parameter that is called like an answer, but is no column, gets the answer.
 Where TRL, verl and OpenRLHF get an answer that is a number, they get its text, as their data sets hold it.

@@ -6,6 +6,7 @@ SIGALRM works, and it is spawned, not forked: it has nothing of its parent's tor
 
 import asyncio
 import ctypes
+import inspect
 import itertools
 import json
 import os
@@ -23,7 +24,7 @@ from typing import Any
 
 from rlora.rewards.styles import Plug, Style, plug
 
-from rlora.plugin import load
+from rlora.plugin import load, where
 from rlora.records import Case, Prompt, RloraError, Score
 
 CLOCK = struct.Struct("qqd")  # number of the job, of its call, and when that began (time.monotonic)
@@ -172,9 +173,10 @@ class _Worker:
                 said = [dict(message) for message in said]
             json.dumps([said, state])
         except Exception as error:
-            return Answered(
-                None, turn.state, f"env = {self.setup.env!r}: its reply raised {type(error).__name__}: {error}"
-            )
+            place = where(error, inspect.getfile(type(self.env)))
+            at = f"{place[0]}:{place[1]}: " if place else ""
+            detail = f"{at}env = {self.setup.env!r}: its reply raised {type(error).__name__}: {error}; mend it there"
+            return Answered(None, turn.state, detail)
         finally:
             self.clock.stop()
         return Answered(said, state)

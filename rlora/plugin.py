@@ -1,8 +1,10 @@
-"""Loads what a user plugs in: `module:name` or `path/to/file.py:name`. Stdlib only."""
+"""Loads what a user plugs in, `module:name` or `path/to/file.py:name`, and finds its lines in a traceback."""
 
 import importlib
 import importlib.util
+import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +40,10 @@ def load(field: str, spec: str) -> Any:
     if not hasattr(module, name):
         raise RloraError(f"{field} = {spec!r}: {where} has no {name!r}; it is spelt otherwise or is missing")
     return getattr(module, name)
+
+
+def where(error: BaseException, *files: str) -> tuple[str, int] | None:
+    """The innermost line of these files that an exception came through."""
+    wanted = {os.path.abspath(file) for file in files if file}
+    lines = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    return next((each for each in reversed(lines) if os.path.abspath(each[0]) in wanted), None)

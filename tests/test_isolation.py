@@ -142,7 +142,7 @@ def test_an_env_answers_where_rewards_run_and_keeps_what_it_knows(pool: MakePool
     assert answer("chat", {}) == Answered([{"role": "user", "content": "and you?"}], {"seen": 1})
     assert answer("bye", {}) == Answered(None, {"seen": 1})
     for bad, detail in (
-        ("raise", r"shady_rewards\.py:Guarded': its reply raised ValueError: no such tool"),
+        ("raise", r"shady_rewards\.py:\d+: env = .*Guarded': its reply raised ValueError: no such tool"),
         ("not plain", r"its reply raised TypeError: .*not JSON serializable"),
         ("hang", r"more than scoring\.deadline = 1 s"),
     ):

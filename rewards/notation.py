@@ -1,0 +1,194 @@
+"""LaTeX and plain mathematics, cut into tokens. Bounded before anything else reads it. Stdlib only."""
+
+import re
+from typing import NamedTuple
+
+from rlora.rewards.exact import MAX_DIGITS, MAX_EXPONENT, plain
+from rlora.rewards.units import is_unit
+
+MAX_LENGTH = 2000  # characters of an answer
+MAX_DEPTH = 40  # of brackets within brackets
+
+
+class UnreadableError(ValueError):
+    """A text over the bounds, or one that is no mathematics."""
+
+
+class Token(NamedTuple):
+    """`kind` is number, letter, name (a function, a constant), text (words), command, or the sign itself."""
+
+    kind: str
+    text: str
+    spaced: bool  # whether a space stands before it
+
+
+FUNCTIONS = frozenset(
+    "sin cos tan cot sec csc sinh cosh tanh coth arcsin arccos arctan arccot arcsec arccsc arsinh arcosh artanh "
+    "asin acos atan asinh acosh atanh log ln lg exp sqrt cbrt abs floor ceil gcd lcm max min det Re Im arg sgn "
+    "sum prod int lim".split()
+)
+GREEK = frozenset(
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi pi rho sigma tau "
+    "upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega ell hbar".split()
+)
+_NAMES = {"infinity": "infty", "inf": "infty", "oo": "infty", "pi": "pi", "Eq": "Eq", "and": "and", "or": "or"}
+_NAMES |= {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "union": "cup", "nan": "nan", "NaN": "nan"}
+_WORDS = FUNCTIONS | (GREEK - {"eta", "nu", "xi", "mu", "ell"}) | set(_NAMES)
+
+_UNICODE = {
+    "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": "/", "⁄": "/", "∕": "/", "π": r"\pi ",
+    "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ",
+    "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "°": r"^\circ ", "±": r"\pm ", "∓": r"\mp ",
+    "√": r"\sqrt ", "∛": r"\sqrt[3]", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}",
+    "ℂ": r"\mathbb{C}", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ", "θ": r"\theta ",
+    "λ": r"\lambda ", "μ": r"\mu ", "σ": r"\sigma ", "φ": r"\phi ", "ϕ": r"\phi ", "ω": r"\omega ", "ρ": r"\rho ",
+    "τ": r"\tau ", "ε": r"\epsilon ", "ψ": r"\psi ", "Δ": r"\Delta ", "Ω": r"\Omega ", "∧": " and ", "∨": " or ",
+    "⟨": r"\langle ", "⟩": r"\rangle ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ",
+    "、": ",", "∶": ":", "‰": " per mille", "“": "", "”": "", "„": "", "→": r"\to ", "⇒": r"\Rightarrow ",
+}  # fmt: skip
+_SIGNS = str.maketrans(_UNICODE)
+
+_DOUBLED = re.compile(r"\\\\(?=[a-zA-Z(){}\[\]$%,;!])")
+_ROWS = re.compile(r"\\begin\s*\{(?:[pbvBV]?(?:small)?matrix|array|cases|aligned?|gathered)\*?\}")
+_SPACING = re.compile(
+    r"\\(?:left|right|[bB]igg?[lrm]?|middle)(?![a-zA-Z])\s?\.?(?![\d])|\\(?:displaystyle|textstyle|limits|nolimits|"
+    r"boldsymbol|bm|rm|bf|it|tt|small|large|Large|mathstrut|strut|ensuremath|fbox|boxed)(?![a-zA-Z])|\$|(?<!\\)\\[()\[\]]"
+    r"|\\label\{[^{}]*\}|\\phantom\{[^{}]*\}|\\hspace\*?\{[^{}]*\}"
+)
+_SPACE = re.compile(r"(?<!\\)\\[,;:!>\s]|\\q?quad|\\(?:enspace|thinspace|medspace|ldots|dots|cdots)(?![a-zA-Z])|~|\\\Z")
+_FONT = re.compile(r"\\(?:mathrm|operatorname\*?|mathbf|mathit|mathsf|mathcal|mathfrak)\s*\{([^{}]*)\}")
+_GROUPS = re.compile(r"(?<![\d.])(\d{1,3})((?:(?:,\s?\\!\s?|\{,\}\s?|\\[,;:! ]|~|\s)\d{3})+)(?![\d{])")
+_COMMAS = re.compile(r"(?<![\d.,])([1-9]\d{0,2}(?:,\d{3})+)(?![\d,]*\d)")
+_JOINED = re.compile(r"(?<=[\d)}\]])\s*(and|or)(?=[A-Z\\($-])")
+_TIMES = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*(?:\^|\*\*))")
+_WRAPPERS = ("np.array", "numpy.array", "sympy.Matrix", "sp.Matrix", "Matrix", "array")
+
+_TOKEN = re.compile(
+    r"""\s*(?:
+    \\(?:text|textbf|textit|textrm|textnormal|textsf|texttt|mbox|hbox|emph|textup)\s*\{(?P<words>[^{}]*)\}
+  | (?P<number>(?:\d+(?:\.(?!\.)\d*)?|\.\d+)(?:[eE][-+]?\d+)?)
+  | \\(?P<fence>begin|end)\s*\{(?P<environment>[a-zA-Z]+)\*?\}(?:\s*\{[clr|\s]*\}|\[[a-z]\])?
+  | \\(?P<command>[a-zA-Z]+)
+  | \\(?P<escaped>[\\{}|%#&_])
+  | (?P<letters>[^\W\d_]+)
+  | (?P<sign><=|>=|=<|=>|!=|<>|\*\*|==|->|\S)
+    )""",
+    re.VERBOSE,
+)
+_RELATED = {
+    "leq": "<=", "le": "<=", "leqslant": "<=", "geq": ">=", "ge": ">=", "geqslant": ">=", "lt": "<", "gt": ">",
+    "neq": "!=", "ne": "!=", "approx": "~", "simeq": "~", "sim": "~", "equiv": "==", "in": "in", "cong": "==",
+    "times": "*", "cdot": "*", "ast": "*", "div": "/", "pm": "pm", "mp": "mp", "cup": "cup", "cap": "cap",
+    "setminus": "minus", "backslash": "minus", "land": "and", "wedge": "and", "lor": "or", "vee": "or", "mid": "|",
+    "vert": "|", "lvert": "|", "rvert": "|", "langle": "<(", "rangle": ")>", "lfloor": "lfloor", "rfloor": "rfloor",
+    "lceil": "lceil", "rceil": "rceil", "lbrace": "{{", "rbrace": "}}", "colon": ":", "lbrack": "[", "rbrack": "]",
+    "lparen": "(", "rparen": ")", "bullet": "*", "to": "->", "rightarrow": "->", "Rightarrow": "->", "implies": "->",
+    "iff": "->", "Leftrightarrow": "->", "degree": "degree",
+}  # fmt: skip
+_SIGN_KINDS = {"**": "^", "=<": "<=", "=>": ">=", "<>": "!=", "≡": "==", "≅": "==", "∖": "minus", "≃": "~", "∼": "~"}
+
+
+def clean(text: str, thousands: bool = True) -> str:
+    """One spelling of what has several; commas that group digits by three go where `thousands`. Checks the bounds."""
+    if len(text) > MAX_LENGTH:
+        raise UnreadableError("too long")
+    text = plain(text).translate(_SIGNS).strip()
+    if not _ROWS.search(text) or r"\\begin" in text:
+        text = _DOUBLED.sub(lambda _: "\\", text)
+    for wrapper in _WRAPPERS:
+        if text.startswith(wrapper + "("):
+            text = text.removeprefix(wrapper)
+    text = text.replace(r"\$", " USD ").replace("€", " EUR ").replace("£", " GBP ").replace("¥", " yuan ")
+    if text.startswith("$") and text.count("$") == 1:
+        text = "USD " + text[1:]
+    text = _SPACING.sub(" ", text)
+    text = _GROUPS.sub(lambda found: found[1] + re.sub(r"\D", "", found[2]), text)
+    if thousands:
+        text = _COMMAS.sub(lambda found: found[1].replace(",", ""), text)
+    text = _SPACE.sub(" ", text)
+    text = _FONT.sub(_upright, text)
+    text = _JOINED.sub(r" \1 ", text)
+    text = _TIMES.sub(r" * ", text)
+    return text.strip().rstrip("\\.,;:!?。*_ \n").strip("*`\"' \n")
+
+
+def _upright(found: re.Match[str]) -> str:
+    """What a font command holds: a letter or a function as such, words as text."""
+    inner = found[1].strip()
+    if len(inner) == 1 or inner in _WORDS or inner.startswith("\\"):
+        return f" {inner} "
+    return rf"\text{{{inner}}}"
+
+
+def tokens(text: str) -> list[Token]:
+    """The tokens of a cleaned text, with an end. Raises UnreadableError for numbers and nesting over the bounds."""
+    found: list[Token] = []
+    depth, at = 0, 0
+    while match := _TOKEN.match(text, at):
+        spaced = match.start() < match.end() and text[match.start()].isspace()
+        at = match.end()
+        for token in _kinds(match, spaced, found):
+            depth += (token.kind in "([{" or token.kind == "{{") - (token.kind in ")]}" or token.kind == "}}")
+            if depth > MAX_DEPTH:
+                raise UnreadableError("too deep")
+            found.append(token)
+    return [*found, Token("end", "", True)]
+
+
+def _kinds(match: re.Match[str], spaced: bool, before: list[Token]) -> list[Token]:
+    kind, text = match.lastgroup or "", ""
+    if kind == "words":
+        return _words(match["words"], spaced)
+    if kind == "number":
+        text = match["number"]
+        mantissa, _, exponent = text.lower().partition("e")
+        if len(mantissa) > MAX_DIGITS or len(exponent) > 5 or abs(int(exponent or 0)) > MAX_EXPONENT:
+            raise UnreadableError("a number too long")
+        return [Token("number", text, spaced)]
+    if kind == "environment":
+        return [Token("begin" if match["fence"] == "begin" else "close", match["environment"], spaced)]
+    if kind == "command":
+        text = match["command"]
+        if text in FUNCTIONS or text in GREEK:
+            return [Token("name", text, spaced)]
+        return [Token(_RELATED.get(text, "command"), text, spaced)]
+    if kind == "escaped":
+        text = match["escaped"]
+        return [Token({"\\": "row", "{": "{{", "}": "}}", "|": "|"}.get(text, text), text, spaced)]
+    if kind == "letters":
+        return _letters(match["letters"], spaced, before)
+    return [Token(_SIGN_KINDS.get(match["sign"], match["sign"]), match["sign"], spaced)]
+
+
+def _words(words: str, spaced: bool) -> list[Token]:
+    inner = words.strip(" ,.;:()")
+    if inner.lower() in ("and", "or"):
+        return [Token(inner.lower(), inner, spaced)]
+    if not inner:
+        return [Token(",", ",", spaced)] if "," in words else []
+    if re.fullmatch(r"[-+]?\d+(?:\.\d+)?", inner):
+        sign = [Token(inner[0], inner[0], spaced)] if inner[0] in "-+" else []
+        return [*sign, Token("number", inner.lstrip("-+"), spaced)]
+    return [Token("text", words.strip(), spaced)]
+
+
+def _letters(run: str, spaced: bool, before: list[Token]) -> list[Token]:
+    """A known name, words, or letters that are multiplied."""
+    if run in _WORDS or run.lower() in ("and", "or"):
+        name = _NAMES.get(run, run.lower() if run.lower() in ("and", "or") else run)
+        kind = {"and": "and", "or": "or", "cup": "cup", "Eq": "Eq"}.get(name, "name")
+        return [Token(kind, name, spaced)]
+    after_text = bool(before) and before[-1].kind == "text" and spaced
+    after_number = bool(before) and before[-1].kind in ("number", "}", ")", "command")
+    if run in ("U",) and spaced and before and before[-1].kind in (")", "]", "}}"):
+        return [Token("cup", run, spaced)]
+    if len(run) > 1 and (after_text or (after_number and is_unit(run))):
+        return [Token("text", run, spaced)]
+    if len(run) >= 4 or (len(run) > 1 and after_number and spaced):
+        head = next((n for n in range(len(run), 1, -1) if run[:n] in FUNCTIONS), 0)
+        if head and len(run) - head == 1:  # sinx
+            return [Token("name", run[:head], spaced), Token("letter", run[head:], False)]
+        return [Token("text", run, spaced)]
+    if not run.isascii():
+        return [Token("text", run, spaced)]
+    return [Token("letter", letter, spaced and n == 0) for n, letter in enumerate(run)]

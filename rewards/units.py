@@ -1,0 +1,72 @@
+"""Units of measurement: which words are the same unit. Stdlib only."""
+
+import re
+from functools import lru_cache
+
+_SPELLINGS = {
+    "mm": "millimeter millimetre", "cm": "centimeter centimetre", "m": "meter metre", "km": "kilometer kilometre",
+    "dm": "decimeter decimetre", "in": "inch inches", "ft": "foot feet", "yd": "yard", "mi": "mile",
+    "s": "second sec", "min": "minute", "h": "hour hr", "day": "", "week": "", "month": "", "year": "yr",
+    "ms": "millisecond", "mg": "milligram", "g": "gram", "kg": "kilogram", "t": "ton tonne", "lb": "pound lbs", "oz": "ounce",
+    "l": "liter litre L", "ml": "milliliter millilitre mL", "gal": "gallon", "quart": "", "pint": "", "cup": "",
+    "usd": "dollar USD buck", "cent": "¢", "eur": "euro EUR", "gbp": "GBP", "yuan": "rmb RMB CNY", "rupee": "rs Rs",
+    "deg": "degree", "rad": "radian", "degc": "celsius Celsius", "degf": "fahrenheit Fahrenheit", "k": "kelvin",
+    "n": "newton", "j": "joule", "w": "watt", "v": "volt", "ohm": "", "hz": "hertz Hz", "pa": "pascal Pa",
+    "unit": "", "acre": "", "hectare": "ha",
+}  # fmt: skip
+_UNITS = {word: unit for unit, words in _SPELLINGS.items() for word in (unit, *words.split())}
+_COMPOUND = {"mph": {"mi": 1, "h": -1}, "kmph": {"km": 1, "h": -1}, "kph": {"km": 1, "h": -1}, "sqft": {"ft": 2}}
+_SINGLE = frozenset("mshgtlLNJWVKk")  # letters that are as often variables
+_POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
+_PIECE = re.compile(r"(?P<word>[^\W\d_]+|¢)|\^\s*\{?\s*(?P<power>-?\d+)\s*\}?|(?P<over>/)")
+Unit = tuple[tuple[str, int], ...]
+
+
+def _unit(word: str) -> str | None:
+    for form in (word, word.lower()):
+        for stem in (form, form.removesuffix("s"), form.removesuffix("es")):
+            if stem in _UNITS:
+                return _UNITS[stem]
+    return None
+
+
+def is_unit(word: str) -> bool:
+    """Whether a word is a unit, and not as well a variable."""
+    return word not in _SINGLE and (_unit(word) is not None or word in _COMPOUND)
+
+
+@lru_cache(4096)
+def unit(text: str) -> Unit | None:
+    """Units with their powers, in one order; None where a word is no unit. `cm^2` is `(("cm", 2),)`."""
+    powers: dict[str, int] = {}
+    sign, ahead, last = 1, 1, ""
+    for piece in _PIECE.finditer(text.replace(".", "")):
+        word = piece["word"]
+        if piece["over"] or word in ("per", "an", "a", "each"):
+            sign = -1
+        elif piece["power"]:
+            if last:
+                powers[last] += sign * (int(piece["power"][:4]) - 1)
+        elif word in _COMPOUND:
+            powers |= _COMPOUND[word]
+        elif word.lower() in _POWERS:
+            if word.lower() in ("squared", "cubed") and last:
+                powers[last] += sign * (_POWERS[word.lower()] - 1)
+            else:
+                ahead = _POWERS[word.lower()]
+        elif (last := _unit(word) or "") == "":
+            return None
+        else:
+            powers[last] = powers.get(last, 0) + sign * ahead
+            ahead = 1
+    return tuple(sorted(powers.items())) if powers else None
+
+
+def conflict(gold: str, prediction: str) -> bool:
+    """Whether both are known units and differ. Words that are no units (students, apples) are not compared."""
+    one, other = unit(gold), unit(prediction)
+    if one is None or other is None or one == other:
+        return False
+    if {name for name, _ in one} == {"unit"} or {name for name, _ in other} == {"unit"}:
+        return sum(power for _, power in one) != sum(power for _, power in other)
+    return True

@@ -1,0 +1,414 @@
+"""What expressions are worth: exactly in fractions where that goes, else in as many digits as it takes.
+
+Two expressions with unknowns are equal if their values are at points chosen at random (Schwartz 1980,
+doi:10.1145/322217.322225). An unknown function takes random values too, so f(x) is f(x) and never f(y). Work left to do
+(sums, products, integrals, limits) is such a function of its parts: it is not done here.
+"""
+
+import random
+from collections.abc import Callable
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+import mpmath
+
+from rlora.rewards.expression import Node
+from rlora.rewards.notation import UnreadableError
+
+_MAX_BITS = 20_000  # of a numerator or denominator that is kept exact
+_MAX_MAGNITUDE = 1_000_000  # of the exponent of two
+_MAX_PRECISION = 8_000  # bits
+_MAX_FACTORIAL = 2_000
+_POINTS = 3  # the last with negative values too; where both sides are real, they agree there as well
+_WHOLE = frozenset("nmkjlN")  # names of whole numbers
+Number = Any  # Fraction, mpf, mpc or rows of them
+_mp = mpmath.MPContext()
+
+
+class UndefinedError(UnreadableError):
+    """A value that does not exist, or is too large to be looked at."""
+
+
+class _MorePrecisionError(Exception):
+    def __init__(self, bits: int) -> None:
+        super().__init__(bits)
+        self.bits = bits
+
+
+def same(one: Node, other: Node) -> bool:
+    """Whether two expressions have the same value, for all values of their unknowns."""
+    unknown = bool(unknowns(one) | unknowns(other))
+    bits = 200 + 4 * max((len(node.data) for side in (one, other) for node in side.walk() if node.op == "number"), default=0)
+    for point in range(_POINTS if unknown else 1):
+        if not _same_at(one, other, point, bits):
+            return False
+    return True
+
+
+def _same_at(one: Node, other: Node, point: int, bits: int) -> bool:
+    for _ in range(4):
+        _mp.prec = bits
+        try:
+            evaluation = _Evaluation(point)
+            left, right = evaluation.value(one), evaluation.value(other)
+            return _equal(left, right, evaluation, signed=point == _POINTS - 1)
+        except _MorePrecisionError as more:
+            if (bits := more.bits + 64) > _MAX_PRECISION:
+                return False
+        except (OverflowError, ValueError, TypeError, ZeroDivisionError, mpmath.libmp.NoConvergence) as error:
+            raise UndefinedError("no value") from error
+    return False
+
+
+def constant(node: Node) -> Number:
+    """The value of an expression without unknowns, a Fraction or an mpf. Raises UnreadableError."""
+    _mp.prec = 200
+    try:
+        return _Evaluation(0).value(node)
+    except (_MorePrecisionError, OverflowError, ValueError, TypeError, ZeroDivisionError) as error:
+        raise UndefinedError("no value") from error
+
+
+@lru_cache(1024)
+def unknowns(node: Node) -> frozenset[str]:
+    """The names in it that stand for no number."""
+    calls = [part.data for part in node.walk() if part.op == "call" and part.data not in _FUNCTIONS]
+    names = [part.data for part in node.walk() if part.op == "symbol" and part.data not in _CONSTANTS]
+    return frozenset(calls + names)
+
+
+def _equal(left: Number, right: Number, evaluation: "_Evaluation", signed: bool) -> bool:
+    if isinstance(left, tuple) or isinstance(right, tuple):
+        return (
+            isinstance(left, tuple)
+            and isinstance(right, tuple)
+            and [len(row) for row in left] == [len(row) for row in right]
+            and all(
+                _equal(a, b, evaluation, signed)
+                for one, other in zip(left, right, strict=True)
+                for a, b in zip(one, other, strict=True)
+            )
+        )
+    if isinstance(left, Fraction) and isinstance(right, Fraction):
+        return left == right
+    if signed and (isinstance(left, _mp.mpc) or isinstance(right, _mp.mpc)):
+        return True  # outside of what is defined in real numbers: the other points decide
+    left, right = evaluation.rounded(left), evaluation.rounded(right)
+    if left == right:
+        return True
+    if _mp.isinf(left) or _mp.isinf(right) or _mp.isnan(left) or _mp.isnan(right):
+        return False
+    small = _mp.mag(left - right)
+    return bool(small < max(_mp.mag(left), _mp.mag(right), evaluation.peak) - _mp.prec * 3 // 4)
+
+
+@lru_cache(4096)
+def _random(name: str, point: int) -> Fraction:
+    generator = random.Random(f"{name} {point}")
+    if name in _WHOLE:
+        return Fraction(generator.randint(5, 40))
+    value = Fraction(generator.randint(300, 4000), 1009)
+    return -value if point == _POINTS - 1 and generator.random() < 0.5 else value
+
+
+class _Evaluation:
+    """Values at one point. `peak` is the largest magnitude that was cancelled in a sum."""
+
+    def __init__(self, point: int) -> None:
+        self.point, self.peak = point, -_MAX_MAGNITUDE
+        self.known: dict[int, Number] = {}
+
+    def value(self, node: Node) -> Number:
+        handler: Callable[[Node], Number] | None = getattr(self, f"on_{node.op}", None)
+        if handler is None:
+            raise UnreadableError(f"{node.op} has no value")
+        return self.bounded(handler(node))
+
+    def bounded(self, value: Number) -> Number:
+        """Fractions that grow too long are rounded; magnitudes over the bound are refused."""
+        if isinstance(value, Fraction):
+            if max(value.numerator.bit_length(), value.denominator.bit_length()) > _MAX_BITS:
+                raise UndefinedError("too large")
+        elif not isinstance(value, tuple) and _mp.isfinite(value) and value and abs(_mp.mag(value)) > _MAX_MAGNITUDE:
+            raise UndefinedError("too large")
+        return value
+
+    def rounded(self, value: Number) -> Number:
+        """As a float of the context; more of it is asked for where that would lose digits."""
+        if not isinstance(value, Fraction):
+            return value
+        bits = max(value.numerator.bit_length(), value.denominator.bit_length())
+        if bits > _mp.prec - 100 and value.denominator != 1:
+            raise _MorePrecisionError(bits + 100)
+        if value.denominator == 1 and bits > _mp.prec - 40:
+            raise _MorePrecisionError(bits + 40)
+        return _mp.mpf(value.numerator) / value.denominator
+
+    def on_number(self, node: Node) -> Number:
+        return node.number
+
+    def on_symbol(self, node: Node) -> Number:
+        if node.data in _CONSTANTS:
+            return _CONSTANTS[node.data]()
+        return _random(node.data, self.point)
+
+    def on_unit(self, node: Node) -> Number:
+        return self.value(node.args[0])
+
+    def on_percent(self, node: Node) -> Number:
+        return self.multiply(self.value(node.args[0]), Fraction(1, 100))
+
+    def on_degree(self, node: Node) -> Number:
+        return self.multiply(self.value(node.args[0]), _mp.pi / 180)
+
+    def on_base(self, node: Node) -> Number:
+        base = int(node.args[1].number or 0)
+        if not 2 <= base <= 36:
+            raise UndefinedError("a base that is none")
+        return Fraction(int(node.data, base))
+
+    def on_neg(self, node: Node) -> Number:
+        return self.multiply(Fraction(-1), self.value(node.args[0]))
+
+    def on_add(self, node: Node) -> Number:
+        return self.add(self.value(node.args[0]), self.value(node.args[1]))
+
+    def on_sub(self, node: Node) -> Number:
+        return self.add(self.value(node.args[0]), self.multiply(Fraction(-1), self.value(node.args[1])))
+
+    def on_mul(self, node: Node) -> Number:
+        return self.multiply(self.value(node.args[0]), self.value(node.args[1]))
+
+    def on_div(self, node: Node) -> Number:
+        return self.divide(self.value(node.args[0]), self.value(node.args[1]))
+
+    def on_ratio(self, node: Node) -> Number:
+        if len(node.args) != 2:
+            raise UnreadableError("a ratio of more than two")
+        return self.on_div(node)
+
+    def on_matrix(self, node: Node) -> Number:
+        return tuple(tuple(self.value(item) for item in row.args) for row in node.args)
+
+    def on_pow(self, node: Node) -> Number:
+        base, exponent = (self.value(arg) for arg in node.args)
+        return self.power(base, exponent)
+
+    def on_call(self, node: Node) -> Number:
+        args = [self.value(arg) for arg in node.args]
+        function = _FUNCTIONS.get(node.data)
+        if function is not None:
+            if node.data in _MATRIX_FUNCTIONS:
+                return function(self, *args)
+            if any(isinstance(arg, tuple) for arg in args):
+                raise UnreadableError("a function of a matrix")
+            return function(self, *args)
+        return self.unknown(node.data, args)
+
+    def on_relation(self, node: Node) -> Number:
+        return self.unknown(node.data, [self.value(arg) for arg in node.args])
+
+    def unknown(self, name: str, args: list[Number]) -> Number:
+        """A function that nothing is known of: a random polynomial, so that it stays exact."""
+        total: Number = _random(f"{name}/{len(args)}", self.point)
+        for place, arg in enumerate(args):
+            first, second = (_random(f"{name}/{len(args)}/{place}/{n}", self.point) for n in (1, 2))
+            total = self.add(total, self.multiply(arg, self.add(first, self.multiply(second, arg))))
+        return total
+
+    def add(self, left: Number, right: Number) -> Number:
+        if isinstance(left, tuple) and isinstance(right, tuple):
+            return tuple(
+                tuple(self.add(a, b) for a, b in zip(one, other, strict=True))
+                for one, other in zip(left, right, strict=True)
+            )
+        if isinstance(left, Fraction) and isinstance(right, Fraction):
+            return left + right
+        left, right = self.rounded(left), self.rounded(right)
+        total = left + right
+        if left and right and _mp.isfinite(left) and _mp.isfinite(right):
+            one, other = _mp.mag(left), _mp.mag(right)
+            if abs(one - other) > _mp.prec // 2:  # the smaller one would be lost
+                raise _MorePrecisionError(2 * abs(one - other) + 64)
+            self.peak = max(self.peak, min(one, other) if not total or _mp.mag(total) < one - 8 else self.peak)
+        return total
+
+    def multiply(self, left: Number, right: Number) -> Number:
+        if isinstance(left, tuple) or isinstance(right, tuple):
+            return self.multiply_rows(left, right)
+        if isinstance(left, Fraction) and isinstance(right, Fraction):
+            return left * right
+        if not left or not right:
+            return Fraction(0)
+        return self.rounded(left) * self.rounded(right)
+
+    def multiply_rows(self, left: Number, right: Number) -> Number:
+        if not isinstance(left, tuple):
+            return tuple(tuple(self.multiply(left, item) for item in row) for row in right)
+        if not isinstance(right, tuple):
+            return self.multiply_rows(right, left)
+        columns = list(zip(*right, strict=True))
+        return tuple(tuple(self.dot(row, column) for column in columns) for row in left)
+
+    def dot(self, row: tuple[Number, ...], column: tuple[Number, ...]) -> Number:
+        total: Number = Fraction(0)
+        for a, b in zip(row, column, strict=True):
+            total = self.add(total, self.multiply(a, b))
+        return total
+
+    def divide(self, left: Number, right: Number) -> Number:
+        if isinstance(right, tuple):
+            raise UnreadableError("a matrix below a line")
+        if isinstance(left, tuple):
+            return self.multiply_rows(self.divide(Fraction(1), right), left)
+        if isinstance(left, Fraction) and isinstance(right, Fraction):
+            return left / right
+        return self.rounded(left) / self.rounded(right)
+
+    def power(self, base: Number, exponent: Number) -> Number:
+        if isinstance(base, tuple) or isinstance(exponent, tuple):
+            return self.power_of_rows(base, exponent)
+        if isinstance(exponent, Fraction):
+            if isinstance(base, Fraction) and exponent.denominator == 1:
+                size = max(base.numerator.bit_length(), base.denominator.bit_length())
+                if abs(exponent.numerator) * size <= _MAX_BITS:
+                    return base**exponent.numerator
+            if isinstance(base, Fraction) and (root := _exact_power(base, exponent)) is not None:
+                return root
+            if exponent.denominator % 2 and not isinstance(base, _mp.mpc) and base < 0:  # the real root
+                positive = self.power(-base, exponent)
+                return -positive if exponent.numerator % 2 else positive
+        base, exponent = self.rounded(base), self.rounded(exponent)
+        if not base:
+            if isinstance(exponent, _mp.mpc) or exponent <= 0:
+                raise UndefinedError("zero to a power")
+            return Fraction(0)
+        if not _mp.isfinite(base) or not _mp.isfinite(exponent):
+            raise UndefinedError("a power of infinity")
+        self.check(_mp.mag(exponent) + max(1, abs(_mp.mag(base))).bit_length())
+        return base**exponent
+
+    def power_of_rows(self, base: Number, exponent: Number) -> Number:
+        if not isinstance(exponent, Fraction) or exponent.denominator != 1 or not 1 <= exponent <= 20:
+            raise UnreadableError("such a power of a matrix")
+        total = base
+        for _ in range(int(exponent) - 1):
+            total = self.multiply_rows(total, base)
+        return total
+
+    def check(self, bits: int) -> None:
+        """A result of 2^(2^bits) must not be begun."""
+        if bits > 20:
+            raise UndefinedError("too large")
+
+
+def _exact_power(base: Fraction, exponent: Fraction) -> Fraction | None:
+    """Where a root comes out even."""
+    if base <= 0 or exponent.denominator > 64 or abs(exponent.numerator) > 64:
+        return None
+    roots = []
+    for part in (base.numerator, base.denominator):
+        if part.bit_length() > 2000:
+            return None
+        root = int(_mp.nint(_mp.root(part, exponent.denominator)))
+        if root**exponent.denominator != part:
+            return None
+        roots.append(root)
+    found = Fraction(*roots) ** exponent.numerator
+    return Fraction(found)
+
+
+def _float(function: Callable[[Number], Number], most: int = 4000) -> Callable[..., Number]:
+    def apply(self: _Evaluation, arg: Number) -> Number:
+        arg = self.rounded(arg)
+        if not _mp.isfinite(arg) or (arg and _mp.mag(arg) > most):
+            raise UndefinedError("a function of something too large")
+        return function(arg)
+
+    return apply
+
+
+def _log(self: _Evaluation, arg: Number, base: Number = Fraction(10)) -> Number:
+    value = self.rounded(arg)
+    if not value or not self.rounded(base):
+        raise UndefinedError("a logarithm of zero")
+    over, under = _mp.ln(value), _mp.ln(self.rounded(base))
+    found = over / under
+    if isinstance(arg, Fraction) and isinstance(base, Fraction) and arg > 0 and base > 0 and abs(_mp.nint(found)) < 999:
+        whole = int(_mp.nint(found))
+        if abs(whole) * max(base.numerator.bit_length(), base.denominator.bit_length()) < _MAX_BITS and base**whole == arg:
+            return Fraction(whole)
+    return found
+
+
+def _sqrt(self: _Evaluation, arg: Number, index: Number = Fraction(2)) -> Number:
+    return self.power(arg, self.divide(Fraction(1), index))
+
+
+def _whole(value: Number, most: int) -> int:
+    if not isinstance(value, Fraction) or value.denominator != 1 or not 0 <= value <= most:
+        raise UndefinedError("a factorial of that")
+    return int(value)
+
+
+def _factorial(self: _Evaluation, arg: Number) -> Number:
+    return Fraction(int(_mp.factorial(0)) if arg == 0 else _product(1, _whole(arg, _MAX_FACTORIAL)))
+
+
+def _product(low: int, high: int) -> int:
+    total = 1
+    for factor in range(low, high + 1):
+        total *= factor
+    return total
+
+
+def _binom(self: _Evaluation, top: Number, low: Number) -> Number:
+    if isinstance(top, Fraction) and isinstance(low, Fraction) and low.denominator == 1 and 0 <= low <= 60:
+        total = Fraction(1)
+        for n in range(int(low)):
+            total *= (top - n) / (n + 1)
+        return total
+    n, k = _whole(top, _MAX_FACTORIAL), _whole(low, _MAX_FACTORIAL)
+    return Fraction(_product(n - k + 1, n), _product(1, k)) if k <= n else Fraction(0)
+
+
+def _abs(self: _Evaluation, arg: Number) -> Number:
+    return abs(arg)
+
+
+def _floor(self: _Evaluation, arg: Number) -> Number:
+    return Fraction(arg.__floor__() if isinstance(arg, Fraction) else int(_mp.floor(self.rounded(arg))))
+
+
+def _ceil(self: _Evaluation, arg: Number) -> Number:
+    return -_floor(self, -arg)
+
+
+def _transpose(self: _Evaluation, rows: Number) -> Number:
+    if not isinstance(rows, tuple):
+        raise UnreadableError("a transpose of no matrix")
+    return tuple(zip(*rows, strict=True))
+
+
+def _exp(self: _Evaluation, arg: Number) -> Number:
+    return self.power(_mp.e, arg)
+
+
+_FUNCTIONS: dict[str, Callable[..., Number]] = {
+    "log": _log, "log_": _log, "lg": _log, "exp": _exp, "sqrt": _sqrt, "sqrt_": _sqrt,
+    "ln": lambda self, arg: _log(self, arg, _mp.e), "cbrt": lambda self, arg: _sqrt(self, arg, Fraction(3)),
+    "factorial": _factorial, "binom": _binom, "abs": _abs, "lfloor": _floor, "floor": _floor, "lceil": _ceil,
+    "ceil": _ceil, "transpose": _transpose,
+    "Re": _float(lambda z: _mp.re(z)), "Im": _float(lambda z: _mp.im(z)),
+}  # fmt: skip
+for _name in ("sin", "cos", "tan", "cot", "sec", "csc"):
+    _FUNCTIONS[_name] = _float(getattr(_mp, _name))
+    _FUNCTIONS[f"{_name}h"] = _float(getattr(_mp, f"{_name}h"), 15)
+    _FUNCTIONS[f"arc{_name}"] = _float(getattr(_mp, f"a{_name}"))
+for _name in ("sinh", "cosh", "tanh"):
+    _FUNCTIONS[f"ar{_name}"] = _FUNCTIONS[f"a{_name}"] = _FUNCTIONS[f"arc{_name}"] = _float(getattr(_mp, f"a{_name}"))
+_MATRIX_FUNCTIONS = ("transpose",)
+_CONSTANTS: dict[str, Callable[[], Number]] = {
+    "pi": lambda: +_mp.pi, "e": lambda: +_mp.e, "i": lambda: _mp.mpc(0, 1), "infty": lambda: _mp.inf,
+}  # fmt: skip
