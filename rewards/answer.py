@@ -1,5 +1,7 @@
 """Where the answer is in a completion. What counts is written down in docs/rewards.md. Stdlib only."""
 
+# ruff: noqa: RUF001 - signs of other scripts are what it is about
+
 import re
 from typing import NamedTuple
 
@@ -19,7 +21,10 @@ _MARK = re.compile(
     r"(?:(?:therefore|thus|simply|just|exactly|equal to|given by|the option|option|choice)\s+)*",
     re.IGNORECASE,
 )
-_OTHER_MARK = re.compile(r"(?:答案(?:是|为)?|réponse|respuesta|antwort|ответ|الجواب|答え(?:は)?)\s*(?:est|es|ist)?\s*[:：]?\s*", re.IGNORECASE)
+_OTHER_MARK = re.compile(
+    r"(?:答案(?:是|为)?|réponse|respuesta|antwort|ответ|الجواب|答え(?:は)?)\s*(?:est|es|ist)?\s*[:：]?\s*",
+    re.IGNORECASE,
+)
 _A = re.compile(r"(?:\A|\n)\s*A:\s*")
 _MATH = re.compile(r"\$\$(.+?)\$\$|\$((?:[^$\\]|\\.)+)\$|\\\[(.+?)\\\]|\\\((.+?)\\\)", re.DOTALL)
 _VALUE = (
@@ -29,11 +34,20 @@ _VALUE = (
 _NUMBER = re.compile(rf"(?<![\w\\.^{{]){_VALUE}")
 _JOIN = r"\s*(?:,|;|/|\||-|–|\bor\b|\band\b|\bto\b|\s)\s*(?:or\b|and\b)?\s*"
 _RUN = re.compile(rf"{_VALUE}(?:{_JOIN}{_VALUE})*\Z")
-_NOT = re.compile(r"(?:\bnot|n't|\bnever|\bneither)\s+(?:be\s+|equal\s+(?:to\s+)?|simply\s+|just\s+)?[$(\\\s]*\Z", re.IGNORECASE)
-_KNOWN = frozenset("and pct percent percentage infinity inf union nan NaN array Matrix".split())
+_NOT = re.compile(  # before a number that is not the answer, or not all of it
+    r"(?:\b(?:not|never|neither|nor|except|but|without|(?:less|more|fewer|greater|larger|smaller|higher|lower|other)\s+than"
+    r"|at\s+(?:least|most)|up\s+to|below|beyond|minus|negative|half(?:\s+of)?|twice|thrice|double|triple|root\s+of"
+    r"|page|step|question|problem|exercise|equation|eq|section|chapter|figure|fig|table|line|case|part|theorem|lemma"
+    r"|return|lambda[^:]{0,9}:|echo)|n't|[^\W\d]{2,}\s*\(\s*[\"']?)\s*\.?\s*"
+    r"(?:be\s+|equal\s+(?:to\s+)?|simply\s+|just\s+|exactly\s+)?[$(\\\s]*\Z",
+    re.IGNORECASE,
+)
+_KNOWN = frozenset(["and", "pct", "percent", "percentage", "infinity", "inf", "union", "nan", "NaN", "array", "Matrix"])
 _RUN_OF_LINES = re.compile(r"\d\s*\n\s*[-+\d]")
 _SENTENCE = re.compile(r"[.!?。](?=\s|\Z)(?!\s*\d)|\n")
-_BETWEEN = re.compile(r"(?:[\s,;.$&]|\\[()\[\],;:! ]|\\q?quad|\\text(?:bf|rm)?\s*\{[^{}]*\}|\band\b|\bor\b|[A-Za-z]\w*\s*=)*\Z")
+_BETWEEN = re.compile(
+    r"(?:[\s,;.$&]|\\[()\[\],;:! ]|\\q?quad|\\text(?:bf|rm)?\s*\{[^{}]*\}|\band\b|\bor\b|[A-Za-z]\w*\s*=)*\Z"
+)
 
 
 class Answer(NamedTuple):
@@ -50,7 +64,7 @@ def find_answer(completion: str) -> Answer | None:
     text = _spoken(completion)
     last = max(text.rfind("\\boxed"), text.rfind("\\fbox"), text.rfind("\\framebox"))
     if last >= 0:
-        return _boxed(text, last)
+        return _final(text[last:]) or _boxed(text, last)
     text = plain(text[-_TAIL:])
     return _after_hashes(text) or _announced(text) or _unmarked(text)
 
@@ -68,7 +82,7 @@ def find_gold(gold: str) -> Answer:
 def _spoken(completion: str) -> str:
     """What stands after the thinking, up to the end of the turn; of <answer> blocks the last."""
     for tag in ("think", "thinking", "thought"):
-        completion = completion[completion.rfind(f"</{tag}>") + 1 :] if f"</{tag}>" in completion else completion
+        completion = completion.rpartition(f"</{tag}>")[2]
     if "<" in completion:
         if opened := _THINK.search(completion):
             completion = completion[: opened.start()]
@@ -84,6 +98,13 @@ def _spoken(completion: str) -> str:
     return completion
 
 
+def _final(text: str) -> Answer | None:
+    """What "final answer is" announces behind the last box: a value, not words."""
+    at = max(text.rfind("inal answer"), text.rfind("inal Answer"))
+    found = _announced(plain(text[at : at + MAX_LENGTH])) if at >= 0 else None
+    return found if found and re.match(r"[-+$\\(\[\d]", found.text) else None
+
+
 def _boxed(text: str, at: int, gold: bool = False) -> Answer | None:
     """The box that begins at `at`, with those before it that are joined to it."""
     content, end = _content(text, at, gold)
@@ -91,7 +112,10 @@ def _boxed(text: str, at: int, gold: bool = False) -> Answer | None:
         return None
     boxes, start = [content], at
     while len(boxes) < 50:
-        before = max(text.rfind("\\boxed", max(0, start - MAX_LENGTH), start), text.rfind("\\fbox", max(0, start - MAX_LENGTH), start))
+        before = max(
+            text.rfind("\\boxed", max(0, start - MAX_LENGTH), start),
+            text.rfind("\\fbox", max(0, start - MAX_LENGTH), start),
+        )
         if before < 0:
             break
         inner, closed = _content(text, before, False)
@@ -110,7 +134,9 @@ def _joined(between: str, gold: bool) -> bool:
         return False
     if gold and (len(between) < 10 or re.search(r"\band\b|\bor\b|,|;", between)):
         return True
-    return bool(_BETWEEN.match(between)) and (len(between) < 4 or re.search(r",|;|\band\b|\bor\b|quad", between) is not None)
+    return bool(_BETWEEN.match(between)) and (
+        len(between) < 4 or re.search(r",|;|\band\b|\bor\b|quad", between) is not None
+    )
 
 
 def _content(text: str, at: int, lenient: bool) -> tuple[str | None, int]:
@@ -202,8 +228,8 @@ def _unmarked(text: str) -> Answer | None:
     text = text.strip()
     if not text:
         return None
-    if len(text) <= MAX_LENGTH and _is_formula(text) and not _RUN_OF_LINES.search(text):
-        return Answer(text, marked=False)
+    if _is_formula(text) and not _RUN_OF_LINES.search(text):
+        return Answer(text, marked=False) if len(text) <= MAX_LENGTH else None
     found = _last_value(text)
     if found is not None:
         return Answer(found, marked=False)
@@ -213,8 +239,14 @@ def _unmarked(text: str) -> Answer | None:
 
 def _is_formula(text: str) -> bool:
     """Whether all its words are names of functions, units, or join a list."""
-    bare = re.sub(r"\\(?:text\w*|mbox|mathrm|begin|end|operatorname)\s*\{[^{}]*\}|\\[a-zA-Z]+|(?<=[\d)])(?:and|or)(?=[A-Z(])", " ", text)
-    return all(word in _KNOWN or word in FUNCTIONS or is_unit(word) for word in re.findall(r"[^\W\d_]{3,}|\bis\b", bare))
+    bare = re.sub(
+        r"\\(?:text\w*|mbox|mathrm|begin|end|operatorname)\s*\{[^{}]*\}|\\[a-zA-Z]+|(?<=[\d)])(?:and|or)(?=[A-Z(])",
+        " ",
+        text,
+    )
+    return all(
+        word in _KNOWN or word in FUNCTIONS or is_unit(word) for word in re.findall(r"[^\W\d_]{3,}|\bis\b", bare)
+    )
 
 
 def _last_value(text: str) -> str | None:
@@ -223,7 +255,7 @@ def _last_value(text: str) -> str | None:
     covered = maths[-1].end() if maths else 0
     numbers = list(_NUMBER.finditer(text, covered))
     relation = re.compile(r"[A-Za-z]\s*(?:<=|>=|\\[lg]eq?(?:slant)?|\\[lg]t|\\neq?|!=|<|>|≤|≥)\s*" + _VALUE)
-    related = [found for found in relation.finditer(text, covered)]
+    related = list(relation.finditer(text, covered))
     if related:
         return related[-1][0]
     if numbers:

@@ -4,6 +4,8 @@
 `values.py` computes; here is what structure means: lists, sets, tuples, intervals, relations, units, words.
 """
 
+import itertools
+import math
 import re
 import signal
 import threading
@@ -20,7 +22,7 @@ from rlora.rewards.answer import MAX_LENGTH, Answer, find_answer, find_gold
 from rlora.rewards.exact import number, plain
 from rlora.rewards.expression import Node, read
 from rlora.rewards.notation import UnreadableError
-from rlora.rewards.units import conflict
+from rlora.rewards.units import conflict, is_currency
 from rlora.rewards.values import constant, same, unknowns
 
 SECONDS = 2.0  # a pair; only on the main thread
@@ -135,14 +137,20 @@ def _decimal_comma(text: str, other: Node, gold: bool) -> Node | None:
 
 def words(text: str) -> str:
     """Letters and digits alone, without case, accents and LaTeX's commands for text."""
-    text = re.sub(r"\\(?:text\w*|mbox|mathrm|mathbf|boxed|left|right|operatorname|displaystyle|quad|qquad)\b", "", text[:MAX_LENGTH])
+    text = re.sub(
+        r"\\(?:text\w*|mbox|mathrm|mathbf|boxed|left|right|operatorname|displaystyle|quad|qquad)\b",
+        "",
+        text[:MAX_LENGTH],
+    )
     text = unicodedata.normalize("NFKD", text)
     return "".join(sign for sign in text if sign.isalnum()).casefold()
 
 
 def _spelling(text: str) -> str:
     """All but spaces and what only typesets."""
-    text = re.sub(r"\\(?:text\w*|mbox|mathrm|mathbf|left|right|displaystyle)\b|\\[,;:! ]|[\s${}()*]|\\[()]", "", text[:MAX_LENGTH])
+    text = re.sub(r"(?<=\d)\s+(?=\d)", "_", text[:MAX_LENGTH])
+    text = re.sub(r"\\(?:text\w*|mbox|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\\(?:text\w*|mbox|mathrm|mathbf|left|right|displaystyle)\b|\\[,;:! ]|[\s$]|\\[()]", "", text)
     return unicodedata.normalize("NFKD", text).rstrip(".,\\") if len(words(text)) < 2 else _folded(text)
 
 
@@ -186,9 +194,10 @@ def equal(gold: Node, prediction: Node) -> bool:
     if "text" in (gold.op, prediction.op):
         return _same_words(gold, prediction)
     try:
-        if _is_region(gold) and _is_region(prediction) and "relation" in (gold.op, prediction.op):
-            if (found := _same_region(gold, prediction)) is not None:
-                return found
+        alike = gold.op == prediction.op and gold.op in ("tuple", "list")
+        regions = not alike and _is_region(gold) and _is_region(prediction)
+        if regions and (found := _same_region(gold, prediction)) is not None:
+            return found
         if gold.op == "relation" or prediction.op == "relation":
             return _same_relation(gold, prediction)
         if gold.op in ("list", "set", "tuple", "pm", "mp") or prediction.op in ("list", "set", "tuple", "pm", "mp"):
@@ -202,13 +211,15 @@ def equal(gold: Node, prediction: Node) -> bool:
 
 def _bare(node: Node) -> Node:
     """Without what adds nothing: a set or list of one; named values as values; signs as two values."""
-    while node.op in ("list", "set") and len(node.args) == 1:
+    while node.op in ("list", "set") and len(node.args) == 1 and node.args[0].op != "set":
         node = node.args[0]
     return node
 
 
 def _same_words(gold: Node, prediction: Node) -> bool:
-    one, other = (_EMPTY_WORD if words(n.data) in _EMPTY or n == Node("set") else words(n.data) for n in (gold, prediction))
+    one, other = (
+        _EMPTY_WORD if words(n.data) in _EMPTY or n == Node("set") else words(n.data) for n in (gold, prediction)
+    )
     if gold.op != "text" or prediction.op != "text":
         symbol = gold if gold.op == "symbol" else prediction
         return bool(one == other) and (symbol.op == "symbol" or one == _EMPTY_WORD)
@@ -243,7 +254,7 @@ def _unit(node: Node) -> str:
 def _without_unit(node: Node) -> Node:
     while node.op in ("unit", "degree"):
         node = node.args[0]
-    if node.op == "mul" and node.args[0].op == "text":  # a currency before its amount
+    if node.op == "mul" and node.args[0].op == "text" and is_currency(node.args[0].data):  # before its amount
         node = node.args[1]
     return node
 
@@ -343,7 +354,11 @@ def _same_tuple(one: Node, other: Node) -> bool:
         return len(flat) == len(one.args) and all(map(equal, flat, one.args))
     if len(one.args) != len(other.args):
         return False
-    if other.op == "tuple" and one.data != other.data and not (len(one.args) > 2 and {one.data, other.data} == {"()", "[]"}):
+    if (
+        other.op == "tuple"
+        and one.data != other.data
+        and not (len(one.args) > 2 and {one.data, other.data} == {"()", "[]"})
+    ):
         return False
     if other.op == "list" and one.data not in ("()", "[]"):
         return False
@@ -386,7 +401,7 @@ def _stated(node: Node) -> Node | None:
         signs.pop(), sides.pop()
     if len(sides) > 2 or named or not any(unknowns(side) for side in sides):
         return sides[-1]
-    return None
+    return sides[0] if sides[1].op == "symbol" and not unknowns(sides[0]) else None  # 5 = x
 
 
 def _same_relation(gold: Node, prediction: Node) -> bool:
@@ -469,7 +484,7 @@ def _same_region(gold: Node, prediction: Node) -> bool | None:
             return None
     try:
         ends = sorted({end for node in (gold, prediction) for end in _ends(node)})
-        points = [*ends, *((a + b) / 2 for a, b in zip(ends, ends[1:], strict=False))]
+        points = [*ends, *((a + b) / 2 for a, b in itertools.pairwise(ends))]
         points += [ends[0] - 1, ends[-1] + 1, ends[0] - 1000, ends[-1] + 1000] if ends else [Fraction(0)]
         points += [end + step for end in ends for step in (Fraction(1, 10**6), -Fraction(1, 10**6))]
         return all(_holds(gold, point) == _holds(prediction, point) for point in points)
@@ -479,7 +494,10 @@ def _same_region(gold: Node, prediction: Node) -> bool | None:
 
 def _end(node: Node) -> Any:
     value = constant(node)
-    return value if isinstance(value, Fraction) else value if value in (float("inf"), -float("inf")) else Fraction(str(float(value)))
+    if isinstance(value, Fraction):
+        return value
+    rounded = float(value)
+    return rounded if math.isinf(rounded) else Fraction(rounded)
 
 
 def _ends(node: Node) -> list[Any]:
@@ -514,8 +532,11 @@ def _holds(node: Node, point: Any) -> bool:
         return any(_end(arg) == point for arg in node.args)
     if node.op == "tuple" and len(node.args) == 2:
         low, high = map(_end, node.args)
-        return bool((low < point or (node.data[0] == "[" and low == point)) and (point < high or (node.data[1] == "]" and point == high)))
-    if node.op == "relation":
+        return bool(
+            (low < point or (node.data[0] == "[" and low == point))
+            and (point < high or (node.data[1] == "]" and point == high))
+        )
+    if node.op == "relation" and sum(bool(unknowns(side)) for side in node.args) == 1:
         values = [_at(side, point) for side in node.args]
         return all(_ordered(a, sign, b) for a, sign, b in zip(values, node.data.split(), values[1:], strict=False))
     raise UnreadableError("no set of numbers")

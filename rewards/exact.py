@@ -4,6 +4,8 @@ A number here is an integer, a decimal, a fraction, a mixed number or a percenta
 separators, currency sign and LaTeX around it. Whatever else an answer may be, the slow path reads.
 """
 
+# ruff: noqa: RUF001 - signs of other scripts are what it is about
+
 import re
 import unicodedata
 from fractions import Fraction
@@ -28,15 +30,18 @@ _NUMBER = re.compile(
 )
 _SEPARATORS = re.compile(r"[^\d.]+", re.ASCII)
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
+_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+_SUBSCRIPT = re.compile(r"[₀-₉]+")
 _SUPERSCRIPT = re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
 _VULGAR = re.compile(r"[¼½¾⅐-⅞]")
-_SIGNS = {"−": "-", "–": "-", "‐": "-", "‑": "-", "٫": ".", "٬": ",", "٪": "%", "،": ",", "؛": ";", "′": "'"}
+_SIGNS = {"−": "-", "–": "-", "‐": "-", "‑": "-", "٫": ".", "٬": ",", "٪": "%", "،": ",", "؛": ";", "′": "'", "\u2062": "*", "\u2063": ","}
 
 
 def plain(text: str) -> str:
     """`text` with the digits of every script, full-width signs and superscripts in ASCII, and invisible marks gone."""
     if text.isascii():
         return text
+    text = _SUBSCRIPT.sub(lambda found: "_{" + found[0].translate(_SUBSCRIPTS) + "}", text)
     text = _SUPERSCRIPT.sub(lambda found: "^{" + found[0].translate(_SUPERSCRIPTS) + "}", text)
     text = _VULGAR.sub(lambda found: " " + unicodedata.normalize("NFKC", found[0]).replace("⁄", "/") + " ", text)
     return "".join(_ascii(sign) for sign in text)

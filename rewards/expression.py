@@ -7,9 +7,30 @@ from fractions import Fraction
 from functools import lru_cache
 
 from rlora.rewards.notation import FUNCTIONS, MAX_DEPTH, Token, UnreadableError, clean, tokens
+from rlora.rewards.units import changes_value, multiplier
 
 RELATIONS = ("=", "==", "<", ">", "<=", ">=", "!=", "~", "in", "->")
-_ENDS = ("end", "close", ",", ";", "and", "or", ")", "]", "}", "}}", "&", "row", "|", "rfloor", "rceil", ")>", "|", "text", "%")
+_ENDS = (
+    "end",
+    "close",
+    ",",
+    ";",
+    "and",
+    "or",
+    ")",
+    "]",
+    "}",
+    "}}",
+    "&",
+    "row",
+    "|",
+    "rfloor",
+    "rceil",
+    ")>",
+    "|",
+    "text",
+    "%",
+)
 _UNDONE = ("sum", "prod", "int", "lim")  # work that an answer leaves to do: it is not done here
 _INVERSE = {"sin": "arcsin", "cos": "arccos", "tan": "arctan", "sec": "arcsec", "csc": "arccsc", "cot": "arccot"}
 
@@ -151,9 +172,16 @@ class _Parser:
 
     def unit(self, value: Node) -> Node:
         """Words behind a value: its unit, with powers."""
-        words = ""
-        while self.kind == "text" or (words and self.kind in ("^", "/", "number", "{", "}", "-", "letter", "*")):
+        words = before = ""
+        while self.kind == "text" or (words and self.kind in ("^", "/", "{", "}", "-", "letter", "*")) or (
+            self.kind == "number" and before in ("^", "{", "-")  # a power
+        ):
+            before = self.kind
             words += " " + self.next().text
+        if (factor := multiplier(words)) is not None:
+            return Node("mul", (value, number(factor)))
+        if changes_value(words):
+            raise UnreadableError("words that change a value")
         return Node("unit", (value,), words) if words else value
 
     def signed(self) -> Node:
@@ -330,10 +358,7 @@ class _Parser:
         while self.kind in ("number", "letter", "name", "/") or (self.kind == "command" and self.text == "frac"):
             if self.kind == "name" and self.text in FUNCTIONS:
                 break
-            if self.take("/"):
-                found = Node("div", (found, self.power()))
-            else:
-                found = Node("mul", (found, self.power()))
+            found = Node("div", (found, self.power())) if self.take("/") else Node("mul", (found, self.power()))
         return (found,)
 
     def undone(self, name: str) -> Node:

@@ -1,5 +1,7 @@
 """LaTeX and plain mathematics, cut into tokens. Bounded before anything else reads it. Stdlib only."""
 
+# ruff: noqa: RUF001 - signs of other scripts are what it is about
+
 import re
 from typing import NamedTuple
 
@@ -23,13 +25,98 @@ class Token(NamedTuple):
 
 
 FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc sinh cosh tanh coth arcsin arccos arctan arccot arcsec arccsc arsinh arcosh artanh "
-    "asin acos atan asinh acosh atanh log ln lg exp sqrt cbrt abs floor ceil gcd lcm max min det Re Im arg sgn "
-    "sum prod int lim".split()
+    [
+        "sin",
+        "cos",
+        "tan",
+        "cot",
+        "sec",
+        "csc",
+        "sinh",
+        "cosh",
+        "tanh",
+        "coth",
+        "arcsin",
+        "arccos",
+        "arctan",
+        "arccot",
+        "arcsec",
+        "arccsc",
+        "arsinh",
+        "arcosh",
+        "artanh",
+        "asin",
+        "acos",
+        "atan",
+        "asinh",
+        "acosh",
+        "atanh",
+        "log",
+        "ln",
+        "lg",
+        "exp",
+        "sqrt",
+        "cbrt",
+        "abs",
+        "floor",
+        "ceil",
+        "gcd",
+        "lcm",
+        "max",
+        "min",
+        "det",
+        "Re",
+        "Im",
+        "arg",
+        "sgn",
+        "sum",
+        "prod",
+        "int",
+        "lim",
+    ]
 )
 GREEK = frozenset(
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi pi rho sigma tau "
-    "upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega ell hbar".split()
+    [
+        "alpha",
+        "beta",
+        "gamma",
+        "delta",
+        "epsilon",
+        "varepsilon",
+        "zeta",
+        "eta",
+        "theta",
+        "vartheta",
+        "iota",
+        "kappa",
+        "lambda",
+        "mu",
+        "nu",
+        "xi",
+        "pi",
+        "rho",
+        "sigma",
+        "tau",
+        "upsilon",
+        "phi",
+        "varphi",
+        "chi",
+        "psi",
+        "omega",
+        "Gamma",
+        "Delta",
+        "Theta",
+        "Lambda",
+        "Xi",
+        "Pi",
+        "Sigma",
+        "Upsilon",
+        "Phi",
+        "Psi",
+        "Omega",
+        "ell",
+        "hbar",
+    ]
 )
 _NAMES = {"infinity": "infty", "inf": "infty", "oo": "infty", "pi": "pi", "Eq": "Eq", "and": "and", "or": "or"}
 _NAMES |= {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "union": "cup", "nan": "nan", "NaN": "nan"}
@@ -55,10 +142,14 @@ _SPACING = re.compile(
     r"boldsymbol|bm|rm|bf|it|tt|small|large|Large|mathstrut|strut|ensuremath|fbox|boxed)(?![a-zA-Z])|\$|(?<!\\)\\[()\[\]]"
     r"|\\label\{[^{}]*\}|\\phantom\{[^{}]*\}|\\hspace\*?\{[^{}]*\}"
 )
-_SPACE = re.compile(r"(?<!\\)\\[,;:!>\s]|\\q?quad|\\(?:enspace|thinspace|medspace|ldots|dots|cdots)(?![a-zA-Z])|~|\\\Z")
+_SPACE = re.compile(r"(?<!\\)\\[,;:!>\s]|\\q?quad|\\(?:enspace|thinspace|medspace)(?![a-zA-Z])|~|\\\Z")
+_DOTS = re.compile(r"\\(?:[cl]dots|dots[bcmoi]?)(?![a-zA-Z])|(?<!\.)\.\.\.(?=.)|…(?=.)")
+_RADIX = re.compile(r"(?<![\w.])0[xXbBoO][0-9a-fA-F]")
 _FONT = re.compile(r"\\(?:mathrm|operatorname\*?|mathbf|mathit|mathsf|mathcal|mathfrak)\s*\{([^{}]*)\}")
 _GROUPS = re.compile(r"(?<![\d.])(\d{1,3})((?:(?:,\s?\\!\s?|\{,\}\s?|\\[,;:! ]|~|\s)\d{3})+)(?![\d{])")
 _COMMAS = re.compile(r"(?<![\d.,])([1-9]\d{0,2}(?:,\d{3})+)(?![\d,]*\d)")
+_CURRENCIES = {r"\$": "USD", "€": "EUR", "£": "GBP", "¥": "yuan"}
+_CURRENCY = re.compile(r"(\\\$|[€£¥])\s*(-?(?:\d|,\\!\s?|\{,\}|,(?=\d)|\.(?=\d))+)")
 _JOINED = re.compile(r"(?<=[\d)}\]])\s*(and|or)(?=[A-Z\\($-])")
 _TIMES = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*(?:\^|\*\*))")
 _WRAPPERS = ("np.array", "numpy.array", "sympy.Matrix", "sp.Matrix", "Matrix", "array")
@@ -92,15 +183,18 @@ def clean(text: str, thousands: bool = True) -> str:
     """One spelling of what has several; commas that group digits by three go where `thousands`. Checks the bounds."""
     if len(text) > MAX_LENGTH:
         raise UnreadableError("too long")
-    text = plain(text).translate(_SIGNS).strip()
+    text = _DOTS.sub(r" \\ldots ", plain(text).translate(_SIGNS).strip())
+    if _RADIX.search(text):
+        raise UnreadableError("a literal of a programming language")
     if not _ROWS.search(text) or r"\\begin" in text:
         text = _DOUBLED.sub(lambda _: "\\", text)
     for wrapper in _WRAPPERS:
         if text.startswith(wrapper + "("):
             text = text.removeprefix(wrapper)
-    text = text.replace(r"\$", " USD ").replace("€", " EUR ").replace("£", " GBP ").replace("¥", " yuan ")
-    if text.startswith("$") and text.count("$") == 1:
-        text = "USD " + text[1:]
+    if text.startswith(("$", "-$")) and text.count("$") == 1:
+        text = text.replace("$", r"\$")
+    text = _CURRENCY.sub(lambda found: rf"{found[2]} \text{{{_CURRENCIES[found[1]]}}}", text)
+    text = text.replace(r"\$", "").replace("€", r"\text{EUR}").replace("£", r"\text{GBP}").replace("¥", r"\text{yuan}")
     text = _SPACING.sub(" ", text)
     text = _GROUPS.sub(lambda found: found[1] + re.sub(r"\D", "", found[2]), text)
     if thousands:
@@ -109,7 +203,7 @@ def clean(text: str, thousands: bool = True) -> str:
     text = _FONT.sub(_upright, text)
     text = _JOINED.sub(r" \1 ", text)
     text = _TIMES.sub(r" * ", text)
-    return text.strip().rstrip("\\.,;:!?。*_ \n").strip("*`\"' \n")
+    return text.strip().rstrip("\\.,;:?。*_ \n").strip("*`\" \n")
 
 
 def _upright(found: re.Match[str]) -> str:

@@ -9,12 +9,18 @@ _THINK = re.compile(r"<think>(?!.*<think>)(?!.*</think>.*</think>).*?</think>.*"
 
 
 def think_answer(completion: str) -> float:
-    """1 for <think> and <answer> on lines of their own, one after the other and nothing else, as open-r1 has it."""
+    """1 for <think> and <answer> on lines of their own, one after the other and nothing else, not even after them.
+
+    open-r1's format reward, which lets more follow.
+    """
     return float(_THINK_ANSWER.fullmatch(completion) is not None)
 
 
 def think(completion: str) -> float:
-    """1 where the completion begins with one <think> block that is closed, as TRL's `think_format_reward` has it."""
+    """1 where the completion begins with a <think> block that is closed, and holds no other tag of it.
+
+    TRL's `think_format_reward`, which lets a second </think> follow.
+    """
     return float(_THINK.fullmatch(completion) is not None)
 
 

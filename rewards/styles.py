@@ -15,9 +15,9 @@ What belongs to a prompt is `answer`, `prompt` (text or messages, as the env gav
 it), `step` and `steps` of the run, and each of the prompt's columns by its name: one value, for a group too.
 
 TRL's trainer passes everything to every function, so its functions end in `**kwargs`. That tells `f(completions,
-answers, **kwargs)` (TRL's) from `f(completions, answers)` (ours). Where prompts are chat messages, they get messages; where they
-are plain strings, strings, unless the function reads the "content" of messages: rlora sends a plain string as a user's
-message, so both kinds are written for it. A parameter that is called like an answer, but is no column, gets the answer.
+answers, **kwargs)` (TRL's) from `f(completions, answers)` (ours). Where prompts are chat messages, they get messages;
+where they are plain strings, strings, unless the function reads the "content" of messages: rlora sends a plain string
+as a user's message, so both kinds are written for it. A parameter that is called like an answer, but is no column, gets the answer.
 Where TRL, verl and OpenRLHF get an answer that is a number, they get its text, as their data sets hold it.
 
 A function of ours returns for each episode a finite number, a bool, a status of `records.STATUSES`, None where it has
@@ -33,8 +33,6 @@ import functools
 import inspect
 import math
 import numbers
-import os
-import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -43,6 +41,7 @@ from decimal import Decimal
 from types import CodeType, FunctionType, SimpleNamespace
 from typing import Any, Literal
 
+from rlora.plugin import where
 from rlora.records import STATUSES, Case, RloraError, Score
 
 Style = Literal["auto", "completion", "group", "trl", "verl", "verl-batch", "openrlhf"]
@@ -352,10 +351,7 @@ class Plug:
         if isinstance(error, _FaultError):
             what = str(error)
         else:
-            files = {os.path.abspath(each) for each in (file, self.spec.rpartition(":")[0]) if each}
-            for frame, at in traceback.walk_tb(error.__traceback__):  # the innermost comes last
-                if os.path.abspath(frame.f_code.co_filename) in files:
-                    file, line = frame.f_code.co_filename, at
+            file, line = where(error, file, self.spec.rpartition(":")[0]) or (file, line)
             what = f"raised {_said(error)}; mend it there"
             if self.style == "trl":
                 form = 'lists of messages (read completion[0]["content"])' if call.chat else "strings"
@@ -367,7 +363,7 @@ def plug(spec: str, function: Callable[..., Any], style: Style = "auto", args: M
     """The function that the config names `spec`, ready to be called.
 
     A class is made first, with those of `args` that its constructor takes. Where `style` is given and none of the
-    function's parameters has a name of that style, it gets the style's values by position, as in `lambda text, gold: ...`.
+    function's parameters has a name of that style, it gets the style's values by position, as `lambda text, gold: ...`.
 
     Raises RloraError where the form can't be told from the parameters' names, or the class can't be made.
     """
@@ -399,7 +395,7 @@ def plug(spec: str, function: Callable[..., Any], style: Style = "auto", args: M
         spec=spec,
         name=spec.rpartition(":")[2],
         style=chosen,
-        asynchronous=any(map(inspect.iscoroutinefunction, (function, inspect.unwrap(function), _call_of(function)))),
+        asynchronous=inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(_call_of(function)),
         function=function,
         args={name: args[name] for name in mine if name in args},
         takes=frozenset(takes | mine),
@@ -423,21 +419,17 @@ def _told(parameters: Mapping[str, inspect.Parameter]) -> str | None:
     """The style that the parameters' names tell."""
     names = parameters.keys()
     anything = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
-    if "solution_str" in names:
-        return "verl"
-    if "solution_strs" in names:
-        return "verl-batch"
-    if "queries" in names:
-        return "openrlhf"
-    if names & {"prompts", "trainer_state", "log_extra", "log_metric", "completions_ids"}:
-        return "trl"
-    if anything and names & {"completions", "completion_ids"} and "completion" not in names:
-        return "trl"
-    if names & {"completions", "answers", "states"}:
-        return "group"
-    if names & {"completion", "completion_ids", "messages", "state"}:
-        return "completion"
-    return None
+    lists = bool(names & {"completions", "completion_ids"}) and "completion" not in names
+    trls = names & {"prompts", "trainer_state", "log_extra", "log_metric", "completions_ids"}
+    told = {
+        "verl": "solution_str" in names,
+        "verl-batch": "solution_strs" in names,
+        "openrlhf": "queries" in names,
+        "trl": trls or (anything and lists),
+        "group": names & {"completions", "answers", "states"},
+        "completion": names & {"completion", "completion_ids", "messages", "state"},
+    }
+    return next((style for style, is_told in told.items() if is_told), None)
 
 
 def _by_place(parameters: Mapping[str, inspect.Parameter] | None, values: Iterable[str]) -> list[str]:
@@ -446,8 +438,10 @@ def _by_place(parameters: Mapping[str, inspect.Parameter] | None, values: Iterab
     if parameters is None:  # written in C
         return order[:2]
     needed = [each for each in parameters.values() if each.kind in _BY_PLACE and each.default is _NO]
-    if all(each.kind is each.POSITIONAL_ONLY and each.name in order for each in needed):
+    if any(each.kind is each.POSITIONAL_ONLY for each in needed) and all(each.name in order for each in needed):
         return [each.name for each in needed]
+    if not needed and any(each.kind is each.VAR_POSITIONAL for each in parameters.values()):
+        return order[:2]  # behind a decorator that does not say what it wraps
     return [] if set(order) & parameters.keys() else order[: len(needed)]
 
 
@@ -471,7 +465,7 @@ def _made(spec: str, kind: type, args: Mapping[str, Any]) -> Callable[..., Any]:
 
 def _call_of(function: Any) -> Any:
     """What runs when it is called: of an object its class's method."""
-    return function if hasattr(function, "__code__") else getattr(type(function), "__call__", None)
+    return function if hasattr(function, "__code__") else getattr(type(function), "__call__", None)  # noqa: B004
 
 
 def _bare(function: Any) -> Any:
@@ -495,8 +489,8 @@ def _defined(function: Any) -> tuple[str, int]:
 def _reads_messages(code: CodeType, names: Mapping[str, Any], seen: frozenset[CodeType] = frozenset()) -> bool:
     """Whether the code, or that of functions of its file that it calls, holds the key "content" of a message.
 
-    TRL gives messages where the data set does. Here a plain string is sent as a user message, so that a function may have
-    been written for either; its code tells which.
+    TRL gives messages where the data set does. Here a plain string is sent as a user message, so that a function may
+    have been written for either; its code tells which.
     """
     if "content" in code.co_consts:
         return True

@@ -30,6 +30,29 @@ def _unit(word: str) -> str | None:
     return None
 
 
+_CURRENCIES = {"usd", "cent", "eur", "gbp", "yuan", "rupee"}
+_MULTIPLIERS = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_CHANGES = frozenset(  # of words behind a number: it is not that number, or not all of the answer
+    "squared cubed factorial half halves third thirds quarter quarters fourths fifths sixths sevenths eighths ninths "
+    "tenth tenths hundredth hundredths thousandth thousandths mille or but not unless except wrong incorrect maybe "
+    "otherwise versus vs plus minus times pairs th nd rd st root remainder mod modulo more less fewer greater".split()
+)
+
+
+def is_currency(text: str) -> bool:
+    return _unit(text.strip()) in _CURRENCIES
+
+
+def multiplier(text: str) -> int | None:
+    """What "million" or "million people" multiplies by; None of other words."""
+    return _MULTIPLIERS.get(text.split()[0].lower().removesuffix("s")) if text.split() else None
+
+
+def changes_value(text: str) -> bool:
+    """Whether such words behind a number make it another, or doubtful: 7 tenths, 7 but maybe, 7 is wrong."""
+    return not _CHANGES.isdisjoint(re.findall(r"[^\W\d_]+", text.lower())) and unit(text) is None
+
+
 def is_unit(word: str) -> bool:
     """Whether a word is a unit, and not as well a variable."""
     return word not in _SINGLE and (_unit(word) is not None or word in _COMPOUND)

@@ -11,8 +11,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-import mpmath
-
+import mpmath  # type: ignore[import-untyped]
 from rlora.rewards.expression import Node
 from rlora.rewards.notation import UnreadableError
 
@@ -20,14 +19,10 @@ _MAX_BITS = 20_000  # of a numerator or denominator that is kept exact
 _MAX_MAGNITUDE = 1_000_000  # of the exponent of two
 _MAX_PRECISION = 8_000  # bits
 _MAX_FACTORIAL = 2_000
-_POINTS = 3  # the last with negative values too; where both sides are real, they agree there as well
+_POINTS = 4  # the last two with negative values too; where both sides are real, they agree there as well
 _WHOLE = frozenset("nmkjlN")  # names of whole numbers
 Number = Any  # Fraction, mpf, mpc or rows of them
 _mp = mpmath.MPContext()
-
-
-class UndefinedError(UnreadableError):
-    """A value that does not exist, or is too large to be looked at."""
 
 
 class _MorePrecisionError(Exception):
@@ -39,11 +34,10 @@ class _MorePrecisionError(Exception):
 def same(one: Node, other: Node) -> bool:
     """Whether two expressions have the same value, for all values of their unknowns."""
     unknown = bool(unknowns(one) | unknowns(other))
-    bits = 200 + 4 * max((len(node.data) for side in (one, other) for node in side.walk() if node.op == "number"), default=0)
-    for point in range(_POINTS if unknown else 1):
-        if not _same_at(one, other, point, bits):
-            return False
-    return True
+    bits = 200 + 4 * max(
+        (len(node.data) for side in (one, other) for node in side.walk() if node.op == "number"), default=0
+    )
+    return all(_same_at(one, other, point, bits) for point in range(_POINTS if unknown else 1))
 
 
 def _same_at(one: Node, other: Node, point: int, bits: int) -> bool:
@@ -52,12 +46,12 @@ def _same_at(one: Node, other: Node, point: int, bits: int) -> bool:
         try:
             evaluation = _Evaluation(point)
             left, right = evaluation.value(one), evaluation.value(other)
-            return _equal(left, right, evaluation, signed=point == _POINTS - 1)
+            return _equal(left, right, evaluation, signed=point >= _POINTS - 2)
         except _MorePrecisionError as more:
             if (bits := more.bits + 64) > _MAX_PRECISION:
                 return False
         except (OverflowError, ValueError, TypeError, ZeroDivisionError, mpmath.libmp.NoConvergence) as error:
-            raise UndefinedError("no value") from error
+            raise UnreadableError("no value") from error
     return False
 
 
@@ -67,7 +61,7 @@ def constant(node: Node) -> Number:
     try:
         return _Evaluation(0).value(node)
     except (_MorePrecisionError, OverflowError, ValueError, TypeError, ZeroDivisionError) as error:
-        raise UndefinedError("no value") from error
+        raise UnreadableError("no value") from error
 
 
 @lru_cache(1024)
@@ -108,8 +102,9 @@ def _random(name: str, point: int) -> Fraction:
     generator = random.Random(f"{name} {point}")
     if name in _WHOLE:
         return Fraction(generator.randint(5, 40))
-    value = Fraction(generator.randint(300, 4000), 1009)
-    return -value if point == _POINTS - 1 and generator.random() < 0.5 else value
+    value = Fraction(generator.randint(*((300, 1500) if point % 2 else (1500, 5000))), 1009)
+    negative = random.Random(name).random() < 0.5  # at one of the signed points, and not at the other
+    return -value if point == _POINTS - 1 - negative else value
 
 
 class _Evaluation:
@@ -129,9 +124,9 @@ class _Evaluation:
         """Fractions that grow too long are rounded; magnitudes over the bound are refused."""
         if isinstance(value, Fraction):
             if max(value.numerator.bit_length(), value.denominator.bit_length()) > _MAX_BITS:
-                raise UndefinedError("too large")
+                raise UnreadableError("too large")
         elif not isinstance(value, tuple) and _mp.isfinite(value) and value and abs(_mp.mag(value)) > _MAX_MAGNITUDE:
-            raise UndefinedError("too large")
+            raise UnreadableError("too large")
         return value
 
     def rounded(self, value: Number) -> Number:
@@ -165,7 +160,7 @@ class _Evaluation:
     def on_base(self, node: Node) -> Number:
         base = int(node.args[1].number or 0)
         if not 2 <= base <= 36:
-            raise UndefinedError("a base that is none")
+            raise UnreadableError("a base that is none")
         return Fraction(int(node.data, base))
 
     def on_neg(self, node: Node) -> Number:
@@ -239,9 +234,12 @@ class _Evaluation:
             return self.multiply_rows(left, right)
         if isinstance(left, Fraction) and isinstance(right, Fraction):
             return left * right
+        left, right = self.rounded(left), self.rounded(right)
         if not left or not right:
+            if not _mp.isfinite(left) or not _mp.isfinite(right):
+                raise UnreadableError("zero times infinity")
             return Fraction(0)
-        return self.rounded(left) * self.rounded(right)
+        return left * right
 
     def multiply_rows(self, left: Number, right: Number) -> Number:
         if not isinstance(left, tuple):
@@ -282,10 +280,10 @@ class _Evaluation:
         base, exponent = self.rounded(base), self.rounded(exponent)
         if not base:
             if isinstance(exponent, _mp.mpc) or exponent <= 0:
-                raise UndefinedError("zero to a power")
+                raise UnreadableError("zero to a power")
             return Fraction(0)
         if not _mp.isfinite(base) or not _mp.isfinite(exponent):
-            raise UndefinedError("a power of infinity")
+            raise UnreadableError("a power of infinity")
         self.check(_mp.mag(exponent) + max(1, abs(_mp.mag(base))).bit_length())
         return base**exponent
 
@@ -300,7 +298,7 @@ class _Evaluation:
     def check(self, bits: int) -> None:
         """A result of 2^(2^bits) must not be begun."""
         if bits > 20:
-            raise UndefinedError("too large")
+            raise UnreadableError("too large")
 
 
 def _exact_power(base: Fraction, exponent: Fraction) -> Fraction | None:
@@ -323,7 +321,7 @@ def _float(function: Callable[[Number], Number], most: int = 4000) -> Callable[.
     def apply(self: _Evaluation, arg: Number) -> Number:
         arg = self.rounded(arg)
         if not _mp.isfinite(arg) or (arg and _mp.mag(arg) > most):
-            raise UndefinedError("a function of something too large")
+            raise UnreadableError("a function of something too large")
         return function(arg)
 
     return apply
@@ -332,12 +330,15 @@ def _float(function: Callable[[Number], Number], most: int = 4000) -> Callable[.
 def _log(self: _Evaluation, arg: Number, base: Number = Fraction(10)) -> Number:
     value = self.rounded(arg)
     if not value or not self.rounded(base):
-        raise UndefinedError("a logarithm of zero")
+        raise UnreadableError("a logarithm of zero")
     over, under = _mp.ln(value), _mp.ln(self.rounded(base))
     found = over / under
     if isinstance(arg, Fraction) and isinstance(base, Fraction) and arg > 0 and base > 0 and abs(_mp.nint(found)) < 999:
         whole = int(_mp.nint(found))
-        if abs(whole) * max(base.numerator.bit_length(), base.denominator.bit_length()) < _MAX_BITS and base**whole == arg:
+        if (
+            abs(whole) * max(base.numerator.bit_length(), base.denominator.bit_length()) < _MAX_BITS
+            and base**whole == arg
+        ):
             return Fraction(whole)
     return found
 
@@ -348,7 +349,7 @@ def _sqrt(self: _Evaluation, arg: Number, index: Number = Fraction(2)) -> Number
 
 def _whole(value: Number, most: int) -> int:
     if not isinstance(value, Fraction) or value.denominator != 1 or not 0 <= value <= most:
-        raise UndefinedError("a factorial of that")
+        raise UnreadableError("a factorial of that")
     return int(value)
 
 
@@ -400,7 +401,7 @@ _FUNCTIONS: dict[str, Callable[..., Number]] = {
     "ln": lambda self, arg: _log(self, arg, _mp.e), "cbrt": lambda self, arg: _sqrt(self, arg, Fraction(3)),
     "factorial": _factorial, "binom": _binom, "abs": _abs, "lfloor": _floor, "floor": _floor, "lceil": _ceil,
     "ceil": _ceil, "transpose": _transpose,
-    "Re": _float(lambda z: _mp.re(z)), "Im": _float(lambda z: _mp.im(z)),
+    "Re": _float(_mp.re), "Im": _float(_mp.im),
 }  # fmt: skip
 for _name in ("sin", "cos", "tan", "cot", "sec", "csc"):
     _FUNCTIONS[_name] = _float(getattr(_mp, _name))

@@ -116,8 +116,8 @@ class _Worker:
                 continue
             calls = itertools.count()
             verdicts = [
-                awaited[number, each.name] if each.asynchronous else self._score(each, number, job, job.of, calls)
-                for each in self.plugs
+                awaited[number, place] if each.asynchronous else self._score(each, number, job, job.of, calls)
+                for place, each in enumerate(self.plugs)
             ]
             self.clock.stop()
             yield number, [[astuple(score) for score in scores] for scores in verdicts]
@@ -134,7 +134,7 @@ class _Worker:
                 scores += each(case, episodes)
         return scores
 
-    async def _await(self, jobs: Sequence[Job]) -> dict[tuple[int, str], list[Score]]:
+    async def _await(self, jobs: Sequence[Job]) -> dict[tuple[int, int], list[Score]]:
         """By the functions that are coroutines, of all groups: so many calls at once, each with its own deadline."""
         free = asyncio.Semaphore(self.setup.concurrency)
 
@@ -153,9 +153,9 @@ class _Worker:
             return [score for of_call in scores for score in of_call]
 
         asked = {
-            (number, each.name): group(each, job, job.of)
+            (number, place): group(each, job, job.of)
             for number, job in enumerate(jobs)
-            for each in self.plugs
+            for place, each in enumerate(self.plugs)
             if each.asynchronous and isinstance(job.of, Case)
         }
         return dict(zip(asked, await asyncio.gather(*asked.values()), strict=True))

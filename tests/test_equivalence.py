@@ -1,5 +1,7 @@
 """What equals what. Each table has near misses beside it."""
 
+# ruff: noqa: RUF001 - signs of other scripts are what it is about
+
 import signal
 import threading
 import time

@@ -136,6 +136,26 @@ def test_a_style_is_taken_by_position_where_no_name_tells_it() -> None:
         plug(SPEC, one, "tlr")  # type: ignore[arg-type]
 
 
+def by_place(completion: str, /, answer: int) -> float:
+    return float(completion == str(answer))
+
+
+def veiled(*args: Any, **kwargs: Any) -> float:
+    return one(*args, **kwargs)
+
+
+@functools.wraps(borrowed.async_reward_func)
+def waited_for(*args: Any, **kwargs: Any) -> list[float]:
+    return [1.0, 2.0]
+
+
+def test_decorators_and_parameters_by_position() -> None:
+    assert values(scores(by_place, "4", "5")) == [1.0, 0.0]
+    assert values(plug(SPEC, veiled, "completion")(case("4", "5", answer=4), range(2))) == [1.0, 0.0]
+    assert not plug(SPEC, waited_for).asynchronous  # what it wraps is, and it is not
+    assert values(scores(waited_for, "4", "5")) == [1.0, 2.0]
+
+
 def raises(completion: str, answer: int) -> float:
     return 1 / (len(completion) - 1)
 
