@@ -5,9 +5,9 @@
 import re
 from typing import NamedTuple
 
-from rlora.rewards.exact import plain
-from rlora.rewards.notation import FUNCTIONS
-from rlora.rewards.units import is_unit
+from .exact import plain
+from .notation import FUNCTIONS
+from .units import is_unit
 
 MAX_LENGTH = 2000  # characters of an answer, and of a statement that holds one
 _TAIL = 4000  # characters from the end in which an answer without a box is looked for
@@ -16,6 +16,7 @@ _MARKERS = 8  # occurrences of "answer" that are looked at, from the end
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])")
 _THINK = re.compile(r"<(think|thinking|thought)>")
 _END = re.compile(r"<\|(?:im_end|eot_id|endoftext|end|end_of_text|im_start|eom_id)\|>|</s>|<｜end▁of▁sentence｜>")
+_LEADING = re.compile(rf"\A(?:\s|{_END.pattern})*")
 _MARK = re.compile(
     r"nswers?\b(?:\s+(?:to|of|for)\b[^.\n:]{0,80}?)?\s*[*_`)}]*\s*(?:(?:is|are|was|be|=|:|为|是)\s*[*_`]*\s*:?|:)\s*[*_`]*\s*"
     r"(?:(?:therefore|thus|simply|just|exactly|equal to|given by|the option|option|choice)\s+)*",
@@ -31,7 +32,7 @@ _VALUE = (
     r"[-+−]?\s?(?:\\?[$€£])?\s?(?<![\d.])(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|\d+(?:[.,]\d+)?|\.\d+)"
     r"(?:[eE][-+]?\d+)?(?:\s?/\s?\d+|\s\d+/\d+)?(?:\s?\\?%|\s(?:percent|pct)\b)?"
 )
-_NUMBER = re.compile(rf"(?<![\w\\.^{{]){_VALUE}")
+_NUMBER = re.compile(rf"(?<![\w\\.^{{])(?!0[xXbBoO][0-9a-fA-F]){_VALUE}")
 _JOIN = r"\s*(?:,|;|/|\||-|–|\bor\b|\band\b|\bto\b|\s)\s*(?:or\b|and\b)?\s*"
 _RUN = re.compile(rf"{_VALUE}(?:{_JOIN}{_VALUE})*\Z")
 _NOT = re.compile(  # before a number that is not the answer, or not all of it
@@ -86,11 +87,9 @@ def _spoken(completion: str) -> str:
     if "<" in completion:
         if opened := _THINK.search(completion):
             completion = completion[: opened.start()]
-        for end in _END.finditer(completion):
-            if completion[: end.start()].strip() and not completion[: end.start()].strip().endswith("|>"):
-                completion = completion[: end.start()]
-                break
-        completion = _END.sub("\n", completion, count=8)
+        completion = _LEADING.sub("", completion, count=1)
+        if end := _END.search(completion):
+            completion = completion[: end.start()]
         start = completion.rfind("<answer>")
         if start >= 0:
             inner = completion[start + len("<answer>") :].partition("</answer>")[0]

@@ -18,12 +18,12 @@ from functools import lru_cache
 from types import FrameType
 from typing import Any
 
-from rlora.rewards.answer import MAX_LENGTH, Answer, find_answer, find_gold
-from rlora.rewards.exact import number, plain
-from rlora.rewards.expression import Node, read
-from rlora.rewards.notation import UnreadableError
-from rlora.rewards.units import conflict, is_currency
-from rlora.rewards.values import constant, same, unknowns
+from .answer import MAX_LENGTH, Answer, find_answer, find_gold
+from .exact import number, plain
+from .expression import Node, read
+from .notation import UnreadableError
+from .units import conflict, is_currency
+from .values import constant, same, unknowns
 
 SECONDS = 2.0  # a pair; only on the main thread
 _MAX_ITEMS = 60  # of a list: they are compared each with each
@@ -104,7 +104,7 @@ def _compare(wanted: Answer, found: Answer) -> str:
         return "wrong" if gold is None or _is_words(text) else "unparsable"
     if gold is None:
         return "wrong"
-    candidates = [prediction]
+    candidates: list[Node | None] = [prediction]
     if gold.op in ("list", "set"):
         candidates.append(_tree(text, thousands=False))
         if found.boxes:
@@ -391,7 +391,7 @@ def _label(node: Node) -> str:
 
 
 def _stated(node: Node) -> Node | None:
-    """What `x = ... = 5` or `2 + 3 = 5` gives; None for other relations. An approximation gives way to what it is of."""
+    """What `x = ... = 5` or `2 + 3 = 5` gives; None for other relations. Of an approximation what is approximated."""
     signs = node.data.split()
     if not set(signs) <= {"=", "~", "in", "=="}:
         return None
@@ -479,9 +479,9 @@ def _is_region(node: Node) -> bool:
 
 def _same_region(gold: Node, prediction: Node) -> bool | None:
     """Compares two sets of numbers on their ends, beside and between them; None where one is not such a set."""
-    if {gold.op, prediction.op} == {"relation"} and {*gold.data.split(), *prediction.data.split()} <= set(_LESS):
-        if (unknowns(gold) != unknowns(prediction)) or _proportional(gold, prediction):
-            return None
+    inequalities = gold.op == prediction.op == "relation" and {*gold.data.split(), *prediction.data.split()} <= {*_LESS}
+    if inequalities and (unknowns(gold) != unknowns(prediction) or _proportional(gold, prediction)):
+        return None
     try:
         ends = sorted({end for node in (gold, prediction) for end in _ends(node)})
         points = [*ends, *((a + b) / 2 for a, b in itertools.pairwise(ends))]

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-from rlora.rewards.notation import FUNCTIONS, MAX_DEPTH, Token, UnreadableError, clean, tokens
-from rlora.rewards.units import changes_value, multiplier
+from .notation import FUNCTIONS, MAX_DEPTH, Token, UnreadableError, clean, tokens
+from .units import changes_value, multiplier
 
 RELATIONS = ("=", "==", "<", ">", "<=", ">=", "!=", "~", "in", "->")
 _ENDS = (
@@ -173,8 +173,12 @@ class _Parser:
     def unit(self, value: Node) -> Node:
         """Words behind a value: its unit, with powers."""
         words = before = ""
-        while self.kind == "text" or (words and self.kind in ("^", "/", "{", "}", "-", "letter", "*")) or (
-            self.kind == "number" and before in ("^", "{", "-")  # a power
+        while (
+            self.kind == "text"
+            or (words and self.kind in ("^", "/", "{", "}", "-", "letter", "*"))
+            or (
+                self.kind == "number" and before in ("^", "{", "-")  # a power
+            )
         ):
             before = self.kind
             words += " " + self.next().text
@@ -469,6 +473,8 @@ class _Parser:
         self.expect(")")
         if len(inner.args) != 2:
             raise UnreadableError("Eq of other than two")
+        if not any(part.op == "symbol" for part in inner.walk()):
+            raise UnreadableError("an equation of numbers")
         return Node("relation", inner.args, "=")
 
 

@@ -19,9 +19,9 @@ from mmap import mmap
 from multiprocessing import Pipe
 from typing import Any, TypeAlias
 
-from rlora.rewards.worker import CLOCK, COROUTINES, Answered, Job, Setup, Turn
-
 from rlora.records import Case, RewardError, RloraError, Score
+
+from .worker import CLOCK, COROUTINES, Answered, Job, Setup, Turn
 
 _MAIN = "from rlora.rewards.worker import main; main()"
 _GRACE = 1.0  # seconds over its deadline after which a call is ended from outside; a coroutine is cancelled before

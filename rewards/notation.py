@@ -5,8 +5,8 @@
 import re
 from typing import NamedTuple
 
-from rlora.rewards.exact import MAX_DIGITS, MAX_EXPONENT, plain
-from rlora.rewards.units import is_unit
+from .exact import MAX_DIGITS, MAX_EXPONENT, plain
+from .units import is_unit
 
 MAX_LENGTH = 2000  # characters of an answer
 MAX_DEPTH = 40  # of brackets within brackets
@@ -25,98 +25,14 @@ class Token(NamedTuple):
 
 
 FUNCTIONS = frozenset(
-    [
-        "sin",
-        "cos",
-        "tan",
-        "cot",
-        "sec",
-        "csc",
-        "sinh",
-        "cosh",
-        "tanh",
-        "coth",
-        "arcsin",
-        "arccos",
-        "arctan",
-        "arccot",
-        "arcsec",
-        "arccsc",
-        "arsinh",
-        "arcosh",
-        "artanh",
-        "asin",
-        "acos",
-        "atan",
-        "asinh",
-        "acosh",
-        "atanh",
-        "log",
-        "ln",
-        "lg",
-        "exp",
-        "sqrt",
-        "cbrt",
-        "abs",
-        "floor",
-        "ceil",
-        "gcd",
-        "lcm",
-        "max",
-        "min",
-        "det",
-        "Re",
-        "Im",
-        "arg",
-        "sgn",
-        "sum",
-        "prod",
-        "int",
-        "lim",
-    ]
+    "sin cos tan cot sec csc sinh cosh tanh coth arcsin arccos arctan arccot arcsec arccsc arsinh arcosh "
+    "artanh asin acos atan asinh acosh atanh log ln lg exp sqrt cbrt abs floor ceil gcd lcm max min det "
+    "Re Im arg sgn sum prod int lim".split()
 )
 GREEK = frozenset(
-    [
-        "alpha",
-        "beta",
-        "gamma",
-        "delta",
-        "epsilon",
-        "varepsilon",
-        "zeta",
-        "eta",
-        "theta",
-        "vartheta",
-        "iota",
-        "kappa",
-        "lambda",
-        "mu",
-        "nu",
-        "xi",
-        "pi",
-        "rho",
-        "sigma",
-        "tau",
-        "upsilon",
-        "phi",
-        "varphi",
-        "chi",
-        "psi",
-        "omega",
-        "Gamma",
-        "Delta",
-        "Theta",
-        "Lambda",
-        "Xi",
-        "Pi",
-        "Sigma",
-        "Upsilon",
-        "Phi",
-        "Psi",
-        "Omega",
-        "ell",
-        "hbar",
-    ]
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi pi rho "
+    "sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi "
+    "Omega ell hbar".split()
 )
 _NAMES = {"infinity": "infty", "inf": "infty", "oo": "infty", "pi": "pi", "Eq": "Eq", "and": "and", "or": "or"}
 _NAMES |= {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "union": "cup", "nan": "nan", "NaN": "nan"}
@@ -183,7 +99,7 @@ def clean(text: str, thousands: bool = True) -> str:
     """One spelling of what has several; commas that group digits by three go where `thousands`. Checks the bounds."""
     if len(text) > MAX_LENGTH:
         raise UnreadableError("too long")
-    text = _DOTS.sub(r" \\ldots ", plain(text).translate(_SIGNS).strip())
+    text = _DOTS.sub(r" \\ldots ", plain(text).translate(_SIGNS).replace('\\"', '"').strip())
     if _RADIX.search(text):
         raise UnreadableError("a literal of a programming language")
     if not _ROWS.search(text) or r"\\begin" in text:
@@ -203,7 +119,7 @@ def clean(text: str, thousands: bool = True) -> str:
     text = _FONT.sub(_upright, text)
     text = _JOINED.sub(r" \1 ", text)
     text = _TIMES.sub(r" * ", text)
-    return text.strip().rstrip("\\.,;:?。*_ \n").strip("*`\" \n")
+    return text.strip().rstrip("\\.,;:?。*_ \n").strip('*`" \n')
 
 
 def _upright(found: re.Match[str]) -> str:

@@ -17,8 +17,9 @@ it), `step` and `steps` of the run, and each of the prompt's columns by its name
 TRL's trainer passes everything to every function, so its functions end in `**kwargs`. That tells `f(completions,
 answers, **kwargs)` (TRL's) from `f(completions, answers)` (ours). Where prompts are chat messages, they get messages;
 where they are plain strings, strings, unless the function reads the "content" of messages: rlora sends a plain string
-as a user's message, so both kinds are written for it. A parameter that is called like an answer, but is no column, gets the answer.
-Where TRL, verl and OpenRLHF get an answer that is a number, they get its text, as their data sets hold it.
+as a user's message, so both kinds are written for it. A parameter that is called like an answer, but is no column,
+gets the answer. Where TRL, verl and OpenRLHF get an answer that is a number, they get its text, as their data sets hold
+it.
 
 A function of ours returns for each episode a finite number, a bool, a status of `records.STATUSES`, None where it has
 nothing to say of it, or a dict with "score" (a number) or "status", whose other numbers are logged. The others return

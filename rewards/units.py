@@ -7,7 +7,8 @@ _SPELLINGS = {
     "mm": "millimeter millimetre", "cm": "centimeter centimetre", "m": "meter metre", "km": "kilometer kilometre",
     "dm": "decimeter decimetre", "in": "inch inches", "ft": "foot feet", "yd": "yard", "mi": "mile",
     "s": "second sec", "min": "minute", "h": "hour hr", "day": "", "week": "", "month": "", "year": "yr",
-    "ms": "millisecond", "mg": "milligram", "g": "gram", "kg": "kilogram", "t": "ton tonne", "lb": "pound lbs", "oz": "ounce",
+    "ms": "millisecond", "mg": "milligram", "g": "gram", "kg": "kilogram", "t": "ton tonne", "lb": "pound lbs",
+    "oz": "ounce",
     "l": "liter litre L", "ml": "milliliter millilitre mL", "gal": "gallon", "quart": "", "pint": "", "cup": "",
     "usd": "dollar USD buck", "cent": "¢", "eur": "euro EUR", "gbp": "GBP", "yuan": "rmb RMB CNY", "rupee": "rs Rs",
     "deg": "degree", "rad": "radian", "degc": "celsius Celsius", "degf": "fahrenheit Fahrenheit", "k": "kelvin",
@@ -45,7 +46,7 @@ def is_currency(text: str) -> bool:
 
 def multiplier(text: str) -> int | None:
     """What "million" or "million people" multiplies by; None of other words."""
-    return _MULTIPLIERS.get(text.split()[0].lower().removesuffix("s")) if text.split() else None
+    return _MULTIPLIERS.get(text.split(maxsplit=1)[0].lower().removesuffix("s")) if text.split() else None
 
 
 def changes_value(text: str) -> bool:

@@ -12,8 +12,9 @@ from functools import lru_cache
 from typing import Any
 
 import mpmath  # type: ignore[import-untyped]
-from rlora.rewards.expression import Node
-from rlora.rewards.notation import UnreadableError
+
+from .expression import Node
+from .notation import UnreadableError
 
 _MAX_BITS = 20_000  # of a numerator or denominator that is kept exact
 _MAX_MAGNITUDE = 1_000_000  # of the exponent of two

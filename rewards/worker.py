@@ -22,10 +22,10 @@ from mmap import mmap
 from multiprocessing.connection import Connection
 from typing import Any
 
-from rlora.rewards.styles import Plug, Style, plug
-
 from rlora.plugin import load, where
 from rlora.records import Case, Prompt, RloraError, Score
+
+from .styles import Plug, Style, plug
 
 CLOCK = struct.Struct("qqd")  # number of the job, of its call, and when that began (time.monotonic)
 COROUTINES = -2  # in place of a call's number: all those that are awaited at once

@@ -21,10 +21,10 @@ _TOO_LARGE = [
 ]  # fmt: skip
 _NOT_NUMBERS = [
     "nan", "NaN", "inf", "-inf", "Infinity", r"\infty", r"-\infty", r"\infty-\infty", r"\frac{\infty}{\infty}", "zoo", "oo",
-    "None", "null", "undefined", "True", "False", "0x7", "0b111", "0o7", "VII", "seven", "7_", "_7", "7..", "..7", "7e", "e7", "7j",
+    "None", "null", "undefined", "True", "False", "0x7", "0b111", "0o7", "VII", "seven", "_7", "..7", "7e", "e7", "7j",
     "7L", "--", "+", "-", "/", "*", "^", "_", "=", "<", ">", "%", "&", "#", "|", "!", "?", r"\%", r"\$", "$", "$$", "()", "[]", "{}",
     r"\{\}", "(", ")", "]", "[", "}{", r"\\", "\\", r"\frac", r"\frac{7}", r"\sqrt", r"\left", r"\right)", r"\begin{pmatrix}",
-    r"\end{pmatrix}", r"\begin{pmatrix}7&\\&7&7\end{pmatrix}", r"\text{", r"\text{7", "7^", "7_", "^7", "7^{", "|7", r"\boxed{", "##7",
+    r"\end{pmatrix}", r"\begin{pmatrix}7&\\&7&7\end{pmatrix}", r"\text{", r"\text{7", "7^", "^7", "7^{", "|7", r"\boxed{", "##7",
 ]  # fmt: skip
 _CODE = [
     "__import__('os').system('false')", "exec('1')", "eval('7')", "open('/etc/passwd').read()", "lambda: 7", "sys.exit(7)",
@@ -90,7 +90,18 @@ def _large() -> Iterator[str]:
 def hostile() -> list[tuple[str, str]]:
     """(gold, prediction), none of them right."""
     answers = [_box(answer) for answer in (*_TOO_LARGE, *_NOT_NUMBERS, *_CODE, *_LISTS)]
-    odd = ["\ud800", "7\ud83d8", "\udfff", "\x007\x008", "7\u0338", "⑦⑧", "七", "7\u20e3\u20e3 8", "\ufeff\u200b", "\u202e7 8"]
+    odd = [
+        "\ud800",
+        "7\ud83d8",
+        "\udfff",
+        "\x007\x008",
+        "7\u0338",
+        "⑦⑧",
+        "七",
+        "7\u20e3\u20e3 8",
+        "\ufeff\u200b",
+        "\u202e7 8",
+    ]
     pairs = [(GOLD, text) for text in (*answers, *map(_box, odd), *_COMPLETIONS, *_large())]
     pairs += [(gold, _box(text)) for gold, text in _OTHER_GOLDS]
     return pairs

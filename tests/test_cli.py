@@ -154,7 +154,7 @@ def test_grade_adds_a_status_and_a_reward_and_keeps_the_rest(
     given = [
         {"gold": "3/4", "prediction": "so it is \\boxed{0.75}.", "id": "a"},
         {"gold": 7, "prediction": "\\boxed{8}", "id": "b"},
-        {"gold": "7", "prediction": "\ud800 I can't say", "id": "c"},
+        {"gold": "7", "prediction": "", "id": "c"},
     ]
     file, out = tmp_path / "given.jsonl", tmp_path / "graded.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in given))
