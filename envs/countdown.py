@@ -60,13 +60,16 @@ class Countdown:
     def _problems(self) -> Iterator[Prompt]:
         """Whatever target comes out where two numbers at a time are put together at random."""
         rng = random.Random(self._seed)
-        while True:
+        missed = 0  # in a row
+        while missed < 10_000:
+            missed += 1
             numbers = sorted(rng.randint(*self._range) for _ in range(rng.choice(self._counts)))
             left = rng.sample(numbers, len(numbers) if self._use_all else rng.randint(2, len(numbers)))
             while len(left) > 1:
                 a, b = left.pop(), left.pop()
                 left.insert(rng.randrange(len(left) + 1), rng.choice(_results(a, b)))
             if left[0] in self._targets:
+                missed = 0
                 yield to_prompt(numbers, left[0], self._use_all, self._template)
 
 

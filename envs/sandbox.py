@@ -30,17 +30,19 @@ _READ, _ALL = 0b1100, (1 << 16) - 1  # Landlock: read files and directories; eve
 _LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/dev/null", "/dev/urandom")
 # Of a machine: seccomp's number for it, and system calls that are refused: those that open sockets (and io_uring, which
 # could); start processes and programs; change what Landlock does not look after, as modes, owners, times and attributes
-# of files; or go into the depths of the kernel (ptrace, keys, bpf, perf, userfaultfd, namespaces). Last, clone.
+# of files; hold memory that no limit counts (System V's); let it outlive its caller (prctl); or go into the depths of
+# the kernel (ptrace, keys, bpf, perf, userfaultfd, namespaces). Last, clone.
 _CALLS = {
     "x86_64": (
         0xC000003E,
-        (41, 53, 425, 57, 58, 59, 322, 90, 91, 92, 93, 94, 260, 268, 452, 132, 235, 261, 280, 188, 189, 190, 197, 198,
-         199, 463, 466, 469, 101, 248, 249, 250, 298, 321, 323, 272, 308, 109, 112, 161, 165),
+        (29, 64, 68, 157, 41, 53, 425, 57, 58, 59, 322, 90, 91, 92, 93, 94, 260, 268, 452, 132, 235, 261, 280, 188,
+         189, 190, 197, 198, 199, 463, 466, 469, 101, 248, 249, 250, 298, 321, 323, 272, 308, 109, 112, 161, 165),
         56,
     ),
     "aarch64": (
         0xC00000B7,
-        (198, 199, 425, 221, 281, 52, 53, 54, 55, 452, 88, 5, 6, 7, 14, 15, 16, 463, 466, 469, 117, 217, 218, 219, 241,
+        (186, 190, 194, 167, 198, 199, 425, 221, 281, 52, 53, 54, 55, 452, 88, 5, 6, 7, 14, 15, 16, 463, 466, 469, 117,
+         217, 218, 219, 241,
          280, 282, 97, 268, 154, 157, 51, 40),
         220,
     ),
@@ -89,9 +91,9 @@ def run(code: str, seconds: float = 5.0, memory_mib: int = 512, characters: int 
 def _main() -> None:
     """Confine this process, and run the code of standard input in a child that is alone in its namespaces."""
     told, seconds, memory_mib = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
-    code = sys.stdin.buffer.read().decode()
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PDEATHSIG, signal.SIGKILL)
+    code = sys.stdin.buffer.read().decode()
     user, group = os.getuid(), os.getgid()
     _must(libc.unshare(_NAMESPACES), "namespaces")
     for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):

@@ -58,6 +58,11 @@ class Table:
                 f"env_args.held_out_split = {held_out_split!r}: it is what is trained on; name another split or path"
             )
         places = [place for place in _PLACE.findall(template) if place]
+        if held_out_split and not held_out_path and Path(path).is_file():
+            raise RloraError(
+                f"env_args.held_out_split = {held_out_split!r}: {path} is one file, without splits; name a directory "
+                "with a file for each, or the other file as held_out_path"
+            )
         if template and not places:
             raise RloraError(f"env_args.template = {template!r}: it has no {{column}} where a row's text goes")
         if answer and answer in places:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from .exact import plain
 from .notation import FUNCTIONS
-from .units import is_unit
+from .units import CHANGE, MULTIPLIER, is_unit
 
 MAX_LENGTH = 2000  # characters of an answer, and of a statement that holds one
 _TAIL = 4000  # characters from the end in which an answer without a box is looked for
@@ -264,7 +264,11 @@ def _last_value(text: str) -> str | None:
             if not re.fullmatch(_JOIN, text[before.end() : start]):
                 break
             start = before.start()
-        return None if _NOT.search(text[:start][-30:]) else re.sub(r"\s*\n\s*", ", ", text[start : last.end()])
+        if _NOT.search(text[:start][-30:]) or CHANGE.match(text, last.end()):
+            return None
+        times = MULTIPLIER.match(text, last.end())
+        found = text[start : last.end()] + (rf"\text{{{times[0]}}}" if times else "")
+        return re.sub(r"\s*\n\s*", ", ", found)
     if not maths:
         return None
     start = maths[-1].start()

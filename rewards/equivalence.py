@@ -22,7 +22,7 @@ from .answer import MAX_LENGTH, Answer, find_answer, find_gold
 from .exact import number, plain
 from .expression import Node, read
 from .notation import UnreadableError
-from .units import conflict, is_currency
+from .units import conflict, is_currency, unit
 from .values import constant, same, unknowns
 
 SECONDS = 2.0  # a pair; only on the main thread
@@ -109,6 +109,9 @@ def _compare(wanted: Answer, found: Answer) -> str:
         candidates.append(_tree(text, thousands=False))
         if found.boxes:
             candidates.append(_tree(", ".join(found.boxes)))
+    measured = re.fullmatch(r"(.*[\d})])\s+([a-zA-Z]+(?:\s*/\s*[a-zA-Z]+)?(?:\^\{?-?\d\}?)?)", text)
+    if measured and not unknowns(gold) and unit(measured[2]):  # 12 m/s, whose letters are no unknowns here
+        candidates.append(_tree(rf"{measured[1]}\text{{ {measured[2]}}}"))
     if (decimal := _decimal_comma(text, gold, gold=False)) is not None:
         candidates.append(decimal)
     golds = [gold]

@@ -182,8 +182,8 @@ class _Parser:
         ):
             before = self.kind
             words += " " + self.next().text
-        if (factor := multiplier(words)) is not None:
-            return Node("mul", (value, number(factor)))
+        if (factor := multiplier(words)) > 1:
+            value = Node("mul", (value, number(factor)))
         if changes_value(words):
             raise UnreadableError("words that change a value")
         return Node("unit", (value,), words) if words else value

@@ -7,6 +7,7 @@ No call is lost because of another.
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -58,7 +59,10 @@ class Pool:
         return future
 
     def close(self) -> None:
-        """End the workers, once they are through with what they have been given."""
+        """End the workers, once they are through with what they have in hand; what waits is cancelled."""
+        with suppress(queue.Empty):
+            while waiting := self._jobs.get_nowait():
+                waiting[1].cancel()
         for _ in self._threads:
             self._jobs.put(None)
         for thread in self._threads:
@@ -71,25 +75,30 @@ class Pool:
         except BaseException as error:
             started.set_exception(error)
             return
-        while work := self._take():
+        while (work := self._take()) is not None:
             try:
                 worker.run(work)
-            except Exception as error:  # it can't be started any more
+            except Exception as error:  # most likely it can't be started any more
+                worker.stop()
                 for _, future in work:
                     if not future.done():
                         future.set_exception(RewardError(str(error)))
+                with suppress(RloraError):
+                    worker.start()
         worker.stop()
 
-    def _take(self) -> "list[tuple[Job, Future[Result]]]":
-        """The next jobs, a share of those that wait; none at the end."""
+    def _take(self) -> "list[tuple[Job, Future[Result]]] | None":
+        """The next jobs, a share of those that wait, without what is cancelled; None at the end."""
         taken = [self._jobs.get()]
         share = min(_BATCH, self._jobs.qsize() // len(self._threads))
         with suppress(queue.Empty):
             while taken[-1] and len(taken) <= share:
                 taken.append(self._jobs.get_nowait())
-        if taken[-1] is None and len(taken) > 1:
+        if taken == [None]:
+            return None
+        if taken[-1] is None:
             self._jobs.put(None)
-        return [each for each in taken if each]
+        return [each for each in taken if each and each[1].set_running_or_notify_cancel()]
 
 
 class _Worker:
@@ -107,9 +116,10 @@ class _Worker:
             self.clock = mmap(file.fileno(), CLOCK.size)
             descriptors = theirs.fileno(), file.fileno()
             self.process = subprocess.Popen(
-                [sys.executable, "-c", _MAIN, *map(str, descriptors)],
+                [sys.executable, "-P", "-c", _MAIN, *map(str, descriptors)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=descriptors,
+                start_new_session=True,  # what a function starts is killed with it
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(each or os.getcwd() for each in sys.path)},
             )
         theirs.close()
@@ -172,18 +182,20 @@ class _Worker:
                         work[number][1].set_result(_result(work[number][0], result))
                 elif CLOCK.unpack_from(self.clock) == (job, call, since):
                     self._end()
-                    what = f"it took more than scoring.deadline = {self.setup.deadline:g} s"
+                    what = f"a call took more than scoring.deadline = {self.setup.deadline:g} s"
                     raise _OverrunError(job, call, Score("timeout", detail=what))
         except (EOFError, ConnectionError):
             job, call, _ = CLOCK.unpack_from(self.clock)
-            raise _OverrunError(job, call, Score("error", detail=f"its process ended ({self._end()})")) from None
+            how = self._end(patience=1.0)
+            raise _OverrunError(job, call, Score("error", detail=f"the process of a call ended ({how})")) from None
 
     def _end(self, patience: float = 0.0) -> str:
         """Make sure that the process is gone; how it went."""
         self.connection.close()
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(patience)
-        self.process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         code = self.process.wait()
         return f"signal {-code}" if code < 0 else f"exit status {code}"
 

@@ -111,6 +111,18 @@ def _messages(case: Case, episode: int) -> list[dict[str, str]]:
     return [dict(turn) for turn in said] or [{"role": "assistant", "content": case.completions[episode]}]
 
 
+def _responses(call: _Call) -> list[str]:
+    """All that followed the prompt: of one turn the completion."""
+    return call.of(call.case.responses or call.case.completions)
+
+
+def _queries(call: _Call) -> list[str]:
+    """The prompt and all that followed it, special tokens included."""
+    if call.case.queries:
+        return call.of(call.case.queries)
+    return [call.case.prompt_text + text for text in call.of(call.case.completions)]
+
+
 def _ids(call: _Call) -> list[list[int]]:
     return [list(ids) for ids in call.of(call.case.completion_ids)]
 
@@ -190,7 +202,7 @@ _FORMS: dict[str, _Form] = {
     "verl": _Form(
         {
             "data_source": _data_source,
-            "solution_str": lambda call: call.case.completions[call.only],
+            "solution_str": lambda call: _responses(call)[0],
             "ground_truth": _ground_truth,
             "extra_info": _extra_info,
         },
@@ -200,7 +212,7 @@ _FORMS: dict[str, _Form] = {
     "verl-batch": _Form(
         {
             "data_sources": lambda call: call.each(_data_source(call)),
-            "solution_strs": lambda call: call.of(call.case.completions),
+            "solution_strs": _responses,
             "ground_truths": lambda call: [_ground_truth(call) for _ in call.episodes],
             "extra_infos": lambda call: [_extra_info(call) for _ in call.episodes],
         },
@@ -209,7 +221,7 @@ _FORMS: dict[str, _Form] = {
     ),
     "openrlhf": _Form(
         {
-            "queries": lambda call: [call.case.prompt_text + text for text in call.of(call.case.completions)],
+            "queries": _queries,
             "prompts": lambda call: call.each(call.case.prompt_text),
             "labels": lambda call: [_text_answer(call) for _ in call.episodes],
         },

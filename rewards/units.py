@@ -1,5 +1,6 @@
 """Units of measurement: which words are the same unit. Stdlib only."""
 
+import math
 import re
 from functools import lru_cache
 
@@ -44,14 +45,20 @@ def is_currency(text: str) -> bool:
     return _unit(text.strip()) in _CURRENCIES
 
 
-def multiplier(text: str) -> int | None:
-    """What "million" or "million people" multiplies by; None of other words."""
-    return _MULTIPLIERS.get(text.split(maxsplit=1)[0].lower().removesuffix("s")) if text.split() else None
+def multiplier(text: str) -> int:
+    """What "million" or "million people" multiplies by; 1 of other words."""
+    return math.prod(_MULTIPLIERS.get(word.removesuffix("s"), 1) for word in text.lower().split())
 
 
 def changes_value(text: str) -> bool:
     """Whether such words behind a number make it another, or doubtful: 7 tenths, 7 but maybe, 7 is wrong."""
     return not _CHANGES.isdisjoint(re.findall(r"[^\W\d_]+", text.lower())) and unit(text) is None
+
+
+MULTIPLIER = re.compile(rf"[\s-]*(?:{'|'.join(_MULTIPLIERS)})s?\b", re.IGNORECASE)
+CHANGE = re.compile(
+    rf"[\s-]*(?:is\s+|was\s+)?(?:{'|'.join(sorted(_CHANGES - {'or', 'but', 'more', 'less'}))})\b", re.IGNORECASE
+)
 
 
 def is_unit(word: str) -> bool:

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import asdict, astuple, dataclass, field
 from mmap import mmap
 from multiprocessing.connection import Connection
@@ -63,7 +64,8 @@ class Answered:
 
     said: str | list[dict[str, str]] | None
     state: Mapping[str, Any]
-    detail: str = ""  # of an error; then the episode ends
+    status: str = ""  # error or timeout, where it failed; then the episode ends
+    detail: str = ""  # of what failed
 
 
 @dataclass(frozen=True)
@@ -106,10 +108,11 @@ class _Worker:
         self.setup, self.clock = setup, clock
         self.plugs = load_plugs(setup)
         self.env = load("env", setup.env)(**setup.env_args) if setup.env else None
+        self.runner = asyncio.Runner()  # one loop for all: a judge's client may hold connections of it
 
     def work(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Any]]:
         """The number and the result of each job, as JSON has it."""
-        awaited = asyncio.run(self._await(jobs)) if any(each.asynchronous for each in self.plugs) else {}
+        awaited = self.runner.run(self._await(jobs)) if any(each.asynchronous for each in self.plugs) else {}
         for number, job in enumerate(jobs):
             if isinstance(job.of, Turn):
                 yield number, asdict(self._answer(number, job, job.of))
@@ -161,25 +164,36 @@ class _Worker:
         return dict(zip(asked, await asyncio.gather(*asked.values()), strict=True))
 
     def _answer(self, number: int, job: Job, turn: Turn) -> Answered:
-        state = dict(turn.state)
-        if 0 in job.overran:
-            return Answered(None, state, job.overran[0].detail)
+        if overran := job.overran.get(0):
+            return Answered(None, turn.state, overran.status or "error", f"env = {self.setup.env!r}: {overran.detail}")
+        assert self.env
+        state = deepcopy(dict(turn.state))
         self.clock.start(number, 0)
         try:
-            said = self.env.reply(turn.prompt, turn.message, state)  # type: ignore[union-attr]
+            said = self.env.reply(turn.prompt, turn.message, state)
             if asyncio.iscoroutine(said):
-                said = asyncio.run(asyncio.wait_for(said, self.setup.deadline))
-            if said is not None and not isinstance(said, str):
-                said = [dict(message) for message in said]
-            json.dumps([said, state])
+                said = self.runner.run(asyncio.wait_for(said, self.setup.deadline))
+            answered = Answered(_said(said), json.loads(json.dumps(state)))
+        except TimeoutError:
+            return Answered(None, turn.state, "timeout", f"env = {self.setup.env!r}: its reply took too long")
         except Exception as error:
             place = where(error, inspect.getfile(type(self.env)))
             at = f"{place[0]}:{place[1]}: " if place else ""
-            detail = f"{at}env = {self.setup.env!r}: its reply raised {type(error).__name__}: {error}; mend it there"
-            return Answered(None, turn.state, detail)
+            what = f"its reply raised {type(error).__name__}: {str(error)[:200]}; mend it there"
+            return Answered(None, turn.state, "error", f"{at}env = {self.setup.env!r}: {what}")
         finally:
             self.clock.stop()
-        return Answered(said, state)
+        return answered
+
+
+def _said(said: Any) -> str | list[dict[str, str]] | None:
+    """What a reply gives, as text that a tokenizer takes. Raises ValueError for what is no reply."""
+    if said is None or isinstance(said, str):
+        return said and said.encode("utf-8", "replace").decode()
+    messages = [{key: message[key] for key in ("role", "content")} for message in said]
+    if not messages or not all(isinstance(text, str) for message in messages for text in message.values()):
+        raise ValueError('it gave neither text nor None nor chat messages, {"role": ..., "content": ...} of strings')
+    return [{key: text.encode("utf-8", "replace").decode() for key, text in each.items()} for each in messages]
 
 
 def _parts(each: Plug, case: Case) -> list[Sequence[int]]:
@@ -188,11 +202,17 @@ def _parts(each: Plug, case: Case) -> list[Sequence[int]]:
     return [[one] for one in everyone] if each.one_at_a_time else [everyone]
 
 
-def _limit_memory(mib: int) -> None:
-    """From here on the process may map so much more."""
+def _mapped() -> int:
+    """Bytes that the process has mapped."""
     with open("/proc/self/statm") as file:
-        now = int(file.read().split()[0]) * resource.getpagesize()
+        return int(file.read().split()[0]) * resource.getpagesize()
+
+
+def _limit_memory(mib: int) -> int:
+    """From here on the process may map so much more. Returns the bytes of half of that: who holds them should go."""
+    now = _mapped()
     resource.setrlimit(resource.RLIMIT_AS, (now + mib * 2**20, resource.RLIM_INFINITY))
+    return now + mib * 2**19
 
 
 def main() -> None:
@@ -211,14 +231,15 @@ def main() -> None:
         detail = str(error) if isinstance(error, RloraError) else f"reward: {type(error).__name__}: {error}"
         connection.send_bytes(json.dumps({"error": detail}).encode())
         return
-    if sys.platform == "linux":
-        _limit_memory(setup.memory_mib)
+    most = _limit_memory(setup.memory_mib) if sys.platform == "linux" else None
     names = [each.name for each in worker.plugs]
     connection.send_bytes(json.dumps({"names": names}).encode())
     with suppress(EOFError, ConnectionError):
         while jobs := connection.recv():
             done: list[Any] = []
             flushed = time.monotonic()
+            if most and _mapped() > most:  # what calls have kept would be held against others
+                return
             for result in worker.work(jobs):
                 done.append(result)
                 if time.monotonic() - flushed > _FLUSH:

@@ -20,8 +20,14 @@ class Flight:
 
     request: Request  # its first turn's
     scored: Future[Group] = field(default_factory=Future)
+    turns: list[Request] = field(default_factory=list)  # the later ones'
     played: Group | None = None  # once it is played to its end, scored or not
     reward_seconds: float = 0.0  # from its last token to its rewards
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more."""
+        for request in (self.request, *self.turns):
+            request.cancelled = True
 
 
 class AgentLoop:
@@ -56,18 +62,19 @@ class AgentLoop:
     async def _fly(self, flight: Flight, step: int) -> None:
         try:
             group = await asyncio.wrap_future(flight.request.group)
-            episodes = await asyncio.gather(*(self._play(flight.request, episode) for episode in group.episodes))
+            episodes = await asyncio.gather(*(self._play(flight, episode) for episode in group.episodes))
             flight.played = replace(group, episodes=tuple(episodes))
             start = time.perf_counter()
             scored = await self.scoring.score(flight.played, self.task.chat, step)
             flight.reward_seconds = time.perf_counter() - start
             flight.scored.set_result(scored)
-        except BaseException as error:  # whoever waits for it is told
+        except BaseException as error:  # whoever waits for it is told, and its other episodes end with their turn
+            flight.cancel()
             flight.scored.set_exception(error)
 
-    async def _play(self, request: Request, episode: Episode) -> Episode:
+    async def _play(self, flight: Flight, episode: Episode) -> Episode:
         """Turn by turn until the env has no more to say, or there is no more room."""
-        chat, prompt, sampling = self.task.chat, request.prompt, request.sampling
+        chat, prompt, sampling = self.task.chat, flight.request.prompt, flight.request.sampling
         messages: list[dict[str, str]] = []
         state: dict[str, object] = {}
         message_at = turn_at = 0  # where in the completion the policy's message, and its last turn, begin
@@ -76,7 +83,7 @@ class AgentLoop:
             answered = await self.scoring.answer(Turn(prompt, turn, state))
             state = dict(answered.state)
             if answered.said is None:
-                episode = replace(episode, status="error" if answered.detail else "")
+                episode = replace(episode, status=answered.status)
                 break
             said = chat.reply_ids(answered.said, episode.completion_ids)
             so_far = episode.completion_ids + said
@@ -88,18 +95,20 @@ class AgentLoop:
                 messages += [{"role": "assistant", "content": text}, *answered.said]
                 message_at = len(so_far)
             turn_at = len(so_far)
-            episode = _followed(episode, said, await self._next_turn(request, so_far))
+            episode = _followed(episode, said, await self._next_turn(flight, so_far))
         text = chat.text(episode.completion_ids[message_at:])
         return replace(episode, text=text, messages=(*messages, {"role": "assistant", "content": text}), state=state)
 
-    async def _next_turn(self, request: Request, so_far: tuple[int, ...]) -> Episode:
+    async def _next_turn(self, flight: Flight, so_far: tuple[int, ...]) -> Episode:
         """The policy's tokens after the prompt and `so_far`, under the version that the episode began with."""
+        request = flight.request
         if request.cancelled:
             raise StaleError(f"version {request.version}: nobody waits for it any more")
         prompt = replace(request.prompt, token_ids=request.prompt.token_ids + so_far)
         sampling = replace(request.sampling, max_tokens=request.sampling.max_tokens - len(so_far), group_size=1)
-        again = self.fleet.generate(prompt, sampling, request.adapter)
-        return (await asyncio.wrap_future(again.group)).episodes[0]
+        turn = self.fleet.generate(prompt, sampling, request.adapter)
+        flight.turns.append(turn)
+        return (await asyncio.wrap_future(turn.group)).episodes[0]
 
 
 def _followed(episode: Episode, said: Sequence[int], turn: Episode) -> Episode:

@@ -14,7 +14,7 @@ import tyro
 import rlora
 from rlora.config import Config, ScoringConfig, validate
 from rlora.options import Eval, Export, Grade, Scale, Show, Train, parse_eval, parse_show, parse_train, read_run
-from rlora.records import BASE, STATUSES, Adapter, Case, RloraError, Score
+from rlora.records import BASE, STATUSES, Adapter, Case, RewardError, RloraError, Score
 
 # torch, transformers and Ray take seconds to import: that waits until the command line is understood
 
@@ -155,7 +155,11 @@ def _eval(arguments: list[str]) -> None:
     sampling = sampling_of(config, given.samples, 0.0 if greedy else given.temperature)
     with cluster.start(config, task, name, learn=False) as (_, fleet, loop):
         fleet.swap(adapter)
-        groups = answer(config, task.held_out, sampling, fleet, loop)
+        try:
+            groups = answer(config, task.held_out, sampling, fleet, loop)
+        except RewardError as error:
+            write_rows(out, rows(error.groups))
+            raise RloraError(f"{error}\nThe completions are kept in {out}") from error
     write_rows(out, rows(groups))
     result = summarise(groups)
     each = "greedy" if greedy else f"{given.samples} at temperature {sampling.temperature:g}"
@@ -204,12 +208,12 @@ def _grade(arguments: list[str]) -> None:
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows to grade. Raises RloraError that names the line where one has no gold or no prediction."""
     table = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text("utf-8", "replace").split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise RloraError(f"{path}, line {number}: not JSON ({error}); give an object a line") from None
         if not isinstance(row, dict) or "gold" not in row or not isinstance(row.get("prediction"), str):
             raise RloraError(

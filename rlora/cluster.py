@@ -125,6 +125,7 @@ class _RemotePool(_Remote):
         self.built = self.placed = self.actor.place.remote()
 
     def do(self, of: Case | Turn) -> Future[Any]:
+        """`Pool.do`."""
         return self.future(self.actor.call.remote("do", of))
 
 

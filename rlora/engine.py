@@ -266,6 +266,7 @@ class Engine:
                 stop_token_ids=self.stop_token_ids,
                 stop=self.stop,
                 detokenize=bool(self.stop),  # to find them
+                skip_special_tokens=False,  # one of them may be such
                 logprobs=0,  # of the sampled token alone
             )
 

@@ -116,6 +116,8 @@ class Case:
     messages: tuple[Messages, ...]  # all that followed the prompt, the env's messages among it
     completion_ids: tuple[tuple[int, ...], ...]
     states: tuple[Mapping[str, Any], ...]  # what the env's `reply` kept of each
+    responses: tuple[str, ...] = ()  # all that followed the prompt, the env's too, without special tokens
+    queries: tuple[str, ...] = ()  # the prompt and all that followed it, special tokens included
     step: int = 0  # of the run, in which it is scored
     steps: int = 0  # that the run has in all
 

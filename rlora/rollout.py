@@ -107,7 +107,7 @@ class Rollouts:
         stale = [each for each, version in versions if version is not None and version < oldest]
         self._sent = [each for each in self._sent if each not in stale]
         for each in stale:
-            each.flight.request.cancelled = True
+            each.flight.cancel()
         self._again.extend(each.place for each in stale)
         return len(stale)
 

@@ -67,7 +67,7 @@ class Scoring:
         parts: dict[str, float] = {}
         total: float | None = None
         for name, weight, score in zip(self._names, self._weights, scores, strict=True):
-            self._tell(score.detail)
+            self._tell(score.detail and f"{score.detail} (of {name})" if score.status == "timeout" else score.detail)
             value = score.value if score.value is not None or not score.status else getattr(settings, score.status)
             if value is not None:
                 parts[name] = value
@@ -76,15 +76,16 @@ class Scoring:
         statuses = [status for status in (episode.status, *(score.status for score in scores)) if status]
         failed = [status for status in ("error", "timeout") if status in statuses]
         if episode.status:  # the env failed
-            total = settings.error
-        passed = "correct" if total is not None and total >= self.config.evaluate.threshold else "wrong"
+            total = getattr(settings, episode.status)
+        first = next(iter(parts.values()), 0.0)  # the rewards of form and length beside it say nothing of the answer
+        passed = "correct" if first >= self.config.evaluate.threshold else "wrong"
         status = [*failed, *statuses, passed][0] if total is not None else ""
         return replace(episode, reward=total, status=status, parts=parts)
 
     def _tell(self, detail: str) -> None:
         """Show an error once."""
         if detail and detail != self.last_error:
-            print(detail, flush=True)
+            print(detail.encode("utf-8", "backslashreplace").decode(), flush=True)
             self.last_error = detail
 
 
@@ -106,6 +107,8 @@ def as_case(group: Group, chat: Chat, step: int, steps: int) -> Case:
         messages=tuple(episode.messages for episode in group.episodes),
         completion_ids=tuple(episode.completion_ids for episode in group.episodes),
         states=tuple(episode.state for episode in group.episodes),
+        responses=tuple(chat.text(episode.completion_ids) for episode in group.episodes),
+        queries=tuple(chat.shown(group.prompt.token_ids + episode.completion_ids) for episode in group.episodes),
         step=step,
         steps=steps,
     )

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -55,6 +56,31 @@ async def blocking_judge(completion: str, answer: object) -> float:
     return 1.0
 
 
+_LOOPS = set()
+
+
+async def loops(completion: str, answer: object) -> float:
+    """How many event loops it has seen."""
+    _LOOPS.add(id(asyncio.get_running_loop()))
+    return float(len(_LOOPS))
+
+
+def starts(completion: str, answer: str) -> float:
+    """Starts a process that outlives the call, tells its number in a file, and hangs."""
+    child = subprocess.Popen(["sleep", "77"])
+    Path(answer).write_text(str(child.pid))
+    time.sleep(60)
+    return 1.0
+
+
+_KEPT = []
+
+
+def keeps(completion: str, answer: object) -> float:
+    _KEPT.append(bytearray(100 << 20))
+    return 1.0
+
+
 def counted(completion: str, answer: str) -> float:
     """How often it was called, by a file that the answer names."""
     with Path(answer).open("a") as file:
@@ -82,6 +108,12 @@ class Guarded:
             raise ValueError("no such tool")
         if message == "not plain":
             state["it"] = object()
+        if message == "not plain inside":
+            state["list"].append(object())
+        if message == "no text":
+            return [{"role": "user", "content": None}]  # type: ignore[dict-item]
+        if message == "surrogate":
+            return "\ud800"
         state["seen"] = state.get("seen", 0) + 1
         if message == "chat":
             return [{"role": "user", "content": "and you?"}]

@@ -154,14 +154,14 @@ def test_grade_adds_a_status_and_a_reward_and_keeps_the_rest(
     given = [
         {"gold": "3/4", "prediction": "so it is \\boxed{0.75}.", "id": "a"},
         {"gold": 7, "prediction": "\\boxed{8}", "id": "b"},
-        {"gold": "7", "prediction": "", "id": "c"},
+        {"gold": "7", "prediction": "", "id": "c\u2028"},
     ]
     file, out = tmp_path / "given.jsonl", tmp_path / "graded.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in given))
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in given))
     assert run("grade", str(file), "--out", str(out), "--workers", "1") == 0
     graded = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(row["id"], row["status"], row["reward"]) for row in graded] == [
-        ("a", "correct", 1.0), ("b", "wrong", 0.0), ("c", "unparsable", 0.0),
+        ("a", "correct", 1.0), ("b", "wrong", 0.0), ("c\u2028", "unparsable", 0.0),
     ]  # fmt: skip
     assert [{name: row[name] for name in one} for one, row in zip(given, graded, strict=True)] == given
     assert "3 rows in" in capsys.readouterr().out

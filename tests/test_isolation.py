@@ -1,14 +1,18 @@
 """What a reward function does to its process, it does to nothing else."""
 
+import itertools
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from conftest import case
+from hostile import hostile
 from rlora.rewards.isolation import Pool
 from rlora.rewards.worker import Answered, Setup, Turn
 
@@ -54,7 +58,7 @@ def values(found: list[Score]) -> list[float | str | None]:
         ("hang", "timeout", r"more than scoring\.deadline = 1 s"),
         ("hold the GIL", "timeout", r"more than scoring\.deadline = 1 s"),
         ("memory", "error", "MemoryError"),
-        ("die", "error", r"its process ended \(exit status 3\)"),
+        ("die", "error", r"the process of a call ended \(exit status 3\)"),
         ("exit", "error", "SystemExit: 4"),
         ("raise", "error", r"shady_rewards\.py:\d+: shady raised KeyError: 'no judge today'"),
     ],
@@ -144,9 +148,59 @@ def test_an_env_answers_where_rewards_run_and_keeps_what_it_knows(pool: MakePool
     for bad, detail in (
         ("raise", r"shady_rewards\.py:\d+: env = .*Guarded': its reply raised ValueError: no such tool"),
         ("not plain", r"its reply raised TypeError: .*not JSON serializable"),
+        ("not plain inside", r"its reply raised TypeError: .*not JSON serializable"),
+        ("no text", r"its reply raised ValueError: it gave neither text nor None nor chat messages"),
         ("hang", r"more than scoring\.deadline = 1 s"),
     ):
-        answered = answer(bad, {"seen": 4})
-        assert (answered.said, answered.state) == (None, {"seen": 4})
+        answered = answer(bad, {"seen": 4, "list": []})
+        assert (answered.said, answered.state) == (None, {"seen": 4, "list": []})
+        assert answered.status == ("timeout" if bad == "hang" else "error")
         assert re.search(detail, answered.detail)
+    assert answer("surrogate", {}).said == "?"
     assert values(scores(made, "7")) == [1.0]
+
+
+def test_coroutines_have_one_event_loop_over_all_batches(pool: MakePool) -> None:
+    made = pool("loops")
+    assert [values(scores(made, "a")) for _ in range(3)] == [[1.0]] * 3
+
+
+def test_what_a_call_has_started_is_killed_with_it(pool: MakePool, tmp_path: Path) -> None:
+    number = tmp_path / "pid"
+    assert values(scores(pool("starts"), "a", answer=str(number))) == ["timeout"]
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(int(number.read_text())).wait(timeout=5)
+
+
+def test_memory_that_calls_keep_is_not_held_against_later_ones(pool: MakePool) -> None:
+    made = pool("keeps")
+    assert [values(scores(made, "a")) for _ in range(12)] == [[1.0]] * 12  # 1,200 MiB, and a call may take 512
+
+
+def test_closing_does_not_wait_for_what_was_never_begun(pool: MakePool) -> None:
+    made = pool("slow", deadline=5.0)
+    asked = [made.do(case("0.5")) for _ in range(40)]
+    start = time.monotonic()
+    made.close()
+    assert time.monotonic() - start < 10
+    assert sum(each.cancelled() for each in asked) > 20
+
+
+def test_fifty_thousand_pairs_leave_nothing_behind() -> None:
+    """Hostile ones among them."""
+    before = workers()
+    pairs = [pair for pair in hostile() if len(pair[1]) < 1000] + [
+        ("7", "so it is \\boxed{7}"),
+        ("1/2", "#### 0.5"),
+    ] * 100
+    made = Pool(Setup(("rlora.rewards.equivalence:math_answer",)), 2)
+    with closing(made):
+        sizes = []
+        for _ in range(10):
+            asked = [made.do(case(text, answer=gold)) for gold, text in itertools.islice(itertools.cycle(pairs), 5000)]
+            statuses = Counter(each.result()[0][0].status for each in asked)
+            sizes.append(sum(psutil.Process(pid).memory_info().rss for pid in workers()) / 2**20)
+        assert statuses.keys() <= {"correct", "wrong", "unparsable", "timeout"}
+        assert statuses["correct"] > 1000
+    assert sizes[-1] - sizes[1] < 50  # MiB
+    assert workers() <= before

@@ -11,7 +11,7 @@ from rlora.agent_loop import AgentLoop
 from rlora.chat import Chat
 from rlora.config import ChatConfig, Config, validate
 from rlora.delivery import Request
-from rlora.records import Adapter, Case, Episode, Group, Prompt, RewardError, Sampling
+from rlora.records import Adapter, Case, Episode, Group, Prompt, RewardError, Sampling, Score
 from rlora.rollout import Rollouts, first_cursor, prompt_at
 from rlora.scoring import Scoring
 from rlora.task import Task
@@ -255,6 +255,19 @@ def test_statuses_are_numbers_as_the_config_has_it(rollouts: Callable[..., Rollo
         assert group.rewards == [2.0 if group.prompt.answer % 2 else -1.0] * 2
 
 
+def test_the_first_function_says_whether_an_answer_is_right_and_the_sum_is_the_reward() -> None:
+    values = {"model": "-", "env": "-", "reward": ["a.py:right", "b.py:form"], "reward_weights": [0.5, 1.0]}
+    scoring = Scoring(validate(values), [])
+    wrong = scoring._scored(Episode((1,), (-1.0,), "stop", 0), [Score(value=0.0), Score(value=1.0)])
+    right = scoring._scored(Episode((1,), (-1.0,), "stop", 0), [Score(value=1.0), Score(value=0.0, extra={"x": 2.0})])
+    assert (wrong.reward, wrong.status, dict(wrong.parts)) == (1.0, "wrong", {"right": 0.0, "form": 1.0})
+    assert (right.reward, right.status, dict(right.parts)) == (
+        0.5,
+        "correct",
+        {"right": 1.0, "form": 0.0, "form/x": 2.0},
+    )
+
+
 def test_what_a_reward_says_nothing_of_is_not_learned_from(rollouts: Callable[..., Rollouts]) -> None:
     skipped = order(4)[1]
 
@@ -373,7 +386,7 @@ def test_a_reply_that_fails_costs_its_episode_only(rollouts: Callable[..., Rollo
     def fails(of: Case | Turn) -> Future[Any]:
         if isinstance(of, Turn) and of.prompt.answer == bad:
             done: Future[Any] = Future()
-            done.set_result(Answered(None, {}, "env = 'mine': its reply raised KeyError: 'x'"))
+            done.set_result(Answered(None, {}, "error", "env = 'mine': its reply raised KeyError: 'x'"))
             return done
         return do(of)  # type: ignore[no-any-return]
 

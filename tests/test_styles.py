@@ -54,6 +54,13 @@ def test_verls_functions_give_what_they_give_in_verl() -> None:
     assert values(scores(borrowed.compute_score_batched, "it is 4", "no")) == [1.0, 0.0]
 
 
+def test_verl_and_openrlhf_see_all_turns() -> None:
+    query = "<user>?</user>first sure? last</s>"
+    of = replace(case("last", answer=4), responses=("first sure? last",), queries=(query,))
+    assert values(plug(SPEC, borrowed.my_reward_fn)(of, [0])) == [0.16]
+    assert values(plug(SPEC, borrowed.reward_func_of_lengths)(of, [0])) == pytest.approx([-len(query) / 100])
+
+
 def test_openrlhfs_functions_give_what_they_give_in_openrlhf() -> None:
     prompt = "<user>?</user>"
     assert values(scores(borrowed.reward_func_of_lengths, "abc", "")) == pytest.approx(

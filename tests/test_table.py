@@ -51,6 +51,8 @@ def test_splits_are_the_files_of_a_directory(tmp_path: Path) -> None:
         (None, {"level": 0}),
         (None, {"level": 1}),
     ]
+    with pytest.raises(RloraError, match=r"env_args\.held_out_split = 'test': .*train\.jsonl is one file"):
+        Table(str(tmp_path / "train.jsonl"), held_out_split="test", prompt="q", answer="a")
     other = Table(str(tmp_path / "train.jsonl"), held_out_path=str(tmp_path / "test.csv"), prompt="q", answer="a")
     assert (len(other.train()), len(other.held_out())) == (10, 2)
 
