@@ -23,7 +23,7 @@ _MARK = re.compile(
     re.IGNORECASE,
 )
 _OTHER_MARK = re.compile(
-    r"(?:答案(?:是|为)?|réponse|respuesta|antwort|ответ|الجواب|答え(?:は)?)\s*(?:est|es|ist)?\s*[:：]?\s*",
+    r"(?:答案(?:是|为)?|réponse|respuesta|antwort|ответ|الجواب|答え(?:は)?|(?:option|choice)\s+is)\s*(?:est|es|ist)?\s*[:：]?\s*",
     re.IGNORECASE,
 )
 _A = re.compile(r"(?:\A|\n)\s*A:\s*")
@@ -185,7 +185,7 @@ def _announced(text: str) -> Answer | None:
     last_a = max((found.end() for found in _A.finditer(text)), default=-1)
     if last_a >= 0:
         places.append(last_a)
-    if not text.isascii() or "espuesta" in text or "ntwort" in text:
+    if not text.isascii() or re.search("espuesta|ntwort|(?:option|choice) is", text):
         places += [found.end() for found in _OTHER_MARK.finditer(text)]
     for place in sorted(places, reverse=True):
         if (found := _statement(text[place : place + MAX_LENGTH])) is not None:

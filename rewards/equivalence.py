@@ -166,6 +166,8 @@ def _folded(text: str) -> str:
 def _choice(text: str) -> str:
     """The letter of a multiple choice: B, (B), B. with or without words behind."""
     bare = re.sub(r"\\(?:text\w*|mathrm|mathbf|mbox)\s*|[{}$*]", "", text[:MAX_LENGTH]).strip().rstrip(".")
+    if len(re.findall(r"\([A-Ja-j]\)", bare)) > 1:  # one of several is none
+        return ""
     match = re.fullmatch(r"\(?\s*([A-J])\s*\)?|\(([A-J])\)\s.*|([A-J])[.):]\s.*", bare, re.DOTALL)
     if match:
         return next(letter for letter in match.groups() if letter)
@@ -477,7 +479,9 @@ def _is_region(node: Node) -> bool:
         return all(sign in _LESS for sign in signs) or (signs in (["in"], ["="]) and _is_region(node.args[1]))
     if node.op == "list":
         return all(arg.op == "relation" and _is_region(arg) for arg in node.args)
-    return node.op in ("cup", "cap", "minus", "builder") or (node.op == "tuple" and len(node.args) == 2)
+    if node.op in ("cup", "cap", "minus", "builder") or (node.op == "tuple" and len(node.args) == 2):
+        return True
+    return node.op == "symbol" and node.data == "mathbb R"
 
 
 def _same_region(gold: Node, prediction: Node) -> bool | None:

@@ -207,10 +207,10 @@ class _Parser:
         value = self.power()
         if value.op == "number" and value.number is not None and value.number.denominator == 1:
             if self.kind == "command" and self.text in ("frac", "dfrac", "tfrac", "cfrac"):
-                at = self.at
+                at, kept = self.at, list(self.tokens)
                 if _proper(right := self.power()):
                     return Node("add", (value, right))
-                self.at = at
+                self.at, self.tokens = at, kept
             elif self.kind == "number":
                 return self.mixed(value)
         return value
@@ -414,7 +414,7 @@ class _Parser:
     def a_set(self, token: Token) -> Node:
         if self.take("}}"):
             return Node("set")
-        at = self.at
+        at, kept = self.at, list(self.tokens)  # \frac12 divides its token
         first = self.sum() if self.kind != "(" else self.relation()
         if self.kind == "in":
             self.next()
@@ -423,7 +423,7 @@ class _Parser:
             condition = self.list()
             self.expect("}}")
             return Node("builder", (first, condition))
-        self.at = at
+        self.at, self.tokens = at, kept
         inner = self.list()
         self.expect("}}")
         return Node("set", inner.args if inner.op == "list" else (inner,))

@@ -62,7 +62,12 @@ _SPACE = re.compile(r"(?<!\\)\\[,;:!>\s]|\\q?quad|\\(?:enspace|thinspace|medspac
 _DOTS = re.compile(r"\\(?:[cl]dots|dots[bcmoi]?)(?![a-zA-Z])|(?<!\.)\.\.\.(?=.)|…(?=.)")
 _RADIX = re.compile(r"(?<![\w.])0[xXbBoO][0-9a-fA-F]")
 _FONT = re.compile(r"\\(?:mathrm|operatorname\*?|mathbf|mathit|mathsf|mathcal|mathfrak)\s*\{([^{}]*)\}")
-_GROUPS = re.compile(r"(?<![\d.])(\d{1,3})((?:(?:,\s?\\!\s?|\{,\}\s?|\\[,;:! ]|~|\s)\d{3})+)(?![\d{])")
+_TAKING = ("frac", "dfrac", "tfrac", "cfrac", "binom", "triangle", "angle")  # commands that letters follow
+_OVER = re.compile(r"\{([^{}]*)\\(over|choose)(?![a-zA-Z])([^{}]*)\}")
+_ROW_SPACE = re.compile(r"(\\\\)\s*\[\s*[\d.]+\s*(?:pt|em|ex|cm|mm)\s*\]")
+_COLOUR = re.compile(r"\\color\s*\{[^{}]*\}|\\textcolor\s*\{[^{}]*\}(?=\s*\{)")
+_GROUPS = re.compile(r"(?<![\d.])(\d{1,3})((?:(?:(?:\\!\s?)?,\s?\\!\s?|\{,\}\s?|\\[,;:! ]|~|\s)\d{3})+)(?![\d{])")
+_OVERS = {"over": "frac", "choose": "binom"}
 _COMMAS = re.compile(r"(?<![\d.,])([1-9]\d{0,2}(?:,\d{3})+)(?![\d,]*\d)")
 _CURRENCIES = {r"\$": "USD", "€": "EUR", "£": "GBP", "¥": "yuan"}
 _CURRENCY = re.compile(r"(\\\$|[€£¥])\s*(-?(?:\d|,\\!\s?|\{,\}|,(?=\d)|\.(?=\d))+)")
@@ -111,6 +116,8 @@ def clean(text: str, thousands: bool = True) -> str:
         text = text.replace("$", r"\$")
     text = _CURRENCY.sub(lambda found: rf"{found[2]} \text{{{_CURRENCIES[found[1]]}}}", text)
     text = text.replace(r"\$", "").replace("€", r"\text{EUR}").replace("£", r"\text{GBP}").replace("¥", r"\text{yuan}")
+    text = _ROW_SPACE.sub(r"\1", _COLOUR.sub("", text))
+    text = _OVER.sub(lambda found: rf"\{_OVERS[found[2]]}{{{found[1]}}}{{{found[3]}}}", text)
     text = _SPACING.sub(" ", text)
     text = _GROUPS.sub(lambda found: found[1] + re.sub(r"\D", "", found[2]), text)
     if thousands:
@@ -189,7 +196,9 @@ def _letters(run: str, spaced: bool, before: list[Token]) -> list[Token]:
         kind = {"and": "and", "or": "or", "cup": "cup", "Eq": "Eq"}.get(name, "name")
         return [Token(kind, name, spaced)]
     after_text = bool(before) and before[-1].kind == "text" and spaced
-    after_number = bool(before) and before[-1].kind in ("number", "}", ")", "command")
+    after_number = bool(before) and (
+        before[-1].kind in ("number", "}", ")") or (before[-1].kind == "command" and before[-1].text not in _TAKING)
+    )
     if run in ("U",) and spaced and before and before[-1].kind in (")", "]", "}}"):
         return [Token("cup", run, spaced)]
     if len(run) > 1 and (after_text or (after_number and is_unit(run))):
