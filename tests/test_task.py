@@ -101,12 +101,15 @@ def test_the_examples_of_the_readme_load(tmp_path: Path, monkeypatch: pytest.Mon
     for name, text in blocks:
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
-    assert {name for name, _ in blocks} == {"brief.py", "doubling.py", "doubling.toml"}
+    assert {name for name, _ in blocks} == {"brief.py", "doubling.py", "doubling.toml", "echo.py"}
     task = load_task(read(Path("doubling.toml")))
     assert (task.prompts[1].text, task.prompts[1].answer) == ("What is twice 2?", 4)
     brief = plug("brief.py:brief", load("reward", "brief.py:brief"))
     scores = brief(case("It is 4.", "4", "5", answer=4), range(3))
     assert [score.value for score in scores] == [0.992, 0.999, -0.001]
+    echo = load("env", "echo.py:Echo")()
+    (prompt,) = echo.train()
+    assert [echo.reply(prompt, message, {}) for message in ("7*8=", "It is 56.")] == ["56", None]
 
 
 def test_a_local_directory_is_a_model(demo: str, tmp_path: Path, config: MakeConfig) -> None:
