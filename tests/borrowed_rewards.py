@@ -1,18 +1,22 @@
-"""Reward functions as a user of TRL, verl or OpenRLHF has them: from their documentation and examples, unchanged."""
+"""Reward functions as users of TRL, verl and OpenRLHF have them, from the documentation and examples of these.
+
+Those under a file's name are as they stand there, but for the name where it has several of one name. Under "in the same
+form" are others that call for what the documentation describes.
+"""
 
 import asyncio
 import re
 
 import torch
 
-# --- TRL, docs/source/grpo_trainer.md, "Using a custom reward function", and the quick start ---
+# --- TRL, docs/source/grpo_trainer.md: the quick start, and "Using a custom reward function", its examples 1 to 3 ---
 
 
-def reward_num_unique_chars(completions, **kwargs):
-    return [len(set(c)) for c in completions]
+def reward_len(completions, **kwargs):
+    return [-abs(20 - len(completion)) for completion in completions]
 
 
-def reward_len(completion_ids, **kwargs):
+def reward_token_count(completion_ids, **kwargs):
     """Reward function that assigns higher scores to longer completions (in terms of token count)."""
     return [float(len(ids)) for ids in completion_ids]
 
@@ -31,6 +35,13 @@ def boxed_reward_func(completions, ground_truth, **kwargs):
     contents = [match.group(1) if match else "" for match in matches]
     # Reward 1 if the content is the same as the ground truth, 0 otherwise
     return [1.0 if c == gt else 0.0 for c, gt in zip(contents, ground_truth)]
+
+
+# in the same form: several tasks, a coroutine, what may be logged
+
+
+def reward_num_unique_chars(completions, **kwargs):
+    return [len(set(c)) for c in completions]
 
 
 def math_reward_func(prompts, completions, task, **kwargs):
@@ -105,13 +116,15 @@ def compute_score(solution_str, ground_truth, method="strict", format_score=0.0,
     return format_score
 
 
+# in the same form: a dict, and a batch for verl's BatchRewardManager
+
+
 def compute_score_dict(data_source, solution_str, ground_truth, extra_info=None):
     correct = ground_truth in solution_str
     return {"score": 1.0 if correct else -1.0, "acc": correct, "pred": solution_str}
 
 
 def compute_score_batched(data_sources, solution_strs, ground_truths, extra_infos):
-    """The batched form, for verl's BatchRewardManager."""
     return [float(gt in s) for s, gt in zip(solution_strs, ground_truths, strict=True)]
 
 
@@ -128,6 +141,9 @@ def reward_func(queries, prompts, labels, **kwargs):
     # scores is used in dynamic filtering (0-1 reward)
     # extra_logs is used to log the info into wandb
     return {"rewards": reward, "scores": reward, "extra_logs": {"dummy_scores": reward}}
+
+
+# in the same form: a tensor
 
 
 def reward_func_of_lengths(queries, prompts, labels):

@@ -40,7 +40,7 @@ def running(config: Callable[..., Config]) -> Iterator[Running]:
 @pytest.mark.parametrize(
     ("names", "style"),
     [
-        (("format_reward_func", "reward_num_unique_chars"), "auto"),
+        (("format_reward_func", "reward_token_count", "reward_num_unique_chars"), "auto"),
         (("boxed_reward_func", "math_reward_func", "reward_num_unique_chars"), "trl"),
         (("async_reward_func", "reward_len"), "auto"),
         (("logging_reward_func", "reward_num_unique_chars"), "auto"),

@@ -27,7 +27,8 @@ def values(found: list[Score]) -> list[float | None]:
 
 def test_trls_functions_give_what_they_give_in_trl() -> None:
     assert values(scores(borrowed.reward_num_unique_chars, "aab", "")) == [2.0, 0.0]
-    assert values(scores(borrowed.reward_len, "aab", "")) == [3.0, 0.0]  # conftest's case has a token a character
+    assert values(scores(borrowed.reward_len, "a" * 18, "")) == [-2.0, -20.0]
+    assert values(scores(borrowed.reward_token_count, "aab", "")) == [3.0, 0.0]  # conftest's has a token a character
     right = "<think>2 + 2</think><answer>4</answer>"
     assert values(scores(borrowed.format_reward_func, right, "4")) == [1.0, 0.0]  # it reads messages, of a plain prompt
     assert values(scores(borrowed.boxed_reward_func, r"\boxed{4}", r"\boxed{5}", "4")) == [1.0, 0.0, 0.0]
@@ -104,7 +105,7 @@ class Counting:
         (of_length, "completion", [1.0, 0.0]),
         (Counting(3), "completion", [4.0, 5.0]),
         (functools.partial(of_length, most=5), "completion", [1.0, 1.0]),
-        (borrowed.reward_len, "trl", [1.0, 3.0]),
+        (borrowed.reward_token_count, "trl", [1.0, 3.0]),
         (borrowed.compute_score, "verl", [0.0, 0.0]),
         (borrowed.compute_score_batched, "verl-batch", [1.0, 0.0]),
         (borrowed.reward_func_of_lengths, "openrlhf", [-0.15, -0.17]),
