@@ -130,7 +130,8 @@ def test_a_reward_that_raises_ends_the_run_with_what_was_sampled(tmp_path: Path)
     reward = "--reward", f"{tmp_path}/bad.py:bad"
     done = rlora("train", TOML, *reward, "--run-dir", str(run), *SMALL, "--evaluate.prompts", "0")
     assert done.returncode == 1
-    assert "reward: it raised ValueError: no judge today" in done.stderr
+    assert "bad.py:2: bad raised ValueError: no judge today" in done.stderr
+    assert "16 of 16 episodes are in error" in done.stderr
     assert "Traceback" not in done.stderr
     assert len((run / "unscored.jsonl").read_text().splitlines()) == 16
     assert (run / "adapters" / "0" / "adapter_model.safetensors").exists()

@@ -94,8 +94,10 @@ def test_a_bank_in_one_forward_equals_its_adapters_apart_and_none_is_the_base(na
             together = base(ids).logits
         for row, adapter in enumerate([0, 1, 2]):
             with bank.serving(Route(adapter)):
-                torch.testing.assert_close(together[row], base(ids).logits[row], atol=2e-5, rtol=1e-5)
-        assert together[3].equal(pristine[3])
+                torch.testing.assert_close(together[row], base(ids).logits[row], atol=1e-4, rtol=1e-4)
+        # exactly; but an expert computes the rows of others with it, and how many those are decides its rounding
+        off_by = 0.0 if name == "llama" else 1e-4
+        torch.testing.assert_close(together[3], pristine[3], atol=off_by, rtol=off_by)
 
 
 def test_a_row_gives_no_gradient_to_the_adapters_of_others(tiny_base: PreTrainedModel) -> None:
