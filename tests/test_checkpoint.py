@@ -50,7 +50,7 @@ def test_a_full_disk_leaves_the_last_version_whole(tmp_path: Path) -> None:
     assert checkpoint.read_adapter(tmp_path, 1).weights == OLD.weights
     assert (tmp_path / "state.safetensors").read_bytes() == b"old state" * 1000
     assert sorted(path.name for path in tmp_path.rglob("*")) == [
-        "1", "adapter_config.json", "adapter_model.safetensors", "adapters", "state.safetensors",
+        "1", "adapter_config.json", "adapter_model.safetensors", "adapters", "cursor.json", "state.safetensors",
     ]  # fmt: skip
 
 

@@ -248,6 +248,8 @@ def test_a_run_outlives_its_engines_its_learners_and_its_scorers(
         rollouts = Rollouts(small, task.prompts, fleet, loop, first_cursor(small, 0))
         for step in range(small.steps):
             phase = PHASES[step % len(PHASES)] if step < count else None
+            while not fleet.engines:  # one that replaces another is on its way
+                time.sleep(0.1)
             engine: Any = fleet.engines[0]
             if phase == "idle":
                 wait([each.flight.request.group for each in rollouts._sent])

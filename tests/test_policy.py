@@ -46,7 +46,7 @@ def assert_plain(policy: Policy, batch: Microbatch, groups: list[Group], tempera
     packed_gradient = torch.autograd.grad((packed * weights).sum(), parameters)
     plain_gradient = torch.autograd.grad((plain * weights).sum(), parameters)
     for ours, expected in zip(packed_gradient, plain_gradient, strict=True):
-        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(ours, expected, atol=5e-4, rtol=1e-4)
 
 
 @pytest.fixture

@@ -54,7 +54,8 @@ class Line:
 def line() -> Iterator[Line]:
     config = validate(
         {
-            "model": DEMO, "env": "rlora.envs.arithmetic:Arithmetic", "reward": "-", "dtype": "float32",
+            "model": DEMO, "env": "rlora.envs.arithmetic:Arithmetic", "dtype": "float32",
+            "reward": "rlora.rewards.integer:integer_answer",
             "max_staleness": 2, "learner": {"lr": 5e-4},
             "sampling": {"max_tokens": 24, "max_prompt_tokens": 48}, "engine": {"max_num_seqs": 64},
         }
