@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from rlora.records import Prompt, RloraError
 
-from .generated import counts, distinct
+from .generated import Generated, counts
 
 _OPERATORS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
 
@@ -45,7 +45,7 @@ def _prompt(a: int, operator: str, b: int) -> Prompt:
     return Prompt(f"What is {a} {operator} {b}?", answer=_OPERATORS[operator](a, b))
 
 
-class GradedArithmetic:
+class GradedArithmetic(Generated):
     """`size` problems as "What is 12 + 7 * 35?" made from `seed`, and `held_out_size` others.
 
     `digits` and `terms` are how many digits the numbers have and how many numbers there are: "1,2" is some of either.
@@ -67,15 +67,6 @@ class GradedArithmetic:
             raise RloraError(f"env_args.operators = {operators!r}: use some of {''.join(_OPERATORS)}")
         self._operators, self._seed = operators, seed
         self._size, self._held_out_size = size, held_out_size
-
-    def train(self) -> Sequence[Prompt]:
-        return self._prompts()[self._held_out_size :]
-
-    def held_out(self) -> Sequence[Prompt]:
-        return self._prompts()[: self._held_out_size]
-
-    def _prompts(self) -> list[Prompt]:
-        return distinct(self._problems(), self._size, self._held_out_size)
 
     def _problems(self) -> Iterator[Prompt]:
         rng = random.Random(self._seed)

@@ -19,7 +19,7 @@ from typing import Any
 from rlora.records import Prompt
 
 from .arithmetic import expression
-from .generated import counts, distinct
+from .generated import Generated, counts
 
 SYSTEM = (
     "You can use a calculator: write <<expression= and it writes the result. Then give the answer as in the examples."
@@ -46,7 +46,7 @@ _CALL = re.compile(r"<<([\d+\-*/(). ]{1,100})=\s*$", re.ASCII)
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
-class Calculator:
+class Calculator(Generated):
     """`size` problems that a small model can't do in its head, made from `seed`, and `held_out_size` others.
 
     `levels` are some of 1 (one operator), 2 (two operators), 3 (a story with one) and 4 (a story with two); the numbers
@@ -70,20 +70,11 @@ class Calculator:
         self._max_calls, self._seed = counts("max_calls", max_calls, 1, 100)[0], seed
         self._size, self._held_out_size = size, held_out_size
 
-    def train(self) -> Sequence[Prompt]:
-        return self._prompts()[self._held_out_size :]
-
-    def held_out(self) -> Sequence[Prompt]:
-        return self._prompts()[: self._held_out_size]
-
     def reply(self, prompt: Prompt, message: str, state: dict[str, Any]) -> str | None:
         """The result of the call that the message ends with; "error" where it can't be computed."""
         call = _CALL.search(message)
         state["calls"] = state.get("calls", 0) + bool(call)
         return f"{calculate(call[1])}>>" if call and state["calls"] <= self._max_calls else None
-
-    def _prompts(self) -> list[Prompt]:
-        return distinct(self._problems(), self._size, self._held_out_size)
 
     def _problems(self) -> Iterator[Prompt]:
         rng = random.Random(self._seed)

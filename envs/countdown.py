@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from rlora.records import Prompt, RloraError
 
-from .generated import counts, distinct
+from .generated import Generated, counts
 from .table import read_rows
 
 TEMPLATE = (
@@ -16,7 +16,7 @@ _ALL = "you must use each number exactly once"
 _SOME = "you may use each number at most once"
 
 
-class Countdown:
+class Countdown(Generated):
     """`size` problems made from `seed`, each with a solution, and `held_out_size` others.
 
     `count` is how many numbers a problem has, "3,4" some of either: the more, the harder. They are from `low` to
@@ -47,15 +47,6 @@ class Countdown:
         self._targets = range(target_low, target_high + 1)
         self._use_all, self._size, self._held_out_size = use_all, size, held_out_size
         self._seed, self._template = seed, template
-
-    def train(self) -> Sequence[Prompt]:
-        return self._prompts()[self._held_out_size :]
-
-    def held_out(self) -> Sequence[Prompt]:
-        return self._prompts()[: self._held_out_size]
-
-    def _prompts(self) -> list[Prompt]:
-        return distinct(self._problems(), self._size, self._held_out_size)
 
     def _problems(self) -> Iterator[Prompt]:
         """Whatever target comes out where two numbers at a time are put together at random."""

@@ -34,3 +34,23 @@ def distinct(problems: Iterator[Prompt], size: int, held_out_size: int) -> list[
         f"env_args.size = {size}, held_out_size = {held_out_size}: only {len(found)} different problems were found; "
         "lower one of them, or allow harder problems"
     )
+
+
+class Generated:
+    """An env whose prompts are made: the first of them are held out."""
+
+    _size: int
+    _held_out_size: int
+
+    def train(self) -> Sequence[Prompt]:
+        return self._prompts()[self._held_out_size :]
+
+    def held_out(self) -> Sequence[Prompt]:
+        return self._prompts()[: self._held_out_size]
+
+    def _prompts(self) -> list[Prompt]:
+        return distinct(self._problems(), self._size, self._held_out_size)
+
+    def _problems(self) -> Iterator[Prompt]:
+        """Problems without end, the same each time."""
+        raise NotImplementedError

@@ -34,7 +34,6 @@ _VALUE = (
 )
 _NUMBER = re.compile(rf"(?<![\w\\.^{{])(?!0[xXbBoO][0-9a-fA-F]){_VALUE}")
 _JOIN = r"\s*(?:,|;|/|\||-|–|\bor\b|\band\b|\bto\b|\s)\s*(?:or\b|and\b)?\s*"
-_RUN = re.compile(rf"{_VALUE}(?:{_JOIN}{_VALUE})*\Z")
 _NOT = re.compile(  # before a number that is not the answer, or not all of it
     r"(?:\b(?:not|never|neither|nor|except|but|without|(?:less|more|fewer|greater|larger|smaller|higher|lower|other)\s+than"
     r"|at\s+(?:least|most)|up\s+to|below|beyond|minus|negative|half(?:\s+of)?|twice|thrice|double|triple|root\s+of"

@@ -42,12 +42,13 @@ class Pool:
     def __init__(self, setup: Setup, workers: int) -> None:
         self._setup = setup
         self._jobs: queue.SimpleQueue[tuple[Job, Future[Result]] | None] = queue.SimpleQueue()
-        started: list[Future[list[str]]] = [Future() for _ in range(workers)]
+        started: list[Future[None]] = [Future() for _ in range(workers)]
         self._threads = [threading.Thread(target=self._serve, args=(each,), daemon=True) for each in started]
         for thread in self._threads:
             thread.start()
         try:
-            self.names, *_ = [each.result() for each in started]  # of the reward functions
+            for each in started:
+                each.result()
         except BaseException:
             self.close()
             raise
@@ -68,10 +69,11 @@ class Pool:
         for thread in self._threads:
             thread.join()
 
-    def _serve(self, started: Future[list[str]]) -> None:
+    def _serve(self, started: Future[None]) -> None:
         worker = _Worker(self._setup)  # from this thread: a worker dies with the thread that has started it
         try:
-            started.set_result(worker.start())
+            worker.start()
+            started.set_result(None)
         except BaseException as error:
             started.set_exception(error)
             return
@@ -107,8 +109,8 @@ class _Worker:
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
 
-    def start(self) -> list[str]:
-        """Start the process; the names of the reward functions that it has loaded."""
+    def start(self) -> None:
+        """Start the process. Raises RloraError where it can't load what it runs."""
         self.connection, theirs = Pipe()
         with tempfile.TemporaryFile() as file:
             file.write(bytes(CLOCK.size))
@@ -136,8 +138,6 @@ class _Worker:
         if "error" in answer:
             self._end()
             raise RloraError(answer["error"])
-        names: list[str] = answer["names"]
-        return names
 
     def run(self, work: "list[tuple[Job, Future[Result]]]") -> None:
         """Settle the futures of all jobs, however many processes that takes."""

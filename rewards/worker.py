@@ -232,8 +232,7 @@ def main() -> None:
         connection.send_bytes(json.dumps({"error": detail}).encode())
         return
     most = _limit_memory(setup.memory_mib) if sys.platform == "linux" else None
-    names = [each.name for each in worker.plugs]
-    connection.send_bytes(json.dumps({"names": names}).encode())
+    connection.send_bytes(json.dumps({}).encode())
     with suppress(EOFError, ConnectionError):
         while jobs := connection.recv():
             done: list[Any] = []

@@ -107,7 +107,10 @@ def as_case(group: Group, chat: Chat, step: int, steps: int) -> Case:
         messages=tuple(episode.messages for episode in group.episodes),
         completion_ids=tuple(episode.completion_ids for episode in group.episodes),
         states=tuple(episode.state for episode in group.episodes),
-        responses=tuple(chat.text(episode.completion_ids) for episode in group.episodes),
+        responses=tuple(
+            episode.text if len(episode.messages) == 1 else chat.text(episode.completion_ids)
+            for episode in group.episodes
+        ),
         queries=tuple(chat.shown(group.prompt.token_ids + episode.completion_ids) for episode in group.episodes),
         step=step,
         steps=steps,
