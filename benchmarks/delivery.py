@@ -52,12 +52,12 @@ from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
 
 from rlora import cluster, engine, machine, peft_format
 from rlora.base import DEMO
-from rlora.checkpoint import write_adapter
 from rlora.config import validate
 from rlora.delivery import Fleet, Request, wait_for
 from rlora.learner import Learner
 from rlora.lora import matrices
 from rlora.records import OFF, Adapter, Sampling
+from rlora.storage import write_adapter
 from rlora.task import Task, load_task
 
 PROMPTS, SAMPLING = 16, Sampling(max_tokens=32, group_size=8)

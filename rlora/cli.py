@@ -1,20 +1,43 @@
-"""The command line: rlora train | eval | grade | show | scale | export."""
+"""The command line: rlora train | eval | replay | runs | export | grade | show | scale."""
 
 import json
 import sys
 import time
 from collections.abc import Iterable
 from contextlib import closing, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import tyro
+from upath import UPath
 
 import rlora
 from rlora.config import Config, ScoringConfig, validate
-from rlora.options import Eval, Export, Grade, Scale, Show, Train, parse_eval, parse_show, parse_train, read_run
+from rlora.options import (
+    Eval,
+    Export,
+    Grade,
+    Replay,
+    Runs,
+    Scale,
+    Show,
+    Train,
+    differences,
+    parse_eval,
+    parse_replay,
+    parse_show,
+    parse_train,
+    read_run,
+    refuse_another_policy,
+    split,
+    with_changes,
+)
 from rlora.records import BASE, STATUSES, Adapter, Case, RewardError, RloraError, Score
+from rlora.storage import Place, write_adapter, write_file
+
+if TYPE_CHECKING:
+    from rlora.replay import Replayed
 
 # torch, transformers and Ray take seconds to import: that waits until the command line is understood
 
@@ -22,17 +45,22 @@ _USAGE = f"""usage: rlora COMMAND ...
 
   train     {Train.__doc__}
   eval      {Eval.__doc__}
+  replay    {Replay.__doc__}
+  runs      {Runs.__doc__}
+  export    {Export.__doc__}
   grade     {Grade.__doc__}
   show      {Show.__doc__}
   scale     {Scale.__doc__}
-  export    {Export.__doc__}
 
 `rlora COMMAND --help` documents every option, `rlora --version` prints the version."""
 
 
 def main() -> None:
     """Run the command in sys.argv; exits with 0, 1 (an error that its message explains), 2 (usage) or 130 (Ctrl-C)."""
-    commands = {"train": _train, "eval": _eval, "grade": _grade, "show": _show, "scale": _scale, "export": _export}
+    commands = {
+        "train": _train, "eval": _eval, "replay": _replay, "runs": _runs, "export": _export, "grade": _grade,
+        "show": _show, "scale": _scale,
+    }  # fmt: skip
     command, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
     if command in ("-h", "--help", "--version"):
         print(f"rlora {rlora.__version__}" if command == "--version" else _USAGE)
@@ -54,12 +82,22 @@ def _train(arguments: list[str]) -> None:
     given = parse_train(arguments)
     from transformers import AutoConfig
 
-    from rlora import checkpoint
+    from rlora import checkpoint, runs
     from rlora.learner import first_adapter
     from rlora.optimizer import auto_lr
     from rlora.task import load_task
 
-    config = checkpoint.with_own_start(given.resume, given.config) if given.resume else given.config
+    config, start = given.config, None
+    if given.resume:
+        start = checkpoint.newest(given.resume, runs.Origin.of(given.resume))
+    elif given.fork:
+        start = checkpoint.read_version(*split(given.fork))
+    if start:
+        _tell_changes(differences(start.config, config))
+        if start.version >= config.steps:
+            more = "--set steps=N" if given.resume else "--steps N"
+            raise RloraError(f"steps = {config.steps}: {given.resume or given.fork} has them all; give more by {more}")
+        config = checkpoint.with_own_start(config, start, given.resume or split(cast(str, given.fork))[0])
     task = load_task(config)
     first_adapter(config.learner)  # it is only looked at here: the learner's process reads it
     if config.learner.lr == "auto":
@@ -70,34 +108,39 @@ def _train(arguments: list[str]) -> None:
 
     if given.resume:
         run = given.resume
-        if (checkpoint.last_version(run) or 0) >= config.steps:
-            raise RloraError(f"steps = {config.steps}: {run} has them all; give more by --steps")
-        checkpoint.write_config(run, given.config)
+        runs.write_config(run, given.config)
     else:
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        run = given.run_dir or Path("runs") / f"{config.env.rpartition(':')[2].lower()}-{stamp}"
-        checkpoint.create(run, config, task, given.overwrite)
+        run = given.run_dir or UPath("runs") / f"{config.env.rpartition(':')[2].lower()}-{stamp}"
+        lineage = checkpoint.lineage(start) if start else None
+        runs.create(run, given.config, task, given.overwrite, lineage)
+        start = checkpoint.adopt(start, run) if start else None
     if task.dropped:
         print(f"{task.dropped} prompts are longer than sampling.max_prompt_tokens and left out")
-    print(f"run: {run}")
+    print(f"run: {run}" + (f", from version {start.version} on" if start else ""))
     try:
-        train(config, task, run)
+        train(config, task, run, start)
     except BaseException:
-        if (version := checkpoint.last_version(run)) is not None:
-            print(f"The last whole adapter is {checkpoint.adapter_path(run, version)}; "
+        if there := checkpoint.versions(run):
+            print(f"The last version is {checkpoint.bundle_path(run, there[-1])}; "
                   f"go on from it with `rlora train --resume {run}`", file=sys.stderr)  # fmt: skip
         raise
     _report(run, task.base, config.learner.whole)
 
 
-def _report(run: Path, base: str, whole: bool) -> None:
+def _tell_changes(changes: dict[str, tuple[Any, Any]]) -> None:
+    for name, (was, now) in changes.items():
+        print(f"{name}: {was!r} -> {now!r}")
+
+
+def _report(run: UPath, base: str, whole: bool) -> None:
     """The table at the end of a run, and what to do next."""
     from rich.console import Console
     from rich.table import Column, Table
 
-    from rlora import checkpoint
+    from rlora import runs
 
-    summary = checkpoint.summarise(run, {})
+    summary = runs.summary(run)
     table = Table("", Column("", overflow="fold"), title="What it gained", show_header=False)
     if "accuracy/after" in summary:
         table.add_row("held-out prompts, answered greedily", str(summary["accuracy/prompts"]))
@@ -111,7 +154,8 @@ def _report(run: Path, base: str, whole: bool) -> None:
     )
     table.add_row("where it lies", summary["adapter/path"])
     Console().print(table)
-    print(f"Evaluate it again, or go on to N steps in all:\n  rlora eval {run}\n  rlora train --resume {run} --steps N")
+    print(f"Evaluate it again, or go on to N steps in all:\n  rlora eval {run}")
+    print(f"  rlora train --resume {run} --set steps=N")
     if whole:
         print(f"Load it:\n  policy = AutoModelForCausalLM.from_pretrained({summary['adapter/path']!r})")
         return
@@ -124,9 +168,9 @@ def _scale(arguments: list[str]) -> None:
     most = read_run(given.run).engine.max_replicas
     if not 1 <= given.engines <= most:
         raise RloraError(f"engines = {given.engines}: the run's engine.max_replicas lets it have 1 to {most}")
-    from rlora import checkpoint
+    from rlora import runs
 
-    checkpoint.ask_for_engines(given.run, given.engines)
+    runs.ask_for_engines(given.run, given.engines)
     print(f"{given.run}: {given.engines} engines from its next step on")
 
 
@@ -170,19 +214,19 @@ def _eval(arguments: list[str]) -> None:
     print(f"  each completion with its verdict: {out}")
 
 
-def _adapter_to_evaluate(given: Eval) -> tuple[Adapter, str, Path]:
+def _adapter_to_evaluate(given: Eval) -> tuple[Adapter, str, Place]:
     """The adapter that is asked for, what it is called, and where its completions go."""
     from rlora import checkpoint, peft_format
 
-    is_run = given.source.suffix != ".toml"
-    if given.adapter or given.base or not is_run:
-        if given.version is not None or (given.adapter and given.base):
-            raise RloraError("--version, --adapter and --base: each names what to evaluate; give one of them")
+    run, step = split(given.source)
+    if given.adapter or given.base or given.source.endswith(".toml"):
+        if step is not None or (given.adapter and given.base):
+            raise RloraError("RUN@STEP, --adapter and --base: each names what to evaluate; give one of them")
         adapter = Adapter("given", 0, *peft_format.read(given.adapter)) if given.adapter else BASE
-        return adapter, str(given.adapter or "base"), given.out or Path("eval.jsonl")
-    adapter = checkpoint.read_adapter(given.source, given.version)
-    out = given.out or given.source / f"eval-{adapter.version}.jsonl"
-    return adapter, f"{given.source.name} version {adapter.version}", out
+        return adapter, str(given.adapter or "base"), given.out or UPath("eval.jsonl")
+    adapter = checkpoint.read_version(run, step).adapter
+    out = given.out or run / f"eval-{adapter.version}.jsonl"
+    return adapter, f"{run.name} version {adapter.version}", out
 
 
 def _grade(arguments: list[str]) -> None:
@@ -237,9 +281,8 @@ def _verdict(score: Score) -> dict[str, Any]:
     return {"status": status, "reward": reward} | ({"detail": score.detail} if score.detail else {})
 
 
-def write_rows(path: Path, table: Iterable[dict[str, Any]]) -> None:
+def write_rows(path: Place, table: Iterable[dict[str, Any]]) -> None:
     """JSON lines, whole or not at all."""
-    from rlora.checkpoint import write_file
 
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
     write_file(path, "".join(json.dumps(row, default=str) + "\n" for row in table).encode())
@@ -260,22 +303,92 @@ def _show(arguments: list[str]) -> None:
         print(f"--- columns {dict(prompt.columns)!r}")
 
 
+def _replay(arguments: list[str]) -> None:
+    given = parse_replay(arguments)
+    from itertools import groupby
+
+    from rlora import checkpoint, cluster, machine
+    from rlora.base import locate
+    from rlora.replay import replay, updates
+
+    changes = differences(read_run(given.run), given.config)
+    refuse_another_policy(read_run(given.run), given.config, "rlora replay")
+    _tell_changes(changes)
+    steps = updates(checkpoint.versions(given.run), given.step)
+    if not steps:
+        raise RloraError(f"{given.run}: no two bundles in a row are kept (config: checkpoint.keep_last)")
+
+    def config_of(step: int) -> Config:
+        made = checkpoint.read_version(given.run, step + 1)
+        named = [f"{name}={json.dumps(now)}" for name, (_, now) in changes.items()]
+        return checkpoint.with_own_start(with_changes(made.config, named), made, given.run)
+
+    done = []
+    for config, of in groupby(steps, key=config_of):
+        with cluster.learning(config, locate(config.model), given.run.name) as learner:
+            for step in of:
+                before, after = (checkpoint.read_version(given.run, version) for version in (step, step + 1))
+                if after.origin.machine != machine.name():
+                    print(f"step {step}: made on another machine ({after.origin.machine}; this is {machine.name()})")
+                done.append(replay(learner, before, after))
+                _tell_replayed(done[-1])
+    exact = sum(each.exact and each.exact_state for each in done)
+    print(f"{exact} of {len(done)} updates bit for bit")
+    if exact < len(done) and not changes:
+        raise RloraError(f"{given.run}: {len(done) - exact} updates did not come out as they were saved")
+
+
+def _tell_replayed(each: "Replayed") -> None:
+    figures = {
+        name: value for name, value in asdict(each.stats).items() if isinstance(value, float) and name != "seconds"
+    }
+    verdict = "bit for bit"
+    if not each.exact:
+        verdict = f"differs by up to {each.off:.3g}, of an update of up to {each.moved:.3g}"
+    elif not each.exact_state:
+        verdict = "the adapter bit for bit, but not the optimizer's state"
+    print(
+        f"step {each.step}: {verdict}; " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()),
+        flush=True,
+    )
+
+
+def _runs(arguments: list[str]) -> None:
+    given = tyro.cli(Runs, args=arguments, prog="rlora runs")
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    from rlora.history import past_runs
+
+    table = Table(Column("run", overflow="fold"), "status", "steps", "best reward", "accuracy", "forked from", box=None)
+    for past in past_runs(given.directory):
+        table.add_row(*asdict(past).values())
+    if not table.row_count:
+        raise RloraError(f"{given.directory}: no runs lie there; name the directory that they are in")
+    Console().print(table)
+
+
 def _export(arguments: list[str]) -> None:
     given = tyro.cli(Export, args=arguments, prog="rlora export")
-    config = read_run(given.run)
+    run, step = split(given.run)
+    config = read_run(run)
     if given.dtype and not given.merge:
         raise RloraError(f"--dtype {given.dtype}: it is of merged weights; add --merge, or leave it out")
-    from rlora import checkpoint
+    from rlora import checkpoint, history
 
-    adapter = checkpoint.read_adapter(given.run, given.version)
+    bundle = checkpoint.read_version(run, step)
+    adapter = bundle.adapter
     if given.to.exists():
         raise RloraError(f"--to {given.to}: it is there already; name another directory")
+    card = history.card(run, bundle, (given.dtype or "bfloat16") if given.merge else None)
     if adapter.whole:
         _export_all_weights(config, adapter, given)
+        write_file(given.to / "README.md", card.encode())
         return
     if not given.merge:
         base = json.loads(adapter.config)["base_model_name_or_path"]
-        print(f"version {adapter.version}: {checkpoint.write_adapter(adapter, given.to)}, over the base {base}")
+        print(f"version {adapter.version}: {write_adapter(adapter, given.to)}, over the base {base}")
+        write_file(given.to / "README.md", card.encode())
         return
     import torch
     from transformers import AutoModelForCausalLM
@@ -290,6 +403,7 @@ def _export(arguments: list[str]) -> None:
     off = merge(base, adapter, machine.DTYPES[dtype])
     base.save_pretrained(given.to)
     load_tokenizer(where).save_pretrained(given.to)
+    write_file(given.to / "README.md", card.encode())
     print(f"version {adapter.version} merged in {dtype}: {given.to}; its update is {off:.2%} off the adapter's own")
 
 
@@ -297,12 +411,11 @@ def _export_all_weights(config: Config, version: Adapter, given: Export) -> None
     """A directory that transformers and vLLM load as a model."""
     from transformers import GenerationConfig
 
-    from rlora import checkpoint
     from rlora.base import load_tokenizer, locate
 
     if given.merge:
         raise RloraError("--merge: this run trained all weights, so there is no adapter to merge; leave it out")
-    checkpoint.write_adapter(version, given.to)
+    write_adapter(version, given.to)
     where = locate(config.model)
     load_tokenizer(where).save_pretrained(given.to)
     with suppress(OSError):  # it has none

@@ -264,8 +264,8 @@ def _still_starting(remotes: list[_Remote]) -> None:
 class _Crew:
     """The actors of a run: makes engines and learners as the config says, and ends them all."""
 
-    def __init__(self, config: Config, task: Task, run: str, version: int) -> None:
-        self.config, self.task, self.run, self.version = config, task, run, version
+    def __init__(self, config: Config, base: str, run: str) -> None:
+        self.config, self.base, self.run = config, base, run
         self.remotes: list[_Remote] = []
         self.over = False
         self.cuda = ray.cluster_resources().get("GPU", 0) > 0
@@ -273,20 +273,24 @@ class _Crew:
         self.share = max(1, machine.cores() // at_once)
         self.put = lru_cache(maxsize=config.max_staleness + 2)(ray.put)
 
-    def engine(self, number: int) -> _RemoteEngine:
+    def wait(self) -> None:
+        """Until all are built."""
+        _results({remote.built: remote for remote in self.remotes}, _still_starting)
+
+    def engine(self, task: Task, number: int, version: int) -> _RemoteEngine:
         settings = self.config.engine
         environment = machine.engine_environment(settings.threads or self.share, settings.kv_cache_gib, self.cuda)
         reserved = settings.cpus, settings.gpus * settings.tensor_parallel_size * self.cuda, environment
-        made_of = self.config, self.task.base, self.task.chat.stop_token_ids, self.task.stop, number, self.version
+        made_of = self.config, self.base, task.chat.stop_token_ids, task.stop, number, version
         made = _RemoteEngine(self.put, f"engine {number}", *reserved, ENGINE, *made_of)
         self.remotes.append(made)
         return made
 
-    def another_engine(self, number: int) -> Engine:
+    def another_engine(self, task: Task, version: int, number: int) -> Engine:
         """One that is ready, in place of one that died. Raises RloraError where it is not in time."""
         if self.over:
             raise RloraError("engine: the run is over")
-        made, deadline = self.engine(number), time.monotonic() + _START
+        made, deadline = self.engine(task, number, version), time.monotonic() + _START
 
         def late(remotes: list[_Remote]) -> None:
             _still_starting(remotes)
@@ -313,13 +317,13 @@ class _Crew:
         made = []
         for rank in range(learner.replicas):
             role = f"learner {rank}" if learner.replicas > 1 else "learner"
-            made.append(_Remote(role, *reserved, "rlora.learner:Learner", self.config, self.task.base, self.run))
+            made.append(_Remote(role, *reserved, "rlora.learner:Learner", self.config, self.base, self.run))
         self.remotes += made
         return made
 
-    def pools(self) -> list[_RemotePool]:
+    def pools(self, task: Task) -> list[_RemotePool]:
         scoring = self.config.scoring
-        made_of = setup_of(self.config, self.task.agent), scoring.workers
+        made_of = setup_of(self.config, task.agent), scoring.workers
         made = [_RemotePool(scoring.cpus, *made_of) for _ in range(scoring.replicas)]
         self.remotes += made
         return made
@@ -344,6 +348,33 @@ def start(
     Joins the Ray cluster of this job or machine, or starts one that ends with it. On leaving, however that comes
     about, every process is gone and so are its files in RAM.
     """
+    with _crew(config, task.base, run) as crew:
+        learners = crew.learners() if learn else []
+        engines = [crew.engine(task, number, version) for number in range(config.engine.replicas)]
+        pools = crew.pools(task)
+        crew.wait()
+        room, engine = 2 * config.engine.max_num_seqs, partial(crew.another_engine, task, version)
+        fleet = Fleet(engine, cast(list[Engine], engines), room, config.engine.patience, config.restarts)
+        loop = AgentLoop(task, fleet, Scoring(config, pools))
+        try:
+            yield cast(Learner, _Ranks(crew.learners, learners, config.restarts)), fleet, loop
+        finally:
+            fleet.stop()
+            loop.close()
+
+
+@contextmanager
+def learning(config: Config, base: str, run: str) -> Iterator[Learner]:
+    """The learner of `run` alone, in the environment that it has beside engines."""
+    with _crew(config, base, run) as crew:
+        learners = crew.learners()
+        crew.wait()
+        yield cast(Learner, _Ranks(crew.learners, learners, config.restarts))
+
+
+@contextmanager
+def _crew(config: Config, base: str, run: str) -> Iterator[_Crew]:
+    """A crew on a Ray cluster; on leaving all of it ends."""
     try:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
@@ -351,25 +382,12 @@ def start(
             f"Ray: {error} If that cluster has ended, `ray stop` forgets it; RAY_ADDRESS=local starts one for this run"
         ) from error
     _on_signal(signal.SIGTERM, lambda *_: sys.exit(143))  # `ray job stop` sends it; Ray's own handler cleans nothing up
-    crew = _Crew(config, task, run, version)
-    fleet: Fleet | None = None
-    loop: AgentLoop | None = None
+    crew = _Crew(config, base, run)
     try:
-        learners = crew.learners() if learn else []
-        engines = [crew.engine(number) for number in range(config.engine.replicas)]
-        pools = crew.pools()
-        _results({remote.built: remote for remote in crew.remotes}, _still_starting)
-        room = 2 * config.engine.max_num_seqs
-        fleet = Fleet(crew.another_engine, cast(list[Engine], engines), room, config.engine.patience, config.restarts)
-        loop = AgentLoop(task, fleet, Scoring(config, pools))
-        yield cast(Learner, _Ranks(crew.learners, learners, config.restarts)), fleet, loop
+        yield crew
     finally:
         # a second Ctrl-C must not stop the clean-up half way
         before = {number: _on_signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-        if fleet:
-            fleet.stop()
-        if loop:
-            loop.close()
         crew.end()
         ray.shutdown()
         for number, handler in before.items():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from upath import UPath
 
 from rlora.records import MAX_RANK, RloraError
 
@@ -167,6 +168,8 @@ class LearnerConfig:
     """Ray CPUs that a learner reserves."""
     gpus: Annotated[float, Field(ge=0)] = 0.5
     """Ray GPUs that a learner reserves, where the cluster has GPUs."""
+    deterministic: bool = False
+    """Take only kernels that give the same bits each time, so that updates can be replayed on a GPU too."""
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads of a learner; 0 takes all cores, or its share where `max_staleness` lets engines run beside it."""
 
@@ -270,6 +273,22 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    __pydantic_config__ = _STRICT
+
+    keep_last: Count = 20
+    """Bundles to keep, the newest ones; one is written after each step. Of all weights the last alone."""
+    keep_every: Annotated[int, Field(ge=0)] = 0
+    """Beside them those of each so many steps; 0: none."""
+    keep_best: Annotated[int, Field(ge=0)] = 1
+    """Beside them so many of those whose episodes had the highest mean reward."""
+    episodes_mib: Annotated[int, Field(ge=0)] = 64
+    """The most MiB of episodes, compressed, that a bundle holds for `rlora replay`; 0 keeps none."""
+    patience: Positive = 600.0
+    """Seconds that training goes on in memory where bundles can't be written."""
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     __pydantic_config__ = _STRICT
 
@@ -316,6 +335,7 @@ class Config:
     learner: LearnerConfig = LearnerConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     critic: CriticConfig = CriticConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @property
@@ -331,7 +351,7 @@ class Config:
 _ADAPTER = TypeAdapter(Config)
 
 
-def read(path: Path) -> Config:
+def read(path: Path | UPath) -> Config:
     """The config in a TOML file, or in a run's `config.toml`. Raises RloraError that names each field at fault."""
     try:
         table = tomllib.loads(path.read_text())

@@ -25,7 +25,6 @@ from vllm.sampling_params import RequestOutputKind
 
 from rlora import machine, slots, vllm_cpu
 from rlora.base import has_experts
-from rlora.checkpoint import write_adapter
 from rlora.config import Config
 from rlora.records import (
     OFF,
@@ -43,6 +42,7 @@ from rlora.records import (
     Sampling,
     StaleError,
 )
+from rlora.storage import write_adapter
 
 _Result = TypeVar("_Result")
 

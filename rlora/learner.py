@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 import torch.distributed
 from torch import Tensor
+from upath import UPath
 
 from rlora import machine, peft_format
 from rlora.algorithm import credit, learned_from, moments, token_losses, weigher, whiten
@@ -31,6 +32,7 @@ from rlora.records import OFF, WHOLE_FILES, Adapter, Canary, Group, RloraError, 
 from rlora.sharding import shard
 
 _CANARY = 24  # tokens: one short prompt, and enough logprobs for a mean
+_OTHER_BASE = 0.2  # nats that a base's canary may move, mean over its tokens, between machines and kernels
 _FIGURES = (  # sums over the tokens of a minibatch
     "loss", "tokens", "kl_behaviour", "ratio_truncated", "kl_update", "entropy", "clipped", "kl_reference",
     "value_loss",
@@ -43,6 +45,8 @@ class Learner:
     def __init__(self, config: Config, base: str, run: str) -> None:
         self.config, self.base, self.run = config, base, run
         self.device = machine.device()
+        if config.learner.deterministic:
+            torch.use_deterministic_algorithms(True)
         dtype, quantise = machine.DTYPES[config.dtype], config.learner.quantise
         place = torch.device("cpu") if config.learner.shard else self.device  # `join` moves it, a layer at a time
         model = load_base(base, dtype, place) if quantise == "none" else load_quantised(base, dtype, quantise)
@@ -134,6 +138,7 @@ class Learner:
             tokens=int(sums["tokens"]),
             seconds=time.perf_counter() - began,
             skipped_in_a_row=self.skipped_in_a_row,
+            resident_bytes=machine.resident_bytes(),
         )
         return self.adapter(), stats
 
@@ -282,15 +287,34 @@ class Learner:
         return Canary(tuple(tokens), logprobs, of_base)
 
     def state(self) -> bytes:
-        """All that `resume` needs: the version, the masters and Adam's moments, in safetensors format."""
-        return safetensors.torch.save({"version": torch.tensor(self.version)} | self.optimizer.state())
+        """All that the next update depends on beside its groups and the config, in safetensors format.
+
+        The version, all adapters' masters (the critic's too, and its head), Adam's moments, the state of every random
+        generator, and the base's canary, by which `resume` knows the base.
+        """
+        counts = {"version": self.version, "skipped_in_a_row": self.skipped_in_a_row}
+        tensors = {name: torch.tensor(count) for name, count in counts.items()}
+        if self.canary:
+            tensors["canary.base"] = torch.tensor(self.canary.base_logprobs)
+        return safetensors.torch.save(tensors | machine.random_state() | self.optimizer.state())
 
     def resume(self, state: bytes) -> Adapter:
-        """Go on from `state`; returns its adapter. Raises RloraError where it is of another base, rank or target."""
+        """Go on from `state`, with the update that it would have made; returns its adapter.
+
+        Raises RloraError, with nothing changed, where it is of another base, rank or set of matrices.
+        """
         tensors = safetensors.torch.load(state)
+        if self.canary and (saved := tensors.get("canary.base")) is not None:
+            off = (torch.tensor(self.canary.base_logprobs) - saved).abs().mean().item()
+            if off > _OTHER_BASE:
+                raise RloraError(
+                    f"model = {self.config.model!r}: the saved adapter was trained over another base: the logprobs of "
+                    f"a few tokens are {off:.2g} nats apart, and would be nearly the same; give the base that it had"
+                )
         self.optimizer.resume(tensors)
+        machine.set_random_state(tensors)
         self.canary = self._canary()
-        self.version = int(tensors["version"])
+        self.version, self.skipped_in_a_row = int(tensors["version"]), int(tensors["skipped_in_a_row"])
         return self.adapter()
 
 
@@ -320,7 +344,7 @@ def first_adapter(learner: LearnerConfig) -> tuple[Spec, dict[str, Tensor] | Non
                 f"learner.{name} = {getattr(learner, name)!r}: learner.start_from brings its own; leave it out"
             )
     try:
-        saved, tensors = peft_format.decode(*peft_format.read(Path(learner.start_from)))
+        saved, tensors = peft_format.decode(*peft_format.read(UPath(learner.start_from)))
     except RloraError as error:
         raise RloraError(f"learner.start_from = {learner.start_from!r}: {error}") from error
     for field in ("rank", "alpha", "rslora"):

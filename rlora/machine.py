@@ -1,10 +1,17 @@
 """The machine in one place: device, dtype, threads, and the environment that engines and the learner start with."""
 
+import json
 import os
+import platform
+import random
+import resource
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy
 import torch
+from torch import Tensor
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -16,6 +23,12 @@ def device() -> torch.device:
 def cores() -> int:
     """CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def name() -> str:
+    """What the bits of a result depend on: processor, its vector instructions, and how many cores share the work."""
+    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {cores()} cores"
+    return f"{cpu}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else cpu
 
 
 def engine_environment(threads: int, kv_cache_gib: int, cuda: bool) -> dict[str, str]:
@@ -39,7 +52,39 @@ def engine_environment(threads: int, kv_cache_gib: int, cuda: bool) -> dict[str,
 
 def learner_environment(threads: int) -> dict[str, str]:
     """Environment variables of the learner's process."""
-    return {"OMP_NUM_THREADS": str(threads)}
+    return {"OMP_NUM_THREADS": str(threads), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # that cuBLAS may be deterministic
+
+
+def random_state() -> dict[str, Tensor]:
+    """The state of every random generator of this process: Python's, NumPy's, torch's, and each GPU's."""
+    kind, keys, *rest = numpy.random.get_state(legacy=True)
+    of_python = json.dumps([random.getstate(), [kind, list(map(int, keys)), *rest]]).encode()
+    states = {"random.python": torch.frombuffer(bytearray(of_python), dtype=torch.uint8)}
+    return states | {f"random.{name}": state for name, state in _torch_states().items()}
+
+
+def set_random_state(states: Mapping[str, Tensor]) -> None:
+    """Take them back; of a GPU that is not here its state is left out."""
+    (version, internal, gauss), of_numpy = json.loads(bytes(states["random.python"].tolist()))
+    random.setstate((version, tuple(internal), gauss))
+    numpy.random.set_state(tuple(of_numpy))
+    torch.set_rng_state(states["random.cpu"])
+    for index in range(torch.cuda.device_count()):
+        if (state := states.get(f"random.cuda{index}")) is not None:
+            torch.cuda.set_rng_state(state, index)
+
+
+def _torch_states() -> dict[str, Tensor]:
+    of_gpus = {f"cuda{index}": torch.cuda.get_rng_state(index) for index in range(torch.cuda.device_count())}
+    return {"cpu": torch.get_rng_state()} | of_gpus
+
+
+def resident_bytes() -> int:
+    """RAM that this process has now."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:  # not Linux: the most it ever had
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def ram_directory() -> Path:

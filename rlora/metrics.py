@@ -3,18 +3,19 @@
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from statistics import fmean
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from rlora import machine
 from rlora.delivery import FleetStats
 from rlora.records import STATUSES, Group, Proof, UpdateStats
 from rlora.rollout import Collection
+from rlora.saving import Saved
 
 _SHOWN = {  # in the live display: label and format
     "reward/mean": ("reward", "{:.3f}"),
@@ -48,10 +49,10 @@ def summarise(groups: Sequence[Group], version: int) -> dict[str, float | None]:
 
 
 class Metrics:
-    """Appends to `<run>/metrics.jsonl` and shows progress: live on a terminal, one plain line a step elsewhere."""
+    """Gives `write` a line a step, and shows progress: live on a terminal, one plain line a step elsewhere."""
 
-    def __init__(self, path: Path, steps: int) -> None:
-        self.path, self.steps = path, steps
+    def __init__(self, steps: int, write: Callable[[str], None]) -> None:
+        self.steps, self.write = steps, write
         self.console = Console()
         self.live = Live(console=self.console, transient=True)
         self.seconds: dict[str, float] = {}  # by phase, of the step under way
@@ -67,13 +68,7 @@ class Metrics:
         self.live.stop()
 
     def start(self, step: int, fleet: FleetStats) -> None:
-        """Begin at `step`, with what the fleet has done so far.
-
-        Lines of that step and later, and one cut off by a crash, are dropped: they come again.
-        """
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < step]
-        self.path.write_text("".join(f"{line}\n" for line in kept))
+        """Begin at `step`, with what the fleet has done so far."""
         self.first_step, self.began, self.lapped = step, time.perf_counter(), time.perf_counter()
         self.busy_seconds = fleet.busy_seconds
 
@@ -85,7 +80,13 @@ class Metrics:
         self.seconds[phase] = time.perf_counter() - start
 
     def log(
-        self, step: int, proofs: Sequence[Proof], collection: Collection, update: UpdateStats, fleet: FleetStats
+        self,
+        step: int,
+        proofs: Sequence[Proof],
+        collection: Collection,
+        update: UpdateStats,
+        fleet: FleetStats,
+        saved: Saved | None,
     ) -> None:
         """Write and show the figures of a step; docs/metrics.md says what each means."""
         now = time.perf_counter()
@@ -118,14 +119,17 @@ class Metrics:
             **{f"time/{phase}": seconds for phase, seconds in self.seconds.items()},
             "time/sampling": sampling if sampling > 0 else None,  # 0: no engine answered
             "time/reward": collection.reward_seconds,
+            "checkpoint/seconds": saved.seconds if saved else None,
+            "checkpoint/bytes": saved.bytes if saved else None,
+            "memory/driver": machine.resident_bytes(),
+            "memory/learner": update.resident_bytes,
             "time/step": whole,
         }
         tokens = figures["completion/tokens"] or 0
         figures["rollout/tokens_per_second"] = tokens / sampling if sampling > 0 else None
         figures["learner/tokens_per_second"] = update.tokens / update.seconds if update.tokens else None
         finite = {name: value if value is None or math.isfinite(value) else None for name, value in figures.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **finite}) + "\n")
+        self.write(json.dumps({"step": step, **finite}))
         self._show(step, finite)
 
     def totals(self) -> dict[str, float]:

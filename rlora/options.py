@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 import tyro
+from upath import UPath
 
 from rlora.config import PRESETS, AlgorithmConfig, Config, read, refuse_unlearnable, validate
 from rlora.records import RloraError
@@ -19,19 +20,24 @@ class Train:
     config: Annotated[Config, tyro.conf.arg(name="")]
     file: tyro.conf.Positional[Path | None] = None
     """A TOML config, such as launch/arithmetic.toml."""
-    run_dir: Path | None = None
-    """Where the run goes; a fresh directory under runs/ by default."""
+    run_dir: UPath | None = None
+    """Where the run goes, a directory or any URL that fsspec knows; a fresh directory under runs/ by default."""
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
     """Replace the run that is in --run-dir."""
-    resume: Path | None = None
-    """Go on with the run in this directory, under its own config; only --steps may be given beside it."""
+    resume: UPath | None = None
+    """Go on with the run that is here, from its newest whole bundle and under its own config. With a FILE it is begun
+    where none is here yet."""
+    changes: Annotated[tuple[str, ...], tyro.conf.arg(name="set")] = ()
+    """With --resume: fields of the config to change, as NAME=VALUE, such as steps=200 learner.lr=1e-4."""
+    fork: str | None = None
+    """Start a new run from RUN@STEP, under its config; any field that the adapter does not hang on may be given too."""
 
 
 @dataclass(frozen=True)
 class Scale:
     """Give a run that goes on more engines or fewer, from its next step on."""
 
-    run: tyro.conf.Positional[Path]
+    run: tyro.conf.Positional[UPath]
     """The run's directory."""
     engines: tyro.conf.Positional[int]
     """How many, 1 to the run's engine.max_replicas."""
@@ -42,10 +48,8 @@ class Eval:
     """Answer held-out prompts under an adapter, with pass@k. Every field of the config may be given beside SOURCE."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
-    source: tyro.conf.Positional[Path]
-    """The directory of a run, or a TOML config."""
-    version: int | None = None
-    """The run's adapter version; the last one by default, 0 is what it started from. Of all weights the last alone."""
+    source: tyro.conf.Positional[str]
+    """RUN or RUN@STEP, the newest by default, or a TOML config."""
     adapter: Path | None = None
     """The directory of an adapter in PEFT's format, in place of a run's."""
     base: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -85,7 +89,7 @@ class Show:
     config: Annotated[Config, tyro.conf.arg(name="")]
     what: tyro.conf.Positional[Literal["prompt"]]
     """What to show."""
-    source: tyro.conf.Positional[Path]
+    source: tyro.conf.Positional[str]
     """The directory of a run, or a TOML config."""
     number: int = 0
     """Which of the training prompts, from 0."""
@@ -93,14 +97,12 @@ class Show:
 
 @dataclass(frozen=True)
 class Export:
-    """Write an adapter of a run in PEFT's format, or the whole model with the adapter merged into it."""
+    """Write an adapter of a run in PEFT's format, or the whole model with it merged in, and a model card."""
 
-    run: tyro.conf.Positional[Path]
-    """The run's directory."""
+    run: tyro.conf.Positional[str]
+    """RUN or RUN@STEP, the newest by default."""
     to: Path
     """The directory to write; it must not be there yet."""
-    version: int | None = None
-    """The adapter version; the last one by default."""
     merge: tyro.conf.FlagCreatePairsOff[bool] = False
     """Add the adapter into the base's weights and write them all."""
     dtype: Literal["bfloat16", "float32"] | None = None
@@ -108,37 +110,143 @@ class Export:
     always written in fp32."""
 
 
-Given = TypeVar("Given", Train, Eval, Show)
+@dataclass(frozen=True)
+class Replay:
+    """Compute updates of a run again from its bundles, and say whether each comes out bit for bit."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    run: tyro.conf.Positional[UPath]
+    """The run. Fields of the config given beside it, such as another loss, change what is computed."""
+    step: int | None = None
+    """The update to compute: that from version STEP to STEP + 1. By default all whose bundles are kept."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """List runs: how far they are, their best mean reward, and what they were forked from."""
+
+    directory: tyro.conf.Positional[UPath] = field(default_factory=lambda: UPath("runs"))
+    """Where they lie side by side."""
+
+
+Given = TypeVar("Given", Train, Eval, Show, Replay)
 
 
 def parse_train(arguments: list[str]) -> Train:
-    """The command line over the TOML file it names, or over the config of the run that it resumes."""
+    """The command line over the TOML file it names, or over the config of the run that it resumes or forks.
+
+    Raises RloraError where a run that is resumed would get another config than was asked for by `--set`, or a run that
+    is resumed or forked another policy.
+    """
     given = _parse(Train, Train(_NOTHING), "rlora train", arguments)
+    if given.resume and (given.run_dir or given.overwrite or given.fork):
+        raise RloraError(
+            f"--resume {given.resume}: a run goes on where it is; leave out --run-dir, --overwrite and --fork"
+        )
+    if given.resume and given.file and not (given.resume / "config.toml").exists():
+        given = replace(given, run_dir=given.resume, resume=None)
+    if given.changes and not given.resume:
+        raise RloraError(
+            f"--set {given.changes[0]}: it is for --resume; give --{given.changes[0].replace('=', ' ', 1)}"
+        )
     if given.resume:
-        before, after = asdict(read_run(given.resume)), asdict(given.config)
-        changed = [field for field in before if before[field] != after[field] and field != "steps"]
-        if changed or given.file or given.run_dir or given.overwrite:
-            raise RloraError(
-                f"--resume {given.resume}: a run goes on under its own config, and only --steps may be given beside "
-                f"it; leave out {', '.join(changed) or 'the TOML file, --run-dir and --overwrite'}, or start a new run"
-            )
+        return _resumed(given, read_run(given.resume))
+    if given.fork:
+        if given.file:
+            raise RloraError(f"{given.file}: a fork has the config of its run; leave the file out")
+        refuse_another_policy(read_run(split(given.fork)[0]), given.config, "--fork")
     return given
+
+
+def _resumed(given: Train, before: Config) -> Train:
+    asked = with_changes(before, given.changes)
+    others = differences(asked, given.config) if differences(before, given.config) else {}
+    if others:
+        lines = "".join(f"\n  {name}: {was!r} -> {now!r}" for name, (was, now) in others.items())
+        named = " ".join(f"{name}={json.dumps(now)}" for name, (_, now) in others.items())
+        raise RloraError(
+            f"--resume {given.resume}: a run goes on under its own config, but this would change{lines}\n"
+            f"Leave that out, or ask for it by name: --set {named}"
+        )
+    refuse_another_policy(before, asked, "--resume")
+    return replace(given, config=asked)
+
+
+def with_changes(config: Config, changes: Sequence[str]) -> Config:
+    """The config with fields changed, each given as NAME=VALUE. Raises RloraError for names that there are not."""
+    table = asdict(config)
+    for change in changes:
+        name, equals, text = change.partition("=")
+        section, _, last = name.replace("-", "_").rpartition(".")
+        of: Any = table
+        for part in section.split(".") if section else ():
+            of = of.get(part) if isinstance(of, dict) else None
+        if not equals or not isinstance(of, dict) or (last not in of and not section.endswith("_args")):
+            raise RloraError(
+                f"--set {change}: give NAME=VALUE with a field of the config; `rlora train --help` lists them"
+            )
+        of[last] = _value(text)
+    names = [change.partition("=")[0] for change in changes]
+    return validate(_under_its_preset(table, names, config))
+
+
+_FIXED = (
+    "model", "learner.adapter", "learner.rank", "learner.alpha", "learner.targets", "learner.head", "learner.rslora",
+    "learner.start_from",
+)  # fmt: skip
+
+
+def refuse_another_policy(before: Config, after: Config, option: str) -> None:
+    """Raise RloraError where a saved adapter would be of another base, rank, scale or set of matrices."""
+    critics = [config.critic.rank if config.algorithm.advantage == "gae" else 0 for config in (before, after)]
+    for name, (was, now) in differences(before, after).items():
+        if name in _FIXED or (critics[0] != critics[1] and name in ("critic.rank", "algorithm.advantage")):
+            raise RloraError(
+                f"{name} = {now!r}: {option} goes on with an adapter that was trained with {was!r}, and what was saved "
+                "of it fits nothing else; leave it out, or start a new run"
+            )
+
+
+def differences(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
+    """The fields that differ, by their full names: before and after."""
+    return _differences(json.loads(json.dumps(asdict(before))), json.loads(json.dumps(asdict(after))), "")
+
+
+def _differences(before: Any, after: Any, name: str) -> dict[str, tuple[Any, Any]]:
+    if not (isinstance(before, dict) and isinstance(after, dict)):
+        return {name: (before, after)} if before != after else {}
+    return {
+        path: values
+        for key in before | after
+        for path, values in _differences(before.get(key), after.get(key), f"{name}.{key}".strip(".")).items()
+    }
+
+
+def split(source: str) -> tuple[UPath, int | None]:
+    """RUN or RUN@STEP."""
+    run, _, step = source.rpartition("@")
+    return (UPath(run), int(step)) if run and step.isdigit() else (UPath(source), None)
 
 
 def parse_eval(arguments: list[str]) -> Eval:
     """The command line over the config of the run, or over the TOML file, that it names."""
-    return _parse(Eval, Eval(_NOTHING, Path()), "rlora eval", arguments)
+    return _parse(Eval, Eval(_NOTHING, ""), "rlora eval", arguments)
 
 
 def parse_show(arguments: list[str]) -> Show:
     """The same."""
-    return _parse(Show, Show(_NOTHING, "prompt", Path()), "rlora show", arguments)
+    return _parse(Show, Show(_NOTHING, "prompt", ""), "rlora show", arguments)
 
 
-def read_run(run: Path) -> Config:
+def parse_replay(arguments: list[str]) -> Replay:
+    """The same."""
+    return _parse(Replay, Replay(_NOTHING, UPath()), "rlora replay", arguments)
+
+
+def read_run(run: UPath) -> Config:
     """The config of a run. Raises RloraError where no run is."""
     path = run / "config.toml"
-    if not path.is_file():
+    if not path.exists():
         raise RloraError(
             f"{run}: no run is there (it has no config.toml); name a directory that `rlora train` made, "
             "under runs/ or where --run-dir said"
@@ -160,25 +268,34 @@ def _parse(kind: type[Given], default: Given, program: str, arguments: list[str]
     over = replace(default, config=saved) if saved else None
     parsed = cast(Given, tyro.cli(kind, default=over, args=others, prog=program))
     table = asdict(parsed.config)
-    for field, args, of in (("env_args", env_args, "env"), ("reward_args", reward_args, "reward")):
-        of_another = table[field] if saved and getattr(saved, of) != table[of] else {}
-        table[field] = {name: value for name, value in table[field].items() if name not in of_another} | args
-    if "algorithm.name" in options:  # then what the file's own name set goes; what was given beside either stays
-        before = PRESETS[saved.algorithm.name] if saved else {}
-        given_too = {option.removeprefix("algorithm.").removeprefix("no_") for option in options}
-        for name in (PRESETS[table["algorithm"]["name"]] | before).keys() - given_too:
-            if table["algorithm"][name] == before.get(name, getattr(AlgorithmConfig(), name)):
+    for name, args, of in (("env_args", env_args, "env"), ("reward_args", reward_args, "reward")):
+        of_another = table[name] if saved and getattr(saved, of) != table[of] else {}
+        table[name] = {key: value for key, value in table[name].items() if key not in of_another} | args
+    return replace(parsed, config=validate(_under_its_preset(table, options, saved)))
+
+
+def _under_its_preset(table: dict[str, Any], given: Sequence[str], before: Config | None) -> dict[str, Any]:
+    """A config where, if `algorithm.name` is given, all that the name before set goes; what was given beside stays."""
+    if "algorithm.name" in given:
+        was = PRESETS[before.algorithm.name] if before else {}
+        kept = {option.removeprefix("algorithm.").removeprefix("no_") for option in given}
+        for name in (PRESETS.get(table["algorithm"]["name"], {}) | was).keys() - kept:
+            if table["algorithm"][name] == was.get(name, getattr(AlgorithmConfig(), name)):
                 del table["algorithm"][name]
-    return replace(parsed, config=validate(table))
+    return table
 
 
-def _source(given: Train | Eval | Show) -> Config | None:
+def _source(given: Train | Eval | Show | Replay) -> Config | None:
     """The config that a command line starts from: of a run, or of a TOML file; None where it names neither."""
-    if isinstance(given, Train):
-        if given.resume:
-            return read_run(given.resume)
-        return read(given.file) if given.file else None
-    return read(given.source) if given.source.suffix == ".toml" else read_run(given.source)
+    if isinstance(given, Replay):
+        return read_run(given.run)
+    if not isinstance(given, Train):
+        return read(Path(given.source)) if given.source.endswith(".toml") else read_run(split(given.source)[0])
+    if given.file:
+        return read(given.file)
+    if given.resume:
+        return read_run(given.resume)
+    return read_run(split(given.fork)[0]) if given.fork else None
 
 
 def _named(field: str, arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -190,10 +307,13 @@ def _named(field: str, arguments: Sequence[str]) -> tuple[dict[str, Any], list[s
             others.append(argument)
             continue
         name, equals, value = argument.removeprefix(f"--{field}.").partition("=")
-        text = value if equals else next(rest, "")
-        try:
-            given = json.loads(text)  # a number or a boolean
-        except json.JSONDecodeError:
-            given = text
-        found[name.replace("-", "_")] = given
+        found[name.replace("-", "_")] = _value(value if equals else next(rest, ""))
     return found, others
+
+
+def _value(text: str) -> Any:
+    """A number, a boolean, a list; else the text itself."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

@@ -9,6 +9,7 @@ import safetensors
 import safetensors.numpy
 import safetensors.torch
 from torch import Tensor, nn
+from upath import UPath
 
 from rlora.lora import Bank, Matrix, Spec
 from rlora.records import ADAPTER_FILES, MAX_RANK, RloraError
@@ -88,7 +89,7 @@ def _ending(expert: Matrix) -> str:
     return ".".join(expert.key.split(".")[-2:])
 
 
-def read(directory: Path) -> tuple[bytes, bytes]:
+def read(directory: Path | UPath) -> tuple[bytes, bytes]:
     """The two files of an adapter. Raises RloraError where they are not there."""
     try:
         config, weights = (directory / name for name in ADAPTER_FILES)

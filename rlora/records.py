@@ -195,6 +195,26 @@ BASE = Adapter("base", OFF, b"", b"")
 
 
 @dataclass(frozen=True)
+class InFlight:
+    """A prompt that was sent and not learned from yet."""
+
+    place: int  # of the prompt in the order of all
+    step: int  # that sent it
+    adapter: Adapter | None = None  # it is sampled under; None while no engine had room
+    group: Group | None = None  # once it is played
+    scored: bool = False  # the group is
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where a run is in its prompts, between two steps."""
+
+    next: int = 0  # place of the next prompt that was never sent
+    again: tuple[int, ...] = ()  # places of prompts to sample again, before any other
+    in_flight: tuple[InFlight, ...] = ()  # in the order in which they were sent
+
+
+@dataclass(frozen=True)
 class UpdateStats:
     """Figures of one update; token means are over the tokens that were computed, None where there were none."""
 
@@ -211,6 +231,7 @@ class UpdateStats:
     kl_update: float | None = None  # nats a token that the policy moved in the update, before its last minibatch
     kl_reference: float | None = None  # nats a token, learner against the base
     entropy: float | None = None  # nats a token; the mean of -log p, which it is on policy, unless it is in the loss
+    resident_bytes: int | None = None  # RAM of the learner's process after it
     value_loss: float | None = None
     explained_variance: float | None = None  # of the returns, by the critic before the update
 

@@ -4,16 +4,15 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 from rlora.agent_loop import AgentLoop, Flight
 from rlora.config import Config
 from rlora.delivery import Fleet, wait_for
-from rlora.records import Group, Prompt, RewardError, Sampling
+from rlora.records import Cursor, Group, InFlight, Prompt, RewardError, Sampling
 
 
 @dataclass(frozen=True)
@@ -32,29 +31,38 @@ class _Sent:
     """A prompt in flight."""
 
     place: int  # of the prompt in the order of all
+    step: int  # that sent it
     flight: Flight
+
+    @property
+    def record(self) -> InFlight:
+        scored = self.flight.scored
+        done = scored.done() and not scored.exception()
+        group = scored.result() if done else self.flight.played
+        return InFlight(self.place, self.step, self.flight.request.adapter, group, done)
 
 
 class Rollouts:
     """Keeps `max_staleness` + 1 steps' prompts in flight, and gives each step its groups.
 
     A step takes the groups of its prompts in the order in which those were sent, whatever the length of their
-    completions. `cursor` is where another's ended: what it had in flight is sent first.
+    completions. `cursor` is where another's ended: what it had in flight goes on, and what it had sampled counts.
     """
 
     def __init__(
-        self, config: Config, prompts: Sequence[Prompt], fleet: Fleet, loop: AgentLoop, cursor: Mapping[str, Any]
+        self, config: Config, prompts: Sequence[Prompt], fleet: Fleet, loop: AgentLoop, cursor: Cursor
     ) -> None:
         self.config, self.prompts, self.fleet, self.loop = config, prompts, fleet, loop
         self.sampling = sampling_of(config, config.group_size)
-        self._next: int = cursor["next"]  # place of the next prompt that was never sent
-        self._again: deque[int] = deque(cursor["again"])  # places of prompts to sample again, before any other
+        self._next = cursor.next
+        self._again = deque(cursor.again)
+        self._before = cursor.in_flight  # another's, until the fleet has an adapter
         self._sent: list[_Sent] = []  # in their order
 
     @property
-    def cursor(self) -> dict[str, Any]:
-        """Where to go on: plain data."""
-        return {"next": self._next, "again": [each.place for each in self._sent] + list(self._again)}
+    def cursor(self) -> Cursor:
+        """Where another can go on."""
+        return Cursor(self._next, tuple(self._again), (*(each.record for each in self._sent), *self._before))
 
     def take(self, version: int) -> Collection:
         """The groups of `prompts_per_step` prompts, for the step that learns from `version` on.
@@ -65,6 +73,11 @@ class Rollouts:
         Raises RewardError, which keeps what was sampled, where the reward functions fail.
         """
         count, refills = self.config.prompts_per_step, self.config.algorithm.refills
+        for each in self._before:
+            self._sent.append(
+                _Sent(each.place, each.step, self.loop.go_on(each, self._prompt(each.place), self.sampling))
+            )
+        self._before = ()
         stale = self._drop_stale(version - self.config.max_staleness)
         began = time.monotonic()
         taken, late = self._next_ones(version, count)
@@ -88,14 +101,16 @@ class Rollouts:
         steps_ahead = min(self.config.max_staleness, self.config.steps - version - 1)
         while len(self._sent) < count + steps_ahead * self.config.prompts_per_step:
             place = self._again.popleft() if self._again else self._new_place()
-            prompt = prompt_at(self.prompts, place, self.config.seed)
-            self._sent.append(_Sent(place, self.loop.start(prompt, self.sampling, version)))
+            self._sent.append(_Sent(place, version, self.loop.start(self._prompt(place), self.sampling, version)))
         step = self._sent[:count]
         self._await(step, math.ceil(count / 2), took)
         self._await(step, count, self.config.engine.straggler_seconds)
         there = [each for each in step if each.flight.scored.done()]
         self._sent = [each for each in self._sent if each not in there]
         return there, len(step) - len(there)
+
+    def _prompt(self, place: int) -> Prompt:
+        return prompt_at(self.prompts, place, self.config.seed)
 
     def _new_place(self) -> int:
         self._next += 1
@@ -124,11 +139,6 @@ class Rollouts:
             wait([flight.request.group for flight in flights], self.config.engine.straggler_seconds)
             raise RewardError(str(error), [flight.played for flight in flights if flight.played]) from error
         return groups
-
-
-def first_cursor(config: Config, step: int) -> dict[str, Any]:
-    """That of a run whose first `step` steps took `prompts_per_step` prompts each."""
-    return {"next": step * config.prompts_per_step, "again": []}
 
 
 def sampling_of(config: Config, group_size: int, temperature: float | None = None) -> Sampling:

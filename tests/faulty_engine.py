@@ -13,9 +13,9 @@ import torch
 from vllm.lora.request import LoRARequest
 
 import rlora.engine
-from rlora.checkpoint import write_adapter
 from rlora.engine import Engine
 from rlora.records import Adapter
+from rlora.storage import write_adapter
 
 
 class FaultyEngine(Engine):

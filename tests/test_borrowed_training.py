@@ -12,7 +12,8 @@ from rlora.agent_loop import AgentLoop
 from rlora.config import Config
 from rlora.delivery import Fleet
 from rlora.learner import Learner
-from rlora.rollout import Rollouts, first_cursor
+from rlora.records import Cursor
+from rlora.rollout import Rollouts
 from rlora.scoring import Scoring
 from rlora.task import Task, load_task, setup_of
 
@@ -61,7 +62,9 @@ def test_an_update_is_made_of_what_it_says(running: Running, names: tuple[str, .
     pool = Pool(setup_of(config, agent=False), 1)
     loop = AgentLoop(task, running.fleet, Scoring(config, [pool]))
     try:
-        rollouts = Rollouts(config, task.prompts, running.fleet, loop, first_cursor(config, adapter.version))
+        rollouts = Rollouts(
+            config, task.prompts, running.fleet, loop, Cursor(adapter.version * config.prompts_per_step)
+        )
         groups = rollouts.take(adapter.version).groups
     finally:
         loop.close()

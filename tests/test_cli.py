@@ -57,7 +57,9 @@ def test_help_documents_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         (("--sampling.top-p", "0.9"), r"sampling\.top_p: .*remove it"),
         (("--model", "./nowhere"), r"model = './nowhere': neither a local directory"),
         (("--reward", "mine.py:f"), r"reward = 'mine.py:f': there is no file mine.py"),
-        (("--resume", "runs/none"), r"runs/none: no run is there .*name a directory that `rlora train` made"),
+        (("--resume", "runs/none"), r"--resume runs/none: a run goes on where it is; leave out --run-dir"),
+        (("--set", "steps=3"), r"--set steps=3: it is for --resume"),
+        (("--fork", "runs/none@3"), r"arithmetic\.toml: a fork has the config of its run; leave the file out"),
         (("--learner.start-from", "none"), r"learner\.start_from = 'none': none: no adapter in PEFT's format is there"),
         (("--env-args.operator", "/"), r"env_args\.operator = '/': use one of"),
         (("--env-args.hihg=3",), r"env_args = .*'hihg': 3.*unexpected keyword argument 'hihg'"),
@@ -78,8 +80,18 @@ def test_bad_input_is_told_in_a_line_and_makes_nothing(
     ("arguments", "message"),
     [
         (("eval", "nowhere"), r"nowhere: no run is there"),
+        (("train", "--resume", "runs/none"), r"runs/none: no run is there .*name a directory that `rlora train` made"),
+        (("train", "--fork", "runs/none@3"), r"runs/none: no run is there"),
+        (("replay", "nowhere"), r"nowhere: no run is there"),
+        (("replay", "{run}"), r"run: no two bundles in a row are kept \(config: checkpoint\.keep_last\)"),
+        (("replay", "{run}", "--step", "3"), r"--step 3: it needs the bundles of versions 3 and 4, and both are there"),
+        (
+            ("replay", "{run}", "--learner.rank", "2"),
+            r"learner\.rank = 2: rlora replay goes on with an adapter that was",
+        ),
+        (("runs", "nowhere"), r"nowhere: no runs lie there"),
         (("export", "nowhere", "--to", "out"), r"nowhere: no run is there"),
-        (("eval", "{run}"), r"run: it has no adapter yet; `rlora train --resume"),
+        (("eval", "{run}"), r"run: it has no bundle yet; `rlora train --resume"),
         (("eval", "{run}", "--prompts", "-1"), r"evaluate\.prompts = -1: .*greater than or equal to 0"),
         (("export", "{run}", "--to", "out", "--dtype", "float32"), r"--dtype float32: .*add --merge"),
         (("scale", "nowhere", "2"), r"nowhere: no run is there"),
@@ -132,7 +144,8 @@ def test_no_config(capsys: pytest.CaptureFixture[str]) -> None:
 def test_no_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == run("tarin") == 2
     shown = capsys.readouterr()
-    listed = r"train +Train.*\n +eval +Answer.*\n +grade +Grade.*\n +show +Show.*\n +scale +Give.*\n +export +Write"
+    words = "train Train|eval Answer|replay Compute|runs List|export Write|grade Grade|show Show|scale Give"
+    listed = ".*\n +".join(words.replace(" ", " +").split("|"))
     assert re.search(listed, shown.err)
     assert run("--help") == run("--version") == 0
     assert "usage: rlora COMMAND" in (out := capsys.readouterr().out)

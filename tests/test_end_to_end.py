@@ -24,8 +24,8 @@ from transformers import AutoConfig
 
 from rlora import cluster
 from rlora.config import Config
-from rlora.records import EngineLostError, Group
-from rlora.rollout import Rollouts, first_cursor, prompt_at
+from rlora.records import Cursor, EngineLostError, Group
+from rlora.rollout import Rollouts, prompt_at
 from rlora.task import load_task
 
 pytestmark = pytest.mark.vllm
@@ -245,7 +245,7 @@ def test_a_run_outlives_its_engines_its_learners_and_its_scorers(
     with cluster.start(small, task, "run") as (learner, fleet, loop):
         ranks: Any = learner
         adapter = learner.adapter()
-        rollouts = Rollouts(small, task.prompts, fleet, loop, first_cursor(small, 0))
+        rollouts = Rollouts(small, task.prompts, fleet, loop, Cursor())
         for step in range(small.steps):
             phase = PHASES[step % len(PHASES)] if step < count else None
             while not fleet.engines:  # one that replaces another is on its way

@@ -7,13 +7,13 @@ import pytest
 from conftest import ROOT
 
 LAYERS = [
-    {"records", "plugin", "config", "machine"},
+    {"records", "plugin", "config", "machine", "storage", "episodes"},
     {"lora", "advantage", "loss", "attention", "base", "sharding", "thin_product"},
     {"head", "optimizer", "chat"},
     {"policy", "peft_format", "batch", "task", "delivery", "scoring"},
     {"algorithm", "agent_loop"},
-    {"learner", "merge", "rollout", "checkpoint", "slots", "vllm_cpu"},
-    {"engine", "evaluate", "metrics"},
+    {"learner", "merge", "rollout", "runs", "checkpoint", "saving", "slots", "vllm_cpu"},
+    {"engine", "evaluate", "metrics", "replay", "history"},
     {"cluster", "train", "options", "cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

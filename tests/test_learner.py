@@ -13,13 +13,13 @@ from peft import PeftModel
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from rlora.checkpoint import write_adapter
 from rlora.config import Config
 from rlora.learner import Learner, refuse_to_go_on
 from rlora.lora import Route
 from rlora.optimizer import auto_lr, scheduled_lr
 from rlora.peft_format import masters
 from rlora.records import OFF, Group, RloraError
+from rlora.storage import write_adapter
 
 MakeConfig = Callable[..., Config]
 

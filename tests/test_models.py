@@ -11,10 +11,10 @@ from conftest import TINY_CONFIGS, lessons, save_words, tiny_model
 from peft import PeftModel
 
 from rlora.batch import Microbatch, microbatches
-from rlora.checkpoint import write_adapter
 from rlora.config import Config
 from rlora.learner import Learner
 from rlora.records import OFF, Adapter, Group, Prompt, RloraError, Sampling
+from rlora.storage import write_adapter
 from rlora.task import Task
 
 DENSE = sorted(name for name, config in TINY_CONFIGS.items() if "num_experts_per_tok" not in config)

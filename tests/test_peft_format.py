@@ -10,10 +10,10 @@ import torch
 from conftest import TINY_CONFIGS, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from rlora.checkpoint import write_adapter
 from rlora.lora import Bank, Spec
 from rlora.peft_format import decode, encode, fill, masters, read
 from rlora.records import Adapter, RloraError
+from rlora.storage import write_adapter
 
 IDS = torch.randint(97, (2, 7), generator=torch.Generator().manual_seed(0))
 

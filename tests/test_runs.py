@@ -1,0 +1,106 @@
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import episode, group
+from upath import UPath
+
+from rlora import runs
+from rlora.config import Config, read
+from rlora.records import RewardError, RloraError
+from rlora.task import Task, load_task
+
+
+@pytest.fixture
+def task(config: Callable[..., Config]) -> Task:
+    return load_task(config())
+
+
+@pytest.fixture(params=["local", "memory"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> UPath:
+    """A directory of this machine, and one behind a URL."""
+    return UPath(tmp_path) if request.param == "local" else UPath(f"memory://{tmp_path}")
+
+
+def test_a_run_says_what_made_it(place: UPath, config: Callable[..., Config], task: Task) -> None:
+    runs.create(place / "run", config(), task, forked_from={"run": "other", "version": 3})
+    text = (place / "run" / "config.toml").read_text()
+    assert read(place / "run" / "config.toml") == config()
+    for expected in ("chat_template_sha256", "torch = ", "prompts_dropped = 0", "cores"):
+        assert expected in text
+    origin = runs.origin(place / "run", task)
+    assert origin == runs.Origin.of(place / "run")
+    assert origin.forked_from == {"run": "other", "version": 3}
+    assert len(origin.id) == 16
+    runs.write_config(place / "run", config(steps=7))
+    assert (read(place / "run" / "config.toml").steps, runs.origin(place / "run", task)) == (7, origin)
+
+
+def test_a_directory_that_holds_something_is_refused(place: UPath, config: Callable[..., Config], task: Task) -> None:
+    run = place / "run"
+    runs.create(run, config(), task)
+    (run / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(RloraError, match=r"--run-dir .*run: it is not empty; .*--resume.*--overwrite"):
+        runs.create(run, config(), task)
+    runs.create(run, config(), task, overwrite=True)
+    assert not (run / "metrics.jsonl").exists()
+    (place / "thesis.txt").write_text("years of work")
+    with pytest.raises(RloraError, match="not empty"):  # not a run: --overwrite removes nothing
+        runs.create(place, config(), task, overwrite=True)
+    assert (place / "thesis.txt").exists()
+
+
+def test_a_summary_grows(place: UPath) -> None:
+    assert runs.summary(place) == {}
+    runs.summarise(place, {"a": 1})
+    runs.summarise(place, {"b": 2})
+    assert runs.summary(place) == {"a": 1, "b": 2}
+
+
+def test_engines_that_were_asked_for(place: UPath) -> None:
+    assert runs.wanted_engines(place) is None
+    runs.ask_for_engines(place, 3)
+    assert runs.wanted_engines(place) == 3
+
+
+HOLD = """
+import sys, time
+from upath import UPath
+from rlora.runs import held
+with held(UPath(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_one_process_trains_a_run_at_a_time_and_a_dead_one_holds_nothing(tmp_path: Path) -> None:
+    run = UPath(tmp_path)
+    assert not runs.is_held(run)
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(run)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout
+    with other:
+        assert other.stdout.readline() == "held\n"
+        assert runs.is_held(run)
+        with (
+            pytest.raises(RloraError, match=rf"process {other.pid} on .* trains it; end that one first"),
+            runs.held(run),
+        ):
+            pass
+        other.kill()
+    assert not runs.is_held(run)
+    with runs.held(run):
+        assert f"process {os.getpid()}" in (run / "lock").read_text()
+
+
+def test_what_was_sampled_is_kept_when_a_reward_fails(place: UPath) -> None:
+    failed = RewardError("reward: it raised", [group([1, 2], episode([3]), episode([4]))])
+    with pytest.raises(RloraError, match=r"2 sampled episodes are kept in .*unscored\.jsonl"), \
+         runs.keeping_unscored(place):  # fmt: skip
+        raise failed
+    rows = [json.loads(line) for line in (place / "unscored.jsonl").read_text().splitlines()]
+    assert [row["completion_ids"] for row in rows] == [[3], [4]]
+    assert rows[0]["prompt"]["token_ids"] == [1, 2]

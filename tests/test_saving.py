@@ -1,0 +1,274 @@
+import json
+import os
+import resource
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from conftest import episode, group
+from test_checkpoint import ORIGIN, adapter
+from upath import UPath
+
+from rlora import checkpoint, saving
+from rlora.config import Config
+from rlora.records import Cursor, Group, RloraError
+from rlora.saving import Saver
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Files can't grow beyond 300 bytes: a write stops in its middle with an OSError, as on a full disk.
+
+    That holds for every file of the process, pytest's redirected output too: print nothing within it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture(params=["local", "memory"])
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> UPath:
+    return UPath(tmp_path / "run") if request.param == "local" else UPath(f"memory://{tmp_path}/run")
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> UPath:
+    return UPath(tmp_path / "run")
+
+
+def saver(run: UPath, config: Callable[..., Config], start: checkpoint.Bundle | None = None, **settings: Any) -> Saver:
+    run.mkdir(parents=True, exist_ok=True)
+    return Saver(run, config(checkpoint=settings), ORIGIN, start)
+
+
+def sampled(version: int, reward: float) -> list[Group]:
+    return [group([1], replace(episode([2], reward), version=version))]
+
+
+def save(saver: Saver, version: int, groups: list[Group] | None = None, reward: float = 0.0) -> None:
+    """What a step does that made `version`."""
+    state = b"state" * 100
+    saver.save(adapter(version), state, Cursor(version), groups or [], sampled(version - 1, reward))
+    saver.log(json.dumps({"step": version - 1}))
+
+
+def steps(run: UPath) -> list[int]:
+    return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_each_step_leaves_a_bundle_and_a_line(run: UPath, config: Callable[..., Config], groups: list[Group]) -> None:
+    with saver(run, config) as keeping:
+        for version in (1, 2, 3):
+            save(keeping, version, groups)
+    bundles = [checkpoint.read(checkpoint.bundle_path(run, version)) for version in (1, 2, 3)]
+    assert [bundle.groups for bundle in bundles] == [groups] * 3
+    assert [bundle.parent for bundle in bundles] == [None, adapter(1).digest, adapter(2).digest]
+    assert [dict(bundle.rewards) for bundle in bundles] == [{0: 0.0}, {0: 0.0, 1: 0.0}, {0: 0.0, 1: 0.0, 2: 0.0}]
+    assert steps(run) == [0, 1, 2]
+    assert keeping.saved
+    assert keeping.saved.bytes == sum(path.stat().st_size for path in checkpoint.bundle_path(run, 3).iterdir())
+    assert keeping.saved.seconds > 0
+
+
+def test_a_resumed_run_does_its_steps_again(run: UPath, config: Callable[..., Config]) -> None:
+    with saver(run, config) as keeping:
+        for version in (1, 2, 3):
+            save(keeping, version)
+    log = run / "metrics.jsonl"
+    log.write_text(log.read_text() + '{"step": 3, "rew')  # it died in the middle of a line
+    start = checkpoint.read(checkpoint.bundle_path(run, 2))
+    with saver(run, config, start) as keeping:
+        save(keeping, 3)
+    assert steps(run) == [0, 1, 2]
+    assert checkpoint.read(checkpoint.bundle_path(run, 3)).parent == adapter(2).digest
+
+
+def kept(run: UPath) -> list[int]:
+    return checkpoint.versions(run)
+
+
+def test_what_is_kept(run: UPath, config: Callable[..., Config]) -> None:
+    with saver(run, config, keep_last=2, keep_every=4, keep_best=1) as keeping:
+        for version in range(1, 12):
+            save(keeping, version, reward=1.0 if version == 7 else version / 100)
+    assert kept(run) == [4, 6, 8, 10, 11]  # what version 6 sampled had the reward of 1
+    start = checkpoint.read(checkpoint.bundle_path(run, 11))
+    with saver(run, config, start, keep_last=1, keep_every=0, keep_best=1) as keeping:
+        save(keeping, 12)
+    assert kept(run) == [6, 12]  # also by what an earlier process learned of it
+
+
+def test_of_all_weights_only_the_last_version_is_kept(local: UPath, config: Callable[..., Config]) -> None:
+    local.mkdir()
+    whole = config(learner={"adapter": "none"})
+    with Saver(local, whole, ORIGIN, None) as keeping:
+        for version in (0, 1, 2):
+            save(keeping, version)
+    assert kept(local) == [2]
+
+
+def test_a_thousand_steps_take_no_more_disk_than_a_hundred(local: UPath, config: Callable[..., Config]) -> None:
+    sizes = []
+    with saver(local, config, keep_last=5) as keeping:
+        for version in range(1, 1001):
+            save(keeping, version)
+            if version % 100 == 0:
+                assert keeping._writing
+                keeping._writing.result()
+                sizes.append(sum(path.stat().st_size for path in (local / "bundles").rglob("*") if path.is_file()))
+    assert len(kept(local)) <= 6
+    assert max(sizes) < 1.05 * min(sizes)  # numbers grow longer
+
+
+def test_episodes_can_be_left_out_and_are_bounded(
+    local: UPath, config: Callable[..., Config], groups: list[Group], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with saver(local, config, episodes_mib=0) as keeping:
+        save(keeping, 1, groups)
+    assert checkpoint.read(checkpoint.bundle_path(local, 1)).groups is None
+    noise = Random(0)
+    large = [group([1], episode([2] * 200_000, logprobs=[-noise.random() for _ in range(200_000)]))]
+    with saver(local, config, episodes_mib=1) as keeping:
+        save(keeping, 2, large)
+        save(keeping, 3, groups)
+    assert checkpoint.read(checkpoint.bundle_path(local, 2)).groups is None
+    assert checkpoint.read(checkpoint.bundle_path(local, 3)).groups == groups
+    assert "checkpoint.episodes_mib = 1: the episodes of version 2 are not kept" in capsys.readouterr().err
+
+
+def test_the_loop_waits_for_the_bundle_before_and_for_no_more(
+    local: UPath, config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, write = threading.Event(), saving.write_directory
+
+    def stuck(*arguments: Any) -> None:
+        slow.wait(10)
+        write(*arguments)
+
+    monkeypatch.setattr(saving, "write_directory", stuck)
+    with saver(local, config) as keeping:
+        save(keeping, 1)  # returns though nothing is written yet
+        assert kept(local) == []
+        waiting = threading.Thread(target=save, args=(keeping, 2))
+        waiting.start()
+        time.sleep(0.2)
+        assert waiting.is_alive()
+        slow.set()
+        waiting.join(10)
+        assert not waiting.is_alive()
+        assert kept(local)[0] == 1
+    assert kept(local) == [1, 2]
+
+
+def test_training_outlives_a_full_disk(
+    local: UPath, config: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with saver(local, config) as keeping:
+        save(keeping, 1)
+        keeping._thread.submit(int).result()
+        with full_disk():
+            for version in (2, 3):
+                save(keeping, version)
+            keeping._thread.submit(int).result()
+        assert kept(local) == [1]
+        assert checkpoint.newest(local, ORIGIN)  # the last one is whole
+        save(keeping, 4)
+    assert kept(local) == [1, 4]
+    assert steps(local) == [0, 1, 2, 3]  # no line is lost
+    said = capsys.readouterr().err
+    assert "NOT SAVED: version 2 could not be written to" in said
+    assert "File too large" in said
+    assert "NOT SAVED: version 3" in said
+    assert "takes bundles again: version 4 is saved" in said
+    assert sorted(path.name for path in (local / "bundles").iterdir()) == ["1", "4"]
+
+
+def test_a_disk_that_stays_full_ends_the_run_with_its_last_version_elsewhere(
+    local: UPath, config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(saving.tempfile, "tempdir", str(tmp_path))
+    write = saving.write_directory
+
+    def full(path: Path, files: Any) -> None:
+        if path.is_relative_to(local):
+            raise OSError(28, "No space left on device")
+        write(path, files)
+
+    monkeypatch.setattr(saving, "write_directory", full)
+
+    def train() -> None:
+        with saver(local, config, patience=0.3) as keeping:
+            for version in range(1, 100):
+                save(keeping, version)
+                time.sleep(0.1)
+
+    with pytest.raises(
+        RloraError, match=r"could not be written there. It is kept in (.*): make room, move it"
+    ) as ended:
+        train()
+    found = str(ended.value).partition("kept in ")[2].partition(": make")[0]
+    bundle = checkpoint.read(UPath(found))
+    assert 3 <= bundle.version < 20
+    os.renames(found, checkpoint.bundle_path(local, bundle.version))
+    assert checkpoint.newest(local, ORIGIN) == bundle  # as the message says
+
+
+def test_at_its_end_a_run_has_its_last_version_somewhere(
+    local: UPath, config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, files: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(saving, "write_directory", full)
+
+    def train() -> None:
+        with saver(local, config) as keeping:
+            save(keeping, 1)
+
+    with pytest.raises(RloraError, match=r"version 1 could not be written there, nor to a temporary directory"):
+        train()
+
+
+@contextmanager
+def as_nobody(directory: Path) -> Iterator[None]:
+    """Without root's right to write anywhere, in a directory of one's own."""
+    if os.geteuid() != 0:
+        yield
+        return
+    for path in (directory, *directory.rglob("*")):
+        os.chown(path, 65534, 65534)
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_training_outlives_a_read_only_directory(
+    config: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        run = UPath(directory) / "run"
+        with saver(run, config) as keeping:
+            save(keeping, 1)
+            keeping._thread.submit(int).result()
+            with as_nobody(Path(directory)):
+                (run / "bundles").chmod(0o500)
+                save(keeping, 2)
+                keeping._thread.submit(int).result()
+                assert kept(run) == [1]
+                (run / "bundles").chmod(0o700)
+                save(keeping, 3)
+                keeping._thread.submit(int).result()
+        assert kept(run) == [1, 3]
+        assert "Permission denied" in capsys.readouterr().err
