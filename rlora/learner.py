@@ -45,6 +45,7 @@ class Learner:
     def __init__(self, config: Config, base: str, run: str) -> None:
         self.config, self.base, self.run = config, base, run
         self.device = machine.device()
+        machine.seed(config.seed)  # for what a user's loss may draw; rlora's own draws are all seeded by themselves
         if config.learner.deterministic:
             torch.use_deterministic_algorithms(True)
         dtype, quantise = machine.DTYPES[config.dtype], config.learner.quantise

@@ -55,6 +55,13 @@ def learner_environment(threads: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(threads), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # that cuBLAS may be deterministic
 
 
+def seed(number: int) -> None:
+    """Start every random generator of this process."""
+    random.seed(number)
+    numpy.random.seed(number % 2**32)
+    torch.manual_seed(number)
+
+
 def random_state() -> dict[str, Tensor]:
     """The state of every random generator of this process: Python's, NumPy's, torch's, and each GPU's."""
     kind, keys, *rest = numpy.random.get_state(legacy=True)

@@ -1,0 +1,113 @@
+"""`rlora train` with a real learner on real Ray, whose episodes come from a record.
+
+    python recorded_run.py CONFIG RUN RECORD [FAULT]
+
+trains RUN, or goes on with it. RECORD is a run whose bundles hold the episodes, or "-": then they are made up, alike
+each time. FAULT is a number: in its so-manieth write, of a file or of a directory's names, the process kills itself.
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from upath import UPath
+
+import rlora.train
+from rlora import checkpoint, cli, cluster, storage
+from rlora.config import Config
+from rlora.delivery import FleetStats
+from rlora.records import Cursor, Episode, Group, Prompt
+from rlora.rollout import Collection
+
+RECORD: UPath | None = None
+PROMPTS, COMPLETIONS = 2, 4
+
+
+def made_up(step: int) -> tuple[Group, ...]:
+    draw = random.Random(f"episodes of step {step}")
+
+    def tokens(most: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(2, 97) for _ in range(draw.randrange(1, most)))
+
+    def episode(reward: float) -> Episode:
+        ids = tokens(8)
+        return Episode(ids, tuple(-4 * draw.random() for _ in ids), "stop", step, reward=reward)
+
+    return tuple(
+        Group(Prompt("?", step, tokens(8)), tuple(episode(float(number % 2)) for number in range(COMPLETIONS)))
+        for _ in range(PROMPTS)
+    )
+
+
+class Recorded:
+    """In place of Rollouts: each step has the episodes that the record has of it."""
+
+    def __init__(self, config: Config, prompts: Any, fleet: Any, loop: Any, cursor: Cursor) -> None:
+        self.cursor = cursor
+
+    def take(self, version: int) -> Collection:
+        assert self.cursor.next == PROMPTS * version, (self.cursor, version)
+        self.cursor = Cursor(self.cursor.next + PROMPTS)
+        time.sleep(0.03)
+        recorded = checkpoint.read(checkpoint.bundle_path(RECORD, version + 1)).groups if RECORD else made_up(version)
+        assert recorded
+        return Collection(tuple(recorded), tuple(recorded), 0.0, 0, 0)
+
+
+class NoFleet:
+    def swap(self, adapter: Any) -> list[Any]:
+        return []
+
+    def resize(self, engines: int) -> None:
+        pass
+
+    def stats(self) -> FleetStats:
+        return FleetStats(0, 0.0, None, 0, 0)
+
+
+@contextmanager
+def learner_alone(config: Config, task: Any, run: str, version: int) -> Iterator[tuple[Any, Any, Any]]:
+    with cluster.learning(config, task.base, run) as learner:
+        yield learner, NoFleet(), None
+
+
+def die_at(count: int) -> None:
+    """Kill this process in the middle of its so-manieth write."""
+    write, settle = storage._write, storage._settle
+    left = count
+
+    def dies() -> bool:
+        nonlocal left
+        left -= 1
+        return left == 0
+
+    def faulty_write(path: Path, content: bytes) -> None:
+        if dies():
+            path.write_bytes(content[: len(content) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(path, content)
+
+    def faulty_settle(directory: Path) -> None:
+        if dies():
+            os.kill(os.getpid(), signal.SIGKILL)
+        settle(directory)
+
+    storage._write, storage._settle = faulty_write, faulty_settle
+
+
+if __name__ == "__main__":
+    config, run, record, *fault = sys.argv[1:]
+    RECORD = None if record == "-" else UPath(record)
+    rlora.train.Rollouts = Recorded  # type: ignore[attr-defined, misc, assignment]
+    rlora.train.cluster = SimpleNamespace(start=learner_alone)  # type: ignore[attr-defined, assignment]
+    if fault:
+        die_at(int(fault[0]))
+    sys.argv = ["rlora", "train", config, "--resume", run]
+    cli.main()

@@ -1,0 +1,124 @@
+"""A run that is killed, again and again, ends with the adapter of one that was not."""
+
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import save_words
+from recorded_run import made_up
+from upath import UPath
+
+from rlora import checkpoint
+
+SCRIPT = Path(__file__).with_name("recorded_run.py")
+
+
+class Driver:
+    """A process that trains a run, and what it has printed."""
+
+    def __init__(self, run: Path, config: str, record: str, *fault: str) -> None:
+        self.run, self.log = run, run.with_suffix(".log")
+        with self.log.open("w") as output:
+            command = [sys.executable, str(SCRIPT), config, str(run), record, *fault]
+            self.process = subprocess.Popen(command, stdout=output, stderr=output)
+
+    @property
+    def printed(self) -> str:
+        return self.log.read_text()
+
+    @property
+    def start(self) -> int | None:
+        """The version that it went on from, None where it did not come so far."""
+        said = re.search(r"^run: .*, from version (\d+) on$", self.printed, re.MULTILINE)
+        return int(said[1]) if said else None
+
+    @property
+    def done(self) -> int:
+        """Steps that it has done, saved or not."""
+        return max(map(int, re.findall(r"^step (\d+)/", self.printed, re.MULTILINE)), default=self.start or 0)
+
+    def wait_for(self, step: int) -> None:
+        deadline = time.monotonic() + 120
+        while self.done < step:
+            assert self.process.poll() is None, self.printed
+            assert time.monotonic() < deadline, self.printed
+            time.sleep(0.02)
+
+    def kill_learner(self) -> None:
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        next(child for child in children if "ray::_Actor" in " ".join(child.cmdline())).kill()
+
+
+@pytest.fixture
+def config_file(tiny: str, tmp_path: Path) -> Callable[[int], str]:
+    save_words(tiny)
+
+    def make(steps: int) -> str:
+        path = tmp_path / "tiny.toml"
+        path.write_text(
+            f'model = "{tiny}"\nenv = "rlora.envs.arithmetic:Arithmetic"\n'
+            'reward = "rlora.rewards.integer:integer_answer"\n'
+            f'dtype = "float32"\nsteps = {steps}\nprompts_per_step = 2\ngroup_size = 4\n'
+            "[sampling]\nmax_tokens = 8\nmax_prompt_tokens = 48\n[evaluate]\nprompts = 0\n[learner]\nlr = 1e-2\n"
+            '[algorithm]\nname = "grpo"\nepochs = 2\nminibatches = 2\n'
+            f"[checkpoint]\nkeep_last = {steps + 1}\n"
+        )
+        return str(path)
+
+    return make
+
+
+def lines(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
+def test_no_kill_costs_more_than_the_step_in_flight(
+    kills: int, config_file: Callable[[int], str], tmp_path: Path
+) -> None:
+    """kill -9 of the driver and of the learner at random moments, and of the driver in the middle of a write."""
+    draw, steps = random.Random(kills), 10 * kills
+    config, whole, run = config_file(steps), tmp_path / "whole", tmp_path / "run"
+    reference = Driver(whole, config, "-")
+    assert reference.process.wait(timeout=300) == 0, reference.printed
+
+    driver: Driver | None = None
+    reached = 0
+    for kind in (["driver", "write", "learner", "driver"] * kills)[:kills]:
+        logged = lines(run)
+        if not driver:
+            driver = Driver(run, config, str(whole), *([str(draw.randrange(1, 50))] if kind == "write" else []))
+        if kind == "write":
+            driver.process.wait(timeout=120)
+        else:
+            driver.wait_for(max(reached, driver.done) + 1)
+            time.sleep(draw.random() * 0.3)
+            driver.kill_learner() if kind == "learner" else driver.process.kill()
+        if driver.start is not None:
+            assert driver.start >= max(logged, reached - 1)
+        if kind != "learner":  # of that it needs no help to go on
+            assert driver.process.wait() == -signal.SIGKILL, driver.printed
+            reached, driver = max(reached, driver.done), None
+
+    last = Driver(run, config, str(whole))
+    assert last.process.wait(timeout=600) == 0, last.printed
+    assert last.start is not None
+    assert last.start >= reached - 1
+
+    for version in range(1, steps + 1):  # each episode was learned from once, in its step
+        ours, theirs = (checkpoint.read(checkpoint.bundle_path(UPath(each), version)) for each in (run, whole))
+        assert ours.groups == theirs.groups == list(made_up(version - 1))
+        assert ours.cursor.next == 2 * version
+        assert ours.adapter.weights == theirs.adapter.weights
+        assert ours.state == theirs.state
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == list(range(steps))
