@@ -66,6 +66,7 @@ class Optimizer:
             raise RloraError("resume: the saved state is of another model or rank; resume with the config of the run")
         for index, master in enumerate(self.masters):
             master.data.copy_(tensors[f"{index}.master"])
+            self.adam.state.pop(master, None)  # before the first step there are no moments
             for name in ("step", "exp_avg", "exp_avg_sq"):
                 if (moment := tensors.get(f"{index}.adam.{name}")) is not None:
                     self.adam.state[master][name] = moment if name == "step" else moment.to(master.device)

@@ -1,0 +1,108 @@
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from conftest import tiny_model
+from test_checkpoint import ORIGIN
+
+from rlora import episodes
+from rlora.checkpoint import Bundle
+from rlora.config import Config
+from rlora.learner import Learner
+from rlora.records import Cursor, Group, RloraError
+from rlora.replay import replay, updates
+
+Run = tuple[Config, list[Bundle]]
+ALGORITHMS = ["reinforce", "grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++", "ppo"]
+
+
+@pytest.fixture
+def run(tiny: str, config: Callable[..., Config], groups: list[Group]) -> Callable[..., Run]:
+    """The bundles of three steps by one learner, without a break."""
+
+    def make(algorithm: str, **settings: object) -> Run:
+        steps = {"epochs": 2, "minibatches": 2} | ({"kl": 0.1} if algorithm == "grpo" else {})
+        own = config(algorithm={"name": algorithm} | steps, learner={"lr": 0.01, "rank": 2} | settings)
+        learner = Learner(own, tiny, "run")
+        bundles = [Bundle(ORIGIN, learner.adapter(), learner.state(), Cursor(), own)]
+        for order in (groups, groups[::-1], groups):
+            adapter, _ = learner.update(order)
+            bundles.append(Bundle(ORIGIN, adapter, learner.state(), Cursor(), own, episodes.encode(order)))
+        return own, bundles
+
+    return make
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_each_update_comes_out_bit_for_bit_in_another_process_s_learner(
+    algorithm: str, run: Callable[..., Run], tiny: str
+) -> None:
+    """In any order: an update depends on its bundle and on nothing that the learner did before."""
+    config, bundles = run(algorithm)
+    learner = Learner(config, tiny, "run")
+    for step in (2, 0, 1):
+        replayed = replay(learner, bundles[step], bundles[step + 1])
+        assert (replayed.step, replayed.exact, replayed.exact_state, replayed.off) == (step, True, True, 0.0)
+        assert replayed.moved > 1e-3
+
+
+def test_what_a_user_s_loss_draws_is_drawn_again(
+    run: Callable[..., Run], tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss of the user's own that throws dice: Python's, NumPy's and torch's."""
+    import random
+
+    import numpy
+    import torch
+
+    import rlora.learner
+
+    plain = rlora.learner.token_losses
+
+    def dicey(*arguments: object) -> object:
+        losses, figures = plain(*arguments)  # type: ignore[arg-type]
+        return losses * (random.random() + numpy.random.random() + torch.rand_like(losses)), figures
+
+    monkeypatch.setattr(rlora.learner, "token_losses", dicey)
+    config, bundles = run("reinforce")
+    learner = Learner(config, tiny, "run")
+    assert replay(learner, bundles[1], bundles[2]).exact
+    assert replay(learner, bundles[1], bundles[2]).exact_state
+
+
+def test_another_loss_is_told_by_how_much_it_differs(run: Callable[..., Run], tiny: str) -> None:
+    config, bundles = run("grpo")
+    other = Learner(replace(config, algorithm=replace(config.algorithm, kl=1.0)), tiny, "run")
+    replayed = replay(other, bundles[1], bundles[2])
+    assert not replayed.exact
+    assert 0 < replayed.off < 10 * replayed.moved
+
+
+def test_a_forged_update_is_found(run: Callable[..., Run], tiny: str, groups: list[Group]) -> None:
+    config, bundles = run("reinforce")
+    learner = Learner(config, tiny, "run")
+    forged = [groups[0].with_rewards([0.0, 1.0]), *groups[1:]]
+    assert not replay(learner, bundles[0], replace(bundles[1], update=episodes.encode(forged))).exact
+    assert replay(learner, bundles[0], bundles[1]).exact
+    with pytest.raises(RloraError, match=r"step 0: the bundle of version 1 keeps no episodes \(config: checkpoint"):
+        replay(learner, bundles[0], replace(bundles[1], update=None))
+
+
+def test_a_state_of_another_base_is_refused(
+    run: Callable[..., Run], config: Callable[..., Config], tiny: str, tmp_path: object
+) -> None:
+    _, bundles = run("reinforce")
+    base = tiny_model("llama", hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
+                      head_dim=8, initializer_range=0.25)  # fmt: skip
+    base.save_pretrained(str(tmp_path))
+    before = (other := Learner(config(learner={"rank": 2}), str(tmp_path), "run")).adapter()
+    with pytest.raises(RloraError, match=r"model = .*: the saved adapter was trained over another base: .* nats apart"):
+        other.resume(bundles[2].state)
+    assert other.adapter() == before
+
+
+def test_which_steps_can_be_replayed() -> None:
+    assert updates([0, 1, 2, 5, 6, 9], None) == [0, 1, 5]
+    assert updates([0, 1, 2], 1) == [1]
+    with pytest.raises(RloraError, match=r"--step 2: .* versions 2 and 3, and both are there for the steps \[0, 1\]"):
+        updates([0, 1, 2], 2)
