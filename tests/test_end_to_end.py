@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -21,9 +22,10 @@ import ray
 import torch
 from conftest import NEEDS_SHARED, ROOT, SHARED
 from transformers import AutoConfig
+from upath import UPath
 
-from rlora import cluster
-from rlora.config import Config
+from rlora import checkpoint, cluster
+from rlora.config import Config, read
 from rlora.records import Cursor, EngineLostError, Group
 from rlora.rollout import Rollouts, prompt_at
 from rlora.task import load_task
@@ -81,7 +83,7 @@ def test_a_short_run_raises_the_reward_and_can_be_resumed_and_evaluated(tmp_path
     assert summary["accuracy/after"] > summary["accuracy/before"]
     assert summary["accuracy/prompts"] == 40
     assert summary["adapter/parameters"] == 305_280
-    assert sorted(int(path.name) for path in (run / "adapters").iterdir()) == [0, 1, 2, 3, 4]
+    assert sorted(int(path.name) for path in (run / "bundles").iterdir()) == [0, 1, 2, 3, 4]
     assert "step 4/4" in done.stdout
     for shown in ("accuracy before", str(summary["adapter/path"]), f"rlora eval {run}", "PeftModel"):
         assert shown in done.stdout.replace("\n", "")
@@ -91,29 +93,48 @@ def test_a_short_run_raises_the_reward_and_can_be_resumed_and_evaluated(tmp_path
     assert "not empty" in refused.stderr
     changed = rlora("train", "--resume", str(run), "--learner.lr", "1.0")
     assert changed.returncode == 1
-    assert "leave out learner" in changed.stderr
-    resumed = rlora("train", "--resume", str(run), "--steps", "5")
+    assert "learner.lr: 0.0005 -> 1.0" in changed.stderr
+    resumed = rlora("train", "--resume", str(run), "--set", "steps=5")
     assert resumed.returncode == 0, resumed.stderr
+    assert "steps: 4 -> 5" in resumed.stdout
     assert [line["step"] for line in metrics(run)] == [0, 1, 2, 3, 4]
+    fork = tmp_path / "fork"
+    forked = rlora(
+        "train", "--fork", f"{run}@3", "--run-dir", str(fork), "--steps", "4", "--learner.lr", "1e-4", *SMALL
+    )
+    assert forked.returncode == 0, forked.stderr
+    assert [line["lr"] for line in metrics(fork)] == [pytest.approx(1e-4 / 4)]
+    listed = rlora("runs", str(tmp_path)).stdout
+    assert re.search(r"fork +finished +4/4 .* run@3\n", listed), listed
+    assert re.search(r"run +finished +5/5 ", listed), listed
+
+    replayed = rlora("replay", str(run))
+    assert replayed.returncode == 0, replayed.stdout + replayed.stderr
+    assert replayed.stdout.count("bit for bit; loss") == 5  # the update after the resume too
+    other = rlora("replay", str(run), "--step", "2", "--learner.lr", "1e-3")
+    assert other.returncode == 0, other.stderr
+    assert "learner.lr: 0.0005 -> 0.001\nstep 2: differs by up to" in other.stdout
 
     merged = rlora("export", str(run), "--to", str(tmp_path / "merged"), "--merge")
     assert merged.returncode == 0, merged.stderr
     assert "version 5 merged in bfloat16" in merged.stdout
     assert "loses part of it" in merged.stderr
     assert AutoConfig.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16
-    assert rlora("export", str(run), "--to", str(tmp_path / "adapter"), "--version", "2").returncode == 0
+    assert rlora("export", f"{run}@2", "--to", str(tmp_path / "adapter")).returncode == 0
+    assert f"# {run.name}, version 2" in (tmp_path / "adapter" / "README.md").read_text()
     exported = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
-    assert exported == (run / "adapters" / "2" / "adapter_model.safetensors").read_bytes()
+    assert exported == (run / "bundles" / "2" / "adapter_model.safetensors").read_bytes()
     again = rlora("export", str(run), "--to", str(tmp_path / "adapter"))
     assert (again.returncode, "it is there already" in again.stderr) == (1, True)
 
 
 def test_two_engines_and_two_learners_on_stale_episodes_with_a_users_reward(tmp_path: Path) -> None:
-    """A reward in a file of the user's own, two engines, an update that two learners share, sampling beside it."""
+    """A reward in a file of the user's own, two engines, an update that two learners share, sampling beside it; at a
+    URL, where nothing is renamed or appended to."""
     (tmp_path / "brief.py").write_text("def brief(completion, answer):\n    return -float(len(completion))\n")
     run = tmp_path / "run"
     done = rlora(
-        "train", TOML, "--reward", f"{tmp_path}/brief.py:brief", "--run-dir", str(run), "--steps", "3",
+        "train", TOML, "--reward", f"{tmp_path}/brief.py:brief", "--run-dir", run.as_uri(), "--steps", "3",
         "--engine.replicas", "2", "--engine.kv-cache-gib", "1", "--learner.replicas", "2", "--max-staleness", "1",
         *SMALL,
     )  # fmt: skip
@@ -134,7 +155,7 @@ def test_a_reward_that_raises_ends_the_run_with_what_was_sampled(tmp_path: Path)
     assert "16 of 16 episodes are in error" in done.stderr
     assert "Traceback" not in done.stderr
     assert len((run / "unscored.jsonl").read_text().splitlines()) == 16
-    assert (run / "adapters" / "0" / "adapter_model.safetensors").exists()
+    assert (run / "bundles" / "0" / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -149,7 +170,7 @@ def test_an_interrupt_keeps_the_last_version_and_ends_everything(
     )
     try:
         deadline = time.monotonic() + 300
-        while not (run / "adapters" / "1").exists():
+        while not (run / "bundles" / "1").exists():
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.2)
@@ -162,8 +183,51 @@ def test_an_interrupt_keeps_the_last_version_and_ends_everything(
         process.kill()
     assert process.returncode == status
     assert f"rlora train --resume {run}" in error
-    last = max(int(path.name) for path in (run / "adapters").iterdir())
-    assert len(metrics(run)) in (last, last + 1)  # a step is logged before it is saved
+    last = max(int(path.name) for path in (run / "bundles").iterdir() if path.name.isdigit())
+    assert len(metrics(run)) in (last - 1, last)  # a step is saved before it is logged
+
+
+def test_what_was_sampled_before_a_kill_is_learned_from_after_it(tmp_path: Path) -> None:
+    """kill -9 while the next step's prompts are in flight: each prompt is learned from once, in its turn."""
+    run, there = tmp_path / "run", leftovers()
+    toml = "--max-staleness", "1", "--sampling.max-tokens", "12", "--evaluate.prompts", "0"
+    command = [sys.executable, "-m", "rlora", "train", TOML, "--resume", str(run), "--steps", "8", *SMALL, *toml]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 300
+        while not (run / "bundles" / "3" / "bundle.json").exists():
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+    while any(what.startswith("process") for what in leftovers() - there):  # Ray ends them
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    for what in leftovers() - there:  # in RAM, of an engine that was killed
+        shutil.rmtree(path) if (path := Path("/dev/shm") / what.split()[1]).is_dir() else path.unlink()
+    before = checkpoint.read_version(UPath(run))
+    assert before.cursor.in_flight  # prompts of the step after, under the version that they were sent under
+    assert {each.adapter.version for each in before.cursor.in_flight if each.adapter} <= {before.version - 1}
+    played = [each.group for each in before.cursor.in_flight if each.group]
+    done = rlora("train", "--resume", str(run))
+    assert done.returncode == 0, done.stderr
+    assert f"from version {before.version} on" in done.stdout
+
+    config = read(run / "config.toml")
+    prompts, learned = load_task(config).prompts, []
+    for version in range(1, 9):
+        groups = checkpoint.read_version(UPath(run), version).groups
+        assert groups
+        learned += groups
+        if version > 1:  # the resumed run samples ahead as the one before did
+            assert {episode.version for group in groups for episode in group.episodes} == {version - 2}
+    taken = [group.prompt.token_ids for group in learned]
+    assert taken == [prompt_at(prompts, place, config.seed).token_ids for place in range(len(taken))]
+    ids = [[episode.completion_ids for episode in group.episodes] for group in learned]
+    assert all([episode.completion_ids for episode in group.episodes] in ids for group in played)
 
 
 @NEEDS_SHARED
