@@ -20,15 +20,17 @@ from rlora import episodes
 from rlora.config import Config, validate
 from rlora.records import ADAPTER_FILES, WHOLE_FILES, Adapter, Cursor, Group, InFlight, RloraError
 from rlora.runs import Origin, warn
-from rlora.storage import write_directory
 
 _MANIFEST = "bundle.json"
 _STATE, _UPDATE, _IN_FLIGHT = "state.safetensors", "update.parquet", "in_flight.parquet"
 _FORMAT = 1
 
 
+Rewards = tuple[float, int]  # their sum, and how many
+
+
 class BundleError(RloraError):
-    """A bundle that nothing can be gone on from."""
+    """A bundle that is damaged, or another run's."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Bundle:
     config: Config
     update: bytes | None = None  # the groups that the update learned from, as Parquet; None where they are not kept
     parent: str | None = None  # digest of the version before
-    rewards: Mapping[int, float] = field(default_factory=dict)  # mean of what the versions that are kept have sampled
+    rewards: Mapping[int, Rewards] = field(default_factory=dict)  # of the episodes that each version kept has sampled
 
     @property
     def version(self) -> int:
@@ -137,47 +139,38 @@ def read(path: UPath) -> Bundle:
         if _pinned(pinned) in contents
     }
     cursor = manifest["cursor"]
-    in_flight = tuple(
-        InFlight(
-            each["place"],
-            each["step"],
-            adapters.get(each["version"]),
-            played[each["group"]] if each["group"] is not None else None,
-            each["scored"],
-        )
-        for each in cursor["in_flight"]
-    )
-    try:
-        config = validate(manifest["config"], f"{path}/{_MANIFEST}, config: ")
-    except RloraError as error:
-        raise BundleError(f"{error}\nIt was written by another release of rlora; use that one") from error
+    in_flight = []
+    for each in cursor["in_flight"]:
+        pinned, number = adapters.get(each["version"]), each["group"]
+        if pinned or each["version"] is None:
+            group = None if number is None else played[number]
+            in_flight.append(InFlight(each["place"], each["step"], pinned, group, each["scored"]))
+        else:  # all weights: the version that it was sampled under is not kept
+            in_flight.append(InFlight(each["place"], each["step"]))
+    config = validate(manifest["config"], f"{path}/{_MANIFEST}, written by another release of rlora? config: ")
     return Bundle(
         origin,
         adapter,
         contents[_STATE],
-        Cursor(cursor["next"], tuple(cursor["again"]), in_flight),
+        Cursor(cursor["next"], tuple(cursor["again"]), tuple(in_flight)),
         config,
         contents.get(_UPDATE),
         manifest["parent"],
-        {int(version): reward for version, reward in manifest["rewards"].items()},
+        {int(version): (total, count) for version, (total, count) in manifest["rewards"].items()},
     )
 
 
 def _read_manifest(path: UPath) -> dict[str, Any]:
     """It, and that it is itself. Raises BundleError."""
     try:
-        content = (path / _MANIFEST).read_bytes()
-    except OSError as error:
-        raise BundleError(f"{path}: it has no {_MANIFEST} that can be read ({error}), so it is not whole") from None
-    try:
-        manifest: dict[str, Any] = json.loads(content)
+        manifest: dict[str, Any] = json.loads(_read_file(path / _MANIFEST))
         signature = manifest.pop("sha256")
     except (ValueError, KeyError, AttributeError):
         raise BundleError(f"{path}/{_MANIFEST}: it is damaged: not the JSON object that it was") from None
     if signature != _digest(_canonical(manifest)):
         raise BundleError(f"{path}/{_MANIFEST}: it is damaged: its digest is another than it says")
     if manifest["format"] != _FORMAT:
-        raise BundleError(
+        raise RloraError(
             f"{path}/{_MANIFEST}: format = {manifest['format']}; this release of rlora reads {_FORMAT}, use the one "
             "that wrote it"
         )
@@ -185,14 +178,22 @@ def _read_manifest(path: UPath) -> dict[str, Any]:
 
 
 def _read_whole(path: UPath, expected: Mapping[str, Any]) -> bytes:
-    try:
-        content: bytes = path.read_bytes()
-    except OSError as error:
-        raise BundleError(f"{path}: it is not there or can't be read ({error})") from None
+    content = _read_file(path)
     if len(content) != expected["bytes"]:
         raise BundleError(f"{path}: it is damaged: it has {len(content):,} bytes, not {expected['bytes']:,}")
     if _digest(content) != expected["sha256"]:
         raise BundleError(f"{path}: it is damaged: its digest is not the one in {_MANIFEST}")
+    return content
+
+
+def _read_file(path: UPath) -> bytes:
+    """Raises BundleError where it is not there. What may be there another time is no reason to pass a bundle over."""
+    try:
+        content: bytes = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise BundleError(f"{path}: it is not there, so the bundle is not whole") from None
+    except OSError as error:
+        raise RloraError(f"{path}: it can't be read ({error}); try again, or move its bundle away") from error
     return content
 
 
@@ -207,11 +208,11 @@ def newest(run: UPath, origin: Origin) -> Bundle | None:
         try:
             return _of(origin, path, version)
         except BundleError as error:
-            warn(f"{error}\n{path} is passed over. The steps after the bundle before it are done again, and replace it")
+            warn(f"{error}\n{path} is passed over; the newest one before it is taken")
     if found:
         raise RloraError(
-            f"{run}: none of its {len(found)} bundles is whole, and nothing can be gone on from; bring back a copy of "
-            "one, or start a new run"
+            f"{run}: none of its {len(found)} bundles is whole, and there is nothing to go on from; bring back a copy "
+            "of one, or start a new run"
         )
     return None
 
@@ -252,54 +253,3 @@ def _ranges(numbers: Sequence[int]) -> str:
     starts = [each for each in numbers if each - 1 not in numbers]
     ends = [each for each in numbers if each + 1 not in numbers]
     return ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in zip(starts, ends, strict=True))
-
-
-def cursor_for(config: Config, bundle: Bundle, origin: Origin) -> Cursor:
-    """Where `bundle` goes on under `config`, with what it had in flight if that is still what the config asks for."""
-    cursor = bundle.cursor
-    changed = [name for name in _OF_EPISODES if getattr(config, name) != getattr(bundle.config, name)]
-    if origin.prompts != bundle.origin.prompts:
-        warn(f"env = {config.env!r}: its training prompts are others than they were when {bundle.origin.run} was made")
-        return Cursor(cursor.next)
-    if changed and cursor.in_flight:
-        warn(f"{', '.join(changed)}: changed, so the prompts that were in flight are sampled again")
-        return Cursor(cursor.next, (*(each.place for each in cursor.in_flight), *cursor.again))
-    return cursor
-
-
-# what an episode depends on beside the adapter; where one of these changed, those in flight are not the config's
-_OF_EPISODES = (
-    "seed", "group_size", "dtype", "sampling", "chat", "reward", "reward_args", "reward_weights", "scoring",
-)  # fmt: skip
-
-
-def describe(run: UPath, adapter: Adapter) -> dict[str, Any]:
-    """What a summary says of the last version."""
-    return {
-        "steps": adapter.version,
-        "adapter/parameters": adapter.parameters,
-        "adapter/bytes": len(adapter.weights),
-        "adapter/path": str(bundle_path(run, adapter.version)),
-    }
-
-
-def with_own_start(config: Config, bundle: Bundle, run: UPath) -> Config:
-    """The config to go on with: what `learner.start_from` names may be gone; the bundle's adapter is of its kind."""
-    if not config.learner.start_from:
-        return config
-    own = str(bundle_path(run, bundle.version).absolute())
-    return replace(config, learner=replace(config.learner, start_from=own))
-
-
-def lineage(start: Bundle) -> dict[str, Any]:
-    """What a fork says of where it comes from."""
-    origin = start.origin
-    return {"run": origin.run, "id": origin.id, "version": start.version, "digest": start.adapter.digest}
-
-
-def adopt(start: Bundle, run: UPath) -> Bundle:
-    """Make another run's bundle the first one of `run`, which `runs.create` made."""
-    origin = replace(Origin.of(run), prompts=start.origin.prompts)  # of what was in flight
-    bundle = replace(start, origin=origin, adapter=replace(start.adapter, run=run.name))
-    write_directory(bundle_path(run, bundle.version), bundle.files)
-    return bundle

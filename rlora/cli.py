@@ -4,10 +4,10 @@ import json
 import sys
 import time
 from collections.abc import Iterable
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import tyro
 from upath import UPath
@@ -37,7 +37,9 @@ from rlora.records import BASE, STATUSES, Adapter, Case, RewardError, RloraError
 from rlora.storage import Place, write_adapter, write_file
 
 if TYPE_CHECKING:
+    from rlora.checkpoint import Bundle
     from rlora.replay import Replayed
+    from rlora.task import Task
 
 # torch, transformers and Ray take seconds to import: that waits until the command line is understood
 
@@ -80,52 +82,83 @@ def main() -> None:
 
 def _train(arguments: list[str]) -> None:
     given = parse_train(arguments)
+    from rlora import checkpoint, runs
+    from rlora.train import train
+
+    with ExitStack() as stack:  # no other process is at the run meanwhile
+        if given.resume:
+            stack.enter_context(runs.held(given.resume))
+            config, task, run, start = _resumed(given, given.resume)
+        else:
+            config, task, run, start = _begun(given)
+            stack.enter_context(runs.held(run))
+        if task.dropped:
+            print(f"{task.dropped} prompts are longer than sampling.max_prompt_tokens and left out")
+        print(f"run: {run}" + (f", from version {start.version} on" if start else ""), flush=True)
+        try:
+            train(config, task, run, start)
+        except BaseException:
+            if there := checkpoint.versions(run):
+                print(f"The last version is {checkpoint.bundle_path(run, there[-1])}; "
+                      f"go on from it with `rlora train --resume {run}`", file=sys.stderr)  # fmt: skip
+            raise
+        _report(run, task.base, config.learner.whole)
+
+
+def _resumed(given: Train, run: UPath) -> tuple[Config, "Task", UPath, "Bundle | None"]:
+    """What to go on with in a run's own directory."""
+    from rlora import checkpoint, resume, runs
+
+    origin = runs.Origin.of(run)
+    config, start = resume.with_own_start(run, given.config), checkpoint.newest(run, origin)
+    if start:
+        before = resume.with_own_start(run, start.config)
+        refuse_another_policy(before, config, "--resume")
+        _tell_changes(differences(before, config))
+        if start.version >= config.steps and runs.summary(run).get("steps") == start.version:
+            raise RloraError(f"steps = {config.steps}: {run} has done them all; give more by --set steps=N")
+    elif origin.forked_from:
+        raise RloraError(f"{run}: its first bundle was never written; fork {origin.forked_from['run']} again")
+    task = _checked(config)
+    if given.changes:
+        runs.write_config(run, given.config)
+    return config, task, run, start
+
+
+def _begun(given: Train) -> tuple[Config, "Task", UPath, "Bundle | None"]:
+    """What a new run starts with, in a directory that is made for it."""
+    from rlora import checkpoint, resume, runs
+
+    config, start = given.config, None
+    if given.fork:
+        of, step = split(given.fork)
+        config, start = resume.with_own_start(of, config), checkpoint.read_version(of, step)
+        before = resume.with_own_start(of, start.config)
+        refuse_another_policy(before, config, "--fork")
+        _tell_changes(differences(before, config))
+        if start.version >= config.steps:
+            raise RloraError(f"steps = {config.steps}: {given.fork} has done them all; give more by --steps N")
+    task = _checked(config)
+    run = given.run_dir or UPath("runs") / f"{config.env.rpartition(':')[2].lower()}-{time.strftime('%Y%m%d-%H%M%S')}"
+    runs.create(run, given.config, task, given.overwrite, resume.lineage(start) if start else None)
+    return resume.keep_start(run, config), task, run, resume.adopt(start, run) if start else None
+
+
+def _checked(config: Config) -> "Task":
+    """The task, once all that can be wrong with config and data has been looked at."""
     from transformers import AutoConfig
 
-    from rlora import checkpoint, runs
     from rlora.learner import first_adapter
     from rlora.optimizer import auto_lr
     from rlora.task import load_task
 
-    config, start = given.config, None
-    if given.resume:
-        start = checkpoint.newest(given.resume, runs.Origin.of(given.resume))
-    elif given.fork:
-        start = checkpoint.read_version(*split(given.fork))
-    if start:
-        _tell_changes(differences(start.config, config))
-        if start.version >= config.steps:
-            more = "--set steps=N" if given.resume else "--steps N"
-            raise RloraError(f"steps = {config.steps}: {given.resume or given.fork} has them all; give more by {more}")
-        config = checkpoint.with_own_start(config, start, given.resume or split(cast(str, given.fork))[0])
     task = load_task(config)
     first_adapter(config.learner)  # it is only looked at here: the learner's process reads it
     if config.learner.lr == "auto":
         base = AutoConfig.from_pretrained(task.base)
         print(f"learner.lr = auto: {auto_lr(config, base):.2g}, by a rule that was fitted on supervised runs, of the "
               f"base's kind ({base.model_type}) and hidden size ({base.get_text_config().hidden_size})")  # fmt: skip
-    from rlora.train import train
-
-    if given.resume:
-        run = given.resume
-        runs.write_config(run, given.config)
-    else:
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        run = given.run_dir or UPath("runs") / f"{config.env.rpartition(':')[2].lower()}-{stamp}"
-        lineage = checkpoint.lineage(start) if start else None
-        runs.create(run, given.config, task, given.overwrite, lineage)
-        start = checkpoint.adopt(start, run) if start else None
-    if task.dropped:
-        print(f"{task.dropped} prompts are longer than sampling.max_prompt_tokens and left out")
-    print(f"run: {run}" + (f", from version {start.version} on" if start else ""))
-    try:
-        train(config, task, run, start)
-    except BaseException:
-        if there := checkpoint.versions(run):
-            print(f"The last version is {checkpoint.bundle_path(run, there[-1])}; "
-                  f"go on from it with `rlora train --resume {run}`", file=sys.stderr)  # fmt: skip
-        raise
-    _report(run, task.base, config.learner.whole)
+    return task
 
 
 def _tell_changes(changes: dict[str, tuple[Any, Any]]) -> None:
@@ -307,33 +340,38 @@ def _replay(arguments: list[str]) -> None:
     given = parse_replay(arguments)
     from itertools import groupby
 
-    from rlora import checkpoint, cluster, machine
+    from rlora import checkpoint, cluster, machine, resume
     from rlora.base import locate
     from rlora.replay import replay, updates
 
-    changes = differences(read_run(given.run), given.config)
-    refuse_another_policy(read_run(given.run), given.config, "rlora replay")
+    own = read_run(given.run)
+    changes = differences(own, given.config)
+    refuse_another_policy(own, given.config, "rlora replay")
     _tell_changes(changes)
+    named = [f"{name}={json.dumps(now)}" for name, (_, now) in changes.items()]
     steps = updates(checkpoint.versions(given.run), given.step)
     if not steps:
         raise RloraError(f"{given.run}: no two bundles in a row are kept (config: checkpoint.keep_last)")
 
     def config_of(step: int) -> Config:
-        made = checkpoint.read_version(given.run, step + 1)
-        named = [f"{name}={json.dumps(now)}" for name, (_, now) in changes.items()]
-        return checkpoint.with_own_start(with_changes(made.config, named), made, given.run)
+        made_under = checkpoint.read_version(given.run, step + 1).config
+        return resume.with_own_start(given.run, with_changes(made_under, named))
 
-    done = []
+    done, without = [], 0
     for config, of in groupby(steps, key=config_of):
         with cluster.learning(config, locate(config.model), given.run.name) as learner:
             for step in of:
                 before, after = (checkpoint.read_version(given.run, version) for version in (step, step + 1))
+                if after.update is None and given.step is None:
+                    print(f"step {step}: its episodes were not kept (checkpoint.episodes_mib)")
+                    without += 1
+                    continue
                 if after.origin.machine != machine.name():
                     print(f"step {step}: made on another machine ({after.origin.machine}; this is {machine.name()})")
                 done.append(replay(learner, before, after))
                 _tell_replayed(done[-1])
     exact = sum(each.exact and each.exact_state for each in done)
-    print(f"{exact} of {len(done)} updates bit for bit")
+    print(f"{exact} of {len(done)} updates bit for bit" + (f"; {without} without episodes" if without else ""))
     if exact < len(done) and not changes:
         raise RloraError(f"{given.run}: {len(done) - exact} updates did not come out as they were saved")
 

@@ -381,24 +381,16 @@ def _crew(config: Config, base: str, run: str) -> Iterator[_Crew]:
         raise RloraError(
             f"Ray: {error} If that cluster has ended, `ray stop` forgets it; RAY_ADDRESS=local starts one for this run"
         ) from error
-    _on_signal(signal.SIGTERM, lambda *_: sys.exit(143))  # `ray job stop` sends it; Ray's own handler cleans nothing up
+    machine.on_signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # `ray job stop` sends it; Ray's own handler cleans nothing up
     crew = _Crew(config, base, run)
     try:
         yield crew
     finally:
-        # a second Ctrl-C must not stop the clean-up half way
-        before = {number: _on_signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-        crew.end()
-        ray.shutdown()
-        for number, handler in before.items():
-            _on_signal(number, handler)
-
-
-def _on_signal(number: signal.Signals, handler: Any) -> Any:
-    """Set a signal's handler and return the one before; only the main thread can, elsewhere nothing changes."""
-    if threading.current_thread() is threading.main_thread():
-        return signal.signal(number, handler)
-    return None
+        with machine.undisturbed():
+            crew.end()
+            ray.shutdown()
 
 
 def _end(remotes: Sequence[_Remote]) -> None:

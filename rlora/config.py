@@ -277,11 +277,12 @@ class CheckpointConfig:
     __pydantic_config__ = _STRICT
 
     keep_last: Count = 20
-    """Bundles to keep, the newest ones; one is written after each step. Of all weights the last alone."""
+    """Bundles to keep, the newest ones; one is written after each step. Of all weights two at most, and no others."""
     keep_every: Annotated[int, Field(ge=0)] = 0
     """Beside them those of each so many steps; 0: none."""
     keep_best: Annotated[int, Field(ge=0)] = 1
-    """Beside them so many of those whose episodes had the highest mean reward."""
+    """Beside them so many of those whose episodes had the highest mean reward, which is known `max_staleness` + 1 steps
+    later: `keep_last` has to be above that."""
     episodes_mib: Annotated[int, Field(ge=0)] = 64
     """The most MiB of episodes, compressed, that a bundle holds for `rlora replay`; 0 keeps none."""
     patience: Positive = 600.0

@@ -125,8 +125,8 @@ class Fleet:
     def generate(self, prompt: Prompt, sampling: Sampling, adapter: Adapter | None = None) -> Request:
         """Sample `sampling.group_size` episodes under the version that is swapped in when an engine has room.
 
-        With an `adapter`, which has been swapped in before, under that one, and before all that waits: it is the next
-        turn of an episode.
+        With an `adapter` under that one, wherever it has to be loaded for it, and before all that waits: it is the
+        next turn of an episode, or was in flight before.
         """
         request = Request(prompt, sampling, adapter=adapter)
         with self._changed:

@@ -72,7 +72,14 @@ def _episode(row: dict[str, Any]) -> Episode:
 
 def _texts(values: Iterable[Any]) -> Any:
     """JSON, which is plain ASCII whatever is in it."""
-    return pyarrow.array([json.dumps(value, default=str) for value in values], pyarrow.string())
+    return pyarrow.array(list(map(_json, values)), pyarrow.string())
+
+
+def _json(value: Any) -> str:
+    try:
+        return json.dumps(value, default=str)
+    except (TypeError, ValueError):  # keys that are no text, or a circle
+        return json.dumps(str(value))
 
 
 def _lists(rows: Sequence[Sequence[Any]], dtype: str) -> Any:

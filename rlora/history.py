@@ -66,16 +66,45 @@ def card(run: UPath, bundle: Bundle, merged: str | None = None) -> str:
 
     `merged` is the dtype of the weights that it was merged into; without one it is of the adapter.
     """
-    config, adapter, learner = bundle.config, bundle.adapter, bundle.config.learner
+    config = bundle.config
     before = [line for line in lines(run) if line["step"] < bundle.version]
     curve = [line["reward/mean"] or 0.0 for line in before]
     shown = before[:: max(1, len(before) // 10)]
-    summary = runs.summary(run)
-    what = (
-        f"rank-{learner.rank} LoRA adapter (alpha {learner.alpha:g}, {learner.targets})"
-        if not learner.whole
-        else "model"
-    )
+    tags = ["lora", "reinforcement-learning", "rlora", config.algorithm.name]
+    library = "transformers" if merged or config.learner.whole else "peft"
+    head = {"base_model": config.model, "library_name": library, "pipeline_tag": "text-generation", "tags": tags}
+    return "\n".join([
+        "---",
+        *(f"{name}: {json.dumps(value)}" for name, value in head.items()),  # JSON is YAML
+        "---",
+        f"# {run.name}, version {bundle.version}",
+        "",
+        f"`{config.model}` after reinforcement learning with a low-rank policy, by rlora.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in _facts(run, bundle, merged).items()),
+        "",
+        "## Mean reward by step",
+        "",
+        *(["```", sparkline(curve, width=len(curve)), "```", ""] if curve else []),
+        "| step | mean reward | completion tokens |",
+        "|---|---|---|",
+        *(f"| {line['step']} | {line['reward/mean'] or 0.0:.3f} | {line['completion/length']:.1f} |" for line in shown),
+        "",
+        "## Config",
+        "",
+        "```toml",
+        tomli_w.dumps(asdict(config)).strip(),
+        "```",
+        "",
+    ])  # fmt: skip
+
+
+def _facts(run: UPath, bundle: Bundle, merged: str | None) -> dict[str, str]:
+    config, adapter, learner, summary = bundle.config, bundle.adapter, bundle.config.learner, runs.summary(run)
+    kind = f"rank-{learner.rank} LoRA adapter (alpha {learner.alpha:g}, {learner.targets})"
+    what = "model, all weights" if learner.whole else kind
     facts = {
         "base": f"`{config.model}`",
         "what it is": f"{what}, {adapter.parameters:,} parameters" + (f", merged in {merged}" if merged else ""),
@@ -94,32 +123,4 @@ def card(run: UPath, bundle: Bundle, merged: str | None = None) -> str:
             f"{summary['accuracy/before']:.3f} before, {summary['accuracy/after']:.3f} after, greedily on "
             f"{summary['accuracy/prompts']} held-out prompts"
         )
-    tags = ["lora", "reinforcement-learning", "rlora", config.algorithm.name]
-    library = "transformers" if merged or learner.whole else "peft"
-    head = {"base_model": config.model, "library_name": library, "pipeline_tag": "text-generation", "tags": tags}
-    return "\n".join([
-        "---",
-        *(f"{name}: {json.dumps(value)}" for name, value in head.items()),  # JSON is YAML
-        "---",
-        f"# {run.name}, version {bundle.version}",
-        "",
-        f"`{config.model}` after reinforcement learning with a low-rank policy, by rlora.",
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in facts.items()),
-        "",
-        "## Mean reward by step",
-        "",
-        *(["```", sparkline(curve, width=len(curve)), "```", ""] if curve else []),
-        "| step | mean reward | completion tokens |",
-        "|---|---|---|",
-        *(f"| {line['step']} | {line['reward/mean'] or 0.0:.3f} | {line['completion/length']:.1f} |" for line in shown),
-        "",
-        "## Config",
-        "",
-        "```toml",
-        tomli_w.dumps(asdict(config)).strip(),
-        "```",
-        "",
-    ])  # fmt: skip
+    return facts

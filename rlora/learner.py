@@ -305,8 +305,9 @@ class Learner:
         Raises RloraError, with nothing changed, where it is of another base, rank or set of matrices.
         """
         tensors = safetensors.torch.load(state)
-        if self.canary and (saved := tensors.get("canary.base")) is not None:
-            off = (torch.tensor(self.canary.base_logprobs) - saved).abs().mean().item()
+        own, saved = self.canary.base_logprobs if self.canary else (), tensors.get("canary.base")
+        if saved is not None and len(own) == len(saved):  # it is shorter in a context that does not hold it
+            off = (torch.tensor(own) - saved).abs().mean().item()
             if off > _OTHER_BASE:
                 raise RloraError(
                     f"model = {self.config.model!r}: the saved adapter was trained over another base: the logprobs of "

@@ -5,9 +5,13 @@ import os
 import platform
 import random
 import resource
+import signal
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -92,6 +96,24 @@ def resident_bytes() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:  # not Linux: the most it ever had
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Ignore Ctrl-C and SIGTERM, that cleaning up is not stopped half way."""
+    before = {number: on_signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            on_signal(number, handler)
+
+
+def on_signal(number: signal.Signals, handler: Any) -> Any:
+    """Set a signal's handler and return the one before; only the main thread can, elsewhere nothing changes."""
+    if threading.current_thread() is threading.main_thread():
+        return signal.signal(number, handler)
+    return None
 
 
 def ram_directory() -> Path:

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import fmean
 
@@ -13,7 +13,7 @@ from rich.table import Table
 
 from rlora import machine
 from rlora.delivery import FleetStats
-from rlora.records import STATUSES, Group, Proof, UpdateStats
+from rlora.records import STATUSES, Adapter, Group, Proof, UpdateStats
 from rlora.rollout import Collection
 from rlora.saving import Saved
 
@@ -49,10 +49,10 @@ def summarise(groups: Sequence[Group], version: int) -> dict[str, float | None]:
 
 
 class Metrics:
-    """Gives `write` a line a step, and shows progress: live on a terminal, one plain line a step elsewhere."""
+    """Makes a line a step, and shows progress: live on a terminal, one plain line a step elsewhere."""
 
-    def __init__(self, steps: int, write: Callable[[str], None]) -> None:
-        self.steps, self.write = steps, write
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
         self.console = Console()
         self.live = Live(console=self.console, transient=True)
         self.seconds: dict[str, float] = {}  # by phase, of the step under way
@@ -87,8 +87,9 @@ class Metrics:
         update: UpdateStats,
         fleet: FleetStats,
         saved: Saved | None,
-    ) -> None:
-        """Write and show the figures of a step; docs/metrics.md says what each means."""
+        made: Adapter,
+    ) -> str:
+        """Show the figures of a step that made an adapter; returns them as JSON. docs/metrics.md has their meanings."""
         now = time.perf_counter()
         whole, sampling = now - self.lapped, fleet.busy_seconds - self.busy_seconds
         self.lapped, self.busy_seconds = now, fleet.busy_seconds
@@ -129,8 +130,8 @@ class Metrics:
         figures["rollout/tokens_per_second"] = tokens / sampling if sampling > 0 else None
         figures["learner/tokens_per_second"] = update.tokens / update.seconds if update.tokens else None
         finite = {name: value if value is None or math.isfinite(value) else None for name, value in figures.items()}
-        self.write(json.dumps({"step": step, **finite}))
         self._show(step, finite)
+        return json.dumps({"step": step, "adapter": made.digest, **finite})
 
     def totals(self) -> dict[str, float]:
         """Seconds of this process's training and of all of it so far, start of the actors and evaluation included."""

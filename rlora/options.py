@@ -1,6 +1,7 @@
 """What the command line takes, and the config that comes of it."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -143,6 +144,9 @@ def parse_train(arguments: list[str]) -> Train:
         raise RloraError(
             f"--resume {given.resume}: a run goes on where it is; leave out --run-dir, --overwrite and --fork"
         )
+    for place in (given.run_dir, given.resume):
+        if place is not None:
+            reachable(place)
     if given.resume and given.file and not (given.resume / "config.toml").exists():
         given = replace(given, run_dir=given.resume, resume=None)
     if given.changes and not given.resume:
@@ -163,10 +167,12 @@ def _resumed(given: Train, before: Config) -> Train:
     others = differences(asked, given.config) if differences(before, given.config) else {}
     if others:
         lines = "".join(f"\n  {name}: {was!r} -> {now!r}" for name, (was, now) in others.items())
-        named = " ".join(f"{name}={json.dumps(now)}" for name, (_, now) in others.items())
+        named = " ".join(
+            shlex.quote(f"{name}={json.dumps(now)}") for name, (_, now) in others.items() if now is not None
+        )
         raise RloraError(
             f"--resume {given.resume}: a run goes on under its own config, but this would change{lines}\n"
-            f"Leave that out, or ask for it by name: --set {named}"
+            f"Leave that out, or ask for it by name: --set {named}".removesuffix(": --set ")
         )
     refuse_another_policy(before, asked, "--resume")
     return replace(given, config=asked)
@@ -225,7 +231,17 @@ def _differences(before: Any, after: Any, name: str) -> dict[str, tuple[Any, Any
 def split(source: str) -> tuple[UPath, int | None]:
     """RUN or RUN@STEP."""
     run, _, step = source.rpartition("@")
-    return (UPath(run), int(step)) if run and step.isdigit() else (UPath(source), None)
+    return (reachable(run), int(step)) if run and step.isdigit() else (reachable(source), None)
+
+
+def reachable(place: str | UPath) -> UPath:
+    """The path. Raises RloraError where fsspec does not know its protocol, or needs another package for it."""
+    try:
+        path = UPath(place)
+        _ = path.fs
+    except (ImportError, ValueError) as error:
+        raise RloraError(f"{place}: {error}; install what that names, or give a local directory") from None
+    return path
 
 
 def parse_eval(arguments: list[str]) -> Eval:
@@ -245,7 +261,7 @@ def parse_replay(arguments: list[str]) -> Replay:
 
 def read_run(run: UPath) -> Config:
     """The config of a run. Raises RloraError where no run is."""
-    path = run / "config.toml"
+    path = reachable(run) / "config.toml"
     if not path.exists():
         raise RloraError(
             f"{run}: no run is there (it has no config.toml); name a directory that `rlora train` made, "

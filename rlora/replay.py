@@ -27,12 +27,17 @@ class Replayed:
 def replay(learner: Learner, before: Bundle, after: Bundle) -> Replayed:
     """Compute the update from `before` to `after` again, on the episodes that `after` keeps.
 
-    Raises RloraError where it keeps none.
+    Raises RloraError where it keeps none, or was made from another version.
     """
     if after.groups is None:
         raise RloraError(
             f"step {before.version}: the bundle of version {after.version} keeps no episodes (config: "
             f"checkpoint.episodes_mib = {after.config.checkpoint.episodes_mib}), so the update can't be computed again"
+        )
+    if after.parent != before.adapter.digest:
+        raise RloraError(
+            f"step {before.version}: version {after.version} was not made from the version {before.version} that is "
+            f"there, but from {str(after.parent)[:12]}: it was made again; take one of the two bundles away"
         )
     learner.resume(before.state)
     adapter, stats = learner.update(after.groups)

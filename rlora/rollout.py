@@ -73,12 +73,8 @@ class Rollouts:
         Raises RewardError, which keeps what was sampled, where the reward functions fail.
         """
         count, refills = self.config.prompts_per_step, self.config.algorithm.refills
-        for each in self._before:
-            self._sent.append(
-                _Sent(each.place, each.step, self.loop.go_on(each, self._prompt(each.place), self.sampling))
-            )
-        self._before = ()
-        stale = self._drop_stale(version - self.config.max_staleness)
+        stale = self._take_over(version - self.config.max_staleness)
+        stale += self._drop_stale(version - self.config.max_staleness)
         began = time.monotonic()
         taken, late = self._next_ones(version, count)
         took = time.monotonic() - began
@@ -115,6 +111,28 @@ class Rollouts:
     def _new_place(self) -> int:
         self._next += 1
         return self._next - 1
+
+    def _go_on_with_another_s(self, oldest: int) -> int:
+        """Take over what was in flight, but for what is staler than version `oldest`; returns how much that is."""
+        stale = [each for each in self._before if each.adapter and each.adapter.version < oldest]
+        self._again.extend(each.place for each in stale)
+        for each in self._before:
+            if each not in stale:
+                flight = self.loop.go_on(each, self._prompt(each.place), self.sampling)
+                self._sent.append(_Sent(each.place, each.step, flight))
+        self._before = ()
+        return len(stale)
+
+    def _take_over(self, oldest: int) -> int:
+        """Go on with what another had in flight but for what is staler than `oldest`; returns how much that is."""
+        stale = [each for each in self._before if each.adapter and each.adapter.version < oldest]
+        self._again.extend(each.place for each in stale)
+        for each in self._before:
+            if each not in stale:
+                flight = self.loop.go_on(each, self._prompt(each.place), self.sampling)
+                self._sent.append(_Sent(each.place, each.step, flight))
+        self._before = ()
+        return len(stale)
 
     def _drop_stale(self, oldest: int) -> int:
         """Give up what was sampled before version `oldest`; those prompts come first again."""

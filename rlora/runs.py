@@ -34,7 +34,7 @@ class Origin:
 
     run: str  # its name
     id: str  # its own, whatever it is called
-    prompts: str  # SHA-256 of the tokens of the training prompts
+    prompts: str  # `digest_of` the training prompts
     packages: Mapping[str, str]  # versions, by name
     machine: str  # whose arithmetic it was: bits may differ on another
     forked_from: Mapping[str, Any] | None = None  # where the run began: run, id, version and digest
@@ -49,9 +49,13 @@ class Origin:
                 provenance["machine"], provenance.get("forked_from"),
             )  # fmt: skip
         except KeyError as error:
-            raise RloraError(
-                f"{run}/{CONFIG}: its [provenance] has no {error}; bring back what `rlora train` wrote"
-            ) from None
+            what = f"{run}/{CONFIG}: its [provenance] has no {error}"
+            raise RloraError(f"{what}; bring back what `rlora train` wrote") from None
+
+    @staticmethod
+    def here(run: UPath, task: Task) -> "Origin":
+        """That of this process, as it goes on with a run."""
+        return replace(Origin.of(run), prompts=digest_of(task.prompts), packages=packages(), machine=machine.name())
 
 
 def create(
@@ -64,9 +68,12 @@ def create(
     for field, path in {"model": config.model, "learner.start_from": config.learner.start_from}.items():
         if overwrite and path and isinstance(run, Path) and Path(path).resolve().is_relative_to(run.resolve()):
             raise RloraError(f"{field} = {path!r}: --overwrite would remove it; name another --run-dir")
+    if overwrite and is_held(run):
+        raise RloraError(f"--run-dir {run}: a process trains the run that is there; end that one first")
     if overwrite and (run / CONFIG).exists():
         remove(run)
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+    begun = ".half"  # of a process that was killed while it wrote its first file
+    if run.exists() and (not run.is_dir() or any(not path.name.endswith(begun) for path in run.iterdir())):
         raise RloraError(
             f"--run-dir {run}: it is not empty; go on with its run by `rlora train --resume {run}`, "
             "replace it with --overwrite, or name another directory"
@@ -83,11 +90,6 @@ def create(
     }
     write_config(run, config, provenance | ({"forked_from": dict(forked_from)} if forked_from else {}))
     summarise(run, {"prompts/dropped": task.dropped})
-
-
-def origin(run: UPath, task: Task) -> Origin:
-    """What makes the bundles of a run, here and now."""
-    return replace(Origin.of(run), prompts=digest_of(task.prompts), packages=packages(), machine=machine.name())
 
 
 def write_config(run: UPath, config: Config, provenance: Mapping[str, Any] | None = None) -> None:
@@ -114,10 +116,11 @@ def _version(package: str) -> str | None:
 
 
 def digest_of(prompts: Sequence[Prompt]) -> str:
-    """SHA-256 of their tokens, in their order."""
+    """SHA-256 of their tokens, answers and columns, in their order."""
     digest = hashlib.sha256()
     for prompt in prompts:
-        digest.update(f"{prompt.token_ids}\n".encode())
+        known = [prompt.token_ids, prompt.answer, dict(prompt.columns)]
+        digest.update(json.dumps(known, default=lambda other: type(other).__name__, skipkeys=True).encode())
     return digest.hexdigest()
 
 
@@ -130,19 +133,16 @@ def held(run: UPath) -> Iterator[None]:
     if not isinstance(run, Path):
         yield
         return
-    try:
-        file = (run / "lock").open("a+")
-    except OSError:  # a read-only directory: saving will complain, louder
-        yield
-        return
-    with file:
+    with (run / "lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
             raise RloraError(
                 f"{run}: {file.read().strip() or 'another process'} trains it; end that one first"
             ) from None
+        except OSError as error:  # a file system that has no locks
+            warn(f"{run}: it can't be locked ({error}); see to it that no other process trains this run")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -154,21 +154,27 @@ def is_held(run: UPath) -> bool:
     lock = run / "lock"
     if not (isinstance(lock, Path) and lock.exists()):
         return False
-    with lock.open() as file:
-        try:
+    try:
+        with lock.open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return True
+    except BlockingIOError:
+        return True
+    except OSError:  # no rights, or no locks
+        return False
     return False
 
 
 def ask_for_engines(run: UPath, count: int) -> None:
-    """Leave word for a run, wherever it goes on, of how many engines it should have."""
+    """Leave word for a run of how many engines it should have. Raises RloraError where it is at a URL."""
+    if not isinstance(run, Path):
+        raise RloraError(f"{run}: rlora scale leaves word for runs in a local directory only")
     write_file(run / "engines", f"{count}\n".encode())
 
 
 def wanted_engines(run: UPath) -> int | None:
-    """What was asked for, None where nothing was."""
+    """What was asked for, None where nothing was. A run at a URL is not asked: each step would wait for the answer."""
+    if not isinstance(run, Path):
+        return None
     try:
         return int((run / "engines").read_text())
     except (OSError, ValueError):

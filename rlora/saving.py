@@ -1,22 +1,23 @@
 """Writes a run's bundles and metrics while the next step goes on, whatever the disk does."""
 
 import json
+import os
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
+from typing import cast
 
 from upath import UPath
 
-from rlora import episodes
-from rlora.checkpoint import Bundle, bundle_path, versions
+from rlora import episodes, machine
+from rlora.checkpoint import Bundle, Rewards, bundle_path, versions
 from rlora.config import Config
 from rlora.records import Adapter, Cursor, Group, RloraError
+from rlora.rollout import Collection
 from rlora.runs import METRICS, Origin, warn
 from rlora.storage import remove, write_directory, write_file
 
@@ -41,7 +42,7 @@ class Saver:
         self.run, self.config, self.origin = run, config, origin
         self.saved: Saved | None = None
         self._parent = start.adapter.digest if start else None
-        self._rewards = dict(start.rewards) if start else {}
+        self._rewards: dict[int, Rewards] = dict(start.rewards) if start else {}
         self._thread = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
         self._unsaved: Bundle | None = None  # the newest, where the disk did not take it
@@ -53,14 +54,17 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Have everything on the disk, or the newest bundle elsewhere."""
-        self._thread.shutdown()
-        if self._unsaved:
-            self._write(self._unsaved)
-        if self._unsaved:
-            error = self._put_elsewhere(self._unsaved)
-            if kind is None:
-                raise error
+        """Have everything on the disk, or the newest bundle elsewhere; a second Ctrl-C does not stop that half way."""
+        with machine.undisturbed():
+            self._thread.shutdown()
+            if self._unsaved:
+                self._write(self._unsaved)
+            if self._unlogged:
+                self._log("")
+            error = self._put_elsewhere() if self._unsaved else None
+        if error and kind is None:
+            raise error
+        if error:
             warn(str(error))
 
     def save(
@@ -68,87 +72,100 @@ class Saver:
         adapter: Adapter,
         state: bytes,
         cursor: Cursor,
-        groups: Sequence[Group] = (),
-        sampled: Sequence[Group] = (),
+        collection: Collection | None = None,
+        line: str = "",
     ) -> None:
-        """Have the bundle of `adapter` written, which an update on `groups` made, of all that were `sampled` for it.
+        """Have the bundle of `adapter` written, which an update on `collection` made, and a line of `metrics.jsonl`.
 
         Returns once the bundle before is written. Raises RloraError where none could be for too long.
         """
         if self._writing:
             self._writing.result()
-        if self._unsaved and time.monotonic() - self._failing_since > self.config.checkpoint.patience:
-            raise self._put_elsewhere(self._unsaved)
-        self._rewards |= _by_version(sampled)
+        if collection:
+            self._count(collection.sampled)
         bundle = Bundle(self.origin, adapter, state, cursor, self.config, None, self._parent, dict(self._rewards))
         self._parent = adapter.digest
-        self._writing = self._thread.submit(self._write_with, bundle, groups)
+        overdue = self._unsaved and time.monotonic() - self._failing_since > self.config.checkpoint.patience
+        groups = collection.groups if collection else None
+        self._writing = self._thread.submit(self._write, bundle, groups, line)
+        if overdue:
+            self._writing.result()
+            if self._unsaved:
+                raise self._put_elsewhere()
 
-    def log(self, line: str) -> None:
-        """Have a line added to `metrics.jsonl`."""
-        self._thread.submit(self._add, line)
+    def _count(self, sampled: Sequence[Group]) -> None:
+        """What each version's episodes were worth: they may come in several steps."""
+        for episode in (episode for group in sampled for episode in group.episodes):
+            if episode.reward is not None:
+                total, count = self._rewards.get(episode.version, (0.0, 0))
+                self._rewards[episode.version] = total + episode.reward, count + 1
 
     # --- on the thread ---
 
-    def _write_with(self, bundle: Bundle, groups: Sequence[Group]) -> None:
-        limit = self.config.checkpoint.episodes_mib
-        if groups and limit:
-            update = episodes.encode(groups)
-            if len(update) <= limit * 2**20:
-                bundle = replace(bundle, update=update)
-            else:
-                warn(
-                    f"checkpoint.episodes_mib = {limit}: the episodes of version {bundle.version} are not kept, they "
-                    f"take {len(update) / 2**20:.1f} MiB; raise it, or set it to 0 to keep none"
-                )
-        self._write(bundle)
-
-    def _write(self, bundle: Bundle) -> None:
+    def _write(self, bundle: Bundle, groups: Sequence[Group] | None = None, line: str = "") -> None:
+        """First the line: one that is there too early is cut when the run is resumed, one that is missing is lost."""
         start = time.perf_counter()
+        if line:
+            self._log(line)
         try:
+            bundle = self._with_episodes(bundle, groups)
             files = bundle.files
             write_directory(bundle_path(self.run, bundle.version), files)
         except Exception as error:  # of whatever file system it is
             now = time.monotonic()
             self._failing_since = self._failing_since if self._unsaved else now
             self._unsaved = bundle
-            left = self.config.checkpoint.patience - (now - self._failing_since)
-            warn(f"NOT SAVED: version {bundle.version} could not be written to {self.run} ({error}). Training goes on "
-                 f"in memory for up to {max(0.0, left):.0f} s: make room there, or let it be written to")  # fmt: skip
+            left = max(0.0, self.config.checkpoint.patience - (now - self._failing_since))
+            warn(
+                f"NOT SAVED: version {bundle.version} could not be written to {self.run} ({error}); make room there, "
+                f"or let it be written to. Each step tries again, for up to {left:.0f} s"
+            )
             return
         if self._unsaved:
             warn(f"{self.run} takes bundles again: version {bundle.version} is saved")
         self._unsaved = None
         self.saved = Saved(time.perf_counter() - start, sum(map(len, files.values())))
-        with suppress(OSError):  # then there is more than asked for
-            self._retire()
+        with suppress(Exception):  # then there is more than asked for
+            self._retire(bundle.version)
 
-    def _retire(self) -> None:
+    def _with_episodes(self, bundle: Bundle, groups: Sequence[Group] | None) -> Bundle:
+        """The bundle with those of its update, as far as the config has them kept."""
+        limit = self.config.checkpoint.episodes_mib
+        if groups is None or not limit:
+            return bundle
+        update = episodes.encode(groups)
+        if len(update) <= limit * 2**20:
+            return replace(bundle, update=update)
+        warn(
+            f"checkpoint.episodes_mib = {limit}: the episodes of version {bundle.version} are not kept, they take "
+            f"{len(update) / 2**20:.1f} MiB; raise it, or set it to 0 to keep none"
+        )
+        return bundle
+
+    def _retire(self, newest: int) -> None:
         """Remove the bundles that the config does not ask to keep."""
-        settings, there = self.config.checkpoint, versions(self.run)
+        settings, there = self.config.checkpoint, [each for each in versions(self.run) if each <= newest]
         if self.config.learner.whole:  # each is a whole model and three times that
-            settings = replace(settings, keep_last=1, keep_every=0, keep_best=0)
-        best = sorted(there, key=lambda version: self._rewards.get(version, float("-inf")))
-        last, of_each = there[-settings.keep_last :], settings.keep_every
-        kept = {*last, *(best[-settings.keep_best :] if settings.keep_best else ())}
+            settings = replace(settings, keep_last=min(2, settings.keep_last), keep_every=0, keep_best=0)
+        means = {version: total / count for version, (total, count) in self._rewards.items()}
+        best = sorted(means.keys() & set(there), key=lambda version: means[version])
+        kept = {*there[-settings.keep_last :], *(best[-settings.keep_best :] if settings.keep_best else ())}
         for version in there:
-            if version not in kept and not (of_each and version % of_each == 0):
+            if version not in kept and not (settings.keep_every and version % settings.keep_every == 0):
                 remove(bundle_path(self.run, version))
-                self._rewards.pop(version, None)
+        self._rewards = {version: self._rewards[version] for version in self._rewards if version in versions(self.run)}
 
-    def _put_elsewhere(self, bundle: Bundle) -> RloraError:
-        """Write a bundle where there is room; returns the error that ends the run."""
-        self._unsaved = None
+    def _put_elsewhere(self) -> RloraError:
+        """Write the bundle that could not be written where there is room; returns the error that ends the run."""
+        bundle, self._unsaved = cast(Bundle, self._unsaved), None
         own = bundle_path(self.run, bundle.version)
         what = f"--run-dir {self.run}: version {bundle.version} could not be written there"
         again = f"go on with `rlora train --resume {self.run}`"
         try:
             place = Path(tempfile.mkdtemp(prefix=f"rlora-{self.run.name}-")) / own.name
             write_directory(place, bundle.files)
-        except OSError as error:
-            return RloraError(
-                f"{what}, nor to a temporary directory ({error}); make room, then {again} from the one before"
-            )
+        except Exception as error:
+            return RloraError(f"{what}, nor to a temporary directory ({error}); make room, then {again}")
         return RloraError(f"{what}. It is kept in {place}: make room, move it to {own}, then {again}")
 
     def _keep_lines_before(self, step: int) -> int:
@@ -159,9 +176,9 @@ class Saver:
         write_file(path, kept)
         return len(kept)
 
-    def _add(self, line: str) -> None:
+    def _log(self, line: str) -> None:
         """Append a line, after any that could not be written before."""
-        self._unlogged += line.encode() + b"\n"
+        self._unlogged += f"{line}\n".encode() if line else b""
         path = self.run / METRICS
         try:
             if not isinstance(path, Path):  # most of those know no appending
@@ -171,16 +188,9 @@ class Saver:
                     file.truncate(self._logged)  # what a full disk took of a line
                     file.seek(self._logged)
                     file.write(self._unlogged)
+                    file.flush()
+                    os.fsync(file.fileno())
         except Exception as error:
             warn(f"NOT SAVED: {path} could not be written ({error}); its lines wait for the next step")
             return
         self._logged, self._unlogged = self._logged + len(self._unlogged), b""
-
-
-def _by_version(groups: Sequence[Group]) -> dict[int, float]:
-    """The mean reward of the episodes that each version sampled."""
-    rewards = defaultdict(list)
-    for episode in (episode for group in groups for episode in group.episodes):
-        if episode.reward is not None:
-            rewards[episode.version].append(episode.reward)
-    return {version: fmean(of) for version, of in rewards.items()}

@@ -37,8 +37,11 @@ def write_directory(path: Place, files: Mapping[str, bytes]) -> None:
         for name, content in files.items():
             (path / name).write_bytes(content)
         return
+    if not path.parent.exists():
+        path.parent.mkdir(parents=True)
+        _settle(path.parent.parent)
     with _half(path) as half:
-        half.mkdir(parents=True)
+        half.mkdir()
         for name, content in files.items():
             _write(half / name, content)
         _settle(half)

@@ -3,12 +3,13 @@
 from upath import UPath
 
 from rlora import cluster, runs
-from rlora.checkpoint import Bundle, cursor_for, describe
+from rlora.checkpoint import Bundle
 from rlora.config import Config
 from rlora.evaluate import evaluate
 from rlora.learner import refuse_to_go_on
 from rlora.metrics import Metrics
 from rlora.records import Cursor
+from rlora.resume import cursor_for, describe
 from rlora.rollout import Rollouts
 from rlora.saving import Saver
 from rlora.task import Task
@@ -21,14 +22,13 @@ def train(config: Config, task: Task, run: UPath, start: Bundle | None = None) -
     bundles/<version>/, all that a run goes on from, with its adapter in PEFT's format; metrics.jsonl, a line a step;
     summary.json.
     """
-    origin = runs.origin(run, task)
+    origin = runs.Origin.here(run, task)
     version = start.adapter.version if start else 0
     with (
-        runs.held(run),
         runs.keeping_unscored(run),
         Saver(run, config, origin, start) as saver,
         cluster.start(config, task, run.name, version) as (learner, fleet, loop),
-        Metrics(config.steps, saver.log) as metrics,
+        Metrics(config.steps) as metrics,
     ):
         adapter = learner.resume(start.state) if start else learner.adapter()
 
@@ -42,7 +42,7 @@ def train(config: Config, task: Task, run: UPath, start: Bundle | None = None) -
 
         if not start:
             saver.save(adapter, learner.state(), Cursor())
-        if adapter.version == 0:  # the base, or what learner.start_from names
+        if "accuracy/before" not in runs.summary(run):  # of the base, or whatever the run started from
             measure("before")
 
         cursor = cursor_for(config, start, origin) if start else Cursor()
@@ -57,9 +57,9 @@ def train(config: Config, task: Task, run: UPath, start: Bundle | None = None) -
                 collection = rollouts.take(adapter.version)
             with metrics.timed("update"):
                 adapter, update = learner.update(collection.groups)
+            line = metrics.log(step, proofs, collection, update, fleet.stats(), saver.saved, adapter)
             with metrics.timed("save"):  # begins to; the next step goes on meanwhile
-                saver.save(adapter, learner.state(), rollouts.cursor, collection.groups, collection.sampled)
-            metrics.log(step, proofs, collection, update, fleet.stats(), saver.saved)
+                saver.save(adapter, learner.state(), rollouts.cursor, collection, line)
             refuse_to_go_on(config, update)
         measure("after")
         runs.summarise(run, describe(run, adapter) | metrics.totals())

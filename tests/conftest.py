@@ -2,7 +2,9 @@
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reached a hub would pass here and fail there
 
@@ -19,12 +21,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from rlora import episodes
 from rlora.advantage import centred
 from rlora.base import DEMO, locate
 from rlora.batch import Lesson, lesson
+from rlora.checkpoint import Bundle
 from rlora.config import Config, validate
 from rlora.lora import Bank
-from rlora.records import Case, Episode, Group, Prompt
+from rlora.records import Adapter, Case, Cursor, Episode, Group, Prompt
+from rlora.runs import Origin
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -137,6 +142,25 @@ def groups() -> list[Group]:
         group([5, 11], episode([12, 13, 14, 1], 1.0), episode([15], 1.0)),
         group([20, 21, 22, 23, 24], episode([25, 1], 0.5), episode([26, 27, 28], 0.0), episode([], 1.0)),
     ]
+
+
+ORIGIN = Origin("run", "0123456789abcdef", "prompts", {"torch": "2"}, "a machine")
+WEIGHTS = (2).to_bytes(8, "little") + b"{}"  # a safetensors file of no tensors
+
+
+def adapter(version: int) -> Adapter:
+    return Adapter("run", version, b"{}", WEIGHTS + version.to_bytes(2, "little") * 50)
+
+
+@pytest.fixture
+def bundle(config: Callable[..., Config], groups: list[Group]) -> Callable[..., Bundle]:
+    """The bundle of a version; keyword arguments replace its fields."""
+
+    def make(version: int, **changes: Any) -> Bundle:
+        made = Bundle(ORIGIN, adapter(version), b"state" * version, Cursor(version), config())
+        return replace(made, update=episodes.encode(groups), rewards={version - 1: (2.5, 5)}, **changes)
+
+    return make
 
 
 def marked(groups: Sequence[Group]) -> list[Group]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_checkpoint import adapter
+from conftest import adapter
 from upath import UPath
 
 from rlora import runs
@@ -26,7 +26,7 @@ def trained(run: UPath, config: Config, task: Task, steps: int, lineage: dict[st
     runs.create(run, config, task, forked_from=lineage)
     lines = [{"step": step, "reward/mean": step / 10, "completion/length": 9.5} for step in range(steps)]
     (run / runs.METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 9')
-    bundle = Bundle(runs.origin(run, task), adapter(steps), b"", Cursor(), config)
+    bundle = Bundle(runs.Origin.here(run, task), adapter(steps), b"", Cursor(), config)
     write_directory(bundle_path(run, steps), bundle.files)
     return bundle
 

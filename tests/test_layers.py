@@ -12,7 +12,7 @@ LAYERS = [
     {"head", "optimizer", "chat"},
     {"policy", "peft_format", "batch", "task", "delivery", "scoring"},
     {"algorithm", "agent_loop"},
-    {"learner", "merge", "rollout", "runs", "checkpoint", "saving", "slots", "vllm_cpu"},
+    {"learner", "merge", "rollout", "runs", "checkpoint", "resume", "saving", "slots", "vllm_cpu"},
     {"engine", "evaluate", "metrics", "replay", "history"},
     {"cluster", "train", "options", "cli", "__main__"},
 ]

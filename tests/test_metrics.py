@@ -7,7 +7,7 @@ from conftest import episode, group
 
 from rlora.delivery import FleetStats
 from rlora.metrics import Metrics, sparkline, summarise
-from rlora.records import STATUSES, Proof, UpdateStats
+from rlora.records import STATUSES, Adapter, Proof, UpdateStats
 from rlora.rollout import Collection
 from rlora.saving import Saved
 
@@ -15,6 +15,7 @@ GROUPS = (
     group([1], episode([2, 3], 1.0), episode([4], 0.0)),
     group([1], episode([2, 3, 4], 0.0), episode([5, 6], 0.0)),
 )
+MADE = Adapter("run", 1, b"{}", (2).to_bytes(8, "little") + b"{}")
 UPDATE = UpdateStats(0.5, 0.1, 5e-4, 0.001, 0.0, tokens=3, seconds=2.0, skipped_in_a_row=0)
 
 
@@ -34,14 +35,15 @@ def test_figures_by_hand() -> None:
 
 def log(*steps: int, update: UpdateStats = UPDATE) -> list[dict[str, Any]]:
     lines: list[str] = []
-    with Metrics(10, lines.append) as metrics:
+    with Metrics(10) as metrics:
         metrics.start(steps[0], FleetStats(engines=1, busy_seconds=1.0, canary=None, lost=0, replayed=0))
         for busy, step in enumerate(steps, start=1):
             with metrics.timed("swap"):
                 pass
             collection = Collection(GROUPS, GROUPS, reward_seconds=0.1, late=0, stale=0)
             fleet = FleetStats(engines=1, busy_seconds=1.0 + 4.0 * busy, canary=0.1, lost=0, replayed=0)
-            metrics.log(step, [Proof("", 0.01, 0.02)], collection, update, fleet, Saved(0.01, 5000))
+            proofs, saved = [Proof("", 0.01, 0.02)], Saved(0.01, 5000)
+            lines.append(metrics.log(step, proofs, collection, update, fleet, saved, MADE))
     return [json.loads(line) for line in lines]
 
 
@@ -51,6 +53,7 @@ def test_a_line_a_step(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[0]["rollout/tokens_per_second"] == 2.0
     assert lines[0]["learner/tokens_per_second"] == 1.5
     assert lines[0]["kl/behaviour"] == 0.001
+    assert lines[0]["adapter"] == MADE.digest
     assert (lines[0]["checkpoint/seconds"], lines[0]["checkpoint/bytes"]) == (0.01, 5000)
     assert 1e7 < lines[0]["memory/driver"] < 1e11
     printed = capsys.readouterr().out.splitlines()

@@ -25,7 +25,9 @@ def test_a_run_and_a_step() -> None:
     assert split("runs/x") == (UPath("runs/x"), None)
     assert split("runs/x@40") == (UPath("runs/x"), 40)
     assert split("runs/x@home") == (UPath("runs/x@home"), None)
-    assert split("s3://bucket/runs/x@7") == (UPath("s3://bucket/runs/x"), 7)
+    assert split("memory://bucket/runs/x@7") == (UPath("memory://bucket/runs/x"), 7)
+    with pytest.raises(RloraError, match=r"s33://runs/x: .*s33.*; install what that names, or give a local directory"):
+        split("s33://runs/x@7")
 
 
 def test_a_resumed_run_has_its_own_config_and_what_is_asked_for_by_name(run: str) -> None:

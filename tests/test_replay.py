@@ -2,8 +2,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from conftest import tiny_model
-from test_checkpoint import ORIGIN
+from conftest import ORIGIN, tiny_model
 
 from rlora import episodes
 from rlora.checkpoint import Bundle
@@ -27,7 +26,8 @@ def run(tiny: str, config: Callable[..., Config], groups: list[Group]) -> Callab
         bundles = [Bundle(ORIGIN, learner.adapter(), learner.state(), Cursor(), own)]
         for order in (groups, groups[::-1], groups):
             adapter, _ = learner.update(order)
-            bundles.append(Bundle(ORIGIN, adapter, learner.state(), Cursor(), own, episodes.encode(order)))
+            before, update = bundles[-1].adapter.digest, episodes.encode(order)
+            bundles.append(Bundle(ORIGIN, adapter, learner.state(), Cursor(), own, update, before))
         return own, bundles
 
     return make
@@ -86,6 +86,13 @@ def test_a_forged_update_is_found(run: Callable[..., Run], tiny: str, groups: li
     assert replay(learner, bundles[0], bundles[1]).exact
     with pytest.raises(RloraError, match=r"step 0: the bundle of version 1 keeps no episodes \(config: checkpoint"):
         replay(learner, bundles[0], replace(bundles[1], update=None))
+
+
+def test_bundles_of_two_histories_are_told_apart(run: Callable[..., Run], tiny: str) -> None:
+    config, bundles = run("reinforce")
+    learner = Learner(config, tiny, "run")
+    with pytest.raises(RloraError, match=r"step 1: version 2 was not made from the version 1 that is there"):
+        replay(learner, bundles[1], replace(bundles[2], parent="0123456789abcdef"))
 
 
 def test_a_state_of_another_base_is_refused(

@@ -1,22 +1,27 @@
-"""A run that is killed, again and again, ends with the adapter of one that was not."""
-
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import save_words
+from conftest import ORIGIN, adapter, save_words
 from recorded_run import made_up
 from upath import UPath
 
-from rlora import checkpoint
+from rlora import checkpoint, resume
+from rlora.checkpoint import Bundle
+from rlora.config import Config
+from rlora.records import Adapter, Cursor, InFlight
+from rlora.runs import Origin
+from rlora.storage import write_adapter
 
 SCRIPT = Path(__file__).with_name("recorded_run.py")
 
@@ -87,17 +92,19 @@ def test_no_kill_costs_more_than_the_step_in_flight(
     kills: int, config_file: Callable[[int], str], tmp_path: Path
 ) -> None:
     """kill -9 of the driver and of the learner at random moments, and of the driver in the middle of a write."""
-    draw, steps = random.Random(kills), 10 * kills
+    draw, steps = random.Random(kills), 6 * kills
     config, whole, run = config_file(steps), tmp_path / "whole", tmp_path / "run"
     reference = Driver(whole, config, "-")
     assert reference.process.wait(timeout=300) == 0, reference.printed
 
     driver: Driver | None = None
     reached = least = 0  # steps that were done, and saved for certain
-    for kind in (["driver", "write", "learner", "driver"] * kills)[:kills]:
+    for number, kind in enumerate((["write", "driver", "write", "learner", "driver"] * kills)[:kills]):
         if not driver:
-            least = max(lines(run), reached - 1)
-            driver = Driver(run, config, str(whole), *([str(draw.randrange(1, 50))] if kind == "write" else []))
+            least = max(lines(run) - 1, reached - 1)  # a line is written before its bundle
+            driver = Driver(
+                run, config, str(whole), *([str(draw.randrange(1, 50) if number else 1)] if kind == "write" else [])
+            )
         if kind == "write":
             driver.process.wait(timeout=120)
         else:
@@ -122,3 +129,43 @@ def test_no_kill_costs_more_than_the_step_in_flight(
         assert ours.adapter.weights == theirs.adapter.weights
         assert ours.state == theirs.state
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == list(range(steps))
+
+
+def test_a_fork_begins_with_the_bundle_as_its_own(tmp_path: Path, bundle: Callable[..., Bundle]) -> None:
+    (tmp_path / "config.toml").write_text(
+        '[provenance]\nid = "ff"\nprompts_sha256 = "others"\nmachine = ""\n[provenance.packages]\n'
+    )
+    run = UPath(tmp_path)
+    adopted = resume.adopt(bundle(3), run)
+    assert checkpoint.newest(run, Origin.of(run)) == adopted
+    assert (adopted.origin.id, adopted.origin.prompts) == ("ff", "prompts")
+    assert adopted.adapter.weights == adapter(3).weights
+    assert resume.lineage(bundle(3)) == {
+        "run": "run", "id": ORIGIN.id, "version": 3, "digest": adapter(3).digest,
+    }  # fmt: skip
+
+
+def test_what_was_in_flight_goes_on_only_where_it_is_still_asked_for(
+    config: Callable[..., Config], bundle: Callable[..., Bundle], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cursor = Cursor(20, (4,), (InFlight(18, 2, adapter(1)), InFlight(19, 2, None)))
+    start = bundle(2, cursor=cursor)
+    assert resume.cursor_for(config(learner={"lr": 1e-3}, steps=7), start, ORIGIN) == cursor
+    assert capsys.readouterr().err == ""
+    hotter = config(sampling={"max_tokens": 8, "max_prompt_tokens": 48, "temperature": 0.5})
+    assert resume.cursor_for(hotter, start, ORIGIN) == Cursor(20, (18, 19, 4))
+    assert "sampling: changed, so the prompts that were in flight are sampled again" in capsys.readouterr().err
+    assert resume.cursor_for(config(), start, replace(ORIGIN, prompts="others")) == Cursor(20)
+    assert "its training prompts are others than they were" in capsys.readouterr().err
+
+
+def test_a_run_keeps_what_it_started_from(tmp_path: Path, config: Callable[..., Config]) -> None:
+    given = write_adapter(Adapter("", 0, b"{}", b"weights"), tmp_path / "given")
+    run, plain, started = UPath(tmp_path / "run"), config(), config(learner={"start_from": str(given)})
+    assert resume.keep_start(run, plain) == resume.with_own_start(run, plain) == plain
+    assert resume.with_own_start(run, started) == started  # there is no copy yet
+    own = resume.keep_start(run, started)
+    assert own.learner.start_from == str(run / "start")
+    shutil.rmtree(given)
+    assert resume.with_own_start(run, started) == own
+    assert (run / "start" / "adapter_model.safetensors").read_bytes() == b"weights"

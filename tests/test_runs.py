@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from upath import UPath
 
 from rlora import runs
 from rlora.config import Config, read
-from rlora.records import RewardError, RloraError
+from rlora.records import Prompt, RewardError, RloraError
 from rlora.task import Task, load_task
 
 
@@ -32,12 +33,12 @@ def test_a_run_says_what_made_it(place: UPath, config: Callable[..., Config], ta
     assert read(place / "run" / "config.toml") == config()
     for expected in ("chat_template_sha256", "torch = ", "prompts_dropped = 0", "cores"):
         assert expected in text
-    origin = runs.origin(place / "run", task)
+    origin = runs.Origin.here(place / "run", task)
     assert origin == runs.Origin.of(place / "run")
     assert origin.forked_from == {"run": "other", "version": 3}
     assert len(origin.id) == 16
     runs.write_config(place / "run", config(steps=7))
-    assert (read(place / "run" / "config.toml").steps, runs.origin(place / "run", task)) == (7, origin)
+    assert (read(place / "run" / "config.toml").steps, runs.Origin.here(place / "run", task)) == (7, origin)
 
 
 def test_a_directory_that_holds_something_is_refused(place: UPath, config: Callable[..., Config], task: Task) -> None:
@@ -61,10 +62,12 @@ def test_a_summary_grows(place: UPath) -> None:
     assert runs.summary(place) == {"a": 1, "b": 2}
 
 
-def test_engines_that_were_asked_for(place: UPath) -> None:
-    assert runs.wanted_engines(place) is None
-    runs.ask_for_engines(place, 3)
-    assert runs.wanted_engines(place) == 3
+def test_engines_that_were_asked_for(tmp_path: Path) -> None:
+    assert runs.wanted_engines(UPath(tmp_path)) is None
+    runs.ask_for_engines(UPath(tmp_path), 3)
+    assert runs.wanted_engines(UPath(tmp_path)) == 3
+    with pytest.raises(RloraError, match="in a local directory only"):
+        runs.ask_for_engines(UPath("memory://run"), 3)
 
 
 HOLD = """
@@ -94,6 +97,31 @@ def test_one_process_trains_a_run_at_a_time_and_a_dead_one_holds_nothing(tmp_pat
     assert not runs.is_held(run)
     with runs.held(run):
         assert f"process {os.getpid()}" in (run / "lock").read_text()
+
+
+def test_a_run_that_is_being_trained_is_not_overwritten(
+    tmp_path: Path, config: Callable[..., Config], task: Task
+) -> None:
+    run = UPath(tmp_path / "run")
+    runs.create(run, config(), task)
+    with runs.held(run), pytest.raises(RloraError, match="a process trains the run that is there; end that one first"):
+        runs.create(run, config(), task, overwrite=True)
+    runs.create(run, config(), task, overwrite=True)
+
+
+def test_a_directory_in_which_nothing_was_written_yet_is_empty(
+    tmp_path: Path, config: Callable[..., Config], task: Task
+) -> None:
+    (tmp_path / ".config.toml.half").write_text("killed in its fi")
+    runs.create(UPath(tmp_path), config(), task)
+
+
+def test_the_data_is_known_by_prompts_answers_and_columns() -> None:
+    prompt = Prompt("?", answer=4, token_ids=(1, 2), columns={"level": 1})
+    changed = [replace(prompt, answer=5), replace(prompt, token_ids=(1,)), replace(prompt, columns={"level": 2})]
+    digests = {runs.digest_of([each]) for each in (prompt, *changed)} | {runs.digest_of([prompt, prompt])}
+    assert len(digests) == 5
+    assert runs.digest_of([replace(prompt, answer=object())]) == runs.digest_of([replace(prompt, answer=object())])
 
 
 def test_what_was_sampled_is_kept_when_a_reward_fails(place: UPath) -> None:

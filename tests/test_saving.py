@@ -12,24 +12,24 @@ from random import Random
 from typing import Any
 
 import pytest
-from conftest import episode, group
-from test_checkpoint import ORIGIN, adapter
+from conftest import ORIGIN, adapter, episode, group
 from upath import UPath
 
 from rlora import checkpoint, saving
 from rlora.config import Config
-from rlora.records import Cursor, Group, RloraError
+from rlora.records import Cursor, Group, Prompt, RloraError
+from rlora.rollout import Collection
 from rlora.saving import Saver
 
 
 @contextmanager
 def full_disk() -> Iterator[None]:
-    """Files can't grow beyond 300 bytes: a write stops in its middle with an OSError, as on a full disk.
+    """Files can't grow beyond 20 bytes: a write stops in its middle with an OSError, as on a full disk.
 
     That holds for every file of the process, pytest's redirected output too: print nothing within it.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
     try:
         yield
     finally:
@@ -51,15 +51,15 @@ def saver(run: UPath, config: Callable[..., Config], start: checkpoint.Bundle | 
     return Saver(run, config(checkpoint=settings), ORIGIN, start)
 
 
-def sampled(version: int, reward: float) -> list[Group]:
-    return [group([1], replace(episode([2], reward), version=version))]
+def collection(version: int, reward: float, groups: list[Group]) -> Collection:
+    sampled = (group([1], replace(episode([2], reward), version=version)),)
+    return Collection(tuple(groups), sampled, 0.0, 0, 0)
 
 
 def save(saver: Saver, version: int, groups: list[Group] | None = None, reward: float = 0.0) -> None:
     """What a step does that made `version`."""
-    state = b"state" * 100
-    saver.save(adapter(version), state, Cursor(version), groups or [], sampled(version - 1, reward))
-    saver.log(json.dumps({"step": version - 1}))
+    of = collection(version - 1, reward, groups or [])
+    saver.save(adapter(version), b"state" * 100, Cursor(version), of, json.dumps({"step": version - 1}))
 
 
 def steps(run: UPath) -> list[int]:
@@ -73,7 +73,8 @@ def test_each_step_leaves_a_bundle_and_a_line(run: UPath, config: Callable[..., 
     bundles = [checkpoint.read(checkpoint.bundle_path(run, version)) for version in (1, 2, 3)]
     assert [bundle.groups for bundle in bundles] == [groups] * 3
     assert [bundle.parent for bundle in bundles] == [None, adapter(1).digest, adapter(2).digest]
-    assert [dict(bundle.rewards) for bundle in bundles] == [{0: 0.0}, {0: 0.0, 1: 0.0}, {0: 0.0, 1: 0.0, 2: 0.0}]
+    rewards = [dict(bundle.rewards) for bundle in bundles]
+    assert rewards == [{0: (0.0, 1)}, {1: (0.0, 1)}, {1: (0.0, 1), 2: (0.0, 1)}]  # of versions that have a bundle
     assert steps(run) == [0, 1, 2]
     assert keeping.saved
     assert keeping.saved.bytes == sum(path.stat().st_size for path in checkpoint.bundle_path(run, 3).iterdir())
@@ -108,13 +109,55 @@ def test_what_is_kept(run: UPath, config: Callable[..., Config]) -> None:
     assert kept(run) == [6, 12]  # also by what an earlier process learned of it
 
 
-def test_of_all_weights_only_the_last_version_is_kept(local: UPath, config: Callable[..., Config]) -> None:
+def test_of_all_weights_two_versions_are_kept(local: UPath, config: Callable[..., Config]) -> None:
     local.mkdir()
     whole = config(learner={"adapter": "none"})
     with Saver(local, whole, ORIGIN, None) as keeping:
         for version in (0, 1, 2):
             save(keeping, version)
-    assert kept(local) == [2]
+    assert kept(local) == [1, 2]
+
+
+def test_a_version_s_episodes_may_come_in_several_steps(local: UPath, config: Callable[..., Config]) -> None:
+    with saver(local, config, keep_last=3) as keeping:
+        save(keeping, 1, reward=0.5)
+        save(keeping, 2, reward=0.25)
+        keeping.save(adapter(3), b"", Cursor(), collection(1, 0.75, []))
+    assert checkpoint.read(checkpoint.bundle_path(local, 3)).rewards == {1: (1.0, 2)}
+
+
+def test_what_lies_above_the_newest_version_is_neither_counted_nor_removed(
+    local: UPath, config: Callable[..., Config]
+) -> None:
+    """A damaged bundle that was passed over, or a stranger."""
+    (local / "bundles" / "50").mkdir(parents=True)
+    with saver(local, config, keep_last=1, keep_best=0) as keeping:
+        for version in (1, 2, 3):
+            save(keeping, version)
+    assert kept(local) == [3, 50]
+
+
+def test_a_step_that_learned_from_no_group_has_its_episodes_too(local: UPath, config: Callable[..., Config]) -> None:
+    with saver(local, config) as keeping:
+        keeping.save(adapter(0), b"", Cursor())
+        save(keeping, 1, [])
+    assert checkpoint.read(checkpoint.bundle_path(local, 0)).groups is None
+    assert checkpoint.read(checkpoint.bundle_path(local, 1)).groups == []
+
+
+def test_answers_of_any_kind_are_kept_as_far_as_they_go(local: UPath, config: Callable[..., Config]) -> None:
+    circle: list[Any] = []
+    circle.append(circle)
+    odd = [replace(groups_of_one(), prompt=Prompt("?", answer)) for answer in ({(1, 2): 3}, circle, object())]
+    with saver(local, config) as keeping:
+        save(keeping, 1, odd)
+    read = checkpoint.read(checkpoint.bundle_path(local, 1)).groups
+    assert read
+    assert read[0].prompt.answer == "{(1, 2): 3}"
+
+
+def groups_of_one() -> Group:
+    return group([1], episode([2], 1.0))
 
 
 def test_a_thousand_steps_take_no_more_disk_than_a_hundred(local: UPath, config: Callable[..., Config]) -> None:
@@ -186,6 +229,7 @@ def test_training_outlives_a_full_disk(
     assert kept(local) == [1, 4]
     assert steps(local) == [0, 1, 2, 3]  # no line is lost
     said = capsys.readouterr().err
+    assert "metrics.jsonl could not be written" in said
     assert "NOT SAVED: version 2 could not be written to" in said
     assert "File too large" in said
     assert "NOT SAVED: version 3" in said
@@ -221,6 +265,27 @@ def test_a_disk_that_stays_full_ends_the_run_with_its_last_version_elsewhere(
     assert 3 <= bundle.version < 20
     os.renames(found, checkpoint.bundle_path(local, bundle.version))
     assert checkpoint.newest(local, ORIGIN) == bundle  # as the message says
+
+
+def test_a_disk_that_has_room_again_after_its_time_is_taken(
+    local: UPath, config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time is over at the next step, and that one is tried first: it may be a long one."""
+    write, full = saving.write_directory, True
+
+    def now_and_then(*arguments: Any) -> None:
+        if full:
+            raise OSError(28, "No space left on device")
+        write(*arguments)
+
+    monkeypatch.setattr(saving, "write_directory", now_and_then)
+    with saver(local, config, patience=0.01) as keeping:
+        save(keeping, 1)
+        keeping._thread.submit(int).result()
+        time.sleep(0.02)
+        full = False
+        save(keeping, 2)
+    assert kept(local) == [2]
 
 
 def test_at_its_end_a_run_has_its_last_version_somewhere(
