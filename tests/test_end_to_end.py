@@ -105,15 +105,12 @@ def test_a_short_run_raises_the_reward_and_can_be_resumed_and_evaluated(tmp_path
     assert forked.returncode == 0, forked.stderr
     assert [line["lr"] for line in metrics(fork)] == [pytest.approx(1e-4 / 4)]
     listed = rlora("runs", str(tmp_path)).stdout
-    assert re.search(r"fork +finished +4/4 .* run@3\n", listed), listed
+    assert re.search(r"fork +finished +4/4 .* run@3 *\n", listed), listed
     assert re.search(r"run +finished +5/5 ", listed), listed
 
     replayed = rlora("replay", str(run))
     assert replayed.returncode == 0, replayed.stdout + replayed.stderr
     assert replayed.stdout.count("bit for bit; loss") == 5  # the update after the resume too
-    other = rlora("replay", str(run), "--step", "2", "--learner.lr", "1e-3")
-    assert other.returncode == 0, other.stderr
-    assert "learner.lr: 0.0005 -> 0.001\nstep 2: differs by up to" in other.stdout
 
     merged = rlora("export", str(run), "--to", str(tmp_path / "merged"), "--merge")
     assert merged.returncode == 0, merged.stderr
