@@ -4,12 +4,9 @@
 `values.py` computes; here is what structure means: lists, sets, tuples, intervals, relations, units, words.
 """
 
-import itertools
-import math
 import re
 import signal
 import threading
-import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,13 +19,13 @@ from .answer import MAX_LENGTH, Answer, find_answer, find_gold
 from .exact import number, plain
 from .expression import Node, read
 from .notation import UnreadableError
+from .regions import LESS, MAX_ITEMS, is_region, label, same_region
 from .units import conflict, is_currency, unit
 from .values import constant, same, unknowns
+from .wording import choice, clock_time, is_words, spelling, words
 
 SECONDS = 2.0  # a pair; only on the main thread
-_MAX_ITEMS = 60  # of a list: they are compared each with each
 _EMPTY = {"nosolution", "nosolutions", "norealsolution", "norealsolutions", "none", "emptyset", "theemptyset"}
-_LESS = ("<", "<=", ">", ">=")
 _FLIP = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
 
 
@@ -93,15 +90,15 @@ def _deadline(seconds: float) -> Iterator[None]:
 def _compare(wanted: Answer, found: Answer) -> str:
     gold_text = ", ".join(wanted.boxes) if wanted.boxes else wanted.text + (r"\%" if wanted.percent else "")
     text = found.text + (r"\%" if found.percent and ("%" in gold_text or "percent" in gold_text) else "")
-    if words(gold_text) == words(text) and _spelling(gold_text) == _spelling(text):
+    if words(gold_text) == words(text) and spelling(gold_text) == spelling(text):
         return "correct"
-    if _choice(gold_text) and _choice(gold_text) == _choice(text):
+    if choice(gold_text) and choice(gold_text) == choice(text):
         return "correct"
-    if (one := _time(gold_text)) and (other := _time(text)):
+    if (one := clock_time(gold_text)) and (other := clock_time(text)):
         return "correct" if one[:2] == other[:2] and (one[2] == other[2] or not (one[2] and other[2])) else "wrong"
     gold, prediction = _tree(gold_text), _tree(text)
     if prediction is None:
-        return "wrong" if gold is None or _is_words(text) else "unparsable"
+        return "wrong" if gold is None or is_words(text) else "unparsable"
     if gold is None:
         return "wrong"
     candidates: list[Node | None] = [prediction]
@@ -135,59 +132,6 @@ def _decimal_comma(text: str, other: Node, gold: bool) -> Node | None:
     return _tree(f"{match[1]}.{match[2]}")
 
 
-# ---- words ----
-
-
-def words(text: str) -> str:
-    """Letters and digits alone, without case, accents and LaTeX's commands for text."""
-    text = re.sub(
-        r"\\(?:text\w*|mbox|mathrm|mathbf|boxed|left|right|operatorname|displaystyle|quad|qquad)\b",
-        "",
-        text[:MAX_LENGTH],
-    )
-    text = unicodedata.normalize("NFKD", text)
-    return "".join(sign for sign in text if sign.isalnum()).casefold()
-
-
-def _spelling(text: str) -> str:
-    """All but spaces and what only typesets."""
-    text = re.sub(r"(?<=\d)\s+(?=\d)", "_", text[:MAX_LENGTH])
-    text = re.sub(r"\\(?:text\w*|mbox|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"\\(?:text\w*|mbox|mathrm|mathbf|left|right|displaystyle)\b|\\[,;:! ]|[\s$]|\\[()]", "", text)
-    return unicodedata.normalize("NFKD", text).rstrip(".,\\") if len(words(text)) < 2 else _folded(text)
-
-
-def _folded(text: str) -> str:
-    symbols = re.sub(r"[^\W\d_]{4,}", lambda found: found[0].casefold(), text)
-    text = unicodedata.normalize("NFKD", symbols).rstrip(".,\\")
-    return text.casefold() if re.fullmatch(r"[^\W\d_]+", text) else text
-
-
-def _choice(text: str) -> str:
-    """The letter of a multiple choice: B, (B), B. with or without words behind."""
-    bare = re.sub(r"\\(?:text\w*|mathrm|mathbf|mbox)\s*|[{}$*]", "", text[:MAX_LENGTH]).strip().rstrip(".")
-    if len(re.findall(r"\([A-Ja-j]\)", bare)) > 1:  # one of several is none
-        return ""
-    match = re.fullmatch(r"\(?\s*([A-J])\s*\)?|\(([A-J])\)\s.*|([A-J])[.):]\s.*", bare, re.DOTALL)
-    if match:
-        return next(letter for letter in match.groups() if letter)
-    match = re.fullmatch(r"\(([a-j])\)", bare)
-    if match or (re.search(r"\\(?:text|mathrm)", text) and re.fullmatch(r"[a-j]", bare)):
-        return bare.strip("()").upper()
-    return ""
-
-
-def _time(text: str) -> tuple[int, int, str] | None:
-    """Hours, minutes, and the half of the day: 3:30 PM."""
-    bare = re.sub(r"\\(?:text\w*|mathrm|mbox)|[{}$.~\\,\s]", "", text[:60]).lower()
-    match = re.fullmatch(r"(\d{1,2}):(\d{2})([ap]m)?", bare)
-    return (int(match[1]), int(match[2]), match[3] or "") if match else None
-
-
-def _is_words(text: str) -> bool:
-    return bool(re.fullmatch(r"[^\d\\=^_{}<>]*[^\W\d_]{2,}[^\d\\=^_{}<>]*", text[:300]))
-
-
 # ---- structure ----
 
 
@@ -200,15 +144,15 @@ def equal(gold: Node, prediction: Node) -> bool:
         return _same_words(gold, prediction)
     try:
         alike = gold.op == prediction.op and gold.op in ("tuple", "list")
-        regions = not alike and _is_region(gold) and _is_region(prediction)
-        if regions and (found := _same_region(gold, prediction)) is not None:
+        regions = not alike and is_region(gold) and is_region(prediction) and not _are_relations(gold, prediction)
+        if regions and (found := same_region(gold, prediction)) is not None:
             return found
         if gold.op == "relation" or prediction.op == "relation":
             return _same_relation(gold, prediction)
         if gold.op in ("list", "set", "tuple", "pm", "mp") or prediction.op in ("list", "set", "tuple", "pm", "mp"):
             return _same_items(gold, prediction)
         if gold.op in ("cup", "cap", "minus") or prediction.op in ("cup", "cap", "minus"):
-            return bool(_same_region(gold, prediction))
+            return bool(same_region(gold, prediction))
         return _same_value(gold, prediction)
     except UnreadableError:
         return False
@@ -302,7 +246,7 @@ def _items(node: Node) -> list[Node]:
     """The members of a list or set, with both values of every plus-minus."""
     members = node.args if node.op in ("list", "set") else (node,)
     found = [value for member in members for value in _both(member)]
-    if len(found) > _MAX_ITEMS:
+    if len(found) > MAX_ITEMS:
         raise UnreadableError("a list too long")
     return found
 
@@ -377,22 +321,7 @@ def _name(node: Node) -> str:
     """The name on the left of `x = 5`, `f(x) = ...`, `x in S`; empty where there is none."""
     if node.op != "relation" or not set(node.data.split()) <= {"=", "~", "in", "=="}:
         return ""
-    return _label(node.args[0])
-
-
-def _label(node: Node) -> str:
-    if node.op == "symbol":
-        return node.data
-    if node.op == "text":
-        return words(node.data)
-    if any(part.op in ("number", "add", "sub", "pow", "relation", "set") for part in node.walk()) and node.op != "call":
-        return ""
-    if node.op == "tuple" and not all(_label(arg) for arg in node.args):
-        return ""
-    if node.op == "call" and node.data in ("abs",) and not unknowns(node):
-        return ""
-    labels = "".join(part.data for part in node.walk() if part.op in ("symbol", "call", "text"))
-    return f"{node.op} {labels}" if unknowns(node) or "text" in node.op else ""
+    return label(node.args[0])
 
 
 def _stated(node: Node) -> Node | None:
@@ -401,7 +330,7 @@ def _stated(node: Node) -> Node | None:
     if not set(signs) <= {"=", "~", "in", "=="}:
         return None
     sides = list(node.args)
-    named = bool(_label(sides[0]))
+    named = bool(label(sides[0]))
     while signs and signs[-1] == "~" and (len(sides) > 2 or not named):
         signs.pop(), sides.pop()
     if len(sides) > 2 or named or not any(unknowns(side) for side in sides):
@@ -422,6 +351,12 @@ def _same_relation(gold: Node, prediction: Node) -> bool:
             return False
         return _proportional(gold, prediction) and (value is None or bool(unknowns(value)))
     return value is not None and gold.op == "relation" and equal(value, prediction)
+
+
+def _are_relations(gold: Node, prediction: Node) -> bool:
+    """Whether two inequalities are no sets of numbers: of other unknowns, or one a multiple of the other."""
+    inequalities = gold.op == prediction.op == "relation" and {*gold.data.split(), *prediction.data.split()} <= {*LESS}
+    return inequalities and (unknowns(gold) != unknowns(prediction) or _proportional(gold, prediction))
 
 
 def _differ(one: str, other: str) -> bool:
@@ -447,7 +382,7 @@ def _proportional(gold: Node, prediction: Node) -> bool:
     factor = _factor(ratio)
     if factor is None:
         return False
-    if ours[0] in _LESS:
+    if ours[0] in LESS:
         return theirs[0] == (ours[0] if factor > 0 else _FLIP[ours[0]])
     return ours == theirs
 
@@ -468,97 +403,3 @@ def _renamed(node: Node) -> Node:
     if node.op == "symbol" and unknowns(node):
         return replace(node, data=f"{node.data}'")
     return replace(node, args=tuple(map(_renamed, node.args)))
-
-
-# ---- sets of numbers ----
-
-
-def _is_region(node: Node) -> bool:
-    if node.op == "relation":
-        signs = node.data.split()
-        return all(sign in _LESS for sign in signs) or (signs in (["in"], ["="]) and _is_region(node.args[1]))
-    if node.op == "list":
-        return all(arg.op == "relation" and _is_region(arg) for arg in node.args)
-    if node.op in ("cup", "cap", "minus", "builder") or (node.op == "tuple" and len(node.args) == 2):
-        return True
-    return node.op == "symbol" and node.data == "mathbb R"
-
-
-def _same_region(gold: Node, prediction: Node) -> bool | None:
-    """Compares two sets of numbers on their ends, beside and between them; None where one is not such a set."""
-    inequalities = gold.op == prediction.op == "relation" and {*gold.data.split(), *prediction.data.split()} <= {*_LESS}
-    if inequalities and (unknowns(gold) != unknowns(prediction) or _proportional(gold, prediction)):
-        return None
-    try:
-        ends = sorted({end for node in (gold, prediction) for end in _ends(node)})
-        points = [*ends, *((a + b) / 2 for a, b in itertools.pairwise(ends))]
-        points += [ends[0] - 1, ends[-1] + 1, ends[0] - 1000, ends[-1] + 1000] if ends else [Fraction(0)]
-        points += [end + step for end in ends for step in (Fraction(1, 10**6), -Fraction(1, 10**6))]
-        return all(_holds(gold, point) == _holds(prediction, point) for point in points)
-    except (UnreadableError, TypeError):
-        return None
-
-
-def _end(node: Node) -> Any:
-    value = constant(node)
-    if isinstance(value, Fraction):
-        return value
-    rounded = float(value)
-    return rounded if math.isinf(rounded) else Fraction(rounded)
-
-
-def _ends(node: Node) -> list[Any]:
-    if node.op == "relation" and node.data in ("in", "="):
-        return _ends(node.args[1])
-    if node.op == "builder":
-        return _ends(node.args[1])
-    if node.op in ("cup", "cap", "minus", "list", "set", "tuple", "relation") and len(node.args) <= _MAX_ITEMS:
-        return [end for arg in node.args for end in _ends(arg)]
-    if unknowns(node):
-        if node.op == "call" and node.data == "abs":
-            return []
-        return []
-    return [value] if abs(value := _end(node)) < 10**30 else []
-
-
-def _holds(node: Node, point: Any) -> bool:
-    """Whether a number lies in a set."""
-    if node.op in ("cup", "list"):
-        if node.op == "list" and node.data == "and":
-            return all(_holds(arg, point) for arg in node.args)
-        return any(_holds(arg, point) for arg in node.args)
-    if node.op == "cap":
-        return all(_holds(arg, point) for arg in node.args)
-    if node.op == "minus":
-        return _holds(node.args[0], point) and not _holds(node.args[1], point)
-    if node.op == "builder" or (node.op == "relation" and node.data in ("in", "=")):
-        return _holds(node.args[1], point)
-    if node.op == "symbol" and node.data == "mathbb R":
-        return True
-    if node.op == "set":
-        return any(_end(arg) == point for arg in node.args)
-    if node.op == "tuple" and len(node.args) == 2:
-        low, high = map(_end, node.args)
-        return bool(
-            (low < point or (node.data[0] == "[" and low == point))
-            and (point < high or (node.data[1] == "]" and point == high))
-        )
-    if node.op == "relation" and sum(bool(unknowns(side)) for side in node.args) == 1:
-        values = [_at(side, point) for side in node.args]
-        return all(_ordered(a, sign, b) for a, sign, b in zip(values, node.data.split(), values[1:], strict=False))
-    raise UnreadableError("no set of numbers")
-
-
-def _at(side: Node, point: Any) -> Any:
-    """A side of a relation: its value, the point where it is the name, its size where it is the name's."""
-    if not unknowns(side):
-        return _end(side)
-    if side.op == "call" and side.data == "abs" and side.args[0].op == "symbol":
-        return abs(point)
-    if _label(side):
-        return point
-    raise UnreadableError("a relation that is not solved")
-
-
-def _ordered(left: Any, sign: str, right: Any) -> bool:
-    return bool({"<": left < right, "<=": left <= right, ">": left > right, ">=": left >= right}[sign])

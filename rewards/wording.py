@@ -1,0 +1,56 @@
+"""Answers as words: their letters, their spelling, a multiple choice, a time of the day."""
+
+import re
+import unicodedata
+
+from .answer import MAX_LENGTH
+
+
+def words(text: str) -> str:
+    """Letters and digits alone, without case, accents and LaTeX's commands for text."""
+    text = re.sub(
+        r"\\(?:text\w*|mbox|mathrm|mathbf|boxed|left|right|operatorname|displaystyle|quad|qquad)\b",
+        "",
+        text[:MAX_LENGTH],
+    )
+    text = unicodedata.normalize("NFKD", text)
+    return "".join(sign for sign in text if sign.isalnum()).casefold()
+
+
+def spelling(text: str) -> str:
+    """All but spaces and what only typesets."""
+    text = re.sub(r"(?<=\d)\s+(?=\d)", "_", text[:MAX_LENGTH])
+    text = re.sub(r"\\(?:text\w*|mbox|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\\(?:text\w*|mbox|mathrm|mathbf|left|right|displaystyle)\b|\\[,;:! ]|[\s$]|\\[()]", "", text)
+    return unicodedata.normalize("NFKD", text).rstrip(".,\\") if len(words(text)) < 2 else _folded(text)
+
+
+def _folded(text: str) -> str:
+    symbols = re.sub(r"[^\W\d_]{4,}", lambda found: found[0].casefold(), text)
+    text = unicodedata.normalize("NFKD", symbols).rstrip(".,\\")
+    return text.casefold() if re.fullmatch(r"[^\W\d_]+", text) else text
+
+
+def choice(text: str) -> str:
+    """The letter of a multiple choice: B, (B), B. with or without words behind."""
+    bare = re.sub(r"\\(?:text\w*|mathrm|mathbf|mbox)\s*|[{}$*]", "", text[:MAX_LENGTH]).strip().rstrip(".")
+    if len(re.findall(r"\([A-Ja-j]\)", bare)) > 1:  # one of several is none
+        return ""
+    match = re.fullmatch(r"\(?\s*([A-J])\s*\)?|\(([A-J])\)\s.*|([A-J])[.):]\s.*", bare, re.DOTALL)
+    if match:
+        return next(letter for letter in match.groups() if letter)
+    match = re.fullmatch(r"\(([a-j])\)", bare)
+    if match or (re.search(r"\\(?:text|mathrm)", text) and re.fullmatch(r"[a-j]", bare)):
+        return bare.strip("()").upper()
+    return ""
+
+
+def clock_time(text: str) -> tuple[int, int, str] | None:
+    """Hours, minutes, and the half of the day: 3:30 PM."""
+    bare = re.sub(r"\\(?:text\w*|mathrm|mbox)|[{}$.~\\,\s]", "", text[:60]).lower()
+    match = re.fullmatch(r"(\d{1,2}):(\d{2})([ap]m)?", bare)
+    return (int(match[1]), int(match[2]), match[3] or "") if match else None
+
+
+def is_words(text: str) -> bool:
+    return bool(re.fullmatch(r"[^\d\\=^_{}<>]*[^\W\d_]{2,}[^\d\\=^_{}<>]*", text[:300]))
