@@ -42,6 +42,10 @@ _NOT = re.compile(  # before a number that is not the answer, or not all of it
     r"(?:be\s+|equal\s+(?:to\s+)?|simply\s+|just\s+|exactly\s+)?[$(\\\s]*\Z",
     re.IGNORECASE,
 )
+_GOES_ON = r"(?:(?!\b(?:because|since|as|for|so|where)\b)[^=,;:])*="  # 16 ducks * 2 eggs = 32 eggs
+_CONTRAST = re.compile(  # "14, not 12", "14 rather than 12": what it is not says nothing of what it is
+    rf"(?:[,;(]\s*(?:and\s+|but\s+)?not|\brather\s+than|\binstead\s+of)\s+{_VALUE}(?![\w/])\)?", re.IGNORECASE
+)
 _KNOWN = frozenset(["and", "pct", "percent", "percentage", "infinity", "inf", "union", "nan", "NaN", "array", "Matrix"])
 _RUN_OF_LINES = re.compile(r"\d\s*\n\s*[-+\d]")
 _SENTENCE = re.compile(r"[.!?。](?=\s|\Z)(?!\s*\d)|\n")
@@ -213,7 +217,7 @@ def _statement(text: str) -> str | None:
         return math[0] + (" " + rest if re.match(r"\\?%|percent|pct", rest) else "")
     if math or re.match(r"[-+(\[{\\]", sentence):
         return sentence
-    if head and not re.match(_JOIN + r"[$\d\\(-]|\s*[*+^/=]|\s*[a-zA-Z]\b", sentence[head.end() :]):
+    if head and not re.match(_JOIN + r"[$\d\\(-]|\s*[*+^/=]|\s*[a-zA-Z]\b|" + _GOES_ON, sentence[head.end() :]):
         return head[0]
     if _is_formula(sentence) or not re.search(r"[\d$\\]", sentence):
         return sentence if len(sentence) <= 200 else None
@@ -249,6 +253,7 @@ def _is_formula(text: str) -> bool:
 
 def _last_value(text: str) -> str | None:
     """The last formula or number of a text, as a list with what is joined to it; None where it is denied."""
+    text = _CONTRAST.sub("", text)
     maths = list(_MATH.finditer(text))
     covered = maths[-1].end() if maths else 0
     numbers = list(_NUMBER.finditer(text, covered))

@@ -1,24 +1,39 @@
-"""The math reward on pairs that were written for it without its code: 885 of forty kinds, half of them near misses."""
+"""The math reward on pairs that were written for it without its code: 885 of forty kinds, half of them near misses, and
+241 whole completions, most of them prose without a box."""
 
 import json
 from collections import Counter
 from pathlib import Path
 
+import pytest
 from rlora.rewards.equivalence import grade
 
-FILE = Path(__file__).with_name("cases") / "equivalence.jsonl"
-ROWS = [json.loads(line) for line in FILE.read_text("utf-8").split("\n") if line]
-STRICT = {  # right, and not seen as such: work left to do, another base, an expression's name, odd spellings
-    "latex_fraction-011", "assignment-012", "matrix-005", "base-006", "completion_style-013",
-    *(f"closed_form-00{n}" for n in range(1, 7)),
+NOT_SEEN = {  # right, and not seen as such
+    "equivalence": {  # work left to do, another base, an expression's name, odd spellings
+        "latex_fraction-011", "assignment-012", "matrix-005", "base-006", "completion_style-013",
+        *(f"closed_form-00{n}" for n in range(1, 7)),
+    },
+    "prose": {  # without a box or "answer is": formulas, words, and numbers in words; values behind the answer
+        f"prose-{n:03}"
+        for n in (22, 26, 28, 30, 34, 35, 36, 39, 40, 41, 42, 43, 49, 68, 82, 87, 88, 97, 110, 115, 116, 117, 118)
+    },
 }  # fmt: skip
+LAST_NUMBER = {"prose-130", "prose-131"}  # "gets 8 of the 24 sweets": without a mark the last number counts
 
 
-def test_only_right_answers_are_correct_and_those_that_are_not_seen_are_known() -> None:
-    wrong = {row["id"]: row for row in ROWS if (grade(row["gold"], row["prediction"]) == "correct") != row["expected"]}
-    assert not [row for row in wrong.values() if not row["expected"]]
-    assert wrong.keys() == STRICT
+def rows(name: str) -> list[dict[str, str]]:
+    text = (Path(__file__).with_name("cases") / f"{name}.jsonl").read_text("utf-8")
+    return [json.loads(line) for line in text.split("\n") if line]
 
 
-def test_both_labels_are_well_represented() -> None:
-    assert min(Counter(row["expected"] for row in ROWS).values()) > 400
+@pytest.mark.parametrize("name", NOT_SEEN)
+def test_only_right_answers_are_correct_and_those_that_are_not_seen_are_known(name: str) -> None:
+    seen = {row["id"]: grade(row["gold"], row["prediction"]) == "correct" for row in rows(name)}
+    expected = {row["id"]: row["expected"] for row in rows(name)}
+    assert {each for each in seen if seen[each] and not expected[each]} <= LAST_NUMBER
+    assert {each for each in seen if expected[each] and not seen[each]} == NOT_SEEN[name]
+
+
+@pytest.mark.parametrize(("name", "least"), [("equivalence", 400), ("prose", 100)])
+def test_both_labels_are_well_represented(name: str, least: int) -> None:
+    assert min(Counter(row["expected"] for row in rows(name)).values()) > least
