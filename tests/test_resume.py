@@ -119,6 +119,7 @@ def test_no_kill_costs_more_than_the_step_in_flight(
         if driver.start is not None:
             assert driver.start >= least
         driver = driver if what == LEARNER else None
+    assert not driver, "the last kill has to end the driver: two can't train one run"
 
     last = Driver(run, config, str(whole))
     assert last.wait() == 0, last.printed
