@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,9 +60,14 @@ class Driver:
 
     def kill(self, what: str) -> None:
         """kill -9 of the driver itself, or of the process of its that has such a name."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        of_name = [child for child in children if what in child.cmdline()[0]]
-        (of_name[0] if of_name else self.process).kill()
+        while what != DRIVER:
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                with suppress(psutil.Error):  # it has ended meanwhile
+                    if what in str(child.cmdline()[:1]):
+                        child.kill()
+                        return
+            time.sleep(0.1)  # it is being started again
+        self.process.kill()
 
     def wait(self) -> int:
         return self.process.wait(timeout=120)
