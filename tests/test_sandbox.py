@@ -1,6 +1,7 @@
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -78,13 +79,22 @@ def test_a_file_elsewhere_can_not_be_changed(change: str, tmp_path: Path) -> Non
     assert (after.st_mode, after.st_uid, after.st_size, after.st_mtime_ns, after.st_ctime_ns) == kept
 
 
+def command_lines() -> list[str]:
+    """Of this process's children, and of theirs."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has ended meanwhile
+            found.append(" ".join(child.cmdline()))
+    return found
+
+
 def test_it_ends_when_its_time_is_over_and_nothing_is_left() -> None:
     for code in ("while True: pass", "import time\ntime.sleep(60)"):
         start = time.monotonic()
         assert run(code, seconds=1.0) == "\ntime is over"
         assert time.monotonic() - start < 3
     deadline = time.monotonic() + 5
-    while any("sandbox.py" in " ".join(each.cmdline()) for each in psutil.Process().children(recursive=True)):
+    while any("sandbox.py" in line for line in command_lines()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
