@@ -4,7 +4,7 @@
     python benchmarks/bundles.py --steps 500    # trains a tiny model on Ray and vLLM for so many steps first
 
 The time that the loop waits for saving, and that saving takes beside it, are shares of the step's. Memory is the slope
-of a straight line through the last three quarters of the steps, resident MiB per 100 steps.
+of a straight line through the last three quarters of the steps, MiB of the process's own per 100 steps.
 """
 
 import argparse

@@ -139,7 +139,7 @@ class Learner:
             tokens=int(sums["tokens"]),
             seconds=time.perf_counter() - began,
             skipped_in_a_row=self.skipped_in_a_row,
-            resident_bytes=machine.resident_bytes(),
+            own_bytes=machine.own_bytes(),
         )
         return self.adapter(), stats
 

@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import random
-import resource
 import signal
 import sys
 import threading
@@ -90,12 +89,11 @@ def _torch_states() -> dict[str, Tensor]:
     return {"cpu": torch.get_rng_state()} | of_gpus
 
 
-def resident_bytes() -> int:
-    """RAM that this process has now."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    except OSError:  # not Linux: the most it ever had
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def own_bytes() -> int | None:
+    """RAM that this process has for itself now, without files and what it shares (Ray's objects); None off Linux."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), None)
 
 
 @contextmanager

@@ -122,8 +122,8 @@ class Metrics:
             "time/reward": collection.reward_seconds,
             "checkpoint/seconds": saved.seconds if saved else None,
             "checkpoint/bytes": saved.bytes if saved else None,
-            "memory/driver": machine.resident_bytes(),
-            "memory/learner": update.resident_bytes,
+            "memory/driver": machine.own_bytes(),
+            "memory/learner": update.own_bytes,
             "time/step": whole,
         }
         tokens = figures["completion/tokens"] or 0

@@ -231,7 +231,7 @@ class UpdateStats:
     kl_update: float | None = None  # nats a token that the policy moved in the update, before its last minibatch
     kl_reference: float | None = None  # nats a token, learner against the base
     entropy: float | None = None  # nats a token; the mean of -log p, which it is on policy, unless it is in the loss
-    resident_bytes: int | None = None  # RAM of the learner's process after it
+    own_bytes: int | None = None  # RAM that the learner's process has for itself after it
     value_loss: float | None = None
     explained_variance: float | None = None  # of the returns, by the critic before the update
 
