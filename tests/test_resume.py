@@ -70,7 +70,7 @@ class Driver:
         self.process.kill()
 
     def wait(self) -> int:
-        return self.process.wait(timeout=120)
+        return self.process.wait(timeout=600)
 
 
 @pytest.fixture
