@@ -46,7 +46,8 @@ def show(run: Path) -> None:
     figures = {
         "steps": len(lines),
         "step_seconds": median(line["time/step"] for line in lines),
-        "waited_share": fmean(line.get("time/save", 0.0) for line in lines) / fmean(line["time/step"] for line in lines),
+        "waited_share": fmean(line.get("time/save", 0.0) for line in lines)
+        / fmean(line["time/step"] for line in lines),
         "bundle_share": fmean(line["checkpoint/seconds"] for line in saved)
         / fmean(line["time/step"] for line in saved),
         "bundle_seconds_median": median(line["checkpoint/seconds"] for line in saved),

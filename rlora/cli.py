@@ -68,7 +68,7 @@ def main() -> None:
         print(f"rlora {rlora.__version__}" if command == "--version" else _USAGE)
         sys.exit(0)
     if command not in commands:
-        print(_USAGE, file=sys.stderr)
+        print((f"rlora: {command!r} is no command\n\n" if command else "") + _USAGE, file=sys.stderr)
         sys.exit(2)
     try:
         commands[command](arguments)
@@ -204,7 +204,8 @@ def _scale(arguments: list[str]) -> None:
     from rlora import runs
 
     runs.ask_for_engines(given.run, given.engines)
-    print(f"{given.run}: {given.engines} engines from its next step on")
+    when = "from its next step on" if runs.is_held(given.run) else "once it goes on: no process trains it now"
+    print(f"{given.run}: {given.engines} engines {when}")
 
 
 def _eval(arguments: list[str]) -> None:
@@ -270,21 +271,29 @@ def _grade(arguments: list[str]) -> None:
     for field in ("deadline", "workers"):
         if getattr(given, field) <= 0:
             raise RloraError(f"--{field} {getattr(given, field):g}: give more than 0")
+    if given.out.resolve() == given.file.resolve():
+        raise RloraError(f"--out {given.out}: that is the file to grade; name another")
     table = _read_rows(given.file)
     setup = Setup((given.reward,), given.style, directory=str(Path.cwd()), deadline=given.deadline)
     start = time.perf_counter()
     with closing(Pool(setup, given.workers)) as pool:
         scores = [pool.do(_case_of(row)) for row in table]
-        graded = [row | _verdict(score.result()[0][0]) for row, score in zip(table, scores, strict=True)]
+        graded = [
+            row | _verdict(score.result()[0][0], given.threshold) for row, score in zip(table, scores, strict=True)
+        ]
     write_rows(given.out, graded)
     seconds = time.perf_counter() - start
     counts = {status: sum(row["status"] == status for row in graded) for status in STATUSES}
     print(f"{len(graded)} rows in {seconds:.1f} s: {', '.join(f'{n} {status}' for status, n in counts.items() if n)}")
+    if failed := [row["detail"] for row in graded if row["status"] == "error"]:
+        print(f"the first error: {failed[0]}", file=sys.stderr)
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows to grade. Raises RloraError that names the line where one has no gold or no prediction."""
     table = []
+    if not path.is_file():
+        raise RloraError(f"{path}: there is no such file; name one with a JSON object a line")
     for number, line in enumerate(path.read_text("utf-8", "replace").split("\n"), 1):
         if not line.strip():
             continue
@@ -306,17 +315,16 @@ def _case_of(row: dict[str, Any]) -> Case:
     return Case("", "", row["gold"], columns, (row["prediction"],), (said,), ((),), ({},))
 
 
-def _verdict(score: Score) -> dict[str, Any]:
-    """What a row gets. A number that has no status is its own verdict: correct from 1 on."""
+def _verdict(score: Score, threshold: float) -> dict[str, Any]:
+    """What a row gets. A number that has no status is its own verdict: correct from `threshold` on."""
     usual = ScoringConfig()
-    status = score.status or ("correct" if (score.value or 0.0) >= usual.correct else "wrong")
+    status = score.status or ("correct" if (score.value or 0.0) >= threshold else "wrong")
     reward = score.value if score.value is not None else getattr(usual, status)
     return {"status": status, "reward": reward} | ({"detail": score.detail} if score.detail else {})
 
 
 def write_rows(path: Place, table: Iterable[dict[str, Any]]) -> None:
     """JSON lines, whole or not at all."""
-
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
     write_file(path, "".join(json.dumps(row, default=str) + "\n" for row in table).encode())
 

@@ -31,7 +31,8 @@ class Train:
     changes: Annotated[tuple[str, ...], tyro.conf.arg(name="set")] = ()
     """With --resume: fields of the config to change, as NAME=VALUE, such as steps=200 learner.lr=1e-4."""
     fork: str | None = None
-    """Start a new run from RUN@STEP, under its config; any field that the adapter does not hang on may be given too."""
+    """Start a new run from RUN@STEP, or the newest of RUN, under its config and what is given beside it: any field that
+    the adapter does not hang on."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class Grade:
     """Its form, where its parameters' names do not tell it."""
     deadline: float = 10.0
     """Seconds that a row may take; then its status is timeout."""
+    threshold: float = 1.0
+    """Where the reward function gives a number, a row is correct from this one on."""
     workers: int = 2
     """Processes that grade."""
 
@@ -261,6 +264,8 @@ def parse_replay(arguments: list[str]) -> Replay:
 
 def read_run(run: UPath) -> Config:
     """The config of a run. Raises RloraError where no run is."""
+    if run == UPath():
+        raise RloraError("no run is named, and no TOML config; give the directory of a run, RUN@STEP, or a FILE.toml")
     path = reachable(run) / "config.toml"
     if not path.exists():
         raise RloraError(
@@ -279,8 +284,9 @@ def _parse(kind: type[Given], default: Given, program: str, arguments: list[str]
     reward_args, others = _named("reward-args", others)
     options = [argument.split("=")[0].lstrip("-").replace("-", "_") for argument in others if argument[:2] == "--"]
     refuse_unlearnable(option.rpartition(".")[2] for option in options)
-    without_help = [argument for argument in others if argument not in ("-h", "--help")]  # shown once all is known
-    saved = _source(tyro.cli(kind, default=default, args=without_help, prog=program))
+    if "-h" in others or "--help" in others:
+        tyro.cli(kind, args=["--help"], prog=program)  # ends here
+    saved = _source(tyro.cli(kind, default=default, args=others, prog=program))
     over = replace(default, config=saved) if saved else None
     parsed = cast(Given, tyro.cli(kind, default=over, args=others, prog=program))
     table = asdict(parsed.config)

@@ -80,6 +80,9 @@ def test_bad_input_is_told_in_a_line_and_makes_nothing(
     ("arguments", "message"),
     [
         (("eval", "nowhere"), r"nowhere: no run is there"),
+        (("eval",), r"no run is named, and no TOML config; give the directory of a run"),
+        (("grade", "nowhere.jsonl", "--out", "out.jsonl"), r"nowhere\.jsonl: there is no such file"),
+        (("grade", "same.jsonl", "--out", "./same.jsonl"), r"--out same\.jsonl: that is the file to grade"),
         (("train", "--resume", "runs/none"), r"runs/none: no run is there .*name a directory that `rlora train` made"),
         (("train", "--fork", "runs/none@3"), r"runs/none: no run is there"),
         (("replay", "nowhere"), r"nowhere: no run is there"),
@@ -136,6 +139,15 @@ def test_usage_errors(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[
     assert arguments[0] in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["train", "eval", "replay", "show", "runs", "export", "grade", "scale"])
+def test_help_needs_nothing_else(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command, "--help") == 0
+    shown = capsys.readouterr().out
+    assert f"usage: rlora {command}" in shown
+    if command not in ("train", "runs"):
+        assert "positional arguments" in shown
+
+
 def test_no_config(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("train") == 2
     assert "--model" in capsys.readouterr().err
@@ -144,6 +156,7 @@ def test_no_config(capsys: pytest.CaptureFixture[str]) -> None:
 def test_no_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == run("tarin") == 2
     shown = capsys.readouterr()
+    assert "rlora: 'tarin' is no command" in shown.err
     words = "train Train|eval Answer|replay Compute|runs List|export Write|grade Grade|show Show|scale Give"
     listed = ".*\n +".join(words.replace(" ", " +").split("|"))
     assert re.search(listed, shown.err)
