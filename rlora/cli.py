@@ -350,7 +350,7 @@ def _replay(arguments: list[str]) -> None:
 
     from rlora import checkpoint, cluster, machine, resume
     from rlora.base import locate
-    from rlora.replay import replay, updates
+    from rlora.replay import pairs, replay, updates
 
     own = read_run(given.run)
     changes = differences(own, given.config)
@@ -361,21 +361,20 @@ def _replay(arguments: list[str]) -> None:
     if not steps:
         raise RloraError(f"{given.run}: no two bundles in a row are kept (config: checkpoint.keep_last)")
 
-    def config_of(step: int) -> Config:
-        made_under = checkpoint.read_version(given.run, step + 1).config
-        return resume.with_own_start(given.run, with_changes(made_under, named))
+    def config_of(pair: "tuple[Bundle, Bundle]") -> Config:
+        return resume.with_own_start(given.run, with_changes(pair[1].config, named))
 
     done, without = [], 0
-    for config, of in groupby(steps, key=config_of):
+    for config, of in groupby(pairs(given.run, steps), key=config_of):
         with cluster.learning(config, locate(config.model), given.run.name) as learner:
-            for step in of:
-                before, after = (checkpoint.read_version(given.run, version) for version in (step, step + 1))
+            for before, after in of:
+                what, made_on = f"step {before.version}", after.origin.machine
                 if after.update is None and given.step is None:
-                    print(f"step {step}: its episodes were not kept (checkpoint.episodes_mib)")
+                    print(f"{what}: its episodes were not kept (checkpoint.episodes_mib)")
                     without += 1
                     continue
-                if after.origin.machine != machine.name():
-                    print(f"step {step}: made on another machine ({after.origin.machine}; this is {machine.name()})")
+                if made_on != machine.name():
+                    print(f"{what}: made on another machine ({made_on}; this is {machine.name()})")
                 done.append(replay(learner, before, after))
                 _tell_replayed(done[-1])
     exact = sum(each.exact and each.exact_state for each in done)
@@ -429,13 +428,16 @@ def _export(arguments: list[str]) -> None:
     card = history.card(run, bundle, (given.dtype or "bfloat16") if given.merge else None)
     if adapter.whole:
         _export_all_weights(config, adapter, given)
-        write_file(given.to / "README.md", card.encode())
-        return
-    if not given.merge:
+    elif given.merge:
+        _export_merged(config, adapter, given)
+    else:
         base = json.loads(adapter.config)["base_model_name_or_path"]
         print(f"version {adapter.version}: {write_adapter(adapter, given.to)}, over the base {base}")
-        write_file(given.to / "README.md", card.encode())
-        return
+    write_file(given.to / "README.md", card.encode())
+
+
+def _export_merged(config: Config, adapter: Adapter, given: Export) -> None:
+    """A directory that transformers and vLLM load as a model: the base with the adapter in its weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -449,7 +451,6 @@ def _export(arguments: list[str]) -> None:
     off = merge(base, adapter, machine.DTYPES[dtype])
     base.save_pretrained(given.to)
     load_tokenizer(where).save_pretrained(given.to)
-    write_file(given.to / "README.md", card.encode())
     print(f"version {adapter.version} merged in {dtype}: {given.to}; its update is {off:.2%} off the adapter's own")
 
 

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import tomli_w
 from upath import UPath
@@ -41,7 +40,8 @@ def _past(run: UPath) -> Past:
         return Past(run.name, "not readable", "", "", "", "")
     done, summary = max(versions(run), default=0), runs.summary(run)
     status = "running" if runs.is_held(run) else "finished" if done >= config.steps else "stopped"
-    rewards = {line["step"]: line["reward/mean"] for line in lines(run) if line["reward/mean"] is not None}
+    lines = map(json.loads, runs.whole_lines(run))
+    rewards = {line["step"]: line["reward/mean"] for line in lines if line["reward/mean"] is not None}
     best = max(rewards, key=lambda step: rewards[step], default=None)
     accuracy = [f"{summary[name]:.3f}" for name in ("accuracy/before", "accuracy/after") if name in summary]
     return Past(
@@ -54,20 +54,13 @@ def _past(run: UPath) -> Past:
     )
 
 
-def lines(run: UPath) -> list[dict[str, Any]]:
-    """A run's metrics.jsonl, without a line that is being written."""
-    path = run / runs.METRICS
-    whole = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in whole if line.endswith("}")]
-
-
 def card(run: UPath, bundle: Bundle, merged: str | None = None) -> str:
     """The model card of a version: its base, config, data and curve, with the metadata that model hubs read.
 
     `merged` is the dtype of the weights that it was merged into; without one it is of the adapter.
     """
     config = bundle.config
-    before = [line for line in lines(run) if line["step"] < bundle.version]
+    before = [line for line in map(json.loads, runs.whole_lines(run)) if line["step"] < bundle.version]
     curve = [line["reward/mean"] or 0.0 for line in before]
     shown = before[:: max(1, len(before) // 10)]
     tags = ["lora", "reinforcement-learning", "rlora", config.algorithm.name]

@@ -1,13 +1,14 @@
 """Computes updates of a run again: proves that a version came of its episodes, or tries other losses on them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import safetensors.torch
 import torch
 from torch import Tensor
+from upath import UPath
 
-from rlora.checkpoint import Bundle
+from rlora.checkpoint import Bundle, read_version
 from rlora.learner import Learner
 from rlora.records import RloraError, UpdateStats
 
@@ -51,6 +52,15 @@ def replay(learner: Learner, before: Bundle, after: Bundle) -> Replayed:
         off=_farthest(made, kept),
         moved=_farthest(was, kept),
     )
+
+
+def pairs(run: UPath, steps: Iterable[int]) -> Iterator[tuple[Bundle, Bundle]]:
+    """The bundles before and after each step; none is read twice in a row. Raises RloraError where one is damaged."""
+    after: Bundle | None = None
+    for step in steps:
+        before = after if after and after.version == step else read_version(run, step)
+        after = read_version(run, step + 1)
+        yield before, after
 
 
 def updates(versions: Sequence[int], step: int | None) -> list[int]:

@@ -12,7 +12,7 @@ from functools import lru_cache
 from rlora.agent_loop import AgentLoop, Flight
 from rlora.config import Config
 from rlora.delivery import Fleet, wait_for
-from rlora.records import Cursor, Group, InFlight, Prompt, RewardError, Sampling
+from rlora.records import Adapter, Cursor, Group, InFlight, Prompt, RewardError, Sampling
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,15 @@ class _Sent:
     flight: Flight
 
     @property
+    def adapter(self) -> Adapter | None:
+        return self.flight.request.adapter
+
+    @property
     def record(self) -> InFlight:
         scored = self.flight.scored
         done = scored.done() and not scored.exception()
         group = scored.result() if done else self.flight.played
-        return InFlight(self.place, self.step, self.flight.request.adapter, group, done)
+        return InFlight(self.place, self.step, self.adapter, group, done)
 
 
 class Rollouts:
@@ -73,8 +77,8 @@ class Rollouts:
         Raises RewardError, which keeps what was sampled, where the reward functions fail.
         """
         count, refills = self.config.prompts_per_step, self.config.algorithm.refills
-        stale = self._take_over(version - self.config.max_staleness)
-        stale += self._drop_stale(version - self.config.max_staleness)
+        stale = self._drop_stale(version - self.config.max_staleness)
+        self._take_over()
         began = time.monotonic()
         taken, late = self._next_ones(version, count)
         took = time.monotonic() - began
@@ -112,35 +116,23 @@ class Rollouts:
         self._next += 1
         return self._next - 1
 
-    def _go_on_with_another_s(self, oldest: int) -> int:
-        """Take over what was in flight, but for what is staler than version `oldest`; returns how much that is."""
-        stale = [each for each in self._before if each.adapter and each.adapter.version < oldest]
-        self._again.extend(each.place for each in stale)
+    def _take_over(self) -> None:
+        """Go on with what another had in flight."""
         for each in self._before:
-            if each not in stale:
-                flight = self.loop.go_on(each, self._prompt(each.place), self.sampling)
-                self._sent.append(_Sent(each.place, each.step, flight))
+            flight = self.loop.go_on(each, self._prompt(each.place), self.sampling)
+            self._sent.append(_Sent(each.place, each.step, flight))
         self._before = ()
-        return len(stale)
-
-    def _take_over(self, oldest: int) -> int:
-        """Go on with what another had in flight but for what is staler than `oldest`; returns how much that is."""
-        stale = [each for each in self._before if each.adapter and each.adapter.version < oldest]
-        self._again.extend(each.place for each in stale)
-        for each in self._before:
-            if each not in stale:
-                flight = self.loop.go_on(each, self._prompt(each.place), self.sampling)
-                self._sent.append(_Sent(each.place, each.step, flight))
-        self._before = ()
-        return len(stale)
 
     def _drop_stale(self, oldest: int) -> int:
-        """Give up what was sampled before version `oldest`; those prompts come first again."""
-        versions = [(each, each.flight.request.version) for each in self._sent]  # None while no engine had room
-        stale = [each for each, version in versions if version is not None and version < oldest]
+        """Give up what is sampled under versions before `oldest`; those prompts come first again. Returns how many."""
+        in_flight: list[InFlight | _Sent] = [*self._before, *self._sent]
+        adapters = [(each, each.adapter) for each in in_flight]  # None while no engine had room
+        stale = [each for each, adapter in adapters if adapter and adapter.version < oldest]
+        self._before = tuple(each for each in self._before if each not in stale)
         self._sent = [each for each in self._sent if each not in stale]
         for each in stale:
-            each.flight.cancel()
+            if isinstance(each, _Sent):
+                each.flight.cancel()
         self._again.extend(each.place for each in stale)
         return len(stale)
 

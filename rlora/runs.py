@@ -192,6 +192,13 @@ def summarise(run: UPath, figures: Mapping[str, Any]) -> None:
     write_file(run / SUMMARY, json.dumps(summary(run) | dict(figures), indent=2).encode() + b"\n")
 
 
+def whole_lines(run: UPath) -> list[str]:
+    """Those of metrics.jsonl, without one that is being written or was cut off by a crash."""
+    path = run / METRICS
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [line for line in lines if line.endswith("}")]
+
+
 @contextmanager
 def keeping_unscored(run: UPath) -> Iterator[None]:
     """Where a reward fails, write what was sampled to `<run>/unscored.jsonl`, a JSON object an episode."""

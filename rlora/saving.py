@@ -18,7 +18,7 @@ from rlora.checkpoint import Bundle, Rewards, bundle_path, versions
 from rlora.config import Config
 from rlora.records import Adapter, Cursor, Group, RloraError
 from rlora.rollout import Collection
-from rlora.runs import METRICS, Origin, warn
+from rlora.runs import METRICS, Origin, warn, whole_lines
 from rlora.storage import remove, write_directory, write_file
 
 
@@ -150,10 +150,11 @@ class Saver:
         means = {version: total / count for version, (total, count) in self._rewards.items()}
         best = sorted(means.keys() & set(there), key=lambda version: means[version])
         kept = {*there[-settings.keep_last :], *(best[-settings.keep_best :] if settings.keep_best else ())}
-        for version in there:
-            if version not in kept and not (settings.keep_every and version % settings.keep_every == 0):
-                remove(bundle_path(self.run, version))
-        self._rewards = {version: self._rewards[version] for version in self._rewards if version in versions(self.run)}
+        if settings.keep_every:
+            kept |= {version for version in there if version % settings.keep_every == 0}
+        for version in set(there) - kept:
+            remove(bundle_path(self.run, version))
+        self._rewards = {version: of for version, of in self._rewards.items() if version in kept}
 
     def _put_elsewhere(self) -> RloraError:
         """Write the bundle that could not be written where there is room; returns the error that ends the run."""
@@ -170,10 +171,8 @@ class Saver:
 
     def _keep_lines_before(self, step: int) -> int:
         """Drop the lines of `step` and later, and one cut off by a crash: they come again. Returns how long it is."""
-        path = self.run / METRICS
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = "".join(f"{line}\n" for line in lines if line.endswith("}") and json.loads(line)["step"] < step).encode()
-        write_file(path, kept)
+        kept = "".join(f"{line}\n" for line in whole_lines(self.run) if json.loads(line)["step"] < step).encode()
+        write_file(self.run / METRICS, kept)
         return len(kept)
 
     def _log(self, line: str) -> None:

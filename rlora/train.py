@@ -23,7 +23,7 @@ def train(config: Config, task: Task, run: UPath, start: Bundle | None = None) -
     summary.json.
     """
     origin = runs.Origin.here(run, task)
-    version = start.adapter.version if start else 0
+    version = start.version if start else 0
     with (
         runs.keeping_unscored(run),
         Saver(run, config, origin, start) as saver,
