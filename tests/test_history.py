@@ -3,14 +3,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 from conftest import adapter
 from upath import UPath
 
 from rlora import runs
 from rlora.checkpoint import Bundle, bundle_path
 from rlora.config import Config
-from rlora.history import card, past_runs
+from rlora.history import past_runs
 from rlora.records import Cursor
 from rlora.storage import write_directory
 from rlora.task import Task, load_task
@@ -21,14 +20,13 @@ def task(config: Callable[..., Config]) -> Task:
     return load_task(config())
 
 
-def trained(run: UPath, config: Config, task: Task, steps: int, lineage: dict[str, object] | None = None) -> Bundle:
+def trained(run: UPath, config: Config, task: Task, steps: int, lineage: dict[str, object] | None = None) -> None:
     """A run of so many steps, as its directory has it."""
     runs.create(run, config, task, forked_from=lineage)
     lines = [{"step": step, "reward/mean": step / 10, "completion/length": 9.5} for step in range(steps)]
     (run / runs.METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 9')
     bundle = Bundle(runs.Origin.here(run, task), adapter(steps), b"", Cursor(), config)
     write_directory(bundle_path(run, steps), bundle.files)
-    return bundle
 
 
 def test_what_became_of_each_run(tmp_path: Path, config: Callable[..., Config], task: Task) -> None:
@@ -48,37 +46,3 @@ def test_what_became_of_each_run(tmp_path: Path, config: Callable[..., Config], 
     ]
     assert [past.status for past in past_runs(place)] == ["finished", "stopped", "not readable"]
     assert list(past_runs(place / "nowhere")) == []
-
-
-def test_a_model_card_says_what_an_adapter_is_and_where_it_comes_from(
-    tmp_path: Path, config: Callable[..., Config], task: Task
-) -> None:
-    run = UPath(tmp_path) / "run"
-    own = config(algorithm={"name": "grpo"}, env_args={"high": 7})
-    bundle = trained(run, own, task, 4, {"run": "other", "version": 2, "digest": "0123456789abcdef", "id": "1"})
-    runs.summarise(run, {"steps": 4, "accuracy/before": 0.25, "accuracy/after": 0.75, "accuracy/prompts": 40})
-    text = card(run, bundle)
-    _, head, body = text.split("---\n", 2)
-    assert yaml.safe_load(head) == {
-        "base_model": own.model,
-        "library_name": "peft",
-        "pipeline_tag": "text-generation",
-        "tags": ["lora", "reinforcement-learning", "rlora", "grpo"],
-    }
-    for said in (
-        "# run, version 4",
-        "rank-1 LoRA adapter (alpha 32, all)",
-        '`rlora.envs.arithmetic:Arithmetic` {"high": 7}',
-        "`rlora.rewards.integer:integer_answer`",
-        "4 steps of 16 prompts x 8 completions",
-        bundle.adapter.digest,
-        "`other@2` (`0123456789ab`)",
-        "0.250 before, 0.750 after, greedily on 40 held-out prompts",
-        "▁▃▆█",
-        "| 3 | 0.300 | 9.5 |",
-        'name = "grpo"',
-    ):
-        assert said in body, said
-    merged = card(run, bundle, "bfloat16")
-    assert "merged in bfloat16" in merged
-    assert yaml.safe_load(merged.split("---\n")[1])["library_name"] == "transformers"

@@ -10,10 +10,10 @@ LAYERS = [
     {"records", "plugin", "config", "machine", "storage", "episodes"},
     {"lora", "advantage", "loss", "attention", "base", "sharding", "thin_product"},
     {"head", "optimizer", "chat"},
-    {"policy", "peft_format", "batch", "task", "delivery", "scoring"},
+    {"policy", "peft_format", "batch", "task", "delivery", "scoring", "grading"},
     {"algorithm", "agent_loop"},
     {"learner", "merge", "rollout", "runs", "checkpoint", "resume", "saving", "slots", "vllm_cpu"},
-    {"engine", "evaluate", "metrics", "replay", "history"},
+    {"engine", "evaluate", "metrics", "replay", "history", "export"},
     {"cluster", "train", "options", "cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
