@@ -4,6 +4,7 @@ import json
 import tomllib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -484,11 +485,20 @@ def explain(error: ValidationError) -> str:
         if fault["type"] == "missing":
             line = f"{name}: not set, and it has no default; set it in the file or by --{name}"
         elif fault["type"] == "unexpected_keyword_argument":
-            line = f"{name} = {fault['input']!r}: no such field; `rlora train --help` lists them all"
+            line = f"{name} = {fault['input']!r}: no such field; {like(name)}"
         else:
             line = f"{name} = {fault['input']!r}: {fault['msg'].replace('Input', 'it')}. {_doc(fault['loc'])}"
         lines.setdefault(name, line)
     return "\n".join(lines.values())
+
+
+def like(name: str) -> str:
+    """What to do about a field that there is not: the names that are like it, or where all stand."""
+    table = asdict(Config(model="", env="", reward=""))
+    names = [f"{section}.{field}" for section, of in table.items() if isinstance(of, dict) for field in of] + [*table]
+    same = [each for each in names if each.rpartition(".")[2] == name.rpartition(".")[2]]
+    near = " or ".join(same or get_close_matches(name, names, 2))
+    return f"did you mean {near}?" if near else "`rlora train --help` lists them all"
 
 
 def _doc(loc: tuple[int | str, ...]) -> str:

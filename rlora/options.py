@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 import tyro
 from upath import UPath
 
-from rlora.config import PRESETS, AlgorithmConfig, Config, read, refuse_unlearnable, validate
+from rlora.config import PRESETS, AlgorithmConfig, Config, like, read, refuse_unlearnable, validate
 from rlora.records import RloraError
 
 
@@ -190,10 +190,10 @@ def with_changes(config: Config, changes: Sequence[str]) -> Config:
         of: Any = table
         for part in section.split(".") if section else ():
             of = of.get(part) if isinstance(of, dict) else None
-        if not equals or not isinstance(of, dict) or (last not in of and not section.endswith("_args")):
-            raise RloraError(
-                f"--set {change}: give NAME=VALUE with a field of the config; `rlora train --help` lists them"
-            )
+        if not equals:
+            raise RloraError(f"--set {change}: no value; give NAME=VALUE, such as learner.lr=1e-4")
+        if not isinstance(of, dict) or (last not in of and not section.endswith("_args")):
+            raise RloraError(f"--set {change}: no such field; {like(name)}")
         of[last] = _value(text)
     names = [change.partition("=")[0] for change in changes]
     return validate(_under_its_preset(table, names, config))

@@ -70,8 +70,9 @@ def test_written_config_reads_back_equal(tmp_path: Path) -> None:
         ({"group_size": 1}, r"group_size = 1: algorithm\.advantage = 'centred' is relative to the other"),
         ({"steps": True}, r"steps = True: .*valid integer"),
         ({"dtype": "int8"}, r"dtype = 'int8': .*'bfloat16' or 'float32'"),
-        ({"nonsense": 3}, r"nonsense = 3: no such field"),
-        ({"engine": {"replica": 2}}, r"engine\.replica = 2: no such field"),
+        ({"nonsense": 3}, r"nonsense = 3: no such field; `rlora train --help` lists them all"),
+        ({"engine": {"replica": 2}}, r"engine\.replica = 2: no such field; did you mean engine\.replicas"),
+        ({"lr": 1e-4}, r"lr = 0\.0001: no such field; did you mean learner\.lr or critic\.lr\?"),
         ({"model": 7}, r"model = 7: .*valid string"),
         ({"learner": {"shard": True}}, r"learner\.shard = true: there is one learner.*learner\.replicas to 2"),
         (
