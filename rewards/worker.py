@@ -23,7 +23,7 @@ from mmap import mmap
 from multiprocessing.connection import Connection
 from typing import Any
 
-from rlora.plugin import load, where
+from rlora.plugin import at, load
 from rlora.records import Case, Prompt, RloraError, Score
 
 from .styles import Plug, Style, plug
@@ -177,10 +177,9 @@ class _Worker:
         except TimeoutError:
             return Answered(None, turn.state, "timeout", f"env = {self.setup.env!r}: its reply took too long")
         except Exception as error:
-            place = where(error, inspect.getfile(type(self.env)))
-            at = f"{place[0]}:{place[1]}: " if place else ""
+            line = at(error, inspect.getfile(type(self.env)))
             what = f"its reply raised {type(error).__name__}: {str(error)[:200]}; mend it there"
-            return Answered(None, turn.state, "error", f"{at}env = {self.setup.env!r}: {what}")
+            return Answered(None, turn.state, "error", f"{line}env = {self.setup.env!r}: {what}")
         finally:
             self.clock.stop()
         return answered

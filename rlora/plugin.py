@@ -36,7 +36,9 @@ def load(field: str, spec: str) -> Any:
     except FileNotFoundError:
         raise RloraError(f"{field} = {spec!r}: there is no file {where}; give its path from here") from None
     except Exception as error:
-        raise RloraError(f"{field} = {spec!r}: importing {where} failed: {type(error).__name__}: {error}") from error
+        line = at(error, where if is_file else f"{where.replace('.', '/')}.py")
+        what = f"importing {where} failed: {type(error).__name__}: {error}"
+        raise RloraError(f"{line}{field} = {spec!r}: {what}") from error
     if not hasattr(module, name):
         raise RloraError(f"{field} = {spec!r}: {where} has no {name!r}; it is spelt otherwise or is missing")
     return getattr(module, name)
@@ -47,3 +49,9 @@ def where(error: BaseException, *files: str) -> tuple[str, int] | None:
     wanted = {os.path.abspath(file) for file in files if file}
     lines = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     return next((each for each in reversed(lines) if os.path.abspath(each[0]) in wanted), None)
+
+
+def at(error: BaseException, *files: str) -> str:
+    """That line as a message begins with it, "file:line: "; "" where there is none."""
+    place = where(error, *files)
+    return f"{place[0]}:{place[1]}: " if place else ""

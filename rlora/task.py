@@ -1,5 +1,6 @@
 """What is trained on: prompts, rewards, the base's tokenizer. All that can be wrong with them is found here."""
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from typing import Any
 from rlora.base import context_length, load_tokenizer, locate, stop_token_ids
 from rlora.chat import Chat
 from rlora.config import Config
-from rlora.plugin import load
+from rlora.plugin import at, load
 from rlora.records import Prompt, RloraError
 from rlora.rewards.isolation import Pool
 from rlora.rewards.worker import Setup
@@ -36,9 +37,11 @@ def load_task(config: Config) -> Task:
     except RloraError:
         raise
     except Exception as error:
+        module = getattr(sys.modules[make_env.__module__], "__file__", None) or ""
+        line = at(error, config.env.rpartition(":")[0], module)
         raise RloraError(
-            f"env = {config.env!r} with env_args = {config.env_args!r}: it raised {type(error).__name__}: {error}; "
-            "give the arguments that it takes, and let it have train() and held_out() that return Prompts"
+            f"{line}env = {config.env!r} with env_args = {config.env_args!r}: it raised {type(error).__name__}: "
+            f"{error}; give the arguments that it takes, and let it have train() and held_out() that return Prompts"
         ) from error
     for method, prompts in (("train", train), ("held_out", held_out)):
         for prompt in prompts:

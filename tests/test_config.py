@@ -166,8 +166,9 @@ def test_local_directories_become_absolute_and_other_names_stay(
 )
 def test_what_can_not_be_loaded_is_named(spec: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("1 / 0\n")
-    with pytest.raises(RloraError, match=f"reward = .*{message}"):
+    with pytest.raises(RloraError, match=f"reward = .*{message}") as raised:
         load("reward", spec.format(tmp=tmp_path))
+    assert str(raised.value).startswith(f"{tmp_path}/broken.py:1: " if "broken" in spec else "reward = ")
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,12 @@ def test_an_env_that_gives_no_prompts_is_named_with_what_it_gave(
         load_task(config(env=env))
 
 
+def test_an_env_that_raises_is_told_with_its_line(tmp_path: Path, config: MakeConfig) -> None:
+    env = write_env(tmp_path, "[1 / 0]")
+    with pytest.raises(RloraError, match=re.escape(f"{tmp_path}/mine.py:6: env = {env!r}") + ".*it raised ZeroDivis"):
+        load_task(config(env=env))
+
+
 def test_an_env_may_give_any_iterable(tmp_path: Path, config: MakeConfig) -> None:
     task = load_task(config(env=write_env(tmp_path, "(Prompt(f'{n}?') for n in range(9))"), evaluate={"prompts": 4}))
     assert [len(task.prompts), len(task.held_out)] == [9, 4]
