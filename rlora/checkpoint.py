@@ -19,8 +19,10 @@ from upath import UPath
 from rlora import episodes
 from rlora.config import Config, validate
 from rlora.records import ADAPTER_FILES, WHOLE_FILES, Adapter, Cursor, Group, InFlight, RloraError
-from rlora.runs import Origin, warn
+from rlora.runs import METRICS, Origin, warn, whole_lines
+from rlora.storage import names, read_file
 
+BUNDLES = "bundles"  # the directory of a run's
 _MANIFEST = "bundle.json"
 _STATE, _UPDATE, _IN_FLIGHT = "state.safetensors", "update.parquet", "in_flight.parquet"
 _FORMAT = 1
@@ -115,13 +117,12 @@ def _canonical(manifest: Mapping[str, Any]) -> bytes:
 
 
 def bundle_path(run: UPath, version: int) -> UPath:
-    return run / "bundles" / str(version)
+    return run / BUNDLES / str(version)
 
 
 def versions(run: UPath) -> list[int]:
-    """Those that have a bundle, whole or not, the newest last."""
-    directory = run / "bundles"
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit()) if directory.is_dir() else []
+    """Those that have a bundle, whole or not, the newest last. Raises OSError where that can't be known now."""
+    return sorted(int(name) for name in names(run / BUNDLES) if name.isdigit())
 
 
 def read(path: UPath) -> Bundle:
@@ -147,13 +148,12 @@ def read(path: UPath) -> Bundle:
             in_flight.append(InFlight(each["place"], each["step"], pinned, group, each["scored"]))
         else:  # all weights: the version that it was sampled under is not kept
             in_flight.append(InFlight(each["place"], each["step"]))
-    config = validate(manifest["config"], f"{path}/{_MANIFEST}, written by another release of rlora? config: ")
     return Bundle(
         origin,
         adapter,
         contents[_STATE],
         Cursor(cursor["next"], tuple(cursor["again"]), tuple(in_flight)),
-        config,
+        _config_of(manifest, path),
         contents.get(_UPDATE),
         manifest["parent"],
         {int(version): (total, count) for version, (total, count) in manifest["rewards"].items()},
@@ -189,18 +189,19 @@ def _read_whole(path: UPath, expected: Mapping[str, Any]) -> bytes:
 def _read_file(path: UPath) -> bytes:
     """Raises BundleError where it is not there. What may be there another time is no reason to pass a bundle over."""
     try:
-        content: bytes = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise BundleError(f"{path}: it is not there, so the bundle is not whole") from None
+        content = read_file(path)
     except OSError as error:
         raise RloraError(f"{path}: it can't be read ({error}); try again, or move its bundle away") from error
+    if content is None:
+        raise BundleError(f"{path}: it is not there, so the bundle is not whole")
     return content
 
 
 def newest(run: UPath, origin: Origin) -> Bundle | None:
     """The newest whole bundle of the run, None where there is none at all yet.
 
-    What is damaged, or of another run, is told of and passed over. Raises RloraError where nothing else is left.
+    What is damaged, or of another run, is told of and passed over. Raises RloraError where nothing else is left, or
+    where steps were done and their bundles are gone.
     """
     found = versions(run)
     for version in reversed(found):
@@ -213,6 +214,11 @@ def newest(run: UPath, origin: Origin) -> Bundle | None:
         raise RloraError(
             f"{run}: none of its {len(found)} bundles is whole, and there is nothing to go on from; bring back a copy "
             "of one, or start a new run"
+        )
+    if lines := whole_lines(run):
+        raise RloraError(
+            f"{run}: {METRICS} tells of {len(lines)} steps, but there is no bundle to go on from; bring back a copy of "
+            "one, or start a new run"
         )
     return None
 
@@ -232,20 +238,34 @@ def _of(origin: Origin, path: UPath, version: int) -> Bundle:
 
 def read_version(run: UPath, version: int | None = None) -> Bundle:
     """A version of a run, the newest whole one by default. Raises RloraError that says which ones there are."""
-    there = versions(run)
-    if not there:
+    if not versions(run):
         raise RloraError(f"{run}: it has no bundle yet; `rlora train --resume {run}` begins it again")
     origin = Origin.of(run)
-    if version is None:
-        bundle = newest(run, origin)
-        assert bundle
-        return bundle
+    if version is not None:
+        return _of(origin, _there(run, version), version)
+    bundle = newest(run, origin)
+    assert bundle
+    return bundle
+
+
+def read_config(run: UPath, version: int) -> Config:
+    """That which a version was made under. Raises RloraError like `read_version`."""
+    return _config_of(_read_manifest(path := _there(run, version)), path)
+
+
+def _there(run: UPath, version: int) -> UPath:
+    """Where the bundle of a version is. Raises RloraError, which says which ones are kept, where that one is not."""
+    there = versions(run)
     if version not in there:
         raise RloraError(
-            f"{run}: it keeps no bundle of version {version}; there are {_ranges(there)} (config: "
+            f"{run}: it keeps no bundle of version {version}; there are {_ranges(there) or 'none'} (config: "
             "checkpoint.keep_last, keep_every and keep_best)"
         )
-    return _of(origin, bundle_path(run, version), version)
+    return bundle_path(run, version)
+
+
+def _config_of(manifest: Mapping[str, Any], path: UPath) -> Config:
+    return validate(manifest["config"], f"{path}/{_MANIFEST}, written by another release of rlora? config: ")
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -1,6 +1,5 @@
 """The command line: rlora train | eval | replay | runs | export | grade | show | scale."""
 
-import json
 import sys
 import time
 from contextlib import ExitStack
@@ -30,10 +29,9 @@ from rlora.options import (
     read_run,
     refuse_another_policy,
     split,
-    with_changes,
 )
 from rlora.records import BASE, STATUSES, Adapter, RewardError, RloraError
-from rlora.storage import Place, write_rows
+from rlora.storage import Place, holds, write_rows
 
 if TYPE_CHECKING:
     from rlora.checkpoint import Bundle
@@ -94,12 +92,16 @@ def _train(arguments: list[str]) -> None:
         if task.dropped:
             print(f"{task.dropped} prompts are longer than sampling.max_prompt_tokens and left out")
         print(f"run: {run}" + (f", from version {start.version} on" if start else ""), flush=True)
+        finished = start and start.version >= config.steps and runs.summary(run).get("steps") == start.version
+        if finished and given.changes:
+            raise RloraError(f"steps = {config.steps}: {run} has done them all; give more by --set steps=N")
         try:
-            train(config, task, run, start)
+            if not finished:  # else a machine that restarts what ended is told the same again
+                train(config, task, run, start)
         except BaseException:
-            if there := checkpoint.versions(run):
-                print(f"The last version is {checkpoint.bundle_path(run, there[-1])}; "
-                      f"go on from it with `rlora train --resume {run}`", file=sys.stderr)  # fmt: skip
+            if checkpoint.versions(run):
+                print(f"What was trained is in {run / checkpoint.BUNDLES}; go on with `rlora train --resume {run}`",
+                      file=sys.stderr)  # fmt: skip
             raise
         _report(run, task.base, config.learner.whole)
 
@@ -114,13 +116,16 @@ def _resumed(given: Train, run: UPath) -> tuple[Config, "Task", UPath, "Bundle |
         before = resume.with_own_start(run, start.config)
         refuse_another_policy(before, config, "--resume")
         _tell_changes(differences(before, config))
-        if start.version >= config.steps and runs.summary(run).get("steps") == start.version:
-            raise RloraError(f"steps = {config.steps}: {run} has done them all; give more by --set steps=N")
     elif origin.forked_from:
         raise RloraError(f"{run}: its first bundle was never written; fork {origin.forked_from['run']} again")
     task = _checked(config)
-    if given.changes:
-        runs.write_config(run, given.config)
+    measured = runs.summary(run).get("accuracy/prompts", 0)
+    if task.held_out and measured and len(task.held_out) != measured:
+        raise RloraError(
+            f"evaluate.prompts = {config.evaluate.prompts}: the run's accuracy before was measured on {measured} "
+            f"held-out prompts, and these are {len(task.held_out)}; leave it as it was, or set it to 0 and use "
+            "`rlora eval --prompts`"
+        )
     return config, task, run, start
 
 
@@ -131,6 +136,8 @@ def _begun(given: Train) -> tuple[Config, "Task", UPath, "Bundle | None"]:
     config, start = given.config, None
     if given.fork:
         of, step = split(given.fork)
+        if given.overwrite and given.run_dir and holds(given.run_dir, of):
+            raise RloraError(f"--fork {given.fork}: --overwrite would remove it; name another --run-dir")
         config, start = resume.with_own_start(of, config), checkpoint.read_version(of, step)
         before = resume.with_own_start(of, start.config)
         refuse_another_policy(before, config, "--fork")
@@ -307,35 +314,34 @@ def _replay(arguments: list[str]) -> None:
     from rlora.base import locate
     from rlora.replay import pairs, replay, updates
 
-    own = read_run(given.run)
-    changes = differences(own, given.config)
-    refuse_another_policy(own, given.config, "rlora replay")
-    _tell_changes(changes)
-    named = [f"{name}={json.dumps(now)}" for name, (_, now) in changes.items()]
-    steps = updates(checkpoint.versions(given.run), given.step)
+    run, step = split(given.run)
+    refuse_another_policy(read_run(run), given.config, "rlora replay")
+    step = given.step if step is None else step
+    steps = updates(checkpoint.versions(run), step)
     if not steps:
-        raise RloraError(f"{given.run}: no two bundles in a row are kept (config: checkpoint.keep_last)")
+        raise RloraError(f"{run}: no two bundles in a row are kept (config: checkpoint.keep_last)")
 
-    def config_of(pair: "tuple[Bundle, Bundle]") -> Config:
-        return resume.with_own_start(given.run, with_changes(pair[1].config, named))
-
-    done, without = [], 0
-    for config, of in groupby(pairs(given.run, steps), key=config_of):
-        with cluster.learning(config, locate(config.model), given.run.name) as learner:
+    done, changed = [], False
+    for made_under, of in groupby(pairs(run, steps), key=lambda pair: pair[1].config):
+        asked = parse_replay(arguments, made_under).config
+        _tell_changes(changes := differences(made_under, asked))
+        changed |= bool(changes)
+        config = resume.with_own_start(run, asked)
+        with cluster.learning(config, locate(config.model), run.name) as learner:
             for before, after in of:
                 what, made_on = f"step {before.version}", after.origin.machine
-                if after.update is None and given.step is None:
+                if after.update is None and step is None:
                     print(f"{what}: its episodes were not kept (checkpoint.episodes_mib)")
-                    without += 1
                     continue
                 if made_on != machine.name():
                     print(f"{what}: made on another machine ({made_on}; this is {machine.name()})")
                 done.append(replay(learner, before, after))
                 _tell_replayed(done[-1])
     exact = sum(each.exact and each.exact_state for each in done)
-    print(f"{exact} of {len(done)} updates bit for bit" + (f"; {without} without episodes" if without else ""))
-    if exact < len(done) and not changes:
-        raise RloraError(f"{given.run}: {len(done) - exact} updates did not come out as they were saved")
+    left_out = f"; {len(steps) - len(done)} left out" if len(done) < len(steps) else ""
+    print(f"{exact} of {len(done)} updates bit for bit{left_out}")
+    if exact < len(done) and not changed:
+        raise RloraError(f"{run}: {len(done) - exact} updates did not come out as they were saved")
 
 
 def _tell_replayed(each: "Replayed") -> None:

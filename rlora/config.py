@@ -282,8 +282,8 @@ class CheckpointConfig:
     keep_every: Annotated[int, Field(ge=0)] = 0
     """Beside them those of each so many steps; 0: none."""
     keep_best: Annotated[int, Field(ge=0)] = 1
-    """Beside them so many of those whose episodes had the highest mean reward, which is known `max_staleness` + 1 steps
-    later: `keep_last` has to be above that."""
+    """Beside them so many of those whose episodes had the highest mean reward. That is known `max_staleness` + 1 steps
+    later, so `keep_last` has to be above `max_staleness`."""
     episodes_mib: Annotated[int, Field(ge=0)] = 64
     """The most MiB of episodes, compressed, that a bundle holds for `rlora replay`; 0 keeps none."""
     patience: Positive = 600.0
@@ -386,13 +386,16 @@ def validate(values: Config | dict[str, Any], source: str = "") -> Config:
 
 def _refuse_what_makes_no_sense(config: Config, source: str) -> None:
     """Raise RloraError for parts of an algorithm that do not go together."""
-    a = config.algorithm
+    a, keeps = config.algorithm, config.checkpoint
     functions = config.rewards
     senseless = [
         (len(config.reward_weights) not in (0, len(functions)), "reward_weights",
          f"there are {len(functions)} reward functions; give as many weights, or leave them out"),
         (not functions or len(set(functions)) < len(functions), "reward",
          "name one reward function or more, each once"),
+        (keeps.keep_best and keeps.keep_last <= config.max_staleness and not config.learner.whole,
+         "checkpoint.keep_last", f"with max_staleness = {config.max_staleness} a version is gone before it is known to "
+         f"be the best; set it to {config.max_staleness + 1} or more, or checkpoint.keep_best to 0"),
         (not all(config.chat.think), "chat.think", "both tags have to be something; leave it out for the usual ones"),
         (not all(config.chat.stop), "chat.stop", "an empty string would end every message; leave it out"),
         (a.of_group and config.group_size == 1, "group_size",

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from upath import UPath
 
 from rlora import runs
-from rlora.checkpoint import versions
 from rlora.config import read
 from rlora.records import RloraError
 
@@ -36,9 +35,9 @@ def _past(run: UPath) -> Past:
         config, origin = read(run / runs.CONFIG), runs.Origin.of(run)
     except RloraError:  # another release wrote it
         return Past(run.name, "not readable", "", "", "", "")
-    done, summary = max(versions(run), default=0), runs.summary(run)
+    lines, summary = [json.loads(line) for line in runs.whole_lines(run)], runs.summary(run)
+    done = lines[-1]["step"] + 1 if lines else origin.first
     status = "running" if runs.is_held(run) else "finished" if done >= config.steps else "stopped"
-    lines = map(json.loads, runs.whole_lines(run))
     rewards = {line["step"]: line["reward/mean"] for line in lines if line["reward/mean"] is not None}
     best = max(rewards, key=lambda step: rewards[step], default=None)
     accuracy = [f"{summary[name]:.3f}" for name in ("accuracy/before", "accuracy/after") if name in summary]

@@ -12,6 +12,7 @@ from upath import UPath
 
 from rlora.config import PRESETS, AlgorithmConfig, Config, like, read, refuse_unlearnable, validate
 from rlora.records import RloraError
+from rlora.storage import names, read_file
 
 
 @dataclass(frozen=True)
@@ -119,10 +120,11 @@ class Replay:
     """Compute updates of a run again from its bundles, and say whether each comes out bit for bit."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
-    run: tyro.conf.Positional[UPath]
-    """The run. Fields of the config given beside it, such as another loss, change what is computed."""
+    run: tyro.conf.Positional[str]
+    """RUN or RUN@STEP. Fields of the config given beside it, such as another loss, change what is computed."""
     step: int | None = None
-    """The update to compute: that from version STEP to STEP + 1. By default all whose bundles are kept."""
+    """The update to compute, as in RUN@STEP: that from version STEP to STEP + 1. By default all whose bundles are
+    kept."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def parse_train(arguments: list[str]) -> Train:
     for place in (given.run_dir, given.resume):
         if place is not None:
             reachable(place)
-    if given.resume and given.file and not (given.resume / "config.toml").exists():
+    if given.resume and given.file and "config.toml" not in names(given.resume):
         given = replace(given, run_dir=given.resume, resume=None)
     if given.changes and not given.resume:
         raise RloraError(
@@ -161,7 +163,7 @@ def parse_train(arguments: list[str]) -> Train:
     if given.fork:
         if given.file:
             raise RloraError(f"{given.file}: a fork has the config of its run; leave the file out")
-        refuse_another_policy(read_run(split(given.fork)[0]), given.config, "--fork")
+        refuse_another_policy(_config_at(*split(given.fork)), given.config, "--fork")
     return given
 
 
@@ -257,17 +259,15 @@ def parse_show(arguments: list[str]) -> Show:
     return _parse(Show, Show(_NOTHING, "prompt", ""), "rlora show", arguments)
 
 
-def parse_replay(arguments: list[str]) -> Replay:
-    """The same."""
-    return _parse(Replay, Replay(_NOTHING, UPath()), "rlora replay", arguments)
+def parse_replay(arguments: list[str], over: Config | None = None) -> Replay:
+    """The same; over the config `over` of one of its versions, where that is given."""
+    return _parse(Replay, Replay(_NOTHING, ""), "rlora replay", arguments, over)
 
 
 def read_run(run: UPath) -> Config:
     """The config of a run. Raises RloraError where no run is."""
-    if run == UPath():
-        raise RloraError("no run is named, and no TOML config; give the directory of a run, RUN@STEP, or a FILE.toml")
     path = reachable(run) / "config.toml"
-    if not path.exists():
+    if read_file(path) is None:
         raise RloraError(
             f"{run}: no run is there (it has no config.toml); name a directory that `rlora train` made, "
             "under runs/ or where --run-dir said"
@@ -278,17 +278,17 @@ def read_run(run: UPath) -> Config:
 _NOTHING = Config(model="", env="", reward="")
 
 
-def _parse(kind: type[Given], default: Given, program: str, arguments: list[str]) -> Given:
-    """The command line over the config that it names, whose every field it may give too."""
+def _parse(kind: type[Given], default: Given, program: str, arguments: list[str], over: Config | None = None) -> Given:
+    """The command line over the config that it names, or over `over`. It may give each field of that too."""
     env_args, others = _named("env-args", arguments)
     reward_args, others = _named("reward-args", others)
     options = [argument.split("=")[0].lstrip("-").replace("-", "_") for argument in others if argument[:2] == "--"]
     refuse_unlearnable(option.rpartition(".")[2] for option in options)
     if "-h" in others or "--help" in others:
         tyro.cli(kind, args=["--help"], prog=program)  # ends here
-    saved = _source(tyro.cli(kind, default=default, args=others, prog=program))
-    over = replace(default, config=saved) if saved else None
-    parsed = cast(Given, tyro.cli(kind, default=over, args=others, prog=program))
+    saved = over or _source(tyro.cli(kind, default=default, args=others, prog=program))
+    under = replace(default, config=saved) if saved else None
+    parsed = cast(Given, tyro.cli(kind, default=under, args=others, prog=program))
     table = asdict(parsed.config)
     for name, args, of in (("env_args", env_args, "env"), ("reward_args", reward_args, "reward")):
         of_another = table[name] if saved and getattr(saved, of) != table[of] else {}
@@ -309,15 +309,29 @@ def _under_its_preset(table: dict[str, Any], given: Sequence[str], before: Confi
 
 def _source(given: Train | Eval | Show | Replay) -> Config | None:
     """The config that a command line starts from: of a run, or of a TOML file; None where it names neither."""
-    if isinstance(given, Replay):
-        return read_run(given.run)
     if not isinstance(given, Train):
-        return read(Path(given.source)) if given.source.endswith(".toml") else read_run(split(given.source)[0])
+        source = given.run if isinstance(given, Replay) else given.source
+        if not source:
+            raise RloraError(
+                "no run is named, and no TOML config; give the directory of a run, RUN@STEP, or a FILE.toml"
+            )
+        is_file = source.endswith(".toml") and not isinstance(given, Replay)
+        return read(Path(source)) if is_file else read_run(split(source)[0])
     if given.file:
         return read(given.file)
     if given.resume:
         return read_run(given.resume)
-    return read_run(split(given.fork)[0]) if given.fork else None
+    return _config_at(*split(given.fork)) if given.fork else None
+
+
+def _config_at(run: UPath, step: int | None) -> Config:
+    """That of a version, or of the newest."""
+    newest = read_run(run)  # or it says that no run is there
+    if step is None:
+        return newest
+    from rlora.checkpoint import read_config  # which imports torch
+
+    return read_config(run, step)
 
 
 def _named(field: str, arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

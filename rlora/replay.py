@@ -1,6 +1,6 @@
 """Computes updates of a run again: proves that a version came of its episodes, or tries other losses on them."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import safetensors.torch
@@ -11,6 +11,7 @@ from upath import UPath
 from rlora.checkpoint import Bundle, read_version
 from rlora.learner import Learner
 from rlora.records import RloraError, UpdateStats
+from rlora.runs import warn
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,21 @@ def replay(learner: Learner, before: Bundle, after: Bundle) -> Replayed:
     )
 
 
-def pairs(run: UPath, steps: Iterable[int]) -> Iterator[tuple[Bundle, Bundle]]:
-    """The bundles before and after each step; none is read twice in a row. Raises RloraError where one is damaged."""
+def pairs(run: UPath, steps: Sequence[int]) -> Iterator[tuple[Bundle, Bundle]]:
+    """The bundles before and after each step; none is read twice in a row.
+
+    A step of which one is damaged, or removed meanwhile, is told of and passed over; RloraError if it is the only one.
+    """
     after: Bundle | None = None
     for step in steps:
-        before = after if after and after.version == step else read_version(run, step)
-        after = read_version(run, step + 1)
+        try:
+            before = after if after and after.version == step else read_version(run, step)
+            after = read_version(run, step + 1)
+        except RloraError as error:
+            if len(steps) == 1:
+                raise
+            warn(f"step {step} is passed over: {error}")
+            continue
         yield before, after
 
 

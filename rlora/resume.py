@@ -10,7 +10,7 @@ from rlora.checkpoint import Bundle, bundle_path
 from rlora.config import Config
 from rlora.records import ADAPTER_FILES, Adapter, Cursor
 from rlora.runs import Origin, warn
-from rlora.storage import write_directory
+from rlora.storage import names, write_directory
 
 # what an episode depends on beside its adapter; where one of these changed, those in flight are not the config's
 _OF_EPISODES = (
@@ -61,7 +61,7 @@ def keep_start(run: UPath, config: Config) -> Config:
 def with_own_start(run: UPath, config: Config) -> Config:
     """The config of a run that has kept what it started from, with the copy's path."""
     own = run / "start"
-    if not (config.learner.start_from and own.exists()):
+    if not (config.learner.start_from and names(own)):
         return config
     return replace(config, learner=replace(config.learner, start_from=str(own.absolute())))
 

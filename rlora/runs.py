@@ -21,7 +21,7 @@ from upath import UPath
 from rlora import machine
 from rlora.config import Config
 from rlora.records import Prompt, RewardError, RloraError
-from rlora.storage import remove, write_file, write_rows
+from rlora.storage import HALF, holds, names, read_file, remove, write_file, write_rows
 
 if TYPE_CHECKING:
     from rlora.task import Task  # transformers takes seconds to import, and `rlora runs` needs none of it
@@ -41,10 +41,15 @@ class Origin:
     machine: str  # whose arithmetic it was: bits may differ on another
     forked_from: Mapping[str, Any] | None = None  # where the run began: run, id, version and digest
 
+    @property
+    def first(self) -> int:
+        """The version that the run began with."""
+        return self.forked_from["version"] if self.forked_from else 0
+
     @staticmethod
     def of(run: UPath) -> "Origin":
         """That of a run's first process."""
-        provenance = _provenance(run)
+        provenance = tomllib.loads((run / CONFIG).read_text()).get("provenance", {})
         try:
             return Origin(
                 run.name, provenance["id"], provenance["prompts_sha256"], provenance["packages"],
@@ -68,14 +73,13 @@ def create(
     `overwrite` removes what is there, if it is a run.
     """
     for field, path in {"model": config.model, "learner.start_from": config.learner.start_from}.items():
-        if overwrite and path and isinstance(run, Path) and Path(path).resolve().is_relative_to(run.resolve()):
+        if overwrite and path and holds(run, UPath(path)):
             raise RloraError(f"{field} = {path!r}: --overwrite would remove it; name another --run-dir")
     if overwrite and is_held(run):
         raise RloraError(f"--run-dir {run}: a process trains the run that is there; end that one first")
-    if overwrite and (run / CONFIG).exists():
+    if overwrite and CONFIG in names(run):
         remove(run)
-    begun = ".half"  # of a process that was killed while it wrote its first file
-    if run.exists() and (not run.is_dir() or any(not path.name.endswith(begun) for path in run.iterdir())):
+    if any(not name.endswith(HALF) for name in names(run)):  # what a process was killed at is none of it
         raise RloraError(
             f"--run-dir {run}: it is not empty; go on with its run by `rlora train --resume {run}`, "
             "replace it with --overwrite, or name another directory"
@@ -90,19 +94,17 @@ def create(
         "prompts": len(task.prompts),
         "prompts_dropped": task.dropped,
     }
-    write_config(run, config, provenance | ({"forked_from": dict(forked_from)} if forked_from else {}))
+    table = asdict(config) | {"provenance": provenance | ({"forked_from": dict(forked_from)} if forked_from else {})}
+    write_file(run / CONFIG, tomli_w.dumps(table).encode())
     summarise(run, {"prompts/dropped": task.dropped})
 
 
-def write_config(run: UPath, config: Config, provenance: Mapping[str, Any] | None = None) -> None:
-    """Write `<run>/config.toml`; without `provenance`, what stands there stays."""
-    provenance = _provenance(run) if provenance is None else provenance
-    write_file(run / CONFIG, tomli_w.dumps(asdict(config) | {"provenance": provenance}).encode())
-
-
-def _provenance(run: UPath) -> dict[str, Any]:
-    provenance: dict[str, Any] = tomllib.loads((run / CONFIG).read_text()).get("provenance", {})
-    return provenance
+def keep_config(run: UPath, config: Config) -> None:
+    """Make `config` that of the run from now on, but for what it started from: that stays as it was given."""
+    before = tomllib.loads((run / CONFIG).read_text())
+    table = asdict(config) | {"provenance": before["provenance"]}
+    table["learner"]["start_from"] = before["learner"]["start_from"]
+    write_file(run / CONFIG, tomli_w.dumps(table).encode())
 
 
 def packages() -> dict[str, str]:
@@ -184,8 +186,7 @@ def wanted_engines(run: UPath) -> int | None:
 
 
 def summary(run: UPath) -> dict[str, Any]:
-    path = run / SUMMARY
-    figures: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    figures: dict[str, Any] = json.loads(read_file(run / SUMMARY) or b"{}")
     return figures
 
 
@@ -196,8 +197,7 @@ def summarise(run: UPath, figures: Mapping[str, Any]) -> None:
 
 def whole_lines(run: UPath) -> list[str]:
     """Those of metrics.jsonl, without one that is being written or was cut off by a crash."""
-    path = run / METRICS
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = (read_file(run / METRICS) or b"").decode(errors="replace").splitlines()
     return [line for line in lines if line.endswith("}")]
 
 

@@ -5,21 +5,22 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from threading import Thread
 
 from upath import UPath
 
 from rlora import episodes, machine
-from rlora.checkpoint import Bundle, Rewards, bundle_path, versions
+from rlora.checkpoint import BUNDLES, Bundle, Rewards, bundle_path, versions
 from rlora.config import Config
 from rlora.records import Adapter, Cursor, Group, RloraError
 from rlora.rollout import Collection
 from rlora.runs import METRICS, Origin, warn, whole_lines
-from rlora.storage import remove, write_directory, write_file
+from rlora.storage import remove, remove_halves, write_directory, write_file
+
+_GRACE = 5.0  # seconds that a write has left once a signal has ended the wait for it
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Saver:
     """Keeps a run on a thread of its own: the loop waits for nothing but the bundle before.
 
     Where the disk does not take a bundle training goes on in memory, loudly, and each step tries again with the newest.
-    After `checkpoint.patience` seconds, or at the end, that one is put where there is room, and RloraError says where.
-    `start` is the bundle that the run goes on from.
+    After `checkpoint.patience` seconds of that, or of waiting for one write, or at the end, the newest is put where
+    there is room, and RloraError says where. `start` is the bundle that the run goes on from.
     """
 
     def __init__(self, run: UPath, config: Config, origin: Origin, start: Bundle | None) -> None:
@@ -43,10 +44,10 @@ class Saver:
         self.saved: Saved | None = None
         self._parent = start.adapter.digest if start else None
         self._rewards: dict[int, Rewards] = dict(start.rewards) if start else {}
-        self._thread = ThreadPoolExecutor(1)
-        self._writing: Future[None] | None = None
-        self._unsaved: Bundle | None = None  # the newest, where the disk did not take it
-        self._failing_since = 0.0
+        self._writing: Thread | None = None  # that takes the bundle: nothing here changes meanwhile but by it
+        self._unsaved: Bundle | None = None  # the newest, as long as the disk has not taken it
+        self._failing_since: float | None = None
+        self._stuck: set[int] = set()  # versions whose bundles can't be removed
         self._logged = self._keep_lines_before(start.version if start else 0)  # bytes
         self._unlogged = b""
 
@@ -54,18 +55,21 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Have everything on the disk, or the newest bundle elsewhere; a second Ctrl-C does not stop that half way."""
-        with machine.undisturbed():
-            self._thread.shutdown()
-            if self._unsaved:
-                self._write(self._unsaved)
-            if self._unlogged:
-                self._log("")
-            error = self._put_elsewhere() if self._unsaved else None
-        if error and kind is None:
-            raise error
-        if error:
-            warn(str(error))
+        """Have everything on the disk, or the newest bundle elsewhere. A second Ctrl-C ends the wait for a disk that
+        does not answer, and nothing else."""
+        try:
+            if self._wait() and (self._unsaved or self._unlogged):
+                self._start(self._unsaved)
+                self._wait()
+        finally:
+            with machine.undisturbed():
+                if self._writing:
+                    self._writing.join(_GRACE)
+                error = self._put_elsewhere(self._unsaved) if self._unsaved else None
+            if error and kind is None:
+                raise error
+            if error:
+                warn(str(error))
 
     def save(
         self,
@@ -79,19 +83,35 @@ class Saver:
 
         Returns once the bundle before is written. Raises RloraError where none could be for too long.
         """
-        if self._writing:
-            self._writing.result()
+        in_time = self._wait()
         if collection:
             self._count(collection.sampled)
         bundle = Bundle(self.origin, adapter, state, cursor, self.config, None, self._parent, dict(self._rewards))
-        self._parent = adapter.digest
-        overdue = self._unsaved and time.monotonic() - self._failing_since > self.config.checkpoint.patience
         groups = collection.groups if collection else None
-        self._writing = self._thread.submit(self._write, bundle, groups, line)
-        if overdue:
-            self._writing.result()
-            if self._unsaved:
-                raise self._put_elsewhere()
+        self._parent = adapter.digest
+        self._unlogged += f"{line}\n".encode() if line else b""
+        if not in_time:
+            raise self._put_elsewhere(self._with_episodes(bundle, groups))
+        failing = time.monotonic() - self._failing_since if self._failing_since else 0.0
+        self._unsaved = bundle
+        self._start(bundle, groups)
+        if failing > self.config.checkpoint.patience and (not self._wait() or self._unsaved):
+            raise self._put_elsewhere(self._unsaved or bundle)
+
+    def _start(self, bundle: Bundle | None, groups: Sequence[Group] | None = None) -> None:
+        self._writing = Thread(target=self._write, args=(bundle, groups), daemon=True)  # the process may end without it
+        self._writing.start()
+
+    def _wait(self) -> bool:
+        """Wait until nothing is being written, but for `checkpoint.patience` seconds at most; returns whether it is."""
+        tenth = self.config.checkpoint.patience / 10
+        for number in range(1, 11):
+            if self._writing:
+                self._writing.join(tenth)
+            if not self._writing or not self._writing.is_alive():
+                return True
+            warn(f"NOT SAVED: {self.run} has not taken what is being written to it for {number * tenth:.0f} s")
+        return False
 
     def _count(self, sampled: Sequence[Group]) -> None:
         """What each version's episodes were worth: they may come in several steps."""
@@ -102,30 +122,31 @@ class Saver:
 
     # --- on the thread ---
 
-    def _write(self, bundle: Bundle, groups: Sequence[Group] | None = None, line: str = "") -> None:
-        """First the line: one that is there too early is cut when the run is resumed, one that is missing is lost."""
+    def _write(self, bundle: Bundle | None, groups: Sequence[Group] | None) -> None:
+        """First the lines: one that is there too early is cut when the run is resumed, one that is missing is lost."""
         start = time.perf_counter()
-        if line:
-            self._log(line)
+        if self._unlogged:
+            self._log()
+        if not bundle:
+            return
         try:
-            bundle = self._with_episodes(bundle, groups)
+            self._unsaved = bundle = self._with_episodes(bundle, groups)
             files = bundle.files
             write_directory(bundle_path(self.run, bundle.version), files)
         except Exception as error:  # of whatever file system it is
             now = time.monotonic()
-            self._failing_since = self._failing_since if self._unsaved else now
-            self._unsaved = bundle
+            self._failing_since = self._failing_since or now
             left = max(0.0, self.config.checkpoint.patience - (now - self._failing_since))
             warn(
                 f"NOT SAVED: version {bundle.version} could not be written to {self.run} ({error}); make room there, "
                 f"or let it be written to. Each step tries again, for up to {left:.0f} s"
             )
             return
-        if self._unsaved:
+        if self._failing_since:
             warn(f"{self.run} takes bundles again: version {bundle.version} is saved")
-        self._unsaved = None
+        self._unsaved = self._failing_since = None
         self.saved = Saved(time.perf_counter() - start, sum(map(len, files.values())))
-        with suppress(Exception):  # then there is more than asked for
+        with suppress(Exception):  # what is there can't be known now: then there is more than asked for
             self._retire(bundle.version)
 
     def _with_episodes(self, bundle: Bundle, groups: Sequence[Group] | None) -> Bundle:
@@ -144,6 +165,7 @@ class Saver:
 
     def _retire(self, newest: int) -> None:
         """Remove the bundles that the config does not ask to keep."""
+        remove_halves(self.run / BUNDLES)
         settings, there = self.config.checkpoint, [each for each in versions(self.run) if each <= newest]
         if self.config.learner.whole:  # each is a whole model and three times that
             settings = replace(settings, keep_last=min(2, settings.keep_last), keep_every=0, keep_best=0)
@@ -153,21 +175,13 @@ class Saver:
         if settings.keep_every:
             kept |= {version for version in there if version % settings.keep_every == 0}
         for version in set(there) - kept:
-            remove(bundle_path(self.run, version))
+            try:
+                remove(bundle_path(self.run, version))
+            except Exception as error:
+                if version not in self._stuck:
+                    warn(f"{bundle_path(self.run, version)} could not be removed ({error}); it stays")
+                self._stuck.add(version)
         self._rewards = {version: of for version, of in self._rewards.items() if version in kept}
-
-    def _put_elsewhere(self) -> RloraError:
-        """Write the bundle that could not be written where there is room; returns the error that ends the run."""
-        bundle, self._unsaved = cast(Bundle, self._unsaved), None
-        own = bundle_path(self.run, bundle.version)
-        what = f"--run-dir {self.run}: version {bundle.version} could not be written there"
-        again = f"go on with `rlora train --resume {self.run}`"
-        try:
-            place = Path(tempfile.mkdtemp(prefix=f"rlora-{self.run.name}-")) / own.name
-            write_directory(place, bundle.files)
-        except Exception as error:
-            return RloraError(f"{what}, nor to a temporary directory ({error}); make room, then {again}")
-        return RloraError(f"{what}. It is kept in {place}: make room, move it to {own}, then {again}")
 
     def _keep_lines_before(self, step: int) -> int:
         """Drop the lines of `step` and later, and one cut off by a crash: they come again. Returns how long it is."""
@@ -175,9 +189,8 @@ class Saver:
         write_file(self.run / METRICS, kept)
         return len(kept)
 
-    def _log(self, line: str) -> None:
-        """Append a line, after any that could not be written before."""
-        self._unlogged += f"{line}\n".encode() if line else b""
+    def _log(self) -> None:
+        """Append the lines that are not written yet."""
         path = self.run / METRICS
         try:
             if not isinstance(path, Path):  # most of those know no appending
@@ -193,3 +206,24 @@ class Saver:
             warn(f"NOT SAVED: {path} could not be written ({error}); its lines wait for the next step")
             return
         self._logged, self._unlogged = self._logged + len(self._unlogged), b""
+
+    # --- where nothing is on the thread, or it hangs ---
+
+    def _put_elsewhere(self, bundle: Bundle) -> RloraError:
+        """Write a bundle that could not be written where there is room; returns the error that ends the run."""
+        own = bundle_path(self.run, bundle.version)
+        what = f"--run-dir {self.run}: version {bundle.version} could not be written there"
+        again = f"go on with `rlora train --resume {self.run}`"
+        with machine.undisturbed():
+            try:
+                place = Path(tempfile.mkdtemp(prefix=f"rlora-{self.run.name}-")) / own.name
+                write_directory(place, bundle.files)
+                told = f"{what}. It is kept in {place}: make room, move it to {own}, then {again}"
+                if self._unlogged:
+                    write_file(place.with_name(METRICS), self._unlogged)
+                    told += f". The last lines of {METRICS}, which could not be written either, are beside it"
+                error = RloraError(told)
+            except Exception as full:
+                error = RloraError(f"{what}, nor to a temporary directory ({full}); make room, then {again}")
+            self._unsaved, self._writing = None, None  # that is the last word
+        return error

@@ -12,6 +12,7 @@ from upath import UPath
 from rlora.records import Adapter
 
 Place = Path | UPath  # a path of this machine, or any URL
+HALF = ".half"  # ends the names of what is being written or removed
 
 
 def write_file(path: Place, content: bytes) -> None:
@@ -24,6 +25,34 @@ def write_file(path: Place, content: bytes) -> None:
         _write(half, content)
         half.replace(path)
     _settle(path.parent)
+
+
+def read_file(path: Place) -> bytes | None:
+    """A file, None where it is not there. Raises OSError where that can't be known: to `exists` and `is_dir` of fsspec
+    a store that does not answer is one that has nothing."""
+    try:
+        content: bytes = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return content
+
+
+def names(directory: Place) -> list[str]:
+    """What is in a directory, nothing where it is not there. Raises OSError like `read_file`."""
+    try:
+        if isinstance(directory, Path):
+            return os.listdir(directory)
+        found: list[str] = directory.fs.ls(directory.path, detail=False)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [each.rstrip("/").rpartition("/")[2] for each in found]
+
+
+def holds(directory: Place, path: Place) -> bool:
+    """Whether `path` is a directory or in it, so that who removes the one removes the other."""
+    if isinstance(directory, Path) and isinstance(path, Path):
+        return path.resolve().is_relative_to(directory.resolve())
+    return f"{path}/".startswith(f"{str(directory).rstrip('/')}/")
 
 
 def write_rows(path: Place, rows: Iterable[Mapping[str, object]]) -> None:
@@ -64,20 +93,31 @@ def write_adapter(adapter: Adapter, directory: Path) -> Path:
 
 
 def remove(path: Place) -> None:
-    """Remove a file or a directory, if it is there."""
+    """Remove a file or a directory, if it is there. On this machine a directory is gone at once, and never half."""
     if not isinstance(path, Path):
-        if path.exists():
+        with suppress(FileNotFoundError):
             path.fs.rm(path.path, recursive=True)
-    elif path.is_dir():
+    elif path.is_dir() and not path.is_symlink():
+        if not path.name.endswith(HALF):
+            left = path.with_name(f".{path.name}.old{HALF}")
+            remove(left)
+            path = path.rename(left)
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
+def remove_halves(directory: Place) -> None:
+    """Remove what a process that was killed has half written or half removed there."""
+    for name in names(directory):
+        if name.endswith(HALF):
+            remove(directory / name)
+
+
 @contextmanager
 def _half(path: Path) -> Iterator[Path]:
     """Where to write before renaming; nothing stays there, unless the machine dies: then until the next one."""
-    half = path.with_name(f".{path.name}.half")
+    half = path.with_name(f".{path.name}{HALF}")
     remove(half)
     try:
         yield half

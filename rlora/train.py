@@ -40,9 +40,10 @@ def train(config: Config, task: Task, run: UPath, start: Bundle | None = None) -
             figures = {f"accuracy/{when}": result.accuracy, f"reward/{when}": result.reward}
             runs.summarise(run, figures | {"accuracy/prompts": len(task.held_out)})
 
+        runs.keep_config(run, config)  # now that all of it is found to work
         if not start:
             saver.save(adapter, learner.state(), Cursor())
-        if "accuracy/before" not in runs.summary(run):  # of the base, or whatever the run started from
+        if adapter.version == origin.first and "accuracy/before" not in runs.summary(run):
             measure("before")
 
         cursor = cursor_for(config, start, origin) if start else Cursor()

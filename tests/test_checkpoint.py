@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -138,6 +139,29 @@ def test_a_run_without_a_whole_bundle_is_not_begun_again_silently(
     assert checkpoint.newest(run, ORIGIN) is None  # nothing was saved yet
     damage_by_removal(write(run, bundle(1)) / "bundle.json")
     with pytest.raises(RloraError, match=r"none of its 1 bundles is whole.*bring back a copy of one, or start a"):
+        checkpoint.newest(run, ORIGIN)
+
+
+def test_a_run_whose_bundles_are_gone_is_not_begun_again_silently(run: UPath) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
+    with pytest.raises(
+        RloraError, match=r"metrics\.jsonl tells of 2 steps, but there is no bundle to go on from; brin"
+    ):
+        checkpoint.newest(run, ORIGIN)
+
+
+def test_a_store_that_does_not_answer_is_not_an_empty_one(
+    run: UPath, bundle: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(run, bundle(1))
+
+    def failing(*_: object, **__: object) -> None:
+        raise TimeoutError("the store does not answer")
+
+    for owner, name in [(os, "listdir"), (type(run.fs), "ls"), (type(run.fs), "info")]:
+        monkeypatch.setattr(owner, name, failing)
+    with pytest.raises(TimeoutError):
         checkpoint.newest(run, ORIGIN)
 
 

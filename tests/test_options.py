@@ -1,14 +1,17 @@
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from upath import UPath
 
+from rlora.checkpoint import Bundle, bundle_path
 from rlora.config import Config, read
-from rlora.options import differences, parse_train, split, with_changes
+from rlora.options import differences, parse_replay, parse_train, split, with_changes
 from rlora.records import RloraError
+from rlora.storage import write_directory
 
 TOML = str(ROOT / "launch" / "arithmetic.toml")
 
@@ -76,10 +79,29 @@ def test_a_run_is_begun_where_none_is_yet_if_a_file_says_how(tmp_path: Path) -> 
 
 
 def test_a_fork_takes_any_field_that_its_adapter_does_not_hang_on(run: str) -> None:
-    given = parse_train(["--fork", f"{run}@3", "--learner.lr", "2e-4", "--seed", "1"])
+    given = parse_train(["--fork", run, "--learner.lr", "2e-4", "--seed", "1"])
     assert set(differences(read(Path(TOML)), given.config)) == {"learner.lr", "seed"}
     with pytest.raises(RloraError, match=r"learner\.rank = 4: --fork goes on with an adapter that was trained with 1"):
-        parse_train(["--fork", f"{run}@3", "--learner.rank", "4"])
+        parse_train(["--fork", run, "--learner.rank", "4"])
+
+
+def test_a_fork_of_a_version_has_the_config_that_it_was_made_under(run: str, bundle: Callable[..., Bundle]) -> None:
+    """Not what the run was changed to later."""
+    made = replace(read(Path(TOML)), steps=7)
+    write_directory(bundle_path(UPath(run), 3), bundle(3, config=made).files)
+    given = parse_train(["--fork", f"{run}@3", "--learner.lr", "2e-4"])
+    assert set(differences(made, given.config)) == {"learner.lr"}
+    with pytest.raises(RloraError, match=r"it keeps no bundle of version 4; there are 3"):
+        parse_train(["--fork", f"{run}@4"])
+
+
+def test_a_replay_is_over_the_config_that_its_version_was_made_under(run: str) -> None:
+    """What is given counts also where the run's own config says the same by now."""
+    own = read(Path(TOML))
+    made = replace(own, learner=replace(own.learner, lr=1e-5))
+    asked = parse_replay([run, "--learner.lr", str(own.learner.lr)], made).config
+    assert differences(made, asked) == {"learner.lr": (1e-5, own.learner.lr)}
+    assert parse_replay([run], made).config == made
 
 
 def test_changes_of_every_kind(config: Callable[..., Config]) -> None:

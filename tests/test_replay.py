@@ -1,15 +1,19 @@
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from conftest import ORIGIN, tiny_model
+from upath import UPath
 
 from rlora import episodes
-from rlora.checkpoint import Bundle
+from rlora.checkpoint import Bundle, bundle_path
 from rlora.config import Config
 from rlora.learner import Learner
 from rlora.records import Cursor, Group, RloraError
-from rlora.replay import replay, updates
+from rlora.replay import pairs, replay, updates
+from rlora.storage import write_directory
 
 Run = tuple[Config, list[Bundle]]
 ALGORITHMS = ["reinforce", "grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++", "ppo"]
@@ -113,3 +117,23 @@ def test_which_steps_can_be_replayed() -> None:
     assert updates([0, 1, 2], 1) == [1]
     with pytest.raises(RloraError, match=r"--step 2: .* versions 2 and 3, and both are there for the steps \[0, 1\]"):
         updates([0, 1, 2], 2)
+
+
+def test_steps_whose_bundles_are_not_whole_are_passed_over(
+    tmp_path: Path, bundle: Callable[..., Bundle], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = UPath(tmp_path)
+    (run / "config.toml").write_text(
+        f'[provenance]\nid = "{ORIGIN.id}"\nprompts_sha256 = ""\nmachine = ""\n[provenance.packages]\n'
+    )
+    for version in range(1, 6):
+        write_directory(bundle_path(run, version), bundle(version).files)
+    (bundle_path(run, 2) / "state.safetensors").write_bytes(b"cut")
+    shutil.rmtree(bundle_path(run, 5))  # retired meanwhile
+    found = [(before.version, after.version) for before, after in pairs(run, [1, 2, 3, 4])]
+    assert found == [(3, 4)]
+    said = capsys.readouterr().err
+    assert said.count("is passed over: ") == 3
+    assert "step 2 is passed over: " in said
+    with pytest.raises(RloraError, match=r"state\.safetensors: it is damaged"):
+        list(pairs(run, [2]))

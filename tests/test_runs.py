@@ -37,8 +37,11 @@ def test_a_run_says_what_made_it(place: UPath, config: Callable[..., Config], ta
     assert origin == runs.Origin.of(place / "run")
     assert origin.forked_from == {"run": "other", "version": 3}
     assert len(origin.id) == 16
-    runs.write_config(place / "run", config(steps=7))
-    assert (read(place / "run" / "config.toml").steps, runs.Origin.here(place / "run", task)) == (7, origin)
+    assert (origin.first, replace(origin, forked_from=None).first) == (3, 0)
+    runs.keep_config(place / "run", config(steps=7, learner={"start_from": "its own copy"}))
+    kept = read(place / "run" / "config.toml")
+    assert (kept.steps, kept.learner.start_from) == (7, "")  # where the copy lies is no setting
+    assert runs.Origin.here(place / "run", task) == origin
 
 
 def test_a_directory_that_holds_something_is_refused(place: UPath, config: Callable[..., Config], task: Task) -> None:

@@ -1,6 +1,7 @@
 import json
 import os
 import resource
+import signal
 import tempfile
 import threading
 import time
@@ -167,7 +168,7 @@ def test_a_thousand_steps_take_no_more_disk_than_a_hundred(local: UPath, config:
             save(keeping, version)
             if version % 100 == 0:
                 assert keeping._writing
-                keeping._writing.result()
+                keeping._wait()
                 sizes.append(sum(path.stat().st_size for path in (local / "bundles").rglob("*") if path.is_file()))
     assert len(kept(local)) <= 6
     assert max(sizes) < 1.05 * min(sizes)  # numbers grow longer
@@ -218,11 +219,11 @@ def test_training_outlives_a_full_disk(
 ) -> None:
     with saver(local, config) as keeping:
         save(keeping, 1)
-        keeping._thread.submit(int).result()
+        keeping._wait()
         with full_disk():
             for version in (2, 3):
                 save(keeping, version)
-            keeping._thread.submit(int).result()
+            keeping._wait()
         assert kept(local) == [1]
         assert checkpoint.newest(local, ORIGIN)  # the last one is whole
         save(keeping, 4)
@@ -279,10 +280,10 @@ def test_a_disk_that_has_room_again_after_its_time_is_taken(
         write(*arguments)
 
     monkeypatch.setattr(saving, "write_directory", now_and_then)
-    with saver(local, config, patience=0.01) as keeping:
+    with saver(local, config, patience=0.3) as keeping:
         save(keeping, 1)
-        keeping._thread.submit(int).result()
-        time.sleep(0.02)
+        keeping._wait()
+        time.sleep(0.4)
         full = False
         save(keeping, 2)
     assert kept(local) == [2]
@@ -326,14 +327,110 @@ def test_training_outlives_a_read_only_directory(
         run = UPath(directory) / "run"
         with saver(run, config) as keeping:
             save(keeping, 1)
-            keeping._thread.submit(int).result()
+            keeping._wait()
             with as_nobody(Path(directory)):
                 (run / "bundles").chmod(0o500)
                 save(keeping, 2)
-                keeping._thread.submit(int).result()
+                keeping._wait()
                 assert kept(run) == [1]
                 (run / "bundles").chmod(0o700)
                 save(keeping, 3)
-                keeping._thread.submit(int).result()
+                keeping._wait()
         assert kept(run) == [1, 3]
         assert "Permission denied" in capsys.readouterr().err
+
+
+def test_a_bundle_that_can_not_be_removed_keeps_no_other_from_it(
+    local: UPath, config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remove = saving.remove
+
+    def busy(path: Path) -> None:
+        if path.name == "2":
+            raise OSError(16, "Device or resource busy")
+        remove(path)
+
+    monkeypatch.setattr(saving, "remove", busy)
+    with saver(local, config, keep_last=2, keep_best=0) as keeping:
+        for version in range(1, 9):
+            save(keeping, version)
+    assert kept(local) == [2, 7, 8]
+    assert capsys.readouterr().err.count("bundles/2 could not be removed ([Errno 16] Device or resource busy)") == 1
+
+
+@pytest.fixture
+def hanging(local: UPath, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[threading.Event]:
+    """A disk that does not answer, until the event is set."""
+    monkeypatch.setattr(saving.tempfile, "tempdir", str(tmp_path))
+    write, answers = saving.write_directory, threading.Event()
+
+    def hang(path: Path, files: Any) -> None:
+        if path.is_relative_to(local) and path.name != "1":
+            answers.wait()
+        write(path, files)
+
+    monkeypatch.setattr(saving, "write_directory", hang)
+    yield answers
+    answers.set()
+
+
+@pytest.mark.parametrize("last", [2, 3])
+def test_a_disk_that_does_not_answer_ends_the_run_with_its_last_version_elsewhere(
+    last: int, local: UPath, config: Callable[..., Config], hanging: threading.Event, groups: list[Group],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """At the end, or in the step after."""
+
+    def train() -> None:
+        with saver(local, config, patience=0.3) as keeping:
+            for version in range(1, last + 1):
+                save(keeping, version, groups)
+
+    start = time.monotonic()
+    with pytest.raises(RloraError, match=rf"version {last} could not be written there. It is kept in ") as ended:
+        train()
+    assert time.monotonic() - start < 20
+    assert kept(local) == [1]
+    found = Path(str(ended.value).partition("kept in ")[2].partition(": make")[0])
+    assert checkpoint.read(UPath(found)).version == last
+    assert checkpoint.read(UPath(found)).groups == groups
+    assert "has not taken what is being written to it for 0 s" in capsys.readouterr().err
+
+
+def test_a_second_interrupt_ends_the_wait_for_a_disk_and_loses_nothing(
+    local: UPath, config: Callable[..., Config], hanging: threading.Event, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(saving, "_GRACE", 0.1)
+
+    def train() -> None:
+        with saver(local, config) as keeping:
+            save(keeping, 1)
+            save(keeping, 2)
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train()
+    said = capsys.readouterr().err
+    assert "version 2 could not be written there. It is kept in" in said
+
+
+def test_the_lines_that_were_not_written_are_put_elsewhere_too(
+    local: UPath, config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(saving.tempfile, "tempdir", str(tmp_path))
+
+    def train() -> None:
+        with saver(local, config) as keeping:
+            save(keeping, 1)
+            keeping._wait()
+            for name in ("bundles", "metrics.jsonl"):  # a disk that was taken away
+                saving.remove(local / name)
+            local.joinpath("bundles").write_text("no directory")
+            save(keeping, 2)
+
+    with pytest.raises(RloraError, match=r"The last lines of metrics\.jsonl, which could not be written.*beside it"):
+        train()
+    (found,) = tmp_path.glob("rlora-run-*/metrics.jsonl")
+    assert found.read_text() == '{"step": 1}\n'

@@ -52,3 +52,61 @@ def test_a_kill_in_mid_write_leaves_what_was_there(written: int, tmp_path: Path)
     assert {each.name: each.read_bytes() for each in path.iterdir()} == FILES
     storage.write_directory(path, FILES)  # and the half that it left is cleared away
     assert os.listdir(tmp_path) == ["d"]
+
+
+def test_a_kill_in_mid_removal_leaves_nothing_that_looks_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "d"
+    storage.write_directory(path, FILES)
+    with monkeypatch.context() as patched:
+        patched.setattr(storage.shutil, "rmtree", lambda half: (half / "a").unlink())
+        storage.remove(path)
+    assert os.listdir(tmp_path) == [".d.old.half"]
+    storage.write_directory(path, FILES)
+    storage.remove(path)  # though there is a half one already
+    assert os.listdir(tmp_path) == []
+    (tmp_path / ".e.half").write_text("killed in the middle of a wr")
+    storage.remove_halves(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    storage.write_directory(tmp_path / "d", FILES)
+    (tmp_path / "link").symlink_to(tmp_path / "d")
+    storage.remove(tmp_path / "link")
+    assert os.listdir(tmp_path) == ["d"]
+
+
+@pytest.mark.parametrize("kind", ["{}", "memory://{}"])
+def test_what_is_not_there_is_not_what_can_not_be_known(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = UPath(kind.format(tmp_path)) / "d"
+    assert (storage.names(root), storage.read_file(root / "a")) == ([], None)
+    storage.write_directory(root, FILES)
+    assert (sorted(storage.names(root)), storage.read_file(root / "a")) == (["a", "b"], FILES["a"])
+
+    def failing(*_: object, **__: object) -> None:
+        raise TimeoutError("it does not answer")
+
+    monkeypatch.setattr(type(root), "read_bytes", failing)
+    for owner, name in [(os, "listdir"), (type(root.fs), "ls")]:
+        monkeypatch.setattr(owner, name, failing)
+    with pytest.raises(TimeoutError):
+        storage.names(root)
+    with pytest.raises(TimeoutError):
+        storage.read_file(root / "a")
+
+
+@pytest.mark.parametrize(
+    ("directory", "path", "expected"),
+    [
+        ("runs/a", "runs/a", True),
+        ("runs/a", "runs/../runs/a/bundles/3", True),
+        ("runs/a", "runs/ab", False),
+        ("memory://runs/a", "memory://runs/a/bundles", True),
+        ("memory://runs/a", "memory://runs/ab", False),
+        ("memory://runs/a", "runs/a", False),
+    ],
+)
+def test_what_a_directory_holds(directory: str, path: str, expected: bool) -> None:
+    assert storage.holds(UPath(directory), UPath(path)) == expected
