@@ -3,11 +3,13 @@
     python recorded_run.py CONFIG RUN RECORD [FAULT]
 
 trains RUN, or goes on with it. RECORD is a run whose bundles hold the episodes, or "-": then they are made up, alike
-each time. FAULT is a number: in its so-manieth write, of a file or of a directory's names, the process kills itself.
+each time. FAULT is a number: in its so-manieth write or removal, of a file or of a directory's names, the process kills
+itself.
 """
 
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -80,7 +82,7 @@ def learner_alone(config: Config, task: Any, run: str, version: int) -> Iterator
 
 def die_at(count: int) -> None:
     """Kill this process in the middle of its so-manieth write."""
-    write, settle = storage._write, storage._settle
+    write, settle, rmtree = storage._write, storage._settle, shutil.rmtree
     left = count
 
     def dies() -> bool:
@@ -99,7 +101,14 @@ def die_at(count: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         settle(directory)
 
+    def faulty_rmtree(directory: Path) -> None:
+        if dies():
+            next(directory.iterdir()).unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        rmtree(directory)
+
     storage._write, storage._settle = faulty_write, faulty_settle
+    storage.shutil = SimpleNamespace(rmtree=faulty_rmtree)  # type: ignore[attr-defined, assignment]
 
 
 if __name__ == "__main__":

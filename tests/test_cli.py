@@ -4,17 +4,22 @@ import json
 import re
 import shutil
 import sys
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import get_type_hints
 
 import pytest
 from conftest import ROOT
+from upath import UPath
 
-from rlora import __version__
+from rlora import __version__, resume, runs
+from rlora.checkpoint import Bundle, bundle_path
 from rlora.cli import main
-from rlora.config import Config
+from rlora.config import Config, read
 from rlora.options import parse_train
+from rlora.storage import write_directory
+from rlora.task import load_task
 
 TOML = str(ROOT / "launch" / "arithmetic.toml")
 
@@ -108,6 +113,48 @@ def test_what_is_asked_of_a_run_that_can_not_give_it(
     (tmp_path / "run" / "arithmetic.toml").rename(tmp_path / "run" / "config.toml")
     assert run(*(argument.format(run=tmp_path / "run") for argument in arguments)) == 1
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.fixture
+def finished(tmp_path: Path, bundle: Callable[..., Bundle]) -> UPath:
+    """A run that has done its three steps."""
+    config, made = read(Path(TOML)), UPath(tmp_path / "run")
+    config = replace(config, steps=3, evaluate=replace(config.evaluate, prompts=5))
+    task = load_task(config)
+    runs.create(made, config, task)
+    last = bundle(3, config=config, origin=runs.Origin.here(made, task))
+    write_directory(bundle_path(made, 3), last.files)
+    measured = {"accuracy/before": 0.25, "accuracy/after": 0.75, "accuracy/prompts": 5}
+    totals = {"time/total": 9.0, "time/train": 8.0}
+    runs.summarise(made, resume.describe(made, last.adapter) | measured | totals)
+    return made
+
+
+def test_a_finished_run_that_is_started_again_says_so_and_ends_well(
+    finished: UPath, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So that what starts it again after every end stops doing so."""
+    assert run("train", "--resume", str(finished)) == 0
+    assert "accuracy after" in capsys.readouterr().out
+    assert run("train", "--resume", str(finished), "--set", "learner.lr=1e-5") == 1
+    assert "steps = 3: " in (said := capsys.readouterr().err)
+    assert "has done them all; give more by --set steps=N" in said
+
+
+def test_a_run_is_measured_on_the_same_prompts_before_and_after(
+    finished: UPath, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (finished / "config.toml").read_text()
+    assert run("train", "--resume", str(finished), "--set", "steps=9", "evaluate.prompts=7") == 1
+    assert "evaluate.prompts = 7: the run's accuracy before was measured on 5 " in capsys.readouterr().err
+    assert (finished / "config.toml").read_text() == before  # what was refused is not asked for by the next one
+
+
+def test_a_fork_does_not_overwrite_what_it_comes_from(finished: UPath, capsys: pytest.CaptureFixture[str]) -> None:
+    fork = "train", "--fork", f"{finished}@3", "--steps", "9", "--run-dir", str(finished), "--overwrite"
+    assert run(*fork) == 1
+    assert re.search(r"--fork .*run@3: --overwrite would remove it; name another --run-dir", capsys.readouterr().err)
+    assert bundle_path(finished, 3).exists()
 
 
 def test_the_args_of_a_file_go_with_its_env_only() -> None:

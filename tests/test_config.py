@@ -70,6 +70,10 @@ def test_written_config_reads_back_equal(tmp_path: Path) -> None:
         ({"group_size": 1}, r"group_size = 1: algorithm\.advantage = 'centred' is relative to the other"),
         ({"steps": True}, r"steps = True: .*valid integer"),
         ({"dtype": "int8"}, r"dtype = 'int8': .*'bfloat16' or 'float32'"),
+        (
+            {"max_staleness": 2, "checkpoint": {"keep_last": 2}},
+            r"checkpoint\.keep_last = 2: with max_staleness = 2 .*; set it to 3 or more, or checkpoint\.keep_best to 0",
+        ),
         ({"nonsense": 3}, r"nonsense = 3: no such field; `rlora train --help` lists them all"),
         ({"engine": {"replica": 2}}, r"engine\.replica = 2: no such field; did you mean engine\.replicas"),
         ({"lr": 1e-4}, r"lr = 0\.0001: no such field; did you mean learner\.lr or critic\.lr\?"),

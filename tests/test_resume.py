@@ -74,46 +74,51 @@ class Driver:
 
 
 @pytest.fixture
-def config_file(tiny: str, tmp_path: Path) -> Callable[[int], str]:
+def config_file(tiny: str, tmp_path: Path) -> Callable[[int, int], str]:
     save_words(tiny)
 
-    def make(steps: int) -> str:
-        path = tmp_path / "tiny.toml"
+    def make(steps: int, keep_last: int) -> str:
+        path = tmp_path / f"keep-{keep_last}.toml"
         path.write_text(
             f'model = "{tiny}"\nenv = "rlora.envs.arithmetic:Arithmetic"\n'
             'reward = "rlora.rewards.integer:integer_answer"\n'
             f'dtype = "float32"\nsteps = {steps}\nprompts_per_step = 2\ngroup_size = 4\n'
             "[sampling]\nmax_tokens = 8\nmax_prompt_tokens = 48\n[evaluate]\nprompts = 0\n[learner]\nlr = 1e-2\n"
             '[algorithm]\nname = "grpo"\nepochs = 2\nminibatches = 2\n'
-            f"[checkpoint]\nkeep_last = {steps + 1}\n"
+            f"[checkpoint]\nkeep_last = {keep_last}\n"
         )
         return str(path)
 
     return make
 
 
-def lines(run: Path) -> int:
+def lines(run: Path) -> list[str]:
     path = run / "metrics.jsonl"
-    return len(path.read_text().splitlines()) if path.exists() else 0
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def digests(run: Path) -> list[tuple[int, str]]:
+    """Of the version that each step made, by the step."""
+    return [(line["step"], line["adapter"]) for line in map(json.loads, lines(run))]
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
 def test_no_kill_costs_more_than_the_step_in_flight(
-    kills: int, config_file: Callable[[int], str], tmp_path: Path
+    kills: int, config_file: Callable[[int, int], str], tmp_path: Path
 ) -> None:
-    """kill -9 of the driver, the learner and Ray at random moments, and of the driver in the middle of a write."""
+    """kill -9 of the driver, the learner and Ray at random moments, and of the driver in mid-write and mid-removal."""
     draw, steps = random.Random(kills), 6 * kills
-    config, whole, run = config_file(steps), tmp_path / "whole", tmp_path / "run"
-    reference = Driver(whole, config, "-")
+    config, whole, run = config_file(steps, 3), tmp_path / "whole", tmp_path / "run"
+    reference = Driver(whole, config_file(steps, steps + 1), "-")
     assert reference.wait() == 0, reference.printed
 
     driver: Driver | None = None
     reached = least = 0  # steps that were done, and saved for certain
-    for number, what in enumerate(([WRITE, LEARNER, RAY, DRIVER, WRITE] * kills)[:kills]):
+    for number, what in enumerate(([WRITE, LEARNER, RAY, WRITE, DRIVER] * kills)[:kills]):
         if not driver:
-            least = max(lines(run) - 1, reached - 1)  # a line is written before its bundle
-            fault = [str(draw.randrange(1, 50) if number else 1)] if what == WRITE else []
+            least = max(len(lines(run)) - 1, reached - 1)  # a line is written before its bundle
+            fault = [str(draw.randrange(5, 50) if number else 1)] if what == WRITE else []  # the first of all, too
             driver = Driver(run, config, str(whole), *fault)
         if what != WRITE:
             driver.wait_for(max(reached, driver.done) + 1)
@@ -132,13 +137,19 @@ def test_no_kill_costs_more_than_the_step_in_flight(
     assert last.start is not None
     assert last.start >= reached - 1
 
-    for version in range(1, steps + 1):  # each episode was learned from once, in its step
+    assert digests(run) == digests(whole)  # each episode was learned from once, in its step
+    assert [step for step, _ in digests(run)] == list(range(steps))
+    kept = checkpoint.versions(UPath(run))
+    assert kept[-3:] == [steps - 2, steps - 1, steps]
+    assert len(kept) <= 4  # one of them the best
+    for version in kept:
         ours, theirs = (checkpoint.read(checkpoint.bundle_path(UPath(each), version)) for each in (run, whole))
-        assert ours.groups == theirs.groups == list(made_up(version - 1))
+        assert ours.groups == theirs.groups
+        assert ours.groups == (list(made_up(version - 1)) if version else None)
         assert ours.cursor.next == 2 * version
         assert ours.adapter.weights == theirs.adapter.weights
         assert ours.state == theirs.state
-    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == list(range(steps))
+    assert not [path for path in (run / "bundles").iterdir() if not path.name.isdigit()]
 
 
 def test_a_fork_begins_with_the_bundle_as_its_own(tmp_path: Path, bundle: Callable[..., Bundle]) -> None:
