@@ -184,19 +184,29 @@ def test_an_interrupt_keeps_the_last_version_and_ends_everything(
     assert len(metrics(run)) == last  # the step that was being saved is saved whole, its line with it
 
 
+def sampled_ahead(run: Path) -> bool:
+    """Whether the newest bundle has groups that are not learned from yet."""
+    there = checkpoint.versions(UPath(run))
+    newest = checkpoint.read(checkpoint.bundle_path(UPath(run), there[-1])) if there else None
+    return bool(newest and any(each.group for each in newest.cursor.in_flight))
+
+
 def test_what_was_sampled_before_a_kill_is_learned_from_after_it(tmp_path: Path) -> None:
     """kill -9 while the next step's prompts are in flight: each prompt is learned from once, in its turn."""
     run, there = tmp_path / "run", leftovers()
     toml = "--max-staleness", "1", "--sampling.max-tokens", "12", "--evaluate.prompts", "0"
+    toml += "--algorithm.name", "grpo", "--algorithm.epochs", "4"  # that updates take longer than sampling does
     command = [sys.executable, "-m", "rlora", "train", TOML, "--resume", str(run), "--steps", "8", *SMALL, *toml]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
     try:
         deadline = time.monotonic() + 300
-        while not (run / "bundles" / "3" / "bundle.json").exists():
+        while not sampled_ahead(run):
+            process.send_signal(signal.SIGCONT)
+            time.sleep(0.05)
+            process.send_signal(signal.SIGSTOP)  # so that no other bundle comes before the kill
             assert process.poll() is None, (tmp_path / "log").read_text()
             assert time.monotonic() < deadline
-            time.sleep(0.05)
     finally:
         process.kill()
         process.wait()
@@ -209,6 +219,7 @@ def test_what_was_sampled_before_a_kill_is_learned_from_after_it(tmp_path: Path)
     assert before.cursor.in_flight  # prompts of the step after, under the version that they were sent under
     assert {each.adapter.version for each in before.cursor.in_flight if each.adapter} <= {before.version - 1}
     played = [each.group for each in before.cursor.in_flight if each.group]
+    assert played
     done = rlora("train", "--resume", str(run))
     assert done.returncode == 0, done.stderr
     assert f"from version {before.version} on" in done.stdout
