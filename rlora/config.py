@@ -287,7 +287,7 @@ class CheckpointConfig:
     episodes_mib: Annotated[int, Field(ge=0)] = 64
     """The most MiB of episodes, compressed, that a bundle holds for `rlora replay`; 0 keeps none."""
     patience: Positive = 600.0
-    """Seconds that training goes on in memory where bundles can't be written."""
+    """Seconds that training goes on in memory where bundles can't be written, and waits for one to be."""
 
 
 @dataclass(frozen=True)
