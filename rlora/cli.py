@@ -79,7 +79,7 @@ def main() -> None:
 
 def _train(arguments: list[str]) -> None:
     given = parse_train(arguments)
-    from rlora import checkpoint, runs
+    from rlora import runs
     from rlora.train import train
 
     with ExitStack() as stack:  # no other process is at the run meanwhile
@@ -92,16 +92,11 @@ def _train(arguments: list[str]) -> None:
         if task.dropped:
             print(f"{task.dropped} prompts are longer than sampling.max_prompt_tokens and left out")
         print(f"run: {run}" + (f", from version {start.version} on" if start else ""), flush=True)
-        finished = start and start.version >= config.steps and runs.summary(run).get("steps") == start.version
-        if finished and given.changes:
-            raise RloraError(f"steps = {config.steps}: {run} has done them all; give more by --set steps=N")
         try:
-            if not finished:  # else a machine that restarts what ended is told the same again
+            if not _finished(run, config, start):  # else who restarts what ended is told the same again
                 train(config, task, run, start)
         except BaseException:
-            if checkpoint.versions(run):
-                print(f"What was trained is in {run / checkpoint.BUNDLES}; go on with `rlora train --resume {run}`",
-                      file=sys.stderr)  # fmt: skip
+            print(f"`rlora train --resume {run}` goes on from what is saved there", file=sys.stderr)
             raise
         _report(run, task.base, config.learner.whole)
 
@@ -115,18 +110,27 @@ def _resumed(given: Train, run: UPath) -> tuple[Config, "Task", UPath, "Bundle |
     if start:
         before = resume.with_own_start(run, start.config)
         refuse_another_policy(before, config, "--resume")
-        _tell_changes(differences(before, config))
+        _tell_changes(changes := differences(before, config))
+        if changes and _finished(run, config, start):
+            raise RloraError(f"steps = {config.steps}: {run} has done them all; give more by --set steps=N")
     elif origin.forked_from:
         raise RloraError(f"{run}: its first bundle was never written; fork {origin.forked_from['run']} again")
     task = _checked(config)
     measured = runs.summary(run).get("accuracy/prompts", 0)
-    if task.held_out and measured and len(task.held_out) != measured:
+    if measured and len(task.held_out) != measured:
         raise RloraError(
             f"evaluate.prompts = {config.evaluate.prompts}: the run's accuracy before was measured on {measured} "
-            f"held-out prompts, and these are {len(task.held_out)}; leave it as it was, or set it to 0 and use "
-            "`rlora eval --prompts`"
+            f"held-out prompts, and these are {len(task.held_out)}; leave it as it was: `rlora eval --prompts` "
+            "measures on others"
         )
     return config, task, run, start
+
+
+def _finished(run: UPath, config: Config, start: "Bundle | None") -> bool:
+    """Whether all steps are done, and the summary that comes after them is written."""
+    from rlora import runs
+
+    return bool(start and start.version >= config.steps and runs.summary(run).get("steps") == start.version)
 
 
 def _begun(given: Train) -> tuple[Config, "Task", UPath, "Bundle | None"]:
@@ -181,10 +185,11 @@ def _report(run: UPath, base: str, whole: bool) -> None:
 
     summary = runs.summary(run)
     table = Table("", Column("", overflow="fold"), title="What it gained", show_header=False)
-    if "accuracy/after" in summary:
+    if "accuracy/prompts" in summary:
         table.add_row("held-out prompts, answered greedily", str(summary["accuracy/prompts"]))
-        table.add_row("accuracy before", f"{summary['accuracy/before']:.3f}")
-        table.add_row("accuracy after", f"{summary['accuracy/after']:.3f}")
+    for when in ("before", "after"):
+        if (accuracy := summary.get(f"accuracy/{when}")) is not None:
+            table.add_row(f"accuracy {when}", f"{accuracy:.3f}")
     table.add_row("steps", str(summary["steps"]))
     table.add_row("wall time", f"{summary['time/total']:.0f} s, of which training {summary['time/train']:.0f} s")
     table.add_row(
@@ -340,6 +345,8 @@ def _replay(arguments: list[str]) -> None:
     exact = sum(each.exact and each.exact_state for each in done)
     left_out = f"; {len(steps) - len(done)} left out" if len(done) < len(steps) else ""
     print(f"{exact} of {len(done)} updates bit for bit{left_out}")
+    if not done:
+        raise RloraError(f"{run}: no step could be replayed; what is wrong with each is told above")
     if exact < len(done) and not changed:
         raise RloraError(f"{run}: {len(done) - exact} updates did not come out as they were saved")
 

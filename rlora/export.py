@@ -122,8 +122,8 @@ def _facts(run: UPath, bundle: Bundle, merged: str | None) -> dict[str, str]:
     if fork := bundle.origin.forked_from:
         facts["forked from"] = f"`{fork['run']}@{fork['version']}` (`{fork['digest'][:12]}`)"
     if summary.get("steps") == bundle.version and "accuracy/after" in summary:
+        before = f"{summary['accuracy/before']:.3f} before, " if "accuracy/before" in summary else ""
         facts["accuracy"] = (
-            f"{summary['accuracy/before']:.3f} before, {summary['accuracy/after']:.3f} after, greedily on "
-            f"{summary['accuracy/prompts']} held-out prompts"
+            f"{before}{summary['accuracy/after']:.3f} after, greedily on {summary['accuracy/prompts']} held-out prompts"
         )
     return facts

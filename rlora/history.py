@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from upath import UPath
 
 from rlora import runs
+from rlora.checkpoint import versions
 from rlora.config import read
 from rlora.records import RloraError
 
@@ -36,7 +37,8 @@ def _past(run: UPath) -> Past:
     except RloraError:  # another release wrote it
         return Past(run.name, "not readable", "", "", "", "")
     lines, summary = [json.loads(line) for line in runs.whole_lines(run)], runs.summary(run)
-    done = lines[-1]["step"] + 1 if lines else origin.first
+    logged = lines[-1]["step"] + 1 if lines else origin.first
+    done = min(logged, max(versions(run), default=0))  # a line may be ahead of its bundle, or a bundle be damaged
     status = "running" if runs.is_held(run) else "finished" if done >= config.steps else "stopped"
     rewards = {line["step"]: line["reward/mean"] for line in lines if line["reward/mean"] is not None}
     best = max(rewards, key=lambda step: rewards[step], default=None)

@@ -104,7 +104,9 @@ def keep_config(run: UPath, config: Config) -> None:
     before = tomllib.loads((run / CONFIG).read_text())
     table = asdict(config) | {"provenance": before["provenance"]}
     table["learner"]["start_from"] = before["learner"]["start_from"]
-    write_file(run / CONFIG, tomli_w.dumps(table).encode())
+    text = tomli_w.dumps(table)
+    if text != tomli_w.dumps(before):
+        write_file(run / CONFIG, text.encode())
 
 
 def packages() -> dict[str, str]:

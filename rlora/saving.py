@@ -4,11 +4,11 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 from upath import UPath
 
@@ -19,8 +19,6 @@ from rlora.records import Adapter, Cursor, Group, RloraError
 from rlora.rollout import Collection
 from rlora.runs import METRICS, Origin, warn, whole_lines
 from rlora.storage import remove, remove_halves, write_directory, write_file
-
-_GRACE = 5.0  # seconds that a write has left once a signal has ended the wait for it
 
 
 @dataclass(frozen=True)
@@ -44,28 +42,29 @@ class Saver:
         self.saved: Saved | None = None
         self._parent = start.adapter.digest if start else None
         self._rewards: dict[int, Rewards] = dict(start.rewards) if start else {}
-        self._writing: Thread | None = None  # that takes the bundle: nothing here changes meanwhile but by it
+        self._idle = Event()  # nothing is being written; until then nothing here changes but by the thread
+        self._idle.set()
         self._unsaved: Bundle | None = None  # the newest, as long as the disk has not taken it
         self._failing_since: float | None = None
         self._stuck: set[int] = set()  # versions whose bundles can't be removed
         self._logged = self._keep_lines_before(start.version if start else 0)  # bytes
         self._unlogged = b""
+        self._ended = False
 
     def __enter__(self) -> "Saver":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Have everything on the disk, or the newest bundle elsewhere. A second Ctrl-C ends the wait for a disk that
-        does not answer, and nothing else."""
+        """Have everything on the disk, or the newest bundle elsewhere. Ctrl-C ends the wait for a disk that does not
+        answer, once that has been told of, and nothing else."""
+        if self._ended:
+            return
         try:
-            if self._wait() and (self._unsaved or self._unlogged):
-                self._start(self._unsaved)
-                self._wait()
+            if self._wait(ending=True) and (self._unsaved or self._unlogged):
+                self._start(self._write, self._unsaved) if self._unsaved else self._start(self._log)
+                self._wait(ending=True)
         finally:
-            with machine.undisturbed():
-                if self._writing:
-                    self._writing.join(_GRACE)
-                error = self._put_elsewhere(self._unsaved) if self._unsaved else None
+            error = self._put_elsewhere(self._unsaved) if self._unsaved else None
             if error and kind is None:
                 raise error
             if error:
@@ -94,22 +93,28 @@ class Saver:
             raise self._put_elsewhere(self._with_episodes(bundle, groups))
         failing = time.monotonic() - self._failing_since if self._failing_since else 0.0
         self._unsaved = bundle
-        self._start(bundle, groups)
+        self._start(self._write, bundle, groups)
         if failing > self.config.checkpoint.patience and (not self._wait() or self._unsaved):
             raise self._put_elsewhere(self._unsaved or bundle)
 
-    def _start(self, bundle: Bundle | None, groups: Sequence[Group] | None = None) -> None:
-        self._writing = Thread(target=self._write, args=(bundle, groups), daemon=True)  # the process may end without it
-        self._writing.start()
+    def _start(self, write: Callable[..., None], *arguments: object) -> None:
+        idle = self._idle = Event()
 
-    def _wait(self) -> bool:
+        def run() -> None:
+            try:
+                write(*arguments)
+            finally:
+                idle.set()
+
+        Thread(target=run, daemon=True).start()  # the process may end without it
+
+    def _wait(self, ending: bool = False) -> bool:
         """Wait until nothing is being written, but for `checkpoint.patience` seconds at most; returns whether it is."""
         tenth = self.config.checkpoint.patience / 10
         for number in range(1, 11):
-            if self._writing:
-                self._writing.join(tenth)
-            if not self._writing or not self._writing.is_alive():
-                return True
+            with machine.undisturbed() if ending and number == 1 else nullcontext():
+                if self._idle.wait(tenth):
+                    return True
             warn(f"NOT SAVED: {self.run} has not taken what is being written to it for {number * tenth:.0f} s")
         return False
 
@@ -122,15 +127,12 @@ class Saver:
 
     # --- on the thread ---
 
-    def _write(self, bundle: Bundle | None, groups: Sequence[Group] | None) -> None:
+    def _write(self, bundle: Bundle, groups: Sequence[Group] | None = None) -> None:
         """First the lines: one that is there too early is cut when the run is resumed, one that is missing is lost."""
         start = time.perf_counter()
-        if self._unlogged:
-            self._log()
-        if not bundle:
-            return
         try:
             self._unsaved = bundle = self._with_episodes(bundle, groups)
+            self._log()
             files = bundle.files
             write_directory(bundle_path(self.run, bundle.version), files)
         except Exception as error:  # of whatever file system it is
@@ -191,6 +193,8 @@ class Saver:
 
     def _log(self) -> None:
         """Append the lines that are not written yet."""
+        if not self._unlogged:
+            return
         path = self.run / METRICS
         try:
             if not isinstance(path, Path):  # most of those know no appending
@@ -211,19 +215,20 @@ class Saver:
 
     def _put_elsewhere(self, bundle: Bundle) -> RloraError:
         """Write a bundle that could not be written where there is room; returns the error that ends the run."""
-        own = bundle_path(self.run, bundle.version)
-        what = f"--run-dir {self.run}: version {bundle.version} could not be written there"
-        again = f"go on with `rlora train --resume {self.run}`"
+        self._ended = True
+        own, again = bundle_path(self.run, bundle.version), f"go on with `rlora train --resume {self.run}`"
+        what, mend = f"--run-dir {self.run}: version {bundle.version} could not be written there", "make room"
+        if not self._idle.is_set():
+            what += f" in time (checkpoint.patience = {self.config.checkpoint.patience:g} s)"
+            mend = "see that it answers"
         with machine.undisturbed():
             try:
                 place = Path(tempfile.mkdtemp(prefix=f"rlora-{self.run.name}-")) / own.name
                 write_directory(place, bundle.files)
-                told = f"{what}. It is kept in {place}: make room, move it to {own}, then {again}"
+                told = f"{what}. It is kept in {place}: {mend}, move it to {own}, then {again}"
                 if self._unlogged:
                     write_file(place.with_name(METRICS), self._unlogged)
-                    told += f". The last lines of {METRICS}, which could not be written either, are beside it"
-                error = RloraError(told)
+                    told += f". First append its last lines, {place.with_name(METRICS)}, to {self.run / METRICS}"
             except Exception as full:
-                error = RloraError(f"{what}, nor to a temporary directory ({full}); make room, then {again}")
-            self._unsaved, self._writing = None, None  # that is the last word
-        return error
+                told = f"{what}, nor to a temporary directory ({full}); make room, then {again}"
+        return RloraError(told)

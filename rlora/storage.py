@@ -108,10 +108,11 @@ def remove(path: Place) -> None:
 
 
 def remove_halves(directory: Place) -> None:
-    """Remove what a process that was killed has half written or half removed there."""
+    """Remove what a process that was killed has half written or half removed there, as far as that can be."""
     for name in names(directory):
         if name.endswith(HALF):
-            remove(directory / name)
+            with suppress(OSError):
+                remove(directory / name)
 
 
 @contextmanager

@@ -136,6 +136,7 @@ def test_a_finished_run_that_is_started_again_says_so_and_ends_well(
     """So that what starts it again after every end stops doing so."""
     assert run("train", "--resume", str(finished)) == 0
     assert "accuracy after" in capsys.readouterr().out
+    assert run("train", "--resume", str(finished), "--set", "steps=3") == 0  # what it says already
     assert run("train", "--resume", str(finished), "--set", "learner.lr=1e-5") == 1
     assert "steps = 3: " in (said := capsys.readouterr().err)
     assert "has done them all; give more by --set steps=N" in said
