@@ -373,12 +373,13 @@ def _runs(arguments: list[str]) -> None:
 
     from rlora.history import past_runs
 
-    table = Table(Column("run", overflow="fold"), "status", "steps", "best reward", "accuracy", "forked from", box=None)
+    columns = Column("run", no_wrap=True), "status", "steps", "best reward", "accuracy", "forked from"
+    table = Table(*columns, box=None)
     for past in past_runs(given.directory):
         table.add_row(*asdict(past).values())
     if not table.row_count:
         raise RloraError(f"{given.directory}: no runs lie there; name the directory that they are in")
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)  # for what reads lines, one a run
 
 
 def _export(arguments: list[str]) -> None:
