@@ -399,6 +399,15 @@ def test_a_disk_that_does_not_answer_ends_the_run_with_its_last_version_elsewher
     assert capsys.readouterr().err.count("has not taken what is being written to it for ") == 10
 
 
+@pytest.fixture
+def heeding() -> Iterator[None]:
+    """What a shell starts in the background ignores Ctrl-C, tests or not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeding")
 def test_an_interrupt_ends_the_wait_for_a_disk_once_that_is_told_of_and_loses_nothing(
     local: UPath, config: Callable[..., Config], hanging: threading.Event, capsys: pytest.CaptureFixture[str]
 ) -> None:
