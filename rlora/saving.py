@@ -64,7 +64,8 @@ class Saver:
                 self._start(self._write, self._unsaved) if self._unsaved else self._start(self._log)
                 self._wait(ending=True)
         finally:
-            error = self._put_elsewhere(self._unsaved) if self._unsaved else None
+            left = self._unsaved  # which a write that wakes up now takes away
+            error = self._put_elsewhere(left) if left else None
             if error and kind is None:
                 raise error
             if error:
