@@ -21,6 +21,6 @@ class Quiz:
 
 
 def all_turns(completion: str, answer: int, messages: list[dict[str, str]], state: dict[str, Any]) -> float:
-    """How many turns there were; the policy's last message has to be the completion."""
+    """How many turns the env heard (none if the first was cut off). The policy's last message is the completion."""
     assert messages[-1] == {"role": "assistant", "content": completion}
-    return float(len(state["turns"]))
+    return float(len(state.get("turns", [])))
