@@ -238,12 +238,11 @@ def _of(origin: Origin, path: UPath, version: int) -> Bundle:
 
 def read_version(run: UPath, version: int | None = None) -> Bundle:
     """A version of a run, the newest whole one by default. Raises RloraError that says which ones there are."""
-    if not versions(run):
-        raise RloraError(f"{run}: it has no bundle yet; `rlora train --resume {run}` begins it again")
-    origin = Origin.of(run)
     if version is not None:
-        return _of(origin, _there(run, version), version)
-    bundle = newest(run, origin)
+        path = _there(run, version)
+        return _of(Origin.of(run), path, version)
+    _kept(run)
+    bundle = newest(run, Origin.of(run))
     assert bundle
     return bundle
 
@@ -255,13 +254,20 @@ def read_config(run: UPath, version: int) -> Config:
 
 def _there(run: UPath, version: int) -> UPath:
     """Where the bundle of a version is. Raises RloraError, which says which ones are kept, where that one is not."""
-    there = versions(run)
+    there = _kept(run)
     if version not in there:
         raise RloraError(
-            f"{run}: it keeps no bundle of version {version}; there are {_ranges(there) or 'none'} (config: "
+            f"{run}: it keeps no bundle of version {version}; there are {_ranges(there)} (config: "
             "checkpoint.keep_last, keep_every and keep_best)"
         )
     return bundle_path(run, version)
+
+
+def _kept(run: UPath) -> list[int]:
+    """The versions of which there are bundles. Raises RloraError where there is none."""
+    if there := versions(run):
+        return there
+    raise RloraError(f"{run}: it has no bundle yet; `rlora train --resume {run}` begins it again")
 
 
 def _config_of(manifest: Mapping[str, Any], path: UPath) -> Config:

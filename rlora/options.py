@@ -163,7 +163,7 @@ def parse_train(arguments: list[str]) -> Train:
     if given.fork:
         if given.file:
             raise RloraError(f"{given.file}: a fork has the config of its run; leave the file out")
-        refuse_another_policy(_config_at(*split(given.fork)), given.config, "--fork")
+        refuse_another_policy(read_run(split(given.fork)[0]), given.config, "--fork")
     return given
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from threading import Event, Thread
 
@@ -47,6 +48,7 @@ class Saver:
         self._unsaved: Bundle | None = None  # the newest, as long as the disk has not taken it
         self._failing_since: float | None = None
         self._stuck: set[int] = set()  # versions whose bundles can't be removed
+        remove_halves(run / BUNDLES)
         self._logged = self._keep_lines_before(start.version if start else 0)  # bytes
         self._unlogged = b""
         self._ended = False
@@ -61,7 +63,7 @@ class Saver:
             return
         try:
             if self._wait(ending=True) and (self._unsaved or self._unlogged):
-                self._start(self._write, self._unsaved) if self._unsaved else self._start(self._log)
+                self._start(partial(self._write, self._unsaved) if self._unsaved else self._log)
                 self._wait(ending=True)
         finally:
             left = self._unsaved  # which a write that wakes up now takes away
@@ -94,19 +96,18 @@ class Saver:
             raise self._put_elsewhere(self._with_episodes(bundle, groups))
         failing = time.monotonic() - self._failing_since if self._failing_since else 0.0
         self._unsaved = bundle
-        self._start(self._write, bundle, groups)
+        self._start(partial(self._write, bundle, groups))
         if failing > self.config.checkpoint.patience and (not self._wait() or self._unsaved):
             raise self._put_elsewhere(self._unsaved or bundle)
 
-    def _start(self, write: Callable[..., None], *arguments: object) -> None:
-        idle = self._idle = Event()
-
+    def _start(self, write: Callable[[], None]) -> None:
         def run() -> None:
             try:
-                write(*arguments)
+                write()
             finally:
-                idle.set()
+                self._idle.set()
 
+        self._idle.clear()
         Thread(target=run, daemon=True).start()  # the process may end without it
 
     def _wait(self, ending: bool = False) -> bool:
@@ -168,7 +169,6 @@ class Saver:
 
     def _retire(self, newest: int) -> None:
         """Remove the bundles that the config does not ask to keep."""
-        remove_halves(self.run / BUNDLES)
         settings, there = self.config.checkpoint, [each for each in versions(self.run) if each <= newest]
         if self.config.learner.whole:  # each is a whole model and three times that
             settings = replace(settings, keep_last=min(2, settings.keep_last), keep_every=0, keep_best=0)

@@ -152,6 +152,13 @@ def adapter(version: int) -> Adapter:
     return Adapter("run", version, b"{}", WEIGHTS + version.to_bytes(2, "little") * 50)
 
 
+def write_provenance(run: Path) -> None:
+    """A run's directory, as far as it says whose bundles are its own: ORIGIN's."""
+    (run / "config.toml").write_text(
+        f'[provenance]\nid = "{ORIGIN.id}"\nprompts_sha256 = ""\nmachine = ""\n[provenance.packages]\n'
+    )
+
+
 @pytest.fixture
 def bundle(config: Callable[..., Config], groups: list[Group]) -> Callable[..., Bundle]:
     """The bundle of a version; keyword arguments replace its fields."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ORIGIN, WEIGHTS, adapter, episode, group
+from conftest import ORIGIN, WEIGHTS, adapter, episode, group, write_provenance
 from upath import UPath
 
 from rlora import checkpoint
@@ -202,9 +202,7 @@ def test_what_was_in_flight_of_all_weights_is_sampled_again(run: UPath, bundle: 
 
 def test_a_version_is_asked_for(tmp_path: Path, bundle: Callable[..., Bundle]) -> None:
     run = UPath(tmp_path)
-    (tmp_path / "config.toml").write_text(
-        '[provenance]\nid = "0123456789abcdef"\nprompts_sha256 = ""\nmachine = ""\n[provenance.packages]\n'
-    )
+    write_provenance(tmp_path)
     with pytest.raises(RloraError, match=r"it has no bundle yet; `rlora train --resume .*` begins it again"):
         checkpoint.read_version(run)
     for version in (1, 2, 3, 5, 8, 9):

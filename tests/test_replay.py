@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ORIGIN, tiny_model
+from conftest import ORIGIN, tiny_model, write_provenance
 from upath import UPath
 
 from rlora import episodes
@@ -123,9 +123,7 @@ def test_steps_whose_bundles_are_not_whole_are_passed_over(
     tmp_path: Path, bundle: Callable[..., Bundle], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = UPath(tmp_path)
-    (run / "config.toml").write_text(
-        f'[provenance]\nid = "{ORIGIN.id}"\nprompts_sha256 = ""\nmachine = ""\n[provenance.packages]\n'
-    )
+    write_provenance(tmp_path)
     for version in range(1, 6):
         write_directory(bundle_path(run, version), bundle(version).files)
     (bundle_path(run, 2) / "state.safetensors").write_bytes(b"cut")
