@@ -4,6 +4,7 @@
 `values.py` computes; here is what structure means: lists, sets, tuples, intervals, relations, units, words.
 """
 
+import os
 import re
 import signal
 import threading
@@ -19,13 +20,16 @@ from .answer import MAX_LENGTH, Answer, find_answer, find_gold
 from .exact import number, plain
 from .expression import Node, read
 from .notation import UnreadableError
-from .regions import LESS, MAX_ITEMS, is_region, label, same_region
+from .names import label, renamed, same_name, with_names_of
+from .regions import LESS, MAX_ITEMS, both, is_region, same_region
 from .units import conflict, is_currency, unit
-from .values import constant, same, unknowns
+from .values import constant, draw_points, same, unknowns
 from .wording import choice, clock_time, is_words, spelling, words
 
+_KEY = os.environ.get("RLORA_SEED", "")  # of the run: a run repeats itself
 SECONDS = 2.0  # a pair; only on the main thread
 _EMPTY = {"nosolution", "nosolutions", "norealsolution", "norealsolutions", "none", "emptyset", "theemptyset"}
+_STATING = {"=", "~", "in", "=="}
 _FLIP = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
 
 
@@ -55,6 +59,7 @@ def grade(gold: str | int | float, prediction: str) -> str:
             return "wrong"
     try:
         with _deadline(SECONDS):
+            draw_points(f"{_KEY} {wanted.text} {found.text}")
             return _compare(wanted, found)
     except _OverrunError:
         return "timeout"
@@ -245,49 +250,44 @@ def _same_rounded(gold: Node, prediction: Node) -> bool:
 def _items(node: Node) -> list[Node]:
     """The members of a list or set, with both values of every plus-minus."""
     members = node.args if node.op in ("list", "set") else (node,)
-    found = [value for member in members for value in _both(member)]
+    found = [value for member in members for value in both(member)]
     if len(found) > MAX_ITEMS:
         raise UnreadableError("a list too long")
     return found
 
 
-def _both(node: Node) -> list[Node]:
-    if not any(part.op in ("pm", "mp") for part in node.walk()):
-        return [node]
-    return [_signed(node, plus) for plus in (True, False)]
-
-
-def _signed(node: Node, plus: bool) -> Node:
-    args = tuple(_signed(arg, plus) for arg in node.args)
-    if node.op in ("pm", "mp"):
-        return Node("add" if plus == (node.op == "pm") else "sub", args)
-    return replace(node, args=args)
-
-
 def _same_items(gold: Node, prediction: Node) -> bool:
-    for one, other in ((gold, prediction), (prediction, gold)):
-        if one.op == "tuple" and other.op in ("set",):
-            return False
-        if one.op == "tuple" and other.op in ("list", "matrix", "tuple"):
-            return _same_tuple(one, other)
     if "tuple" in (gold.op, prediction.op):
-        return False
+        one, other = (gold, prediction) if gold.op == "tuple" else (prediction, gold)
+        return other.op in ("list", "matrix", "tuple") and _same_tuple(one, other)
     ones, others = _items(gold), _items(prediction)
     names, theirs = [_name(item) for item in ones], [_name(item) for item in others]
-    if len({name.partition("_")[0] for name in names}) == len(names) > 1 and all(names) and not any(theirs):
+    if len(set(names)) == len(names) > 1 and all(names) and not any(theirs):
         return len(ones) == len(others) and all(map(equal, ones, others))  # x = 1, y = 2 against 1, 2
     if names and names[0] and not any(names[1:]):  # a = 4, -8, -10
         ones[0] = ones[0].args[-1]
     if theirs and theirs[0] and not any(theirs[1:]):
         others[0] = others[0].args[-1]
-    if not (_cover(ones, others) and _cover(others, ones)):
-        return False
-    repeated = any(equal(a, b) for n, a in enumerate(ones) for b in ones[:n])
-    return not repeated or len(ones) == len(others) or gold.op == "set"
+    if gold.op == "set":
+        return _cover(ones, others) and _cover(others, ones)
+    if prediction.op == "set":  # in which a member that comes again adds nothing
+        others = [item for n, item in enumerate(others) if not any(equal(item, before) for before in others[:n])]
+    return len(ones) == len(others) and _matched(ones, others)
 
 
 def _cover(ones: list[Node], others: list[Node]) -> bool:
     return all(any(equal(one, other) for other in others) for one in ones)
+
+
+def _matched(ones: list[Node], others: list[Node]) -> bool:
+    """Whether each has one of the others to itself."""
+    left = list(others)
+    for one in ones:
+        place = next((n for n, other in enumerate(left) if equal(one, other)), None)
+        if place is None:
+            return False
+        del left[place]
+    return not left
 
 
 def _same_tuple(one: Node, other: Node) -> bool:
@@ -311,6 +311,8 @@ def _same_tuple(one: Node, other: Node) -> bool:
         return False
     if other.op == "list" and one.data not in ("()", "[]"):
         return False
+    if other.op == "list" and all(map(_name, other.args)):  # y = 2, x = 1 as (1, 2)
+        return all(map(equal, one.args, sorted(other.args, key=_name)))
     return all(map(equal, one.args, other.args))
 
 
@@ -319,49 +321,63 @@ def _same_tuple(one: Node, other: Node) -> bool:
 
 def _name(node: Node) -> str:
     """The name on the left of `x = 5`, `f(x) = ...`, `x in S`; empty where there is none."""
-    if node.op != "relation" or not set(node.data.split()) <= {"=", "~", "in", "=="}:
+    if node.op != "relation" or not set(node.data.split()) <= _STATING:
         return ""
     return label(node.args[0])
 
 
 def _stated(node: Node) -> Node | None:
-    """What `x = ... = 5` or `2 + 3 = 5` gives; None for other relations. Of an approximation what is approximated."""
-    signs = node.data.split()
-    if not set(signs) <= {"=", "~", "in", "=="}:
+    """What `x = ... = 5` or `2 + 3 = 5` gives; None for other relations. Of an approximation what is approximated.
+
+    Only a name may stand before the values, and those without unknowns have to agree: ln x = 7 gives nothing, nor does
+    x = 3 = 7.
+    """
+    signs, sides = node.data.split(), list(node.args)
+    if not set(signs) <= _STATING:
         return None
-    sides = list(node.args)
     named = bool(label(sides[0]))
     while signs and signs[-1] == "~" and (len(sides) > 2 or not named):
         signs.pop(), sides.pop()
-    if len(sides) > 2 or named or not any(unknowns(side) for side in sides):
-        return sides[-1]
-    return sides[0] if sides[1].op == "symbol" and not unknowns(sides[0]) else None  # 5 = x
+    if not named and any(map(unknowns, sides)):
+        is_turned = len(sides) == 2 and sides[1].op == "symbol" and not unknowns(sides[0])  # 5 = x
+        return sides[0] if is_turned else None
+    values = sides[1:] if named else sides
+    if any(not unknowns(value) and not equal(values[-1], value) for value in values[:-1]):
+        return None
+    return values[-1]
 
 
 def _same_relation(gold: Node, prediction: Node) -> bool:
     value = _stated(gold) if gold.op == "relation" else gold
-    if prediction.op == "relation":
-        theirs = _stated(prediction)
-        if value is not None and theirs is not None:
-            if gold.op == "relation" and _differ(_name(gold), _name(prediction)):
-                return _proportional(gold, prediction)
-            if equal(value, theirs):
-                return True
-        if gold.op != "relation":
-            return False
-        return _proportional(gold, prediction) and (value is None or bool(unknowns(value)))
-    return value is not None and gold.op == "relation" and equal(value, prediction)
+    if prediction.op != "relation":
+        return value is not None and gold.op == "relation" and equal(value, prediction)
+    theirs = _stated(prediction)
+    if gold.op != "relation":
+        return theirs is not None and equal(gold, theirs)
+    if value is not None and theirs is not None:
+        ours, other = gold.args[0], prediction.args[0]
+        if label(ours) and label(other):
+            if not same_name(ours, other):
+                return _same_permuted(gold, prediction) or _proportional(gold, prediction)
+            theirs = with_names_of(ours, other, theirs)
+        if equal(value, theirs):
+            return True
+    return _proportional(gold, prediction) and (value is None or bool(unknowns(value)))
+
+
+def _same_permuted(gold: Node, prediction: Node) -> bool:
+    """(y, x) = (2, 1) as (x, y) = (1, 2)."""
+    sides = [side for node in (gold, prediction) for side in node.args]
+    if len(sides) != 4 or any(side.op != "tuple" or len(side.args) != len(sides[0].args) for side in sides):
+        return False
+    ours, theirs = (dict(zip(map(label, names.args), values.args, strict=True)) for names, values in (sides[:2], sides[2:]))
+    return ours.keys() == theirs.keys() and all(equal(ours[name], theirs[name]) for name in ours)
 
 
 def _are_relations(gold: Node, prediction: Node) -> bool:
     """Whether two inequalities are no sets of numbers: of other unknowns, or one a multiple of the other."""
     inequalities = gold.op == prediction.op == "relation" and {*gold.data.split(), *prediction.data.split()} <= {*LESS}
     return inequalities and (unknowns(gold) != unknowns(prediction) or _proportional(gold, prediction))
-
-
-def _differ(one: str, other: str) -> bool:
-    """Whether two plain names differ; y and f(x) do not."""
-    return len(one) == len(other) == 1 and one.casefold() != other.casefold()
 
 
 def _proportional(gold: Node, prediction: Node) -> bool:
@@ -393,13 +409,7 @@ def _factor(ratio: Node) -> Any:
         value = constant(ratio)
         if isinstance(value, Fraction) and same(ratio, Node("number", number=value)):
             return value
-        shifted = _renamed(ratio)
+        shifted = renamed(ratio, {name: f"{name}'" for name in unknowns(ratio)})
         return value if same(ratio, shifted) else None
     except (UnreadableError, TypeError):
         return None
-
-
-def _renamed(node: Node) -> Node:
-    if node.op == "symbol" and unknowns(node):
-        return replace(node, data=f"{node.data}'")
-    return replace(node, args=tuple(map(_renamed, node.args)))

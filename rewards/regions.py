@@ -6,35 +6,62 @@ from fractions import Fraction
 from typing import Any
 
 from .expression import Node
+from .names import label
 from .notation import UnreadableError
 from .values import constant, unknowns
-from .wording import words
 
 MAX_ITEMS = 60  # of a list: they are compared each with each
 LESS = ("<", "<=", ">", ">=")
+_DOMAINS = {"mathbb R+": 0, "mathbb R": -math.inf}  # sets that have a sign of their own, and where they begin
 
 
 def is_region(node: Node) -> bool:
+    """Whether it may be read as a set of numbers; a pair may where it can be an interval."""
     if node.op == "relation":
         signs = node.data.split()
-        return all(sign in LESS for sign in signs) or (signs in (["in"], ["="]) and is_region(node.args[1]))
+        if signs in (["in"], ["="]):
+            return node.args[0].op == "symbol" and is_region(node.args[1])
+        return all(sign in LESS for sign in signs) or signs == ["!="]
     if node.op == "list":
-        return all(arg.op == "relation" and is_region(arg) for arg in node.args)
-    if node.op in ("cup", "cap", "minus", "builder") or (node.op == "tuple" and len(node.args) == 2):
-        return True
-    return node.op == "symbol" and node.data == "mathbb R"
+        return any(map(is_region, node.args)) and all(is_region(arg) or _is_point(arg) for arg in node.args)
+    if node.op == "tuple":
+        return _is_interval(node)
+    return node.op in ("cup", "cap", "minus") or (node.op == "builder" and len(node.args) == 2) or _domain(node)
+
+
+def _domain(node: Node) -> bool:
+    return node.op == "symbol" and node.data in _DOMAINS
+
+
+def _is_point(node: Node) -> bool:
+    """x = 1 among inequalities."""
+    return node.op == "relation" and node.data == "=" and bool(label(node.args[0])) and not unknowns(node.args[1])
+
+
+def _is_interval(node: Node) -> bool:
+    """Whether a pair has its ends in order; else it is a point, and never an interval."""
+    if len(node.args) != 2 or any(unknowns(arg) for arg in node.args):
+        return False
+    try:
+        low, high = map(_end, node.args)
+        return bool(low < high or (low == high and node.data == "[]"))
+    except (UnreadableError, TypeError):
+        return False
 
 
 def same_region(gold: Node, prediction: Node) -> bool | None:
-    """Compares two sets of numbers on their ends, beside and between them; None where one is not such a set."""
+    """Compares two sets of numbers on their ends, beside and between them; None where one is no such set, or empty."""
     try:
         ends = sorted({end for node in (gold, prediction) for end in _ends(node)})
         points = [*ends, *((a + b) / 2 for a, b in itertools.pairwise(ends))]
         points += [ends[0] - 1, ends[-1] + 1, ends[0] - 1000, ends[-1] + 1000] if ends else [Fraction(0)]
         points += [end + step for end in ends for step in (Fraction(1, 10**6), -Fraction(1, 10**6))]
-        return all(_holds(gold, point) == _holds(prediction, point) for point in points)
+        inside = [(_holds(gold, point), _holds(prediction, point)) for point in points]
     except (UnreadableError, TypeError):
         return None
+    if not all(map(any, zip(*inside, strict=True))):
+        return None
+    return all(one == other for one, other in inside)
 
 
 def _end(node: Node) -> Any:
@@ -52,53 +79,74 @@ def _ends(node: Node) -> list[Any]:
         return _ends(node.args[1])
     if node.op in ("cup", "cap", "minus", "list", "set", "tuple", "relation") and len(node.args) <= MAX_ITEMS:
         return [end for arg in node.args for end in _ends(arg)]
+    if _domain(node):
+        return [Fraction(0)]
+    if node.op in ("pm", "mp"):
+        return [end for value in both(node) for end in _ends(value)]
     if unknowns(node):
         return []
     return [value] if abs(value := _end(node)) < 10**30 else []
 
 
-def _holds(node: Node, point: Any) -> bool:
-    """Whether a number lies in a set."""
-    if node.op in ("cup", "list"):
-        if node.op == "list" and node.data == "and":
-            return all(_holds(arg, point) for arg in node.args)
+def _holds(node: Node, point: Any, listed: str = "or") -> bool:
+    """Whether a number lies in a set. `listed` says how a list without "and" and "or" is read."""
+    if node.op == "list":
+        word = node.data or ("and" if any(_narrows(arg) for arg in node.args) else listed)
+        if word not in ("and", "or"):
+            raise UnreadableError("and beside or")
+        return (all if word == "and" else any)(_holds(arg, point) for arg in node.args)
+    if node.op == "cup":
         return any(_holds(arg, point) for arg in node.args)
     if node.op == "cap":
         return all(_holds(arg, point) for arg in node.args)
     if node.op == "minus":
         return _holds(node.args[0], point) and not _holds(node.args[1], point)
-    if node.op == "builder" or (node.op == "relation" and node.data in ("in", "=")):
+    if node.op == "builder":
+        return _holds(node.args[1], point, "and")
+    if node.op == "relation" and node.data == "=" and _is_point(node):
+        return any(_end(value) == point for value in both(node.args[1]))
+    if node.op == "relation" and node.data in ("in", "="):
         return _holds(node.args[1], point)
-    if node.op == "symbol" and node.data == "mathbb R":
-        return True
+    if _domain(node):
+        return bool(point > _DOMAINS[node.data])
     if node.op == "set":
-        return any(_end(arg) == point for arg in node.args)
-    if node.op == "tuple" and len(node.args) == 2:
+        return any(_end(value) == point for arg in node.args for value in both(arg))
+    if node.op == "tuple" and _is_interval(node):
         low, high = map(_end, node.args)
         return bool(
             (low < point or (node.data[0] == "[" and low == point))
             and (point < high or (node.data[1] == "]" and point == high))
         )
     if node.op == "relation" and sum(bool(unknowns(side)) for side in node.args) == 1:
-        values = [_at(side, point) for side in node.args]
-        return all(_ordered(a, sign, b) for a, sign, b in zip(values, node.data.split(), values[1:], strict=False))
+        return _satisfies(node, point)
     raise UnreadableError("no set of numbers")
 
 
-def label(node: Node) -> str:
-    """The name that a side of a relation is; empty where it is none."""
-    if node.op == "symbol":
-        return node.data
-    if node.op == "text":
-        return words(node.data)
-    if any(part.op in ("number", "add", "sub", "pow", "relation", "set") for part in node.walk()) and node.op != "call":
-        return ""
-    if node.op == "tuple" and not all(label(arg) for arg in node.args):
-        return ""
-    if node.op == "call" and node.data in ("abs",) and not unknowns(node):
-        return ""
-    labels = "".join(part.data for part in node.walk() if part.op in ("symbol", "call", "text"))
-    return f"{node.op} {labels}" if unknowns(node) or "text" in node.op else ""
+def _narrows(node: Node) -> bool:
+    """Whether it only leaves something out, or only says where x lies: x != 2; x in R."""
+    return node.op == "relation" and (node.data == "!=" or (node.data == "in" and _domain(node.args[1])))
+
+
+def _satisfies(node: Node, point: Any) -> bool:
+    if node.data == "!=":
+        name, value = node.args if unknowns(node.args[0]) else reversed(node.args)
+        return all(_at(name, point) != _end(each) for each in both(value))
+    values = [_at(side, point) for side in node.args]
+    return all(_ordered(a, sign, b) for a, sign, b in zip(values, node.data.split(), values[1:], strict=False))
+
+
+def both(node: Node) -> list[Node]:
+    """Both values of what has a plus-minus in it; else the node alone."""
+    if not any(part.op in ("pm", "mp") for part in node.walk()):
+        return [node]
+    return [_signed(node, plus) for plus in (True, False)]
+
+
+def _signed(node: Node, plus: bool) -> Node:
+    args = tuple(_signed(arg, plus) for arg in node.args)
+    if node.op in ("pm", "mp"):
+        return Node("add" if plus == (node.op == "pm") else "sub", args)
+    return Node(node.op, args, node.data, node.number)
 
 
 def _at(side: Node, point: Any) -> Any:
@@ -113,4 +161,7 @@ def _at(side: Node, point: Any) -> Any:
 
 
 def _ordered(left: Any, sign: str, right: Any) -> bool:
-    return bool({"<": left < right, "<=": left <= right, ">": left > right, ">=": left >= right}[sign])
+    signs = {"<": left < right, "<=": left <= right, ">": left > right, ">=": left >= right}
+    if sign not in signs:
+        raise UnreadableError("no inequality")
+    return bool(signs[sign])

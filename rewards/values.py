@@ -1,14 +1,18 @@
 """What expressions are worth: exactly in fractions where that goes, else in as many digits as it takes.
 
-Two expressions with unknowns are equal if their values are at points chosen at random (Schwartz 1980,
-doi:10.1145/322217.322225). An unknown function takes random values too, so f(x) is f(x) and never f(y). Work left to do
-(sums, products, integrals, limits) is such a function of its parts: it is not done here.
+Two expressions with unknowns are equal if their values are at random points (Schwartz 1980,
+doi:10.1145/322217.322225). The points are drawn anew for each pair, from a key and the texts of the pair, so no answer
+can be made to vanish at them; they are small and large, of both signs, and in both orders. An unknown function takes
+random values too, so f(x) is f(x) and never f(y). Work left to do (sums, products, integrals, limits) is such a
+function of its parts: it is not done here.
 """
 
+import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
+from types import MappingProxyType
 from typing import Any
 
 import mpmath  # type: ignore[import-untyped]
@@ -20,8 +24,13 @@ _MAX_BITS = 20_000  # of a numerator or denominator that is kept exact
 _MAX_MAGNITUDE = 1_000_000  # of the exponent of two
 _MAX_PRECISION = 8_000  # bits
 _MAX_FACTORIAL = 2_000
-_POINTS = 4  # the last two with negative values too; where both sides are real, they agree there as well
+_POINTS = 8
+_MORE = 24  # further points that are tried while fewer than _ENOUGH were inside both domains
+_ENOUGH = 3
+_POSITIVE = (0, 1, 4)  # points at which all unknowns are positive
+_RANGES = ((1.5, 5), (0.3, 1.5), (0.3, 5), (0.3, 5), (10**3, 10**6), (10**3, 10**6), (5, 100), (5, 100))  # of points
 _WHOLE = frozenset("nmkjlN")  # names of whole numbers
+_WHOLE_RANGES = ((5, 40), (5, 40), (1, 4), (41, 900), (10**4, 10**9), (10**4, 10**9), (5, 40), (41, 900))
 Number = Any  # Fraction, mpf, mpc or rows of them
 _mp = mpmath.MPContext()
 
@@ -32,35 +41,68 @@ class _MorePrecisionError(Exception):
         self.bits = bits
 
 
+def draw_points(key: str) -> None:
+    """Draw other points from here on."""
+    global _key  # noqa: PLW0603 - as mpmath's precision is: of all that is computed for one pair
+    if key != _key:
+        _key = key
+        _random.cache_clear()
+
+
+_key = ""
+
+
 def same(one: Node, other: Node) -> bool:
-    """Whether two expressions have the same value, for all values of their unknowns."""
-    unknown = bool(unknowns(one) | unknowns(other))
+    """Whether two expressions have the same value, for all values of their unknowns. Raises UnreadableError."""
     bits = 200 + 4 * max(
         (len(node.data) for side in (one, other) for node in side.walk() if node.op == "number"), default=0
     )
-    return all(_same_at(one, other, point, bits) for point in range(_POINTS if unknown else 1))
+    if not unknowns(one) | unknowns(other):
+        return _values_at(one, other, _Evaluation, bits)[0]
+    names = sorted(part.data for side in (one, other) for part in side.walk() if part.op == "symbol")
+    whole = _counted(one) | _counted(other)
+    is_complex = any(part == Node("symbol", data="i") for side in (one, other) for part in side.walk())
+    decided = undecided = 0
+    for point in range(_POINTS + _MORE):
+        if point >= _POINTS and decided >= _ENOUGH:
+            break
+        make = partial(_Evaluation, point % _POINTS, _assigned(names, whole, point))
+        try:
+            equal, imaginary = _values_at(one, other, make, bits)
+        except UnreadableError:  # outside of what is defined, or too large there
+            continue
+        if imaginary and not (is_complex and point in _POSITIVE):
+            if imaginary == 1 and point in _POSITIVE:
+                return False
+            undecided += equal and point in _POSITIVE
+        elif not equal:
+            return False
+        else:
+            decided += 1
+    return decided + undecided >= 2
 
 
-def _same_at(one: Node, other: Node, point: int, bits: int) -> bool:
+def _values_at(one: Node, other: Node, evaluation: "Callable[[], _Evaluation]", bits: int) -> tuple[bool, int]:
+    """Whether two expressions are equal at a point, and how many of the two are not real there."""
     for _ in range(4):
         _mp.prec = bits
         try:
-            evaluation = _Evaluation(point)
-            left, right = evaluation.value(one), evaluation.value(other)
-            return _equal(left, right, evaluation, signed=point >= _POINTS - 2)
+            here = evaluation()
+            left, right = here.value(one), here.value(other)
+            return _equal(left, right, here), sum(isinstance(side, _mp.mpc) for side in (left, right))
         except _MorePrecisionError as more:
             if (bits := more.bits + 64) > _MAX_PRECISION:
-                return False
+                break
         except (OverflowError, ValueError, TypeError, ZeroDivisionError, mpmath.libmp.NoConvergence) as error:
             raise UnreadableError("no value") from error
-    return False
+    raise UnreadableError("more digits than are computed")
 
 
 def constant(node: Node) -> Number:
     """The value of an expression without unknowns, a Fraction or an mpf. Raises UnreadableError."""
     _mp.prec = 200
     try:
-        return _Evaluation(0).value(node)
+        return _Evaluation().value(node)
     except (_MorePrecisionError, OverflowError, ValueError, TypeError, ZeroDivisionError) as error:
         raise UnreadableError("no value") from error
 
@@ -73,22 +115,32 @@ def unknowns(node: Node) -> frozenset[str]:
     return frozenset(calls + names)
 
 
-def _equal(left: Number, right: Number, evaluation: "_Evaluation", signed: bool) -> bool:
+@lru_cache(1024)
+def _counted(node: Node) -> frozenset[str]:
+    """The names that count something, as those below a factorial do."""
+    inner = [arg for part in node.walk() if part.data in _COUNTING for arg in part.args]
+    return frozenset(name for part in inner for name in unknowns(part)) | (unknowns(node) & _WHOLE)
+
+
+def is_computed(function: str) -> bool:
+    """Whether it is one of the functions whose values are computed here."""
+    return function in _FUNCTIONS
+
+
+def _equal(left: Number, right: Number, evaluation: "_Evaluation") -> bool:
     if isinstance(left, tuple) or isinstance(right, tuple):
         return (
             isinstance(left, tuple)
             and isinstance(right, tuple)
             and [len(row) for row in left] == [len(row) for row in right]
             and all(
-                _equal(a, b, evaluation, signed)
+                _equal(a, b, evaluation)
                 for one, other in zip(left, right, strict=True)
                 for a, b in zip(one, other, strict=True)
             )
         )
     if isinstance(left, Fraction) and isinstance(right, Fraction):
         return left == right
-    if signed and (isinstance(left, _mp.mpc) or isinstance(right, _mp.mpc)):
-        return True  # outside of what is defined in real numbers: the other points decide
     left, right = evaluation.rounded(left), evaluation.rounded(right)
     if left == right:
         return True
@@ -98,22 +150,36 @@ def _equal(left: Number, right: Number, evaluation: "_Evaluation", signed: bool)
     return bool(small < max(_mp.mag(left), _mp.mag(right), evaluation.peak) - _mp.prec * 3 // 4)
 
 
+def _assigned(names: list[str], whole: frozenset[str], point: int) -> dict[str, Fraction]:
+    """Values of the unknowns. Of two points in a row the second has whole numbers in the other order, and real ones
+    with the other sign, but at the first two points."""
+    wholes = [name for name in dict.fromkeys(names) if name.rstrip("'") in whole]
+    values = [_whole_at(name, point - point % 2 if len(wholes) > 1 else point) for name in wholes]
+    found = dict(zip(wholes, values[:: -1 if point % 2 else 1], strict=True))
+    return found | {name: _random(name, point) for name in names if name not in found}
+
+
+def _whole_at(name: str, point: int) -> Fraction:
+    low, high = _WHOLE_RANGES[point] if point < _POINTS else (1, 40)
+    return Fraction(random.Random(f"{_key} {name} {point}").randint(low, high))
+
+
 @lru_cache(4096)
 def _random(name: str, point: int) -> Fraction:
-    generator = random.Random(f"{name} {point}")
-    if name in _WHOLE:
-        return Fraction(generator.randint(5, 40))
-    value = Fraction(generator.randint(*((300, 1500) if point % 2 else (1500, 5000))), 1009)
-    negative = random.Random(name).random() < 0.5  # at one of the signed points, and not at the other
-    return -value if point == _POINTS - 1 - negative else value
+    first = point if point < 2 else point - point % 2
+    low, high = _RANGES[first % _POINTS]
+    generator = random.Random(f"{_key} {name} {first}")
+    below = generator.randint(1000, 9999)
+    value = Fraction(generator.randint(int(low * below), int(high * below)), below)
+    negative = first not in _POSITIVE and generator.random() < 0.5
+    return -value if negative != (point != first) else value
 
 
 class _Evaluation:
     """Values at one point. `peak` is the largest magnitude that was cancelled in a sum."""
 
-    def __init__(self, point: int) -> None:
-        self.point, self.peak = point, -_MAX_MAGNITUDE
-        self.known: dict[int, Number] = {}
+    def __init__(self, point: int = 0, values: Mapping[str, Fraction] = MappingProxyType({})) -> None:
+        self.point, self.values, self.peak = point, values, -_MAX_MAGNITUDE
 
     def value(self, node: Node) -> Number:
         handler: Callable[[Node], Number] | None = getattr(self, f"on_{node.op}", None)
@@ -147,7 +213,7 @@ class _Evaluation:
     def on_symbol(self, node: Node) -> Number:
         if node.data in _CONSTANTS:
             return _CONSTANTS[node.data]()
-        return _random(node.data, self.point)
+        return self.values.get(node.data) or _random(node.data, self.point)
 
     def on_unit(self, node: Node) -> Number:
         return self.value(node.args[0])
@@ -286,6 +352,8 @@ class _Evaluation:
         if not _mp.isfinite(base) or not _mp.isfinite(exponent):
             raise UnreadableError("a power of infinity")
         self.check(_mp.mag(exponent) + max(1, abs(_mp.mag(base))).bit_length())
+        if exponent:
+            self.resolve(-_mp.mag(exponent))  # a power near 0 is near 1
         return base**exponent
 
     def power_of_rows(self, base: Number, exponent: Number) -> Number:
@@ -295,6 +363,11 @@ class _Evaluation:
         for _ in range(int(exponent) - 1):
             total = self.multiply_rows(total, base)
         return total
+
+    def resolve(self, bits: int) -> None:
+        """Ask for more digits where an argument differs from 0, or a value from a constant, by 2^-bits alone."""
+        if bits > _mp.prec // 4:
+            raise _MorePrecisionError(4 * bits)
 
     def check(self, bits: int) -> None:
         """A result of 2^(2^bits) must not be begun."""
@@ -318,11 +391,15 @@ def _exact_power(base: Fraction, exponent: Fraction) -> Fraction | None:
     return Fraction(found)
 
 
-def _float(function: Callable[[Number], Number], most: int = 4000) -> Callable[..., Number]:
+def _float(function: Callable[[Number], Number], most: int = 4000, saturates: bool = False) -> Callable[..., Number]:
+    """A function of a float. One that `saturates` comes to within 2^-3x of a constant at x."""
+
     def apply(self: _Evaluation, arg: Number) -> Number:
         arg = self.rounded(arg)
         if not _mp.isfinite(arg) or (arg and _mp.mag(arg) > most):
             raise UnreadableError("a function of something too large")
+        if arg:
+            self.resolve(int(3 * abs(arg)) if saturates and _mp.mag(arg) < 30 else abs(_mp.mag(arg)))
         return function(arg)
 
     return apply
@@ -356,6 +433,18 @@ def _whole(value: Number, most: int) -> int:
 
 def _factorial(self: _Evaluation, arg: Number) -> Number:
     return Fraction(int(_mp.factorial(0)) if arg == 0 else _product(1, _whole(arg, _MAX_FACTORIAL)))
+
+
+def _factorial2(self: _Evaluation, arg: Number) -> Number:
+    return Fraction(math.prod(range(_whole(arg, _MAX_FACTORIAL), 0, -2)))
+
+
+def _permutations(self: _Evaluation, top: Number, low: Number) -> Number:
+    return Fraction(math.perm(_whole(top, _MAX_FACTORIAL), _whole(low, _MAX_FACTORIAL)))
+
+
+def _cis(self: _Evaluation, arg: Number) -> Number:
+    return self.power(_mp.e, self.multiply(_mp.mpc(0, 1), arg))
 
 
 def _product(low: int, high: int) -> int:
@@ -401,15 +490,16 @@ _FUNCTIONS: dict[str, Callable[..., Number]] = {
     "log": _log, "log_": _log, "lg": _log, "exp": _exp, "sqrt": _sqrt, "sqrt_": _sqrt,
     "ln": lambda self, arg: _log(self, arg, _mp.e), "cbrt": lambda self, arg: _sqrt(self, arg, Fraction(3)),
     "factorial": _factorial, "binom": _binom, "abs": _abs, "lfloor": _floor, "floor": _floor, "lceil": _ceil,
-    "ceil": _ceil, "transpose": _transpose,
+    "ceil": _ceil, "transpose": _transpose, "factorial2": _factorial2, "permutations": _permutations, "cis": _cis,
     "Re": _float(_mp.re), "Im": _float(_mp.im),
 }  # fmt: skip
 for _name in ("sin", "cos", "tan", "cot", "sec", "csc"):
     _FUNCTIONS[_name] = _float(getattr(_mp, _name))
-    _FUNCTIONS[f"{_name}h"] = _float(getattr(_mp, f"{_name}h"), 15)
+    _FUNCTIONS[f"{_name}h"] = _float(getattr(_mp, f"{_name}h"), 15, saturates=_name in ("tan", "cot"))
     _FUNCTIONS[f"arc{_name}"] = _float(getattr(_mp, f"a{_name}"))
 for _name in ("sinh", "cosh", "tanh"):
     _FUNCTIONS[f"ar{_name}"] = _FUNCTIONS[f"a{_name}"] = _FUNCTIONS[f"arc{_name}"] = _float(getattr(_mp, f"a{_name}"))
+_COUNTING = ("factorial", "factorial2", "binom", "permutations")
 _MATRIX_FUNCTIONS = ("transpose",)
 _CONSTANTS: dict[str, Callable[[], Number]] = {
     "pi": lambda: +_mp.pi, "e": lambda: +_mp.e, "i": lambda: _mp.mpc(0, 1), "infty": lambda: _mp.inf,
