@@ -1,6 +1,7 @@
 """One frozen config, read from TOML and the command line. All validation is here."""
 
 import json
+import re
 import tomllib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -27,6 +28,9 @@ Directory = Annotated[str, AfterValidator(_absolute)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Value = bool | int | float | str
+Arguments = dict[str, Value | list[Value]]  # of a plug-in or a template, by name
+_ARGUMENT = re.compile(r"(env_args|reward_args|chat\.template_args)\.[^.]+")
 
 _STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -51,7 +55,7 @@ class ChatConfig:
     """System message of every prompt that has none."""
     template: str = ""
     """A chat template (Jinja), or the file it is in, in place of the tokenizer's own."""
-    template_args: dict[str, bool | int | float | str] = field(default_factory=dict)
+    template_args: Arguments = field(default_factory=dict)
     """What the template takes beside messages, such as enable_thinking."""
     prefill: str = ""
     """What each message of the policy begins with: part of the prompt, and of what reward functions see."""
@@ -310,9 +314,9 @@ class Config:
     """Where prompts come from: module:Name or path/to/file.py:Name."""
     reward: str | tuple[str, ...]
     """What scores completions: module:name or path/to/file.py:name; of several the weighted sum."""
-    env_args: dict[str, bool | int | float | str] = field(default_factory=dict)
+    env_args: Arguments = field(default_factory=dict)
     """Arguments of the env; on the command line also --env-args.NAME VALUE. A file's go with the file's env only."""
-    reward_args: dict[str, bool | int | float | str] = field(default_factory=dict)
+    reward_args: Arguments = field(default_factory=dict)
     """Arguments of the reward functions that have a parameter of that name; also --reward-args.NAME VALUE."""
     reward_weights: tuple[float, ...] = ()
     """The weight of each reward function; all 1 by default."""
@@ -355,15 +359,24 @@ _ADAPTER = TypeAdapter(Config)
 
 def read(path: Path | UPath) -> Config:
     """The config in a TOML file, or in a run's `config.toml`. Raises RloraError that names each field at fault."""
+    return validate(read_table(path), f"{path}: ")
+
+
+def read_table(path: Path | UPath) -> dict[str, Any]:
+    """The tables of such a file, before any of their values is checked. Raises RloraError where it is not TOML."""
     try:
-        table = tomllib.loads(path.read_text())
+        data = path.read_bytes()
+        table = tomllib.loads(data.decode("utf-8-sig").replace("\r\n", "\n"))
     except OSError as error:
         raise RloraError(f"{path}: can't be read ({error.strerror}); name a TOML file with a config") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        if data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data:
+            raise RloraError(f"{path}: not valid TOML: it looks like UTF-16; save it as UTF-8") from None
         raise RloraError(f"{path}: not valid TOML: {error}") from None
     table.pop("provenance", None)  # what made a run; not a setting
-    refuse_unlearnable(name for section in (table, table.get("sampling", {})) for name in section)
-    return validate(table, f"{path}: ")
+    refuse_unlearnable(table)
+    refuse_unlearnable(table["sampling"] if isinstance(table.get("sampling"), dict) else ())
+    return table
 
 
 def validate(values: Config | dict[str, Any], source: str = "") -> Config:
@@ -485,7 +498,10 @@ def explain(error: ValidationError) -> str:
     lines: dict[str, str] = {}  # by the field: one that may be of several types has a fault for each
     for fault in error.errors():
         name = ".".join(str(part) for i, part in enumerate(fault["loc"]) if i < 2 or isinstance(part, int))
-        if fault["type"] == "missing":
+        if argument := _ARGUMENT.match(".".join(map(str, fault["loc"]))):
+            name, value = argument[0], fault["input"]
+            line = f"{name} = {value!r}: use text, a number, true or false, or a list of them"
+        elif fault["type"] == "missing":
             line = f"{name}: not set, and it has no default; set it in the file or by --{name}"
         elif fault["type"] == "unexpected_keyword_argument":
             line = f"{name} = {fault['input']!r}: no such field; {like(name)}"

@@ -1,8 +1,10 @@
 """What the command line takes, and the config that comes of it."""
 
 import json
+import re
 import shlex
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
@@ -10,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 import tyro
 from upath import UPath
 
-from rlora.config import PRESETS, AlgorithmConfig, Config, like, read, refuse_unlearnable, validate
+from rlora.config import PRESETS, AlgorithmConfig, Config, like, read, read_table, refuse_unlearnable, validate
 from rlora.records import RloraError
 from rlora.storage import names, read_file
 
@@ -198,7 +200,7 @@ def with_changes(config: Config, changes: Sequence[str]) -> Config:
             raise RloraError(f"--set {change}: no such field; {like(name)}")
         of[last] = _value(text)
     names = [change.partition("=")[0] for change in changes]
-    return validate(_under_its_preset(table, names, config))
+    return validate(_under_its_preset(table, names, config.algorithm.name))
 
 
 _FIXED = (
@@ -276,52 +278,93 @@ def read_run(run: UPath) -> Config:
 
 
 _NOTHING = Config(model="", env="", reward="")
+_ARGUMENTS = {"env_args": "env", "reward_args": "reward", "chat.template_args": ""}  # and the plug-in they are for
 
 
 def _parse(kind: type[Given], default: Given, program: str, arguments: list[str], over: Config | None = None) -> Given:
     """The command line over the config that it names, or over `over`. It may give each field of that too."""
-    env_args, others = _named("env-args", arguments)
-    reward_args, others = _named("reward-args", others)
+    named, others = {}, arguments
+    for field_name in _ARGUMENTS:
+        named[field_name], others = _named(field_name, others)
     options = [argument.split("=")[0].lstrip("-").replace("-", "_") for argument in others if argument[:2] == "--"]
     refuse_unlearnable(option.rpartition(".")[2] for option in options)
     if "-h" in others or "--help" in others:
         tyro.cli(kind, args=["--help"], prog=program)  # ends here
-    saved = over or _source(tyro.cli(kind, default=default, args=others, prog=program))
-    under = replace(default, config=saved) if saved else None
-    parsed = cast(Given, tyro.cli(kind, default=under, args=others, prog=program))
-    table = asdict(parsed.config)
-    for name, args, of in (("env_args", env_args, "env"), ("reward_args", reward_args, "reward")):
-        of_another = table[name] if saved and getattr(saved, of) != table[of] else {}
-        table[name] = {key: value for key, value in table[name].items() if key not in of_another} | args
-    return replace(parsed, config=validate(_under_its_preset(table, options, saved)))
+    parsed = tyro.cli(kind, default=default, args=others, prog=program)
+    table, file = (asdict(over), None) if over else _source(parsed)
+    if table is None:
+        parsed = cast(Given, tyro.cli(kind, args=others, prog=program))  # which tells what is missing
+        table = _under_its_preset(asdict(parsed.config), options, "")
+    else:
+        table = _merged(table, asdict(parsed.config), options)
+    for field_name, values in named.items():
+        _put(table, {f"{field_name}.{name}": value for name, value in values.items()})
+        options += [f"{field_name}.{name}" for name in values]
+    try:
+        return replace(parsed, config=validate(table))
+    except RloraError as error:
+        at_fault = re.split("[: ]", str(error))[0]
+        raise error if at_fault in options or not file else RloraError(f"{file}: {error}") from None
 
 
-def _under_its_preset(table: dict[str, Any], given: Sequence[str], before: Config | None) -> dict[str, Any]:
+def _put(table: dict[str, Any], values: dict[str, Any]) -> None:
+    """Set fields by their full names, where a table is in the way to each; else the check tells of it."""
+    for name, value in values.items():
+        of: Any = table
+        *sections, last = name.split(".")
+        for section in sections:
+            of = of.setdefault(section, {}) if isinstance(of, dict) else None
+        if isinstance(of, dict):
+            of[last] = value
+
+
+def _merged(table: dict[str, Any], given: dict[str, Any], options: Sequence[str]) -> dict[str, Any]:
+    """The tables of a config, with each of `options` as `given` has it. Arguments of a plug-in go where it changes."""
+    merged = deepcopy(table)
+    for option in options:
+        section, _, name = option.replace(".no_", ".").rpartition(".")
+        of = given.get(section) if section else given
+        if isinstance(of, dict) and name in of:
+            _put(merged, {f"{section}.{name}".strip("."): of[name]})
+    for arguments, plug_in in _ARGUMENTS.items():
+        if plug_in in options and plug_in in table and _plain(table[plug_in]) != _plain(given[plug_in]):
+            merged[arguments] = given[arguments]
+    before = table.get("algorithm")
+    return _under_its_preset(merged, options, str(before.get("name", "")) if isinstance(before, dict) else "")
+
+
+def _plain(plug_in: Any) -> Any:
+    return list(plug_in) if isinstance(plug_in, tuple) else [plug_in] if isinstance(plug_in, str) else plug_in
+
+
+def _under_its_preset(table: dict[str, Any], given: Sequence[str], before: str) -> dict[str, Any]:
     """A config where, if `algorithm.name` is given, all that the name before set goes; what was given beside stays."""
-    if "algorithm.name" in given:
-        was = PRESETS[before.algorithm.name] if before else {}
+    algorithm, was = table.get("algorithm"), PRESETS.get(before, {})
+    if "algorithm.name" in given and isinstance(algorithm, dict):
         kept = {option.removeprefix("algorithm.").removeprefix("no_") for option in given}
-        for name in (PRESETS.get(table["algorithm"]["name"], {}) | was).keys() - kept:
-            if table["algorithm"][name] == was.get(name, getattr(AlgorithmConfig(), name)):
-                del table["algorithm"][name]
+        for name in (PRESETS.get(algorithm["name"], {}) | was).keys() - kept:
+            if name in algorithm and algorithm[name] == was.get(name, getattr(AlgorithmConfig(), name)):
+                del algorithm[name]
     return table
 
 
-def _source(given: Train | Eval | Show | Replay) -> Config | None:
-    """The config that a command line starts from: of a run, or of a TOML file; None where it names neither."""
+def _source(given: Train | Eval | Show | Replay) -> tuple[dict[str, Any] | None, Path | None]:
+    """The tables that a command line starts from, of a run or of a TOML file, which is named; None where it names
+    neither."""
     if not isinstance(given, Train):
         source = given.run if isinstance(given, Replay) else given.source
         if not source:
             raise RloraError(
                 "no run is named, and no TOML config; give the directory of a run, RUN@STEP, or a FILE.toml"
             )
-        is_file = source.endswith(".toml") and not isinstance(given, Replay)
-        return read(Path(source)) if is_file else read_run(split(source)[0])
+        if source.endswith(".toml") and not isinstance(given, Replay):
+            return read_table(Path(source)), Path(source)
+        return asdict(read_run(split(source)[0])), None
     if given.file:
-        return read(given.file)
+        return read_table(given.file), given.file
     if given.resume:
-        return read_run(given.resume)
-    return _config_at(*split(given.fork)) if given.fork else None
+        return asdict(read_run(given.resume)), None
+    return (asdict(_config_at(*split(given.fork))) if given.fork else None), None
 
 
 def _config_at(run: UPath, step: int | None) -> Config:
@@ -339,11 +382,12 @@ def _named(field: str, arguments: Sequence[str]) -> tuple[dict[str, Any], list[s
     found, others = {}, []
     rest = iter(arguments)
     for argument in rest:
-        if not argument.startswith(f"--{field}."):
+        name, equals, value = argument.partition("=")
+        name = name.replace("-", "_").removeprefix("__")
+        if not argument.startswith("--") or not name.startswith(f"{field}."):
             others.append(argument)
             continue
-        name, equals, value = argument.removeprefix(f"--{field}.").partition("=")
-        found[name.replace("-", "_")] = _value(value if equals else next(rest, ""))
+        found[name.removeprefix(f"{field}.")] = _value(value if equals else next(rest, ""))
     return found, others
 
 

@@ -124,6 +124,24 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
             read(tmp_path / f"{name}.toml")
 
 
+def test_a_file_as_windows_editors_write_it(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    text = tomli_w.dumps(MINIMAL | {"chat": {"system": "caf\u00e9"}})
+    path.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert read(path) == validate(MINIMAL | {"chat": {"system": "caf\u00e9"}})
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be"):
+        path.write_bytes(text.encode(encoding))
+        with pytest.raises(RloraError, match=r"config\.toml: not valid TOML: it looks like UTF-16; save it as UTF-8"):
+            read(path)
+
+
+@pytest.mark.parametrize("table", [{"sampling": 3}, {"chat": "x"}, {"env_args": 3}, {"env_args": ["a"]}])
+def test_a_value_where_a_table_belongs_is_named(table: dict[str, object], tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text(tomli_w.dumps(MINIMAL | table))
+    with pytest.raises(RloraError, match=rf"a\.toml: {next(iter(table))} = "):
+        read(tmp_path / "a.toml")
+
+
 def test_load_takes_a_module_or_a_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("def judge(completion, answer):\n    return 1.0\n")

@@ -1,15 +1,17 @@
+import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import tomli_w
 from conftest import ROOT
 from upath import UPath
 
 from rlora.checkpoint import Bundle, bundle_path
-from rlora.config import Config, read
-from rlora.options import differences, parse_replay, parse_train, split, with_changes
+from rlora.config import Config, read, validate
+from rlora.options import differences, parse_eval, parse_replay, parse_show, parse_train, split, with_changes
 from rlora.records import RloraError
 from rlora.storage import write_directory
 
@@ -112,3 +114,84 @@ def test_changes_of_every_kind(config: Callable[..., Config]) -> None:
         "bfloat16",
         ("a.py:f",),
     )
+
+
+def without(tmp_path: Path, *names: str) -> str:
+    """The TOML of the main job without these fields."""
+    lines = Path(TOML).read_text().splitlines()
+    path = tmp_path / "part.toml"
+    path.write_text("\n".join(line for line in lines if line.partition(" =")[0] not in names))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["model", "env", "reward"])
+def test_the_command_line_fills_a_file_without_a_required_field(name: str, tmp_path: Path) -> None:
+    own = read(Path(TOML))
+    file, value = without(tmp_path, name), str(getattr(own, name))
+    assert parse_train([file, f"--{name}", value]).config == own
+    assert parse_train([file, f"--{name}={value}"]).config == own
+    assert parse_eval([file, f"--{name}", value]).config == own
+    assert parse_show(["prompt", file, f"--{name}", value]).config == own
+    with pytest.raises(RloraError, match=rf"part\.toml: {name}: not set, and it has no default"):
+        parse_train([file])
+
+
+def test_the_command_line_fills_all_of_them_and_a_files_arguments_stay(tmp_path: Path) -> None:
+    own = read(Path(TOML))
+    file = without(tmp_path, "model", "env", "reward")
+    given = ["--model", own.model, "--env", own.env, "--reward", str(own.reward)]
+    assert parse_train([file, *given]).config == own
+    with pytest.raises(RloraError, match=r"reward: not set"):
+        parse_train([file, *given[:4]])
+
+
+def test_the_check_comes_after_the_command_line(tmp_path: Path) -> None:
+    """What a file says wrongly may be said rightly beside it."""
+    file = tmp_path / "a.toml"
+    file.write_text(Path(TOML).read_text() + "\n[evaluate]\nprompts = -1\n")
+    assert parse_train([str(file), "--evaluate.prompts", "3"]).config.evaluate.prompts == 3
+    with pytest.raises(RloraError, match=r"a\.toml: evaluate\.prompts = -1: "):
+        parse_train([str(file), "--steps", "3"])
+    with pytest.raises(RloraError, match=r"^evaluate\.prompts = -2: "):
+        parse_train([str(file), "--evaluate.prompts", "-2"])
+
+
+def test_arguments_of_another_plug_in_go_and_a_preset_goes_with_its_name(tmp_path: Path) -> None:
+    own = read(Path(TOML))
+    assert own.env_args
+    assert parse_train([TOML, "--env", "mine.py:Mine"]).config.env_args == {}
+    assert parse_train([TOML, "--env", own.env]).config.env_args == own.env_args
+    assert parse_train([TOML, "--env", "mine.py:Mine", "--env-args.x", "1"]).config.env_args == {"x": 1}
+    file = tmp_path / "a.toml"
+    file.write_text(Path(TOML).read_text() + '\n[algorithm]\nname = "gspo"\n')
+    algorithm = parse_train([str(file), "--algorithm.name", "ppo", "--algorithm.bootstrap-truncated"]).config.algorithm
+    assert (algorithm.loss, algorithm.advantage, algorithm.bootstrap_truncated) == ("clip", "gae", True)
+
+
+def test_lists_of_numbers_and_texts_are_arguments(tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    text = 'levels = [1, 2]\nnames = ["a", "b"]\nnone = []\nmixed = [1, "b", 2.5, true]\n'
+    head = Path(TOML).read_text().partition("[env_args]")[0]
+    file.write_text(f"{head}\n[env_args]\n{text}[reward_args]\n{text}[chat.template_args]\n{text}")
+    wanted = {"levels": [1, 2], "names": ["a", "b"], "none": [], "mixed": [1, "b", 2.5, True]}
+    config = parse_train([str(file)]).config
+    assert (config.env_args, config.reward_args, config.chat.template_args) == (wanted, wanted, wanted)
+    copy = tmp_path / "config.toml"  # as a run writes it
+    copy.write_text(tomli_w.dumps(asdict(config)))
+    assert read(copy) == config == validate(json.loads(json.dumps(asdict(config))))
+    given = ["--env-args.levels", "[3]", '--reward-args.names=["c"]', "--chat.template-args.none", "[1.5]"]
+    config = parse_train([str(file), *given]).config
+    assert config.env_args == wanted | {"levels": [3]}
+    assert config.reward_args == wanted | {"names": ["c"]}
+    assert config.chat.template_args == wanted | {"none": [1.5]}
+    assert with_changes(config, ["env_args.levels=[4, 5]"]).env_args["levels"] == [4, 5]
+
+
+@pytest.mark.parametrize("value", ["[[1], 2]", '{"a": 1}', "null", "[null]", "NaN"])
+def test_other_arguments_are_refused_with_what_they_may_be(value: str) -> None:
+    for option in ("env-args", "reward-args", "chat.template-args"):
+        name = option.replace("-", "_")
+        with pytest.raises(
+            RloraError, match=rf"^{name}\.x = .*: use text, a number, true or false, or a list of them$"
+        ):
+            parse_train([TOML, f"--{option}.x", value])
