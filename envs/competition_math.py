@@ -7,7 +7,8 @@ from pathlib import Path
 from rlora.records import Prompt, RloraError
 
 from .generated import listed
-from .table import Row, cell, fill, read_rows
+from .rows import Row, is_null, read_rows
+from .table import cell, fill
 
 TEMPLATE = "{problem}\nReason step by step, and put the answer into \\boxed{{}}."
 SUBJECTS = (
@@ -18,7 +19,8 @@ _HUB = "EleutherAI/hendrycks_math"  # a subset for each subject, as counting_and
 
 
 class CompetitionMath:
-    """`path` and `held_out_path` are hub ids, local files (json, jsonl, csv, parquet), or directories with math.json.
+    """`path` and `held_out_path` are hub ids, local files (json, jsonl, csv, parquet), or directories: with
+    math.json, or local copies of a data set on a hub.
 
     Rows have `problem`, and either `answer` or a `solution` in which the last box is the answer; rows that have neither
     are left out, as 2 of the 7,474 to train on in deepscaler's copy. The answer is text, in LaTeX. `template` holds
@@ -75,11 +77,13 @@ def _known(name: str, given: object, known: Collection[str]) -> list[str]:
 
 
 def _rows(field: str, path: str, split: str) -> Iterator[Row]:
-    if path == _HUB:
-        for subject in SUBJECTS:
-            yield from read_rows(field, path, subject.lower().replace(" ", "_").replace("&", "and"), split)
+    subsets = [subject.lower().replace(" ", "_").replace("&", "and") for subject in SUBJECTS]
+    if path == _HUB or all((Path(path) / subset).is_dir() for subset in subsets):
+        for subset in subsets:
+            yield from read_rows(field, path, subset, split)
     else:
-        yield from read_rows(field, str(Path(path) / "math.json") if Path(path).is_dir() else path, None, split)
+        file = Path(path) / "math.json"
+        yield from read_rows(field, str(file) if file.is_file() else path, None, split)
 
 
 def _level(row: Row) -> int | None:
@@ -90,7 +94,7 @@ def _level(row: Row) -> int | None:
 
 def _gold(row: Row) -> str | None:
     answer = row.get("answer")
-    return last_boxed(str(row.get("solution") or "")) if answer is None else str(answer)
+    return last_boxed(str(row.get("solution") or "")) if is_null(answer) else str(answer)
 
 
 def last_boxed(text: str) -> str | None:

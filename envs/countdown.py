@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from rlora.records import Prompt, RloraError
 
 from .generated import Generated, counts
-from .table import read_rows
+from .rows import read_rows
 
 TEMPLATE = (
     "Using the numbers {numbers}, make an expression that equals {target}. You may use + - * / and parentheses, "

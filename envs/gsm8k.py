@@ -1,5 +1,6 @@
 """GSM8K (Cobbe et al. 2021, arXiv:2110.14168): grade-school word problems with an integer answer."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,6 @@ class GSM8K(Table):
     def gold(self, value: Any, where: str) -> int:
         """The integer after ####."""
         gold = str(value).rpartition("####")[2].strip().replace(",", "")
-        if not gold.lstrip("-").isdigit():
+        if not re.fullmatch(r"-?[0-9]+", gold):
             raise RloraError(f"{where}: answer = {value!r} has no integer after ####; mend or drop the row")
         return int(gold)

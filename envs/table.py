@@ -1,28 +1,32 @@
-"""Any data set that `datasets` reads, from a hub or a local file, by config: which column is what is said there."""
+"""Any data set, from a hub or a local file, by config: which column is what is said there."""
 
+import ast
+import json
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import datasets
 
 from rlora.records import Messages, Prompt, RloraError
 
 from .generated import listed
+from .rows import Row, is_null, read_rows
 
-Row = Mapping[str, Any]
-
-_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_SHAREGPT = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system", "tool": "tool",
+}  # fmt: skip
+_TEXT_PARTS = ("text", "input_text", "output_text")
 _PLACE = re.compile(r"\{\{|\}\}|\{(\w[\w.]*)\}")
 
 
 class Table:
     """A prompt for each row of a data set.
 
-    `path` is a hub id, whose subset is `name`; a local file (json, jsonl, csv, parquet); or a local directory with a
-    file called after each split, as train.jsonl. Held out is the split `held_out_split`, or `held_out_path`, or a share
+    `path` is a hub id, whose subset is `name`; a local file (json, jsonl, csv, tsv, parquet); a local directory with a
+    file called after each split, as train.jsonl; or a local copy of a data set on a hub, its shards included, or what
+    `save_to_disk` of `datasets` wrote. Values keep the type and the text that they have in a file; all of a CSV's are
+    text. Held out is the split `held_out_split`, or `held_out_path`, or a share
     of the training rows that `seed` chooses.
 
     The prompt is what stands in the column `prompt`, text or chat messages, or `template` with a {column} in each of
@@ -106,36 +110,6 @@ class Table:
         return Prompt(text, answer=answer, columns=columns)
 
 
-def read_rows(field: str, path: str, name: str | None, split: str) -> Iterator[Row]:
-    """The rows of one split. Raises RloraError, which names `field`, where it can't be read."""
-    try:
-        local = _local_file(Path(path), split)
-        if local:
-            data = datasets.load_dataset(_FORMATS[local.suffix], data_files=str(local), split="train")
-        else:
-            data = datasets.load_dataset(path, name, split=split)
-    except Exception as error:  # a hub, a file system and a parser are behind it
-        raise RloraError(
-            f"{field} = {path!r}: {split} can't be read ({error}); give a hub id that can be reached, "
-            f"a json, jsonl, csv or parquet file, or a directory with {split}.jsonl or the like"
-        ) from error
-    return iter(data)
-
-
-def _local_file(path: Path, split: str) -> Path | None:
-    """The file that holds a split; None where `path` is no local file or directory."""
-    if path.is_file():
-        if path.suffix not in _FORMATS:
-            raise ValueError(f"it ends with {path.suffix!r}")
-        return path
-    if not path.is_dir():
-        return None
-    found = [path / f"{split}{suffix}" for suffix in _FORMATS if (path / f"{split}{suffix}").is_file()]
-    if len(found) != 1:
-        raise ValueError(f"the directory has {len(found)} files for it")
-    return found[0]
-
-
 def cell(row: Row, name: str, where: str) -> Any:
     """What stands in a column; dots in `name` go into nested ones. Raises RloraError where it is missing or null."""
     value: Any = row
@@ -145,8 +119,9 @@ def cell(row: Row, name: str, where: str) -> Any:
                 f"{where}: column {name!r} is missing (the row has {', '.join(row)}); name one that every row has"
             )
         value = value[key]
-    if value is None:
-        raise RloraError(f"{where}: column {name!r} is null; mend or drop the row")
+    if is_null(value):
+        what = "null" if value is None else "NaN"
+        raise RloraError(f"{where}: column {name!r} is {what}; mend or drop the row")
     return value
 
 
@@ -160,16 +135,66 @@ def fill(template: str, row: Row, where: str) -> str:
 
 
 def _as_text(value: Any, where: str) -> str | Messages:
-    """A prompt's text, or chat messages with nothing in them but role and content."""
+    """A prompt's text, or chat messages with nothing in them but role and content.
+
+    Messages may stand in a string, as JSON or as Python shows them; `content` may be a list of parts that are text; and
+    they may be ShareGPT's, `from` and `value`.
+    """
     if isinstance(value, str):
-        return value
-    if isinstance(value, Sequence) and value and all(map(_is_message, value)):
-        return [{"role": turn["role"], "content": turn["content"]} for turn in value]
-    raise RloraError(
-        f'{where} is {value!r}; it must be a string or a list of chat messages, {{"role": ..., "content": ...}} '
-        "with a string each"
-    )
+        return _chat_in(value, where) or value
+    if not isinstance(value, Sequence) or not value or not all(isinstance(turn, Mapping) for turn in value):
+        raise RloraError(
+            f'{where} is {value!r}; it must be a string or a list of chat messages, {{"role": ..., "content": ...}} '
+            "with a string each"
+        )
+    messages = [_message(turn, f"{where}, message {number}") for number, turn in enumerate(value)]
+    if messages[-1]["role"] == "assistant":
+        raise RloraError(
+            f"{where}: its last message is the assistant's, {messages[-1]['content']!r:.80}; a prompt ends with what "
+            "the policy answers, so drop that message, or make it the answer"
+        )
+    return messages
 
 
-def _is_message(turn: Any) -> bool:
-    return isinstance(turn, Mapping) and all(isinstance(turn.get(key), str) for key in ("role", "content"))
+def _chat_in(text: str, where: str) -> str | Messages:
+    """The messages in a string that is a list of them; "" for any other text."""
+    if not re.match(r"\s*\[\s*\{", text):
+        return ""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            found = read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(found, list) and all(isinstance(turn, dict) and turn.keys() & {"role", "from"} for turn in found):
+            return _as_text(found, where)
+    return ""
+
+
+def _message(turn: Row, where: str) -> dict[str, str]:
+    role, content = turn.get("role"), turn.get("content")
+    if role is None and content is None and "from" in turn:
+        role, content = _SHAREGPT.get(turn["from"]), turn.get("value")
+        if role is None:
+            raise RloraError(f"{where}: from = {turn['from']!r} is none of {', '.join(_SHAREGPT)}; rename it")
+    if not isinstance(role, str) or not role:
+        raise RloraError(f"{where} is {turn!r}; it must have a role, a string, such as user, and a content")
+    if content is None and turn.get("tool_calls"):
+        raise RloraError(
+            f"{where}: content is null beside tool_calls, and a prompt is text only; write the call into content, or "
+            "drop the row"
+        )
+    return {"role": role, "content": content if isinstance(content, str) else _joined(content, where)}
+
+
+def _joined(content: Any, where: str) -> str:
+    """The text of a list of parts."""
+    if not isinstance(content, Sequence):
+        raise RloraError(f"{where}: content is {content!r}; it must be a string, or a list of parts that are text")
+    return "".join(part if isinstance(part, str) else _text_of(part, where) for part in content)
+
+
+def _text_of(part: Any, where: str) -> str:
+    kind = part.get("type") or "text" if isinstance(part, Mapping) else None
+    if kind not in _TEXT_PARTS or not isinstance(part.get("text"), str):
+        raise RloraError(f"{where}: content has a part {part!r:.120}; only text can be read, so drop the row")
+    return str(part["text"])

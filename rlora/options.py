@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 from upath import UPath
@@ -293,7 +293,7 @@ def _parse(kind: type[Given], default: Given, program: str, arguments: list[str]
     parsed = tyro.cli(kind, default=default, args=others, prog=program)
     table, file = (asdict(over), None) if over else _source(parsed)
     if table is None:
-        parsed = cast(Given, tyro.cli(kind, args=others, prog=program))  # which tells what is missing
+        parsed = tyro.cli(kind, args=others, prog=program)  # which tells what is missing
         table = _under_its_preset(asdict(parsed.config), options, "")
     else:
         table = _merged(table, asdict(parsed.config), options)

@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 from conftest import NEEDS_SHARED, SHARED
 from rlora.envs.arithmetic import Arithmetic, GradedArithmetic
@@ -86,10 +87,33 @@ def test_gsm8k_reads_a_local_directory(tmp_path: Path, monkeypatch: pytest.Monke
     assert env.held_out() == [prompt]
 
 
+def test_gsm8k_reads_a_local_copy_of_the_hubs(tmp_path: Path) -> None:
+    """With or without the README.md that tells of its subsets."""
+    for subset, answer in (("main", 4), ("socratic", 5)):
+        (tmp_path / subset).mkdir()
+        for split in ("train", "test"):
+            row = {"question": f"{split}?", "answer": f"#### {answer}"}
+            datasets.Dataset.from_list([row]).to_parquet(tmp_path / subset / f"{split}-00000-of-00001.parquet")
+    for readme in (False, True):
+        if readme:
+            split = "  - split: {1}\n    path: {0}/{1}-*\n"
+            parts = [
+                f"- config_name: {subset}\n  data_files:\n{split.format(subset, 'train')}{split.format(subset, 'test')}"
+                for subset in ("main", "socratic")
+            ]
+            (tmp_path / "README.md").write_text(f"---\nconfigs:\n{''.join(parts)}---\n")
+        env = GSM8K(str(tmp_path), "{question}")
+        assert [(prompt.text, prompt.answer) for prompt in [*env.train(), *env.held_out()]] == [
+            ("train?", 4), ("test?", 4),
+        ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "?"}, r"train, row 1: column 'answer' is null"),
+        ({"question": "?"}, r"train, row 1: column 'answer' is missing \(the row has question\)"),
+        ({"question": "?", "answer": "#### --4"}, r"train, row 1: answer = '#### --4' has no integer after ####"),
+        ({"question": "?", "answer": "#### ²"}, r"train, row 1: answer = '#### ²' has no integer after ####"),
         ({"question": "?", "answer": None}, r"train, row 1: column 'answer' is null"),
         ({"question": "?", "answer": "four"}, r"train, row 1: answer = 'four' has no integer after ####"),
     ],

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import datasets
@@ -29,7 +30,8 @@ def test_a_file_of_each_format_gives_the_same_prompts(name: str, tmp_path: Path)
     prompts = Table(saved(tmp_path / name), template="{q} {{x}} \\boxed{}", answer="a", answer_after="####").train()
     assert [prompt.text for prompt in prompts[:2]] == ["What is 0+0? {x} \\boxed{}", "What is 1+1? {x} \\boxed{}"]
     assert [prompt.answer for prompt in prompts] == [str(2 * n) for n in range(10)]
-    assert prompts[3].columns == ROWS[3]
+    level = "3" if name == "a.csv" else 3  # all that a CSV has is text
+    assert prompts[3].columns == ROWS[3] | {"level": level}
 
 
 def test_a_share_is_held_out_by_seed(tmp_path: Path) -> None:
@@ -48,8 +50,8 @@ def test_splits_are_the_files_of_a_directory(tmp_path: Path) -> None:
     env = Table(str(tmp_path), held_out_split="test", prompt="q", answer="", columns="level")
     assert (len(env.train()), len(env.held_out())) == (10, 2)
     assert [(prompt.answer, prompt.columns) for prompt in env.held_out()] == [
-        (None, {"level": 0}),
-        (None, {"level": 1}),
+        (None, {"level": "0"}),
+        (None, {"level": "1"}),
     ]
     with pytest.raises(RloraError, match=r"env_args\.held_out_split = 'test': .*train\.jsonl is one file"):
         Table(str(tmp_path / "train.jsonl"), held_out_split="test", prompt="q", answer="a")
@@ -166,3 +168,94 @@ def test_math_real_data() -> None:
     assert (train[0].answer, train[0].columns["level"], train[0].columns["subject"]) == ("0", 5, "Algebra")
     assert held_out[0].answer == "\\left( 3, \\frac{\\pi}{2} \\right)"
     assert not {prompt.text for prompt in train} & {prompt.text for prompt in held_out}
+
+
+def one(tmp_path: Path, prompt: object, name: str = "chat.jsonl") -> object:
+    """The text of the prompt that such a column gives."""
+    (tmp_path / name).write_text(json.dumps({"prompt": prompt, "answer": "4"}) + "\n")
+    (made,) = Table(str(tmp_path / name)).train()
+    return made.text
+
+
+SYSTEM, USER = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        [SYSTEM, USER],
+        [SYSTEM | {"name": "x", "tool_calls": None}, USER],
+        [SYSTEM, {"role": "user", "content": [{"type": "text", "text": "2+"}, {"type": "text", "text": "2?"}]}],
+        [SYSTEM, {"role": "user", "content": [{"type": "text", "text": "2+2?", "image_url": None}]}],
+        [SYSTEM, {"role": "user", "content": [{"text": "2+2?"}]}],
+        [SYSTEM, {"role": "user", "content": ["2+", "2?"]}],
+        [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "2+2?"}],
+        [{"from": "system", "value": "Be brief."}, {"from": "user", "value": "2+2?"}],
+        json.dumps([SYSTEM, USER]),
+        "\n " + json.dumps([SYSTEM, USER], indent=1),
+        str([SYSTEM, USER]),  # as pandas writes it into a CSV
+        json.dumps([{"from": "system", "value": "Be brief."}, {"from": "human", "value": "2+2?"}]),
+    ],
+)
+def test_chat_messages_in_each_usual_form(prompt: object, tmp_path: Path) -> None:
+    assert one(tmp_path, prompt) == [SYSTEM, USER]
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", '[{"a": 1}]', "[{", "{}", "[{x}]", "[]", '[{"role"', "[{'role': f()}]"])
+def test_a_text_that_is_no_chat_stays_as_it_is(text: str, tmp_path: Path) -> None:
+    assert one(tmp_path, text) == text
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "x.png"}}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([SYSTEM, {"role": "user", "content": [{"type": "text", "text": "a"}, IMAGE]}],
+         r"row 0: column 'prompt', message 1: content has a part .*image_url.*; only text can be read"),
+        ([{"role": "user", "content": [{"type": "image"}]}], r"message 0: content has a part \{'type': 'image'\}"),
+        ([{"role": "user", "content": [{"type": "text", "text": None}]}], r"message 0: content has a part"),
+        ([{"role": "user", "content": [7]}], r"message 0: content has a part 7"),
+        ([{"role": "user", "content": None}], r"message 0: content is None; it must be a string"),
+        ([{"role": "user", "content": 4}], r"message 0: content is 4; it must be a string"),
+        ([{"role": "user"}], r"message 0: content is None"),
+        ([USER, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, {"role": "tool", "content": "4"}],
+         r"message 1: content is null beside tool_calls, .* write the call into content, or drop the row"),
+        ([{"from": "robot", "value": "hi"}], r"message 0: from = 'robot' is none of human, user, gpt, .*; rename it"),
+        ([{"from": "human", "value": None}], r"message 0: content is None"),
+        ([{"role": 3, "content": "a"}], r"message 0 is .*; it must have a role, a string"),
+        ([USER, {"role": "assistant", "content": "4"}], r"last message is the assistant's, '4'; .*drop that message"),
+        ([{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}], r"its last message is the assistant's"),
+        (json.dumps([{"role": "user", "content": [IMAGE]}]), r"message 0: content has a part .*image_url"),
+        ([], r"is \[\]; it must be a string or a list of chat messages"),
+        (["a"], r"is \['a'\]; it must be"),
+        (USER, r"it must be a string or a list of chat messages"),
+    ],
+)  # fmt: skip
+def test_other_chat_messages_are_refused_with_row_and_column(prompt: object, message: str, tmp_path: Path) -> None:
+    with pytest.raises(RloraError, match=r"chat\.jsonl, train, row 0: column 'prompt'") as refused:
+        one(tmp_path, prompt)
+    assert re.search(message, str(refused.value))
+
+
+def test_a_value_that_is_not_there_is_refused_where_it_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"q": "a", "a": NaN, "x": null}\n')
+    (made,) = Table(str(path), prompt="q", answer="", columns="q").train()
+    assert made.columns == {"q": "a"}
+    with pytest.raises(RloraError, match=r"row 0: column 'a' is NaN; mend or drop the row"):
+        Table(str(path), prompt="q", answer="a").train()
+    with pytest.raises(RloraError, match=r"row 0: column 'x' is null"):
+        Table(str(path), template="{x}", answer="").train()
+
+
+def test_a_local_copy_of_math_by_subject(tmp_path: Path) -> None:
+    subjects = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus"
+    for subject in subjects.split():
+        (tmp_path / "math" / subject).mkdir(parents=True)
+        row = {"problem": f"{subject}?", "solution": "It is \\boxed{4}.", "level": "Level 3", "type": "Algebra"}
+        saved(tmp_path / "math" / subject / "train-00000-of-00001.parquet", [row])
+    prompts = CompetitionMath(str(tmp_path / "math"), template="{problem}").train()
+    assert [prompt.text for prompt in prompts] == [f"{subject}?" for subject in subjects.split()]
+    assert {prompt.answer for prompt in prompts} == {"4"}
