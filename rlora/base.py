@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from rlora import machine
+from rlora.model_files import check_config_file, check_kind, check_weights, reason_of
 from rlora.records import RloraError
 
 DEMO = "demo:smollm2-135m"
@@ -35,21 +36,33 @@ def locate(model: str) -> str:
         return str(_demo())
     if model.startswith("demo:"):
         raise RloraError(f"model = {model!r}: no such demo model; there is {DEMO}")
+    directory = Path(model) if os.path.isdir(model) else None
+    if Path(model).is_file():
+        raise RloraError(f"model = {model!r}: it is a file; name the directory of a model, a hub id, or {DEMO}")
+    if directory:
+        check_config_file(directory)
     try:
-        AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # a hub, a file system and a parser are behind it
+        if "trust_remote_code" in str(error):
+            raise RloraError(
+                f"model = {model!r}: it needs code of its own (auto_map in its config.json), which rlora does not run; "
+                "use a model whose class transformers has"
+            ) from error
+        what = "" if directory else "neither a local directory with a model nor a hub id that can be reached: "
         raise RloraError(
-            f"model = {model!r}: neither a local directory with a model nor a hub id that can be reached "
-            f"({type(error).__name__}); give a directory with config.json and safetensors, a hub id, or {DEMO}"
+            f"model = {model!r}: {what}{reason_of(error)}; give a directory with config.json and safetensors, "
+            f"a hub id, or {DEMO}"
         ) from error
-    if Path(model).is_dir() and not any(path.suffix in {".safetensors", ".bin"} for path in Path(model).iterdir()):
-        raise RloraError(f"model = {model!r}: no weights are there (*.safetensors); save the whole model in it")
+    check_kind(model, config)
+    if directory:
+        check_weights(directory)
     return model
 
 
 def load_base(path: str, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
     """The causal language model at `path`, on `device`, or else this machine's."""
-    base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
     base.to(device or machine.device())  # type: ignore[arg-type]  # transformers wraps Module.to
     return base
 
@@ -70,7 +83,7 @@ def load_quantised(path: str, dtype: torch.dtype, quantise: Literal["int8", "nf4
             else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
         )
         base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, device_map=device, quantization_config=settings
+            path, dtype=dtype, device_map=device, quantization_config=settings, trust_remote_code=False
         )
     except ImportError as error:
         raise RloraError(
@@ -105,19 +118,35 @@ def _ready_for_gradients_on_cpu(base: PreTrainedModel) -> None:
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+    """The tokenizer of the model at `path`. Raises RloraError where it has none."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # as of a config
+        if "trust_remote_code" in str(error):
+            reason = "it needs code of its own, which rlora does not run"
+        else:
+            reason = reason_of(error)
+        raise RloraError(
+            f"model = {path!r}: its tokenizer can't be loaded: {reason}; save one beside it by save_pretrained"
+        ) from error
+    if tokenizer.vocab_size < 2:  # transformers makes up an empty one where there are no files
+        raise RloraError(f"model = {path!r}: it has no tokenizer (tokenizer.json); save one beside it")
     return tokenizer
 
 
 def context_length(path: str) -> int | None:
     """Tokens the model was made for, prompt and completion together; None where its config does not say."""
-    length: int | None = getattr(AutoConfig.from_pretrained(path).get_text_config(), "max_position_embeddings", None)
+    length: int | None = getattr(_text_config(path), "max_position_embeddings", None)
     return length
 
 
 def has_experts(path: str) -> bool:
     """Whether it is a mixture of experts."""
-    return bool(getattr(AutoConfig.from_pretrained(path).get_text_config(), "num_experts_per_tok", 0))
+    return bool(getattr(_text_config(path), "num_experts_per_tok", 0))
+
+
+def _text_config(path: str) -> Any:
+    return AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
 
 
 def stop_token_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -125,7 +154,7 @@ def stop_token_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, 
     try:
         ids = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:
-        ids = AutoConfig.from_pretrained(path).eos_token_id
+        ids = _text_config(path).eos_token_id
     listed = ids if isinstance(ids, list) else [ids]
     return tuple(sorted({token for token in [*listed, tokenizer.eos_token_id] if token is not None}))
 
