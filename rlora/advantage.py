@@ -1,4 +1,4 @@
-"""Returns -> advantages. Pure torch."""
+"""Returns -> advantages, in the dtype of the returns. Pure torch."""
 
 from torch import Tensor
 
@@ -42,7 +42,7 @@ def generalised(rewards_T: Tensor, values_T: Tensor, bootstrap: float, gamma: fl
         advantage = reward + gamma * following - value + gamma * lam * advantage
         advantages.append(advantage)
         following = value
-    return values_T.new_tensor(advantages[::-1])
+    return rewards_T.new_tensor(advantages[::-1])
 
 
 def _unless_alike(returns_G: Tensor, advantages_G: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """From the config's algorithm to what each token learns: rewards -> returns -> advantages, and a token's loss."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -8,9 +10,10 @@ from torch import Tensor
 from rlora.advantage import centred, generalised, leave_one_out, standardised, whitened
 from rlora.batch import Lesson, Microbatch
 from rlora.config import AlgorithmConfig
-from rlora.loss import clipped, clipped_weight, importance, kl, reinforce, sequence_log_ratio
+from rlora.loss import clipped, clipped_weight, importance, kl, ratio_of, reinforce, sequence_log_ratio
 from rlora.records import Episode, Group
 
+_SMALL = 16.0  # up to here float32 keeps 1e-6 of a reward, far below the addend of `whitened`
 _OF_A_GROUP = {"centred": centred, "standardised": standardised, "leave-one-out": leave_one_out}
 
 
@@ -22,16 +25,18 @@ def episode_return(episode: Episode, algorithm: AlgorithmConfig, max_tokens: int
 
 
 def credit(group: Group, lessons: Sequence[Lesson], algorithm: AlgorithmConfig, max_tokens: int) -> list[Lesson]:
-    """The group's lessons with their advantages, and returns where there is a critic; not whitened yet.
+    """The group's lessons with their advantages, and returns where there is a critic; not whitened yet, and until then
+    in float64 where they come of large rewards.
 
     `lessons` are those of its episodes that are learned from; the returns of all count for the group's mean.
     """
     kls = [_kl_in_reward(lesson, algorithm) for lesson in lessons]
     returns = {id(episode): episode_return(episode, algorithm, max_tokens) for episode in group.episodes}
     if algorithm.of_group:
+        dtype = _precision(returns.values())
         for lesson, of_tokens in zip(lessons, kls, strict=True):
             returns[id(lesson.episode)] -= float(of_tokens.sum())
-        of_group = _OF_A_GROUP[algorithm.advantage](torch.tensor(list(returns.values()))).tolist()
+        of_group = _OF_A_GROUP[algorithm.advantage](torch.tensor(list(returns.values()), dtype=dtype)).tolist()
         of_episode = dict(zip(returns, of_group, strict=True))
         return [
             lesson.knowing(advantages=torch.full_like(lesson.tokens.weights, of_episode[id(lesson.episode)]))
@@ -39,8 +44,9 @@ def credit(group: Group, lessons: Sequence[Lesson], algorithm: AlgorithmConfig, 
         ]
     credited = []
     for lesson, of_tokens in zip(lessons, kls, strict=True):
-        rewards = -of_tokens
-        rewards[-1] += returns[id(lesson.episode)]
+        reward = returns[id(lesson.episode)]
+        rewards = -of_tokens.to(torch.float32 if abs(reward) <= _SMALL else torch.float64)
+        rewards[-1] += reward
         values = lesson.tokens.values
         if values is None:  # REINFORCE++: no critic, so what follows is all there is (arXiv:2501.03262)
             advantages = generalised(rewards, torch.zeros_like(rewards), 0.0, algorithm.gamma, 1.0)
@@ -49,36 +55,59 @@ def credit(group: Group, lessons: Sequence[Lesson], algorithm: AlgorithmConfig, 
             cut_off = algorithm.bootstrap_truncated and lesson.episode.finish_reason != "stop"
             end = float(lesson.end) if cut_off and lesson.end is not None else 0.0
             advantages = generalised(rewards, values, end, algorithm.gamma, algorithm.lam)
-            credited.append(lesson.knowing(advantages=advantages, returns=advantages + values))
+            credited.append(lesson.knowing(advantages=advantages, returns=(advantages + values).float()))
     return credited
 
 
-def moments(lessons: Sequence[Sequence[Lesson]]) -> Tensor:
-    """Of all their tokens: their number, the sums of advantages and of returns, and those of their squares.
+def _precision(returns: Iterable[float]) -> torch.dtype:
+    """The dtype in which a group's returns are compared: float32 where it keeps each difference to 1%, else float64.
 
-    (5,) float64, to be added up over ranks. Without a critic returns are taken for advantages.
+    A mean rounds differently in the two. Earlier versions had float32 only, and their runs replay bit for bit.
+    """
+    distinct = sorted(set(returns))
+    smallest = min((high - low for low, high in pairwise(distinct)), default=math.inf)
+    largest = max(map(abs, distinct), default=0.0)
+    return torch.float32 if smallest > 1e-5 * largest else torch.float64
+
+
+def whiten(
+    lessons: Sequence[Sequence[Lesson]], over_ranks: Callable[[Tensor], Tensor]
+) -> tuple[list[list[Lesson]], float | None]:
+    """With advantages of mean 0 and variance 1 over the tokens of all learners; and the explained variance.
+
+    That is the share of the returns' variance that the critic knew: 1 - Var(R - V) / Var(R), where R - V is the
+    advantage. None where all returns are the same. `over_ranks` adds a tensor up over the learners.
+    """
+    mean, variance = _moments(lessons, torch.zeros(2, dtype=torch.float64), over_ranks)
+    far = (mean.abs() > _SMALL) & (variance <= (1e-5 * mean).square())  # a difference of two large numbers
+    if far.any():
+        off, closer = _moments(lessons, mean, over_ranks)
+        mean, variance = torch.where(far, mean + off, mean), torch.where(far, closer, variance)
+    dtype = torch.float64 if far[0] else torch.float32
+
+    def normal(each: Lesson) -> Lesson:
+        advantages = whitened(each.tokens.advantages.to(dtype), mean[0].to(dtype), variance[0].to(dtype))
+        return each.knowing(advantages=advantages.float())
+
+    whitened_lessons = [[normal(each) for each in of] for of in lessons]
+    return whitened_lessons, float(1 - variance[0] / variance[1]) if variance[1] else None
+
+
+def _moments(
+    lessons: Sequence[Sequence[Lesson]], about: Tensor, over_ranks: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The means of advantages and of returns over all tokens, less `about`, and their variances: (2,) float64 each.
+
+    Without a critic returns are taken for advantages.
     """
     tokens = [each.tokens for of in lessons for each in of]
     none = torch.zeros(0)
     advantages = torch.cat([none, *(each.advantages for each in tokens)])
     returns = torch.cat([none, *(each.advantages if each.returns is None else each.returns for each in tokens)])
-    x = torch.stack([advantages, returns]).double()
-    return torch.cat([torch.tensor([x.shape[1]]), x.sum(1), x.square().sum(1)])
-
-
-def whiten(lessons: Sequence[Sequence[Lesson]], sums: Tensor) -> tuple[list[list[Lesson]], float | None]:
-    """With advantages of mean 0 and variance 1 where `sums` are the `moments` of all; and the explained variance.
-
-    That is the share of the returns' variance that the critic knew: 1 - Var(R - V) / Var(R), where R - V is the
-    advantage. None where all returns are the same.
-    """
+    x = torch.stack([advantages, returns]).double() - about[:, None]
+    sums = over_ranks(torch.cat([torch.tensor([x.shape[1]]), x.sum(1), x.square().sum(1)]))
     mean, square = sums[1:].view(2, 2) / sums[0].clamp(min=1)
-    variance = (square - mean.square()).clamp(min=0)
-    of_advantages = mean[0].float(), variance[0].float()
-    normal = [
-        [each.knowing(advantages=whitened(each.tokens.advantages, *of_advantages)) for each in of] for of in lessons
-    ]
-    return normal, float(1 - variance[0] / variance[1]) if variance[1] else None
+    return mean, (square - mean.square()).clamp(min=0)
 
 
 def weigher(groups: Sequence[Group], algorithm: AlgorithmConfig, max_tokens: int) -> Callable[[Episode], float]:
@@ -109,7 +138,7 @@ def token_losses(
     log_ratio = logprobs - start
     if algorithm.loss == "gspo":
         log_ratio = sequence_log_ratio(log_ratio, lengths)
-    ratio, low, high = log_ratio.exp(), algorithm.clip_low, algorithm.clip_high
+    ratio, low, high = ratio_of(log_ratio), algorithm.clip_low, algorithm.clip_high
     if algorithm.loss == "reinforce":
         losses = reinforce(ratio, tokens.advantages)
     elif algorithm.loss == "cispo":

@@ -20,7 +20,7 @@ from torch import Tensor
 from upath import UPath
 
 from rlora import machine, peft_format
-from rlora.algorithm import credit, learned_from, moments, token_losses, weigher, whiten
+from rlora.algorithm import credit, learned_from, token_losses, weigher, whiten
 from rlora.base import load_base, load_quantised
 from rlora.batch import Lesson, Microbatch, alone, idle, lesson, microbatches, shares
 from rlora.config import Config, LearnerConfig
@@ -166,10 +166,14 @@ class Learner:
             lessons = credited(lessons)
         if algorithm.of_group:
             return lessons, None
-        sums = moments(lessons).to(self.device)
-        if self.ranks > 1:
-            torch.distributed.all_reduce(sums)
-        return whiten(lessons, sums.cpu())
+        return whiten(lessons, self._over_ranks)
+
+    def _over_ranks(self, sums: Tensor) -> Tensor:
+        if self.ranks == 1:
+            return sums
+        sums = sums.to(self.device)
+        torch.distributed.all_reduce(sums)
+        return sums.cpu()
 
     @torch.no_grad()
     def _before(self, lessons: list[list[Lesson]]) -> list[list[Lesson]]:

@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+FAR = 20.0  # log ratio above which a ratio no longer grows: exp(20) is 5e8, and 32 bits end at exp(88)
+
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
@@ -27,6 +29,11 @@ class Tokens:
 
 
 # --- surrogates: now / start, times the advantage ---
+
+
+def ratio_of(log_ratio: Tensor) -> Tensor:
+    """exp(log_ratio), which stays at exp(FAR) above FAR: the value and the gradient are finite. (C,) -> (C,)"""
+    return _bounded(log_ratio).exp()
 
 
 def reinforce(ratio: Tensor, advantages: Tensor) -> Tensor:
@@ -74,7 +81,7 @@ def importance(start: Tensor, behaviour: Tensor, lengths: Tensor, of_episode: bo
     log_ratio = (start - behaviour).detach()
     if of_episode:
         log_ratio = _of_episodes(log_ratio, lengths).repeat_interleave(lengths)
-    return log_ratio.exp()
+    return log_ratio.clamp(max=FAR).exp()
 
 
 # --- KL ---
@@ -84,12 +91,12 @@ def kl(logprobs: Tensor, others: Tensor, estimator: Literal["k1", "k2", "k3"]) -
     """KL(p || q) a token, from tokens of p; d = log p - log q (Schulman 2020, "Approximating KL divergence"). (C,)
 
     k1 = d: unbiased, of either sign. k2 = d^2 / 2: biased, its gradient is that of the KL. k3 = exp(-d) - 1 + d:
-    unbiased, never negative (GRPO, arXiv:2402.03300, eq. 4).
+    unbiased, never negative (GRPO, arXiv:2402.03300, eq. 4); its exponential stays at exp(FAR) above FAR.
     """
     d = logprobs - others
     if estimator == "k1":
         return d
-    return d.square() / 2 if estimator == "k2" else (-d).expm1() + d
+    return d.square() / 2 if estimator == "k2" else _bounded(-d).expm1() + d
 
 
 # --- the critic ---
@@ -103,6 +110,12 @@ def value_loss(values: Tensor, before: Tensor, returns: Tensor, clip: float) -> 
         near = torch.minimum(torch.maximum(values, before - clip), before + clip)
         error = torch.maximum(error, (near - returns).square())
     return error / 2
+
+
+def _bounded(x: Tensor) -> Tensor:
+    """`x`, or FAR where it is larger, with the gradient of `x` everywhere: a far token is still pushed back. Up to FAR
+    it keeps every bit."""
+    return x.detach().clamp(max=FAR) + (x - x.detach())
 
 
 def _of_episodes(x: Tensor, lengths: Tensor) -> Tensor:

@@ -1,14 +1,18 @@
 """Which token learns what, by hand."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import permutations, product
+from statistics import fmean, stdev
 from typing import Any
 
 import pytest
 import torch
 from conftest import episode, group, lessons
 
-from rlora.algorithm import credit, episode_return, token_losses, weigher
+from rlora.advantage import centred, leave_one_out, standardised, whitened
+from rlora.algorithm import credit, episode_return, token_losses, weigher, whiten
 from rlora.batch import Lesson, lesson, microbatches
 from rlora.config import AlgorithmConfig, validate
 from rlora.records import Episode, Group
@@ -150,3 +154,99 @@ def test_on_policy_every_algorithm_has_the_gradient_of_its_advantages(name: str)
     assert now.grad is not None
     assert (-now.grad).tolist() == pytest.approx(row.tokens.advantages.tolist())
     assert row.tokens.advantages.tolist()[0] > 0
+
+
+CORRECTIONS = ["episode-truncate", "episode-mask", "none", "token-truncate", "token-mask"]
+LOSSES = [(name, by) for name in ("reinforce", "grpo", "dapo", "cispo", "ppo") for by in CORRECTIONS]
+
+
+@pytest.mark.parametrize(("name", "correction"), [*LOSSES, *(("gspo", by) for by in CORRECTIONS[:3])])
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_finite_logprobs_have_finite_losses_gradients_and_figures(name: str, correction: str, estimator: str) -> None:
+    """However far apart the policy of now, of the start, the behaviour policy and the reference are."""
+    far = [-1.0, -101.0, -1001.0]
+    two = group([5], episode([6, 7, 8], 1.0, far), episode([9, 10, 11], 0.0, far[::-1]))
+    known = {"start_logprobs": far[1:] + far[:1], "reference_logprobs": far[::-1]}
+    (row,) = microbatches([of_group(two, **known)], 100, torch.float32, torch.device("cpu"))
+    settings = algorithm(name, kl=0.1, kl_in="loss", kl_estimator=estimator, correction=correction)
+    for advantage in (1.0, -1.0, 0.0):
+        of_row = replace(row, tokens=replace(row.tokens, advantages=torch.full((6,), advantage)))
+        for logprobs in permutations(far):
+            now = torch.tensor(logprobs * 2, requires_grad=True)
+            losses, figures = token_losses(of_row, now, None, settings)
+            losses.sum().backward()
+            assert now.grad is not None
+            assert now.grad.isfinite().all()
+            assert losses.isfinite().all()
+            assert all(figure.isfinite().all() for figure in figures.values())
+
+
+def advantages(rewards: Sequence[float], **settings: Any) -> list[float]:
+    of = group([5], *(episode([6], reward) for reward in rewards))
+    return [float(each.tokens.advantages) for each in credit(of, of_group(of), algorithm(**settings), MAX_TOKENS)]
+
+
+@pytest.mark.parametrize(
+    "rewards",
+    [
+        [20_000_000.0, 20_000_001.0],
+        [10_000_000.0, 10_000_001.0],  # 32 bits hold both, and not their mean
+        [-16_777_217.0, -16_777_216.0],
+        [1e12, 1e12 + 1],
+        [3.0, 3.0 + 1e-9],
+        [0.0, 20_000_000.0, 20_000_001.0],
+        [1.0, 1.0, 1.0 + 1e-12, 1.0],
+    ],
+)
+def test_rewards_are_compared_in_the_64_bits_in_which_they_arrive(rewards: list[float]) -> None:
+    mean = fmean(rewards)
+    assert group([5], *(episode([6], reward) for reward in rewards)).informative
+    centred = advantages(rewards, advantage="centred")
+    assert centred == pytest.approx([reward - mean for reward in rewards], rel=1e-3)
+    assert len(set(centred)) == len(set(rewards))
+    count = len(rewards)
+    alone = [reward - (mean * count - reward) / (count - 1) for reward in rewards]
+    assert advantages(rewards, advantage="leave-one-out") == pytest.approx(alone, rel=1e-3, abs=1e-9 * abs(mean))
+    std = stdev(rewards)
+    standard = [(reward - mean) / (std + 1e-4) for reward in rewards]
+    assert advantages(rewards, advantage="standardised") == pytest.approx(standard, rel=1e-3)
+
+
+OLD = {"centred": centred, "standardised": standardised, "leave-one-out": leave_one_out}
+
+
+@pytest.mark.parametrize("advantage", sorted(OLD))
+def test_ordinary_rewards_have_the_advantages_that_they_had_bit_for_bit(advantage: str) -> None:
+    """Those of 32 bits, with which runs were recorded."""
+    generator = random.Random(0)
+    groups = [list(of) for count in range(2, 9) for of in product((0.0, 1.0), repeat=count)]
+    groups += [list(of) for count in (3, 4) for of in product((-1.0, 0.0, 0.1, 0.5, 1.0, 2.0), repeat=count)]
+    groups += [[round(generator.uniform(-1, 1), 3) for _ in range(8)] for _ in range(500)]
+    for of in groups:
+        assert advantages(of, advantage=advantage) == OLD[advantage](torch.tensor(of)).tolist(), of
+
+
+def white(rewards: Sequence[Sequence[float]], **settings: Any) -> list[float]:
+    groups = [group([5], *(episode([6, 7], reward) for reward in of)) for of in rewards]
+    made = algorithm("reinforce++", kl=0, **settings)
+    credited = [credit(of, of_group(of), made, MAX_TOKENS) for of in groups]
+    whitened_lessons, _ = whiten(credited, lambda sums: sums)
+    tokens = [each.tokens for of in whitened_lessons for each in of]
+    assert all(each.advantages.dtype == torch.float32 for each in tokens)
+    return torch.cat([each.advantages for each in tokens]).tolist()
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0, 20_000_000.0, -20_000_000.0, 1e9, 1e14])
+def test_a_whole_step_is_whitened_in_64_bits_too(offset: float) -> None:
+    """Where each group agrees, the other group's reward is all that there is to compare with."""
+    assert white([[offset] * 2, [offset + 1] * 2]) == pytest.approx([-1.0] * 4 + [1.0] * 4, rel=1e-6)
+    assert white([[offset + 0.1] * 2] * 2) == [0.0] * 8
+
+
+def test_ordinary_rewards_are_whitened_as_they_were_bit_for_bit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for rewards in (torch.randint(2, (4, 4), generator=generator).float(), torch.randn(4, 4, generator=generator)):
+        x = rewards.flatten().repeat_interleave(2)
+        mean, square = x.double().sum() / len(x), x.double().square().sum() / len(x)
+        old = whitened(x, mean.float(), (square - mean.square()).clamp(min=0).float())
+        assert white(rewards.tolist()) == old.tolist()
