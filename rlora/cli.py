@@ -4,6 +4,7 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,8 @@ from rlora.records import BASE, STATUSES, Adapter, RewardError, RloraError
 from rlora.storage import Place, holds, write_rows
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from rlora.checkpoint import Bundle
     from rlora.replay import Replayed
     from rlora.task import Task
@@ -163,12 +166,22 @@ def _checked(config: Config) -> "Task":
     from rlora.task import load_task
 
     task = load_task(config)
-    first_adapter(config.learner)  # it is only looked at here: the learner's process reads it
+    first_adapter(config.learner, partial(_base, config))  # only checked here: the learner's process reads it
     if config.learner.lr == "auto":
         base = AutoConfig.from_pretrained(task.base)
         print(f"learner.lr = auto: {auto_lr(config, base):.2g}, by a rule that was fitted on supervised runs, of the "
               f"base's kind ({base.model_type}) and hidden size ({base.get_text_config().hidden_size})")  # fmt: skip
     return task
+
+
+def _base(config: Config) -> "PreTrainedModel":
+    """The frozen base in RAM, to compare weights with."""
+    import torch
+
+    from rlora.base import load_base, locate
+    from rlora.machine import DTYPES
+
+    return load_base(locate(config.model), DTYPES[config.dtype], torch.device("cpu"))
 
 
 def _tell_changes(changes: dict[str, tuple[Any, Any]]) -> None:
@@ -267,7 +280,13 @@ def _adapter_to_evaluate(given: Eval) -> tuple[Adapter, str, Place]:
     if given.adapter or given.base or given.source.endswith(".toml"):
         if step is not None or (given.adapter and given.base):
             raise RloraError("RUN@STEP, --adapter and --base: each names what to evaluate; give one of them")
-        adapter = Adapter("given", 0, *peft_format.read(given.adapter)) if given.adapter else BASE
+        adapter = BASE
+        if given.adapter:
+            files = peft_format.read(given.adapter)
+            try:
+                adapter = Adapter("given", 0, *peft_format.plain(*files, partial(_base, given.config)))
+            except RloraError as error:
+                raise RloraError(f"--adapter {given.adapter}: {error}") from error
         return adapter, str(given.adapter or "base"), given.out or UPath("eval.jsonl")
     adapter = checkpoint.read_version(run, step).adapter
     out = given.out or run / f"eval-{adapter.version}.jsonl"

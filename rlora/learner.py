@@ -5,7 +5,7 @@ import random
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from itertools import chain
@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 import torch.distributed
 from torch import Tensor
+from transformers import PreTrainedModel
 from upath import UPath
 
 from rlora import machine, peft_format
@@ -56,7 +57,7 @@ class Learner:
         if learner.whole:
             self.policy = Policy(model, [], config.seed, learner.checkpointing)
         else:
-            spec, start = first_adapter(learner)
+            spec, start = first_adapter(learner, lambda: model)
             critic = [Spec(config.critic.rank, learner.alpha)] if self.critic else []
             self.policy = Policy(model, [spec, *critic], config.seed, learner.checkpointing, self.critic)
             if start is not None:
@@ -336,9 +337,12 @@ def _named(each: Lesson, said: Tensor) -> dict[str, Tensor]:
     return {"values": said[:-1], "end": said[-1:]} if each.ends else {"values": said}
 
 
-def first_adapter(learner: LearnerConfig) -> tuple[Spec, dict[str, Tensor] | None]:
+def first_adapter(
+    learner: LearnerConfig, base: Callable[[], PreTrainedModel]
+) -> tuple[Spec, dict[str, Tensor] | None]:
     """What a run starts with: the adapter the config asks for, and its tensors where it was saved before.
 
+    `base` gives the model, to compare with where weights of one were saved too.
     Raises RloraError where `start_from` can't be read, or is of another rank or scale than the config says.
     """
     spec = Spec(learner.rank, learner.alpha, learner.rslora, learner.init, learner.targets, learner.head)
@@ -350,7 +354,7 @@ def first_adapter(learner: LearnerConfig) -> tuple[Spec, dict[str, Tensor] | Non
                 f"learner.{name} = {getattr(learner, name)!r}: learner.start_from brings its own; leave it out"
             )
     try:
-        saved, tensors = peft_format.decode(*peft_format.read(UPath(learner.start_from)))
+        saved, tensors = peft_format.decode(*peft_format.plain(*peft_format.read(UPath(learner.start_from)), base))
     except RloraError as error:
         raise RloraError(f"learner.start_from = {learner.start_from!r}: {error}") from error
     for field in ("rank", "alpha", "rslora"):

@@ -1,7 +1,7 @@
 """PEFT's format of one adapter, both ways, as bytes: adapter_config.json and adapter_model.safetensors."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import safetensors
 import safetensors.numpy
 import safetensors.torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from upath import UPath
 
 from rlora.lora import Bank, Matrix, Spec
@@ -17,6 +18,7 @@ from rlora.records import ADAPTER_FILES, MAX_RANK, RloraError
 _LEAVE_THE_BASE = {"gaussian", "orthogonal", "eva"}  # PEFT's named initialisations that do not change the base
 
 _PREFIX = "base_model.model."
+_EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
 _FUSED = ("gate_up_proj", "down_proj")  # of experts, in the order PEFT wraps them
 
 # settings of PEFT's that make of A and B something else than W + scale B A, and the value that leaves them off
@@ -127,7 +129,10 @@ def decode(config: bytes, weights: bytes) -> tuple[Spec, dict[str, Tensor]]:
     for name in tensors:
         module, factor = parse(name)
         if factor not in ("lora_A", "lora_B"):
-            raise RloraError(f"adapter_model.safetensors: {name} is neither A nor B of a weight matrix")
+            raise RloraError(
+                f"adapter_model.safetensors: {name} is neither A nor B of a weight matrix: it is {_kind(name)}; "
+                "give an adapter that is LoRA over weight matrices alone"
+            )
         modules.add(module)
     for name, each in ({"r": rank} | settings["rank_pattern"]).items():
         if not 1 <= each <= MAX_RANK:
@@ -142,6 +147,67 @@ def decode(config: bytes, weights: bytes) -> tuple[Spec, dict[str, Tensor]]:
         shares_rank=False,
     )
     return spec, tensors
+
+
+def plain(config: bytes, weights: bytes, base: Callable[[], PreTrainedModel]) -> tuple[bytes, bytes]:
+    """The files of an adapter without weights of its model, which PEFT saves too (`save_embedding_layers`,
+    `modules_to_save`). `base` loads that model, where there are any.
+
+    Raises RloraError where they are not the model's: they were trained, or the embeddings were resized.
+    """
+    try:
+        settings, tensors = json.loads(config), safetensors.torch.load(weights)
+    except (ValueError, safetensors.SafetensorError):
+        return config, weights  # `decode` says so
+    whole = {name: place for name in tensors if (place := _place_in_base(name))}
+    if not whole:
+        return config, weights
+    model = base()
+    owned = dict(model.named_parameters(remove_duplicate=False))
+    for name, place in whole.items():
+        if place in owned:
+            _check_same(name, tensors.pop(name), owned[place].detach().cpu())
+    saved = {place.rpartition(".")[0] for name, place in whole.items() if name not in tensors}
+    modules = settings.get("modules_to_save") or []
+    settings["modules_to_save"] = [end for end in modules if not any(f".{at}".endswith(f".{end}") for at in saved)]
+    settings["modules_to_save"] = settings["modules_to_save"] or None
+    return json.dumps(settings, indent=2).encode(), safetensors.torch.save(tensors, metadata={"format": "pt"})
+
+
+def _place_in_base(name: str) -> str | None:
+    """The model's own name of a weight that is saved whole; None for what belongs to the adapter."""
+    if not name.endswith((".weight", ".bias")) or any(part in name for part in (".lora_", ".token_adapter.")):
+        return None
+    for wrapper in (".base_layer", ".modules_to_save.default", ".modules_to_save", ".original_module"):
+        name = name.replace(f"{wrapper}.", ".")
+    return name.removeprefix(_PREFIX)
+
+
+def _check_same(name: str, saved: Tensor, own: Tensor) -> None:
+    if saved.shape != own.shape:
+        what = f"it has the shape {list(saved.shape)} where the model has {list(own.shape)}, so it was resized"
+    elif saved.to(own.dtype).equal(own) or saved.equal(own.to(saved.dtype)):  # the coarser of the two decides
+        return
+    else:
+        off = float((saved.double() - own.double()).abs().max())
+        what = f"it differs by up to {off:.2g} from the model's, so it was trained, or belongs to another model"
+    raise RloraError(
+        f"adapter_model.safetensors: {name} is {_kind(name)}, and {what}; only A and B can be loaded: merge the "
+        "adapter into its model with PEFT (merge_and_unload), and set `model` to what you save of that"
+    )
+
+
+def _kind(name: str) -> str:
+    """What a tensor is that is neither A nor B."""
+    kinds = {
+        "lora_magnitude_vector": "a magnitude vector of DoRA (use_dora)",
+        "lora_embedding_": "LoRA over embeddings",
+        "token_adapter": "trained embeddings of single tokens (trainable_token_indices)",
+        "lora_B.bias": "a bias beside B (lora_bias)",
+        ".bias": "a bias of the model (bias)",
+        **dict.fromkeys(_EMBEDDINGS, "embeddings that were saved whole (save_embedding_layers, modules_to_save)"),
+    }
+    return next((kind for part, kind in kinds.items() if part in name), "a weight of the model (modules_to_save)")
 
 
 def _keys(modules: set[str], parameters: list[str]) -> frozenset[str]:

@@ -10,8 +10,10 @@ import torch
 from conftest import TINY_CONFIGS, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from rlora.config import LearnerConfig
+from rlora.learner import first_adapter
 from rlora.lora import Bank, Spec
-from rlora.peft_format import decode, encode, fill, masters, read
+from rlora.peft_format import decode, encode, fill, masters, plain, read
 from rlora.records import Adapter, RloraError
 from rlora.storage import write_adapter
 
@@ -113,7 +115,111 @@ def test_other_tensors_are_refused_and_change_nothing() -> None:
         fill(bank, 0, {})
     assert encode(bank, 0, "base") == before
     odd = safetensors.torch.save({"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(1)})
-    with pytest.raises(RloraError, match="neither A nor B"):
+    with pytest.raises(RloraError, match="neither A nor B of a weight matrix: it is LoRA over embeddings"):
         decode(config, odd)
     with pytest.raises(RloraError, match="its files are not whole"):
         decode(config, weights[:100])
+
+
+def saved_by_peft(path: Path, tied: bool = False, whole: bool | str = "auto", size: int = 0, **settings: Any) -> Any:
+    """What PEFT saves in `path` of an adapter over q_proj; returns its model, to be changed and saved again."""
+    model = tiny_model("llama", tie_word_embeddings=tied)
+    if size:
+        model.resize_token_embeddings(size, mean_resizing=False)
+    peft = get_peft_model(model, LoraConfig(r=1, lora_alpha=32, target_modules=["q_proj"], **settings))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
+        peft.save_pretrained(path, save_embedding_layers=whole)
+    return peft
+
+
+def start(path: Path, tied: bool = False, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    base = tiny_model("llama", tie_word_embeddings=tied).to(dtype)
+    _, tensors = first_adapter(LearnerConfig(start_from=str(path)), lambda: base)
+    assert tensors is not None
+    return tensors
+
+
+BOTH = ["lm_head", "embed_tokens"]
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", [{"whole": True}, {"modules_to_save": ["lm_head"]}, {"modules_to_save": BOTH}, {}])
+def test_embeddings_that_are_the_bases_are_taken(
+    tied: bool, dtype: torch.dtype, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """However they were saved, and in whichever precision the base is loaded."""
+    saved_by_peft(tmp_path, tied, **settings)
+    tensors = start(tmp_path, tied, dtype)
+    assert len(tensors) == 4
+    assert all(".lora_" in name for name in tensors)
+    config, weights = plain(*read(tmp_path), lambda: tiny_model("llama", tie_word_embeddings=tied))
+    assert not json.loads(config)["modules_to_save"]
+    assert safetensors.torch.load(weights).keys() == tensors.keys()
+
+
+def test_a_model_is_loaded_only_where_there_is_something_to_compare(tmp_path: Path) -> None:
+    saved_by_peft(tmp_path)
+    files = read(tmp_path)
+    assert plain(*files, lambda: pytest.fail("loaded")) == files
+
+
+@pytest.mark.parametrize("settings", [{"whole": True}, {"modules_to_save": BOTH}])
+def test_trained_embeddings_are_refused_as_such(settings: dict[str, Any], tmp_path: Path) -> None:
+    peft = saved_by_peft(tmp_path, **settings)
+    with torch.no_grad():
+        peft.get_output_embeddings().weight[3, 5] += 0.25
+    peft.save_pretrained(tmp_path, save_embedding_layers=settings.get("whole", "auto"))
+    with pytest.raises(
+        RloraError, match=r"lm_head\.weight is embeddings .* differs by up to 0\.25 .* was trained"
+    ) as told:
+        start(tmp_path)
+    assert str(told.value).startswith(f"learner.start_from = '{tmp_path}'")
+    assert "merge_and_unload" in str(told.value)
+
+
+def test_resized_embeddings_are_refused_as_such(tmp_path: Path) -> None:
+    saved_by_peft(tmp_path, whole=True, size=101)
+    with pytest.raises(RloraError, match=r"is embeddings .* shape \[101, 64\] where .* \[97, 64\], so it was resized"):
+        start(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"modules_to_save": ["norm"]}, "norm.weight is a weight of the model (modules_to_save)"),
+        ({"use_dora": True}, "use_dora = True can't be loaded"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices = "),
+    ],
+)
+def test_what_else_was_trained_beside_an_adapter_is_named(
+    settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    peft = saved_by_peft(tmp_path, **settings)
+    for name, parameter in peft.named_parameters():
+        if "norm" in name:
+            parameter.data += 1.0
+    peft.save_pretrained(tmp_path)
+    with pytest.raises(RloraError, match=re.escape(message)):
+        start(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("layers.0.self_attn.q_proj.lora_magnitude_vector", "a magnitude vector of DoRA"),
+        ("embed_tokens.lora_embedding_A", "LoRA over embeddings"),
+        ("embed_tokens.token_adapter.trainable_tokens_delta", "trained embeddings of single tokens"),
+        ("layers.0.self_attn.q_proj.lora_B.bias", "a bias beside B"),
+        ("layers.0.self_attn.q_proj.base_layer.bias", "a bias of the model"),
+        ("embed_tokens.weight", "embeddings that were saved whole"),
+        ("layers.0.extra.weight", "a weight of the model"),
+    ],
+)
+def test_a_tensor_that_is_neither_a_nor_b_is_told_by_its_kind(name: str, kind: str) -> None:
+    config, _ = encode(Bank(tiny_model("llama"), [Spec()]), 0, "base")
+    weights = safetensors.torch.save({f"base_model.model.model.{name}": torch.zeros(2)})
+    with pytest.raises(RloraError, match=f"neither A nor B of a weight matrix: it is {kind}"):
+        decode(config, weights)
