@@ -126,6 +126,8 @@ def _resumed(given: Train, run: UPath) -> tuple[Config, "Task", UPath, "Bundle |
             f"held-out prompts, and these are {len(task.held_out)}; leave it as it was: `rlora eval --prompts` "
             "measures on others"
         )
+    if not start or config.chat.template != start.config.chat.template:
+        config = resume.with_template(config, task.chat)
     return config, task, run, start
 
 
@@ -153,7 +155,8 @@ def _begun(given: Train) -> tuple[Config, "Task", UPath, "Bundle | None"]:
             raise RloraError(f"steps = {config.steps}: {given.fork} has done them all; give more by --steps N")
     task = _checked(config)
     run = given.run_dir or UPath("runs") / f"{config.env.rpartition(':')[2].lower()}-{time.strftime('%Y%m%d-%H%M%S')}"
-    runs.create(run, given.config, task, given.overwrite, resume.lineage(start) if start else None)
+    as_given, config = (resume.with_template(each, task.chat) for each in (given.config, config))
+    runs.create(run, as_given, task, given.overwrite, resume.lineage(start) if start else None)
     return resume.keep_start(run, config), task, run, resume.adopt(start, run) if start else None
 
 

@@ -8,17 +8,20 @@ from typing import Literal
 
 import tomli_w
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 from upath import UPath
 
 from rlora import machine, runs
 from rlora.base import load_tokenizer, locate
+from rlora.chat import Chat
 from rlora.checkpoint import Bundle
-from rlora.config import Config
+from rlora.config import ChatConfig, Config
 from rlora.merge import merge
 from rlora.metrics import sparkline
 from rlora.records import Adapter, RloraError
 from rlora.storage import write_adapter, write_file
+
+TEMPLATE = "chat_template.jinja"  # as transformers names it
 
 
 def export(run: UPath, bundle: Bundle, to: Path, merged: Literal["bfloat16", "float32"] | None = None) -> str:
@@ -41,27 +44,37 @@ def export(run: UPath, bundle: Bundle, to: Path, merged: Literal["bfloat16", "fl
         said = f"{what}, all weights: {to}"
     else:
         base = json.loads(adapter.config)["base_model_name_or_path"]
+        template = _tokenizer(config).chat_template if config.chat.template else None  # else the base brings its own
         said = f"{what}: {write_adapter(adapter, to)}, over the base {base}"
+        if template:
+            write_file(to / TEMPLATE, str(template).encode())
     write_file(to / "README.md", card(run, bundle, merged).encode())
     return said
 
 
 def _write_merged(config: Config, adapter: Adapter, to: Path, dtype: str) -> float:
     """Returns `merge`'s share of the update that rounding took."""
-    where = locate(config.model)
-    base = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32)
+    tokenizer = _tokenizer(config)
+    base = AutoModelForCausalLM.from_pretrained(locate(config.model), dtype=torch.float32)
     off = merge(base, adapter, machine.DTYPES[dtype])
     base.save_pretrained(to)
-    load_tokenizer(where).save_pretrained(to)
+    tokenizer.save_pretrained(to)
     return off
 
 
 def _write_all_weights(config: Config, version: Adapter, to: Path) -> None:
+    tokenizer = _tokenizer(config)
     write_adapter(version, to)
-    where = locate(config.model)
-    load_tokenizer(where).save_pretrained(to)
+    tokenizer.save_pretrained(to)
     with suppress(OSError):  # it has none
-        GenerationConfig.from_pretrained(where).save_pretrained(to)
+        GenerationConfig.from_pretrained(locate(config.model)).save_pretrained(to)
+
+
+def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, with the chat template that was trained with."""
+    tokenizer = load_tokenizer(locate(config.model))
+    tokenizer.chat_template = Chat(tokenizer, config.chat, ()).template
+    return tokenizer
 
 
 def card(run: UPath, bundle: Bundle, merged: str | None = None) -> str:
@@ -88,6 +101,10 @@ def card(run: UPath, bundle: Bundle, merged: str | None = None) -> str:
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in _facts(run, bundle, merged).items()),
         "",
+        "## Prompts",
+        "",
+        *_prompts(config, merged),
+        "",
         "## Mean reward by step",
         "",
         *(["```", sparkline(curve, width=len(curve)), "```", ""] if curve else []),
@@ -102,6 +119,31 @@ def card(run: UPath, bundle: Bundle, merged: str | None = None) -> str:
         "```",
         "",
     ])  # fmt: skip
+
+
+def _prompts(config: Config, merged: str | None) -> list[str]:
+    """How prompts were put to the policy, so that whoever serves it can do the same."""
+    chat, usual = asdict(config.chat), asdict(ChatConfig())
+    own = {name: value for name, value in chat.items() if value != usual[name] and name != "template"}
+    if merged or config.learner.whole:
+        lines = ["The chat template of its tokenizer, if it has one, is the one that it was trained with."]
+    elif config.chat.template:
+        lines = [
+            f"It was trained with the chat template in `{TEMPLATE}`, not with the one of the base's tokenizer: give "
+            f"`--chat-template {TEMPLATE}` to `vllm serve`, or set `tokenizer.chat_template` to its text."
+        ]
+    else:
+        lines = ["It was trained with the chat template of the base's tokenizer, if that has one."]
+    if own:
+        lines += [
+            "These settings of its prompts are in no template: a system message (`system`), what each answer begins "
+            "with (`prefill`), strings that end it (`stop`), arguments of the template (`template_args`).",
+            "",
+            "```toml",
+            tomli_w.dumps({"chat": own}).strip(),
+            "```",
+        ]
+    return lines
 
 
 def _facts(run: UPath, bundle: Bundle, merged: str | None) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """From a bundle to a run that goes on, its own or another that starts from it."""
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from upath import UPath
 
@@ -11,6 +11,9 @@ from rlora.config import Config
 from rlora.records import ADAPTER_FILES, Adapter, Cursor
 from rlora.runs import Origin, warn
 from rlora.storage import names, write_directory
+
+if TYPE_CHECKING:
+    from rlora.chat import Chat
 
 # what an episode depends on beside its adapter; where one of these changed, those in flight are not the config's
 _OF_EPISODES = (
@@ -64,6 +67,13 @@ def with_own_start(run: UPath, config: Config) -> Config:
     if not (config.learner.start_from and names(own)):
         return config
     return replace(config, learner=replace(config.learner, start_from=str(own.absolute())))
+
+
+def with_template(config: Config, chat: "Chat") -> Config:
+    """The config with the text of its chat template, for a file that it names may change, or go."""
+    if not (config.chat.template and chat.template and "{" in chat.template):  # by that a text is known
+        return config
+    return replace(config, chat=replace(config.chat, template=chat.template))
 
 
 def describe(run: UPath, adapter: Adapter) -> dict[str, Any]:

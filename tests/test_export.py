@@ -1,4 +1,5 @@
 import json
+import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -6,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ORIGIN, save_words, stir, tiny_model
+from conftest import ORIGIN, ROOT, save_words, stir, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from upath import UPath
 
-from rlora import runs
+from rlora import cli, options, runs
 from rlora.checkpoint import Bundle
-from rlora.config import Config
+from rlora.config import Config, read
 from rlora.export import card, export
 from rlora.lora import Bank, Spec
 from rlora.peft_format import encode
@@ -113,3 +114,88 @@ def test_all_weights_are_exported_as_a_model(
     loaded, model = AutoModelForCausalLM.from_pretrained(tmp_path / "model"), tiny_model("llama")
     with torch.no_grad():
         torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits)
+
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}[policy]"
+
+
+@pytest.fixture
+def version(base: str, config: Callable[..., Config], bundle: Callable[..., Bundle]) -> Callable[..., Bundle]:
+    """A bundle of an adapter over `base`, trained with `chat`."""
+    files = encode(Bank(tiny_model("llama"), [Spec()]), 0, base)
+
+    def make(**chat: object) -> Bundle:
+        return bundle(3, adapter=Adapter("run", 3, *files), config=config(model=base, chat=chat))
+
+    return make
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_an_export_has_the_chat_template_that_was_trained_with(
+    named: bool, tmp_path: Path, base: str, version: Callable[..., Bundle]
+) -> None:
+    """Of one's own, or one of several that the base's tokenizer has."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tools": TEMPLATE} if named else "{{ messages }}"
+    tokenizer.save_pretrained(base)
+    own, run = version(template="tools" if named else TEMPLATE), UPath(tmp_path) / "run"
+    export(run, own, tmp_path / "merged", "float32")
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == TEMPLATE
+    export(run, own, tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "chat_template.jinja").read_text() == TEMPLATE
+    assert "--chat-template chat_template.jinja" in (tmp_path / "adapter" / "README.md").read_text()
+    export(run, version(), tmp_path / "plain")
+    assert not (tmp_path / "plain" / "chat_template.jinja").exists()  # it is the base's
+    export(run, version(), tmp_path / "merged-plain", "float32")
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged-plain").chat_template == "{{ messages }}"
+
+
+def test_all_weights_are_exported_with_the_chat_template_too(
+    tmp_path: Path, base: str, config: Callable[..., Config], bundle: Callable[..., Bundle]
+) -> None:
+    whole = Adapter("run", 2, *((Path(base) / name).read_bytes() for name in WHOLE_FILES), whole=True)
+    settings = config(model=base, learner={"adapter": "none"}, chat={"template": TEMPLATE})
+    export(UPath(tmp_path) / "run", bundle(2, adapter=whole, config=settings), tmp_path / "model")
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template == TEMPLATE
+
+
+def test_a_template_that_can_not_be_had_is_told_before_anything_is_written(
+    tmp_path: Path, version: Callable[..., Bundle]
+) -> None:
+    gone = version(template=str(tmp_path / "gone.jinja"))  # as runs of earlier versions kept it
+    for merged in (None, "float32"):
+        with pytest.raises(RloraError, match=r"chat\.template = '.*gone\.jinja': can't be read"):
+            export(UPath(tmp_path) / "run", gone, tmp_path / "out", merged)
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_card_says_how_prompts_were_put(tmp_path: Path, version: Callable[..., Bundle]) -> None:
+    run = UPath(tmp_path) / "run"
+    chat = {"system": "Be\nbrief.", "prefill": "<think>\n", "stop": ["##"], "template_args": {"thinking": True}}
+    text = card(run, version(**chat))
+    section = text.partition("## Prompts")[2].partition("## Mean reward")[0]
+    said = tomllib.loads(section.partition("```toml")[2].partition("```")[0])
+    assert said == {"chat": chat}
+    assert "chat template of the base's tokenizer" in section
+    assert "toml" not in card(run, version()).partition("## Prompts")[2].partition("## Mean reward")[0]
+    for one in ("bfloat16", None):
+        assert ("chat_template.jinja" in card(run, version(template=TEMPLATE), one)) == (one is None)
+
+
+def test_a_run_keeps_the_text_of_its_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file may be changed or gone once the run is exported, evaluated or resumed."""
+    monkeypatch.chdir(ROOT)
+    file = tmp_path / "own.jinja"
+    file.write_text(TEMPLATE)
+    run = tmp_path / "run"
+    arguments = ["launch/arithmetic.toml", "--run-dir", str(run), "--chat.template", str(file)]
+    config, *_ = cli._begun(options.parse_train(arguments))
+    file.unlink()
+    assert config.chat.template == TEMPLATE
+    assert read(run / "config.toml").chat.template == TEMPLATE
+    other = TEMPLATE.replace("policy", "answer")
+    file.write_text(other)
+    resumed, *_ = cli._resumed(options.parse_train(["--resume", str(run)]), UPath(run))
+    assert resumed.chat.template == TEMPLATE
+    changed = options.parse_train(["--resume", str(run), "--set", f'chat.template="{file}"'])
+    assert cli._resumed(changed, UPath(run))[0].chat.template == other
