@@ -42,13 +42,12 @@ class Pool:
     def __init__(self, setup: Setup, workers: int) -> None:
         self._setup = setup
         self._jobs: queue.SimpleQueue[tuple[Job, Future[Result]] | None] = queue.SimpleQueue()
-        started: list[Future[None]] = [Future() for _ in range(workers)]
+        started: list[Future[list[frozenset[str]]]] = [Future() for _ in range(workers)]
         self._threads = [threading.Thread(target=self._serve, args=(each,), daemon=True) for each in started]
         for thread in self._threads:
             thread.start()
         try:
-            for each in started:
-                each.result()
+            self.names = [each.result() for each in started][0]  # by which each reward function asks for values
         except BaseException:
             self.close()
             raise
@@ -69,11 +68,10 @@ class Pool:
         for thread in self._threads:
             thread.join()
 
-    def _serve(self, started: Future[None]) -> None:
+    def _serve(self, started: Future[list[frozenset[str]]]) -> None:
         worker = _Worker(self._setup)  # from this thread: a worker dies with the thread that has started it
         try:
-            worker.start()
-            started.set_result(None)
+            started.set_result(worker.start())
         except BaseException as error:
             started.set_exception(error)
             return
@@ -109,8 +107,11 @@ class _Worker:
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
 
-    def start(self) -> None:
-        """Start the process. Raises RloraError where it can't load what it runs."""
+    def start(self) -> list[frozenset[str]]:
+        """Start the process; the names by which each reward function asks for values.
+
+        Raises RloraError where it can't load what it runs.
+        """
         self.connection, theirs = Pipe()
         with tempfile.TemporaryFile() as file:
             file.write(bytes(CLOCK.size))
@@ -138,6 +139,7 @@ class _Worker:
         if "error" in answer:
             self._end()
             raise RloraError(answer["error"])
+        return [frozenset(names) for names in answer["names"]]
 
     def run(self, work: "list[tuple[Job, Future[Result]]]") -> None:
         """Settle the futures of all jobs, however many processes that takes."""

@@ -258,6 +258,14 @@ class Plug:
         """Whether it is called with one episode at a time, else with all that are asked for."""
         return _FORMS[self.style].one_at_a_time
 
+    @property
+    def names(self) -> frozenset[str]:
+        """The names by which it asks for values: of parameters, and where it gets a mapping, of keys in its code."""
+        named = set(_parameters(self.function) or {}) | set(self.wanted[: self.positional])
+        code = _code(self.function)
+        looks_up = self.anything or not {"extra_info", "extra_infos"}.isdisjoint(named)
+        return frozenset(named | (_keys(code) if code and looks_up else set()))
+
     def __call__(self, case: Case, episodes: Sequence[int]) -> list[Score]:
         """A Score for each of those episodes of the group, an "error" for those of a call that fails.
 
@@ -511,6 +519,12 @@ def _reads_messages(code: CodeType, names: Mapping[str, Any], seen: frozenset[Co
     inner = [each for each in code.co_consts if isinstance(each, CodeType)]
     inner += [each.__code__ for each in called if each.__code__.co_filename == code.co_filename]
     return any(_reads_messages(each, names, seen | {code}) for each in inner if each not in seen)
+
+
+def _keys(code: CodeType) -> set[str]:
+    """The texts in a function's code, the keys that it looks up among them."""
+    texts = {each for each in code.co_consts if isinstance(each, str)}
+    return texts.union(*(_keys(each) for each in code.co_consts if isinstance(each, CodeType)))
 
 
 def _listed(result: Any, count: int) -> list[Any]:

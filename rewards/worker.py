@@ -231,7 +231,7 @@ def main() -> None:
         connection.send_bytes(json.dumps({"error": detail}).encode())
         return
     most = _limit_memory(setup.memory_mib) if sys.platform == "linux" else None
-    connection.send_bytes(json.dumps({}).encode())
+    connection.send_bytes(json.dumps({"names": [sorted(each.names) for each in worker.plugs]}).encode())
     with suppress(EOFError, ConnectionError):
         while jobs := connection.recv():
             done: list[Any] = []

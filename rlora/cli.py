@@ -1,4 +1,4 @@
-"""The command line: rlora train | eval | replay | runs | export | grade | show | scale."""
+"""The command line: rlora train | eval | check | replay | runs | export | grade | show | scale."""
 
 import sys
 import time
@@ -12,8 +12,9 @@ import tyro
 from upath import UPath
 
 import rlora
-from rlora.config import Config, validate
+from rlora.config import CheckConfig, Config, validate
 from rlora.options import (
+    Check,
     Eval,
     Export,
     Grade,
@@ -23,6 +24,7 @@ from rlora.options import (
     Show,
     Train,
     differences,
+    parse_check,
     parse_eval,
     parse_replay,
     parse_show,
@@ -47,6 +49,7 @@ _USAGE = f"""usage: rlora COMMAND ...
 
   train     {Train.__doc__}
   eval      {Eval.__doc__}
+  check     {Check.__doc__}
   replay    {Replay.__doc__}
   runs      {Runs.__doc__}
   export    {Export.__doc__}
@@ -60,8 +63,8 @@ _USAGE = f"""usage: rlora COMMAND ...
 def main() -> None:
     """Run the command in sys.argv; exits with 0, 1 (an error that its message explains), 2 (usage) or 130 (Ctrl-C)."""
     commands = {
-        "train": _train, "eval": _eval, "replay": _replay, "runs": _runs, "export": _export, "grade": _grade,
-        "show": _show, "scale": _scale,
+        "train": _train, "eval": _eval, "check": _check, "replay": _replay, "runs": _runs, "export": _export,
+        "grade": _grade, "show": _show, "scale": _scale,
     }  # fmt: skip
     command, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
     if command in ("-h", "--help", "--version"):
@@ -169,6 +172,7 @@ def _checked(config: Config) -> "Task":
     from rlora.task import load_task
 
     task = load_task(config)
+    _tell_checked(task)
     first_adapter(config.learner, partial(_base, config))  # only checked here: the learner's process reads it
     if config.learner.lr == "auto":
         base = AutoConfig.from_pretrained(task.base)
@@ -251,6 +255,7 @@ def _eval(arguments: list[str]) -> None:
     from rlora.task import load_task
 
     task = load_task(config)
+    _tell_checked(task)
     if not task.held_out:
         raise RloraError(
             f"env = {config.env!r}: none of its first evaluate.prompts = {config.evaluate.prompts} held-out prompts "
@@ -318,11 +323,31 @@ def _grade(arguments: list[str]) -> None:
         print(f"the first error: {failed[0]}", file=sys.stderr)
 
 
+def _check(arguments: list[str]) -> None:
+    given = parse_check(arguments)
+    if not given.config.check.prompts:
+        raise RloraError("check.prompts = 0: that tries nothing; give 1 or more")
+    from rlora.task import load_task
+
+    task = load_task(given.config)
+    report = task.checked
+    print(f"{report.prompts} prompts tried in {report.seconds:.1f} s with {', '.join(given.config.rewards)}: "
+          f"{len(report.faults) or 'no'} {'fault' if len(report.faults) == 1 else 'faults'}")  # fmt: skip
+    _tell_checked(task)
+    if report.faults:
+        sys.exit(1)
+
+
+def _tell_checked(task: "Task") -> None:
+    if text := str(task.checked):
+        print(text.encode("utf-8", "backslashreplace").decode(), flush=True)
+
+
 def _show(arguments: list[str]) -> None:
     given = parse_show(arguments)
     from rlora.task import load_task
 
-    task = load_task(given.config)
+    task = load_task(replace(given.config, check=CheckConfig(prompts=0)))
     if not 0 <= given.number < len(task.prompts):
         raise RloraError(f"--number {given.number}: there are {len(task.prompts)} training prompts, from 0")
     prompt = task.prompts[given.number]

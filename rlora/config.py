@@ -305,6 +305,16 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class CheckConfig:
+    __pydantic_config__ = _STRICT
+
+    prompts: Annotated[int, Field(ge=0)] = 16
+    """Prompts on which the reward functions are tried before a run: with the gold, with another's, and with no text."""
+    strict: bool = False
+    """Stop where that finds a fault, in place of a warning."""
+
+
+@dataclass(frozen=True)
 class Config:
     __pydantic_config__ = _STRICT
 
@@ -343,6 +353,7 @@ class Config:
     critic: CriticConfig = CriticConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    check: CheckConfig = CheckConfig()
 
     @property
     def max_model_len(self) -> int:

@@ -90,6 +90,15 @@ class Grade:
 
 
 @dataclass(frozen=True)
+class Check:
+    """Try the reward functions on golds, on other prompts' golds and on empty completions; exits with 1 for a fault."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    source: tyro.conf.Positional[str]
+    """A TOML config, or the directory of a run."""
+
+
+@dataclass(frozen=True)
 class Show:
     """Show a prompt as the policy reads it, with its special tokens, and what ends its message."""
 
@@ -137,7 +146,7 @@ class Runs:
     """Where they lie side by side."""
 
 
-Given = TypeVar("Given", Train, Eval, Show, Replay)
+Given = TypeVar("Given", Train, Eval, Check, Show, Replay)
 
 
 def parse_train(arguments: list[str]) -> Train:
@@ -256,6 +265,11 @@ def parse_eval(arguments: list[str]) -> Eval:
     return _parse(Eval, Eval(_NOTHING, ""), "rlora eval", arguments)
 
 
+def parse_check(arguments: list[str]) -> Check:
+    """The same."""
+    return _parse(Check, Check(_NOTHING, ""), "rlora check", arguments)
+
+
 def parse_show(arguments: list[str]) -> Show:
     """The same."""
     return _parse(Show, Show(_NOTHING, "prompt", ""), "rlora show", arguments)
@@ -348,7 +362,7 @@ def _under_its_preset(table: dict[str, Any], given: Sequence[str], before: str) 
     return table
 
 
-def _source(given: Train | Eval | Show | Replay) -> tuple[dict[str, Any] | None, Path | None]:
+def _source(given: Train | Eval | Check | Show | Replay) -> tuple[dict[str, Any] | None, Path | None]:
     """The tables that a command line starts from, of a run or of a TOML file, which is named; None where it names
     neither."""
     if not isinstance(given, Train):

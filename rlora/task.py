@@ -1,18 +1,21 @@
 """What is trained on: prompts, rewards, the base's tokenizer. All that can be wrong with them is found here."""
 
+import inspect
+import pickle
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rlora.base import context_length, load_tokenizer, locate, stop_token_ids
 from rlora.chat import Chat
+from rlora.check import Report, check
 from rlora.config import Config
 from rlora.plugin import at, load
-from rlora.records import Prompt, RloraError
+from rlora.records import Messages, Prompt, RloraError
 from rlora.rewards.isolation import Pool
 from rlora.rewards.worker import Setup
 
@@ -26,6 +29,7 @@ class Task:
     prompts: list[Prompt]  # to train on
     held_out: list[Prompt]  # the first `evaluate.prompts` of them
     dropped: int  # prompts left out because they are too long
+    checked: Report = field(default_factory=Report)  # what trying the reward functions came to
 
 
 def load_task(config: Config) -> Task:
@@ -44,11 +48,15 @@ def load_task(config: Config) -> Task:
             f"{error}; give the arguments that it takes, and let it have train() and held_out() that return Prompts"
         ) from error
     for method, prompts in (("train", train), ("held_out", held_out)):
-        for prompt in prompts:
-            _refuse_what_is_no_prompt(f"env = {config.env!r}: its {method}()", prompt)
+        for number, prompt in enumerate(prompts):
+            _refuse_what_is_no_prompt(f"env = {config.env!r}: its {method}()", prompt, number)
+            prompts[number] = replace(prompt, text=_whole(prompt.text))
+    with closing(Pool(setup_of(config, hasattr(env, "reply")), 1)) as pool:  # as it is in the run, to try it
+        return _task(config, env, train, held_out, pool)
+
+
+def _task(config: Config, env: Any, train: Sequence[Prompt], held_out: Sequence[Prompt], pool: Pool) -> Task:
     agent = hasattr(env, "reply")
-    with closing(Pool(setup_of(config, agent), 1)):  # as it is in the run: only to see that all can be loaded
-        pass
     where = locate(config.model)
     limit = context_length(where)
     if limit is not None and config.max_model_len > limit:
@@ -58,6 +66,8 @@ def load_task(config: Config) -> Task:
         )
     tokenizer = load_tokenizer(where)
     chat = Chat(tokenizer, config.chat, stop_token_ids(where, tokenizer))
+    if chat.template and hasattr(env, "reply") and _may_say_messages(env):
+        chat.check_replies()
     fitting = tokenise(train, chat, config.sampling.max_prompt_tokens)
     fitting_held_out = tokenise(held_out, chat, config.sampling.max_prompt_tokens)
     if not fitting:
@@ -73,6 +83,7 @@ def load_task(config: Config) -> Task:
         prompts=fitting,
         held_out=fitting_held_out,
         dropped=len(train) - len(fitting) + len(held_out) - len(fitting_held_out),
+        checked=check(config, env, chat, pool, fitting, fitting_held_out),
     )
 
 
@@ -91,20 +102,44 @@ def setup_of(config: Config, agent: bool) -> Setup:
     )
 
 
-def _refuse_what_is_no_prompt(source: str, given: Any) -> None:
+def _refuse_what_is_no_prompt(source: str, given: Any, number: int) -> None:
     """Raise RloraError where an env's method, `source`, gives anything but a Prompt of text or chat messages."""
+    at = f" (prompt {number})"
     if not isinstance(given, Prompt):
-        raise RloraError(f"{source} gave {given!r}; give a rlora.records.Prompt(text, answer) for each problem")
+        raise RloraError(f"{source} gave {given!r}; give a rlora.records.Prompt(text, answer) for each problem{at}")
     text: Any = given.text
     if not isinstance(text, str) and not (isinstance(text, Sequence) and text and all(map(_is_message, text))):
         raise RloraError(
             f"{source} gave a Prompt whose text is {text!r}; give a string, or a list of chat messages, "
-            '{"role": ..., "content": ...} with a string each'
+            f'{{"role": ..., "content": ...}} with a string each{at}'
         )
+    columns: Any = given.columns
+    if not isinstance(columns, Mapping) or not all(isinstance(name, str) for name in columns):
+        raise RloraError(f"{source} gave a Prompt whose columns are {columns!r}; give a dict of them by name{at}")
+    try:
+        pickle.dumps((given.answer, dict(columns)))
+    except Exception as error:  # of any object
+        raise RloraError(
+            f"{source} gave a Prompt whose answer or columns can't be sent to the processes of reward functions "
+            f"({type(error).__name__}: {error}); give plain data{at}"
+        ) from error
 
 
 def _is_message(turn: Any) -> bool:
     return isinstance(turn, Mapping) and all(isinstance(turn.get(key), str) for key in ("role", "content"))
+
+
+def _whole(text: str | Messages) -> str | Messages:
+    """A prompt without halves of surrogate pairs, which are no text: each becomes a question mark, as in replies."""
+    if isinstance(text, str):
+        return text.encode("utf-8", "replace").decode()
+    return [{k: v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for k, v in m.items()} for m in text]
+
+
+def _may_say_messages(env: Any) -> bool:
+    """Whether an agent's reply may be chat messages: unless its annotation says that it gives strings only."""
+    said = inspect.signature(env.reply).return_annotation
+    return said not in (str, str | None, "str", "str | None", "Optional[str]", "None | str")
 
 
 def tokenise(prompts: Iterable[Prompt], chat: Chat, max_tokens: int) -> list[Prompt]:
