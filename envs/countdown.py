@@ -1,7 +1,9 @@
 """Countdown: make a target out of given numbers. And 24, where the numbers are four and the target is 24."""
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 
 from rlora.records import Prompt, RloraError
 
@@ -14,6 +16,8 @@ TEMPLATE = (
 )
 _ALL = "you must use each number exactly once"
 _SOME = "you may use each number at most once"
+_SEARCH = 20_000  # steps in which a solution is looked for
+_Term = tuple[Fraction, str]  # a value, and the expression of it
 
 
 class Countdown(Generated):
@@ -48,6 +52,10 @@ class Countdown(Generated):
         self._use_all, self._size, self._held_out_size = use_all, size, held_out_size
         self._seed, self._template = seed, template
 
+    def solution(self, prompt: Prompt) -> str | None:
+        """A completion that solves a problem; None where a short search finds none."""
+        return _solution(prompt)
+
     def _problems(self) -> Iterator[Prompt]:
         """Whatever target comes out where two numbers at a time are put together at random."""
         rng = random.Random(self._seed)
@@ -81,6 +89,10 @@ class Game24:
     def held_out(self) -> Sequence[Prompt]:
         return [prompt for prompt in self._prompts() if 900 < prompt.columns["level"] <= 1000]
 
+    def solution(self, prompt: Prompt) -> str | None:
+        """A completion that solves a hand."""
+        return _solution(prompt)
+
     def _prompts(self) -> Iterator[Prompt]:
         for index, row in enumerate(read_rows("env_args.path", self._path, None, "train")):
             try:
@@ -98,6 +110,31 @@ def to_prompt(numbers: Sequence[int], target: int, use_all: bool, template: str,
     text = template.replace("{numbers}", ", ".join(map(str, numbers))).replace("{target}", str(target))
     columns = {"numbers": list(numbers), "use_all": use_all, "level": level or len(numbers)}
     return Prompt(text.replace("{rule}", _ALL if use_all else _SOME), answer=target, columns=columns)
+
+
+def _solution(prompt: Prompt) -> str | None:
+    terms = [(Fraction(number), str(number)) for number in prompt.columns["numbers"]]
+    found = _solve(terms, Fraction(prompt.answer), prompt.columns["use_all"], itertools.count())
+    return found and f"<answer> {found} </answer>"
+
+
+def _solve(terms: Sequence[_Term], target: Fraction, use_all: bool, tried: Iterator[int]) -> str | None:
+    """An expression of the terms that comes to the target, in a depth-first search that ends after `_SEARCH` steps."""
+    if next(tried) > _SEARCH:
+        return None
+    if len(terms) == 1 or not use_all:
+        found = next((text for value, text in terms if value == target), None)
+        if found or len(terms) == 1:
+            return found
+    for (i, (a, left)), (j, (b, right)) in itertools.permutations(enumerate(terms), 2):
+        others = [term for place, term in enumerate(terms) if place not in (i, j)]
+        made = [(a - b, f"({left} - {right})")] + ([(a / b, f"({left} / {right})")] if b else [])
+        if i < j:
+            made += [(a + b, f"({left} + {right})"), (a * b, f"({left} * {right})")]
+        for term in made:
+            if found := _solve([*others, term], target, use_all, tried):
+                return found
+    return None
 
 
 def _results(a: int, b: int) -> list[int]:
