@@ -132,7 +132,7 @@ def _read(file: Path, shown: Path, kind: str, split: str) -> list[Row]:
     if data.startswith(b"\x1f\x8b"):
         data = gzip.decompress(data)
     if kind == "parquet":
-        return pyarrow.parquet.ParquetFile(io.BytesIO(data)).read().to_pylist() if data else []  # type: ignore[no-any-return]
+        return pyarrow.parquet.ParquetFile(io.BytesIO(data)).read().to_pylist() if data else []
     text = _decoded(data, shown)
     if kind == "json":
         is_document = shown.name.removesuffix(".gz").endswith(".json") or text.lstrip().startswith("[")

@@ -93,7 +93,7 @@ class AgentLoop:
         state: dict[str, object] = {}
         message_at = turn_at = 0  # where in the completion the policy's message, and its last turn, begin
         while self.task.agent and episode.finish_reason == "stop":
-            turn = chat.text(episode.completion_ids[turn_at:], whole=turn_at == message_at)
+            turn = chat.text(episode.completion_ids[turn_at:], turn_at == message_at, prompt.text)
             answered = await self.scoring.answer(Turn(prompt, turn, state))
             state = dict(answered.state)
             if answered.said is None:
@@ -105,12 +105,12 @@ class AgentLoop:
                 episode = replace(episode, finish_reason="context")
                 break
             if not isinstance(answered.said, str):
-                text = chat.text(episode.completion_ids[message_at:])
+                text = chat.text(episode.completion_ids[message_at:], prompt=prompt.text)
                 messages += [{"role": "assistant", "content": text}, *answered.said]
                 message_at = len(so_far)
             turn_at = len(so_far)
             episode = _followed(episode, said, await self._next_turn(flight, so_far))
-        text = chat.text(episode.completion_ids[message_at:])
+        text = chat.text(episode.completion_ids[message_at:], prompt=prompt.text)
         return replace(episode, text=text, messages=(*messages, {"role": "assistant", "content": text}), state=state)
 
     async def _next_turn(self, flight: Flight, so_far: tuple[int, ...]) -> Episode:

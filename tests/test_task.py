@@ -82,6 +82,57 @@ def test_an_env_that_gives_no_prompts_is_named_with_what_it_gave(
         load_task(config(env=env))
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("[Prompt('a'), Prompt(None)]", r"gave a Prompt whose text is None; give a string.*\(prompt 1\)"),
+        ("[Prompt('a'), Prompt(b'b')]", r"text is b'b'; give a string.*\(prompt 1\)"),
+        ("[Prompt('a'), 7]", r"gave 7; .*\(prompt 1\)"),
+        ("[Prompt([{'role': 'user', 'content': None}])]", r"text is .*None\}\]; .*\(prompt 0\)"),
+        ("[Prompt('a', columns=None)]", r"whose columns are None; give a dict of them by name \(prompt 0\)"),
+        ("[Prompt('a', columns={1: 2})]", r"whose columns are \{1: 2\}; give a dict"),
+        ("[Prompt('a'), Prompt('b', columns={'f': lambda: 1})]", r"can't be sent to the processes .*\(prompt 1\)"),
+        ("[Prompt('a', answer=iter(i for i in [1]))]", r"answer or columns can't be sent .*; give plain data"),
+    ],
+)
+def test_what_is_wrong_with_a_prompt_is_told_with_its_number(
+    given: str, message: str, tmp_path: Path, config: MakeConfig
+) -> None:
+    with pytest.raises(RloraError, match=message):
+        load_task(config(env=write_env(tmp_path, given)))
+
+
+def test_half_of_a_character_in_a_prompt_is_replaced_as_in_replies(tmp_path: Path, config: MakeConfig) -> None:
+    messages = "[{'role': 'user', 'content': 'bad \\ud83d', 'name': 3}]"
+    given = f"[Prompt('bad \\ud83d end', answer=1), Prompt('good \U0001f600', answer=1), Prompt({messages}, answer=1)]"
+    task = load_task(config(env=write_env(tmp_path, given), evaluate={"prompts": 3}))
+    for prompts in (task.prompts, task.held_out):
+        assert [prompt.text for prompt in prompts] == [
+            "bad ? end", "good \U0001f600", [{"role": "user", "content": "bad ?", "name": 3}],
+        ]  # fmt: skip
+        assert "bad ? end" in task.chat.shown(prompts[0].token_ids)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "refused"), [("", True), (" -> str | list | None", True), (" -> str | None", False)]
+)
+def test_an_agent_whose_replies_the_template_does_not_show_is_refused(
+    annotation: str, refused: bool, tmp_path: Path, config: MakeConfig
+) -> None:
+    env = write_env(tmp_path, "[Prompt('2 + 2?', answer=4)]")
+    with (tmp_path / "mine.py").open("a") as file:
+        file.write(f"\n    def reply(self, prompt, message, state){annotation}:\n        return None\n")
+    settings = config(env=env, chat={"template": "{{ messages[0].content }}"})
+    if refused:
+        with pytest.raises(
+            RloraError, match=r"chat\.template = .*does not show what the env says after .*; .* set another"
+        ):
+            load_task(settings)
+    else:
+        assert load_task(settings).agent
+    assert load_task(config(env=env)).agent
+
+
 def test_an_env_that_raises_is_told_with_its_line(tmp_path: Path, config: MakeConfig) -> None:
     env = write_env(tmp_path, "[1 / 0]")
     with pytest.raises(RloraError, match=re.escape(f"{tmp_path}/mine.py:6: env = {env!r}") + ".*it raised ZeroDivis"):
