@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 from .answer import MAX_LENGTH, Answer, find_answer, find_gold
+from .decoration import bare
 from .exact import number, plain
 from .expression import Node, read
 from .notation import UnreadableError
@@ -124,7 +125,7 @@ def _compare(wanted: Answer, found: Answer) -> str:
 
 def _tree(text: str, thousands: bool = True) -> Node | None:
     try:
-        return read(text, thousands)
+        return read(bare(text), thousands)
     except UnreadableError:
         return None
 
@@ -154,6 +155,8 @@ def equal(gold: Node, prediction: Node) -> bool:
             return found
         if gold.op == "relation" or prediction.op == "relation":
             return _same_relation(gold, prediction)
+        if gold.op == prediction.op and gold.op in ("cases", "row", "builder"):
+            return gold.op == "builder" and all(map(equal, gold.args, prediction.args)) or _same_cases(gold, prediction)
         if gold.op in ("list", "set", "tuple", "pm", "mp") or prediction.op in ("list", "set", "tuple", "pm", "mp"):
             return _same_items(gold, prediction)
         if gold.op in ("cup", "cap", "minus") or prediction.op in ("cup", "cap", "minus"):
@@ -270,7 +273,7 @@ def _same_items(gold: Node, prediction: Node) -> bool:
         others[0] = others[0].args[-1]
     if gold.op == "set":
         return _cover(ones, others) and _cover(others, ones)
-    if prediction.op == "set":  # in which a member that comes again adds nothing
+    if prediction.op == "set" or all(item.op == "tuple" for item in ones):  # a member that comes again adds nothing
         others = [item for n, item in enumerate(others) if not any(equal(item, before) for before in others[:n])]
     return len(ones) == len(others) and _matched(ones, others)
 
@@ -329,8 +332,7 @@ def _name(node: Node) -> str:
 def _stated(node: Node) -> Node | None:
     """What `x = ... = 5` or `2 + 3 = 5` gives; None for other relations. Of an approximation what is approximated.
 
-    Only a name may stand before the values, and those without unknowns have to agree: ln x = 7 gives nothing, nor does
-    x = 3 = 7.
+    Only a name may stand before the values: ln x = 7 gives nothing. Of several values the last one counts.
     """
     signs, sides = node.data.split(), list(node.args)
     if not set(signs) <= _STATING:
@@ -338,13 +340,10 @@ def _stated(node: Node) -> Node | None:
     named = bool(label(sides[0]))
     while signs and signs[-1] == "~" and (len(sides) > 2 or not named):
         signs.pop(), sides.pop()
-    if not named and any(map(unknowns, sides)):
+    if not named and not (len(sides) > 2 and label(sides[-2])) and any(map(unknowns, sides)):
         is_turned = len(sides) == 2 and sides[1].op == "symbol" and not unknowns(sides[0])  # 5 = x
         return sides[0] if is_turned else None
-    values = sides[1:] if named else sides
-    if any(not unknowns(value) and not equal(values[-1], value) for value in values[:-1]):
-        return None
-    return values[-1]
+    return sides[-1]
 
 
 def _same_relation(gold: Node, prediction: Node) -> bool:

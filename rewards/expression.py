@@ -32,6 +32,7 @@ _ENDS = (
     "%",
 )
 _UNDONE = ("sum", "prod", "int", "lim")  # work that an answer leaves to do: it is not done here
+_NAMED, _VARIED = "pqrstuvwy", "xtnz"  # letters of functions, and of what these are of: p(x), u(t)
 _INVERSE = {"sin": "arcsin", "cos": "arccos", "tan": "arctan", "sec": "arcsec", "csc": "arccsc", "cot": "arccot"}
 
 
@@ -49,6 +50,10 @@ class Node:
         yield self
         for arg in self.args:
             yield from arg.walk()
+
+
+_REALS = Node("symbol", data="mathbb R")
+_DEGREE = Node("degree")  # the sign alone
 
 
 def number(value: Fraction | int) -> Node:
@@ -144,7 +149,8 @@ class _Parser:
     def sum(self) -> Node:
         left = self.product()
         while kind := self.take("+", "-", "pm", "mp"):
-            left = Node({"+": "add", "-": "sub"}.get(kind, kind), (left, self.product()))
+            right = self.product()
+            left = Node("minus" if right.op == "set" else {"+": "add", "-": "sub"}.get(kind, kind), (left, right))
         return left
 
     def product(self) -> Node:
@@ -216,13 +222,14 @@ class _Parser:
         return value
 
     def power(self) -> Node:
+        token = self.tokens[self.at]
         base = self.postfix(self.atom())
         if self.take("^"):
             base = self.raised(base, self.exponent())
-        return base
+        return _chosen(token.text, base)
 
     def raised(self, base: Node, exponent: Node) -> Node:
-        if exponent.op == "degree":
+        if exponent == _DEGREE:
             return self.postfix(Node("degree", (base,)))
         if exponent.op == "symbol" and exponent.data in ("T", "top", "prime", "'"):
             return self.postfix(Node("call", (base,), "transpose" if exponent.data != "prime" else "prime"))
@@ -235,11 +242,11 @@ class _Parser:
             raise UnreadableError("too deep")
         if self.kind == "command" and self.text in ("circ", "prime", "top", "intercal"):
             name = self.next().text
-            found = Node("degree") if name == "circ" else Node("symbol", data="T" if name == "intercal" else name)
+            found = _DEGREE if name == "circ" else Node("symbol", data="T" if name == "intercal" else name)
         elif self.kind == "{" and self.tokens[self.at + 1][:2] == ("command", "circ"):
             self.next(), self.next()
             self.expect("}")
-            found = Node("degree")
+            found = _DEGREE
         elif self.kind in ("+", "-"):
             sign = self.next().kind
             found = Node("neg", (self.power(),)) if sign == "-" else self.power()
@@ -247,13 +254,15 @@ class _Parser:
             found = self.atom()
             if self.take("^"):
                 found = Node("pow", (found, self.exponent()))
+        if any(part == _DEGREE for arg in found.args for part in arg.walk()):
+            raise UnreadableError("a degree sign within an exponent")
         self.depth -= 1
         return found
 
     def postfix(self, value: Node) -> Node:
         for _ in range(MAX_DEPTH):
             if self.take("!"):
-                value = Node("call", (value,), "factorial")
+                value = Node("call", (value,), "factorial2" if self.take("!") else "factorial")
             elif self.take("%"):
                 value = Node("percent", (value,))
             elif self.kind == "text" and self.text.lower() in ("percent", "percentage", "pct"):
@@ -271,7 +280,7 @@ class _Parser:
 
     def subscript(self, value: Node) -> Node:
         """A number's base, or the index of a name: a_1 is a name of its own, a_k and F_{n-1} are functions."""
-        index = self.atom()
+        index = self.index()
         if value.op == "number":
             if index.op != "number" or "." in value.data:
                 raise UnreadableError("a base that is no number")
@@ -281,6 +290,16 @@ class _Parser:
                 return Node("symbol", data=f"{value.data}_{index.data or index.number}")
             return Node("call", (index,), f"{value.data}_")
         return Node("call", (value, index), "index")
+
+    def index(self) -> Node:
+        r"""What stands below: a group, or one sign; of S_{\min} a word."""
+        kinds = [token.kind for token in self.tokens[self.at : self.at + 3]]
+        if kinds[:1] == ["name"] and self.text in FUNCTIONS:
+            return Node("text", data=self.next().text)
+        if kinds == ["{", "name", "}"] and self.tokens[self.at + 1].text in FUNCTIONS:
+            _, name, _ = self.next(), self.next(), self.next()
+            return Node("text", data=name.text)
+        return self.atom()
 
     # ---- atoms ----
 
@@ -302,21 +321,51 @@ class _Parser:
         return Node("number", data=token.text, number=Fraction(token.text.rstrip(".")))
 
     def repeating(self, head: str) -> Node:
-        r"""0.1\overline{6}: the digits under the bar go on for ever."""
-        self.next()
-        inner = self.group_or_sign()
-        if inner.op != "number" or not inner.data.isdigit():
-            raise UnreadableError("a bar over no digits")
+        r"""0.1\overline{6}: the digits under the bar go on for ever; so do those from one dot to another, 0.\dot{1}4\dot{2}."""
+        is_dotted = self.next().text == "dot"
+        digits = self.digits()
+        if is_dotted:
+            between = self.next().text if self.kind == "number" and self.text.isdecimal() else ""
+            if self.kind == "command" and self.text == "dot":
+                self.next()
+                digits += between + self.digits()
+            elif between:
+                raise UnreadableError("digits behind those that go on")
         places = len(head.partition(".")[2])
-        tail = Fraction(int(inner.data), 10**places * (10 ** len(inner.data) - 1))
+        tail = Fraction(int(digits), 10**places * (10 ** len(digits) - 1))
         return number(Fraction(head.rstrip(".") or 0) + tail)
 
+    def digits(self) -> str:
+        inner = self.group_or_sign()
+        if inner.op != "number" or not inner.data.isdecimal():
+            raise UnreadableError("a bar over no digits")
+        return inner.data
+
     def a_letter(self, token: Token) -> Node:
-        if token.text in "fghFGH" and self.kind == "(" and not self.tokens[self.at].spaced:
-            return self.call(token.text)
-        if self.kind == "(" and token.text.isupper() and self.tokens[self.at + 2].kind == ")":
-            return self.call(token.text)
+        if token.text in "fghFGH":
+            name = token.text + self.marks()
+            if self.kind == "(" and not self.tokens[self.at].spaced:
+                return self.call(name)
+            value = Node("symbol", data=token.text)
+            for _ in range(name.count("'")):
+                value = Node("call", (value,), "prime")
+            return value
+        if self.kind == "(" and not self.tokens[self.at].spaced:
+            inner, closing = self.tokens[self.at + 1], self.tokens[self.at + 2].kind
+            if closing == ")" and (token.text.isupper() or (token.text in _NAMED and inner.text in _VARIED)):
+                return self.call(token.text)
         return Node("symbol", data=token.text)
+
+    def marks(self) -> str:
+        """What stands between the name of a function and its arguments: f', f^{-1}."""
+        found = ""
+        while self.take("'"):
+            found += "'"
+        ahead = [token.text for token in self.tokens[self.at : self.at + 6]]
+        if ahead == ["^", "{", "-", "1", "}", "("]:
+            self.at += 5
+            found += "^-1"
+        return found
 
     def call(self, name: str) -> Node:
         self.expect("(")
@@ -388,20 +437,30 @@ class _Parser:
 
     def a_command(self, token: Token) -> Node:
         name = token.text
-        if name in ("frac", "dfrac", "tfrac", "cfrac"):
+        if name in ("frac", "dfrac", "tfrac", "cfrac", "nicefrac", "sfrac"):
             return Node("div", (self.group_or_sign(), self.group_or_sign()), "frac")
         if name in ("binom", "dbinom", "tbinom"):
             return Node("call", (self.group_or_sign(), self.group_or_sign()), "binom")
         if name in ("infty", "emptyset", "varnothing"):
             return Node("symbol", data="infty") if name == "infty" else Node("set")
         if name == "mathbb":
-            return Node("symbol", data=f"mathbb {self.group_or_sign().data}")
+            return Node("symbol", data=f"mathbb {self.braced()}")
         if name in ("overline", "bar", "vec", "hat", "tilde", "overrightarrow", "widehat", "underline", "dot"):
             inner = self.group_or_sign()
-            return inner if name in ("vec", "hat", "overrightarrow") else Node("call", (inner,), name)
+            return inner if name in ("vec", "hat", "overrightarrow", "underline") else Node("call", (inner,), name)
         if name in ("pmod", "bmod", "mod"):
             raise UnreadableError("a modulus")
         return Node("symbol", data=name)
+
+    def braced(self) -> str:
+        r"""The letter and the sign in \mathbb{R+}, or the letter that stands there alone."""
+        if not self.take("{"):
+            return self.next().text
+        found = ""
+        while self.kind in ("letter", "+", "-", "*", "number"):
+            found += self.next().text
+        self.expect("}")
+        return found
 
     def a_text(self, token: Token) -> Node:
         return Node("text", data=token.text)
@@ -416,13 +475,11 @@ class _Parser:
             return Node("set")
         at, kept = self.at, list(self.tokens)  # \frac12 divides its token
         first = self.sum() if self.kind != "(" else self.relation()
-        if self.kind == "in":
-            self.next()
-            self.sum()
+        domain = self.sum() if self.take("in") else _REALS
         if self.take(":", "|"):
             condition = self.list()
             self.expect("}}")
-            return Node("builder", (first, condition))
+            return Node("builder", (first, condition) if domain == _REALS else (first, condition, domain))
         self.at, self.tokens = at, kept
         inner = self.list()
         self.expect("}}")
@@ -453,19 +510,18 @@ class _Parser:
         while self.kind not in ("close", "end"):
             if self.take("row"):
                 rows.append([])
-            elif not self.take("&"):
+            elif not self.take("&", ","):
                 if self.kind == "command" and self.text == "hline":
                     self.next()
                     continue
                 rows[-1].append(self.relation())
-                if self.kind not in ("&", "row", "close"):
+                if self.kind not in ("&", "row", "close", ","):
                     raise UnreadableError("a matrix that is no table")
         self.expect("close")
         rows = [row for row in rows if row]
-        if not rows or len({len(row) for row in rows}) != 1 or token.text in ("cases", "aligned", "align"):
+        if not rows or len({len(row) for row in rows}) != 1:
             raise UnreadableError("a matrix that is no table")
-        made = Node("matrix", tuple(Node("row", tuple(row)) for row in rows))
-        return Node("call", (made,), "det") if token.text == "vmatrix" else made
+        return _table(token.text, rows)
 
     def an_equation(self, token: Token) -> Node:
         self.expect("(")
@@ -483,6 +539,40 @@ _ATOMS = {
     "{": "a_brace", "{{": "a_set", "(": "a_bracket", "[": "a_bracket", "<(": "a_bracket", "|": "a_bar",
     "lfloor": "a_floor", "lceil": "a_floor", "begin": "a_matrix", "Eq": "an_equation",
 }  # fmt: skip
+
+
+def _table(environment: str, rows: list[list[Node]]) -> Node:
+    """A matrix; one value alone; a system of equations as their list; the cases of a function."""
+    system = all(row[0].op == "relation" for row in rows)
+    if len(rows[0]) == 1 and (system or len(rows) == 1):
+        return rows[0][0] if len(rows) == 1 else Node("list", tuple(row[0] for row in rows), "and")
+    made = tuple(Node("row", tuple(row)) for row in rows)
+    if environment in ("cases", "aligned", "align", "array") and len(rows[0]) == 2 and _condition(rows[0][1]):
+        return Node("cases", made)
+    if environment in ("cases", "aligned", "align"):
+        raise UnreadableError("a matrix that is no table")
+    matrix = Node("matrix", made)
+    return Node("call", (matrix,), "det") if environment == "vmatrix" else matrix
+
+
+def _condition(node: Node) -> bool:
+    return any(part.op in ("relation", "text") for part in node.walk())
+
+
+def _chosen(letter: str, node: Node) -> Node:
+    """C_n^k as a binomial coefficient; A_n^k and P_n^k, of numbers alone, as what it is before the order is left out."""
+    if letter not in ("C", "A", "P") or node.op != "pow":
+        return node
+    base, low = node.args
+    top = number(int(base.data[2:])) if base.op == "symbol" and base.data[2:].isdecimal() else base.args[:1]
+    top = top[0] if isinstance(top, tuple) and len(top) else top
+    if not isinstance(top, Node) or base.data[:2] != f"{letter}_":
+        return node
+    if top.number is not None and low.number is not None and not 0 <= low.number <= top.number:
+        return node
+    if letter == "C":
+        return Node("call", (top, low), "binom")
+    return Node("call", (top, low), "permutations") if top.number is not None and low.number is not None else node
 
 
 def _proper(node: Node) -> bool:

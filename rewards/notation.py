@@ -26,7 +26,7 @@ class Token(NamedTuple):
 
 FUNCTIONS = frozenset(
     "sin cos tan cot sec csc sinh cosh tanh coth arcsin arccos arctan arccot arcsec arccsc arsinh arcosh "
-    "artanh asin acos atan asinh acosh atanh log ln lg exp sqrt cbrt abs floor ceil gcd lcm max min det "
+    "artanh asin acos atan asinh acosh atanh cis log ln lg exp sqrt cbrt abs floor ceil gcd lcm max min det "
     "Re Im arg sgn sum prod int lim".split()
 )
 GREEK = frozenset(
@@ -35,6 +35,7 @@ GREEK = frozenset(
     "Omega ell hbar".split()
 )
 _NAMES = {"infinity": "infty", "inf": "infty", "oo": "infty", "pi": "pi", "Eq": "Eq", "and": "and", "or": "or"}
+_NAMES |= {"Abs": "abs", "ceiling": "ceil", "binomial": "binom", "comb": "binom"}  # of programs
 _NAMES |= {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "union": "cup", "nan": "nan", "NaN": "nan"}
 _WORDS = FUNCTIONS | (GREEK - {"eta", "nu", "xi", "mu", "ell"}) | set(_NAMES)
 
@@ -48,13 +49,15 @@ _UNICODE = {
     "τ": r"\tau ", "ε": r"\epsilon ", "ψ": r"\psi ", "Δ": r"\Delta ", "Ω": r"\Omega ", "∧": " and ", "∨": " or ",
     "⟨": r"\langle ", "⟩": r"\rangle ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ",
     "、": ",", "∶": ":", "‰": " per mille", "“": "", "”": "", "„": "", "→": r"\to ", "⇒": r"\Rightarrow ",
+    "∀": r"\forall ", "∃": r"\exists ", "˚": r"^\circ ", "º": r"^\circ ", "₹": r"\text{rupee}", "∓": r"\mp ",
 }  # fmt: skip
 _SIGNS = str.maketrans(_UNICODE)
 
 _DOUBLED = re.compile(r"\\\\(?=[a-zA-Z(){}\[\]$%,;!])")
 _ROWS = re.compile(r"\\begin\s*\{(?:[pbvBV]?(?:small)?matrix|array|cases|aligned?|gathered)\*?\}")
+_FENCES = re.compile(r"\\(?:left|right|[bB]igg?[lrm]?|middle)(?![a-zA-Z])\s*(?:\.(?!\d))?")
 _SPACING = re.compile(
-    r"\\(?:left|right|[bB]igg?[lrm]?|middle)(?![a-zA-Z])\s?\.?(?![\d])|\\(?:displaystyle|textstyle|limits|nolimits|"
+    r"\\(?:displaystyle|textstyle|limits|nolimits|"
     r"boldsymbol|bm|rm|bf|it|tt|small|large|Large|mathstrut|strut|ensuremath|fbox|boxed)(?![a-zA-Z])|\$|(?<!\\)\\[()\[\]]"
     r"|\\label\{[^{}]*\}|\\phantom\{[^{}]*\}|\\hspace\*?\{[^{}]*\}"
 )
@@ -74,6 +77,18 @@ _CURRENCY = re.compile(r"(\\\$|[€£¥])\s*(-?(?:\d|,\\!\s?|\{,\}|,(?=\d)|\.(?=
 _JOINED = re.compile(r"(?<=[\d)}\]])\s*(and|or)(?=[A-Z\\($-])")
 _TIMES = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*(?:\^|\*\*))")
 _WRAPPERS = ("np.array", "numpy.array", "sympy.Matrix", "sp.Matrix", "Matrix", "array")
+
+_SYSTEM = re.compile(r"\\(?:left\s*)?\\\{\s*(?=\\begin\s*\{(?:array|aligned|cases|matrix|gathered)\})")
+_CHOSEN = re.compile(
+    r"(?:\{\s*\})?\s*([_^])\s*(?:\{(\w+)\}|(\w))\s*(?:\\(?:mathrm|text)\s*\{\s*)?([CP])\}?\s*_\s*(?:\{(\w+)\}|(\w))"
+)
+_DEGREES = re.compile(r"(?<=[\d})])\s*\^\s*(?:\{\s*)?(?:\\(?:text|mathrm)\s*\{\s*)?[oO](?:\s*\})*(?![a-zA-Z(])")
+_SCALE = re.compile(r"\^\s*\{?\s*\\circ\s*\}?\s*(?:\\(?:text|mathrm|rm)\s*\{?\s*)?([CF])(?![a-zA-Z])\s*\}?")
+_SET_SIGN = re.compile(
+    r"\\mathbb\s*\{?\s*([NZQRC])\s*\}?\s*(?:\^\s*\{?\s*([+*-])\s*\}?|_\s*\{?\s*(>|\\gt|\\ge[q]?|\+|\\neq?)\s*0?\s*\}?)"
+)
+_MODULE = re.compile(r"\b(?:np|numpy|sp|sympy|math)\.(?=[a-zA-Z])")
+_PROGRAM = re.compile(r"\b(?:Rational|Integer|Fraction)\(([^()]*)\)")
 
 _TOKEN = re.compile(
     r"""\s*(?:
@@ -114,11 +129,12 @@ def clean(text: str, thousands: bool = True) -> str:
             text = text.removeprefix(wrapper)
     if text.startswith(("$", "-$")) and text.count("$") == 1:
         text = text.replace("$", r"\$")
+    text = _notations(text)
     text = _CURRENCY.sub(lambda found: rf"{found[2]} \text{{{_CURRENCIES[found[1]]}}}", text)
     text = text.replace(r"\$", "").replace("€", r"\text{EUR}").replace("£", r"\text{GBP}").replace("¥", r"\text{yuan}")
     text = _ROW_SPACE.sub(r"\1", _COLOUR.sub("", text))
     text = _OVER.sub(lambda found: rf"\{_OVERS[found[2]]}{{{found[1]}}}{{{found[3]}}}", text)
-    text = _SPACING.sub(" ", text)
+    text = _SPACING.sub(" ", _FENCES.sub("", text))
     text = _GROUPS.sub(lambda found: found[1] + re.sub(r"\D", "", found[2]), text)
     if thousands:
         text = _COMMAS.sub(lambda found: found[1].replace(",", ""), text)
@@ -127,6 +143,31 @@ def clean(text: str, thousands: bool = True) -> str:
     text = _JOINED.sub(r" \1 ", text)
     text = _TIMES.sub(r" * ", text)
     return text.strip().rstrip("\\.,;:?。*_ \n").strip('*`" \n')
+
+
+def _notations(text: str) -> str:
+    """One sign for what countries, packages and programs write in several ways."""
+    if "begin" in text:
+        text = _SYSTEM.sub("", text)
+    if "_" in text:
+        text = _CHOSEN.sub(_choice, text)
+    if "^" in text:
+        text = _SCALE.sub(r"\\text{deg\1}", _DEGREES.sub(r"^\\circ ", text))
+    if "mathbb" in text:
+        text = _SET_SIGN.sub(_signed_set, text)
+    if "(" in text:
+        text = _PROGRAM.sub(lambda found: "(" + "/".join(found[1].split(",")) + ")", _MODULE.sub("", text))
+    return text
+
+
+def _choice(found: re.Match[str]) -> str:
+    n, k = found[2] or found[3], found[5] or found[6]
+    return rf"\binom{{{n}}}{{{k}}}" if found[4] == "C" else rf"\frac{{{n}!}}{{({n}-{k})!}}"
+
+
+def _signed_set(found: re.Match[str]) -> str:
+    sign = found[2] or {"+": "+", ">": "+", r"\gt": "+"}.get(found[3], "*" if "n" in found[3] else "0")
+    return rf"\mathbb{{{found[1]}{sign}}}"
 
 
 def _upright(found: re.Match[str]) -> str:
