@@ -8,8 +8,6 @@ Everything here is text to text. What might change a value stays, and makes the 
 import html
 import re
 
-from .units import changes_value
-
 _HTML = re.compile(r"</?(?:sup|sub)>|&#?\w+;|<br\s*/?>|</\w+>", re.IGNORECASE)
 _RAISED = re.compile(r"<(sup|sub)>(.*?)</\1>", re.IGNORECASE | re.DOTALL)
 _TAG = re.compile(r"</?(?:i|b|em|strong|u|p|br|span|div|math|code|font)(?:\s[^<>]*)?/?>", re.IGNORECASE)
@@ -17,7 +15,9 @@ _TEXT = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|normal|up)?|mbox|hbox|emph|mathr
 _NESTED = re.compile(
     r"(\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm)\s*\{[^{}]*)\{([^{}]*)\}(?=[^{}]*(?:\{[^{}]*\}[^{}]*)*\})"
 )
-_FRAME = re.compile(r"\\(?:underline|uline|fbox|boxed|colorbox\s*\{\w*\}|framebox(?:\s*\[[^\]]*\])*|overset\s*\{\})\s*(?=\{)")
+_FRAME = re.compile(
+    r"\\(?:underline|uline|fbox|boxed|colorbox\s*\{\w*\}|framebox(?:\s*\[[^\]]*\])*|overset\s*\{\})\s*(?=\{)"
+)
 _SI = re.compile(r"\\(?:SI|qty)\s*(?:\[[^\]]*\])?\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 _NUM = re.compile(r"\\num\s*(?:\[[^\]]*\])?\s*\{([^{}]*)\}")
 _ANG = re.compile(r"\\ang\s*\{([^{}]*)\}")
@@ -25,6 +25,8 @@ _UNIT = re.compile(r"\\(?:si|unit)\s*\{([^{}]*)\}")
 _NUMBER_IN_TEXT = re.compile(
     r"(?<![\w.,/^_$])([-+−]?\s?(?:\\?[$€£¥₹])?\s?\d+(?:,\d{3})*(?:\.\d+)?(?:\s?/\s?\d+)?\s?(?:\\?%)?)(?![\w/^])"
 )
+_CURRENCY = re.compile(r"(?<![a-zA-Z])(?:Rs\.?|INR|USD|EUR|GBP|RMB|CNY|JPY)[\s~]*(?=\d)")
+_COUNTRY = re.compile(r"(?<![a-zA-Z])(?:US|AU|CA|HK|NZ|SG|[AC])\s?(?=\\?\$\s?\d)")
 _EMPTY = re.compile(r"\\text\{\s*\}")
 # In what follows ` stands for either end of a \text
 _APPROXIMATION = re.compile(
@@ -55,7 +57,11 @@ _QUALIFIER = re.compile(
 )
 _RESTRICTS = re.compile(r"\b(?:even|odd|prime|positive|negative|except|unless|only|not|but|otherwise|if|when)\b")
 _SAYS = re.compile(r"(?:\b(?:is|are|be|equals?|equal to|become|becomes)|[:=])\s*\Z", re.IGNORECASE)
-_DENIES = re.compile(r"\b(?:not|never|isn|aren|cannot|neither|nor)\b|n't", re.IGNORECASE)
+_OTHERWISE = re.compile(  # what says "is" and does not say what the answer is
+    r"\b(?:not|never|isn|aren|cannot|neither|nor|if|unless|when|half|twice|double|triple|thrice|negative|opposite|reciprocal|inverse|"
+    r"square|cube|root)\b|n't",
+    re.IGNORECASE,
+)
 _REALS = re.compile(
     r"(?:[a-zA-Z]\s*(?:\\in|can be|is|=)\s*)?(?:the set of\s+)?(?:all|any|every|each)\s+(?:possible\s+)?(?:real\s+(?:numbers?|values?)|reals?|"
     r"real\s+(?=[a-z]\b))\s*(?:(?:of|for)?\s*[a-zA-Z])?\s*(?:,?\s*(?:except|excluding|other than|but not|not equal to|besides|"
@@ -66,6 +72,7 @@ _REALS = re.compile(
 
 def bare(text: str) -> str:
     """The text of an answer without what adds nothing to its value."""
+    text = _CURRENCY.sub("", _COUNTRY.sub("", text))
     if "<" in text or "&" in text:
         text = _without_html(text)
     if "\\" not in text and not re.search(r"[a-z]{2}", text):
@@ -101,8 +108,28 @@ def _words_of(unit: str) -> str:
 def _isolated(found: re.Match[str]) -> str:
     r"""\text{42 apples} as 42\text{ apples}; a function's name as such."""
     inner = found[1]
-    if inner.strip() in ("sin", "cos", "tan", "cot", "sec", "csc", "log", "ln", "exp", "cis", "arcsin", "arccos", "arctan", "lcm", "gcd"):
+    if inner.strip() in (
+        "sin",
+        "cos",
+        "tan",
+        "cot",
+        "sec",
+        "csc",
+        "log",
+        "ln",
+        "exp",
+        "cis",
+        "arcsin",
+        "arccos",
+        "arctan",
+        "lcm",
+        "gcd",
+    ):
         return rf"\{inner.strip()} "
+    if inner.strip() in ("€", "£", "¥", "₹", r"\$", "$"):
+        return inner.replace("\\$", "$").replace("$", r"\$")
+    if re.fullmatch(r"\s*[A-Z]\s*", inner) and found.string[found.end() :].lstrip().startswith("_"):
+        return f"{{{inner}}}"
     if inner.strip() in ("o", "\\circ") and found.string[: found.start()].rstrip("{ ").endswith("^"):
         return r"\circ"
     if not re.search(r"\d", inner) or found[0].startswith(r"\mathrm"):
@@ -139,7 +166,7 @@ def _without_labels(marked: str) -> str:
     """`Ana: ` 18, ` Ben: ` 14 as 18, 14; of a sentence what its last "is" says."""
     parts = marked.split("`")  # texts are at odd places
     says = [n for n in range(1, len(parts) - 1, 2) if _SAYS.search(parts[n]) and parts[n + 1].strip(" ,.;")]
-    if not says or any(_DENIES.search(part) or changes_value(part) for part in parts[1::2]):
+    if not says or any(_OTHERWISE.search(parts[n]) for n in says[-1:]):
         return marked
     is_item = [not parts[n - 1].strip(" \\quad") or parts[n - 1].rstrip(" \\quad").endswith((",", ";")) for n in says]
     if len(says) > 1 and says[0] == 1 and all(is_item):

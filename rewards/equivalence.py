@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
@@ -98,6 +98,8 @@ def _compare(wanted: Answer, found: Answer) -> str:
     text = found.text + (r"\%" if found.percent and ("%" in gold_text or "percent" in gold_text) else "")
     if words(gold_text) == words(text) and spelling(gold_text) == spelling(text):
         return "correct"
+    if _same_word_lists(gold_text, text):
+        return "correct"
     if choice(gold_text) and choice(gold_text) == choice(text):
         return "correct"
     if (one := clock_time(gold_text)) and (other := clock_time(text)):
@@ -123,6 +125,14 @@ def _compare(wanted: Answer, found: Answer) -> str:
     return "correct" if any(equal(g, p) for g in golds for p in candidates if p is not None) else "wrong"
 
 
+def _same_word_lists(gold: str, prediction: str) -> bool:
+    """red, blue and green, in any order; "or" is another list than "and"."""
+    texts = [re.sub(r"\\text\w*|\\mathrm|[{}$]", " ", text) for text in (gold, prediction)]
+    ours, theirs = (sorted(filter(None, map(words, re.split(r"[,;&]|\b(?:and|or)\b", text)))) for text in texts)
+    is_or, other = (re.search(r"\bor\b", text) is not None for text in texts)
+    return len(ours) > 1 and ours == theirs and is_words(texts[0]) and is_or == other
+
+
 def _tree(text: str, thousands: bool = True) -> Node | None:
     try:
         return read(bare(text), thousands)
@@ -143,20 +153,23 @@ def _decimal_comma(text: str, other: Node, gold: bool) -> Node | None:
 
 def equal(gold: Node, prediction: Node) -> bool:
     """Whether two trees say the same."""
-    gold, prediction = _bare(gold), _bare(prediction)
+    gold, prediction = _same_letters(_bare(gold), _bare(prediction))
     if gold == prediction:
         return True
     if "text" in (gold.op, prediction.op):
         return _same_words(gold, prediction)
     try:
-        alike = gold.op == prediction.op and gold.op in ("tuple", "list")
+        alike = gold.op == prediction.op == "tuple" or (
+            gold.op == prediction.op == "list" and (gold.data == prediction.data or not (gold.data and prediction.data))
+        )
         regions = not alike and is_region(gold) and is_region(prediction) and not _are_relations(gold, prediction)
         if regions and (found := same_region(gold, prediction)) is not None:
             return found
         if gold.op == "relation" or prediction.op == "relation":
             return _same_relation(gold, prediction)
         if gold.op == prediction.op and gold.op in ("cases", "row", "builder"):
-            return gold.op == "builder" and all(map(equal, gold.args, prediction.args)) or _same_cases(gold, prediction)
+            alike = len(gold.args) == len(prediction.args)
+            return alike and (_matched if gold.op == "cases" else _each)(gold.args, prediction.args)
         if gold.op in ("list", "set", "tuple", "pm", "mp") or prediction.op in ("list", "set", "tuple", "pm", "mp"):
             return _same_items(gold, prediction)
         if gold.op in ("cup", "cap", "minus") or prediction.op in ("cup", "cap", "minus"):
@@ -171,6 +184,36 @@ def _bare(node: Node) -> Node:
     while node.op in ("list", "set") and len(node.args) == 1 and node.args[0].op != "set":
         node = node.args[0]
     return node
+
+
+def _same_letters(gold: Node, prediction: Node) -> tuple[Node, Node]:
+    """Without "k in Z", with one letter for what is called k here and n there."""
+    (ours, wholes), (theirs, others) = _without_domains(gold), _without_domains(prediction)
+    if not wholes and not others:
+        return gold, prediction
+    if sorted(wholes.values()) == sorted(others.values()):
+        theirs = renamed(theirs, dict(zip(others, wholes, strict=True)))
+    elif wholes and others:
+        return gold, prediction
+    return ours, theirs
+
+
+def _without_domains(node: Node) -> tuple[Node, dict[str, str]]:
+    """The claims of a list, and the letters of which it says that they are whole numbers, and of which kind."""
+    if node.op != "list":
+        return node, {}
+    letters = {item.args[0].data: item.args[1].data for item in node.args if _is_domain(item)}
+    claims = tuple(item for item in node.args if not _is_domain(item))
+    if not letters or not claims:
+        return node, {}
+    return (claims[0] if len(claims) == 1 else replace(node, args=claims)), letters
+
+
+def _is_domain(node: Node) -> bool:
+    if node.op != "relation" or node.data != "in":
+        return False
+    letter, numbers = node.args
+    return letter.op == numbers.op == "symbol" and numbers.data.startswith(("mathbb Z", "mathbb N"))
 
 
 def _same_words(gold: Node, prediction: Node) -> bool:
@@ -282,7 +325,11 @@ def _cover(ones: list[Node], others: list[Node]) -> bool:
     return all(any(equal(one, other) for other in others) for one in ones)
 
 
-def _matched(ones: list[Node], others: list[Node]) -> bool:
+def _each(ones: Sequence[Node], others: Sequence[Node]) -> bool:
+    return all(map(equal, ones, others))
+
+
+def _matched(ones: Sequence[Node], others: Sequence[Node]) -> bool:
     """Whether each has one of the others to itself."""
     left = list(others)
     for one in ones:
@@ -369,7 +416,9 @@ def _same_permuted(gold: Node, prediction: Node) -> bool:
     sides = [side for node in (gold, prediction) for side in node.args]
     if len(sides) != 4 or any(side.op != "tuple" or len(side.args) != len(sides[0].args) for side in sides):
         return False
-    ours, theirs = (dict(zip(map(label, names.args), values.args, strict=True)) for names, values in (sides[:2], sides[2:]))
+    ours, theirs = (
+        dict(zip(map(label, names.args), values.args, strict=True)) for names, values in (sides[:2], sides[2:])
+    )
     return ours.keys() == theirs.keys() and all(equal(ours[name], theirs[name]) for name in ours)
 
 

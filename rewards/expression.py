@@ -511,7 +511,9 @@ class _Parser:
             if self.take("row"):
                 rows.append([])
             elif not self.take("&", ","):
-                if self.kind == "command" and self.text == "hline":
+                if (self.kind == "command" and self.text == "hline") or (
+                    self.kind == "text" and self.text.strip(" ,").lower() in ("if", "when", "for", "where")
+                ):
                     self.next()
                     continue
                 rows[-1].append(self.relation())

@@ -106,6 +106,8 @@ def same_name(gold: Node, prediction: Node) -> bool:
     heads = [_head(node) for node in (gold, prediction)]
     (one, index), (other, index2) = heads
     if one and other and one.casefold() != other.casefold():
+        if "y" in (one, other) and any(node.data.endswith("()") for node in (gold, prediction)):
+            return True
         return (one.isupper() or other.isupper()) and bool(index or index2) if gold.op == prediction.op else True
     if gold.op == prediction.op == "call":
         return len(gold.args) == len(prediction.args) and _renamed_by(gold, prediction) is not None
@@ -133,7 +135,8 @@ def _renamed_by(gold: Node, prediction: Node) -> dict[str, str] | None:
 
 def with_names_of(gold: Node, named: Node, value: Node) -> Node:
     """`value` of the function `named` with the letters of the function `gold`: g of f(m) = g(m) as it is of f(n)."""
-    if gold.op != "call" or named.op != "call" or len(gold.args) != len(named.args):
+    applied = all(node.op == "call" and node.data.endswith(("()", "_")) for node in (gold, named))
+    if not applied or len(gold.args) != len(named.args):
         return value
     return renamed(value, _renamed_by(gold, named) or {})
 
@@ -145,4 +148,5 @@ def renamed(node: Node, names: dict[str, str]) -> Node:
     if node.op == "symbol" and unknowns(node):
         taken = node.data in names.values() and node.data not in names
         return replace(node, data=names.get(node.data, f"{node.data}'" if taken else node.data))
-    return replace(node, args=tuple(renamed(arg, names) for arg in node.args))
+    data = names.get(node.data, node.data) if node.op == "call" else node.data
+    return replace(node, args=tuple(renamed(arg, names) for arg in node.args), data=data)

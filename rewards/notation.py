@@ -72,9 +72,13 @@ _COLOUR = re.compile(r"\\color\s*\{[^{}]*\}|\\textcolor\s*\{[^{}]*\}(?=\s*\{)")
 _GROUPS = re.compile(r"(?<![\d.])(\d{1,3})((?:(?:(?:\\!\s?)?,\s?\\!\s?|\{,\}\s?|\\[,;:! ]|~|\s)\d{3})+)(?![\d{])")
 _OVERS = {"over": "frac", "choose": "binom"}
 _COMMAS = re.compile(r"(?<![\d.,])([1-9]\d{0,2}(?:,\d{3})+)(?![\d,]*\d)")
-_CURRENCIES = {r"\$": "USD", "€": "EUR", "£": "GBP", "¥": "yuan"}
-_CURRENCY = re.compile(r"(\\\$|[€£¥])\s*(-?(?:\d|,\\!\s?|\{,\}|,(?=\d)|\.(?=\d))+)")
+_CURRENCIES = {r"\$": "USD", "€": "EUR", "£": "GBP", "¥": "¥", "₹": "rupee"}  # ¥ is a yuan, or a yen
+_CURRENCY = re.compile(
+    r"(\\\$|[€£¥₹])\s*(-?(?:\d|,\\!\s?|\{,\}|,(?=\d)|\.(?=\d))+)(?:\s*(?:\\text\s*\{\s*)?(k|K|M|m|B|b|T)(?![a-zA-Z])\s*\}?)?"
+)
+_SCALES = {"k": "thousand", "m": "million", "b": "billion", "t": "trillion"}
 _JOINED = re.compile(r"(?<=[\d)}\]])\s*(and|or)(?=[A-Z\\($-])")
+_PER_CENT = re.compile(r"\bper[\s-]+cent\b", re.IGNORECASE)
 _TIMES = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*(?:\^|\*\*))")
 _WRAPPERS = ("np.array", "numpy.array", "sympy.Matrix", "sp.Matrix", "Matrix", "array")
 
@@ -130,19 +134,34 @@ def clean(text: str, thousands: bool = True) -> str:
     if text.startswith(("$", "-$")) and text.count("$") == 1:
         text = text.replace("$", r"\$")
     text = _notations(text)
-    text = _CURRENCY.sub(lambda found: rf"{found[2]} \text{{{_CURRENCIES[found[1]]}}}", text)
-    text = text.replace(r"\$", "").replace("€", r"\text{EUR}").replace("£", r"\text{GBP}").replace("¥", r"\text{yuan}")
+    text = _CURRENCY.sub(_behind, text)
+    text = text.replace(r"\$", "").replace("€", r"\text{EUR}").replace("£", r"\text{GBP}").replace("₹", r"\text{rupee}")
+    text = text.replace("¥}", "¤}").replace("¥", r"\text{¥}").replace("¤}", "¥}")
     text = _ROW_SPACE.sub(r"\1", _COLOUR.sub("", text))
     text = _OVER.sub(lambda found: rf"\{_OVERS[found[2]]}{{{found[1]}}}{{{found[3]}}}", text)
     text = _SPACING.sub(" ", _FENCES.sub("", text))
     text = _GROUPS.sub(lambda found: found[1] + re.sub(r"\D", "", found[2]), text)
     if thousands:
-        text = _COMMAS.sub(lambda found: found[1].replace(",", ""), text)
+        text = _COMMAS.sub(_thousands, text)
     text = _SPACE.sub(" ", text)
     text = _FONT.sub(_upright, text)
     text = _JOINED.sub(r" \1 ", text)
-    text = _TIMES.sub(r" * ", text)
+    text = _PER_CENT.sub("percent", _TIMES.sub(r" * ", text))
     return text.strip().rstrip("\\.,;:?。*_ \n").strip('*`" \n')
+
+
+def _behind(found: re.Match[str]) -> str:
+    """An amount with its currency behind it, and what a letter there multiplies it by."""
+    times = rf"\text{{{_SCALES[found[3].lower()]}}} " if found[3] else ""
+    return rf"{found[2]} {times}\text{{{_CURRENCIES[found[1]]}}}"
+
+
+def _thousands(found: re.Match[str]) -> str:
+    """1,234 as a number; all that stands in brackets, as (1,100), as several."""
+    before, behind = found.string[: found.start()].rstrip(), found.string[found.end() :].lstrip()
+    if before.endswith(("(", "[", r"\{")) and behind.startswith((")", "]", r"\}")) and ",0" not in found[1]:
+        return found[1].replace(",", ", ")
+    return found[1].replace(",", "")
 
 
 def _notations(text: str) -> str:

@@ -23,7 +23,10 @@ def is_region(node: Node) -> bool:
             return node.args[0].op == "symbol" and is_region(node.args[1])
         return all(sign in LESS for sign in signs) or signs == ["!="]
     if node.op == "list":
-        return any(map(is_region, node.args)) and all(is_region(arg) or _is_point(arg) for arg in node.args)
+        one_name = len({label(arg.args[0]) for arg in node.args if arg.op == "relation" and label(arg.args[0])}) < 2
+        return (
+            one_name and any(map(is_region, node.args)) and all(is_region(arg) or _is_point(arg) for arg in node.args)
+        )
     if node.op == "tuple":
         return _is_interval(node)
     return node.op in ("cup", "cap", "minus") or (node.op == "builder" and len(node.args) == 2) or _domain(node)

@@ -11,7 +11,7 @@ _SPELLINGS = {
     "ms": "millisecond", "mg": "milligram", "g": "gram", "kg": "kilogram", "t": "ton tonne", "lb": "pound lbs",
     "oz": "ounce",
     "l": "liter litre L", "ml": "milliliter millilitre mL", "gal": "gallon", "quart": "", "pint": "", "cup": "",
-    "usd": "dollar USD buck", "cent": "¢", "eur": "euro EUR", "gbp": "GBP", "yuan": "rmb RMB CNY", "rupee": "rs Rs",
+    "usd": "dollar USD buck", "cent": "¢", "eur": "euro EUR", "gbp": "GBP", "yuan": "rmb RMB CNY 元 块 圆", "yen": "JPY 円", "rupee": "rs Rs INR ₹",
     "deg": "degree", "rad": "radian", "degc": "celsius Celsius", "degf": "fahrenheit Fahrenheit", "k": "kelvin",
     "n": "newton", "j": "joule", "w": "watt", "v": "volt", "ohm": "", "hz": "hertz Hz", "pa": "pascal Pa",
     "unit": "", "acre": "", "hectare": "ha",
@@ -32,30 +32,45 @@ def _unit(word: str) -> str | None:
     return None
 
 
-_CURRENCIES = {"usd", "cent", "eur", "gbp", "yuan", "rupee"}
-_MULTIPLIERS = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_CURRENCIES = {"usd", "cent", "eur", "gbp", "yuan", "yen", "rupee"}
+_MULTIPLIERS = {
+    "dozen": 12, "hundred": 100, "thousand": 10**3, "lakh": 10**5, "million": 10**6, "mn": 10**6, "crore": 10**7,
+    "billion": 10**9, "bn": 10**9, "trillion": 10**12, "百": 100, "千": 10**3, "万": 10**4, "萬": 10**4, "億": 10**8, "亿": 10**8,
+}  # fmt: skip
 _CHANGES = frozenset(  # of words behind a number: it is not that number, or not all of the answer
     "squared cubed factorial half halves third thirds quarter quarters fourths fifths sixths sevenths eighths ninths "
     "tenth tenths hundredth hundredths thousandth thousandths mille or but not unless except wrong incorrect maybe "
-    "otherwise versus vs plus minus times pairs th nd rd st root remainder mod modulo more less fewer greater".split()
+    "otherwise versus vs plus minus times pairs th nd rd st root remainder mod modulo more less fewer greater permille "
+    "promille ppm ppb fold inverse".split()
+)
+_CONDITIONS = frozenset(  # likewise, where they belong to the number: in prose they may begin another phrase
+    "at if iff when whenever where while given provided assuming for up upward upwards above below under over least most than "
+    "minimum maximum too base out half twice double triple thrice negative never neither nor".split()
 )
 
 
 def is_currency(text: str) -> bool:
-    return _unit(text.strip()) in _CURRENCIES
+    return _unit(text.strip(" .,:")) in _CURRENCIES
 
 
 def multiplier(text: str) -> int:
     """What "million" or "million people" multiplies by; 1 of other words."""
-    return math.prod(_MULTIPLIERS.get(word.removesuffix("s"), 1) for word in text.lower().split())
+    if text.strip() == "k":  # a K is a kelvin
+        return 1000
+    words = [word if word.isascii() else word[:1] for word in text.lower().split()]
+    return math.prod(_MULTIPLIERS.get(word.removesuffix("s"), 1) for word in words)
 
 
 def changes_value(text: str) -> bool:
     """Whether such words behind a number make it another, or doubtful: 7 tenths, 7 but maybe, 7 is wrong."""
-    return not _CHANGES.isdisjoint(re.findall(r"[^\W\d_]+", text.lower())) and unit(text) is None
+    words = re.findall(r"[^\W\d_]+", text.lower())
+    return bool((_CHANGES | _CONDITIONS).intersection(words)) and unit(text) is None
 
 
-MULTIPLIER = re.compile(rf"[\s-]*(?:{'|'.join(_MULTIPLIERS)})s?\b", re.IGNORECASE)
+MULTIPLIER = re.compile(
+    rf"[\s-]*(?:(?:{'|'.join(filter(str.isascii, _MULTIPLIERS))})s?\b|[{''.join(each for each in _MULTIPLIERS if len(each) == 1)}])",
+    re.IGNORECASE,
+)
 CHANGE = re.compile(
     rf"[\s-]*(?:is\s+|was\s+)?(?:{'|'.join(sorted(_CHANGES - {'or', 'but', 'more', 'less'}))})\b", re.IGNORECASE
 )
