@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 from rlora.delivery import Fleet, Request
-from rlora.records import Adapter, Episode, Group, InFlight, Prompt, Sampling, StaleError
+from rlora.records import Adapter, Episode, Group, InFlight, Messages, Prompt, Sampling, StaleError
 from rlora.rewards.worker import Turn
 from rlora.scoring import Scoring
 from rlora.task import Task
@@ -91,9 +91,10 @@ class AgentLoop:
         chat, prompt, sampling = self.task.chat, flight.request.prompt, flight.request.sampling
         messages: list[dict[str, str]] = []
         state: dict[str, object] = {}
+        asked: str | Messages = prompt.text  # what the policy's message answers
         message_at = turn_at = 0  # where in the completion the policy's message, and its last turn, begin
         while self.task.agent and episode.finish_reason == "stop":
-            turn = chat.text(episode.completion_ids[turn_at:], turn_at == message_at, prompt.text)
+            turn = chat.text(episode.completion_ids[turn_at:], turn_at == message_at, asked)
             answered = await self.scoring.answer(Turn(prompt, turn, state))
             state = dict(answered.state)
             if answered.said is None:
@@ -105,12 +106,12 @@ class AgentLoop:
                 episode = replace(episode, finish_reason="context")
                 break
             if not isinstance(answered.said, str):
-                text = chat.text(episode.completion_ids[message_at:], prompt=prompt.text)
+                text = chat.text(episode.completion_ids[message_at:], prompt=asked)
                 messages += [{"role": "assistant", "content": text}, *answered.said]
-                message_at = len(so_far)
+                message_at, asked = len(so_far), chat.conversation(answered.said)
             turn_at = len(so_far)
             episode = _followed(episode, said, await self._next_turn(flight, so_far))
-        text = chat.text(episode.completion_ids[message_at:], prompt=prompt.text)
+        text = chat.text(episode.completion_ids[message_at:], prompt=asked)
         return replace(episode, text=text, messages=(*messages, {"role": "assistant", "content": text}), state=state)
 
     async def _next_turn(self, flight: Flight, so_far: tuple[int, ...]) -> Episode:

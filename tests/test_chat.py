@@ -151,6 +151,27 @@ def test_rewards_see_what_the_template_opens(
     assert thinking.text(ids, whole=False) == "2 and 2 is 4</think>\nfour"
 
 
+def test_what_is_opened_may_hang_on_the_messages(chat: Chat) -> None:
+    """As Nemotron's template looks for /no_think, and DeepSeek's opens nothing after a tool."""
+    template = (
+        CHATML + "{% if add_generation_prompt and messages[-1].role != 'tool' %}<|im_start|>assistant\n"
+        "{% if '/no_think' in (messages | map(attribute='content') | join) %}<think></think>{% else %}"
+        "<think>\n{% endif %}{% endif %}"
+    )
+    ids = chat.tokenizer.encode("4")
+    own = with_settings(chat, template=template)
+    assert own.text(ids, prompt="2 + 2?") == "<think>\n4"
+    assert own.text(ids, prompt="2 + 2? /no_think") == "4"
+    assert own.text(ids, prompt=[{"role": "user", "content": "2 + 2? /no_think"}]) == "4"
+    assert own.text(ids, prompt=own.conversation([{"role": "user", "content": "Sure?"}])) == "<think>\n4"
+    assert own.text(ids, prompt=own.conversation([{"role": "tool", "content": "4"}])) == "4"
+    never = with_settings(chat, template=template, system="/no_think")
+    assert never.text(ids) == never.text(ids, prompt="2 + 2?") == "4"
+    said = [{"role": "user", "content": "Sure?"}]
+    assert never.shown(never.reply_ids(said, (5,))).endswith("assistant\n<think></think>")
+    assert never.text(ids, prompt=never.conversation(said)) == "4"
+
+
 @pytest.mark.parametrize("opens", ["", "<think>", "<think>\n", "<think>\n\n"])
 @pytest.mark.parametrize("prefill", ["<think>", "<think>\n", "<think>\nOkay, ", "\n<think>\n"])
 def test_a_prefill_that_the_template_opens_too_stands_there_once(chat: Chat, opens: str, prefill: str) -> None:
