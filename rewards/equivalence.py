@@ -154,6 +154,7 @@ def _decimal_comma(text: str, other: Node, gold: bool) -> Node | None:
 def equal(gold: Node, prediction: Node) -> bool:
     """Whether two trees say the same."""
     gold, prediction = _same_letters(_bare(gold), _bare(prediction))
+    gold, prediction = _unzipped(gold, prediction), _unzipped(prediction, gold)
     if gold == prediction:
         return True
     if "text" in (gold.op, prediction.op):
@@ -186,11 +187,22 @@ def _bare(node: Node) -> Node:
     return node
 
 
+def _unzipped(node: Node, other: Node) -> Node:
+    """(x, y) = (1, 2) as x = 1, y = 2 beside such a list; x != 1, 2 as x != 1, x != 2."""
+    if node.op == "list" and node.args[0].op == "relation" and node.args[0].data == "!=":
+        name = node.args[0].args[0]
+        return replace(node, args=tuple(a if a.op == "relation" else Node("relation", (name, a), "!=") for a in node.args))
+    if node.op == "relation" and node.data == "=" and other.op == "list" and all(map(_name, other.args)):
+        names, values = node.args
+        if names.op == values.op == "tuple" and len(names.args) == len(values.args):
+            pairs = zip(names.args, values.args, strict=True)
+            return Node("list", tuple(Node("relation", pair, "=") for pair in pairs), "and")
+    return node
+
+
 def _same_letters(gold: Node, prediction: Node) -> tuple[Node, Node]:
     """Without "k in Z", with one letter for what is called k here and n there."""
     (ours, wholes), (theirs, others) = _without_domains(gold), _without_domains(prediction)
-    if not wholes and not others:
-        return gold, prediction
     if sorted(wholes.values()) == sorted(others.values()):
         theirs = renamed(theirs, dict(zip(others, wholes, strict=True)))
     elif wholes and others:
@@ -199,12 +211,13 @@ def _same_letters(gold: Node, prediction: Node) -> tuple[Node, Node]:
 
 
 def _without_domains(node: Node) -> tuple[Node, dict[str, str]]:
-    """The claims of a list, and the letters of which it says that they are whole numbers, and of which kind."""
+    """The claims of a list without "x in R", and the letters that it says are whole numbers, and of which kind."""
     if node.op != "list":
         return node, {}
-    letters = {item.args[0].data: item.args[1].data for item in node.args if _is_domain(item)}
+    domains = {item.args[0].data: item.args[1].data for item in node.args if _is_domain(item)}
+    letters = {letter: numbers for letter, numbers in domains.items() if numbers[:8] in ("mathbb Z", "mathbb N")}
     claims = tuple(item for item in node.args if not _is_domain(item))
-    if not letters or not claims:
+    if not domains or not claims:
         return node, {}
     return (claims[0] if len(claims) == 1 else replace(node, args=claims)), letters
 
@@ -213,7 +226,7 @@ def _is_domain(node: Node) -> bool:
     if node.op != "relation" or node.data != "in":
         return False
     letter, numbers = node.args
-    return letter.op == numbers.op == "symbol" and numbers.data.startswith(("mathbb Z", "mathbb N"))
+    return letter.op == numbers.op == "symbol" and numbers.data[:8] in ("mathbb Z", "mathbb N", "mathbb R")
 
 
 def _same_words(gold: Node, prediction: Node) -> bool:

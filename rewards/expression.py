@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 from .notation import FUNCTIONS, MAX_DEPTH, Token, UnreadableError, clean, tokens
 from .units import changes_value, multiplier
@@ -52,6 +52,7 @@ class Node:
             yield from arg.walk()
 
 
+_PROGRAM = {"binom": 2, "factorial": 1, "pow": 2, "Union": 0}  # functions of programs, and how many arguments they take
 _REALS = Node("symbol", data="mathbb R")
 _DEGREE = Node("degree")  # the sign alone
 
@@ -352,6 +353,8 @@ class _Parser:
             return value
         if self.kind == "(" and not self.tokens[self.at].spaced:
             inner, closing = self.tokens[self.at + 1], self.tokens[self.at + 2].kind
+            if token.text == "C" and any(token.kind == "," for token in self.tokens[self.at + 2 : self.at + 4]):
+                return self.call("C")
             if closing == ")" and (token.text.isupper() or (token.text in _NAMED and inner.text in _VARIED)):
                 return self.call(token.text)
         return Node("symbol", data=token.text)
@@ -371,7 +374,8 @@ class _Parser:
         self.expect("(")
         inner = self.list()
         self.expect(")")
-        return Node("call", inner.args if inner.op == "list" else (inner,), f"{name}()")
+        args = inner.args if inner.op == "list" else (inner,)
+        return _counted(Node("call", args, f"{name}()"))
 
     def a_name(self, token: Token) -> Node:
         name = token.text
@@ -379,7 +383,18 @@ class _Parser:
             return self.undone(name)
         if name in FUNCTIONS:
             return self.function(name)
+        if name in _PROGRAM:
+            return self.of_program(name)
         return Node("symbol", data=name)
+
+    def of_program(self, name: str) -> Node:
+        """A function of Python or sympy, with its arguments in brackets."""
+        args = self.call(name).args
+        if name == "Union" and args:
+            return reduce(lambda left, right: Node("cup", (left, right)), args)
+        if len(args) != _PROGRAM[name]:
+            raise UnreadableError(f"{name} of {len(args)}")
+        return Node("pow", args) if name == "pow" else Node("call", args, name)
 
     def function(self, name: str) -> Node:
         base = exponent = None
@@ -575,6 +590,15 @@ def _chosen(letter: str, node: Node) -> Node:
     if letter == "C":
         return Node("call", (top, low), "binom")
     return Node("call", (top, low), "permutations") if top.number is not None and low.number is not None else node
+
+
+def _counted(node: Node) -> Node:
+    """C(n, k) as a binomial coefficient; C(1, 2) is a point."""
+    if node.data != "C()" or len(node.args) != 2:
+        return node
+    top, low = (arg.number for arg in node.args)
+    is_point = top is not None and low is not None and not 0 <= low <= top
+    return node if is_point else Node("call", node.args, "binom")
 
 
 def _proper(node: Node) -> bool:

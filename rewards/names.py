@@ -9,6 +9,7 @@ from .values import is_computed, unknowns
 from .wording import words
 
 _CONSTANTS = ("pi", "e", "i", "infty")
+_SETS = tuple(f"mathbb {letter}" for letter in "NZQRC")
 _DERIVATIVE = re.compile(r"d|partial")
 _SHAPES = ("angle", "triangle", "square", "odot", "measuredangle", "m")
 _CONJUGATED = ("z", "w")  # \bar z is the conjugate, \bar x a mean
@@ -18,7 +19,7 @@ def label(node: Node) -> str:
     """The name that a side of a relation is; empty where it is none: a product, a known function, a power, a number."""
     match node.op:
         case "symbol":
-            return "" if node.data in _CONSTANTS or node.data.startswith("mathbb") else node.data
+            return "" if node.data in _CONSTANTS or node.data[:8] in _SETS else node.data
         case "text":
             return "" if changes_value(node.data) else words(node.data)
         case "tuple" | "ratio":
@@ -50,7 +51,7 @@ def _label_of_product(node: Node) -> str:
     letters = [part.data for part in leaves if part.op == "symbol"]
     points = all(letter.partition("_")[0].isupper() or letter in _SHAPES for letter in letters)
     first = _first(node)
-    chance = first.op == "symbol" and first.data in ("P", "E") and node.op == "mul" and len(leaves) > 1
+    chance = first.op == "symbol" and first.data.removeprefix("mathbb ") in ("P", "E") and node.op == "mul" and len(leaves) > 1
     if any(changes_value(part.data) for part in text) or any(part.op == "number" for part in leaves if not chance):
         return ""
     if len(letters) + len(text) < len(leaves) and not chance:

@@ -35,7 +35,8 @@ GREEK = frozenset(
     "Omega ell hbar".split()
 )
 _NAMES = {"infinity": "infty", "inf": "infty", "oo": "infty", "pi": "pi", "Eq": "Eq", "and": "and", "or": "or"}
-_NAMES |= {"Abs": "abs", "ceiling": "ceil", "binomial": "binom", "comb": "binom"}  # of programs
+_NAMES |= {"Abs": "abs", "ceiling": "ceil", "binomial": "binom", "comb": "binom", "pow": "pow", "Pow": "pow"}
+_NAMES |= {"factorial": "factorial", "Union": "Union"}  # of programs
 _NAMES |= {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "union": "cup", "nan": "nan", "NaN": "nan"}
 _WORDS = FUNCTIONS | (GREEK - {"eta", "nu", "xi", "mu", "ell"}) | set(_NAMES)
 
@@ -49,7 +50,7 @@ _UNICODE = {
     "τ": r"\tau ", "ε": r"\epsilon ", "ψ": r"\psi ", "Δ": r"\Delta ", "Ω": r"\Omega ", "∧": " and ", "∨": " or ",
     "⟨": r"\langle ", "⟩": r"\rangle ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ",
     "、": ",", "∶": ":", "‰": " per mille", "“": "", "”": "", "„": "", "→": r"\to ", "⇒": r"\Rightarrow ",
-    "∀": r"\forall ", "∃": r"\exists ", "˚": r"^\circ ", "º": r"^\circ ", "₹": r"\text{rupee}", "∓": r"\mp ",
+    "∀": r"\forall ", "∃": r"\exists ", "˚": r"^\circ ", "º": r"^\circ ", "₹": r"\text{rupee}",
 }  # fmt: skip
 _SIGNS = str.maketrans(_UNICODE)
 
@@ -92,6 +93,12 @@ _SET_SIGN = re.compile(
     r"\\mathbb\s*\{?\s*([NZQRC])\s*\}?\s*(?:\^\s*\{?\s*([+*-])\s*\}?|_\s*\{?\s*(>|\\gt|\\ge[q]?|\+|\\neq?)\s*0?\s*\}?)"
 )
 _MODULE = re.compile(r"\b(?:np|numpy|sp|sympy|math)\.(?=[a-zA-Z])")
+_NOTHING = re.compile(r"(?<![a-zA-Z}\\])\{\s*\}\s*(?=[\^_])")
+_IMAGINARY = re.compile(r"(?<=\*)\s*I(?![a-zA-Z(])|(?<![a-zA-Z\\])I(?=\s*\*)")
+_NATURAL = re.compile(r"(?<![a-zA-Z\\])E\s*\*\*")
+_INTERVAL = re.compile(r"\bInterval(?:\.(open|Lopen|Ropen))?\(([^()]*,[^()]*)\)")
+_OPEN = {"": "[{}]", "open": "({})", "Lopen": "({}]", "Ropen": "[{})"}
+_FINITE = re.compile(r"\bFiniteSet\(([^()]*)\)")
 _PROGRAM = re.compile(r"\b(?:Rational|Integer|Fraction)\(([^()]*)\)")
 
 _TOKEN = re.compile(
@@ -174,7 +181,11 @@ def _notations(text: str) -> str:
         text = _SCALE.sub(r"\\text{deg\1}", _DEGREES.sub(r"^\\circ ", text))
     if "mathbb" in text:
         text = _SET_SIGN.sub(_signed_set, text)
-    if "(" in text:
+    text = _NOTHING.sub("", text)
+    if "(" in text or "*" in text:
+        text = _IMAGINARY.sub("i", _NATURAL.sub("e^", text))
+        text = _INTERVAL.sub(lambda found: _OPEN[found[1] or ""].format(found[2]), text)
+        text = _FINITE.sub(r"\\{\1\\}", text)
         text = _PROGRAM.sub(lambda found: "(" + "/".join(found[1].split(",")) + ")", _MODULE.sub("", text))
     return text
 
