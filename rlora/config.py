@@ -54,15 +54,16 @@ class ChatConfig:
     system: str = ""
     """System message of every prompt that has none."""
     template: str = ""
-    """A chat template (Jinja), or the file it is in, in place of the tokenizer's own."""
+    """A chat template (Jinja), the file it is in, or the name of one of the tokenizer's, in place of its default."""
     template_args: Arguments = field(default_factory=dict)
     """What the template takes beside messages, such as enable_thinking."""
     prefill: str = ""
-    """What each message of the policy begins with: part of the prompt, and of what reward functions see."""
+    """What each message of the policy begins with: part of the prompt, and of what reward functions see. What the
+    template opens itself, such as <think>, is not written twice."""
     stop: tuple[str, ...] = ()
     """Strings that end the policy's message, as its end token does; the env's own beside them."""
     think: tuple[str, str] = ("<think>", "</think>")
-    """The model's tags around its thinking; reward functions see them as <think> and </think>."""
+    """The model's tags around its thinking, special tokens or text; reward functions see <think> and </think>."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from rlora.rewards.styles import plug
 from rlora.rewards.worker import Answered, Turn
 
 from rlora.agent_loop import AgentLoop
+from rlora.base import load_tokenizer
 from rlora.chat import Chat
 from rlora.config import ChatConfig, Config, validate
 from rlora.delivery import Request
@@ -432,3 +434,24 @@ def test_a_reply_that_fails_costs_its_episode_only(rollouts: Callable[..., Rollo
     assert groups[0].rewards == [-1.0, -1.0]
     assert {episode.status for episode in groups[0].episodes} == {"error"}
     assert all(group.rewards == [group.prompt.answer] * 2 for group in groups[1:])
+
+
+def test_each_message_begins_with_what_the_template_opens(rollouts: Callable[..., Rollouts], demo: str) -> None:
+    """So the env reads it, and rewards do, in later turns too."""
+
+    def ask_again(prompt: Prompt, message: str, state: dict[str, Any]) -> list[dict[str, str]] | None:
+        state["heard"] = [*state.get("heard", []), message]
+        return [{"role": "user", "content": "Sure?"}] if len(state["heard"]) == 1 else None
+
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    made = rollouts(lambda completions: [1.0] * len(completions), ask_again, sampling={"max_tokens": 99})
+    chat = Chat(load_tokenizer(demo), ChatConfig(template=template), ())
+    made.loop.task = replace(made.loop.task, chat=chat)
+    for group in made.take(0).sampled:
+        for episode in group.episodes:
+            assert episode.state == {"heard": ["<think>\n", "<think>\n"]}  # FakeFleet says a special token
+            assert [m["content"] for m in episode.messages] == ["<think>\n", "Sure?", "<think>\n"]
+            assert episode.text == "<think>\n"
