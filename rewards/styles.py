@@ -260,8 +260,11 @@ class Plug:
 
     @property
     def names(self) -> frozenset[str]:
-        """The names by which it asks for values: of parameters, and where it gets a mapping, of keys in its code."""
-        named = set(_parameters(self.function) or {}) | set(self.wanted[: self.positional])
+        """The names by which it asks for values: of parameters, and where it gets a mapping, of keys in its code.
+
+        What takes two values by position takes the answer second, whatever that is called.
+        """
+        named = set(_parameters(self.function) or {}) | ({"answer"} if self.positional > 1 else set())
         code = _code(self.function)
         looks_up = self.anything or not {"extra_info", "extra_infos"}.isdisjoint(named)
         return frozenset(named | (_keys(code) if code and looks_up else set()))

@@ -121,7 +121,7 @@ class _Check:
                 continue
             if not self.trials:
                 self._call_first(prompt, values[number][0])
-            if self.bench.late:
+            if self.bench.late and self.trials:
                 self.notes.append(
                     f"the rewards are slow, and were tried on {len(self.trials)} of {len(sample)} prompts"
                 )
@@ -145,11 +145,13 @@ class _Check:
             self.faults.append(Fault(f"{text}; raise it, or load what is slow while the file is imported"))
 
     def _tell_what_can_not_be_tried(self) -> None:
-        if not self.tried:
+        if not self.tried and not self.bench.late:
             self.notes.append(f"no gold could be tried, for {self.answers} gives none")
         elif not self.bench.judges:
             if not all(self.bench.is_paid(trial, 0) for trial in self.tried):
                 self.notes.append(f"{', '.join(self.functions)}: no function asks for the answer, so golds say nothing")
+        elif all(self.bench.judge(trials) is None for trials in self.trials):
+            self.notes.append(f"{self.functions[self.bench.judges[0]]}: it says nothing of the prompts that were tried")
         elif len(self.trials) > 1 and not any(len(trial.texts) > 2 for trial in self.tried):
             same = f"{self.answers} gives each prompt the same, {cut(self.tried[0].gold)}"
             self.notes.append(f"no other prompt's gold could be tried, for {same}")
@@ -205,20 +207,27 @@ class _Check:
 
     def _likely(self, told: Sequence[Trial], text: int) -> list[str]:
         """The fields that may be at fault."""
-        style, reward = self.config.scoring.style, f"reward = {self.config.reward!r}"
-        fields = [f"scoring.style = {style!r}, for the function may have another form"] if style != "auto" else []
+        reward = f"reward = {self.config.rewards[self.bench.judge(told) or 0]!r}"
+        fields = self._forced_style()
         if text == 1 and told[0].texts[1].strip():
             fields.append(f"chat.prefill = {self.config.chat.prefill!r}, with which each completion begins")
         if text == 2:
             return [*fields, f"{reward}, which may not compare with the answer", f"{self.answers}, which it gets"]
         if text == 1:
             return [*fields, f"{reward}, or evaluate.threshold = {self.config.evaluate.threshold:g}"]
-        fields += [f"{self.answers}: {reason}" for reason in dict.fromkeys(r for t in told for r in looks(t.gold))]
+        fields += self._odd_golds(told)
         if not fields:
             fields = [f"{self.answers}, which is not what {reward} compares with ({_types(told)})"]
         if self.column is None and not self.solution and not self.config.env.startswith("rlora."):
             fields.append("the golds are no completions: give the env a solution(prompt), a text that should be paid")
         return fields
+
+    def _forced_style(self) -> list[str]:
+        style = self.config.scoring.style
+        return [f"scoring.style = {style!r}, for the function may have another form"] if style != "auto" else []
+
+    def _odd_golds(self, told: Sequence[Trial]) -> list[str]:
+        return [f"{self.answers}: {reason}" for reason in dict.fromkeys(r for t in told for r in looks(t.gold))]
 
     def _tell_of_form(self, paid: Sequence[Sequence[Trial]]) -> None:
         """What is paid, but not as it was asked for, or as a run counts it."""
@@ -230,7 +239,7 @@ class _Check:
         if len(paid) == len(self.trials) and all(other) and not self.solution:
             text = f"prompts ask for {' or '.join(wanted[0])}, which {self.functions[judge]} does not pay"
             text += (
-                f", but for {first[-1].form.name!r}. Likely: the prompts' template, or reward = {self.config.reward!r}"
+                f", but for {first[-1].form.name!r}. Likely: the prompts' template, or reward = {self.config.rewards[judge]!r}"
             )
             self.faults.append(Fault(text, (first[0].shown(judge),)))
         levels = [self.bench.level(trials[-1].scores[0][self.bench.judge(trials) or 0]) for trials in paid]
@@ -250,14 +259,12 @@ class _Check:
             if score.status in ("error", "timeout")
         ]
         total = sum(len(trial.texts) for trial in self.tried)
-        likely = self._likely(self.tried, 0) if any(map(self._has_failed, self.trials)) else []
+        lost = [trials[0] for trials in self.trials if self.bench.outcome(trials) == "failed"]
+        likely = [*self._forced_style(), *self._odd_golds(lost)] if lost else []
         for detail, count in Counter([what for what, _ in failed] + self.bench.env_errors).most_common(_SHOWN):
             text = f"{detail} ({count} of {total} completions that were tried)"
             text += f". Likely: {'; or '.join(likely)}" if likely else ""
             self.faults.append(Fault(text, tuple(example for what, example in failed if what == detail)[:1]))
-
-    def _has_failed(self, trials: Sequence[Trial]) -> bool:
-        return self.bench.outcome(trials) == "failed"
 
 
 def _types(told: Sequence[Trial]) -> str:

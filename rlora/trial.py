@@ -79,7 +79,8 @@ class Bench:
         before, (opens, closes) = form.before, self.chat.settings.think
         end = opening(self.chat, prompt)
         if end.rfind(opens) > end.rfind(closes):
-            before = f"{_THOUGHT}\n{closes}\n{before}"
+            line = "" if end.endswith("\n") else "\n"
+            before = f"{line}{_THOUGHT}\n{closes}\n{before}"
         elif thought:
             before = f"{opens}\n{_THOUGHT}\n{closes}\n{before}"
         elif before and end.rstrip().endswith(before.rstrip()):
