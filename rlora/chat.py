@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlora.config import ChatConfig
 from rlora.records import Messages, RloraError
-from rlora.template import MARK, Template, special_tokens
+from rlora.template import MARK, Template
 
 _THINK = ("<think>", "</think>")  # as reward functions see a model's tags
 
@@ -19,9 +19,8 @@ class Chat:
         self, tokenizer: PreTrainedTokenizerBase, settings: ChatConfig, stop_token_ids: tuple[int, ...]
     ) -> None:
         self.tokenizer, self.settings, self.stop_token_ids = tokenizer, settings, stop_token_ids
-        self._special = special_tokens(tokenizer)
         self._template = Template(tokenizer, settings)
-        self.template = self._template.source
+        self.template, self._special = self._template.source, self._template.special
 
     def prompt_ids(self, text: str | Messages) -> tuple[int, ...]:
         """The tokens of a prompt. A plain string is one user message where there is a chat template, else bare text."""

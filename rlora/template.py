@@ -18,18 +18,14 @@ _MEND = "mend it, or set another chat.template"
 _CACHED = 256
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """The special tokens of a tokenizer, and their texts."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    return {token: str(text) for token, text in added.items() if text.special}
-
-
 class Template:
     """The chat template of a tokenizer, or of the config. Raises RloraError for an unusable `settings`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: ChatConfig) -> None:
         self.tokenizer, self.settings = tokenizer, settings
         self.source = _source(tokenizer, settings.template)  # None where there is none
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        self.special = {token: str(text) for token, text in added.items() if text.special}
         self._shown_roles: set[tuple[bool, tuple[str, ...]]] = set()  # of messages that it shows
         self._openings: dict[str, tuple[str, str]] = {}  # of the last messages that were asked for
 
@@ -87,7 +83,7 @@ class Template:
 
     def _after_special(self, text: str) -> str:
         """What of a text follows the last special token that is no tag of thinking: those before belong to a header."""
-        others = [special for special in special_tokens(self.tokenizer).values() if special not in self.settings.think]
+        others = [special for special in self.special.values() if special not in self.settings.think]
         found = re.finditer("|".join(map(re.escape, (*self.settings.think, *others))), text)
         return text[max((match.end() for match in found if match[0] in others), default=0) :]
 

@@ -131,6 +131,17 @@ def test_a_tokenizer_that_needs_code_of_its_own_is_not_run(tmp_path: Path) -> No
         load_tokenizer(path)
 
 
+def test_code_that_is_not_needed_is_left_alone(demo: str, tmp_path: Path, config: Callable[..., Config]) -> None:
+    """A model whose class transformers has loads, whatever else its config names; nothing of that runs."""
+    shutil.copytree(demo, tmp_path / "m")
+    maps = {"config.json": AUTO_MAP["auto_map"], "tokenizer_config.json": {"AutoTokenizer": ["mine.T", None]}}
+    for name, auto_map in maps.items():
+        settings = json.loads((tmp_path / "m" / name).read_text()) | {"auto_map": auto_map}
+        (tmp_path / "m" / name).write_text(json.dumps(settings))
+    (tmp_path / "m" / "mine.py").write_text("raise SystemExit('it ran')\n")
+    assert load_task(config(model=str(tmp_path / "m"))).prompts
+
+
 def test_a_task_tells_of_its_missing_tokenizer(demo: str, tmp_path: Path, config: Callable[..., Config]) -> None:
     for file in Path(demo).iterdir():
         if "token" not in file.name:
