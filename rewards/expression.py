@@ -1,12 +1,12 @@
 """What an answer says: a tree, read from the tokens by recursive descent. Nothing is computed here. Stdlib only."""
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache, reduce
 
 from .notation import FUNCTIONS, MAX_DEPTH, Token, UnreadableError, clean, tokens
+from .tree import Node, chosen, counted, number, proper, table
 from .units import changes_value, multiplier
 
 RELATIONS = ("=", "==", "<", ">", "<=", ">=", "!=", "~", "in", "->")
@@ -34,31 +34,9 @@ _ENDS = (
 _UNDONE = ("sum", "prod", "int", "lim")  # work that an answer leaves to do: it is not done here
 _NAMED, _VARIED = "pqrstuvwy", "xtnz"  # letters of functions, and of what these are of: p(x), u(t)
 _INVERSE = {"sin": "arcsin", "cos": "arccos", "tan": "arctan", "sec": "arcsec", "csc": "arccsc", "cot": "arccot"}
-
-
-@dataclass(frozen=True)
-class Node:
-    """An operator, its arguments, and what else it needs: a name, brackets, separators, a unit."""
-
-    op: str
-    args: tuple["Node", ...] = ()
-    data: str = ""
-    number: Fraction | None = None
-
-    def walk(self) -> Iterator["Node"]:
-        """This node and all below it."""
-        yield self
-        for arg in self.args:
-            yield from arg.walk()
-
-
 _PROGRAM = {"binom": 2, "factorial": 1, "pow": 2, "Union": 0}  # functions of programs, and how many arguments they take
 _REALS = Node("symbol", data="mathbb R")
 _DEGREE = Node("degree")  # the sign alone
-
-
-def number(value: Fraction | int) -> Node:
-    return Node("number", number=Fraction(value))
 
 
 @lru_cache(512)
@@ -166,7 +144,7 @@ class _Parser:
             else:
                 right = self.power()
                 whole = left.op == "number" and left.number is not None and left.number.denominator == 1
-                left = Node("add" if whole and _proper(right) else "mul", (left, right))
+                left = Node("add" if whole and proper(right) else "mul", (left, right))
         return self.unit(left)
 
     def mixed(self, whole: Node) -> Node:
@@ -215,7 +193,7 @@ class _Parser:
         if value.op == "number" and value.number is not None and value.number.denominator == 1:
             if self.kind == "command" and self.text in ("frac", "dfrac", "tfrac", "cfrac"):
                 at, kept = self.at, list(self.tokens)
-                if _proper(right := self.power()):
+                if proper(right := self.power()):
                     return Node("add", (value, right))
                 self.at, self.tokens = at, kept
             elif self.kind == "number":
@@ -227,7 +205,7 @@ class _Parser:
         base = self.postfix(self.atom())
         if self.take("^"):
             base = self.raised(base, self.exponent())
-        return _chosen(token.text, base)
+        return chosen(token.text, base)
 
     def raised(self, base: Node, exponent: Node) -> Node:
         if exponent == _DEGREE:
@@ -322,7 +300,7 @@ class _Parser:
         return Node("number", data=token.text, number=Fraction(token.text.rstrip(".")))
 
     def repeating(self, head: str) -> Node:
-        r"""0.1\overline{6}: the digits under the bar go on for ever; so do those from one dot to another, 0.\dot{1}4\dot{2}."""
+        r"""0.1\overline{6}: the digits under the bar repeat; so do those from one dot to another, 0.\dot{1}4\dot{2}."""
         is_dotted = self.next().text == "dot"
         digits = self.digits()
         if is_dotted:
@@ -375,7 +353,7 @@ class _Parser:
         inner = self.list()
         self.expect(")")
         args = inner.args if inner.op == "list" else (inner,)
-        return _counted(Node("call", args, f"{name}()"))
+        return counted(Node("call", args, f"{name}()"))
 
     def a_name(self, token: Token) -> Node:
         name = token.text
@@ -538,7 +516,7 @@ class _Parser:
         rows = [row for row in rows if row]
         if not rows or len({len(row) for row in rows}) != 1:
             raise UnreadableError("a matrix that is no table")
-        return _table(token.text, rows)
+        return table(token.text, rows)
 
     def an_equation(self, token: Token) -> Node:
         self.expect("(")
@@ -556,55 +534,3 @@ _ATOMS = {
     "{": "a_brace", "{{": "a_set", "(": "a_bracket", "[": "a_bracket", "<(": "a_bracket", "|": "a_bar",
     "lfloor": "a_floor", "lceil": "a_floor", "begin": "a_matrix", "Eq": "an_equation",
 }  # fmt: skip
-
-
-def _table(environment: str, rows: list[list[Node]]) -> Node:
-    """A matrix; one value alone; a system of equations as their list; the cases of a function."""
-    system = all(row[0].op == "relation" for row in rows)
-    if len(rows[0]) == 1 and (system or len(rows) == 1):
-        return rows[0][0] if len(rows) == 1 else Node("list", tuple(row[0] for row in rows), "and")
-    made = tuple(Node("row", tuple(row)) for row in rows)
-    if environment in ("cases", "aligned", "align", "array") and len(rows[0]) == 2 and _condition(rows[0][1]):
-        return Node("cases", made)
-    if environment in ("cases", "aligned", "align"):
-        raise UnreadableError("a matrix that is no table")
-    matrix = Node("matrix", made)
-    return Node("call", (matrix,), "det") if environment == "vmatrix" else matrix
-
-
-def _condition(node: Node) -> bool:
-    return any(part.op in ("relation", "text") for part in node.walk())
-
-
-def _chosen(letter: str, node: Node) -> Node:
-    """C_n^k as a binomial coefficient; A_n^k and P_n^k, of numbers alone, as what it is before the order is left out."""
-    if letter not in ("C", "A", "P") or node.op != "pow":
-        return node
-    base, low = node.args
-    top = number(int(base.data[2:])) if base.op == "symbol" and base.data[2:].isdecimal() else base.args[:1]
-    top = top[0] if isinstance(top, tuple) and len(top) else top
-    if not isinstance(top, Node) or base.data[:2] != f"{letter}_":
-        return node
-    if top.number is not None and low.number is not None and not 0 <= low.number <= top.number:
-        return node
-    if letter == "C":
-        return Node("call", (top, low), "binom")
-    return Node("call", (top, low), "permutations") if top.number is not None and low.number is not None else node
-
-
-def _counted(node: Node) -> Node:
-    """C(n, k) as a binomial coefficient; C(1, 2) is a point."""
-    if node.data != "C()" or len(node.args) != 2:
-        return node
-    top, low = (arg.number for arg in node.args)
-    is_point = top is not None and low is not None and not 0 <= low <= top
-    return node if is_point else Node("call", node.args, "binom")
-
-
-def _proper(node: Node) -> bool:
-    r"""Whether it is \frac of two whole numbers, as in a mixed number."""
-    return (
-        node.op == "div"
-        and node.data == "frac"
-        and all(arg.op == "number" and arg.number is not None and arg.number.denominator == 1 for arg in node.args)
-    )

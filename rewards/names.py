@@ -3,7 +3,7 @@ r"""Names on the left of a relation: what may be dropped before a value (x = 7, 
 import re
 from dataclasses import replace
 
-from .expression import Node
+from .tree import Node
 from .units import changes_value
 from .values import is_computed, unknowns
 from .wording import words
@@ -51,7 +51,12 @@ def _label_of_product(node: Node) -> str:
     letters = [part.data for part in leaves if part.op == "symbol"]
     points = all(letter.partition("_")[0].isupper() or letter in _SHAPES for letter in letters)
     first = _first(node)
-    chance = first.op == "symbol" and first.data.removeprefix("mathbb ") in ("P", "E") and node.op == "mul" and len(leaves) > 1
+    chance = (
+        first.op == "symbol"
+        and first.data.removeprefix("mathbb ") in ("P", "E")
+        and node.op == "mul"
+        and len(leaves) > 1
+    )
     if any(changes_value(part.data) for part in text) or any(part.op == "number" for part in leaves if not chance):
         return ""
     if len(letters) + len(text) < len(leaves) and not chance:

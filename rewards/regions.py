@@ -5,9 +5,9 @@ import math
 from fractions import Fraction
 from typing import Any
 
-from .expression import Node
 from .names import label
 from .notation import UnreadableError
+from .tree import Node
 from .values import constant, unknowns
 
 MAX_ITEMS = 60  # of a list: they are compared each with each

@@ -17,8 +17,8 @@ from typing import Any
 
 import mpmath  # type: ignore[import-untyped]
 
-from .expression import Node
 from .notation import UnreadableError
+from .tree import Node
 
 _MAX_BITS = 20_000  # of a numerator or denominator that is kept exact
 _MAX_MAGNITUDE = 1_000_000  # of the exponent of two

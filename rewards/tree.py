@@ -1,0 +1,79 @@
+"""The tree of an answer: its nodes, and what some of them mean together. Stdlib only."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+from .notation import UnreadableError
+
+
+@dataclass(frozen=True)
+class Node:
+    """An operator, its arguments, and what else it needs: a name, brackets, separators, a unit."""
+
+    op: str
+    args: tuple["Node", ...] = ()
+    data: str = ""
+    number: Fraction | None = None
+
+    def walk(self) -> Iterator["Node"]:
+        """This node and all below it."""
+        yield self
+        for arg in self.args:
+            yield from arg.walk()
+
+
+def number(value: Fraction | int) -> Node:
+    return Node("number", number=Fraction(value))
+
+
+def table(environment: str, rows: list[list[Node]]) -> Node:
+    """A matrix; one value alone; a system of equations as their list; the cases of a function."""
+    system = all(row[0].op == "relation" for row in rows)
+    if len(rows[0]) == 1 and (system or len(rows) == 1):
+        return rows[0][0] if len(rows) == 1 else Node("list", tuple(row[0] for row in rows), "and")
+    made = tuple(Node("row", tuple(row)) for row in rows)
+    if environment in ("cases", "aligned", "align", "array") and len(rows[0]) == 2 and _condition(rows[0][1]):
+        return Node("cases", made)
+    if environment in ("cases", "aligned", "align"):
+        raise UnreadableError("a matrix that is no table")
+    matrix = Node("matrix", made)
+    return Node("call", (matrix,), "det") if environment == "vmatrix" else matrix
+
+
+def _condition(node: Node) -> bool:
+    return any(part.op in ("relation", "text") for part in node.walk())
+
+
+def chosen(letter: str, node: Node) -> Node:
+    """C_n^k as a binomial coefficient; A_n^k and P_n^k, of numbers alone, as what it is before the order is left out."""
+    if letter not in ("C", "A", "P") or node.op != "pow":
+        return node
+    base, low = node.args
+    top = number(int(base.data[2:])) if base.op == "symbol" and base.data[2:].isdecimal() else base.args[:1]
+    top = top[0] if isinstance(top, tuple) and len(top) else top
+    if not isinstance(top, Node) or base.data[:2] != f"{letter}_":
+        return node
+    if top.number is not None and low.number is not None and not 0 <= low.number <= top.number:
+        return node
+    if letter == "C":
+        return Node("call", (top, low), "binom")
+    return Node("call", (top, low), "permutations") if top.number is not None and low.number is not None else node
+
+
+def counted(node: Node) -> Node:
+    """C(n, k) as a binomial coefficient; C(1, 2) is a point."""
+    if node.data != "C()" or len(node.args) != 2:
+        return node
+    top, low = (arg.number for arg in node.args)
+    is_point = top is not None and low is not None and not 0 <= low <= top
+    return node if is_point else Node("call", node.args, "binom")
+
+
+def proper(node: Node) -> bool:
+    r"""Whether it is \frac of two whole numbers, as in a mixed number."""
+    return (
+        node.op == "div"
+        and node.data == "frac"
+        and all(arg.op == "number" and arg.number is not None and arg.number.denominator == 1 for arg in node.args)
+    )
