@@ -1,4 +1,4 @@
-r"""Names on the left of a relation: what may be dropped before a value (x = 7, f(x) = 7), and what may not (\ln x = 7)."""
+r"""Names on the left of a relation: which may be dropped (x = 7, f(x) = 7), and which may not (\ln x = 7, -x = 7)."""
 
 import re
 from dataclasses import replace
@@ -10,6 +10,7 @@ from .wording import words
 
 _CONSTANTS = ("pi", "e", "i", "infty")
 _SETS = tuple(f"mathbb {letter}" for letter in "NZQRC")
+_CHANCES = tuple(Node("symbol", data=name) for name in ("P", "E", "mathbb P", "mathbb E"))
 _DERIVATIVE = re.compile(r"d|partial")
 _SHAPES = ("angle", "triangle", "square", "odot", "measuredangle", "m")
 _CONJUGATED = ("z", "w")  # \bar z is the conjugate, \bar x a mean
@@ -51,12 +52,7 @@ def _label_of_product(node: Node) -> str:
     letters = [part.data for part in leaves if part.op == "symbol"]
     points = all(letter.partition("_")[0].isupper() or letter in _SHAPES for letter in letters)
     first = _first(node)
-    chance = (
-        first.op == "symbol"
-        and first.data.removeprefix("mathbb ") in ("P", "E")
-        and node.op == "mul"
-        and len(leaves) > 1
-    )
+    chance = node.op == "mul" and len(leaves) > 1 and first in _CHANCES
     if any(changes_value(part.data) for part in text) or any(part.op == "number" for part in leaves if not chance):
         return ""
     if len(letters) + len(text) < len(leaves) and not chance:

@@ -46,7 +46,7 @@ def _condition(node: Node) -> bool:
 
 
 def chosen(letter: str, node: Node) -> Node:
-    """C_n^k as a binomial coefficient; A_n^k and P_n^k, of numbers alone, as what it is before the order is left out."""
+    """C_n^k as a binomial coefficient; A_n^k and P_n^k, of numbers alone, as the number of permutations."""
     if letter not in ("C", "A", "P") or node.op != "pow":
         return node
     base, low = node.args

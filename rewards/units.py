@@ -11,7 +11,8 @@ _SPELLINGS = {
     "ms": "millisecond", "mg": "milligram", "g": "gram", "kg": "kilogram", "t": "ton tonne", "lb": "pound lbs",
     "oz": "ounce",
     "l": "liter litre L", "ml": "milliliter millilitre mL", "gal": "gallon", "quart": "", "pint": "", "cup": "",
-    "usd": "dollar USD buck", "cent": "¢", "eur": "euro EUR", "gbp": "GBP", "yuan": "rmb RMB CNY 元 块 圆", "yen": "JPY 円", "rupee": "rs Rs INR ₹",
+    "usd": "dollar USD buck", "cent": "¢", "eur": "euro EUR", "gbp": "GBP",
+    "yuan": "rmb RMB CNY 元 块 圆", "yen": "JPY 円", "rupee": "rs Rs INR ₹",
     "deg": "degree", "rad": "radian", "degc": "celsius Celsius", "degf": "fahrenheit Fahrenheit", "k": "kelvin",
     "n": "newton", "j": "joule", "w": "watt", "v": "volt", "ohm": "", "hz": "hertz Hz", "pa": "pascal Pa",
     "unit": "", "acre": "", "hectare": "ha",
@@ -35,7 +36,8 @@ def _unit(word: str) -> str | None:
 _CURRENCIES = {"usd", "cent", "eur", "gbp", "yuan", "yen", "rupee"}
 _MULTIPLIERS = {
     "dozen": 12, "hundred": 100, "thousand": 10**3, "lakh": 10**5, "million": 10**6, "mn": 10**6, "crore": 10**7,
-    "billion": 10**9, "bn": 10**9, "trillion": 10**12, "百": 100, "千": 10**3, "万": 10**4, "萬": 10**4, "億": 10**8, "亿": 10**8,
+    "billion": 10**9, "bn": 10**9, "trillion": 10**12,
+    "百": 100, "千": 10**3, "万": 10**4, "萬": 10**4, "億": 10**8, "亿": 10**8,
 }  # fmt: skip
 _CHANGES = frozenset(  # of words behind a number: it is not that number, or not all of the answer
     "squared cubed factorial half halves third thirds quarter quarters fourths fifths sixths sevenths eighths ninths "
@@ -44,8 +46,8 @@ _CHANGES = frozenset(  # of words behind a number: it is not that number, or not
     "promille ppm ppb fold inverse".split()
 )
 _CONDITIONS = frozenset(  # likewise, where they belong to the number: in prose they may begin another phrase
-    "at if iff when whenever where while given provided assuming for up upward upwards above below under over least most than "
-    "minimum maximum too base out half twice double triple thrice negative never neither nor".split()
+    "at if iff when whenever where while given provided assuming for up upward upwards above below under over least "
+    "most than minimum maximum too base out half twice double triple thrice negative never neither nor".split()
 )
 
 
@@ -67,10 +69,8 @@ def changes_value(text: str) -> bool:
     return bool((_CHANGES | _CONDITIONS).intersection(words)) and unit(text) is None
 
 
-MULTIPLIER = re.compile(
-    rf"[\s-]*(?:(?:{'|'.join(filter(str.isascii, _MULTIPLIERS))})s?\b|[{''.join(each for each in _MULTIPLIERS if len(each) == 1)}])",
-    re.IGNORECASE,
-)
+_SIGNS = "".join(word for word in _MULTIPLIERS if not word.isascii())
+MULTIPLIER = re.compile(rf"[\s-]*(?:(?:{'|'.join(filter(str.isascii, _MULTIPLIERS))})s?\b|[{_SIGNS}])", re.IGNORECASE)
 CHANGE = re.compile(
     rf"[\s-]*(?:is\s+|was\s+)?(?:{'|'.join(sorted(_CHANGES - {'or', 'but', 'more', 'less'}))})\b", re.IGNORECASE
 )
