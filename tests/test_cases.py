@@ -10,7 +10,7 @@ from rlora.rewards.equivalence import grade
 
 NOT_SEEN = {  # right, and not seen as such
     "equivalence": {  # work left to do, another base, an expression's name, odd spellings
-        "latex_fraction-011", "assignment-012", "matrix-005", "base-006", "completion_style-013",
+        "latex_fraction-011", "assignment-012", "matrix-005", "base-006",
         *(f"closed_form-00{n}" for n in range(1, 7)),
     },
     "prose": {  # without a box or "answer is": formulas, words, and numbers in words; values behind the answer
