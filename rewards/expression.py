@@ -261,7 +261,7 @@ class _Parser:
         """A number's base, or the index of a name: a_1 is a name of its own, a_k and F_{n-1} are functions."""
         index = self.index()
         if value.op == "number":
-            if index.op != "number" or "." in value.data:
+            if index.op != "number" or "." in value.data + index.data:
                 raise UnreadableError("a base that is no number")
             return Node("base", (value, index), value.data)
         if value.op == "symbol":

@@ -23,6 +23,9 @@ def label(node: Node) -> str:
             return "" if node.data in _CONSTANTS or node.data[:8] in _SETS else node.data
         case "text":
             return "" if changes_value(node.data) else words(node.data)
+        case "unit":  # words, and letters behind them
+            behind = "" if changes_value(node.data) else words(node.data)
+            return behind and label(node.args[0]) and f"{label(node.args[0])} {behind}"
         case "tuple" | "ratio":
             labels = [label(arg) for arg in node.args]
             return f"{node.op} {' '.join(labels)}" if all(labels) else ""

@@ -73,6 +73,7 @@ _COLOUR = re.compile(r"\\color\s*\{[^{}]*\}|\\textcolor\s*\{[^{}]*\}(?=\s*\{)")
 _GROUPS = re.compile(r"(?<![\d.])(\d{1,3})((?:(?:(?:\\!\s?)?,\s?\\!\s?|\{,\}\s?|\\[,;:! ]|~|\s)\d{3})+)(?![\d{])")
 _OVERS = {"over": "frac", "choose": "binom"}
 _COMMAS = re.compile(r"(?<![\d.,])([1-9]\d{0,2}(?:,\d{3})+)(?![\d,]*\d)")
+_CLOSING = re.compile(r"(?:\^\s*\{?\s*\\circ\s*\}?|\\pi|\s)*(?:[)\]]|\\\})")
 _CURRENCIES = {r"\$": "USD", "€": "EUR", "£": "GBP", "¥": "¥", "₹": "rupee"}  # ¥ is a yuan, or a yen
 _CURRENCY = re.compile(
     r"(\\\$|[€£¥₹])\s*(-?(?:\d|,\\!\s?|\{,\}|,(?=\d)|\.(?=\d))+)(?:\s*(?:\\text\s*\{\s*)?(k|K|M|m|B|b|T)(?![a-zA-Z])\s*\}?)?"
@@ -166,7 +167,8 @@ def _behind(found: re.Match[str]) -> str:
 def _thousands(found: re.Match[str]) -> str:
     """1,234 as a number; all that stands in brackets, as (1,100), as several."""
     before, behind = found.string[: found.start()].rstrip(), found.string[found.end() :].lstrip()
-    if before.endswith(("(", "[", r"\{")) and behind.startswith((")", "]", r"\}")) and ",0" not in found[1]:
+    in_brackets = before.endswith(("(", "[", r"\{")) and _CLOSING.match(behind)
+    if in_brackets and ",0" not in found[1]:
         return found[1].replace(",", ", ")
     return found[1].replace(",", "")
 

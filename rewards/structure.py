@@ -267,10 +267,15 @@ def _stated(node: Node) -> Node | None:
     named = bool(label(sides[0]))
     while signs and signs[-1] == "~" and (len(sides) > 2 or not named):
         signs.pop(), sides.pop()
-    if not named and not (len(sides) > 2 and label(sides[-2])) and any(map(unknowns, sides)):
+    if not named and not (len(sides) > 2 and label(sides[-2])) and not all(map(_is_value, sides)):
         is_turned = len(sides) == 2 and sides[1].op == "symbol" and not unknowns(sides[0])  # 5 = x
         return sides[0] if is_turned else None
     return sides[-1]
+
+
+def _is_value(node: Node) -> bool:
+    """Whether it has neither unknowns nor words in it."""
+    return not unknowns(node) and all(part.op != "text" for part in node.walk())
 
 
 def _same_relation(gold: Node, prediction: Node) -> bool:
