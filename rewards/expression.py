@@ -330,10 +330,11 @@ class _Parser:
                 value = Node("call", (value,), "prime")
             return value
         if self.kind == "(" and not self.tokens[self.at].spaced:
-            inner, closing = self.tokens[self.at + 1], self.tokens[self.at + 2].kind
-            if token.text == "C" and any(token.kind == "," for token in self.tokens[self.at + 2 : self.at + 4]):
+            inner = self.tokens[self.at + 1]
+            kinds = [each.kind for each in self.tokens[self.at + 2 : self.at + 4]]
+            if token.text == "C" and "," in kinds:
                 return self.call("C")
-            if closing == ")" and (token.text.isupper() or (token.text in _NAMED and inner.text in _VARIED)):
+            if kinds[:1] == [")"] and (token.text.isupper() or (token.text in _NAMED and inner.text in _VARIED)):
                 return self.call(token.text)
         return Node("symbol", data=token.text)
 
