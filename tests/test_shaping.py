@@ -14,26 +14,98 @@ def test_open_r1s_own_cases_of_its_format() -> None:
         assert shaping.think_answer(row["prediction"]) == row["expected"], row
 
 
+BLOCKS = "<think>\n{}\n</think>\n<answer>\n{}\n</answer>"
+EMPTY = ["", " ", "\n\t", "\u200b", "\xa0\u3000", "\u2800", "&nbsp;", "<b></b>", "<!-- so -->"]
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("<think>\nSo.\n</think>\nIt is 4.", 1.0),
-        ("<think></think>", 1.0),
+        ("<think>So.</think>", 1.0),
+        ("<think>It is 3 < 4, I think.</think>\n<answer>\n4\n</answer>", 1.0),
         ("<think>\nSo. It is 4.", 0.0),
         ("So.\n</think>\nIt is 4.", 0.0),
         ("First <think>so</think>", 0.0),
         ("<think>a<think>b</think></think>", 0.0),
         ("<think>a</think>b</think>", 0.0),
+        ("<think>a</think>b<think>c</think>", 0.0),
+        ("<think>a</think>b<think>c", 0.0),
+        ("<think>a</think>b<THINK>c</THINK>", 0.0),
+        ("<think>a</think>b</ think >", 0.0),
+        ("<think>a<thinking>b</thinking></think>", 0.0),
+        ("<think>a</think><think about='b'>", 0.0),
+        ("<Think>So.</Think>It is 4.", 0.0),
+        ("<think></think ></think>It is 4.", 0.0),
+        *((f"<think>{nothing}</think>It is 4.", 0.0) for nothing in EMPTY),
     ],
 )
 def test_one_block_of_thought_at_the_beginning(text: str, expected: float) -> None:
     assert shaping.think(text) == expected
 
 
-def test_one_box_after_all_thinking() -> None:
-    assert shaping.boxed(r"<think>2 + 2</think> \boxed{4}") == 1.0
-    assert shaping.boxed(r"<think>\boxed{4}</think> 4") == shaping.boxed(r"\boxed{3} \boxed{4}") == 0.0
-    assert shaping.boxed(r"<think>\boxed{3}</think> \boxed{4}") == 0.0
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (BLOCKS.format("So.", "4"), 1.0),
+        (BLOCKS.format("1 < 2 > 0", "\N{INFINITY}"), 1.0),
+        (BLOCKS.format("a\n\nb", "x\ny"), 1.0),
+        (BLOCKS.format("So.", "4\n</answer>\n<answer>\n5"), 0.0),
+        (BLOCKS.format("So.", "4") + "\n<answer>\n5\n</answer>", 0.0),
+        (BLOCKS.format("So.\n</think>\n<think>\nOr.", "4"), 0.0),
+        (BLOCKS.format("<think>So.</think>", "4"), 0.0),
+        (BLOCKS.format("So.", "<answer>4</answer>"), 0.0),
+        (BLOCKS.format("So.", "<think>4</think>"), 0.0),
+        (BLOCKS.format("So. <answer>4</answer>", "4"), 0.0),
+        (BLOCKS.format("So. <ANSWER>", "4"), 0.0),
+        (BLOCKS.format("So.", "4 < / answer >"), 0.0),
+        (BLOCKS.format("So.", "4") + " as asked", 0.0),
+        ("It is. " + BLOCKS.format("So.", "4"), 0.0),
+        (BLOCKS.format("So.", "4").replace("</think>\n", "</think>\nHence\n"), 0.0),
+        (BLOCKS.format("So.", "4").upper(), 0.0),
+        *((BLOCKS.format(nothing, "4"), 0.0) for nothing in EMPTY),
+        *((BLOCKS.format("So.", nothing), 0.0) for nothing in EMPTY),
+    ],
+)
+def test_one_block_of_thought_and_one_of_the_answer(text: str, expected: float) -> None:
+    assert shaping.think_answer(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (r"<think>2 + 2</think> \boxed{4}", 1.0),
+        (r"It is \boxed{4}.", 1.0),
+        (r"\boxed {\frac{1}{2}}", 1.0),
+        (r"\boxed{\{\}}", 1.0),  # the empty set
+        (r"\boxed{\emptyset}", 1.0),
+        (r"\boxed{\text{no}}", 1.0),
+        (r"\boxed{\mbox{no}}", 1.0),
+        (r"\boxed{\left[1, 2\right)}", 1.0),
+        (r"<think>\boxed{4}</think> 4", 0.0),
+        (r"<think>\boxed{4} 4", 0.0),
+        (r"<THINK>\boxed{4}</THINK> 4", 0.0),
+        (r"\boxed{4} <think>or 5", 0.0),
+        (r"\boxed{3} \boxed{4}", 0.0),
+        (r"\boxed{4} \boxed{}", 0.0),
+        (r"\boxed{} \boxed {4}", 0.0),
+        (r"\boxed{4} \fbox{5}", 0.0),
+        (r"\boxed{\boxed{4}}", 0.0),
+        (r"<think>\boxed{3}</think> \boxed{4}", 0.0),
+        (r"\fbox{4}", 0.0),
+        (r"\boxed{4", 0.0),
+        (r"\boxed 4", 0.0),
+        (r"\boxed", 0.0),
+        (r"\boxed{}4}", 0.0),
+        *((rf"\boxed{{{nothing}}}", 0.0) for nothing in EMPTY),
+        *((rf"\boxed{{{nothing}}}", 0.0) for nothing in (
+            "{}", "~", "$$", r"\,", r"\ \quad", r"\text{}", r"\mathrm{ }", r"\phantom{4}", r"\left.\right.",
+            r"\hspace{1cm}",
+        )),
+    ],
+)  # fmt: skip
+def test_one_box_after_all_thinking(text: str, expected: float) -> None:
+    assert shaping.boxed(text) == expected
 
 
 def test_lengths() -> None:
