@@ -4,8 +4,13 @@ import ast
 import operator
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from fractions import Fraction
+from typing import Any
+
+from rlora.records import RloraError
+
+from .integer import gold_integer
 
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 _SIGNS = str.maketrans(
@@ -20,16 +25,20 @@ _TAGS = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 _ANSWER_IS = re.compile(r".*\banswer(?:\s+is)?\s*[:=]?", re.IGNORECASE)
 
 
-def countdown_answer(completion: str, answer: int, numbers: Sequence[int], use_all: bool = True) -> str:
+def countdown_answer(completion: str, answer: Any, numbers: Any, use_all: bool = True) -> str:
     """A status: "correct" where the completion's expression equals `answer` and uses `numbers` as it should.
 
     The expression stands in the last <answer> </answer>, else in the last \\boxed{}, else in the last line, after the
     word "answer". It has + - * / (or the signs that print and LaTeX have for them), parentheses and integers. Each of
     `numbers` may stand there once, and must where `use_all` is set. "= 24" may follow it. What stands in
-    <think> </think> does not count.
+    <think> </think> does not count. `answer` and `numbers` may be text, as data sets hold them ("24", "[3, 3, 8, 8]").
+    Raises RloraError where one is no integer.
     """
+    target, given = gold_integer(answer), Counter(_given(numbers))
+    if not isinstance(use_all, bool):
+        raise RloraError(f"use_all = {use_all!r}: give true or false")
     left, equals, right = _candidate(completion).partition("=")
-    if equals and right.strip() != str(answer):
+    if equals and right.strip() != str(target):
         return "wrong" if re.fullmatch(r"\s*-?\d+\s*", right) else "unparsable"
     tree = _parse(left)
     used: Counter[int] = Counter()
@@ -39,9 +48,20 @@ def countdown_answer(completion: str, answer: int, numbers: Sequence[int], use_a
         return "wrong"
     if value is None:
         return "unparsable"
-    given = Counter(numbers)
     fair = used == given if use_all else used <= given
-    return "correct" if fair and value == answer else "wrong"
+    return "correct" if fair and value == target else "wrong"
+
+
+def _given(numbers: Any) -> list[int]:
+    """The numbers of a problem: a list of integers or of their texts, or a text with such a list in it."""
+    if isinstance(numbers, str):
+        numbers = numbers.strip().strip("[](){}").replace(",", " ").split()
+    elif not isinstance(numbers, Iterable):
+        numbers = [numbers]
+    found = [gold_integer(each.strip("'\"") if isinstance(each, str) else each, "number") for each in numbers]
+    if not found:
+        raise RloraError("numbers: the problem has none; let the env give each prompt a column `numbers`, a list")
+    return found
 
 
 def _candidate(completion: str) -> str:
