@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import os
-import shutil
+import re
 import signal
 import socket
 import sys
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import AuthenticationError, GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from rlora import machine
 from rlora.agent_loop import AgentLoop
@@ -28,18 +28,23 @@ from rlora.plugin import load
 from rlora.records import Adapter, Case, Engine, EngineLostError, Group, Proof, RloraError
 from rlora.rewards.worker import Turn
 from rlora.scoring import Scoring
+from rlora.scratch import remove_leftovers
 from rlora.task import Task, setup_of
 
 ENGINE = "rlora.engine:Engine"
 POOL = "rlora.rewards.isolation:Pool"
 _PATIENCE = 30.0  # seconds until we say that Ray has found no place for an actor
 _START = 1800.0  # seconds in which an engine that replaces another has to be ready
+_ANSWER = 10.0  # seconds in which the head of a cluster has to take a connection
+_ADDRESS = "give HOST:PORT of the head node, as `ray start --head` prints it, or local for a cluster of this run's own"
+_GONE = "if that cluster has ended, `ray stop` forgets it; RAY_ADDRESS=local starts one for this run"
 
 
 class _Actor:
     """Runs in a Ray actor's process and holds one plain object. Built by a call, so that its errors come back whole."""
 
     def build(self, spec: str, *arguments: Any) -> None:
+        remove_leftovers()  # on each node where anything of a run is built
         self.object = load("actor", spec)(*arguments)
 
     def place(self) -> tuple[str, int]:
@@ -375,12 +380,13 @@ def learning(config: Config, base: str, run: str) -> Iterator[Learner]:
 @contextmanager
 def _crew(config: Config, base: str, run: str) -> Iterator[_Crew]:
     """A crew on a Ray cluster; on leaving all of it ends."""
-    try:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except ConnectionError as error:
-        raise RloraError(
-            f"Ray: {error} If that cluster has ended, `ray stop` forgets it; RAY_ADDRESS=local starts one for this run"
-        ) from error
+    if machine.ram_is_full():
+        print(
+            "/dev/shm is full: engines keep their adapters on disk, and on CPU run without Intel's OpenMP, which is "
+            "slower; start the container with a larger --shm-size",
+            flush=True,
+        )
+    join_ray()
     machine.on_signal(
         signal.SIGTERM, lambda *_: sys.exit(143)
     )  # `ray job stop` sends it; Ray's own handler cleans nothing up
@@ -391,6 +397,76 @@ def _crew(config: Config, base: str, run: str) -> Iterator[_Crew]:
         with machine.undisturbed():
             crew.end()
             ray.shutdown()
+
+
+def join_ray() -> None:
+    """Join the Ray cluster of this job or machine, or start one. Raises RloraError, in a sentence, where it can't."""
+    asked = os.environ.get("RAY_ADDRESS", "")
+    address = asked or ray._private.utils.read_ray_address() or "local"  # what `ray start` has left word of
+    where = f"RAY_ADDRESS = {asked!r}" if asked else f"the cluster at {address} that `ray start` began"
+    if not address.startswith("ray://") and address not in ("auto", "local"):
+        _check_answers(address, where)
+    try:
+        with _patience_of_ray(address):
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:
+        ray.shutdown()
+        if address == "local":
+            raise RloraError(f"Ray: no cluster could be started: {_first_sentence(error)}") from error
+        raise RloraError(f"Ray: {where}: {_reason(error)}") from error
+
+
+def _check_answers(address: str, where: str) -> None:
+    """Ray itself waits for minutes where nothing answers."""
+    host, _, port = address.rpartition(":")
+    if not host.strip() or "/" in host or not port.isdecimal() or int(port) > 65535:
+        raise RloraError(f"Ray: {where} is no address; {_ADDRESS}")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER).close()
+    except OSError as error:
+        raise RloraError(f"Ray: {where}: nothing answers there ({error.strerror or error}); {_GONE}") from error
+
+
+@contextmanager
+def _patience_of_ray(address: str) -> Iterator[None]:
+    """One attempt, of half a minute, to join a cluster: Ray makes twenty of them."""
+    name = "RAY_gcs_server_port_wait_time_s"
+    if address == "local" or name in os.environ:
+        yield
+        return
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+def _reason(error: BaseException) -> str:
+    """Why Ray could not be joined, and what to do, in a sentence."""
+    told, cause = "", cast(BaseException | None, error)
+    while cause:
+        told, cause = f"{told}\n{cause}", cause.__cause__ or cause.__context__
+    versions = re.findall(r"^ *(?:Ray|Python): (\S+)$", told, re.MULTILINE)
+    if "Version mismatch" in told and len(versions) >= 4:
+        return (
+            f"it runs Ray {versions[0]} on Python {versions[1]}, and this process Ray {versions[2]} on Python "
+            f"{versions[3]}; use the same versions in both, or RAY_ADDRESS=local for a cluster of this run's own"
+        )
+    if isinstance(error, AuthenticationError) or re.search(
+        r"unauthenticated|authentication token", told, re.IGNORECASE
+    ):
+        return (
+            "it wants a token, and this process has none or another; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
+            "RAY_AUTH_TOKEN_PATH to what `ray get-auth-token` prints on its head node"
+        )
+    if "Failed to connect" in told:
+        return f"what answers there is no head node that Ray {ray.__version__} can speak with; {_GONE}"
+    return f"{_first_sentence(error)}; {_GONE}"
+
+
+def _first_sentence(error: BaseException) -> str:
+    first = re.split(r"\.\s|\n", str(error).strip(), maxsplit=1)[0].rstrip(".")
+    return first or type(error).__name__
 
 
 def _end(remotes: Sequence[_Remote]) -> None:
@@ -411,6 +487,4 @@ def _end(remotes: Sequence[_Remote]) -> None:
             deadline = time.monotonic() + 10
             while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
                 time.sleep(0.05)
-            shutil.rmtree(machine.adapter_directory(pid), ignore_errors=True)
-            for lock in machine.ram_directory().glob(f"__KMP_REGISTERED_LIB_{pid}_*"):  # of Intel's OpenMP
-                lock.unlink(missing_ok=True)
+        remove_leftovers()

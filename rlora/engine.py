@@ -42,7 +42,7 @@ from rlora.records import (
     Sampling,
     StaleError,
 )
-from rlora.storage import write_adapter
+from rlora.scratch import Scratch
 
 _Result = TypeVar("_Result")
 
@@ -73,7 +73,7 @@ class _Asked:
 
 
 class Engine:
-    """vLLM on a thread of its own, with its adapters in a RAM-backed directory of its own.
+    """vLLM on a thread of its own, with its adapters in a directory of its own, in RAM where there is room.
 
     Each method posts to that thread and returns a future; what was posted is served between two steps of vLLM. So a
     version is loaded, and a request taken in, while others are in flight, and those go on under the version that they
@@ -88,7 +88,7 @@ class Engine:
         self, config: Config, base: str, stop_token_ids: Sequence[int], stop: Sequence[str], number: int, version: int
     ) -> None:
         self.stop_token_ids, self.stop = list(stop_token_ids), list(stop)
-        self.directory = machine.adapter_directory(os.getpid())
+        self.scratch = Scratch(os.getpid())
         self.whole = config.learner.whole
         self.experts = has_experts(base)
         self.max_staleness = config.max_staleness
@@ -144,7 +144,7 @@ class Engine:
     def close(self) -> Future[None]:
         """Remove the adapters' files, and end the thread after its step."""
         self._posted.put(None)
-        shutil.rmtree(self.directory, ignore_errors=True)
+        self.scratch.close()
         return _known(None)
 
     def _build(self, config: Config, base: str, seed: int) -> LLMEngine:
@@ -340,7 +340,7 @@ class Engine:
                 self._step()
         canary = adapter.canary if self.noise is None else None  # the first is asked at once, after the base's own
         base = self._ask(canary, None) if canary else []
-        path = write_adapter(adapter, self.directory / adapter.name)
+        path = self.scratch.write(adapter, 1 if self.held else self.slots)
         held = _Held(adapter, self._put(adapter, path))
         loaded = time.perf_counter()
         try:

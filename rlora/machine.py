@@ -4,8 +4,10 @@ import json
 import os
 import platform
 import random
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -48,7 +50,7 @@ def engine_environment(threads: int, kv_cache_gib: int, cuda: bool) -> dict[str,
     if not cuda:
         environment |= {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib)}
         openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
-        if openmp.exists():
+        if openmp.exists() and not ram_is_full():
             environment["LD_PRELOAD"] = str(openmp)
     return environment
 
@@ -117,9 +119,14 @@ def on_signal(number: signal.Signals, handler: Any) -> Any:
 def ram_directory() -> Path:
     """Where short-lived files that another library has to read are written."""
     shm = Path("/dev/shm")
-    return shm if os.access(shm, os.W_OK) else Path(os.environ.get("TMPDIR", "/tmp"))
+    return shm if os.access(shm, os.W_OK) else Path(tempfile.gettempdir())
 
 
-def adapter_directory(pid: int) -> Path:
-    """Where the engine in process `pid` keeps its adapters' files."""
-    return ram_directory() / f"rlora-{pid}"
+def adapter_directory(pid: int, place: Path | None = None) -> Path:
+    """Where the engine in process `pid` keeps its adapters' files: in RAM, unless another `place` is given."""
+    return (place or ram_directory()) / f"rlora-{pid}"
+
+
+def ram_is_full() -> bool:
+    """Whether the RAM file system has no room for the page that Intel's OpenMP writes there: it dies of that."""
+    return Path("/dev/shm").exists() and shutil.disk_usage("/dev/shm").free < 64 * 1024
