@@ -1,0 +1,156 @@
+"""Why a Ray cluster can't be joined is told in a sentence, and soon."""
+
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import ray
+
+from rlora import cluster
+from rlora.records import RloraError
+
+JOIN = """
+import ray
+from rlora import cluster
+from rlora.records import RloraError
+try:
+    cluster.join_ray()
+    print("joined", ray.cluster_resources()["CPU"])
+except RloraError as error:
+    print(error)
+"""
+OTHER_VERSION = """
+import ray
+from rlora import cluster
+cluster.join_ray()
+client = ray._private.worker._global_node.get_gcs_client()
+known = json.loads(client.internal_kv_get(b"CLUSTER_METADATA", namespace=b"cluster"))
+other = json.dumps(known | {"ray_version": "2.9.3", "python_version": "3.8.2"}).encode()
+client.internal_kv_put(b"CLUSTER_METADATA", other, True, namespace=b"cluster")
+"""
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["nonsense", "127.0.0.1", "127.0.0.1:abc", ":6379", "127.0.0.1:99999", " ", "http://127.0.0.1:8265", "foo://x:1"],
+)
+def test_an_address_that_is_none_is_named(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(RloraError, match="is no address; give HOST:PORT of the head node") as told:
+        cluster.join_ray()
+    assert f"RAY_ADDRESS = {address!r}" in str(told.value)
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+@pytest.mark.parametrize("remembered", [False, True])
+def test_a_cluster_that_is_gone_is_told_at_once(
+    remembered: bool, free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray waits for ten minutes."""
+    monkeypatch.setenv("RAY_ADDRESS", "" if remembered else f"127.0.0.1:{free_port}")
+    monkeypatch.setattr(ray._private.utils, "read_ray_address", lambda: f"127.0.0.1:{free_port}")
+    began = time.monotonic()
+    with pytest.raises(
+        RloraError, match=f":{free_port}.*: nothing answers there .*`ray stop` forgets it; RAY_ADDRESS="
+    ):
+        cluster.join_ray()
+    assert time.monotonic() - began < 5
+
+
+def test_a_host_that_is_unknown_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "no-such-host.invalid:6379")
+    with pytest.raises(RloraError, match="RAY_ADDRESS = 'no-such-host"):
+        cluster.join_ray()
+
+
+def test_what_ray_says_is_cut_to_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: Mapping[str, tuple[BaseException, str]] = {
+        "auto": (ConnectionError("Could not find any. Please\nmore"), "Could not find any; if that cluster has ended"),
+        "local": (RuntimeError("Failed to start GCS. Last 3 lines:\n..."), "no cluster could be started: Failed to st"),
+        "ray://127.0.0.1:1": (ConnectionError("ray client connection timeout"), "ray client connection timeout; if"),
+    }
+    for address, (error, told) in said.items():
+
+        def fail(error: BaseException = error, **_: object) -> None:
+            raise error
+
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        monkeypatch.setattr(ray, "init", fail)
+        with pytest.raises(RloraError, match=re.escape(told)) as caught:
+            cluster.join_ray()
+        assert "\n" not in str(caught.value)
+        assert "RAY_gcs_server_port_wait_time_s" not in os.environ
+
+
+@pytest.fixture(scope="module")
+def join() -> Iterator[Callable[..., str]]:
+    """Joins a real cluster that wants a token, in a process with such environment variables; gives what it prints."""
+    token = secrets.token_hex(32)
+    closed = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    home = Path(tempfile.mkdtemp(prefix="ray-"))  # short, for Ray's sockets
+    head = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--port=0", "--num-cpus=1", "--block"]
+    head += ["--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={home}"]
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"HOME": str(home)}
+    log = home / "head.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(head, env=plain | closed, stdout=output, stderr=output)
+
+    def run(script: str = JOIN, **environment: str) -> str:
+        (address,) = set(re.findall(r"--address='([^']+)'", log.read_text()))
+        known = {name: closed[name] if value == "right" else value for name, value in environment.items()}
+        command = [sys.executable, "-c", script]
+        environment = plain | {"RAY_ADDRESS": address} | known
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stdout.strip()
+
+    try:
+        deadline = time.monotonic() + 120
+        while "Ray runtime started" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        yield run
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+TOKEN = {"RAY_AUTH_MODE": "right", "RAY_AUTH_TOKEN": "right"}
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "b" * 64}],
+)
+def test_a_token_that_is_missing_or_wrong_is_told(environment: dict[str, str], join: Callable[..., str]) -> None:
+    told = join(**environment)
+    assert "it wants a token, and this process has none or another; set RAY_AUTH_MODE=token" in told
+    assert "\n" not in told
+
+
+def test_a_cluster_of_another_version_is_told_with_both(join: Callable[..., str]) -> None:
+    assert join(**TOKEN) == "joined 1.0"
+    join(OTHER_VERSION, **TOKEN)
+    told = join(**TOKEN)
+    python = ".".join(map(str, sys.version_info[:3]))
+    assert f"it runs Ray 2.9.3 on Python 3.8.2, and this process Ray {ray.__version__} on Python {python}; use" in told
+    assert "\n" not in told
