@@ -35,24 +35,40 @@ TOML = "launch/arithmetic.toml"
 SMALL = ("--prompts-per-step", "4", "--group-size", "4", "--evaluate.prompts", "4")
 
 
+TOKEN = f"RLORA_TEST={secrets.token_hex(8)}"  # in the environment of each process that a test starts
+
+
 def leftovers() -> set[str]:
-    """Processes of ours and Ray's, files in RAM and listening ports: what a command must not leave behind."""
-    found = {f"shm {path.name}" for path in Path("/dev/shm").iterdir()}
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            line = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-        except OSError:
-            continue  # it has ended meanwhile
-        if any(word in line for word in ("ray::", "raylet", "gcs_server", "rlora train", "rlora eval")):
-            found.add(f"process {process.name} {line[:100]}")
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        rows = [row.split() for row in Path(table).read_text().splitlines()[1:]]
-        found |= {f"port {int(row[1].rpartition(':')[2], 16)}" for row in rows if row[3] == "0A"}
+    """Processes of this test, and files in RAM of processes that are gone: what a command must not leave behind.
+
+    Whatever else runs on the machine, or was killed there, is none of it.
+    """
+    processes = {int(path.name): path for path in Path("/proc").glob("[0-9]*")}
+    found = {f"process {pid} {line}" for pid, path in processes.items() if (line := own(path))}
+    for path in Path("/dev/shm").iterdir():
+        if (pid := re.match(r"(?:rlora-|__KMP_REGISTERED_LIB_)(\d+)", path.name)) and int(pid[1]) not in processes:
+            found.add(f"shm {path.name}")
     return found
 
 
+def own(process: Path) -> str:
+    """The command of a process that the test started, itself or through others; empty for another's."""
+    try:
+        environment = (process / "environ").read_bytes()
+        line = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        state, parent, *_ = (process / "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""  # it has ended meanwhile
+    if TOKEN.encode() in environment:
+        return line[:100]
+    if state != "Z" and line.startswith("ray::") and not environment.strip(b"\0"):  # Ray's title is written over it
+        return line if parent == "1" or own(process.with_name(parent)) else ""
+    return ""
+
+
 @pytest.fixture(autouse=True)
-def _nothing_stays_behind() -> Iterator[None]:
+def _nothing_stays_behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv(*TOKEN.split("="))
     before = leftovers()
     yield
     deadline = time.monotonic() + 20
@@ -213,8 +229,7 @@ def test_what_was_sampled_before_a_kill_is_learned_from_after_it(tmp_path: Path)
     while any(what.startswith("process") for what in leftovers() - there):  # Ray ends them
         assert time.monotonic() < deadline
         time.sleep(0.5)
-    for what in leftovers() - there:  # in RAM, of an engine that was killed
-        shutil.rmtree(path) if (path := Path("/dev/shm") / what.split()[1]).is_dir() else path.unlink()
+    assert any(what.startswith("shm rlora-") for what in leftovers() - there)  # the next start removes it
     before = checkpoint.read_version(UPath(run))
     assert before.cursor.in_flight  # prompts of the step after, under the version that they were sent under
     assert {each.adapter.version for each in before.cursor.in_flight if each.adapter} <= {before.version - 1}

@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 import pytest
+import ray
 import safetensors.torch
 import torch
 from conftest import lessons, marked
@@ -16,7 +17,7 @@ from rlora.base import load_base
 from rlora.batch import microbatches
 from rlora.config import Config
 from rlora.learner import Learner
-from rlora.machine import ram_directory
+from rlora.machine import adapter_directory
 from rlora.peft_format import fill
 from rlora.records import Adapter, Group, NotLoadedError, Prompt, Sampling
 from rlora.task import Task, load_task
@@ -129,8 +130,8 @@ def test_a_swap_changes_what_is_sampled_and_the_old_version_is_gone(setup: Setup
     assert {episode.version for group in after for episode in group.episodes} == {1}
     assert setup.engine.versions().result() == [1]
     assert len(setup.engine.loaded().result()) == 1  # asked of vLLM itself
-    held = [path.name for path in ram_directory().glob("rlora-*/*")]
-    assert held == [setup.trained.name]
+    _, pid = ray.get(setup.engine.placed)
+    assert [path.name for path in adapter_directory(pid).iterdir()] == [setup.trained.name]
     with pytest.raises(NotLoadedError, match=r"version = 0: not loaded here \(loaded: \[1\]\)"):
         sample(setup, setup.task.prompts[:1], greedy, 0)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import safetensors.torch
 import torch
 from conftest import lessons, marked
@@ -15,7 +16,7 @@ from rlora.base import DEMO
 from rlora.batch import microbatches
 from rlora.config import validate
 from rlora.learner import Learner
-from rlora.machine import ram_directory
+from rlora.machine import adapter_directory
 from rlora.peft_format import fill
 from rlora.records import OFF, Adapter, DeliveryError, Group, NotLoadedError, Sampling, StaleError
 from rlora.task import Task, load_task
@@ -137,4 +138,5 @@ def test_an_engine_that_serves_something_else_is_found_out(line: Line, kind: str
     assert engine.generate(prompt, sampling, 3).result()
     assert engine.versions().result() == [3]
     assert len(engine.loaded().result()) == 1
-    assert [path.name for path in ram_directory().glob("rlora-*/*")] == [line.versions[3].name]
+    _, pid = ray.get(engine.placed)
+    assert [path.name for path in adapter_directory(pid).iterdir()] == [line.versions[3].name]
