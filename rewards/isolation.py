@@ -22,12 +22,13 @@ from typing import Any, TypeAlias
 
 from rlora.records import Case, RewardError, RloraError, Score
 
-from .worker import CLOCK, COROUTINES, Answered, Job, Setup, Turn
+from .worker import CLOCK, COROUTINES, ENV, IDLE, Answered, Job, Setup, Turn, names_of, too_long
 
 _MAIN = "from rlora.rewards.worker import main; main()"
 _GRACE = 1.0  # seconds over its deadline after which a call is ended from outside; a coroutine is cancelled before
 _BATCH = 64  # jobs that a worker gets at a time
 _RETRIES = 3
+_OF_MEMORY = ("signal 6", "signal 7", "signal 11")  # how code in C ends that is refused memory
 _START = 120.0  # seconds in which a worker has to have loaded what it runs
 
 Result: TypeAlias = list[list[Score]] | Answered  # of a Case by reward function and episode; of a Turn
@@ -47,7 +48,7 @@ class Pool:
         for thread in self._threads:
             thread.start()
         try:
-            self.names = [each.result() for each in started][0]  # by which each reward function asks for values
+            self.names, *_ = [each.result() for each in started]  # by which each reward function asks for values
         except BaseException:
             self.close()
             raise
@@ -105,7 +106,8 @@ class _Worker:
     """One process."""
 
     def __init__(self, setup: Setup) -> None:
-        self.setup = setup
+        self.setup, self.names = setup, names_of(setup.rewards)
+        self.slow = 0  # first calls that took longer than they may, one a process
 
     def start(self) -> list[frozenset[str]]:
         """Start the process; the names by which each reward function asks for values.
@@ -123,7 +125,7 @@ class _Worker:
                 stdin=subprocess.DEVNULL,
                 pass_fds=descriptors,
                 start_new_session=True,  # what a function starts is killed with it
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(each or os.getcwd() for each in sys.path)},
+                env=os.environ | self.setup.environment | {"PYTHONPATH": _path()},
             )
         theirs.close()
         self.connection.send(self.setup)
@@ -132,13 +134,15 @@ class _Worker:
                 raise RloraError(f"reward: loading {', '.join(self.setup.rewards)} takes more than {_START:.0f} s")
             answer = json.loads(self.connection.recv_bytes())
         except (EOFError, ConnectionError):
-            raise RloraError(f"reward: its process ended while it was loaded ({self._end()})") from None
+            how = self._end(patience=1.0)
+            raise RloraError(f"reward: its process ended while it was loaded ({how}){self._remedy(how)}") from None
         except BaseException:
             self._end()
             raise
         if "error" in answer:
             self._end()
             raise RloraError(answer["error"])
+        self.coroutines: list[int] = answer["coroutines"]
         return [frozenset(names) for names in answer["names"]]
 
     def run(self, work: "list[tuple[Job, Future[Result]]]") -> None:
@@ -171,25 +175,45 @@ class _Worker:
 
     def _run(self, work: "list[tuple[Job, Future[Result]]]") -> None:
         """Have the process do the jobs. Raises _OverrunError where it does not get through."""
-        CLOCK.pack_into(self.clock, 0, -1, -1, time.monotonic())
+        CLOCK.pack_into(self.clock, 0, *IDLE, time.monotonic(), self.setup.deadline)
         left = len(work)
         try:
             self.connection.send([job for job, _ in work])
             while left:
-                job, call, since = CLOCK.unpack_from(self.clock)
-                if self.connection.poll(max(0.0, since + self.setup.deadline + _GRACE - time.monotonic())):
+                job, call, function, since, deadline = CLOCK.unpack_from(self.clock)
+                if self.connection.poll(max(0.0, since + deadline + _GRACE - time.monotonic())):
                     results = json.loads(self.connection.recv_bytes())
                     left -= len(results)
                     for number, result in results:
                         work[number][1].set_result(_result(work[number][0], result))
-                elif CLOCK.unpack_from(self.clock) == (job, call, since):
+                elif CLOCK.unpack_from(self.clock) == (job, call, function, since, deadline):
                     self._end()
-                    what = f"a call took more than scoring.deadline = {self.setup.deadline:g} s"
+                    what = too_long(self.setup, deadline, self._name(call, function))
+                    self._note_slowness(deadline)
                     raise _OverrunError(job, call, Score("timeout", detail=what))
         except (EOFError, ConnectionError):
-            job, call, _ = CLOCK.unpack_from(self.clock)
-            how = self._end(patience=1.0)
-            raise _OverrunError(job, call, Score("error", detail=f"the process of a call ended ({how})")) from None
+            job, call, function, *_ = CLOCK.unpack_from(self.clock)
+            how, name = self._end(patience=1.0), self._name(call, function)
+            what = f"the process of a call ended ({how})" + (f" (of {name})" if name else "")
+            raise _OverrunError(job, call, Score("error", detail=what + self._remedy(how))) from None
+
+    def _name(self, call: int, function: int) -> str:
+        """Of which function a call was; of coroutines that are awaited at once, of which it may have been."""
+        functions = self.coroutines if call == COROUTINES else [function] if function != ENV else []
+        return " or ".join(self.names[each] for each in functions)
+
+    def _note_slowness(self, deadline: float) -> None:
+        """What hangs is not loading anything: from the third process on, a first call has no more time than others."""
+        self.slow += deadline > self.setup.deadline
+        if self.slow >= _RETRIES:
+            self.setup = replace(self.setup, first_deadline=0.0)
+
+    def _remedy(self, how: str) -> str:
+        """What to do about how a process ended, where memory may be why."""
+        field = f"scoring.memory_mib = {self.setup.memory_mib}"
+        if how == "signal 9":
+            return f"; most likely the machine ran out of memory: lower {field}, or scoring.workers"
+        return f"; if it was refused memory, raise {field}" if how in _OF_MEMORY else ""
 
     def _end(self, patience: float = 0.0) -> str:
         """Make sure that the process is gone; how it went."""
@@ -200,6 +224,11 @@ class _Worker:
             os.killpg(self.process.pid, signal.SIGKILL)
         code = self.process.wait()
         return f"signal {-code}" if code < 0 else f"exit status {code}"
+
+
+def _path() -> str:
+    """Where this process finds modules, as PYTHONPATH."""
+    return os.pathsep.join(each or os.getcwd() for each in sys.path)
 
 
 class _OverrunError(Exception):

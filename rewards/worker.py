@@ -15,10 +15,11 @@ import signal
 import struct
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, replace
 from mmap import mmap
 from multiprocessing.connection import Connection
 from typing import Any
@@ -28,8 +29,10 @@ from rlora.records import Case, Prompt, RloraError, Score
 
 from .styles import Plug, Style, plug
 
-CLOCK = struct.Struct("qqd")  # number of the job, of its call, and when that began (time.monotonic)
+CLOCK = struct.Struct("qqqdd")  # a call: number of its job, its own, its function's; its start, and its deadline in s
+IDLE = (-1, -1, -1)
 COROUTINES = -2  # in place of a call's number: all those that are awaited at once
+ENV = -1  # in place of a function's number
 _FLUSH = 0.02  # seconds after which what is done is sent, though more is to do
 _PR_SET_PDEATHSIG = 1
 
@@ -45,8 +48,10 @@ class Setup:
     env_args: Mapping[str, Any] = field(default_factory=dict)
     directory: str = "."  # that relative paths are of, where it exists
     deadline: float = 10.0  # seconds a call
+    first_deadline: float = 0.0  # seconds the first call of a function, in each process, where that is more
     memory_mib: int = 2048  # that calls may take beside what the process has once all is loaded
     concurrency: int = 16  # calls of a coroutine function at once
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)  # variables set in it, never to be shown
 
 
 @dataclass(frozen=True)
@@ -79,16 +84,29 @@ class Job:
 
 
 class _Clock:
-    """Which call goes on and since when, in memory that the parent reads."""
+    """Which call goes on, since when and how long it may, in memory that the parent reads."""
 
-    def __init__(self, descriptor: int) -> None:
-        self.memory = mmap(descriptor, CLOCK.size)
+    def __init__(self, descriptor: int, deadline: float) -> None:
+        self.memory, self.deadline = mmap(descriptor, CLOCK.size), deadline
 
-    def start(self, job: int, call: int) -> None:
-        CLOCK.pack_into(self.memory, 0, job, call, time.monotonic())
+    def start(self, job: int, call: int, function: int, deadline: float) -> None:
+        CLOCK.pack_into(self.memory, 0, job, call, function, time.monotonic(), deadline)
 
     def stop(self) -> None:
-        CLOCK.pack_into(self.memory, 0, -1, -1, time.monotonic())
+        CLOCK.pack_into(self.memory, 0, *IDLE, time.monotonic(), self.deadline)
+
+
+def names_of(rewards: Sequence[str]) -> list[str]:
+    """How reward functions are called: each as in its file, and as the config has it where two are alike."""
+    names = [spec.rpartition(":")[2] for spec in rewards]
+    alike = Counter(names)
+    return [spec if alike[name] > 1 else name for spec, name in zip(rewards, names, strict=True)]
+
+
+def too_long(setup: Setup, deadline: float, name: str) -> str:
+    """What is said of a call that took longer than its deadline; `name` is its function's, if it is of one."""
+    field = "first_deadline" if deadline > setup.deadline else "deadline"
+    return f"a call took more than scoring.{field} = {deadline:g} s" + (f" (of {name})" if name else "")
 
 
 def load_plugs(setup: Setup) -> list[Plug]:
@@ -109,57 +127,75 @@ class _Worker:
         self.plugs = load_plugs(setup)
         self.env = load("env", setup.env)(**setup.env_args) if setup.env else None
         self.runner = asyncio.Runner()  # one loop for all: a judge's client may hold connections of it
+        self.names = names_of(setup.rewards)
+        self.coroutines = [place for place, each in enumerate(self.plugs) if each.asynchronous]
+        self.called: set[int] = set()  # the functions that have been
 
     def work(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Any]]:
         """The number and the result of each job, as JSON has it."""
-        awaited = self.runner.run(self._await(jobs)) if any(each.asynchronous for each in self.plugs) else {}
+        awaited = self.runner.run(self._await(jobs)) if self.coroutines else {}
         for number, job in enumerate(jobs):
             if isinstance(job.of, Turn):
-                yield number, asdict(self._answer(number, job, job.of))
+                answered = self._answer(number, job, job.of)
+                yield number, asdict(replace(answered, detail=_veiled(answered.detail, self.setup)))
                 continue
             calls = itertools.count()
             verdicts = [
-                awaited[number, place] if each.asynchronous else self._score(each, number, job, job.of, calls)
+                awaited[number, place] if each.asynchronous else self._score(place, number, job, job.of, calls)
                 for place, each in enumerate(self.plugs)
             ]
             self.clock.stop()
-            yield number, [[astuple(score) for score in scores] for scores in verdicts]
+            yield number, [[self._plain(score) for score in scores] for scores in verdicts]
 
-    def _score(self, each: Plug, number: int, job: Job, case: Case, calls: Iterator[int]) -> list[Score]:
+    def _deadline(self, function: int) -> float:
+        """Seconds that a call of it may take: the first one more, for it may load a model."""
+        return self.setup.deadline if function in self.called else max(self.setup.deadline, self.setup.first_deadline)
+
+    def _plain(self, score: Score) -> tuple[Any, ...]:
+        return astuple(replace(score, detail=_veiled(score.detail, self.setup)) if score.detail else score)
+
+    def _score(self, function: int, number: int, job: Job, case: Case, calls: Iterator[int]) -> list[Score]:
         """Of the group by one function, call by call."""
         scores: list[Score] = []
+        each = self.plugs[function]
         for episodes in _parts(each, case):
             call = next(calls)
             if call in job.overran:
                 scores += [job.overran[call]] * len(episodes)
             else:
-                self.clock.start(number, call)
+                self.clock.start(number, call, function, self._deadline(function))
                 scores += each(case, episodes)
+                self.called.add(function)
         return scores
 
     async def _await(self, jobs: Sequence[Job]) -> dict[tuple[int, int], list[Score]]:
         """By the functions that are coroutines, of all groups: so many calls at once, each with its own deadline."""
         free = asyncio.Semaphore(self.setup.concurrency)
 
-        async def call(each: Plug, job: Job, case: Case, episodes: Sequence[int]) -> list[Score]:
+        async def call(function: int, job: Job, case: Case, episodes: Sequence[int]) -> list[Score]:
             if COROUTINES in job.overran:
                 return [job.overran[COROUTINES]] * len(episodes)
             async with free:
-                self.clock.start(0, COROUTINES)
+                deadline = self._deadline(function)
+                self.clock.start(0, COROUTINES, function, max(map(self._deadline, self.coroutines)))
                 try:
-                    return await asyncio.wait_for(each.acall(case, episodes), self.setup.deadline)
+                    return await asyncio.wait_for(self.plugs[function].acall(case, episodes), deadline)
                 except TimeoutError:
-                    return [Score("timeout")] * len(episodes)
+                    detail = too_long(self.setup, deadline, self.names[function])
+                    return [Score("timeout", detail=detail)] * len(episodes)
+                finally:
+                    self.called.add(function)
 
-        async def group(each: Plug, job: Job, case: Case) -> list[Score]:
-            scores = await asyncio.gather(*(call(each, job, case, episodes) for episodes in _parts(each, case)))
+        async def group(function: int, job: Job, case: Case) -> list[Score]:
+            parts = _parts(self.plugs[function], case)
+            scores = await asyncio.gather(*(call(function, job, case, episodes) for episodes in parts))
             return [score for of_call in scores for score in of_call]
 
         asked = {
-            (number, place): group(each, job, job.of)
+            (number, function): group(function, job, job.of)
             for number, job in enumerate(jobs)
-            for place, each in enumerate(self.plugs)
-            if each.asynchronous and isinstance(job.of, Case)
+            for function in self.coroutines
+            if isinstance(job.of, Case)
         }
         return dict(zip(asked, await asyncio.gather(*asked.values()), strict=True))
 
@@ -168,11 +204,12 @@ class _Worker:
             return Answered(None, turn.state, overran.status or "error", f"env = {self.setup.env!r}: {overran.detail}")
         assert self.env
         state = deepcopy(dict(turn.state))
-        self.clock.start(number, 0)
+        deadline = self._deadline(ENV)
+        self.clock.start(number, 0, ENV, deadline)
         try:
             said = self.env.reply(turn.prompt, turn.message, state)
             if asyncio.iscoroutine(said):
-                said = self.runner.run(asyncio.wait_for(said, self.setup.deadline))
+                said = self.runner.run(asyncio.wait_for(said, deadline))
             answered = Answered(_said(said), json.loads(json.dumps(state)))
         except TimeoutError:
             return Answered(None, turn.state, "timeout", f"env = {self.setup.env!r}: its reply took too long")
@@ -181,8 +218,16 @@ class _Worker:
             what = f"its reply raised {type(error).__name__}: {str(error)[:200]}; mend it there"
             return Answered(None, turn.state, "error", f"{line}env = {self.setup.env!r}: {what}")
         finally:
+            self.called.add(ENV)
             self.clock.stop()
         return answered
+
+
+def _veiled(text: str, setup: Setup) -> str:
+    """A message without the values of variables that were handed on; what is shorter is no secret."""
+    for name, value in setup.environment.items():
+        text = text.replace(value, f"<{name}>") if len(value) > 5 else text
+    return text
 
 
 def _said(said: Any) -> str | list[dict[str, str]] | None:
@@ -219,19 +264,21 @@ def main() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a busy worker does not outlive its parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent ends us
-    connection, clock = Connection(int(sys.argv[1])), _Clock(int(sys.argv[2]))
+    connection = Connection(int(sys.argv[1]))
     os.dup2(2, 1)  # what a user's function prints is no answer of ours
     setup: Setup = connection.recv()
+    clock = _Clock(int(sys.argv[2]), setup.deadline)
     if os.path.isdir(setup.directory):
         os.chdir(setup.directory)
     try:
         worker = _Worker(setup, clock)
     except BaseException as error:
         detail = str(error) if isinstance(error, RloraError) else f"reward: {type(error).__name__}: {error}"
-        connection.send_bytes(json.dumps({"error": detail}).encode())
+        connection.send_bytes(json.dumps({"error": _veiled(detail, setup)}).encode())
         return
     most = _limit_memory(setup.memory_mib) if sys.platform == "linux" else None
-    connection.send_bytes(json.dumps({"names": [sorted(each.names) for each in worker.plugs]}).encode())
+    loaded = {"names": [sorted(each.names) for each in worker.plugs], "coroutines": worker.coroutines}
+    connection.send_bytes(json.dumps(loaded).encode())
     with suppress(EOFError, ConnectionError):
         while jobs := connection.recv():
             done: list[Any] = []

@@ -3,7 +3,7 @@
 import json
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from operator import attrgetter
@@ -86,6 +86,8 @@ class ScoringConfig:
     """The run stops where a larger share of a step's episodes is in error."""
     deadline: Positive = 10.0
     """Seconds that a call of a reward function, or of an env's reply, may take; then its process is replaced."""
+    first_deadline: Annotated[float, Field(ge=0)] = 120.0
+    """Seconds that the first call of each function in each process may take, for it may load a model."""
     memory_mib: Count = 2048
     """MiB that a call may take."""
     workers: Count = 2
@@ -96,6 +98,8 @@ class ScoringConfig:
     """Ray actors that have such processes; Ray spreads them over the nodes."""
     cpus: Annotated[float, Field(ge=0)] = 0.0
     """Ray CPUs that a replica reserves."""
+    environment: tuple[str, ...] = ()
+    """Names of environment variables that reward functions get on every node; their values are never stored."""
 
 
 @dataclass(frozen=True)
@@ -405,8 +409,19 @@ def validate(values: Config | dict[str, Any], source: str = "") -> Config:
         _refuse_beside_all_weights(config, source)
     if config.learner.shard:
         _refuse_to_shard(config.learner, source)
+    _refuse_values(config.scoring.environment, source)
     _refuse_what_makes_no_sense(config, source)
     return config
+
+
+def _refuse_values(names: Sequence[str], source: str) -> None:
+    """Raise RloraError, which does not show it, for what is no name of a variable: it may be a secret."""
+    for number, name in enumerate(names):
+        if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+            raise RloraError(
+                f"{source}scoring.environment: its item {number} is no name of an environment variable; give names "
+                "alone, such as JUDGE_KEY, and set their values where rlora is started"
+            )
 
 
 def _refuse_what_makes_no_sense(config: Config, source: str) -> None:
@@ -513,6 +528,9 @@ def explain(error: ValidationError) -> str:
         if argument := _ARGUMENT.match(".".join(map(str, fault["loc"]))):
             name, value = argument[0], fault["input"]
             line = f"{name} = {value!r}: use text, a number, true or false, or a list of them"
+        elif fault["loc"][:2] == ("scoring", "environment"):  # which may hold a secret by mistake
+            name = "scoring.environment"
+            line = f"{name}: give a list of names of environment variables, without their values"
         elif fault["type"] == "missing":
             line = f"{name}: not set, and it has no default; set it in the file or by --{name}"
         elif fault["type"] == "unexpected_keyword_argument":

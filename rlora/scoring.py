@@ -1,7 +1,6 @@
 """Scores groups and gets an env's replies, in processes where a bad call can take nothing else down with it."""
 
 import asyncio
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -10,7 +9,7 @@ from typing import Any, Protocol
 from rlora.chat import Chat
 from rlora.config import Config
 from rlora.records import Case, Episode, Group, RewardError, Score
-from rlora.rewards.worker import Answered, Turn
+from rlora.rewards.worker import Answered, Turn, names_of
 
 
 class Pool(Protocol):
@@ -67,7 +66,7 @@ class Scoring:
         parts: dict[str, float] = {}
         total: float | None = None
         for name, weight, score in zip(self._names, self._weights, scores, strict=True):
-            self._tell(score.detail and f"{score.detail} (of {name})" if score.status == "timeout" else score.detail)
+            self._tell(score.detail)
             value = score.value if score.value is not None or not score.status else getattr(settings, score.status)
             if value is not None:
                 parts[name] = value
@@ -87,13 +86,6 @@ class Scoring:
         if detail and detail != self.last_error:
             print(detail.encode("utf-8", "backslashreplace").decode(), flush=True)
             self.last_error = detail
-
-
-def names_of(rewards: Sequence[str]) -> list[str]:
-    """How the parts of a reward are called: each like its function, and as the config has it where two are alike."""
-    names = [spec.rpartition(":")[2] for spec in rewards]
-    alike = Counter(names)
-    return [spec if alike[name] > 1 else name for spec, name in zip(rewards, names, strict=True)]
 
 
 def as_case(group: Group, chat: Chat, step: int, steps: int) -> Case:

@@ -1,6 +1,7 @@
 """What is trained on: prompts, rewards, the base's tokenizer. All that can be wrong with them is found here."""
 
 import inspect
+import os
 import pickle
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -97,9 +98,21 @@ def setup_of(config: Config, agent: bool) -> Setup:
         env_args=config.env_args,
         directory=str(Path.cwd()),
         deadline=config.scoring.deadline,
+        first_deadline=config.scoring.first_deadline,
         memory_mib=config.scoring.memory_mib,
         concurrency=config.scoring.concurrency,
+        environment=_environment(config.scoring.environment),
     )
+
+
+def _environment(names: Sequence[str]) -> dict[str, str]:
+    """The variables of this process's environment that reward functions get. Raises RloraError where one is not set."""
+    for name in names:
+        if name not in os.environ:
+            raise RloraError(
+                f"scoring.environment: {name} is not set in the environment of this process; export it, or leave it out"
+            )
+    return {name: os.environ[name] for name in names}
 
 
 def _refuse_what_is_no_prompt(source: str, given: Any, number: int) -> None:

@@ -65,6 +65,43 @@ async def loops(completion: str, answer: object) -> float:
     return float(len(_LOOPS))
 
 
+_MODEL: list[str] = []
+
+
+def lazy(completion: str, answer: object) -> float:
+    """Loads its model, which takes 2 s, at its first call."""
+    if not _MODEL:
+        time.sleep(2)
+        _MODEL.append("loaded")
+    time.sleep(60 if completion == "hang" else 0)
+    return 1.0
+
+
+async def lazy_judge(completion: str, answer: object) -> float:
+    if not _MODEL:
+        await asyncio.sleep(2)
+        _MODEL.append("loaded")
+    await asyncio.sleep(60 if completion == "hang" else 0)
+    return 1.0
+
+
+def killed(completion: str, answer: object) -> float:
+    """The kernel ends its process, or it ends itself, as its signal's number says."""
+    os.kill(os.getpid(), int(completion))
+    return 1.0
+
+
+async def dying_judge(completion: str, answer: object) -> float:
+    os._exit(3)
+
+
+def with_a_key(completion: str, answer: object) -> float:
+    """Needs a variable of the environment, and tells too much where it is wrong."""
+    if os.environ["RLORA_TEST_KEY"] != completion:
+        raise PermissionError(f"no access with {os.environ['RLORA_TEST_KEY']}")
+    return 1.0
+
+
 def starts(completion: str, answer: str) -> float:
     """Starts a process that outlives the call, tells its number in a file, and hangs."""
     child = subprocess.Popen(["sleep", "77"])

@@ -204,3 +204,76 @@ def test_fifty_thousand_pairs_leave_nothing_behind() -> None:
         assert statuses["correct"] > 1000
     assert sizes[-1] - sizes[1] < 50  # MiB
     assert workers() <= before
+
+
+@pytest.mark.parametrize("name", ["lazy", "lazy_judge"])
+def test_the_first_call_in_a_process_may_take_longer(pool: MakePool, name: str) -> None:
+    made = pool(name, first_deadline=20.0)
+    assert values(scores(made, "a", "b")) == [1.0, 1.0]
+    start = time.monotonic()
+    (found,) = scores(made, "hang")  # which is not the first
+    assert found.status == "timeout"
+    assert found.detail == f"a call took more than scoring.deadline = 1 s (of {name})"
+    assert time.monotonic() - start < 10
+    assert values(scores(made, "a")) == [1.0]  # in another process, where one is in its place
+
+
+def test_a_first_call_has_its_deadline_too_and_no_function_has_more_for_ever(pool: MakePool) -> None:
+    made = pool("lazy", first_deadline=1.5)
+    found = [scores(made, "hang")[0] for _ in range(4)]
+    assert [each.status for each in found] == ["timeout"] * 4
+    fields = [re.sub(r".*than scoring\.(.*) = .*", r"\1", each.detail) for each in found]
+    assert fields == ["first_deadline", "first_deadline", "first_deadline", "deadline"]
+
+
+def test_a_first_call_has_no_less_time_than_others(pool: MakePool) -> None:
+    assert values(scores(pool("slow", first_deadline=0.1), "0.5")) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("names", "completion", "detail"),
+    [
+        (("with_a_key", "shady"), "die", "the process of a call ended (exit status 3) (of shady)"),
+        (("shady", "killed"), "9", "the process of a call ended (signal 9) (of killed); most likely the machine ran "
+         "out of memory: lower scoring.memory_mib = 512, or scoring.workers"),
+        (("killed", "shady"), "6", "the process of a call ended (signal 6) (of killed); if it was refused memory, "
+         "raise scoring.memory_mib = 512"),
+        (("killed",), "15", "the process of a call ended (signal 15) (of killed)"),
+        (("slow", "dying_judge"), "0", "the process of a call ended (exit status 3) (of dying_judge)"),
+        (("judge", "dying_judge"), "0", "the process of a call ended (exit status 3) (of judge or dying_judge)"),
+        (("blocking_judge",), "block", "a call took more than scoring.deadline = 1 s (of blocking_judge)"),
+        (("judge",), "30", "a call took more than scoring.deadline = 1 s (of judge)"),
+        (("shady",), "hang", "a call took more than scoring.deadline = 1 s (of shady)"),
+    ],
+)  # fmt: skip
+def test_it_is_said_whose_call_it_was(pool: MakePool, names: tuple[str, ...], completion: str, detail: str) -> None:
+    made = pool(*names)
+    verdicts: Any = made.do(case(completion, answer=7)).result(timeout=60)
+    assert detail in [scores[0].detail for scores in verdicts]
+
+
+def test_two_functions_of_a_name_are_told_by_their_files(pool: MakePool, tmp_path: Path) -> None:
+    (tmp_path / "other.py").write_text("def shady(completion):\n    import os\n    os._exit(4)\n")
+    rewards = (f"{SHADY}:shady", f"{tmp_path}/other.py:shady")
+    with closing(Pool(Setup(rewards), 1)) as made:
+        verdicts: Any = made.do(case("7", answer=7)).result(timeout=60)
+    assert verdicts[0][0].value == 1.0
+    assert verdicts[1][0].detail == f"the process of a call ended (exit status 4) (of {rewards[1]})"
+
+
+def test_variables_that_are_handed_on_are_there_and_never_shown(pool: MakePool) -> None:
+    environment = {"RLORA_TEST_KEY": "secret-7f3a"}
+    made = pool("with_a_key", environment=environment)
+    assert values(scores(made, "secret-7f3a")) == [1.0]
+    (found,) = scores(made, "guessed")
+    assert "PermissionError: no access with <RLORA_TEST_KEY>; mend it there" in found.detail
+    assert "secret" not in repr(Setup(environment=environment))
+    (found,) = scores(pool("with_a_key"), "secret-7f3a")
+    assert "KeyError: 'RLORA_TEST_KEY'" in found.detail
+
+
+def test_what_fails_to_load_does_not_show_them_either(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("import os\nraise ValueError('bad key ' + os.environ['RLORA_TEST_KEY'])\n")
+    with pytest.raises(RloraError, match=r"ValueError: bad key <RLORA_TEST_KEY>$"):
+        Pool(Setup((f"{file}:f",), environment={"RLORA_TEST_KEY": "secret-7f3a"}), 1)

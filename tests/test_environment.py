@@ -1,0 +1,121 @@
+"""Variables of the environment that reward functions get: by name, on every node, and never stored by value."""
+
+import json
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from rlora.config import Config, read, validate
+from rlora.records import RloraError
+from rlora.task import setup_of
+
+MakeConfig = Callable[..., Config]
+NAME, VALUE = "RLORA_TEST_KEY", "secret-7f3a"
+SHADY = f"{Path(__file__).with_name('shady_rewards.py')}:with_a_key"
+
+
+def test_names_alone_are_kept(config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(NAME, VALUE)
+    settings = config(scoring={"environment": [NAME]})
+    assert setup_of(settings, agent=False).environment == {NAME: VALUE}
+    assert VALUE not in repr(settings)
+    file = tmp_path / "config.toml"
+    file.write_text(f'model = "m"\nenv = "e:E"\nreward = "r:f"\n[scoring]\nenvironment = ["{NAME}"]\n')
+    assert read(file).scoring.environment == (NAME,)
+
+
+def test_a_variable_that_is_not_set_is_named(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(NAME, raising=False)
+    with pytest.raises(RloraError, match=rf"scoring\.environment: {NAME} is not set in the environment .*; export it"):
+        setup_of(config(scoring={"environment": ["PATH", NAME]}), agent=False)
+    monkeypatch.setenv(NAME, "")
+    assert setup_of(config(scoring={"environment": [NAME]}), agent=False).environment == {NAME: ""}
+
+
+@pytest.mark.parametrize("given", [f"{NAME}={VALUE}", VALUE, f"${NAME}", "", " ", "A B"])
+def test_a_value_in_place_of_a_name_is_refused_and_not_shown(given: str, config: MakeConfig) -> None:
+    with pytest.raises(RloraError, match=r"scoring\.environment: its item 1 is no name of .*give names alone") as error:
+        validate(config(scoring={"environment": ["PATH", given]}))
+    assert VALUE not in str(error.value)
+
+
+@pytest.mark.parametrize("given", [f"{NAME}={VALUE}", {NAME: VALUE}, [{NAME: VALUE}], [[NAME, VALUE]]])
+def test_other_forms_are_refused_and_not_shown(given: object, config: MakeConfig) -> None:
+    with pytest.raises(RloraError, match=r"^scoring\.environment: give a list of names .*, without") as error:
+        config(scoring={"environment": given})
+    assert VALUE not in str(error.value)
+
+
+SCORES = """
+import os, sys, json
+from types import SimpleNamespace
+sys.path[:0] = [{tests!r}]
+from conftest import case
+from rlora import cluster
+from rlora.config import validate
+from rlora.task import setup_of
+
+config = validate({{"model": "m", "env": "e:E", "reward": {reward!r}, "scoring": {{"environment": {names!r}}}}})
+with cluster._crew(config, "", "run") as crew:
+    (pool,) = crew.pools(SimpleNamespace(agent=False))
+    crew.wait()
+    scores = pool.do(case("secret-7f3a", "guessed", answer=1)).result(timeout=120)[0]
+    print(json.dumps({{"values": [score.value for score in scores], "details": [score.detail for score in scores]}}))
+"""
+
+
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+@pytest.fixture(scope="module")
+def started() -> Iterator[tuple[str, Path]]:
+    """The address of a Ray cluster that was there before, without the variable, and where it keeps its files."""
+    files = Path(tempfile.mkdtemp(prefix="ray-"))  # short, for Ray's sockets
+    environment = {name: value for name, value in os.environ.items() if name != NAME} | TOKEN
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--port=0", "--num-cpus=1", "--block",
+               f"--temp-dir={files}", "--include-dashboard=false", "--disable-usage-stats"]  # fmt: skip
+    log = files / "head.log"
+    with log.open("w") as output:
+        head = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+    try:
+        deadline = time.monotonic() + 120
+        while "Ray runtime started" not in log.read_text():
+            assert head.poll() is None, log.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        (address,) = set(re.findall(r"--address='([^']+)'", log.read_text()))
+        yield address, files
+    finally:
+        head.terminate()
+        head.wait(timeout=60)
+        shutil.rmtree(files, ignore_errors=True)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("names", [[NAME], []])
+def test_a_cluster_that_was_there_before_gets_them_by_name(names: list[str], started: tuple[str, Path]) -> None:
+    address, files = started
+    code = SCORES.format(tests=str(ROOT / "tests"), reward=SHADY, names=names)
+    environment = os.environ | TOKEN | {NAME: VALUE, "RAY_ADDRESS": address}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    if names:
+        assert said["values"] == [1.0, None]
+        assert said["details"][1].endswith(f"PermissionError: no access with <{NAME}>; mend it there")
+    else:
+        assert all(f"KeyError: '{NAME}'" in detail for detail in said["details"])
+    logs = [file for file in files.rglob("*") if file.is_file()]
+    assert len(logs) > 5
+    assert not [file for file in logs if VALUE.encode() in file.read_bytes()]
