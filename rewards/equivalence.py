@@ -14,16 +14,20 @@ from functools import lru_cache
 from types import FrameType
 from typing import Any
 
-from .answer import MAX_LENGTH, Answer, find_answer, find_gold
+from rlora.records import RloraError
+
+from .answer import Answer, find_answer, find_gold, is_empty
+from .choice import same_choice
 from .decoration import bare
 from .exact import number, plain
 from .expression import read
 from .notation import UnreadableError
+from .prose import MAX_LENGTH
 from .structure import equal
 from .tree import Node
 from .units import unit
 from .values import draw_points, unknowns
-from .wording import choice, clock_time, is_words, spelling, words
+from .wording import clock_time, is_words, spelling, words
 
 _KEY = os.environ.get("RLORA_SEED", "")  # of the run: a run repeats itself
 SECONDS = 2.0  # a pair; only on the main thread
@@ -35,6 +39,8 @@ class _OverrunError(BaseException):
 
 def math_answer(completion: str, answer: Any) -> str:
     """The reward function: the status of a completion, given the gold answer of its prompt."""
+    if is_empty(answer):
+        raise RloraError(f"answer = {answer!r} is empty; name the column that holds the answers, or leave out such rows")
     return grade(answer, completion)
 
 
@@ -43,6 +49,8 @@ def grade(gold: str | int | float, prediction: str) -> str:
 
     `gold` may be bare, in dollars, boxed or a whole solution; `prediction` an answer or a whole completion.
     """
+    if is_empty(gold):
+        return "wrong"
     found = find_answer(prediction)
     if found is None or len(found.text) > MAX_LENGTH:
         return "unparsable"
@@ -91,11 +99,11 @@ def _deadline(seconds: float) -> Iterator[None]:
 def _compare(wanted: Answer, found: Answer) -> str:
     gold_text = ", ".join(wanted.boxes) if wanted.boxes else wanted.text + (r"\%" if wanted.percent else "")
     text = found.text + (r"\%" if found.percent and ("%" in gold_text or "percent" in gold_text) else "")
+    if (same := same_choice(gold_text, found)) is not None:
+        return "correct" if same else "wrong"
     if words(gold_text) == words(text) and spelling(gold_text) == spelling(text):
         return "correct"
     if _same_word_lists(gold_text, text):
-        return "correct"
-    if choice(gold_text) and choice(gold_text) == choice(text):
         return "correct"
     if (one := clock_time(gold_text)) and (other := clock_time(text)):
         return "correct" if one[:2] == other[:2] and (one[2] == other[2] or not (one[2] and other[2])) else "wrong"

@@ -11,6 +11,8 @@ import unicodedata
 from fractions import Fraction
 from functools import lru_cache
 
+from .east_asian import readable
+
 MAX_DIGITS = 1000  # of one number
 MAX_EXPONENT = 1000  # of ten, in 1.5e3
 _LONGEST = 2 * MAX_DIGITS
@@ -33,6 +35,7 @@ _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _SUBSCRIPT = re.compile(r"[₀-₉]+")
 _SUPERSCRIPT = re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
+_CIRCLED = re.compile(r"[①-⑳❶-❿⓵-⓾]+")
 _VULGAR = re.compile(r"[¼½¾⅐-⅞]")
 _SIGNS = {
     "−": "-", "–": "-", "‐": "-", "‑": "-", "٫": ".", "٬": ",", "٪": "%", "،": ",",
@@ -41,13 +44,17 @@ _SIGNS = {
 
 
 def plain(text: str) -> str:
-    """`text` with the digits of every script, full-width signs and superscripts in ASCII, and invisible marks gone."""
+    """`text` with the digits of every script, full-width signs and superscripts in ASCII, and invisible marks gone.
+
+    Numbers in circles are a list, ②③ is 2, 3; Chinese and Japanese numbers are as `east_asian` reads them.
+    """
     if text.isascii():
         return text
+    text = _CIRCLED.sub(lambda found: ", ".join(str(int(unicodedata.numeric(sign))) for sign in found[0]), text)
     text = _SUBSCRIPT.sub(lambda found: "_{" + found[0].translate(_SUBSCRIPTS) + "}", text)
     text = _SUPERSCRIPT.sub(lambda found: "^{" + found[0].translate(_SUPERSCRIPTS) + "}", text)
     text = _VULGAR.sub(lambda found: " " + unicodedata.normalize("NFKC", found[0]).replace("⁄", "/") + " ", text)
-    return "".join(_ascii(sign) for sign in text)
+    return readable("".join(_ascii(sign) for sign in text))
 
 
 @lru_cache(4096)

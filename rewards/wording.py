@@ -1,9 +1,9 @@
-"""Answers as words: their letters, their spelling, a multiple choice, a time of the day."""
+"""Answers as words: their letters, their spelling, a time of the day."""
 
 import re
 import unicodedata
 
-from .answer import MAX_LENGTH
+from .prose import MAX_LENGTH
 
 
 def words(text: str) -> str:
@@ -29,20 +29,6 @@ def _folded(text: str) -> str:
     symbols = re.sub(r"[^\W\d_]{4,}", lambda found: found[0].casefold(), text)
     text = unicodedata.normalize("NFKD", symbols).rstrip(".,\\")
     return text.casefold() if re.fullmatch(r"[^\W\d_]+", text) else text
-
-
-def choice(text: str) -> str:
-    """The letter of a multiple choice: B, (B), B. with or without words behind."""
-    bare = re.sub(r"\\(?:text\w*|mathrm|mathbf|mbox)\s*|[{}$*]", "", text[:MAX_LENGTH]).strip().rstrip(".")
-    if len(re.findall(r"\([A-Ja-j]\)", bare)) > 1:  # one of several is none
-        return ""
-    match = re.fullmatch(r"\(?\s*([A-J])\s*\)?|\(([A-J])\)\s.*|([A-J])[.):]\s.*", bare, re.DOTALL)
-    if match:
-        return next(letter for letter in match.groups() if letter)
-    match = re.fullmatch(r"\(([a-j])\)", bare)
-    if match or (re.search(r"\\(?:text|mathrm)", text) and re.fullmatch(r"[a-j]", bare)):
-        return bare.strip("()").upper()
-    return ""
 
 
 def clock_time(text: str) -> tuple[int, int, str] | None:

@@ -1,0 +1,48 @@
+"""Numbers as Chinese, Japanese and Korean write them, in signs that everything else reads. Stdlib only."""
+
+import re
+from decimal import Decimal
+
+SIGN = "\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"  # kana, Han and Hangul, for a class of signs
+_ANY = re.compile(f"[、{SIGN}]")
+_POWERS = {"百": 10**2, "千": 10**3, "万": 10**4, "萬": 10**4, "億": 10**8, "亿": 10**8}
+_DIGITS = r"\d{1,12}(?:,\d{3}){0,4}(?:\.\d{1,8})?"
+_AMOUNT = re.compile(  # 3万5千, and not 3千克
+    rf"(?<![\d.])(?:{_DIGITS}(?:百(?!分)|千(?![克米瓦焦赫卡帕升伏])|[万萬億亿])+)+(?:\d+(?![\d.]))?"
+)
+_STEP = re.compile(rf"({_DIGITS})([百千万萬億亿]*)")
+_KILO = re.compile(r"(?<=\d)千([克米])")
+_REWRITTEN = [
+    (re.compile(r"百分之\s*(\d+(?:\.\d+)?)"), r"\1%"),
+    (re.compile(r"(\d+)\s*(?:分[之の]|분의)\s*(\d+)"), r"\2/\1"),
+    (re.compile(r"(?:负|負|マイナス|零下)\s*(?=\d)"), "-"),
+    (re.compile(r"(?<=[\w)}\]$%])\s*、\s*"), ", "),
+    (re.compile(r"\s*(?:或者?|または|又は|もしくは|或いは|あるいは|또는)\s*(?=[-\dA-Za-z$\\(])"), " or "),
+    (re.compile(rf"(?<=[^\W{SIGN}]|[)}}\]$%])\s*(?:和|与|以及|及び?|と)\s*(?=[-\dA-Za-z$\\(])"), " and "),
+    (re.compile(r"(?<=\d)\s*(?:到|至|から)\s*(?=-?\d)"), " to "),
+]
+
+
+def readable(text: str) -> str:
+    """`text` with amounts, fractions, signs and what joins numbers as English has them: 3万5千 is 35000, 3分の1 1/3."""
+    if not _ANY.search(text):
+        return text
+    text = _KILO.sub(lambda found: r"\text{ km}" if found[1] == "米" else r"\text{ kg}", text)
+    text = _AMOUNT.sub(lambda found: _amount(found[0]), text)
+    for pattern, form in _REWRITTEN:
+        text = pattern.sub(form, text)
+    return text
+
+
+def _amount(text: str) -> str:
+    total, below = Decimal(0), Decimal(0)  # 2千3百万: what stands before 万 is multiplied as a whole
+    for digits, signs in _STEP.findall(text):
+        value = Decimal(digits.replace(",", ""))
+        for sign in signs:
+            if _POWERS[sign] < 10**4:
+                value *= _POWERS[sign]
+            else:
+                total, below, value = total + (below + value) * _POWERS[sign], Decimal(0), Decimal(0)
+        below += value
+    whole = total + below
+    return str(int(whole)) if whole == int(whole) else str(whole)
