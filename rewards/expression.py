@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache, reduce
 
@@ -129,7 +130,11 @@ class _Parser:
         left = self.product()
         while kind := self.take("+", "-", "pm", "mp"):
             right = self.product()
-            left = Node("minus" if right.op == "set" else {"+": "add", "-": "sub"}.get(kind, kind), (left, right))
+            operator = "minus" if right.op == "set" else {"+": "add", "-": "sub"}.get(kind, kind)
+            if right.op == "unit":  # of the whole sum
+                left = replace(right, args=(Node(operator, (left, right.args[0])),))
+            else:
+                left = Node(operator, (left, right))
         return left
 
     def product(self) -> Node:
