@@ -39,12 +39,18 @@ def anonymous_mib(pid: int) -> float:
     return int(next(line for line in lines if line.startswith("Anonymous:")).split()[1]) / 1024
 
 
+def in_ram(pid: int) -> list[str]:
+    """What the engine has in the RAM file system, versions without their numbers."""
+    openmp = [path.name for path in ram_directory().glob(f"*_{pid}_*")]
+    return sorted(openmp + [path.name.rpartition("-v")[0] or path.name for path in adapter_directory(pid).rglob("*")])
+
+
 @pytest.mark.parametrize("count", [200, pytest.param(1000, marks=pytest.mark.slow)])
 def test_swaps_leave_nothing_behind(config: Callable[..., Config], tmp_path: Path, count: int) -> None:
     base = str(tmp_path)
-    tiny_model("llama", hidden_size=512, intermediate_size=4096).save_pretrained(base)  # about 0.1 MB a version
+    tiny_model("llama", hidden_size=512, intermediate_size=4096).save_pretrained(base)  # of rank 8, 1 MB a version
     save_words(base)
-    small = config(sampling={"max_tokens": 8, "max_prompt_tokens": 40})
+    small = config(sampling={"max_tokens": 8, "max_prompt_tokens": 40}, learner={"rank": 8})
     task = replace(load_task(small), base=base)
     learner = Learner(small, base, "run")
     prompts = [Prompt("", token_ids=tuple(range(start, start + 5))) for start in (5, 17, 40)]
@@ -61,7 +67,7 @@ def test_swaps_leave_nothing_behind(config: Callable[..., Config], tmp_path: Pat
                 assert version == adapter.version
             assert engine.stats().result().canary < 1e-4
             memory.append(anonymous_mib(pid))
-            shm.append(sorted(path.name.rpartition("-v")[0] or path.name for path in ram_directory().rglob("*")))
+            shm.append(in_ram(pid))
             if number == count:
                 break
             adapter = learner.resume(state)
@@ -72,5 +78,7 @@ def test_swaps_leave_nothing_behind(config: Callable[..., Config], tmp_path: Pat
         assert len(engine.loaded().result()) == 1
         assert [path.name for path in adapter_directory(pid).iterdir()] == [adapter.name]
     early, late = (sorted(part)[len(part) // 2] for part in (memory[count // 4 : count // 2], memory[-count // 4 :]))
-    assert late - early < count / 2 * len(adapter.weights) / 2**20 / 4  # MiB: a quarter of what was loaded between
+    # MiB: a quarter of what was loaded between. The process grows by some 5 once, whatever the versions' size: with
+    # versions of 0.1 MB that was above the bound in some runs
+    assert late - early < count / 2 * len(adapter.weights) / 2**20 / 4
     assert shm[-1] == shm[count // 4]
