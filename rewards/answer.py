@@ -38,6 +38,9 @@ _OTHER_MARK = re.compile(
     r"|(?:option|choice)\s+is)[\]】*_\s]*(?:应?(?:是|为)|は|은|는|est|es|ist|è|é|lautet)?\s*[\]】*_]*\s*:?[*_\s]*",
     re.IGNORECASE,
 )
+_EXPLAINED = re.compile(
+    r"([^\n]{1,60})\n[\s*_#]*(?:explanation|reasoning|justification|working|solution|steps)\b", re.IGNORECASE
+)
 _HINTS = ("espuest", "ntwort", "ispost", "espost", "ption is", "hoice is")
 _HAS_MARK = re.compile(r"####|nswer|NSWER|答|正解|답|</|<\\|")
 _TYPESETS = re.compile(
@@ -179,7 +182,7 @@ def _after_hashes(text: str) -> Answer | None:
         return None
     behind = text[at:].lstrip("#").strip()
     line = behind.partition("\n")[0].strip()
-    if HEADING.match(behind) or not re.match(r"[-+−$\\(\[{.\d*]", line) or len(line) > MAX_LENGTH:
+    if HEADING.match(behind) or not re.match(r"[*_]*[-+−$\\(\[{.\d]", line) or len(line) > MAX_LENGTH:
         return None
     return Answer(line)
 
@@ -217,6 +220,8 @@ def _unmarked(text: str) -> Answer | None:
     text = text.strip()
     if not text:
         return None
+    if (value := _EXPLAINED.match(text)) and is_formula(value[1]):
+        text = value[1]
     if is_formula(text) and not has_run_of_lines(text):
         return Answer(text, marked=False) if len(text) <= MAX_LENGTH else None
     text = without_asides(text).strip()

@@ -15,6 +15,7 @@ _CHECK = re.compile(
     r"|to\s+(?:double[- ]?)?(?:check|verify|confirm)\b"
     r"|(?:let(?:'s|’s|\s+us|\s+me)|(?:we|i|you)(?:\s+(?:can|will|could|now))|i'll|we'll)\s+(?:(?:also|now|quickly|then|just)\s+)*"
     r"(?:double[- ]?|cross[- ]?)?(?:check|verify|confirm)\b"
+    r"|as\s+a\s+(?:\w+\s+)?check\b|this\s+is\s+(?:right|correct)\s+(?:because|since|as)\b"
     rf"|proof\b(?=\s*[:.*\n])|验证|验算|检验|検算|확인){_SEARCH}",
     re.IGNORECASE,
 )
@@ -42,7 +43,7 @@ _NUMBERED = re.compile(  # of a heading: ### 3. Result, **Step 2: Solve**, Step 
     r"|[*_]+\d{1,2}[.:)][ \t]*(?=[*_]*[^\W\d_])|[#*_ \t]*(?:step|part|section)\s+\d{1,2}[ \t]*[.:)]?)",
     re.IGNORECASE | re.MULTILINE,
 )
-HEADING = re.compile(r"[*_]*(?:\(?\d{1,2}[.:)]\s*[*_]*\s*[^\W\d_]|\d{1,2}\s+[A-Z][a-z])")
+HEADING = re.compile(r"[*_]*(?:\(?\d{1,2}[.:)]\s*[*_]*\s*[^\W\d_]|\d{1,2}(?:\.\d{1,2})*[ \t]+[A-Z][a-z])")
 
 
 def without_asides(text: str) -> str:

@@ -9,9 +9,10 @@ from .exact import plain
 from .prose import MAX_LENGTH
 
 _LETTER = "[A-Jアイウエオ]"
-_ONE = rf"(?:[(\[]\s*{_LETTER}\s*[)\]]|{_LETTER}(?![\w'’^])[.):]?(?!\w))"
+_NO_WORD = r"(?![A-Za-z\d_'’^])(?!(?<=[アイウエオ])(?!です|だ|と|か)\w)"
+_ONE = rf"(?:[(\[]\s*{_LETTER}\s*[)\]]|{_LETTER}{_NO_WORD}(?:[.):](?!\w))?)"
 _AND = r"(?:\s*(?:[,;、&/和与及と]|或者?|か|または|\b(?:and|or)\b))*\s*(?:(?i:options?|choices?)\s+)?"
-_SOME = rf"(?:{_ONE}(?:{_AND}{_ONE})*|[A-H]{{2,8}}(?!\w))"
+_SOME = rf"(?:{_ONE}(?:{_AND}{_ONE})*|[A-H]{{2,8}}{_NO_WORD})"
 _TYPESETTING = re.compile(
     r"\\(?:text\w*|math(?:rm|bf|it|sf|tt|bb)|mbox|boxed|fbox|framebox|operatorname|bf|rm|left|right|displaystyle|q?quad)(?![a-zA-Z])"
     r"|\\[ ,;:!()\[\]]|[{}$*`\"~]"
@@ -28,7 +29,7 @@ _AFTER = re.compile(
     re.IGNORECASE,
 )
 _WITH_TEXT = re.compile(
-    rf"(?:[(\[]({_LETTER})[)\]]|({_LETTER})[.):、])(?=[\s\d\\])\s*(.+)|({_LETTER})\s+\(([^()]+)\)", re.DOTALL
+    rf"(?:[(\[]({_LETTER})[)\]]|({_LETTER})[.):、])(?=[\s\d\\])\s*(.+)|({_LETTER})\s+(?:\(([^()]+)\)|\d.*)", re.DOTALL
 )
 _AT_END = re.compile(rf"[^A-J]{{1,60}}\(\s*({_LETTER})\s*\)")
 _HEDGED = re.compile(  # in what stands behind a letter
@@ -39,13 +40,13 @@ _HEDGED = re.compile(  # in what stands behind a letter
 )
 _CHOSEN = re.compile(
     rf"""
-      (?:\b(?i:answers?|options?|choices?)\W{{0,2}}\s*(?i:is|are|:|=|(?:must|should|would|will|has\s+to)\s+be)\W{{0,3}}
+      (?:\b(?i:answers?|options?|choices?|one)\W{{0,2}}\s*(?i:is|are|:|=|(?:must|should|would|will|has\s+to)\s+be)\W{{0,3}}
         (?:(?i:therefore|thus|clearly|indeed|either|option|choice|statement|letter)s?\W{{1,2}})*
-      | \b(?i:choose|select|pick|chose|selected|going\s+with|go\s+with|is|to|with|matches|gives)\s+
+      | \b(?i:choose|select|pick|chose|selected|going\s+with|go\s+with|is|to|with|matches|gives|i\.e\.,?|namely)\s+
         (?:(?i:the|answer)\s+)?(?:(?i:option|choice|answer|letter)s?\s+)
       | \b(?i:choose|select|pick|chose|go\s+with)\s+
       | \b(?i:therefore|thus|hence|so)[\s,]+(?={_SOME}\s*(?:[.!\n]|\Z))
-      | (?:故选|应选|选择|选项|选|選択肢|答案|正解|答え|정답)[是为选:はが은\s】]*
+      | (?:故选|应选|选择|选项|选|選択肢|答案|正解|答え|정답|正确的|正しいの)[是为选:はが은\s】]*
       )(?P<named>{_SOME})
     | (?P<praised>{_SOME})
       (?:\s+(?i:is|are)\s+(?i:the\s+)?(?i:only\s+)?(?i:correct|right|best|answer)\b|\s*(?:选?项)?(?:是)?正确)
@@ -58,7 +59,7 @@ _DENIED = re.compile(
 _ANOTHER = re.compile(
     rf"[\s.,;(]*(?:(?i:or|maybe|perhaps|possibly|alternatively)\b|(?i:it|this)\s+(?i:could|might|may)\b|或|か)[^\n.]{{0,40}}?\b{_LETTER}\b"
 )
-_OPTION_LINE = re.compile(rf"^\W*{_LETTER}[.):]", re.MULTILINE)
+_OPTION_LINE = re.compile(rf"^\W*{_LETTER}(?:[.):]|\W*$)", re.MULTILINE)
 
 
 def same_choice(gold: str, found: Answer) -> bool | None:
@@ -89,7 +90,7 @@ def letters(text: str) -> str | None:
     if re.fullmatch(_SOME, bare):
         return _set(bare)
     if match := _WITH_TEXT.fullmatch(bare):
-        return "" if _HEDGED.match(match[3] or match[5]) else match[1] or match[2] or match[4]
+        return "" if _HEDGED.match(match[3] or match[5] or "-1") else match[1] or match[2] or match[4]
     if match := _AT_END.fullmatch(bare):
         return match[1]
     return "" if re.match(rf"{_ONE}[\s,.]*(?:\bor\b|/|或|か)", bare) else None
@@ -119,7 +120,7 @@ def _chosen(found: Answer) -> str | None:
         if not _DENIED.search(around, max(0, phrase.start() - 30), phrase.start()):
             return "" if _ANOTHER.match(around, phrase.end()) else letters(phrase["named"] or phrase["praised"])
     lines = around.strip().splitlines()
-    if not lines or found.marked or len(_OPTION_LINE.findall(around)) > 1:
+    if not lines or len(_OPTION_LINE.findall(around)) > 1:
         return None
     return letters(lines[-1])
 

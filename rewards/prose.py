@@ -37,6 +37,7 @@ _OTHER = re.compile(  # 7 apples or 8 apples; 7, maybe 8
     rf"(?:(?:\bor\b|或者?|または|か)\s*{_MAYBE}*|{_MAYBE}+)\W{{0,2}}{_VALUE}\s*(?P<other>[^\W\d_]+)?",
     re.IGNORECASE,
 )
+_REASONED = re.compile(r"([A-Za-z][A-Za-z' -]{0,60}?)(?:,?\s+(?:because|since)|,\s+as)\b")  # Tuesday, since 7 = 4 + 3
 _GOES_ON = r"(?:(?!\b(?:because|since|as|for|so|where)\b)[^=,;:])*="  # 16 ducks * 2 eggs = 32 eggs
 _CONTINUED = re.compile(rf"{_JOIN}[$\d\\(-]|\s*[*+^/=<>≤≥\\)\]}}|!]|\s*[a-zA-Z]\b|{_GOES_ON}")
 _CONTRAST = re.compile(  # "14, not 12", "14 rather than 12": what it is not says nothing of what it is
@@ -46,7 +47,8 @@ _CONTRAST = re.compile(  # "14, not 12", "14 rather than 12": what it is not say
     re.IGNORECASE,
 )
 _REMARK = re.compile(  # in parentheses, behind the answer
-    r"[ ]?\((?:check|verif|note|since|because|as|which|where|and\s+not|not|confirm)\b[^()]*\)", re.IGNORECASE
+    r"[ ]?[(\[](?:\d+\s+(?:marks?|points?|pts)|check|verif|note|since|because|as|which|where|and\s+not|not|confirm)\b[^()\[\]]*[)\]]",
+    re.IGNORECASE,
 )
 _RELATION = re.compile(r"[A-Za-z]\s*(?:<=|>=|\\[lg]eq?(?:slant)?|\\[lg]t|\\neq?|!=|<|>|≤|≥)\s*" + _VALUE)
 _KNOWN = frozenset(["and", "pct", "percent", "percentage", "infinity", "inf", "union", "nan", "NaN", "array", "Matrix"])
@@ -81,6 +83,8 @@ def statement(text: str) -> str | None:
 
 
 def _value(sentence: str) -> str | None:
+    if reasoned := _REASONED.match(sentence):
+        return reasoned[1]
     head = _NUMBER.match(sentence)
     rest = sentence[head.end() :] if head else ""
     if head and (not rest.strip() or re.match(r"\s+[a-z]+(?:\s[a-z]+)?\Z", rest)):
