@@ -31,9 +31,9 @@ _AFTER = re.compile(
 _WITH_TEXT = re.compile(
     rf"(?:[(\[]({_LETTER})[)\]]|({_LETTER})[.):、])(?=[\s\d\\])\s*(.+)|({_LETTER})\s+(?:\(([^()]+)\)|\d.*)", re.DOTALL
 )
-_AT_END = re.compile(rf"[^A-J]{{1,60}}\(\s*({_LETTER})\s*\)")
+_AT_END = re.compile(rf"[^A-J=\\^_]{{1,60}}\s\(\s*({_LETTER})\s*\)")
 _HEDGED = re.compile(  # in what stands behind a letter
-    rf"\W*(?:(?i:or|and)\b|或|か)|[/&,]\s*{_LETTER}|.*(?:\b{_LETTER}[.):](?:\s|\Z)|[(\[]{_LETTER}[)\]])"
+    rf"\W*(?:(?i:or|and|but|(?:is|are)\s+(?:not|wrong|incorrect|false))\b|或|か)|[/&,]\s*{_LETTER}|.*(?:\b{_LETTER}[.):](?:\s|\Z)|[(\[]{_LETTER}[)\]])"
     rf"|.*\b(?i:maybe|perhaps|possibly|alternatively|could|might|not\s+sure|or\s+(?:option|choice))\b.*\b{_LETTER}\b"
     rf"|(?:{_LETTER}\b|\b(?i:and|or)\b|\W)*\Z",
     re.DOTALL,
@@ -115,7 +115,7 @@ def _chosen(found: Answer) -> str | None:
     text = " and ".join(found.boxes) if found.boxes else found.text
     if (own := letters(text)) is not None:
         return own
-    around = _bare(found.around)
+    around = _bare(found.around[-2 * MAX_LENGTH :])
     for phrase in reversed(list(_CHOSEN.finditer(around))):
         if not _DENIED.search(around, max(0, phrase.start() - 30), phrase.start()):
             return "" if _ANOTHER.match(around, phrase.end()) else letters(phrase["named"] or phrase["praised"])

@@ -35,8 +35,8 @@ MEMBERS = [
 ]  # fmt: skip
 _TRIGONOMETRIC = {"sin": "cos", "cos": "sin", "tan": "cot", "ln": "log", "log": "ln"}
 _PIECES = (
-    *r"^ _ { } ( ) [ ] \frac \text{ \} \{ | ! !! ^\circ \mathbb{R} \in \ne = < \le \cup \setminus \{x| \pm & \\".split(),
-    *r"\begin{cases} \end{cases} \sqrt \overline \dot 0. C_n^3 <sup> </sup> &lt; \SI{ \num{ % \boxed{ if or , ;".split(),
+    *r"^ _ { } ( ) [ ] \frac \text{ \} \{ | ! !! ^\circ \mathbb{R} \in \ne = < \le \cup \setminus \{x| \pm &".split(),
+    *r"\begin{cases} \end{cases} \sqrt \overline \dot 0. C_n^3 <sup> </sup> &lt; \SI{ \num{ % \boxed{ if , ;".split(),
     *r"1e999 {}_ f( f^{-1}( C( Union( Interval( I* \tanh \operatorname{ \left \right. \infty - + / * ** \binom".split(),
     *r"x n \pi e^ i \forall \lfloor \rceil \sum_{ \int \lim_ \cdot \log_ ' _{ \mathrm{".split(),
     "9" * 60, "\x00", "\u200b", "\u00b2", "\u00bd", "\u0661", "\u4e07", "\u5143", "\u2030",
@@ -47,7 +47,10 @@ def changes(gold: str) -> Iterator[tuple[str, str]]:
     """A kind and a text for each change of a gold, all of another value."""
     zero = _ZERO.fullmatch(gold) is not None
     one = gold in _SAME_WHERE_ONE or zero or re.search(r"_|001|matrix", gold) is not None
-    is_statement = re.search(r"[=<>]|\\[lg]eq?|\\in(?![a-z])|\\approx|\\text\{\s*or", gold) is not None
+    if re.fullmatch(r"(?:\\text\{)?\(?(?:\\text\{)?[A-J]\}?\)?\}?", gold):
+        yield from _choices(gold)
+        return
+    is_statement = re.search(r"[=<>:]|\\[lg]eq?|\\in(?![a-z])|\\approx|\\text\{\s*or", gold) is not None
     is_set = bool(
         is_statement or re.search(r"[\[\]]|infty|\\cup|\{|mathbb", gold.replace("\\frac{", "").replace("^{", ""))
     )
@@ -68,6 +71,14 @@ def changes(gold: str) -> Iterator[tuple[str, str]]:
     for old, new in _TRIGONOMETRIC.items():
         if rf"\{old}" in gold and not re.search(r"^-?\d|45", gold):
             yield "function", gold.replace(rf"\{old}", rf"\{new}")
+
+
+def _choices(gold: str) -> Iterator[tuple[str, str]]:
+    """Of a multiple choice: any text may stand behind its letter."""
+    for template in [*LEFT_SIDES, *LEFT_SIDES_UNLESS_ONE, r"\ln({})", r"e^{{{}}}", "2({})", r"\sqrt{{{}}}"]:
+        yield f"choice {template}", template.format(gold)
+    for words in ("is wrong", "but not always", "or 1234", "is not it", "or (J)", "and (I)"):
+        yield f"choice {words}", rf"{gold}\text{{ {words}}}"
 
 
 def _digits(gold: str) -> Iterator[tuple[str, str]]:
