@@ -34,14 +34,14 @@ _NO_MARK = re.compile(  # before "answer": a check of it, or another
     re.IGNORECASE,
 )
 _OTHER_MARK = re.compile(
-    r"(?:答案|答え|正解|정답|réponse|respuesta|risposta|resposta|antwort|ответ|الجواب|(?:(?<![\w])|(?<=[故解]))[答답](?=[\]】*_\s]*[:\]】])"
-    r"|(?:option|choice)\s+is)[\]】*_\s]*(?:应?(?:是|为)|は|은|는|est|es|ist|è|é|lautet)?\s*[\]】*_]*\s*:?[*_\s]*",
+    r"(?:答案|答え|正解|정답|réponse|respuesta|risposta|resposta|antwort|ответ|الجواب(?:\s+هو)?|उत्तर|(?:(?<![\w])|(?<=[故解]))[答답](?=[\]】*_\s]*[:\]】])"
+    r"|(?:option|choice)\s+is|inal\s+result\b)[\]】*_\s]*(?:应?(?:是|为)|は|은|는|est|es|ist|è|é|lautet)?\s*[\]】*_]*\s*:?[*_\s]*",
     re.IGNORECASE,
 )
 _EXPLAINED = re.compile(
     r"([^\n]{1,60})\n[\s*_#]*(?:explanation|reasoning|justification|working|solution|steps)\b", re.IGNORECASE
 )
-_HINTS = ("espuest", "ntwort", "ispost", "espost", "ption is", "hoice is")
+_HINTS = ("espuest", "ntwort", "ispost", "espost", "ption is", "hoice is", "inal result", "inal Result")
 _HAS_MARK = re.compile(r"####|nswer|NSWER|答|正解|답|</|<\\|")
 _TYPESETS = re.compile(
     r"\\(?:boxed|fbox|framebox|text\w*|math\w*|mbox|left|right|displaystyle|q?quad|operatorname|[,;:! ()\[\]])"
@@ -72,7 +72,8 @@ def find_answer(completion: str) -> Answer | None:
     text = said(completion)
     last = max(text.rfind("\\boxed"), text.rfind("\\fbox"), text.rfind("\\framebox"))
     if last >= 0:
-        return _final(text[last:]) or _boxed(text, last)
+        boxed = _boxed(text, last)
+        return _final(boxed.around if boxed else text[last:]) or boxed
     text = plain(text[-_TAIL:])
     found = _after_hashes(text) or _announced(text) or _unmarked(text)
     return found and found._replace(around=text)
@@ -135,9 +136,7 @@ def _boxed(text: str, at: int, gold: bool = False) -> Answer | None:
         boxes = boxes[:1]
     boxes = [plain(box) for box in boxes]
     percent = re.match(r"\s*\$?\s*(?:\\?%|(?:\\text\{)?\s*(?:percent|pct)\b)", text[end : end + 30])
-    return Answer(
-        boxes[-1], True, tuple(boxes) if len(boxes) > 1 else (), percent is not None, text[end : end + MAX_LENGTH]
-    )
+    return Answer(boxes[-1], True, tuple(boxes) if len(boxes) > 1 else (), percent is not None, text[end:])
 
 
 def _joined(between: str, gold: bool) -> bool:
@@ -190,7 +189,8 @@ def _after_hashes(text: str) -> Answer | None:
 def _announced(text: str) -> Answer | None:
     """What "answer is", "Answer:", a heading or "A:" announce, the last of them that announces a value."""
     for place in sorted(_marks(text), reverse=True):
-        if (found := statement(text[place : place + MAX_LENGTH])) is not None:
+        start = place + (text[place - 1 : place + 1] in ("=>", "->", "\n>"))
+        if (found := statement(text[start : start + MAX_LENGTH])) is not None:
             return Answer(found)
     return None
 

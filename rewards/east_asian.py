@@ -1,6 +1,7 @@
 """Numbers as Chinese, Japanese and Korean write them, in signs that everything else reads. Stdlib only."""
 
 import re
+from collections.abc import Callable
 from decimal import Decimal
 
 SIGN = "\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"  # kana, Han and Hangul, for a class of signs
@@ -11,10 +12,23 @@ _AMOUNT = re.compile(  # 3万5千, and not 3千克
     rf"(?<![\d.])(?:{_DIGITS}(?:百(?!分)|千(?![克米瓦焦赫卡帕升伏])|[万萬億亿])+)+(?:\d+(?![\d.]))?"
 )
 _STEP = re.compile(rf"({_DIGITS})([百千万萬億亿]*)")
+_HAN = str.maketrans({sign: str(place) for place, sign in enumerate("一二三四五六七八九十", 1)})
 _KILO = re.compile(r"(?<=\d)千([克米])")
-_REWRITTEN = [
+
+
+def _digit(found: re.Match[str]) -> str:
+    """Of 三分之二, whose other digits stay: 3分之2."""
+    return found[0].translate(_HAN)
+
+
+_REWRITTEN: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"百分之\s*(\d+(?:\.\d+)?)"), r"\1%"),
+    (
+        re.compile(r"([二三四五六七八九十])分[之の](?=[一二三四五六七八九\d])|(?<=分[之の])([一二三四五六七八九])"),
+        _digit,
+    ),
     (re.compile(r"(\d+)\s*(?:分[之の]|분의)\s*(\d+)"), r"\2/\1"),
+    (re.compile(rf"(?<=\d)\s*\(([{SIGN}]{{1,4}})\)"), r"\1"),  # 18(元)
     (re.compile(r"(?:负|負|マイナス|零下)\s*(?=\d)"), "-"),
     (re.compile(r"(?<=[\w)}\]$%])\s*、\s*"), ", "),
     (re.compile(r"\s*(?:或者?|または|又は|もしくは|或いは|あるいは|또는)\s*(?=[-\dA-Za-z$\\(])"), " or "),

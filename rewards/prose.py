@@ -16,30 +16,36 @@ _VALUE = (
     r"(?:[eE][-+]?\d+)?(?:\s?/\s?\d+|\s\d+/\d+)?(?:\s?\\?%|\s(?:percent|pct)\b)?"
 )
 _NUMBER = re.compile(rf"(?:(?<![\w\\.^{{])|(?<=[{SIGN}]))(?!0[xXbBoO][0-9a-fA-F]){_VALUE}")
-_MAYBE = r"(?:(?:maybe|possibly|perhaps|even|else|alternatively)\s+)"
-_JOIN = rf"\s*(?:,|;|/|\||-|–|\bor\b|\band\b|\bto\b|\s)\s*(?:or\b|and\b)?\s*{_MAYBE}?"
+_MAYBE = r"(?:(?:maybe|possibly|perhaps|even|else|alternatively|(?:it\s+)?(?:could|may|might)\s+(?:also\s+)?be)\s+)"
+_JOIN = rf"(?:\*\*)?\s*(?:,|;|&|/|\||-|–|\bor\b|\band\b|\bto\b|\s)\s*(?:or\b|and\b)?\s*{_MAYBE}?(?:\*\*)?"
 _NOT = re.compile(  # before a number that is not the answer, or not all of it
     r"(?:\b(?:not|never|neither|nor|except|but|without|(?:less|more|fewer|greater|larger|smaller|higher|lower|other)\s+than"
     r"|at\s+(?:least|most)|up\s+to|below|beyond|minus|negative|half(?:\s+of)?|twice|thrice|double|triple|root\s+of"
     r"|page|step|question|problem|exercise|equation|eq|section|chapter|figure|fig|table|line|case|part|theorem|lemma"
     r"|return|lambda[^:]{0,9}:|echo)|n't|\b(?:wrong|incorrect)\b[^.\n]{0,20}|[^\W\d]{2,}\s*\(\s*[\"']?"
-    r"|(?:不是|不等于|不为|并非|至少|至多|最多|最少|超过|不到|少于|多于|大于|小于|第|以外|最大で|最低|少なくとも|ではなく))\s*\.?\s*"
+    r"|(?:不是|不等于|不为|并非|至少|至多|最多|最少|超过|不到|少于|多于|大于|小于|第|以外|根号|ルート|√|最大で|最低|少なくとも|ではなく))\s*\.?\s*"
     r"(?:be\s+|equal\s+(?:to\s+)?|simply\s+|just\s+|exactly\s+)?(?:有|为|是)?[$(\\\s]*\Z",
     re.IGNORECASE,
 )
 _CHANGED = re.compile(  # behind a number: it is a bound, or another number
-    r"\s*[^\W\d_]{0,2}?(?:以上|以下|以内|以外|未満|未满|ではな|じゃな|不是|不对)|\s*[多余几]|\s*(?:[a-z]+\s+)?\bor\s+"
+    r"\s*[^\W\d_]{0,2}?(?:以上|以下|以内|以外|未満|未满|ではな|じゃな|不是|不对|多(?!少))|\s*(?:[余几割折成半]|的?倍数|分之)"
+    r"|\s*(?:平方|立方)(?![厘米分千公毫cmk])|\s*の\d乗|\s*点\d|\s*(?:[a-z]+\s+)?\bor\s+"
     rf"(?:more|less|fewer|greater|above|below|over|under|higher|lower|larger|smaller)\b|{CHANGE.pattern}",
     re.IGNORECASE,
 )
 _OTHER = re.compile(  # 7 apples or 8 apples; 7, maybe 8
     r"\s*(?P<unit>[^\W\d_]+(?:\s+(?!or\b)[^\W\d_]+){0,2}?)??\s*[,(?]*\s*"
-    rf"(?:(?:\bor\b|或者?|または|か)\s*{_MAYBE}*|{_MAYBE}+)\W{{0,2}}{_VALUE}\s*(?P<other>[^\W\d_]+)?",
+    rf"(?:(?:\bor\b|或者?|または|か|也?可能是?|也许是?|\?)\s*{_MAYBE}*|{_MAYBE}+)\W{{0,2}}{_VALUE}\s*(?P<other>[^\W\d_]+)?",
     re.IGNORECASE,
 )
-_REASONED = re.compile(r"([A-Za-z][A-Za-z' -]{0,60}?)(?:,?\s+(?:because|since)|,\s+as)\b")  # Tuesday, since 7 = 4 + 3
+_REASONED = re.compile(  # Tuesday, since 7 = 4 + 3
+    r"([A-Za-z][A-Za-z' -]{0,60}?)(?:,?\s+(?:because|since)|,\s+as)\b"
+)
+_MATHS_JOIN = re.compile(rf"\s*(?:,|or|and|;)*\s*(?:or|and)?\s*{_MAYBE}?")
+_REASON = re.compile(r",?\s+(?:as|which|so|where|because|since|with|for)\b")
 _GOES_ON = r"(?:(?!\b(?:because|since|as|for|so|where)\b)[^=,;:])*="  # 16 ducks * 2 eggs = 32 eggs
-_CONTINUED = re.compile(rf"{_JOIN}[$\d\\(-]|\s*[*+^/=<>≤≥\\)\]}}|!]|\s*[a-zA-Z]\b|{_GOES_ON}")
+_CONTINUED = re.compile(rf"{_JOIN}[$\d\\(-]|\s*[*+^/=<>≤≥\\)\]}}|!&πi√]|\s*:\s*\d|\s*[a-zA-Z]\b|{_GOES_ON}")
+_COMPARED = re.compile(r"\s*(?:(?:more|less|fewer|greater|smaller|larger|higher|lower)\s+than|choose)\b")
 _CONTRAST = re.compile(  # "14, not 12", "14 rather than 12": what it is not says nothing of what it is
     rf"(?:[,;(]\s*(?:and\s+|but\s+)?not|\brather\s+than|\binstead\s+of)\s+{_VALUE}(?![\w/])\)?"
     rf"|,\s+who\s+[a-z]+\s+(?:only\s+)?{_VALUE}"  # 2 more than Ann, who has 24
@@ -47,18 +53,21 @@ _CONTRAST = re.compile(  # "14, not 12", "14 rather than 12": what it is not say
     re.IGNORECASE,
 )
 _REMARK = re.compile(  # in parentheses, behind the answer
-    r"[ ]?[(\[](?:\d+\s+(?:marks?|points?|pts)|check|verif|note|since|because|as|which|where|and\s+not|not|confirm)\b[^()\[\]]*[)\]]",
+    r"[ ]?[(\[](?:\d+\s+(?:marks?|points?|pts)|check|verif|note|since|because|as|which|where|and\s+not|not|confirm)\b"
+    r"[^()\[\]]*[)\]]",
     re.IGNORECASE,
 )
 _RELATION = re.compile(r"[A-Za-z]\s*(?:<=|>=|\\[lg]eq?(?:slant)?|\\[lg]t|\\neq?|!=|<|>|≤|≥)\s*" + _VALUE)
 _KNOWN = frozenset(["and", "pct", "percent", "percentage", "infinity", "inf", "union", "nan", "NaN", "array", "Matrix"])
 _RUN_OF_LINES = re.compile(r"\d\s*\n\s*[-+\d]")
-_SENTENCE = re.compile(rf"[.!?](?=\s|\Z|[{SIGN}])(?!\s*\d)|。|\n|\[/|\[\[")
+_SENTENCE = re.compile(rf"[.!?](?=\s|\Z|[{SIGN}])(?!\s*\d)|。|\n|\[/[A-Za-z]|\[\[ ?#")
 _HEDGE = re.compile(  # of the next sentence, or letter
-    r"[.!?\s]*(?:(?i:or|and|maybe|perhaps|possibly|alternatively)\b[\s,]*(?i:maybe|possibly|perhaps|else|even|option)?\W{0,3}(?:\d|[A-J]\b)"
+    r"[.!?\s]*(?:(?i:or|and|maybe|perhaps|possibly|alternatively)\b[\s,]*"
+    r"(?i:maybe|possibly|perhaps|else|even|option)?\W{0,3}(?:\d|[A-J]\b)"
     r"|(?i:it|this)\s+(?i:could|might|may)\s+(?i:also\s+)?(?i:be)\s+(?i:option\s+)?\W{0,3}(?:\d|[A-J]\b)"
-    r"|\(?[A-J]\)?[.):]*\s*(?:\n|\Z))"
+    r"|\(?[A-J]\)?[.):]*\s*(?:\n|\Z))|[.!?]?[ \t]*\n[ \t]*\$?-?\d+(?:\.\d+)?[ \t]*(?:\n|\Z)"
 )
+_ARROW = re.compile(r"\A[\s*_]*(?:[-=]+>|→)")
 _JUDGED = re.compile(  # "the answer is correct since 12/3 = 4" says no answer
     r"(?:indeed\s+|also\s+)?(?:correct|right|wrong|incorrect|verified|confirmed|consistent|reasonable|valid|unique|plausible)\b\W*\w",
     re.IGNORECASE,
@@ -67,7 +76,7 @@ _JUDGED = re.compile(  # "the answer is correct since 12/3 = 4" says no answer
 
 def statement(text: str) -> str | None:
     """The value in what follows a marker: the whole of a short statement, or the value that it begins or ends with."""
-    text = _REMARK.sub("", text.lstrip("*_ \t\n\"'`>=→-" if re.match(r"[\s*_]*(?:[-=]*>|→)", text) else "*_ \t\n\"'`"))
+    text = _REMARK.sub("", _ARROW.sub("", text).lstrip("*_ \t\n\"'`}"))
     if re.match(r"not\b|n't|不|并非", text) or _JUDGED.match(text):
         return None
     if text.startswith(("$$", "\\[")):
@@ -77,6 +86,7 @@ def statement(text: str) -> str | None:
     if end and (more := _HEDGE.match(text, end.start())):
         return text[: more.end()].strip()
     sentence = (text[: end.start()] if end else text).strip(" \t*_`\"'")
+    sentence = re.sub(r"(?<=\d)\*\*(?=[\s.,]|\Z)", "", sentence)
     if sentence.count("}") > sentence.count("{"):  # of JSON
         sentence = sentence.rstrip("}").rstrip(" \"'")
     return _value(sentence) if sentence else None
@@ -93,12 +103,17 @@ def _value(sentence: str) -> str | None:
     if math and not re.match(_JOIN + r"[$\d\\]", sentence[math.end() :]):
         behind = sentence[math.end() :].strip()
         return math[0] + (" " + behind if re.match(r"\\?%|percent|pct", behind) else "")
-    if math or (head and _is_doubtful(rest)):
+    if head and (_is_doubtful(rest) or _COMPARED.match(rest)):
+        return sentence if sentence.isascii() else ""
+    if math:
         return sentence
     if head and not _CONTINUED.match(rest) and not ((word := re.match("[A-Za-z]{1,3}", rest)) and not is_unit(word[0])):
         return head[0] + _times(rest)
     if re.match(r"[-+(\[{\\]", sentence):
         return sentence
+    reason = _REASON.search(sentence)
+    if reason and is_formula(sentence[: reason.start()]):
+        return sentence[: reason.start()]
     if is_formula(sentence) or not re.search(r"[\d$\\]", sentence):
         return sentence if len(sentence) <= 200 else None
     return last_value(sentence) or (sentence if len(sentence) <= 200 else None)
@@ -157,7 +172,7 @@ def last_value(text: str) -> str | None:
         return None
     start = maths[-1].start()
     for before in reversed(maths[:-1]):
-        if not re.fullmatch(r"\s*(?:,|or|and|;)*\s*(?:or|and)?\s*", text[before.end() : start]):
+        if not _MATHS_JOIN.fullmatch(text, before.end(), start):
             break
         start = before.start()
     percent = re.match(r"\s*(?:\\?%|percent\b|pct\b)", text[covered:])
@@ -175,4 +190,4 @@ def _last_number(text: str, numbers: list[re.Match[str]]) -> str | None:
         start = before.start()
     if _NOT.search(text[:start][-30:]) or _CHANGED.match(text, last.end()):
         return None
-    return re.sub(r"\s*\n\s*", ", ", text[start : last.end()] + _times(text[last.end() :]))
+    return re.sub(r"\s*\n\s*", ", ", text[start : last.end()].replace("**", "") + _times(text[last.end() :]))

@@ -13,8 +13,10 @@ _END = re.compile(
 )
 _LEADING = re.compile(rf"\A(?:\s|{_END.pattern})*")
 _TAG = re.compile(
-    r"<\|?(?P<before>begin_of_)?(?P<name>(?:final[_ ]?)?answer|ans|final|solution|output|result)\|?>", re.IGNORECASE
+    r"<\|?(?P<before>begin_of_)?(?P<name>(?:final[_ ]?)?answer|ans|final|solution|output|result|response|boxed)\|?>",
+    re.IGNORECASE,
 )
+_OTHER_TAG = re.compile(r"</?[A-Za-z]\w{4,}>")  # <sup> and <b> are of the text
 _LONGEST = 300  # characters of a tag's text that is an answer and no solution
 
 
@@ -44,6 +46,7 @@ def _tagged(text: str) -> str:
             inner, behind = text[tag.end() : closed.start()], text[closed.end() :]
         if "ans" not in tag["name"].lower() and ("\\boxed" in behind or "answer" in behind.lower()):
             continue
+        inner = re.sub(r"(?<=\d)[ \t]*\n\s*(?=-?\d)", ", ", inner.strip())
         long = len(inner) > _LONGEST or "\\boxed" in inner or "####" in inner
-        return inner if long or "answer" in inner.lower() else f"answer: {inner.strip()}"
-    return text
+        return inner if long or "answer" in inner.lower() else f"answer: {inner}"
+    return _OTHER_TAG.sub("\n", text)
