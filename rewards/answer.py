@@ -23,7 +23,7 @@ _MARK = re.compile(
     re.IGNORECASE,
 )
 _HEADED = re.compile(  # "Answer" as a heading, "Answer - 42", "[ANSWER] 42"
-    r"(?:\A|\n)[#*_> \t\d.()]*(?:(?:the|my|final|correct)\s+)*answers?[*_\s]*?(?:[ \t]-[ \t]+|[*_# \t]*\n)"
+    r"(?:\A|\n)[#*_> \t\d.()]{0,20}(?:(?:the|my|final|correct)\s+)*answers?[*_\s]{0,9}?(?:[ \t]-[ \t]+|[*_# \t]{0,9}\n)"
     r"|\[\[?[#\s]*(?:final[ _])?answer[#\s]*\]\]?\s*:?",
     re.IGNORECASE,
 )

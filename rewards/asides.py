@@ -4,7 +4,7 @@
 
 import re
 
-_BEGIN = r"(?:\A|\n|(?<=[.!?。)✓✅])(?:\s|(?<=。)))[ \t#*_>-]*(?:(?:(?:step|part)\s*)?\d{1,2}\s*[.:)]\s*)?[*_]*"
+_BEGIN = r"(?:\A|\n|(?<=[.!?。)✓✅])(?:\s|(?<=。)))[ \t#*_>-]{0,12}(?:(?:(?:step|part)\s*)?\d{1,2}\s*[.:)]\s*)?[*_]{0,4}"
 _SEARCH = (  # for the answer, and no check of it
     r"(?!\s+(?:each|every|all|both|which|whether|if|for|small|when|cases|some|n\b|possib\w+"
     r"|the\s+(?:options?|cases?|possib\w+|candidates?|values?|choices|first|next|other|small\w*)))"
@@ -20,7 +20,7 @@ _CHECK = re.compile(
     re.IGNORECASE,
 )
 _GOES_ON = re.compile(  # behind a check: what is said next is no longer of it
-    r"(?:(?<=[.!?。✓)])\s+|\n)[ \t#*_>-]*(?:so|therefore|thus|hence|wait|no|now|next|then|finally|adding|"
+    r"(?:(?<=[.!?。✓)])\s+|\n)[ \t#*_>-]{0,12}(?:so|therefore|thus|hence|wait|no|now|next|then|finally|adding|"
     r"but|however|actually|"
     r"the\s+(?:final\s+)?(?:answer|total|result)|in\s+total|final|所以|因此|よって|したがって|그러므로)(?![a-z])[^\n.]*",
     re.IGNORECASE,
@@ -39,8 +39,8 @@ _RESULT = re.compile(r"=|\b(?:so|hence|thus|therefore|total|gives?|answer)\b", r
 _HEAD_WORDS = re.compile(r"(?:of\s+)?(?:the|our|my|answer|solution|result)\b")
 _BREAK = re.compile(r"\n\s*\n")
 _NUMBERED = re.compile(  # of a heading: ### 3. Result, **Step 2: Solve**, Step 4:
-    r"^[ \t]*(?:#{1,6}[ \t]*[*_]*(?:\d{1,2}[.:)][ \t]*(?=[*_]*[^\W\d_])|\d{1,2}[ \t]+(?=[A-Z][a-z]))"
-    r"|[*_]+\d{1,2}[.:)][ \t]*(?=[*_]*[^\W\d_])|[#*_ \t]*(?:step|part|section)\s+\d{1,2}[ \t]*[.:)]?)",
+    r"^[ \t]*(?:#{1,6}[ \t]{0,9}[*_]{0,4}(?:\d{1,2}[.:)][ \t]*(?=[*_]{0,4}[^\W\d_])|\d{1,2}[ \t]+(?=[A-Z][a-z]))"
+    r"|[*_]{1,4}\d{1,2}[.:)][ \t]*(?=[*_]{0,4}[^\W\d_])|[#*_ \t]{0,12}(?:step|part|section)\s+\d{1,2}[ \t]*[.:)]?)",
     re.IGNORECASE | re.MULTILINE,
 )
 HEADING = re.compile(r"[*_]*(?:\(?\d{1,2}[.:)]\s*[*_]*\s*[^\W\d_]|\d{1,2}(?:\.\d{1,2})*[ \t]+[A-Z][a-z])")

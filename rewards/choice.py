@@ -12,13 +12,13 @@ _LETTER = "[A-Jアイウエオ]"
 _NO_WORD = r"(?![A-Za-z\d_'’^])(?!(?<=[アイウエオ])(?!です|だ|と|か)\w)"
 _ONE = rf"(?:[(\[]\s*{_LETTER}\s*[)\]]|{_LETTER}{_NO_WORD}(?:[.):](?!\w))?)"
 _AND = r"(?:\s*(?:[,;、&/和与及と]|或者?|か|または|\b(?:and|or)\b))*\s*(?:(?i:options?|choices?)\s+)?"
-_SOME = rf"(?:{_ONE}(?:{_AND}{_ONE})*|[A-H]{{2,8}}{_NO_WORD})"
+_SOME = rf"(?:{_ONE}(?:{_AND}{_ONE}){{0,9}}|[A-H]{{2,8}}{_NO_WORD})"
 _TYPESETTING = re.compile(
     r"\\(?:text\w*|math(?:rm|bf|it|sf|tt|bb)|mbox|boxed|fbox|framebox|operatorname|bf|rm|left|right|displaystyle|q?quad)(?![a-zA-Z])"
     r"|\\[ ,;:!()\[\]]|[{}$*`\"~]"
 )
 _BEFORE = re.compile(
-    r"[^\w(\[]*(?:(?:so|thus|hence|therefore|the|my|our|final|correct|right|best|only|is|be|it|that|options?|choices?|"
+    r"[^\w(\[\-−+=<>/^]*(?:(?:so|thus|hence|therefore|the|my|our|final|correct|right|best|only|is|be|it|that|options?|choices?|"
     r"answers?|statements?)\b|综上|因此|所以|故|应|正确|最终|答案|选项|选择|选|正解|答え|選択肢|是|为|は|答|[\s,:【】])*"
     r"(?=[(\[]|[A-Jアイウエオ])",
     re.IGNORECASE,
