@@ -8,7 +8,7 @@ their text, in two processes. It writes the pairs that are paid although their t
 hand. The second makes some fifty changes of each gold of MATH train (`--every` n-th) that change its value
 (`tests/attacks.py`): sign, order, one member, a function around it, another left side, words behind it.
 
-Each prints its exceptions and what is paid, and as its last line a JSON object: `pairs`, `exceptions`, `timeouts`,
+Each prints its exceptions, its timeouts and what is paid, and as its last line a JSON object: `pairs`, `exceptions`, `timeouts`,
 `paid`, `seconds`.
 """
 
@@ -56,7 +56,7 @@ def main() -> None:
         for graded in pool.map(graded_chunk, chunks(pairs)):
             for (gold, prediction), status in graded:
                 counts[status.partition(":")[0]] += 1
-                if status.startswith("exception"):
+                if status.startswith(("exception", "timeout")):
                     print(status, repr(gold), repr(prediction))
                 elif status == "correct" and (options.structural or gold.strip() not in prediction):
                     paid.append((gold, prediction))
