@@ -43,6 +43,7 @@ from rlora.records import (
     StaleError,
 )
 from rlora.scratch import Scratch
+from rlora.storage import write_adapter
 
 _Result = TypeVar("_Result")
 
@@ -340,7 +341,7 @@ class Engine:
                 self._step()
         canary = adapter.canary if self.noise is None else None  # the first is asked at once, after the base's own
         base = self._ask(canary, None) if canary else []
-        path = self.scratch.write(adapter, 1 if self.held else self.slots)
+        path = self.scratch.write(adapter, 1 if self.held else self.slots, write_adapter)
         held = _Held(adapter, self._put(adapter, path))
         loaded = time.perf_counter()
         try:

@@ -8,6 +8,7 @@ import re
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,7 +27,9 @@ class Scratch:
         self.pid = pid
         self._held: dict[Path, tuple[Path, int]] = {}  # a directory and its lock, by where it is
 
-    def write(self, adapter: Adapter, versions: int = 1) -> Path:
+    def write(
+        self, adapter: Adapter, versions: int = 1, write: Callable[[Adapter, Path], Path] = write_adapter
+    ) -> Path:
         """Write an adapter where `versions` like it have room; returns its directory. Raises RloraError if none has."""
         size = versions * sum(map(len, adapter.files.values()))
         full = []
@@ -36,7 +39,7 @@ class Scratch:
             if free < size:
                 continue
             try:
-                return write_adapter(adapter, self._directory(place) / adapter.name)
+                return write(adapter, self._directory(place) / adapter.name)
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import adapter
 
-from rlora import machine, scratch
-from rlora.records import RloraError
+from rlora import machine
+from rlora.records import Adapter, RloraError
 from rlora.scratch import Scratch, remove_leftovers
 
 HOLD = """
@@ -102,19 +102,14 @@ def test_where_ram_has_no_room_disk_is_used(places: tuple[Path, Path], monkeypat
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_where_ram_fills_up_meanwhile_disk_is_used(
-    number: int, places: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def write(*arguments: object) -> Path:
-        directory = arguments[1]
-        assert isinstance(directory, Path)
+def test_where_ram_fills_up_meanwhile_disk_is_used(number: int, places: tuple[Path, Path]) -> None:
+    def write(_: Adapter, directory: Path) -> Path:
         if places[0] in directory.parents:
             raise OSError(number, os.strerror(number))
         return directory
 
-    monkeypatch.setattr(scratch, "write_adapter", write)
     held = Scratch(os.getpid())
-    assert places[1] in held.write(adapter(1)).parents
+    assert places[1] in held.write(adapter(1), write=write).parents
     held.close()
 
 
