@@ -180,10 +180,11 @@ def _after_hashes(text: str) -> Answer | None:
     if at < 0:
         return None
     behind = text[at:].lstrip("#").strip()
-    line = behind.partition("\n")[0].strip()
-    if HEADING.match(behind) or not re.match(r"[*_]*[-+−$\\(\[{.\d]", line) or len(line) > MAX_LENGTH:
+    line, _, more = behind.partition("\n")
+    if not line or HEADING.match(line) or len(line) > MAX_LENGTH or "nswer" in line:
         return None
-    return Answer(line)
+    begins = re.match(r"[*_]*[-+−$\\(\[{.\d]", line)  # a number or formula; words are a heading, but in the last line
+    return Answer(line.strip()) if begins or not more else None
 
 
 def _announced(text: str) -> Answer | None:

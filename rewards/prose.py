@@ -35,7 +35,7 @@ _CHANGED = re.compile(  # behind a number: it is a bound, or another number
 )
 _OTHER = re.compile(  # 7 apples or 8 apples; 7, maybe 8
     r"\s*(?P<unit>[^\W\d_]+(?:\s+(?!or\b)[^\W\d_]+){0,2}?)??\s*[,(?]*\s*"
-    rf"(?:(?:\bor\b|或者?|または|か|也?可能是?|也许是?|\?)\s*{_MAYBE}*|{_MAYBE}+)\W{{0,2}}{_VALUE}\s*(?P<other>[^\W\d_]+)?",
+    rf"(?:(?:\bor\b(?!,)|或者?|または|か|也?可能是?|也许是?|\?)\s*{_MAYBE}*|{_MAYBE}+)\W{{0,2}}{_VALUE}\s*(?P<other>[^\W\d_]+)?",
     re.IGNORECASE,
 )
 _REASONED = re.compile(  # Tuesday, since 7 = 4 + 3
@@ -44,7 +44,9 @@ _REASONED = re.compile(  # Tuesday, since 7 = 4 + 3
 _MATHS_JOIN = re.compile(rf"\s*(?:,|or|and|;)*\s*(?:or|and)?\s*{_MAYBE}?")
 _REASON = re.compile(r",?\s+(?:as|which|so|where|because|since|with|for)\b")
 _GOES_ON = r"(?:(?!\b(?:because|since|as|for|so|where)\b)[^=,;:])*="  # 16 ducks * 2 eggs = 32 eggs
-_CONTINUED = re.compile(rf"{_JOIN}[$\d\\(-]|\s*[*+^/=<>≤≥\\)\]}}|!&πi√]|\s*:\s*\d|\s*[a-zA-Z]\b|{_GOES_ON}")
+_CONTINUED = re.compile(
+    rf"{_JOIN}[$\d\\(-]|\s*[*+^/=<>≤≥\\(){{\]}}|!&πi√]|\s*:\s*\d|\s*[-−]?\s*[a-zA-Z]\b|[-−][a-zA-Z]|{_GOES_ON}"
+)
 _COMPARED = re.compile(r"\s*(?:(?:more|less|fewer|greater|smaller|larger|higher|lower)\s+than|choose)\b")
 _CONTRAST = re.compile(  # "14, not 12", "14 rather than 12": what it is not says nothing of what it is
     rf"(?:[,;(]\s*(?:and\s+|but\s+)?not|\brather\s+than|\binstead\s+of)\s+{_VALUE}(?![\w/])\)?"
@@ -82,7 +84,10 @@ def statement(text: str) -> str | None:
     if text.startswith(("$$", "\\[")):
         math = MATH.match(text)
         return (math[1] or math[3]).strip() if math else None
-    end = _SENTENCE.search(text)
+    ends = (
+        end for end in _SENTENCE.finditer(text) if text.count("{", 0, end.start()) <= text.count("}", 0, end.start())
+    )
+    end = next(ends, None)  # none is within braces
     if end and (more := _HEDGE.match(text, end.start())):
         return text[: more.end()].strip()
     sentence = (text[: end.start()] if end else text).strip(" \t*_`\"'")
@@ -121,8 +126,10 @@ def _value(sentence: str) -> str | None:
 
 def _is_doubtful(rest: str) -> bool:
     """Whether what is behind a number makes it a bound, or offers another: 7 or more, 7 apples or 8 apples."""
-    if _CHANGED.match(rest):
-        return True
+    return bool(_CHANGED.match(rest)) or _offers_another(rest)
+
+
+def _offers_another(rest: str) -> bool:
     other = _OTHER.match(rest)  # 90 minutes or 1.5 hours is one amount
     if other is None:
         return False
@@ -185,7 +192,9 @@ def _last_number(text: str, numbers: list[re.Match[str]]) -> str | None:
     last = numbers[-1]
     start = last.start()
     for before in reversed(numbers[:-1]):
-        if not (re.fullmatch(_JOIN, text[before.end() : start]) or _is_doubtful(text[before.end() : last.end() + 20])):
+        if not (
+            re.fullmatch(_JOIN, text[before.end() : start]) or _offers_another(text[before.end() : last.end() + 20])
+        ):
             break
         start = before.start()
     if _NOT.search(text[:start][-30:]) or _CHANGED.match(text, last.end()):
