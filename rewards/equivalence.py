@@ -17,7 +17,7 @@ from typing import Any
 from rlora.records import RloraError
 
 from .answer import Answer, find_answer, find_gold, is_empty
-from .choice import same_choice
+from .choice import option_text, same_choice
 from .decoration import bare
 from .exact import number, plain
 from .expression import read
@@ -29,7 +29,7 @@ from .units import unit
 from .values import draw_points, unknowns
 from .wording import clock_time, is_words, spelling, words
 
-_KEY = os.environ.get("RLORA_SEED", "")  # of the run: a run repeats itself
+_KEY = os.environ.get("RLORA_SEED", "")  # of the run, so that it repeats itself
 SECONDS = 2.0  # a pair; only on the main thread
 
 
@@ -40,7 +40,7 @@ class _OverrunError(BaseException):
 def math_answer(completion: str, answer: Any) -> str:
     """The reward function: the status of a completion, given the gold answer of its prompt."""
     if is_empty(answer):
-        raise RloraError(f"answer = {answer!r} is empty; name the column that holds the answers, or leave out such rows")
+        raise RloraError(f"answer = {answer!r} is empty; name the column that holds the answers, or drop such rows")
     return grade(answer, completion)
 
 
@@ -101,6 +101,8 @@ def _compare(wanted: Answer, found: Answer) -> str:
     text = found.text + (r"\%" if found.percent and ("%" in gold_text or "percent" in gold_text) else "")
     if (same := same_choice(gold_text, found)) is not None:
         return "correct" if same else "wrong"
+    if (behind := option_text(text)) and _compare(wanted, found._replace(text=behind)) == "correct":
+        return "correct"
     if words(gold_text) == words(text) and spelling(gold_text) == spelling(text):
         return "correct"
     if _same_word_lists(gold_text, text):

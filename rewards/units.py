@@ -47,7 +47,8 @@ _CHANGES = frozenset(  # of words behind a number: it is not that number, or not
 )
 _CONDITIONS = frozenset(  # likewise, where they belong to the number: in prose they may begin another phrase
     "at if iff when whenever where while given provided assuming for up upward upwards above below under over least "
-    "most than minimum maximum too base out half twice double triple thrice negative never neither nor percent percentage pct".split()
+    "most than minimum maximum too base out half twice double triple thrice negative never neither nor percent "
+    "percentage pct".split()
 )
 
 

@@ -52,6 +52,7 @@ class Setup:
     memory_mib: int = 2048  # that calls may take beside what the process has once all is loaded
     concurrency: int = 16  # calls of a coroutine function at once
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)  # variables set in it, never to be shown
+    seed: int = 0  # of the run, in the environment as RLORA_SEED: what is drawn from it repeats itself
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ def too_long(setup: Setup, deadline: float, name: str) -> str:
 
 def load_plugs(setup: Setup) -> list[Plug]:
     """The reward functions. Raises RloraError where one can't be loaded, or an argument is of none."""
-    plugs = [plug(spec, load("reward", spec), setup.style, setup.reward_args) for spec in setup.rewards]
+    agent = bool(setup.env)
+    plugs = [plug(spec, load("reward", spec), setup.style, setup.reward_args, agent) for spec in setup.rewards]
     for name in setup.reward_args:
         if not any(name in each.takes for each in plugs):
             raise RloraError(
@@ -268,6 +270,7 @@ def main() -> None:
     os.dup2(2, 1)  # what a user's function prints is no answer of ours
     setup: Setup = connection.recv()
     clock = _Clock(int(sys.argv[2]), setup.deadline)
+    os.environ["RLORA_SEED"] = str(setup.seed)
     if os.path.isdir(setup.directory):
         os.chdir(setup.directory)
     try:

@@ -102,6 +102,7 @@ def setup_of(config: Config, agent: bool) -> Setup:
         memory_mib=config.scoring.memory_mib,
         concurrency=config.scoring.concurrency,
         environment=_environment(config.scoring.environment),
+        seed=config.seed,
     )
 
 

@@ -3,8 +3,15 @@ is written around a value, what stands behind a number."""
 
 # ruff: noqa: E501 - one pair per line
 
+from contextlib import closing
+from typing import Any
+
 import pytest
+from conftest import case
+from rlora.rewards import values
 from rlora.rewards.equivalence import grade
+from rlora.rewards.isolation import Pool
+from rlora.rewards.worker import Setup
 
 RIGHT = r"""
     (x,y)=(2,1) | x=2, y=1
@@ -418,5 +425,19 @@ def test_no_polynomial_vanishes_where_unknowns_are_tried(degree: int) -> None:
     assert grade("x^2+1", rf"\boxed{{x^2+1+{vanishing}}}") == "wrong"
 
 
-def test_a_pair_is_tried_at_the_same_points_each_time() -> None:
-    assert len({grade("x^2+1", r"\boxed{1+x^2}") for _ in range(20)}) == 1
+def test_points_are_the_same_for_a_pair_and_a_seed_and_others_for_another_pair_or_seed() -> None:
+    def points(seed: int, prediction: str) -> str:
+        """What an unknown was worth when the pair was graded in a worker of a run of that seed."""
+        with closing(Pool(Setup((f"{__file__}:value_of_x",), seed=seed), 1)) as pool:
+            verdicts: Any = pool.do(case(prediction, answer="x^2+1")).result()
+        return str(verdicts[0][0].value)
+
+    one, other = r"\boxed{1+x^2}", r"\boxed{x^2+ 1}"
+    assert points(0, one) == points(0, one)
+    assert len({points(0, one), points(1, one), points(0, other)}) == 3
+
+
+def value_of_x(completion: str, answer: str) -> float:
+    """A reward function for the test above."""
+    assert grade(answer, completion) == "correct"
+    return float(values._random("x", 0))
