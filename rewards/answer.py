@@ -50,7 +50,7 @@ _TYPESETS = re.compile(
 _PUNCTUATION = " \t\r\n\v\f{}()[]$.,:;!?'\"`*_~#/|\\-"
 _A = re.compile(r"(?:\A|\n)[ \t]*(?:A:|Ans\s*[:.=])\s*")
 _BETWEEN = re.compile(
-    r"(?:[\s,;.$&]|\\[()\[\],;:! ]|\\q?quad|\\text(?:bf|rm)?\s*\{[^{}]*\}|\band\b|\bor\b|[A-Za-z]\w*\s*=)*\Z"
+    r"(?:[\s,;.$&]|\\[()\[\],;:! ]|\\q?quad|\\text(?:bf|rm)?\s*\{[^{}]*\}|\band\b|\bor\b|[和与、或]|[A-Za-z]\w*\s*=)*\Z"
 )
 
 

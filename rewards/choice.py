@@ -15,7 +15,7 @@ _AND = r"(?:\s*(?:[,;、&/和与及と]|或者?|か|または|\b(?:and|or)\b))*\
 _SOME = rf"(?:{_ONE}(?:{_AND}{_ONE}){{0,9}}|[A-H]{{2,8}}{_NO_WORD})"
 _TYPESETTING = re.compile(
     r"\\(?:text\w*|math(?:rm|bf|it|sf|tt|bb)|mbox|boxed|fbox|framebox|operatorname|bf|rm|left|right|displaystyle|q?quad)(?![a-zA-Z])"
-    r"|\\[ ,;:!()\[\]]|[{}$*`\"~]"
+    r"|\\[ ,;:!()\[\]]|[{}$*`\"~「」『』]"
 )
 _BEFORE = re.compile(
     r"[^\w(\[\-−+=<>/^]*(?:(?:so|thus|hence|therefore|the|my|our|final|correct|right|best|only|is|be|it|that|options?|choices?|"
@@ -29,7 +29,8 @@ _AFTER = re.compile(
     re.IGNORECASE,
 )
 _WITH_TEXT = re.compile(
-    rf"(?:[(\[]({_LETTER})[)\]]|({_LETTER})[.):、])(?=[\s\d\\])\s*(.+)|({_LETTER})\s+(?:\(([^()]+)\)|\d.*)", re.DOTALL
+    rf"(?:[(\[]({_LETTER})[)\]]|({_LETTER})[.):、])(?=[\s\d\\])\s*(.+)|({_LETTER})\s+(?:\(([^()A-J]+)\)|\d.*|-\s+[A-Za-z]{{3}}.*)",
+    re.DOTALL,
 )
 _AT_END = re.compile(rf"[^A-J=\\^_]{{1,60}}\s\(\s*({_LETTER})\s*\)")
 _HEDGED = re.compile(  # in what stands behind a letter
@@ -57,7 +58,15 @@ _DENIED = re.compile(
     r"(?:\b(?:not|nor|neither|never|if|whether|why|suppose|assume|unless)\b|n't|不|非)[^.\n]{0,20}\Z", re.IGNORECASE
 )
 _ANOTHER = re.compile(
-    rf"[\s.,;(]*(?:(?i:or|maybe|perhaps|possibly|alternatively)\b|(?i:it|this)\s+(?i:could|might|may)\b|或|か)[^\n.]{{0,40}}?\b{_LETTER}\b"
+    rf"[\s.,;(]*(?:[/|]|(?i:or|maybe|perhaps|possibly|alternatively)\b|(?i:it|this)\s+(?i:could|might|may)\b|或|か)[^\n.]{{0,40}}?\b{_LETTER}\b"
+)
+_LABELLED = re.compile(
+    r"(?:\(\d{1,2}\)\s*){2,}|(?i:statements?|conclusions?|propositions?|命题|结论)\s*\d{1,2}(?:[\s,]+(?:and\s+)?\d{1,2})*"
+)
+_OPTION = re.compile(  # \textbf{(C) } 42
+    r"\s*(?:\\(?:text\w*|math(?:rm|bf)|mbox)\s*\{\s*\(?[A-J][).:]\s*\}\s*|(?:\([A-J]\)|[A-J][.)])(?=[\s~]|\\[ ,;:!]))"
+    r"(?:[\s~]|\\[ ,;:!]|\\q?quad)*(.+)",
+    re.DOTALL,
 )
 _OPTION_LINE = re.compile(rf"^\W*{_LETTER}(?:[.):]|\W*$)", re.MULTILINE)
 
@@ -93,7 +102,13 @@ def letters(text: str) -> str | None:
         return "" if _HEDGED.match(match[3] or match[5] or "-1") else match[1] or match[2] or match[4]
     if match := _AT_END.fullmatch(bare):
         return match[1]
-    return "" if re.match(rf"{_ONE}[\s,.]*(?:\bor\b|/|或|か)", bare) else None
+    return "" if re.match(rf"{_ONE}[\s,.]*(?:\bor\b|[/|]|或|か|\({_LETTER}\b)", bare) else None
+
+
+def option_text(text: str) -> str | None:
+    """What stands behind the letter of an option: 42 of (C) 42; None without a letter, or with several."""
+    match = _OPTION.fullmatch(text)
+    return match[1] if match and letters(text) else None
 
 
 def _bare(text: str) -> str:
@@ -117,8 +132,13 @@ def _chosen(found: Answer) -> str | None:
         return own
     around = _bare(found.around[-2 * MAX_LENGTH :])
     for phrase in reversed(list(_CHOSEN.finditer(around))):
-        if not _DENIED.search(around, max(0, phrase.start() - 30), phrase.start()):
-            return "" if _ANOTHER.match(around, phrase.end()) else letters(phrase["named"] or phrase["praised"])
+        before = around[max(0, phrase.start() - 30) : phrase.start()]
+        if _ANOTHER.match(around, phrase.end()) or re.search(
+            r"(?i:\bor|\bmaybe|\bperhaps|\bpossibly|或|か)\s*\Z", before
+        ):
+            return ""
+        if not _DENIED.search(before):
+            return letters(phrase["named"] or phrase["praised"])
     lines = around.strip().splitlines()
     if not lines or len(_OPTION_LINE.findall(around)) > 1:
         return None
@@ -126,6 +146,5 @@ def _chosen(found: Answer) -> str | None:
 
 
 def _labels(text: str) -> list[str]:
-    """Of "(2)(3)", statements by their labels."""
-    match = re.fullmatch(r"\s*(?:\(\d{1,2}\)\s*){2,}", text)
-    return sorted(re.findall(r"\d+", text)) if match else []
+    """Of "(2)(3)" and "statements 2 and 3", these labels."""
+    return sorted(re.findall(r"\d+", text)) if _LABELLED.fullmatch(_bare(text).strip()) else []

@@ -62,7 +62,7 @@ _REMARK = re.compile(  # in parentheses, behind the answer
 _RELATION = re.compile(r"[A-Za-z]\s*(?:<=|>=|\\[lg]eq?(?:slant)?|\\[lg]t|\\neq?|!=|<|>|≤|≥)\s*" + _VALUE)
 _KNOWN = frozenset(["and", "pct", "percent", "percentage", "infinity", "inf", "union", "nan", "NaN", "array", "Matrix"])
 _RUN_OF_LINES = re.compile(r"\d\s*\n\s*[-+\d]")
-_SENTENCE = re.compile(rf"[.!?](?=\s|\Z|[{SIGN}])(?!\s*\d)|。|\n|\[/[A-Za-z]|\[\[ ?#")
+_SENTENCE = re.compile(rf"[.!?](?=\s|\Z|[{SIGN}])(?!\s*\d)|[。【]|\n|\[/[A-Za-z]|\[\[ ?#")
 _HEDGE = re.compile(  # of the next sentence, or letter
     r"[.!?\s]*(?:(?i:or|and|maybe|perhaps|possibly|alternatively)\b[\s,]*"
     r"(?i:maybe|possibly|perhaps|else|even|option)?\W{0,3}(?:\d|[A-J]\b)"
@@ -71,14 +71,14 @@ _HEDGE = re.compile(  # of the next sentence, or letter
 )
 _ARROW = re.compile(r"\A[\s*_]*(?:[-=]+>|→)")
 _JUDGED = re.compile(  # "the answer is correct since 12/3 = 4" says no answer
-    r"(?:indeed\s+|also\s+)?(?:correct|right|wrong|incorrect|verified|confirmed|consistent|reasonable|valid|unique|plausible)\b\W*\w",
+    r"(?:indeed\s+|also\s+)?(?:correct|right|wrong|incorrect|verified|confirmed|consistent|reasonable|valid|unique|plausible|sensible|accurate|sound|fine|okay|good)\b\W*\w",
     re.IGNORECASE,
 )
 
 
 def statement(text: str) -> str | None:
     """The value in what follows a marker: the whole of a short statement, or the value that it begins or ends with."""
-    text = _REMARK.sub("", _ARROW.sub("", text).lstrip("*_ \t\n\"'`}"))
+    text = _REMARK.sub("", _ARROW.sub("", text).lstrip("*_ \t\n\"'`}「"))
     if re.match(r"not\b|n't|不|并非", text) or _JUDGED.match(text):
         return None
     if text.startswith(("$$", "\\[")):
@@ -90,7 +90,7 @@ def statement(text: str) -> str | None:
     end = next(ends, None)  # none is within braces
     if end and (more := _HEDGE.match(text, end.start())):
         return text[: more.end()].strip()
-    sentence = (text[: end.start()] if end else text).strip(" \t*_`\"'")
+    sentence = (text[: end.start()] if end else text).strip(" \t*_`\"'」")
     sentence = re.sub(r"(?<=\d)\*\*(?=[\s.,]|\Z)", "", sentence)
     if sentence.count("}") > sentence.count("{"):  # of JSON
         sentence = sentence.rstrip("}").rstrip(" \"'")

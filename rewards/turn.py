@@ -49,4 +49,4 @@ def _tagged(text: str) -> str:
         inner = re.sub(r"(?<=\d)[ \t]*\n\s*(?=-?\d)", ", ", inner.strip())
         long = len(inner) > _LONGEST or "\\boxed" in inner or "####" in inner
         return inner if long or "answer" in inner.lower() else f"answer: {inner}"
-    return _OTHER_TAG.sub("\n", text)
+    return text if "\\boxed" in text else _OTHER_TAG.sub("\n", text)
