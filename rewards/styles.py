@@ -9,7 +9,13 @@
                 trainer_state; or completions and **kwargs
     verl        solution_str                               data_source, solution_str, ground_truth, extra_info
     verl-batch  solution_strs                              data_sources, ... as lists
-    openrlhf    queries                                    queries, prompts, labels as lists
+    openrlhf    queries                                    queries, prompts, labels as lists of one
+    verifiers   completion, read as messages; parser       completion and prompt as messages, answer, info, task,
+                                                           state, and the prompt's columns
+    verifiers-  completions or answers, infos, tasks, with each of these as a list, by its name in plural
+    group       completions read as lists of messages
+    areal       prompt_ids                                 prompt, completions (text), prompt_ids, completion_ids of one
+                                                           episode, and the prompt's columns
 
 What belongs to a prompt is `answer`, `prompt` (text or messages, as the env gave it), `prompt_text` (as the policy read
 it), `step` and `steps` of the run, and each of the prompt's columns by its name: one value, for a group too.
@@ -17,21 +23,28 @@ it), `step` and `steps` of the run, and each of the prompt's columns by its name
 TRL's trainer passes everything to every function, so its functions end in `**kwargs`. That tells `f(completions,
 answers, **kwargs)` (TRL's) from `f(completions, answers)` (ours). Where prompts are chat messages, they get messages;
 where they are plain strings, strings, unless the function reads the "content" of messages: rlora sends a plain string
-as a user's message, so both kinds are written for it. A parameter that is called like an answer, but is no column,
-gets the answer. Where TRL, verl and OpenRLHF get an answer that is a number, they get its text, as their data sets hold
-it.
+as a user's message, so both kinds are written for it. verifiers' functions have the names of ours and take messages
+where ours take text: `completion[-1]["content"]` in their source tells them.
+
+A parameter of a function of TRL's or AReaL's that is called like an answer, but is no column, gets the answer. Where
+functions of others get an answer that is a number, they get its text, as their data sets hold it.
 
 A function of ours returns for each episode a finite number, a bool, a status of `records.STATUSES`, None where it has
 nothing to say of it, or a dict with "score" (a number) or "status", whose other numbers are logged. The others return
-what they may where they come from. Whatever else they return or raise makes a Score of status "error".
+what they may where they come from; of TRL's NaN is None. Whatever else they return or raise makes a Score of status
+"error". What a function can't get here, such as a parser that verifiers' rubrics make, is refused when it is loaded.
 
-Sources: TRL, docs/source/grpo_trainer.md and GRPOTrainer._calculate_rewards; verl, docs/preparation/reward_function.rst
-and its reward managers `naive` and `batch`; OpenRLHF, examples/python/reward_func.py and math_reward_func.py.
+Sources: TRL, docs/source/grpo_trainer.md and GRPOTrainer._calculate_rewards; verl,
+docs/preparation/reward_function.rst, its reward managers `naive` and `batch`, and its reward loop; OpenRLHF,
+examples/python/reward_func.py and math_reward_func.py, and SingleTurnAgentExecutor, which gives lists of one;
+verifiers, docs/v0/environments.md and Rubric.score_objects; AReaL, docs/en/customization/reward.md and areal/reward.
 """
 
 import asyncio
+import dis
 import functools
 import inspect
+import json
 import math
 import numbers
 from collections import defaultdict
@@ -45,7 +58,11 @@ from typing import Any, Literal
 from rlora.plugin import where
 from rlora.records import STATUSES, Case, RloraError, Score
 
-Style = Literal["auto", "completion", "group", "trl", "verl", "verl-batch", "openrlhf"]
+from .source import takes_messages
+
+Style = Literal[
+    "auto", "completion", "group", "trl", "verl", "verl-batch", "openrlhf", "verifiers", "verifiers-group", "areal"
+]  # fmt: skip
 
 _ANSWERS = ("solution", "solutions", "ground_truth", "answer", "answers", "label", "labels", "target")
 _LONGEST = 200  # characters of what an exception says
@@ -93,15 +110,23 @@ class _Form:
     values: Mapping[str, Callable[[_Call], Any]]  # what there is by name; for strange names by position, in this order
     about: str
     one_at_a_time: bool = False
+    lists: bool = False  # of one, where it is called with one at a time
     columns: bool = False  # whether it gets the prompt's by name
     statuses: bool = False  # may return a status in place of a number
     dicts: bool = False  # or a dict
     nothing: bool = True  # or None
 
 
-def _prompt(call: _Call) -> Any:
+class _State(SimpleNamespace):
+    """An agent's episode, where TRL gives its environment: what `reply` has kept in `state` are its attributes."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"the episode's state has no {name!r}; let the env's reply keep it there")
+
+
+def _prompt(call: _Call, chat: bool = False) -> Any:
     text = call.case.prompt
-    if call.chat and isinstance(text, str):
+    if (chat or call.chat) and isinstance(text, str):
         return [{"role": "user", "content": text}]
     return text if isinstance(text, str) else [dict(turn) for turn in text]
 
@@ -147,8 +172,36 @@ def _ground_truth(call: _Call) -> Any:
     return _column(call, "ground_truth", _text_answer)
 
 
-def _extra_info(call: _Call) -> Any:
-    return _column(call, "extra_info", lambda call: deepcopy(dict(call.case.columns)))
+def _extra_infos(call: _Call) -> list[dict[str, Any]]:
+    """The column, or all columns, and what verl adds: how many turns there were, and rewards of tools (none here)."""
+    given = _column(call, "extra_info", lambda call: deepcopy(dict(call.case.columns)))
+    if not isinstance(given, Mapping | None):
+        raise _FaultError(f"needs extra_info, and the prompt's column is {_shown(given)}; let it be a dict")
+    turns = [1 + len(_messages(call.case, episode)) for episode in call.episodes]
+    return [{**deepcopy(given or {}), "num_turns": count, "rollout_reward_scores": {}} for count in turns]
+
+
+def _info(call: _Call) -> Any:
+    """verifiers' `info`, a dict that data sets hold as JSON too."""
+    given = _column(call, "info", lambda call: {})
+    try:
+        info = json.loads(given) if isinstance(given, str) else given or {}
+    except ValueError:
+        info = given
+    if not isinstance(info, Mapping):
+        raise _FaultError(f"needs info, and the prompt's column is {_shown(given)}; let it be a dict, or one as JSON")
+    return info
+
+
+def _task(call: _Call) -> Any:
+    return _column(call, "task", lambda call: "default")
+
+
+def _state(call: _Call, episode: int) -> dict[str, Any]:
+    """verifiers' `state`: what the env kept, and what the rollout is of."""
+    rollout = {"prompt": _prompt(call, chat=True), "completion": _messages(call.case, episode)}
+    rollout |= {"answer": _text_answer(call), "info": _info(call), "task": _task(call)}
+    return {**deepcopy(dict(call.case.states[episode])), **rollout}
 
 
 _OF_PROMPT: dict[str, Callable[[_Call], Any]] = {
@@ -192,7 +245,10 @@ _FORMS: dict[str, _Form] = {
             ),
             "completion_ids": _ids,
             "completions_ids": _ids,  # as TRL's documentation spelt it until 0.20
-            "trainer_state": lambda call: SimpleNamespace(global_step=call.case.step, max_steps=call.case.steps),
+            "trainer_state": lambda call: SimpleNamespace(
+                global_step=call.case.step, max_steps=call.case.steps, epoch=call.case.epoch
+            ),
+            "environments": lambda call: [_State(**deepcopy(dict(state))) for state in call.of(call.case.states)],
             "log_extra": lambda call: call.log_extra,
             "log_metric": lambda call: call.log_metric,
         },
@@ -204,7 +260,7 @@ _FORMS: dict[str, _Form] = {
             "data_source": _data_source,
             "solution_str": lambda call: _responses(call)[0],
             "ground_truth": _ground_truth,
-            "extra_info": _extra_info,
+            "extra_info": lambda call: _extra_infos(call)[0],
         },
         "verl's f(data_source, solution_str, ground_truth, extra_info) -> float | dict",
         one_at_a_time=True, dicts=True, nothing=False,
@@ -214,7 +270,7 @@ _FORMS: dict[str, _Form] = {
             "data_sources": lambda call: call.each(_data_source(call)),
             "solution_strs": _responses,
             "ground_truths": lambda call: [_ground_truth(call) for _ in call.episodes],
-            "extra_infos": lambda call: [_extra_info(call) for _ in call.episodes],
+            "extra_infos": _extra_infos,
         },
         "verl's f(data_sources, solution_strs, ground_truths, extra_infos) -> list",
         dicts=True, nothing=False,
@@ -226,8 +282,58 @@ _FORMS: dict[str, _Form] = {
             "labels": lambda call: [_text_answer(call) for _ in call.episodes],
         },
         "OpenRLHF's f(queries, prompts, labels) -> tensor | dict",
+        one_at_a_time=True, lists=True, nothing=False,
+    ),
+    "verifiers": _Form(
+        {
+            "completion": lambda call: _messages(call.case, call.only),
+            "answer": _text_answer,
+            "prompt": lambda call: _prompt(call, chat=True),
+            "info": _info,
+            "task": _task,
+            "state": lambda call: _state(call, call.only),
+        },
+        "verifiers' f(completion, answer, prompt, info, state) -> float, of messages",
+        one_at_a_time=True, columns=True, nothing=False,
+    ),
+    "verifiers-group": _Form(
+        {
+            "completions": lambda call: [_messages(call.case, episode) for episode in call.episodes],
+            "answers": lambda call: [_text_answer(call) for _ in call.episodes],
+            "prompts": lambda call: [_prompt(call, chat=True) for _ in call.episodes],
+            "infos": lambda call: [_info(call) for _ in call.episodes],
+            "tasks": lambda call: [_task(call) for _ in call.episodes],
+            "states": lambda call: [_state(call, episode) for episode in call.episodes],
+        },
+        "verifiers' f(completions, answers, prompts, infos, states) -> list[float], of lists of messages",
         nothing=False,
     ),
+    "areal": _Form(
+        {
+            "prompt": lambda call: call.case.prompt_text,
+            "completions": lambda call: _responses(call)[0],
+            "prompt_ids": lambda call: list(call.case.prompt_ids),
+            "completion_ids": lambda call: _ids(call)[0],
+        },
+        "AReaL's f(prompt, completions, prompt_ids, completion_ids, answer, **kwargs) -> float, of one completion",
+        one_at_a_time=True, columns=True, nothing=False,
+    ),
+}  # fmt: skip
+_LOAD = "load it in your file, and let the function take no such parameter or have a default for it"
+_NOT_HERE = {  # what others give, and rlora does not have: what to do
+    "trl": {"environments": "there are none without an agent, an env with reply(); give what it needs as a column"},
+    "verl": {
+        "reward_router_address": "rlora serves no reward model; give yours as reward_args.reward_router_address",
+        "reward_model_tokenizer": _LOAD,
+    },
+    "verifiers": {"parser": f"a rubric's parser is not known here; {_LOAD}", "judge": _LOAD, "judge_client": _LOAD},
+}
+_NOT_HERE |= {"verl-batch": _NOT_HERE["verl"], "verifiers-group": _NOT_HERE["verifiers"]}
+
+
+_TAKES = {  # what stands for a completion
+    "completion": "a string", "group": "a string", "areal": "a string",
+    "verifiers": "a list of messages", "verifiers-group": "a list of messages",
 }  # fmt: skip
 
 
@@ -262,12 +368,19 @@ class Plug:
     def names(self) -> frozenset[str]:
         """The names by which it asks for values: of parameters, and where it gets a mapping, of keys in its code.
 
-        What takes two values by position takes the answer second, whatever that is called.
+        What takes two values by position takes the answer second, whatever that is called. A parameter that the style
+        demands counts where the code uses it.
         """
         named = set(_parameters(self.function) or {}) | ({"answer"} if self.positional > 1 else set())
         code = _code(self.function)
-        looks_up = self.anything or not {"extra_info", "extra_infos"}.isdisjoint(named)
-        return frozenset(named | (_keys(code) if code and looks_up else set()))
+        if not code:
+            return frozenset(named)
+        if self.style not in ("completion", "group", "trl"):
+            named -= set(_FORMS[self.style].values) - _used(code)
+        if self.anything or not {"extra_info", "extra_infos", "info", "infos"}.isdisjoint(named):
+            codes = _codes(code, getattr(_bare(self.function), "__globals__", {}))
+            named |= {text for each in codes for text in each.co_consts if isinstance(text, str)}
+        return frozenset(named)
 
     def __call__(self, case: Case, episodes: Sequence[int]) -> list[Score]:
         """A Score for each of those episodes of the group, an "error" for those of a call that fails.
@@ -318,12 +431,14 @@ class Plug:
     def _columns(self, call: _Call) -> dict[str, Any]:
         given = call.case.columns
         names = [name for name in given if name in self.columns or (self.anything and name not in self.wanted)]
-        if self.style != "trl":
+        if self.style not in ("trl", "areal"):
             return {name: deepcopy(given[name]) for name in names}
         answers = [n for n in _ANSWERS if n not in given and (n in self.columns or (self.anything and n == "answer"))]
-        return {name: [deepcopy(given[name]) for _ in call.episodes] for name in names} | {
-            name: [_text_answer(call) for _ in call.episodes] for name in answers
-        }
+        lists = [
+            {name: deepcopy(given[name]) for name in names} | {name: _text_answer(call) for name in answers}
+            for _ in call.episodes
+        ]
+        return lists[0] if self.style == "areal" else {name: [each[name] for each in lists] for name in lists[0]}
 
     def _scores(self, result: Any, call: _Call) -> list[Score]:
         """Raises _FaultError where the result is not what a function of the style returns."""
@@ -331,7 +446,8 @@ class Plug:
         if self.style == "openrlhf" and isinstance(result, Mapping):
             logs = {"scores": result.get("scores"), **(result.get("extra_logs") or {})}
             result = result.get("rewards")
-        values = [result] if self.one_at_a_time else _listed(result, len(call.episodes))
+        alone = self.one_at_a_time and (not _FORMS[self.style].lists or _number(result) is not None)
+        values = [result] if alone else _listed(result, len(call.episodes))
         scores = [self._score(value) for value in values]
         for place, score in enumerate(scores):
             logged = call.logged(place) | _numbers({name: _at(value, place) for name, value in logs.items()})
@@ -347,6 +463,8 @@ class Plug:
         if isinstance(value, Mapping) and form.dicts:
             return self._score_of(value)
         number = _number(value)
+        if number is None and self.style == "trl" and _is_nan(value):
+            return Score()
         if number is None:
             may = [
                 *(["None"] if form.nothing else []),
@@ -374,22 +492,36 @@ class Plug:
         file, line = _defined(self.function)
         if isinstance(error, _FaultError):
             what = str(error)
+        elif isinstance(error, RloraError):  # it says what is wrong, and what to do
+            return Score("error", detail=f"{self.name}: {error}")
         else:
             file, line = where(error, file, self.spec.rpartition(":")[0]) or (file, line)
             what = f"raised {_said(error)}; mend it there"
+            if isinstance(error, MemoryError):
+                what += ", or raise scoring.memory_mib, which bounds a call"
             if self.style == "trl":
                 form = 'lists of messages (read completion[0]["content"])' if call.chat else "strings"
                 what += f" (its completions were {form})"
+            elif isinstance(error, TypeError | AttributeError) and self.style in _TAKES:
+                what += f" (its completion was {_TAKES[self.style]}; scoring.style names another form)"
         return Score("error", detail=f"{f'{file}:{line}' if file else self.spec}: {self.name} {what}")
 
 
-def plug(spec: str, function: Callable[..., Any], style: Style = "auto", args: Mapping[str, Any] | None = None) -> Plug:
+def plug(
+    spec: str,
+    function: Callable[..., Any],
+    style: Style = "auto",
+    args: Mapping[str, Any] | None = None,
+    agent: bool = False,
+) -> Plug:
     """The function that the config names `spec`, ready to be called.
 
     A class is made first, with those of `args` that its constructor takes. Where `style` is given and none of the
     function's parameters has a name of that style, it gets the style's values by position, as `lambda text, gold: ...`.
+    With an `agent` there is a state of each episode, which is TRL's environment.
 
-    Raises RloraError where the form can't be told from the parameters' names, or the class can't be made.
+    Raises RloraError where the form can't be told from the parameters' names, where the class can't be made, and where
+    the function needs what there is only in the framework that it was written for.
     """
     args = args or {}
     if style != "auto" and style not in _FORMS:
@@ -400,8 +532,10 @@ def plug(spec: str, function: Callable[..., Any], style: Style = "auto", args: M
         function = _made(spec, function, {name: args[name] for name in takes & args.keys()})
     if not callable(function):
         raise RloraError(f"reward = {spec!r}: it is {_shown(function)}; name a function, or a class with __call__")
+    if inspect.isgeneratorfunction(_bare(function)) or inspect.isasyncgenfunction(_bare(function)):
+        raise RloraError(f"reward = {spec!r}: it yields; let it return its reward, or a list of them")
     parameters = _parameters(function)
-    chosen = style if style != "auto" else _told(parameters or {})
+    chosen = style if style != "auto" else _told(parameters or {}, function)
     if not chosen:
         shown = "can't be seen" if parameters is None else f"are ({', '.join(map(str, parameters.values()))})"
         forms = "; ".join(f"{form.about} ({name})" for name, form in _FORMS.items())
@@ -413,7 +547,16 @@ def plug(spec: str, function: Callable[..., Any], style: Style = "auto", args: M
     anything = any(each.kind is each.VAR_KEYWORD for each in (parameters or {}).values())
     by_place = _by_place(parameters, values)
     mine = named - values.keys() if not by_place else {n for n in named if (parameters or {})[n].default is not _NO}
+    required = set() if by_place else {n for n in named if (parameters or {})[n].default is _NO}
+    if chosen == "areal" and parameters and (first := _firsts(parameters, len(values))):
+        by_place = list(values)
+        mine, required = named - first, {n for n in named - first if parameters[n].default is _NO}
     wanted = by_place or [name for name in values if name in named or anything]
+    if not agent:
+        wanted = [name for name in wanted if name != "environments"]
+    for name, remedy in _NOT_HERE.get(chosen, {}).items():
+        if name in required - args.keys() and name not in wanted:
+            raise RloraError(f"reward = {spec!r}: it needs {name}; {remedy}")
     code = _code(function)
     return Plug(
         spec=spec,
@@ -427,7 +570,7 @@ def plug(spec: str, function: Callable[..., Any], style: Style = "auto", args: M
         positional=len(by_place),
         columns=frozenset(mine),
         anything=anything,
-        required=frozenset() if by_place else frozenset(n for n in named if (parameters or {})[n].default is _NO),
+        required=frozenset(required),
         chat=chosen == "trl"
         and code is not None
         and _reads_messages(code, getattr(_bare(function), "__globals__", {})),
@@ -439,21 +582,39 @@ _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_O
 _BY_PLACE = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
 
 
-def _told(parameters: Mapping[str, inspect.Parameter]) -> str | None:
-    """The style that the parameters' names tell."""
+def _told(parameters: Mapping[str, inspect.Parameter], function: Callable[..., Any]) -> str | None:
+    """The style that the parameters' names tell, and between text and messages the function's source."""
     names = parameters.keys()
     anything = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
     lists = bool(names & {"completions", "completion_ids"}) and "completion" not in names
-    trls = names & {"prompts", "trainer_state", "log_extra", "log_metric", "completions_ids"}
+    trls = names & {"prompts", "trainer_state", "log_extra", "log_metric", "completions_ids", "environments"}
+    theirs = names & {"infos", "tasks"} or (not anything and names & {"answers", "states"})  # verifiers' beside prompts
     told = {
         "verl": "solution_str" in names,
         "verl-batch": "solution_strs" in names,
         "openrlhf": "queries" in names,
+        "areal": "prompt_ids" in names,
+        "verifiers-group": (theirs or (lists and not anything and not trls)) and _takes_messages(function, True),
         "trl": trls or (anything and lists),
         "group": names & {"completions", "answers", "states"},
+        "verifiers": names & {"completion", "state"}
+        and (names & _NOT_HERE["verifiers"].keys() or _takes_messages(function, False)),
         "completion": names & {"completion", "completion_ids", "messages", "state"},
     }
     return next((style for style, is_told in told.items() if is_told), None)
+
+
+def _takes_messages(function: Callable[..., Any], of_group: bool) -> bool:
+    """Whether it reads `completion`, or each of `completions`, as chat messages."""
+    code, names = _code(function), getattr(_bare(function), "__globals__", {})
+    argument, kind = ("completions", 2) if of_group else ("completion", 1)
+    return bool(code and takes_messages(code, names, argument, kind))
+
+
+def _firsts(parameters: Mapping[str, inspect.Parameter], count: int) -> set[str]:
+    """So many parameters that are first, whatever they are called; none where all have names that tell their values."""
+    first = [name for name, each in parameters.items() if each.kind in _BY_PLACE][:count]
+    return set() if len(first) < count or set(first) <= _FORMS["areal"].values.keys() else set(first)
 
 
 def _by_place(parameters: Mapping[str, inspect.Parameter] | None, values: Iterable[str]) -> list[str]:
@@ -510,24 +671,31 @@ def _defined(function: Any) -> tuple[str, int]:
     return (code.co_filename, code.co_firstlineno) if code else ("", 0)
 
 
-def _reads_messages(code: CodeType, names: Mapping[str, Any], seen: frozenset[CodeType] = frozenset()) -> bool:
-    """Whether the code, or that of functions of its file that it calls, holds the key "content" of a message.
+def _reads_messages(code: CodeType, names: Mapping[str, Any]) -> bool:
+    """Whether the code holds the key "content" of a message.
 
     TRL gives messages where the data set does. Here a plain string is sent as a user message, so that a function may
     have been written for either; its code tells which.
     """
-    if "content" in code.co_consts:
-        return True
-    called = [each for name in code.co_names if isinstance(each := names.get(name), FunctionType)]
-    inner = [each for each in code.co_consts if isinstance(each, CodeType)]
-    inner += [each.__code__ for each in called if each.__code__.co_filename == code.co_filename]
-    return any(_reads_messages(each, names, seen | {code}) for each in inner if each not in seen)
+    return any("content" in each.co_consts for each in _codes(code, names))
 
 
-def _keys(code: CodeType) -> set[str]:
-    """The texts in a function's code, the keys that it looks up among them."""
-    texts = {each for each in code.co_consts if isinstance(each, str)}
-    return texts.union(*(_keys(each) for each in code.co_consts if isinstance(each, CodeType)))
+def _codes(code: CodeType, names: Mapping[str, Any]) -> set[CodeType]:
+    """The code, what is defined in it, and that of functions of its file that it calls."""
+    found, left = set[CodeType](), [code]
+    while left:
+        found.add(one := left.pop())
+        called = [each for name in one.co_names if isinstance(each := names.get(name), FunctionType)]
+        inner = [each for each in one.co_consts if isinstance(each, CodeType)]
+        inner += [each.__code__ for each in called if each.__code__.co_filename == code.co_filename]
+        left += [each for each in inner if each not in found]
+    return found
+
+
+def _used(code: CodeType) -> set[str]:
+    """The variables that a function's code reads."""
+    loads = [each.argval for each in dis.get_instructions(code) if each.opname.startswith("LOAD")]
+    return {name for each in loads for name in (each if isinstance(each, tuple) else (each,)) if isinstance(name, str)}
 
 
 def _listed(result: Any, count: int) -> list[Any]:
@@ -559,6 +727,11 @@ def _number(value: Any) -> float | None:
     except Exception:  # of several numbers, or one beyond floats
         return None
     return number if math.isfinite(number) else None
+
+
+def _is_nan(value: Any) -> bool:
+    value = value.item() if hasattr(value, "item") else value
+    return isinstance(value, numbers.Real | Decimal) and math.isnan(value)
 
 
 def _known(values: Iterable[float | None]) -> list[float]:

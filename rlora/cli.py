@@ -12,7 +12,7 @@ import tyro
 from upath import UPath
 
 import rlora
-from rlora.config import CheckConfig, Config, ScoringConfig, validate
+from rlora.config import CheckConfig, Config, validate
 from rlora.options import (
     Check,
     Eval,
@@ -312,7 +312,7 @@ def _grade(arguments: list[str]) -> None:
     if given.out.resolve() == given.file.resolve():
         raise RloraError(f"--out {given.out}: that is the file to grade; name another")
     table = read_rows(given.file)
-    limits = {"deadline": given.deadline, "first_deadline": ScoringConfig().first_deadline}
+    limits = {"deadline": given.deadline, "first_deadline": given.first_deadline}
     setup = Setup((given.reward,), given.style, directory=str(Path.cwd()), **limits)
     start = time.perf_counter()
     graded = grade(table, setup, given.workers, given.threshold)

@@ -360,7 +360,7 @@ def start(
         crew.wait()
         room, engine = 2 * config.engine.max_num_seqs, partial(crew.another_engine, task, version)
         fleet = Fleet(engine, cast(list[Engine], engines), room, config.engine.patience, config.restarts)
-        loop = AgentLoop(task, fleet, Scoring(config, pools))
+        loop = AgentLoop(task, fleet, Scoring(config, pools, len(task.prompts)))
         try:
             yield cast(Learner, _Ranks(crew.learners, learners, config.restarts)), fleet, loop
         finally:

@@ -70,7 +70,9 @@ class ChatConfig:
 class ScoringConfig:
     __pydantic_config__ = _STRICT
 
-    style: Literal["auto", "completion", "group", "trl", "verl", "verl-batch", "openrlhf"] = "auto"
+    style: Literal[
+        "auto", "completion", "group", "trl", "verl", "verl-batch", "openrlhf", "verifiers", "verifiers-group", "areal"
+    ] = "auto"
     """The form of the reward functions, where their parameters' names do not tell it; docs/rewards.md has them."""
     correct: float = 1.0
     """Reward of an episode of that status; so are the next four."""
@@ -86,7 +88,7 @@ class ScoringConfig:
     """The run stops where a larger share of a step's episodes is in error."""
     deadline: Positive = 10.0
     """Seconds that a call of a reward function, or of an env's reply, may take; then its process is replaced."""
-    first_deadline: Annotated[float, Field(ge=0)] = 120.0
+    first_deadline: Annotated[float, Field(ge=0)] = 60.0
     """Seconds that the first call of each function in each process may take, for it may load a model."""
     memory_mib: Count = 2048
     """MiB that a call may take."""

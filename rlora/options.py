@@ -79,10 +79,14 @@ class Grade:
     """Where the rows go, with all that they had."""
     reward: str = "rlora.rewards.equivalence:math_answer"
     """The reward function: module:name or path/to/file.py:name."""
-    style: Literal["auto", "completion", "group", "trl", "verl", "verl-batch", "openrlhf"] = "auto"
+    style: Literal[
+        "auto", "completion", "group", "trl", "verl", "verl-batch", "openrlhf", "verifiers", "verifiers-group", "areal"
+    ] = "auto"
     """Its form, where its parameters' names do not tell it."""
     deadline: float = 10.0
     """Seconds that a row may take; then its status is timeout."""
+    first_deadline: float = 0.0
+    """Seconds that the first row of each process may take, if more than `deadline`: for what loads a model then."""
     threshold: float = 1.0
     """Where the reward function gives a number, a row is correct from this one on."""
     workers: int = 2

@@ -120,6 +120,8 @@ class Case:
     queries: tuple[str, ...] = ()  # the prompt and all that followed it, special tokens included
     step: int = 0  # of the run, in which it is scored
     steps: int = 0  # that the run has in all
+    epoch: float | None = None  # how often all training prompts were sampled; None where that is not known
+    prompt_ids: tuple[int, ...] = ()  # of `prompt_text`
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ class Pool(Protocol):
 class Scoring:
     """Gives each case and turn to the pool with the fewest in flight, and makes rewards of what comes back."""
 
-    def __init__(self, config: Config, pools: Sequence[Pool]) -> None:
+    def __init__(self, config: Config, pools: Sequence[Pool], prompts: int = 0) -> None:
         self.config, self.pools = config, pools
+        self._prompts = prompts  # that there are to train on, where it is known
         self.last_error = ""  # what the last one was
         self._flying = [0] * len(pools)
         self._names = names_of(config.rewards)
@@ -32,9 +33,14 @@ class Scoring:
 
     async def score(self, group: Group, chat: Chat, step: int) -> Group:
         """The group with statuses, rewards and their parts; what no reward function speaks of has no reward."""
-        verdicts: list[list[Score]] = await self._ask(as_case(group, chat, step, self.config.steps))
+        verdicts: list[list[Score]] = await self._ask(self._case(group, chat, step))
         episodes = zip(group.episodes, zip(*verdicts, strict=True), strict=True)
         return replace(group, episodes=tuple(self._scored(episode, scores) for episode, scores in episodes))
+
+    def _case(self, group: Group, chat: Chat, step: int) -> Case:
+        sampled = step * self.config.prompts_per_step
+        epoch = sampled / self._prompts if self._prompts else None if sampled else 0.0
+        return replace(as_case(group, chat, step, self.config.steps), epoch=epoch)
 
     async def answer(self, turn: Turn) -> Answered:
         """What the env says to a message of the policy."""
@@ -106,4 +112,6 @@ def as_case(group: Group, chat: Chat, step: int, steps: int) -> Case:
         queries=tuple(chat.shown(group.prompt.token_ids + episode.completion_ids) for episode in group.episodes),
         step=step,
         steps=steps,
+        epoch=None if step else 0.0,
+        prompt_ids=group.prompt.token_ids,
     )

@@ -1,4 +1,4 @@
-"""Reward functions as users of TRL, verl and OpenRLHF have them, from the documentation and examples of these.
+"""Reward functions as users of TRL, verl, OpenRLHF, verifiers and AReaL have them, from the documentation of these.
 
 Those under a file's name are as they stand there, but for the name where it has several of one name. Under "in the same
 form" are others that call for what the documentation describes.
@@ -74,6 +74,15 @@ def logging_reward_func(completions, answer, trainer_state, log_extra=None, log_
     return [reward + trainer_state.global_step for reward in rewards]
 
 
+def environment_reward_func(environments, **kwargs):
+    return [environment.counter for environment in environments]
+
+
+def skipping_reward_func(completions, trainer_state, **kwargs):
+    # curriculum by the epoch; NaN leaves a completion out
+    return [float("nan") if "?" in c else 1.0 + trainer_state.epoch for c in completions]
+
+
 # --- verl, docs/preparation/reward_function.rst and verl/utils/reward_score/gsm8k.py ---
 
 
@@ -128,6 +137,21 @@ def compute_score_batched(data_sources, solution_strs, ground_truths, extra_info
     return [float(gt in s) for s, gt in zip(solution_strs, ground_truths, strict=True)]
 
 
+def compute_score_of_turns(data_source, solution_str, ground_truth, extra_info):
+    return extra_info["num_turns"] - sum(extra_info["rollout_reward_scores"].values()) + extra_info.get("level", 0)
+
+
+def compute_score_of_turns_batched(data_sources, solution_strs, ground_truths, extra_infos):
+    return [compute_score_of_turns(*each) for each in zip(data_sources, solution_strs, ground_truths, extra_infos)]
+
+
+async def compute_score_genrm(
+    data_source, solution_str, ground_truth, extra_info, reward_router_address, reward_model_tokenizer=None
+):
+    await asyncio.sleep(0)
+    return {"score": float(reward_router_address == "10.0.0.1:8000"), "acc": ground_truth in solution_str}
+
+
 # --- OpenRLHF, examples/python/reward_func.py ---
 
 
@@ -150,3 +174,101 @@ def reward_func_of_lengths(queries, prompts, labels):
     # queries is prompts + responses
     nega_query_lens = [-len(q) / 100.0 for q in queries]
     return torch.Tensor(nega_query_lens)
+
+
+# in the same form: only what stands first in the lists, which hold one
+
+
+def reward_func_of_first(queries, prompts, labels):
+    response = queries[0][len(prompts[0]) :]
+    reward = torch.tensor(float(labels[0] in response))
+    return {"rewards": reward, "scores": reward, "extra_logs": {"length": torch.tensor(len(response))}}
+
+
+# --- verifiers, docs/v0/environments.md ---
+
+
+async def correct_answer(completion, answer) -> float:
+    response = completion[-1]["content"]
+    return 1.0 if answer in response else 0.0
+
+
+async def check_keywords(completion, info) -> float:
+    response = completion[-1]["content"]
+    keywords = info["required_keywords"]
+    found = sum(1 for kw in keywords if kw.lower() in response.lower())
+    return found / len(keywords)
+
+
+async def length_reward(completion) -> float:
+    response = completion[-1]["content"]
+    return 1.0 if len(response) < 500 else 0.5
+
+
+async def diversity_bonus(completions) -> list[float]:
+    """Reward unique responses within a group."""
+    responses = [c[-1]["content"] for c in completions]
+    unique = set(responses)
+    # Higher reward if this response is unique
+    return [0.2 if responses.count(r) == 1 else 0.0 for r in responses]
+
+
+async def judge_correctness(prompt, completion, answer, judge) -> float:
+    verdict = await judge(prompt, completion, answer)
+    return 1.0 if "yes" in verdict.lower() else 0.0
+
+
+# in the same form: other ways to read messages, and what else there is
+
+
+def _text_of(messages):
+    return "".join(m["content"] for m in messages if m["role"] == "assistant")
+
+
+def by_a_helper(completion, answer, **kwargs):
+    return float(_text_of(completion) == answer)
+
+
+def by_a_loop(prompt, completion, task):
+    last = None
+    for message in reversed(completion):
+        if message.get("role") == "assistant":
+            last = message
+            break
+    return float(prompt[0]["content"] == "?" and task == "math" and bool(last["content"]))
+
+
+def by_state(state):
+    return float(state["completion"][-1]["content"] == state["answer"] and state["prompt"][0]["role"] == "user")
+
+
+def by_zip(completions, answers, infos):
+    return [float(c[-1]["content"] == a and i == {}) for c, a, i in zip(completions, answers, infos)]
+
+
+def by_a_parser(completion, answer, parser):
+    return 1.0 if parser.parse_answer(completion) == answer else 0.0
+
+
+# --- AReaL, docs/en/customization/reward.md ---
+
+
+def exact_match_reward_fn(prompt, completions, prompt_ids, completion_ids, answer, **kwargs):
+    return 1.0 if answer.strip() in completions else 0.0
+
+
+_model = None
+
+
+def my_reward_model_fn(prompt, completions, prompt_ids, completion_ids, **kwargs):
+    global _model
+    if _model is None:
+        _model = len
+    return float(_model(prompt + completions) - len(prompt_ids) - len(completion_ids))
+
+
+# in the same form: by position, as it calls them; a column
+
+
+def positional_reward_fn(question, response, prompt_ids, response_ids, numbers, target, **kwargs):
+    return float(question.endswith(">") and str(sum(numbers)) == response and target == response)

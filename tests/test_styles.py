@@ -1,13 +1,17 @@
 """Reward functions written for others, and in our own forms."""
 
 import functools
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from decimal import Decimal
 from typing import Any
 
 import borrowed_rewards as borrowed
+import numpy as np
 import pytest
+import torch
 from conftest import case
 from rlora.rewards.styles import plug
 
@@ -70,6 +74,158 @@ def test_openrlhfs_functions_give_what_they_give_in_openrlhf() -> None:
     for score in scores(borrowed.reward_func, "a", "b", "c"):
         assert score.value in (0.0, 1.0)
         assert dict(score.extra) == {"scores": score.value, "dummy_scores": score.value}
+
+
+def test_openrlhfs_functions_get_lists_of_one() -> None:
+    found = scores(borrowed.reward_func_of_first, "it is 4", "no", "44")
+    assert values(found) == [1.0, 0.0, 1.0]
+    assert [score.extra["length"] for score in found] == [7.0, 2.0, 2.0]
+
+
+def test_verls_functions_are_told_of_turns() -> None:
+    messages = (
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": "c"},
+    )
+    of = replace(case("c", "d", level=10), messages=(messages, ()))
+    assert values(plug(SPEC, borrowed.compute_score_of_turns)(of, range(2))) == [14.0, 12.0]
+    assert values(plug(SPEC, borrowed.compute_score_of_turns_batched)(of, range(2))) == [14.0, 12.0]
+    for info, expected in (({"level": 1, "num_turns": 9}, 3.0), (None, 2.0)):
+        assert values(scores(borrowed.compute_score_of_turns, "a", extra_info=info)) == [expected]
+    (score,) = scores(borrowed.compute_score_of_turns, "a", extra_info="level 1")
+    assert "needs extra_info, and the prompt's column is 'level 1'; let it be a dict" in score.detail
+    given = {"reward_router_address": "10.0.0.1:8000"}
+    assert values(plug(SPEC, borrowed.compute_score_genrm, args=given)(case("4", answer=4), [0])) == [1.0]
+
+
+def test_trls_functions_may_skip_by_nan_and_know_the_epoch() -> None:
+    of = replace(case("a", "b?"), step=6, epoch=1.5)
+    assert values(plug(SPEC, borrowed.skipping_reward_func)(of, range(2))) == [2.5, None]
+    for nothing in (torch.tensor([float("nan")]), [Decimal("nan")], np.array([np.nan])):
+        assert scores(lambda prompts, completions, **kwargs: nothing, "a") == [Score()]  # noqa: B023
+    (score,) = scores(lambda prompts, completions, **kwargs: [float("inf")], "a")
+    assert score.status == "error"
+
+
+def test_trls_environments_are_an_agents_states() -> None:
+    of = replace(case("a", "b"), states=({"counter": 3}, {"counter": 4}))
+    assert values(plug(SPEC, borrowed.environment_reward_func, agent=True)(of, range(2))) == [3.0, 4.0]
+    (score,) = plug(SPEC, borrowed.environment_reward_func, agent=True)(case("a"), [0])
+    assert "the episode's state has no 'counter'; let the env's reply keep it there" in score.detail
+
+
+def test_verifiers_functions_give_what_they_give_in_verifiers() -> None:
+    assert values(scores(borrowed.correct_answer, "it is 4", "no")) == [1.0, 0.0]
+    for info in ({"required_keywords": ["a", "b"]}, '{"required_keywords": ["a", "b"]}'):
+        assert values(scores(borrowed.check_keywords, "A!", "ab", info=info)) == [0.5, 1.0]
+    assert values(scores(borrowed.length_reward, "a" * 499, "a" * 500)) == [1.0, 0.5]
+    assert values(scores(borrowed.diversity_bonus, "a", "b", "a")) == [0.0, 0.2, 0.0]
+    assert values(scores(borrowed.by_a_helper, "4", "5", other=1)) == [1.0, 0.0]
+    assert values(scores(borrowed.by_a_loop, "4", "", task="math")) == [1.0, 0.0]
+    assert values(scores(borrowed.by_state, "4", "5")) == [1.0, 0.0]
+    assert values(scores(borrowed.by_zip, "4", "5")) == [1.0, 0.0]
+    (score,) = scores(borrowed.check_keywords, "a", info="[1]")
+    assert "needs info, and the prompt's column is '[1]'; let it be a dict" in score.detail
+
+
+def test_verifiers_functions_see_all_turns() -> None:
+    messages = (
+        {"role": "assistant", "content": "4"},
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": ""},
+    )
+    of = replace(case("", answer="4"), messages=(messages,))
+    assert values(plug(SPEC, borrowed.by_a_helper)(of, [0])) == [1.0]
+
+
+def test_areals_functions_give_what_they_give_in_areal() -> None:
+    assert values(scores(borrowed.exact_match_reward_fn, "it is 4", "no")) == [1.0, 0.0]
+    of = replace(case("abc", answer=4), prompt_ids=(1, 2))
+    assert values(plug(SPEC, borrowed.my_reward_model_fn)(of, [0])) == [len(of.prompt_text) + 3 - 2 - 3]
+    assert values(scores(borrowed.positional_reward_fn, "7", "8", answer=7, numbers=[3, 4])) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (
+            borrowed.judge_correctness,
+            r"it needs judge; load it in your file, and let the function take no such parameter",
+        ),
+        (borrowed.by_a_parser, r"it needs parser; a rubric's parser is not known here; load it in your file"),
+        (borrowed.compute_score_genrm, r"it needs reward_router_address; .* reward_args\.reward_router_address"),
+        (borrowed.environment_reward_func, r"it needs environments; there are none without an agent"),
+        (lambda completion: (yield 1.0), r"it yields; let it return its reward"),
+    ],
+)
+def test_what_can_not_be_given_is_refused_at_once(function: Callable[..., Any], message: str) -> None:
+    with pytest.raises(RloraError, match=rf"^reward = 'mine\.py:f': {message}"):
+        plug(SPEC, function)
+
+
+def text_of_json(completion: str) -> float:
+    return float(json.loads(completion)["content"] == "4")
+
+
+def of_prompt(completion: str, prompt: list[dict[str, str]]) -> float:
+    return float(prompt[-1]["content"] in completion)
+
+
+def of_messages(completion: str, messages: list[dict[str, str]]) -> float:
+    return float(messages[-1]["content"] == completion)
+
+
+def of_either(completion: Any) -> float:
+    text = completion if isinstance(completion, str) else completion[-1]["content"]
+    return float(isinstance(completion, str) and text == "4")
+
+
+def of_letters(completion: str) -> float:
+    return float(max(completion[-1], completion[0]) == "4" and all(c.isdigit() for c in completion))
+
+
+def of_a_groups_text(completions: list[str], answers: list[int]) -> list[float]:
+    return [float(c[-1] == str(a)) for c, a in zip(completions, answers, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("function", "completion", "style"),
+    [
+        (text_of_json, '{"content": "4"}', "completion"),
+        (of_messages, "4", "completion"),
+        (of_either, "4", "completion"),
+        (of_letters, "4", "completion"),
+        (of_a_groups_text, "4", "group"),
+        (lambda completion: float(completion[-1]["content"] == "4"), "4", "verifiers"),
+        (lambda completion: float([m.get("content") for m in completion][-1] == "4"), "4", "verifiers"),
+        (lambda completions: [float(c[0]["content"] == "4") for c in completions], "4", "verifiers-group"),
+        (lambda completions: [*map(lambda c: float(c[0]["content"] == "4"), completions)], "4", "verifiers-group"),  # noqa: C417
+        (lambda prompts, completions, **_: [float(c[0]["content"] == "4") for c in completions], "4", "trl"),
+    ],
+)
+def test_the_source_tells_whether_text_or_messages_are_meant(
+    function: Callable[..., Any], completion: str, style: str
+) -> None:
+    made = plug(SPEC, function)
+    assert made.style == style
+    assert values(made(case(completion, answer=4), [0])) == [1.0]
+
+
+def test_a_prompt_of_messages_is_none_of_the_completion() -> None:
+    of = replace(case("so: 4?", answer=4), prompt=[{"role": "user", "content": "4?"}])
+    assert plug(SPEC, of_prompt).style == "completion"
+    assert values(plug(SPEC, of_prompt)(of, [0])) == [1.0]
+
+
+def test_a_form_may_be_forced_and_an_error_says_what_there_was() -> None:
+    of = case("4", answer=4)
+    assert values(plug(SPEC, lambda it: float(it[0]["role"] == "assistant"), "verifiers")(of, [0])) == [1.0]
+    assert values(plug(SPEC, lambda q, text, a, b: float(text == "4"), "areal")(of, [0])) == [1.0]
+    (score,) = plug(SPEC, borrowed.length_reward, "completion")(of, [0])
+    assert "(its completion was a string; scoring.style names another form)" in score.detail
+    (score,) = plug(SPEC, lambda completion: completion.strip(), "verifiers")(of, [0])
+    assert "(its completion was a list of messages; scoring.style names another form)" in score.detail
 
 
 def one(completion: str, answer: int) -> float:
