@@ -16,7 +16,7 @@ from rlora.golds import FORMS, cut, faults_of_column, faults_of_golds, faults_of
 from rlora.plugin import at
 from rlora.records import Prompt, RewardError, RloraError
 from rlora.rewards.isolation import Pool
-from rlora.scoring import names_of
+from rlora.rewards.worker import names_of
 from rlora.trial import Bench, Trial
 
 _SECONDS = 4.0  # after the first call; a slower reward is tried on fewer prompts
@@ -72,7 +72,8 @@ class _Check:
         self.bench = Bench(config, chat, pool, self.agent)
         self.functions = names_of(config.rewards)
         self.solution = getattr(env, "solution", None)
-        self.trials: list[list[Trial]] = []  # by prompt
+        self.tried: list[Trial] = []
+        self.trials: list[list[Trial]] = []  # by prompt, of those that were tried to the end
         self.faults: list[Fault] = []
         self.notes: list[str] = []
         parameters = inspect.signature(type(env)).parameters
@@ -91,11 +92,6 @@ class _Check:
         self._tell_what_is_paid(hidden)
         self._tell_errors()
 
-    @property
-    def tried(self) -> list[Trial]:
-        """The trials of all prompts."""
-        return [trial for trials in self.trials for trial in trials]
-
     def _look_at_golds(self, prompts: Sequence[Prompt]) -> None:
         self.faults += [Fault(text) for text in faults_of_golds([*map(self.bench.gold, prompts)], self.answers)]
         if isinstance(self.column, str) and self.column:
@@ -108,10 +104,11 @@ class _Check:
                 solved = self.solution(prompt)
                 return [] if solved is None else [str(solved)]
             except Exception as error:
-                line = at(error, inspect.getfile(type(self.env)))
+                line = at(error, self.config.env.rpartition(":")[0], inspect.getfile(type(self.env)))
                 what = f"its solution raised {type(error).__name__}: {error}; mend it there"
                 self.faults.append(Fault(f"{line}env = {self.config.env!r}: {what}"))
-                self.solution = None
+                self.solution = lambda _: None
+                return []
         return written(self.bench.gold(prompt))
 
     def _try(self, sample: Sequence[Prompt]) -> None:
@@ -121,15 +118,15 @@ class _Check:
                 continue
             if not self.trials:
                 self._call_first(prompt, values[number][0])
-            if self.bench.late and self.trials:
-                self.notes.append(
-                    f"the rewards are slow, and were tried on {len(self.trials)} of {len(sample)} prompts"
-                )
-                return
+            if self.bench.late:
+                few = f"{len(self.trials)} of {len(sample)} prompts"
+                self.notes += [f"the rewards are slow, and were tried on {few}"] if self.tried else []
+                break
             known = {text.casefold() for text in values[number]}
             after = values[number + 1 :] + values[:number]
             others = [texts for texts in after if texts and known.isdisjoint(map(str.casefold, texts))][:3]
             trials = [*self.bench.trials(prompt, values[number], others, bool(self.solution))]
+            self.tried += trials
             if not self.bench.late or self.bench.outcome(trials) == "paid":  # else forms may be left
                 self.trials.append(trials)
         self._tell_what_can_not_be_tried()
@@ -140,7 +137,9 @@ class _Check:
         slow = [name for name, score in zip(self.functions, scores, strict=True) if score.status == "timeout"]
         self.bench.until = time.monotonic() + (0 if slow else _SECONDS)
         if slow:
-            field = f"scoring.deadline = {self.config.scoring.deadline:g}"
+            limits = self.config.scoring
+            last = "first_deadline" if limits.first_deadline > limits.deadline else "deadline"
+            field = f"scoring.{last} = {getattr(limits, last):g}"
             text = f"{field}: the first call of {slow[0]} took longer, which counts as a timeout in a run"
             self.faults.append(Fault(f"{text}; raise it, or load what is slow while the file is imported"))
 
@@ -218,7 +217,9 @@ class _Check:
         fields += self._odd_golds(told)
         if not fields:
             fields = [f"{self.answers}, which is not what {reward} compares with ({_types(told)})"]
-        if self.column is None and not self.solution and not self.config.env.startswith("rlora."):
+        if self.agent and not self.solution:
+            fields.append("the env answers, and its reward needs more than one message: give it a solution(prompt)")
+        elif self.column is None and not self.solution and not self.config.env.startswith("rlora."):
             fields.append("the golds are no completions: give the env a solution(prompt), a text that should be paid")
         return fields
 
@@ -238,9 +239,8 @@ class _Check:
         other = [asked and each[-1].form.mark not in asked for each, asked in zip(paid, wanted, strict=True)]
         if len(paid) == len(self.trials) and all(other) and not self.solution:
             text = f"prompts ask for {' or '.join(wanted[0])}, which {self.functions[judge]} does not pay"
-            text += (
-                f", but for {first[-1].form.name!r}. Likely: the prompts' template, or reward = {self.config.rewards[judge]!r}"
-            )
+            text += f", while it pays {first[-1].form.name!r}. Likely: the prompts' template, or "
+            text += f"reward = {self.config.rewards[judge]!r}"
             self.faults.append(Fault(text, (first[0].shown(judge),)))
         levels = [self.bench.level(trials[-1].scores[0][self.bench.judge(trials) or 0]) for trials in paid]
         if not any(level and level[0] for level in levels):

@@ -1,23 +1,28 @@
 """The check before a run: it names what pays nobody or everybody, and is silent about what is right."""
 
+# ruff: noqa: E501 - one case per line
+
 import json
 import re
 import sys
 from collections.abc import Callable
+from concurrent.futures import Future
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import NEEDS_SHARED, ROOT, SHARED
+from rlora.rewards.isolation import Pool
+from rlora.rewards.worker import Setup, load_plugs
 
+from rlora import task
 from rlora.check import Report
 from rlora.cli import main
 from rlora.config import Config, read
 from rlora.golds import faults_of_golds, written
 from rlora.options import parse_check
-from rlora.records import RloraError
-from rlora.task import load_task
+from rlora.records import Case, RloraError, Score
 
 MakeConfig = Callable[..., Config]
 MATH, INTEGER = "rlora.rewards.equivalence:math_answer", "rlora.rewards.integer:integer_answer"
@@ -89,6 +94,11 @@ def slow(completion, answer):
     time.sleep(0.4)
     return float(str(answer) in completion)
 
+def hangs_on_nothing(completion, answer):
+    while not completion:
+        pass
+    return float(completion == answer)
+
 def any_of(completion, answer):
     return float(completion in answer)
 
@@ -106,6 +116,22 @@ def short(completion_ids):
 '''
 
 
+class Here:
+    """A pool without processes, which take half a second to start: for functions that neither hang nor answer."""
+
+    def __init__(self, setup: Setup, workers: int) -> None:
+        self.plugs = load_plugs(setup)
+        self.names = [each.names for each in self.plugs]
+
+    def do(self, case: Case) -> Future[list[list[Score]]]:
+        scored: Future[list[list[Score]]] = Future()
+        scored.set_result([each(case, range(len(case.completions))) for each in self.plugs])
+        return scored
+
+    def close(self) -> None:
+        pass
+
+
 @pytest.fixture
 def checked(tmp_path: Path, config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Report]:
     """The report on rows of a data set, with a reward by its name above or in full."""
@@ -114,10 +140,17 @@ def checked(tmp_path: Path, config: MakeConfig, monkeypatch: pytest.MonkeyPatch)
 
     def run(rows: list[dict[str, Any]], reward: str | list[str], **changes: Any) -> Report:
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        specs = [f"mine.py:{each}" if ":" not in each else each for each in ([reward] if isinstance(reward, str) else reward)]
-        settings: dict[str, Any] = {"env": "rlora.envs.table:Table", "sampling": {"max_tokens": 8, "max_prompt_tokens": 200}}
-        settings["env_args"] = {"path": "rows.jsonl", **changes.pop("env_args", {})}
-        return load_task(config(**settings | {"reward": specs} | changes)).checked
+        functions = [reward] if isinstance(reward, str) else reward
+        if "env" not in changes:
+            changes |= {
+                "env": "rlora.envs.table:Table",
+                "env_args": {"path": "rows.jsonl"} | changes.get("env_args", {}),
+            }
+        changes.setdefault("sampling", {"max_tokens": 8, "max_prompt_tokens": 200})
+        needs_process = changes["env"] != "rlora.envs.table:Table" or "deadline" in changes.get("scoring", {})
+        monkeypatch.setattr(task, "Pool", Pool if needs_process else Here)
+        specs = [each if ":" in each else f"mine.py:{each}" for each in functions]
+        return task.load_task(config(reward=specs, **changes)).checked
 
     return run
 
@@ -128,7 +161,10 @@ def rows_of(*golds: Any, **columns: Any) -> list[dict[str, Any]]:
 
 NUMBERS = rows_of(*(str(7 * n % 41) for n in range(1, 20)))
 WORDS = rows_of("Paris", "the Nile", "Ada Lovelace", "gold", "blue whale")
-SOLUTIONS = [{"prompt": f"{n}?", "solution": f"We add {n} and {n}, so it is twice {n}.\n#### {2 * n}", "final": str(3 * n % 7)} for n in (5, 3, 9, 1)]
+SOLUTIONS = [
+    {"prompt": f"{n}?", "solution": f"We add {n} and {n}, so it is twice {n}.\n#### {2 * n}", "final": str(3 * n % 7)}
+    for n in (5, 3, 9, 1)
+]
 
 
 @pytest.mark.parametrize(
@@ -164,12 +200,12 @@ SOLUTIONS = [{"prompt": f"{n}?", "solution": f"We add {n} and {n}, so it is twic
         (NUMBERS, "empty_too", {}, r"an empty completion is paid for 16 of 16 prompts by empty_too"),
         (NUMBERS, "long_enough", {}, r"another prompt's gold is paid for 16 of 16 prompts by long_enough.*reward"),
         # a form that is not paid
-        ([row | {"prompt": row["prompt"] + " End with #### and the number."} for row in NUMBERS], "tagged", {}, r"prompts ask for ####, which tagged does not pay, but for '<answer>'"),
+        ([row | {"prompt": row["prompt"] + " End with #### and the number."} for row in NUMBERS], "tagged", {}, r"prompts ask for ####, which tagged does not pay, while it pays .<answer>."),
         # what fails
         (NUMBERS, "raises", {}, r"mine\.py:\d+: raises raised ZeroDivisionError"),
         (NUMBERS, "number", {}, r"mine\.py:\d+: number raised ValueError"),
         (NUMBERS, [INTEGER, "raises"], {}, r"mine\.py:\d+: raises raised"),
-        (NUMBERS, "sleeps", {"scoring": {"deadline": 0.3}}, r"scoring\.deadline = 0\.3: the first call of sleeps took longer"),
+        (NUMBERS, "sleeps", {"scoring": {"deadline": 0.3, "first_deadline": 0}}, r"scoring\.deadline = 0\.3: the first call of sleeps took longer"),
         # how prompts begin and end
         (NUMBERS, INTEGER, {"chat": {"template": "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"}}, r"a prompt ends with the stop token '<\|im_end\|>'"),
         (NUMBERS, INTEGER, {"chat": {"template": "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>\n{% endfor %}"}}, r"a prompt ends with the stop token '<\|im_end\|>'"),
@@ -182,7 +218,11 @@ SOLUTIONS = [{"prompt": f"{n}?", "solution": f"We add {n} and {n}, so it is twic
     ],
 )  # fmt: skip
 def test_a_fault_is_named(
-    rows: list[dict[str, Any]], reward: str | list[str], changes: dict[str, Any], named: str, checked: Callable[..., Report]
+    rows: list[dict[str, Any]],
+    reward: str | list[str],
+    changes: dict[str, Any],
+    named: str,
+    checked: Callable[..., Report],
 ) -> None:
     report = checked(rows, reward, **changes)
     assert report.faults
@@ -270,3 +310,183 @@ def test_what_can_not_be_tried_is_told_in_a_line(
     assert not report.faults, str(report)
     assert len(report.notes) == 1, str(report)
     assert re.search(note, report.notes[0]), str(report)
+
+
+BORROWED = str(Path(__file__).with_name("borrowed_rewards.py"))
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("reward_len", "note: reward_len: no function asks"),
+        ("reward_num_unique_chars", "note: reward_num_unique_chars: no function asks"),
+        ("boxed_reward_func", ""),
+        ("async_reward_func", "note: async_reward_func: no function asks"),
+        ("logging_reward_func", r"borrowed_rewards\.py:\d+: logging_reward_func raised IndexError"),  # on no text
+        ("my_reward_fn", "note: my_reward_fn: no function asks"),
+        ("compute_score", ""),
+        ("compute_score_dict", ""),
+        ("compute_score_batched", ""),
+        ("reward_func", "note: reward_func: no function asks"),
+        ("reward_func_of_lengths", "note: reward_func_of_lengths: no function asks"),
+    ],
+)
+def test_functions_from_elsewhere(name: str, found: str, checked: Callable[..., Report]) -> None:
+    report = checked(NUMBERS, f"{BORROWED}:{name}")
+    assert re.search(found or r"\A\Z", str(report)), str(report)
+    assert bool(report.faults) == ("raised" in found)
+
+
+def test_dates_of_a_column_of_dates_are_named(checked: Callable[..., Report], tmp_path: Path) -> None:
+    """As Parquet has them; in JSON they are text, and stay so."""
+    pq = pytest.importorskip("pyarrow.parquet")
+    pa = pytest.importorskip("pyarrow")
+    days = [date(2024, 1, day) for day in range(1, 9)]
+    pq.write_table(pa.table({"prompt": [f"{n}?" for n in range(8)], "answer": days}), tmp_path / "days.parquet")
+    report = checked([], "exact", env_args={"path": "days.parquet"})
+    assert re.search(r"8 of 8 golds are not paid .*env_args\.answer = 'answer': the gold is a date", str(report))
+    enough(checked(rows_of(*map(str, days)), "exact"))
+
+
+def test_held_out_prompts_are_tried_too(checked: Callable[..., Report], tmp_path: Path) -> None:
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of("four", "five", "six")))
+    report = checked(NUMBERS, "graded", env_args={"held_out_path": "test.jsonl"})
+    assert re.search(r"3 of 16 golds are not paid by graded", str(report))
+
+
+def test_a_sample_is_tried_and_a_hang_costs_one_deadline(checked: Callable[..., Report]) -> None:
+    assert checked(NUMBERS, "exact", check={"prompts": 5}).prompts == 5
+    assert checked(NUMBERS, "exact", check={"prompts": 0}) == Report()
+    report = checked(NUMBERS, "sleeps", scoring={"deadline": 0.3, "first_deadline": 0})
+    assert report.seconds < 4
+    assert len(report.faults) == 1
+    report = checked(NUMBERS, "hangs_on_nothing", scoring={"deadline": 0.5, "first_deadline": 0})
+    assert report.seconds < 9
+    assert re.search(r"more than scoring\.deadline = 0\.5 s", str(report))
+
+
+def test_strict_is_an_error(checked: Callable[..., Report]) -> None:
+    enough(checked(NUMBERS, "exact", check={"strict": True}))
+    with pytest.raises(RloraError, match=r"check\.strict = true: .*\nwarning: 3 of 3 golds are not paid by exact"):
+        checked(rows_of(1, 2, 3), "exact", check={"strict": True})
+
+
+OWN = """
+from rlora.records import Prompt
+
+class Own:
+    def __init__(self, kind="right"):
+        self.kind = kind
+    def train(self):
+        return [Prompt(f"Make {n}.", answer={"make": n}, columns={"n": n}) for n in range(2, 9)]
+    def held_out(self):
+        return []
+
+class Solved(Own):
+    def solution(self, prompt):
+        if self.kind == "raises":
+            raise KeyError("none")
+        return None if self.kind == "none" else f"{prompt.columns['n'] - (self.kind == 'right')} + 1"
+
+class Agent(Own):
+    def reply(self, prompt, message, state):
+        state["said"] = message.removeprefix("say ")
+        if self.kind == "raises":
+            raise ValueError("no such move")
+        return "go on" if self.kind == "talks" else None
+
+class Speaking(Agent):
+    def solution(self, prompt):
+        return f"say {prompt.columns['n']}"
+
+def made(completion, answer):
+    left, plus, right = completion.partition(" + ")
+    return float(plus == " + " and int(left) + int(right) == answer["make"])
+
+def said(answer, state):
+    return float(state["said"] == str(answer["make"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("env", "kind", "reward", "found"),
+    [
+        ("Own", "right", "made", r"7 of 7 golds are not paid by made.*solution\(prompt\)"),
+        ("Solved", "right", "made", ""),
+        ("Solved", "wrong", "made", "7 of 7 golds are not paid by made"),
+        ("Solved", "none", "made", "note: no gold could be tried"),
+        ("Solved", "raises", "made", r"own\.py:\d+: env = .*: its solution raised KeyError: 'none'"),
+        ("Agent", "right", "said", r"7 of 7 golds are not paid by said.*solution\(prompt\)"),
+        ("Speaking", "right", "said", ""),
+        ("Speaking", "talks", "said", ""),
+        ("Speaking", "raises", "said", r"its reply raised ValueError: no such move"),
+    ],
+)
+def test_an_env_may_show_what_should_be_paid(
+    env: str, kind: str, reward: str, found: str, checked: Callable[..., Report], tmp_path: Path
+) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    report = checked([], f"own.py:{reward}", env=f"own.py:{env}", env_args={"kind": kind})
+    assert re.search(found or r"\A\Z", str(report)), str(report)
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "arithmetic-ppo", "calculator", "countdown"])
+def test_launch_files_have_no_fault(name: str) -> None:
+    report = task.load_task(read(ROOT / "launch" / f"{name}.toml")).checked
+    enough(report)
+    assert (report.prompts, report.seconds < 5) == (16, True)
+
+
+@NEEDS_SHARED
+@pytest.mark.parametrize(
+    ("name", "paths"),
+    [
+        ("gsm8k", {"path": "gsm8k"}),
+        ("python-tool", {"path": "gsm8k"}),
+        ("competition-math", {"path": "math_train", "held-out-path": "math500"}),
+    ],
+)
+def test_launch_files_over_data_sets_have_no_fault(name: str, paths: dict[str, str]) -> None:
+    given = [part for key, path in paths.items() for part in (f"--env-args.{key}", str(SHARED / "data" / path))]
+    report = task.load_task(parse_check([str(ROOT / "launch" / f"{name}.toml"), *given]).config).checked
+    enough(report)
+    assert (report.prompts, report.seconds < 5) == (16, True)
+
+
+def test_the_command_prints_faults_and_exits_with_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["rlora", "check", str(ROOT / "launch" / "arithmetic.toml"), *arguments])
+        try:
+            main()
+        except SystemExit as ended:
+            return int(ended.code or 0)
+        return 0
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(REWARDS)
+    assert run() == 0
+    assert re.search(r"^16 prompts tried in \d\.\d s with .*integer_answer: no faults$", capsys.readouterr().out, re.M)
+    assert run("--reward", "mine.py:exact") == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].endswith("with mine.py:exact: 1 fault")
+    assert said[1].startswith("warning: 16 of 16 golds are not paid by exact, in no form. Likely: env = ")
+    assert len(said) == 5
+    assert re.search(r"prompt 'What is \d+ \+ \d+\?', gold \d+, completion '\d+': 0$", said[2])
+    assert run("--reward", "mine.py:exact", "--check.strict") == 1
+    assert "rlora: check.strict = true" in capsys.readouterr().err
+    assert run("--check.prompts", "0") == 1
+    assert "check.prompts = 0" in capsys.readouterr().err
+
+
+def test_how_golds_are_written_and_hedge() -> None:
+    assert [written(gold) for gold in (4, 4.0, " 4 ", None, " ", float("nan"), [], ["a", "b"])] == [
+        ["4"], ["4.0", "4"], ["4"], [], [], [], [], ["a", "b"],
+    ]  # fmt: skip
+    hedged = ["7 or 8", "A or B", "(A) or (B)", "option A or option C", "A/B", "4 apples or 5 apples", "yes or no",
+              "either 3 or 4", "maybe 7", "7, 8, or 9", "four or five", "7 (or 8)", "-1 or 1.5"]  # fmt: skip
+    sound = ["Truth or Dare", "7", "1/2", "A", "1, 2", "[7, 8]", r"x = 1 \text{ or } x = 2", "x=1 or x=2", "and/or", "a or b or c?",
+             "oregano", "AB/CD", "x > 3 or x < 1", "A|B"]  # fmt: skip
+    assert not [gold for gold in hedged if not [*faults_of_golds([gold], "")]]
+    assert not [gold for gold in sound if [*faults_of_golds([gold], "")]]
