@@ -4,7 +4,9 @@
 
 import re
 
-_BEGIN = r"(?:\A|\n|(?<=[.!?。)✓✅])(?:\s|(?<=。)))[ \t#*_>-]{0,12}(?:(?:(?:step|part)\s*)?\d{1,2}\s*[.:)]\s*)?[*_]{0,4}"
+_BEGIN = (
+    r"(?:\A|\n|(?<=[.!?。)✓✅])(?:\s|(?<=。)))[ \t#*_>-]{0,12}(?:(?:(?:step|part)\s*)?\d{1,2}\s*[.:)]\s*)?[*_]{0,4}"
+)
 _SEARCH = (  # for the answer, and no check of it
     r"(?!\s+(?:each|every|all|both|which|whether|if|for|small|when|cases|some|n\b|possib\w+"
     r"|the\s+(?:options?|cases?|possib\w+|candidates?|values?|choices|first|next|other|small\w*)))"

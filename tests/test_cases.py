@@ -1,5 +1,5 @@
 """The math reward on pairs that were written for it without its code: 885 of forty kinds, half of them near misses, and
-241 whole completions, most of them prose without a box; and 768 where the answer has to be found: choices, checks, other
+241 whole completions, most of them prose without a box; and 768 whose answer has to be found: choices, checks, other
 formats and scripts, statements that hedge."""
 
 import json
