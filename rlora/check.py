@@ -149,7 +149,7 @@ class _Check:
         elif not self.bench.judges:
             if not all(self.bench.is_paid(trial, 0) for trial in self.tried):
                 self.notes.append(f"{', '.join(self.functions)}: no function asks for the answer, so golds say nothing")
-        elif all(self.bench.judge(trials) is None for trials in self.trials):
+        elif self.trials and all(self.bench.judge(trials) is None for trials in self.trials):
             self.notes.append(f"{self.functions[self.bench.judges[0]]}: it says nothing of the prompts that were tried")
         elif len(self.trials) > 1 and not any(len(trial.texts) > 2 for trial in self.tried):
             same = f"{self.answers} gives each prompt the same, {cut(self.tried[0].gold)}"
@@ -260,7 +260,9 @@ class _Check:
         ]
         total = sum(len(trial.texts) for trial in self.tried)
         lost = [trials[0] for trials in self.trials if self.bench.outcome(trials) == "failed"]
-        likely = [*self._forced_style(), *self._odd_golds(lost)] if lost else []
+        likely = (
+            self._forced_style() or self._odd_golds(lost) or [f"{self.answers}, or the function itself"] if lost else []
+        )
         for detail, count in Counter([what for what, _ in failed] + self.bench.env_errors).most_common(_SHOWN):
             text = f"{detail} ({count} of {total} completions that were tried)"
             text += f". Likely: {'; or '.join(likely)}" if likely else ""

@@ -265,7 +265,11 @@ class EngineStats:
 
 
 class Env(Protocol):
-    """Where prompts come from: built as `Env(**config.env_args)`."""
+    """Where prompts come from: built as `Env(**config.env_args)`.
+
+    Where a prompt's `answer` is no completion, as the target of a puzzle, a method `solution(prompt) -> str | None` may
+    give a completion that should be paid: the check before a run tries it in place of the answer.
+    """
 
     def train(self) -> Iterable[Prompt]: ...
 
