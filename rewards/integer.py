@@ -1,6 +1,5 @@
 """The plainest verifiable reward: the last integer in the completion is the answer."""
 
-import math
 import numbers
 import re
 from contextlib import suppress
@@ -30,9 +29,8 @@ def gold_integer(gold: Any, name: str = "answer") -> int:
         return -value if found[1] and found[1] in _MINUS else value
     if isinstance(gold, numbers.Real | Decimal) and not isinstance(gold, bool):
         with suppress(ValueError, OverflowError):  # of NaN and infinity
-            whole = int(math.trunc(gold))
-            if whole == gold:
-                return whole
+            if int(gold) == gold:  # type: ignore[arg-type]
+                return int(gold)  # type: ignore[arg-type]
     raise RloraError(
         f"the gold {name} {str(gold)[:60]!r} ({type(gold).__name__}) is no integer; let the env give one, or text that "
         "is one and nothing else (env_args.answer_after cuts it out of a whole solution)"
