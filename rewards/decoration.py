@@ -11,7 +11,9 @@ import re
 _FUNCTIONS = "sin cos tan cot sec csc log ln exp cis arcsin arccos arctan lcm gcd".split()
 _CURRENCY = re.compile(r"(?<![a-zA-Z])(?:Rs\.?|INR|USD|EUR|GBP|RMB|CNY|JPY)[\s~]*(?=\d)")
 _COUNTRY = re.compile(r"(?<![a-zA-Z])(?:US|AU|CA|HK|NZ|SG|[AC])\s?(?=\\?\$\s?\d)")
-_HTML = re.compile(r"</?(?:sup|sub)>|&#?\w+;|<br\s*/?>|</\w+>", re.IGNORECASE)
+_CENTS = re.compile(r"(?<=\d)\s*\\?¢(?![^{}]*\})")
+_HTML = re.compile(r"</?(?:sup|sub)>|&[a-zA-Z]+;|<br\s*/?>|</\w+>", re.IGNORECASE)
+_ENTITY = re.compile(r"&[a-zA-Z]+;")
 _RAISED = re.compile(r"<(sup|sub)>(.*?)</\1>", re.IGNORECASE | re.DOTALL)
 _TAG = re.compile(r"</?(?:i|b|em|strong|u|p|br|span|div|math|code|font)(?:\s[^<>]*)?/?>", re.IGNORECASE)
 _FRAME = re.compile(
@@ -27,7 +29,7 @@ _NESTED = re.compile(
     r"(\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm)\s*\{[^{}]*)\{([^{}]*)\}(?=[^{}]*(?:\{[^{}]*\}[^{}]*)*\})"
 )
 _NUMBER = re.compile(
-    r"(?<![\w.,/^_$])([-+−]?\s?(?:\\?[$€£¥₹])?\s?\d+(?:,\d{3})*(?:\.\d+)?(?:\s?/\s?\d+)?\s?(?:\\?%)?)(?![\w/^])"
+    r"(?<![A-Za-z0-9_.,/^$])([-+−]?\s?(?:\\?[$€£¥₹])?\s?\d+(?:,\d{3})*(?:\.\d+)?(?:\s?/\s?\d+)?\s?(?:\\?%)?)(?![A-Za-z0-9_/^])"
 )
 _EMPTY = re.compile(r"\\text\{\s*\}")
 
@@ -86,10 +88,10 @@ _REALS = re.compile(  # all real numbers x except 2 and 3
 
 def bare(text: str) -> str:
     """The text of an answer without what adds nothing to its value."""
-    text = _CURRENCY.sub("", _COUNTRY.sub("", text))
+    text = _CENTS.sub(r"\\text{ cents}", _CURRENCY.sub("", _COUNTRY.sub("", text)))
     if ("<" in text or "&" in text) and _HTML.search(text):
         text = _RAISED.sub(lambda found: ("^" if found[1].lower() == "sup" else "_") + "{" + found[2] + "}", text)
-        text = html.unescape(_TAG.sub(" ", text))
+        text = _ENTITY.sub(lambda found: html.unescape(found[0]), _TAG.sub(" ", text))
     if "\\" not in text and not re.search(r"[a-z]{2}", text):
         return text
     text = _FRAME.sub("", _siunitx(text))

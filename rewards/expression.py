@@ -55,6 +55,7 @@ def read(text: str, thousands: bool = True) -> Node:
 class _Parser:
     def __init__(self, found: list[Token]) -> None:
         self.tokens, self.at, self.depth = found, 0, 0
+        self.bars_end = False  # whether a bar can't begin an absolute value: within one, and before that of a set
 
     @property
     def kind(self) -> str:
@@ -139,7 +140,7 @@ class _Parser:
 
     def product(self) -> Node:
         left = self.signed()
-        while self.kind not in _ENDS:
+        while self.kind not in _ENDS or (self.kind == "|" and not self.bars_end):
             if kind := self.take("*", "/"):
                 left = Node("mul" if kind == "*" else "div", (left, self.signed()))
             elif self.kind in ("+", "-", "pm", "mp", ":", "cup", "cap", "minus", *RELATIONS):
@@ -473,8 +474,10 @@ class _Parser:
         if self.take("}}"):
             return Node("set")
         at, kept = self.at, list(self.tokens)  # \frac12 divides its token
+        before, self.bars_end = self.bars_end, True
         first = self.sum() if self.kind != "(" else self.relation()
         domain = self.sum() if self.take("in") else _REALS
+        self.bars_end = before
         if self.take(":", "|"):
             condition = self.list()
             self.expect("}}")
@@ -495,8 +498,10 @@ class _Parser:
         return Node("tuple", items, brackets)
 
     def a_bar(self, token: Token) -> Node:
+        before, self.bars_end = self.bars_end, True
         inner = self.relation()
         self.expect("|")
+        self.bars_end = before
         return Node("call", (inner,), "abs")
 
     def a_floor(self, token: Token) -> Node:

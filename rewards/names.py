@@ -48,8 +48,9 @@ def _label_of_call(node: Node) -> str:
 
 def _label_of_product(node: Node) -> str:
     """Of points (AB), an angle, a probability P(A and B), or words among letters; a product of variables is no name."""
-    if head := derivative(node)[1]:
-        return f"{node.op} {head}"
+    order, head = derivative(node)
+    if head:
+        return f"{node.op} {order} {head}"
     leaves = [part for part in node.walk() if not part.args]
     text = [part for part in leaves if part.op == "text"]
     letters = [part.data for part in leaves if part.op == "symbol"]

@@ -100,7 +100,7 @@ _NATURAL = re.compile(r"(?<![a-zA-Z\\])E\s*\*\*")
 _INTERVAL = re.compile(r"\bInterval(?:\.(open|Lopen|Ropen))?\(([^()]*,[^()]*)\)")
 _OPEN = {"": "[{}]", "open": "({})", "Lopen": "({}]", "Ropen": "[{})"}
 _FINITE = re.compile(r"\bFiniteSet\(([^()]*)\)")
-_PROGRAM = re.compile(r"\b(?:Rational|Integer|Fraction)\(([^()]*)\)")
+_PROGRAM = re.compile(r"\b(?:Rational|Fraction)\(([^(),]*),([^(),]*)\)")
 
 _TOKEN = re.compile(
     r"""\s*(?:
@@ -188,7 +188,7 @@ def _notations(text: str) -> str:
         text = _IMAGINARY.sub("i", _NATURAL.sub("e^", text))
         text = _INTERVAL.sub(lambda found: _OPEN[found[1] or ""].format(found[2]), text)
         text = _FINITE.sub(r"\\{\1\\}", text)
-        text = _PROGRAM.sub(lambda found: "(" + "/".join(found[1].split(",")) + ")", _MODULE.sub("", text))
+        text = _PROGRAM.sub(r"(\1/\2)", _MODULE.sub("", text))
     return text
 
 

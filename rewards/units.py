@@ -51,6 +51,8 @@ _CONDITIONS = frozenset(  # likewise, where they belong to the number: in prose 
     "percentage pct".split()
 )
 
+_BOUNDS = ("以上", "以下", "以内", "未満", "未满", "多", "半", "不到", "超")  # in scripts without spaces
+
 
 def is_currency(text: str) -> bool:
     return _unit(text.strip(" .,:")) in _CURRENCIES
@@ -66,6 +68,8 @@ def multiplier(text: str) -> int:
 
 def changes_value(text: str) -> bool:
     """Whether such words behind a number make it another, or doubtful: 7 tenths, 7 but maybe, 7 is wrong."""
+    if any(sign in text for sign in _BOUNDS):
+        return True
     words = re.findall(r"[^\W\d_]+", text.lower())
     return bool((_CHANGES | _CONDITIONS).intersection(words)) and unit(text) is None
 

@@ -25,7 +25,7 @@ _MAX_MAGNITUDE = 1_000_000  # of the exponent of two
 _MAX_PRECISION = 8_000  # bits
 _MAX_FACTORIAL = 2_000
 _POINTS = 8
-_MORE = 24  # further points that are tried while fewer than _ENOUGH were inside both domains
+_MORE = 24  # further points, of all sizes: while fewer than _ENOUGH were inside both domains, or for _PIECEWISE
 _ENOUGH = 3
 _POSITIVE = (0, 1, 4)  # points at which all unknowns are positive
 _RANGES = ((1.5, 5), (0.3, 1.5), (0.3, 5), (0.3, 5), (10**3, 10**6), (10**3, 10**6), (5, 100), (5, 100))  # of points
@@ -62,9 +62,10 @@ def same(one: Node, other: Node) -> bool:
     names = sorted(part.data for side in (one, other) for part in side.walk() if part.op == "symbol")
     whole = _counted(one) | _counted(other)
     is_complex = any(part == Node("symbol", data="i") for side in (one, other) for part in side.walk())
+    is_piecewise = any(part.data in _PIECEWISE for side in (one, other) for part in side.walk())
     decided = undecided = 0
     for point in range(_POINTS + _MORE):
-        if point >= _POINTS and decided >= _ENOUGH:
+        if point >= _POINTS and decided >= _ENOUGH and not is_piecewise:
             break
         make = partial(_Evaluation, point % _POINTS, _assigned(names, whole, point))
         try:
@@ -167,9 +168,9 @@ def _whole_at(name: str, point: int) -> Fraction:
 @lru_cache(4096)
 def _random(name: str, point: int) -> Fraction:
     first = point if point < 2 else point - point % 2
-    low, high = _RANGES[first % _POINTS]
     generator = random.Random(f"{_key} {name} {first}")
     below = generator.randint(1000, 9999)
+    low, high = _RANGES[first] if first < _POINTS else (0.01, 10 ** generator.uniform(-1, 4))
     value = Fraction(generator.randint(int(low * below), int(high * below)), below)
     negative = first not in _POSITIVE and generator.random() < 0.5
     return -value if negative != (point != first) else value
@@ -499,6 +500,7 @@ for _name in ("sin", "cos", "tan", "cot", "sec", "csc"):
     _FUNCTIONS[f"arc{_name}"] = _float(getattr(_mp, f"a{_name}"))
 for _name in ("sinh", "cosh", "tanh"):
     _FUNCTIONS[f"ar{_name}"] = _FUNCTIONS[f"a{_name}"] = _FUNCTIONS[f"arc{_name}"] = _float(getattr(_mp, f"a{_name}"))
+_PIECEWISE = ("abs", "floor", "lfloor", "ceil", "lceil", "sqrt", "max", "min")  # their pieces may be small
 _COUNTING = ("factorial", "factorial2", "binom", "permutations")
 _MATRIX_FUNCTIONS = ("transpose",)
 _CONSTANTS: dict[str, Callable[[], Number]] = {
