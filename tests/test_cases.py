@@ -1,6 +1,6 @@
 """The math reward on pairs that were written for it without its code: 885 of forty kinds, half of them near misses, and
-241 whole completions, most of them prose without a box; and 768 whose answer has to be found: choices, checks, other
-formats and scripts, statements that hedge."""
+241 whole completions, most of them prose without a box; 768 whose answer has to be found (choices, checks, other
+formats and scripts, statements that hedge), and 543 of the kinds that users of other graders reported."""
 
 import json
 from collections import Counter
@@ -18,6 +18,7 @@ NOT_SEEN = {  # right, and not seen as such
         f"prose-{n:03}"
         for n in (22, 26, 28, 30, 34, 35, 36, 39, 40, 41, 42, 43, 49, 68, 82, 87, 88, 97, 110, 115, 118)
     },
+    "reported": set(),
     "answers": {  # a check without its name, a result that is not called an answer, values behind the answer
         "check-011", "check-012", "check-016", "check-055", "format-050", "format-053", "format-056", "format-074",
         "statement-169", "statement-170", "statement-171",
