@@ -7,10 +7,10 @@ import pytest
 from conftest import ROOT
 
 LAYERS = [
-    {"records", "plugin", "config", "machine", "storage", "episodes"},
-    {"lora", "advantage", "loss", "attention", "base", "sharding", "thin_product"},
-    {"head", "optimizer", "chat"},
-    {"policy", "peft_format", "batch", "task", "delivery", "scoring", "grading"},
+    {"records", "plugin", "config", "machine", "storage", "episodes", "model_files"},
+    {"lora", "advantage", "loss", "attention", "base", "sharding", "thin_product", "template", "scratch"},
+    {"head", "optimizer", "chat", "golds"},
+    {"policy", "peft_format", "batch", "task", "delivery", "scoring", "grading", "check", "trial"},
     {"algorithm", "agent_loop"},
     {"learner", "merge", "rollout", "runs", "checkpoint", "resume", "saving", "slots", "vllm_cpu"},
     {"engine", "evaluate", "metrics", "replay", "history", "export"},
