@@ -353,6 +353,7 @@ def start(
     Joins the Ray cluster of this job or machine, or starts one that ends with it. On leaving, however that comes
     about, every process is gone and so are its files in RAM.
     """
+    machine.check_ram_directory()
     with _crew(config, task.base, run) as crew:
         learners = crew.learners() if learn else []
         engines = [crew.engine(task, number, version) for number in range(config.engine.replicas)]
@@ -380,12 +381,6 @@ def learning(config: Config, base: str, run: str) -> Iterator[Learner]:
 @contextmanager
 def _crew(config: Config, base: str, run: str) -> Iterator[_Crew]:
     """A crew on a Ray cluster; on leaving all of it ends."""
-    if machine.ram_is_full():
-        print(
-            "/dev/shm is full: engines keep their adapters on disk, and on CPU run without Intel's OpenMP, which is "
-            "slower; start the container with a larger --shm-size",
-            flush=True,
-        )
     join_ray()
     machine.on_signal(
         signal.SIGTERM, lambda *_: sys.exit(143)

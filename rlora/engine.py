@@ -89,6 +89,7 @@ class Engine:
         self, config: Config, base: str, stop_token_ids: Sequence[int], stop: Sequence[str], number: int, version: int
     ) -> None:
         self.stop_token_ids, self.stop = list(stop_token_ids), list(stop)
+        machine.check_ram_directory()  # of this node
         self.scratch = Scratch(os.getpid())
         self.whole = config.learner.whole
         self.experts = has_experts(base)

@@ -18,6 +18,9 @@ import numpy
 import torch
 from torch import Tensor
 
+from rlora.records import RloraError
+
+_SHM_NEEDED = 256 * 1024  # bytes; an engine takes a few pages
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -50,7 +53,7 @@ def engine_environment(threads: int, kv_cache_gib: int, cuda: bool) -> dict[str,
     if not cuda:
         environment |= {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib)}
         openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
-        if openmp.exists() and not ram_is_full():
+        if openmp.exists():
             environment["LD_PRELOAD"] = str(openmp)
     return environment
 
@@ -127,6 +130,13 @@ def adapter_directory(pid: int, place: Path | None = None) -> Path:
     return (place or ram_directory()) / f"rlora-{pid}"
 
 
-def ram_is_full() -> bool:
-    """Whether the RAM file system has no room for the page that Intel's OpenMP writes there: it dies of that."""
-    return Path("/dev/shm").exists() and shutil.disk_usage("/dev/shm").free < 64 * 1024
+def check_ram_directory() -> None:
+    """Raise RloraError where vLLM could not start: Python's semaphores and Intel's OpenMP need pages in /dev/shm, and
+    the latter dies of a bus error without one."""
+    shm = Path("/dev/shm")
+    if shm.exists() and (free := shutil.disk_usage(shm).free) < _SHM_NEEDED:
+        raise RloraError(
+            f"{shm} has {free / 1024:,.0f} KiB free, and vLLM needs {_SHM_NEEDED / 1024:,.0f} to start; remove what "
+            "fills it, or start the container with a larger --shm-size (in Kubernetes, mount an emptyDir of medium "
+            "Memory there)"
+        )

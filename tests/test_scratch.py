@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import adapter
+from conftest import ROOT, adapter
 
 from rlora import machine
 from rlora.records import Adapter, RloraError
@@ -241,10 +241,24 @@ def test_a_full_ram_file_system_names_itself_and_the_remedy(tmp_path: Path) -> N
         assert str(tmp_path) in line
 
 
-def test_openmp_is_not_loaded_where_it_would_die(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a bus error: it writes a page to /dev/shm."""
+def test_a_ram_file_system_in_which_no_engine_can_start_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's semaphores need a page, and Intel's OpenMP dies of a bus error without one."""
     usage = shutil.disk_usage("/dev/shm")
-    monkeypatch.setattr(Path, "exists", lambda _: True)
-    for free, loaded in ((0, False), (4096, False), (2**20, True)):
+    for free in (0, 4096, 2**16):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
-        assert ("LD_PRELOAD" in machine.engine_environment(1, 1, cuda=False)) == loaded
+        with pytest.raises(RloraError, match=f"/dev/shm has {free // 1024} KiB free, .*--shm-size"):
+            machine.check_ram_directory()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**20))
+    machine.check_ram_directory()
+
+
+@NEEDS_NAMESPACES
+def test_a_run_in_a_full_ram_file_system_names_it(tmp_path: Path) -> None:
+    fill = "mount -t tmpfs -o size=1m tmpfs /dev/shm && head -c 2000000 /dev/zero > /dev/shm/fill 2>/dev/null"
+    train = f"exec {sys.executable} -m rlora train launch/arithmetic.toml --run-dir {tmp_path}/run"
+    command = ["unshare", "-m", "sh", "-c", f"{fill}; {train}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "rlora: /dev/shm has 0 KiB free" in done.stderr
+    assert "--shm-size" in done.stderr
+    assert "Traceback" not in done.stderr
