@@ -3,7 +3,8 @@
     python benchmarks/grading.py [--graders ../shared/graders] [--pairs 10000] [--soak 50000]
 
 Prints a table and, as its last line, a JSON object: errors of both on the unflagged rows of each file (`ours`,
-`math_verify`; math-verify as `verify(parse(gold), parse(prediction))`, the gold in dollars where it has none);
+`math_verify`; math-verify as `verify(parse(gold), parse(prediction))`, the gold in dollars where it has none), and the
+same on the rows of reported troubles (`new_ours`, `new_math_verify`: `../shared/reports`, `tests/cases/reported.jsonl`);
 `microseconds_fast`, of a pair that the fast path decides, a completion of a few hundred characters; `pairs_per_minute`
 of `--pairs` rows, hostile ones among them, through two worker processes as `rlora grade` runs them, and the same of
 math-verify in one process (`math_verify_pairs_per_minute`); `soak` of so many pairs: processes left behind, and MiB by
@@ -51,6 +52,9 @@ def main() -> None:
     logging.disable(logging.CRITICAL)  # math-verify tells of each pair that it can't read
     rows = read(options.graders)
     figures: dict[str, Any] = errors(rows)
+    reported = [options.graders.parent / "reports" / "rewards.jsonl", ROOT / "tests" / "cases" / "reported.jsonl"]
+    new = errors([row for file in reported if file.is_file() for row in rows_of(file)])
+    figures |= {f"new_{name}": new[name] for name in ("ours", "math_verify", "ratio")}
     figures["microseconds_fast"] = fast([row for row in rows if row["file"] == "gsm8k_model_outputs"])
     from hostile import hostile
 
@@ -61,12 +65,13 @@ def main() -> None:
     print(json.dumps(figures))
 
 
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    lines = file.read_text("utf-8").split("\n")
+    return [{"file": file.stem, **json.loads(line)} for line in lines if line]
+
+
 def read(directory: Path) -> list[dict[str, Any]]:
-    rows = [
-        {"file": file.stem, **json.loads(line)}
-        for file in sorted(directory.glob("*.jsonl"))
-        for line in file.read_text().splitlines()
-    ]
+    rows = [row for file in sorted(directory.glob("*.jsonl")) for row in rows_of(file)]
     return [row for row in rows if not row["mode"].startswith("format") and not row.get("flag")]
 
 
