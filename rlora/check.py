@@ -21,6 +21,7 @@ from rlora.trial import Bench, Trial
 
 _SECONDS = 4.0  # after the first call; a slower reward is tried on fewer prompts
 _SHOWN = 3  # examples of a fault
+_FAILED = ("error", "timeout")
 
 
 @dataclass(frozen=True)
@@ -183,9 +184,10 @@ class _Check:
         lenient = [trials for trials in found.get("paid", []) if self._is_lenient(trials[0])]
         if 4 * len(lenient) >= len(outcomes):
             found["foreign"] = found.get("foreign", []) + lenient
-        self._tell(found.get("unpaid", []), 0, "{} of {} golds are not paid by {}, in no form", hidden)
+        self._tell(found.get("unpaid", []), 0, "{} of {} golds are not paid by {} in any form", hidden)
         self._tell(found.get("empty", []), 1, "an empty completion is paid for {} of {} prompts by {}", hidden)
         self._tell(found.get("foreign", []), 2, "another prompt's gold is paid for {} of {} prompts by {}", hidden)
+        self._tell(found.get("failed", []), 0, "{} of {} golds can't be scored by {}", hidden)
         self._tell_of_form(found.get("paid", []))
 
     def _is_lenient(self, trial: Trial) -> bool:
@@ -250,23 +252,23 @@ class _Check:
             )
 
     def _tell_errors(self) -> None:
-        """What failed, with the user's file and line, how often, and one example."""
-        failed = [
-            (score.detail or f"{self.functions[function]}: {score.status}", trial.shown(function, text))
-            for trial in self.tried
-            for text, scores in enumerate(trial.scores)
-            for function, score in enumerate(scores)
-            if score.status in ("error", "timeout")
-        ]
-        total = sum(len(trial.texts) for trial in self.tried)
-        lost = [trials[0] for trials in self.trials if self.bench.outcome(trials) == "failed"]
-        likely = (
-            self._forced_style() or self._odd_golds(lost) or [f"{self.answers}, or the function itself"] if lost else []
-        )
-        for detail, count in Counter([what for what, _ in failed] + self.bench.env_errors).most_common(_SHOWN):
-            text = f"{detail} ({count} of {total} completions that were tried)"
-            text += f". Likely: {'; or '.join(likely)}" if likely else ""
-            self.faults.append(Fault(text, tuple(example for what, example in failed if what == detail)[:1]))
+        """On which texts a function fails that scores others, for how many prompts, and one of the reasons."""
+        lost = [trials for trials in self.trials if self.bench.outcome(trials) == "failed"]
+        told = {(id(trial), self.bench.judge(trials)) for trials in lost for trial in trials}
+        for function, name in enumerate(self.functions):
+            rest = [trial for trial in self.tried if (id(trial), function) not in told]
+            for text, what in enumerate(("a gold", "an empty completion", "another prompt's gold")):
+                failed = [
+                    trial for trial in rest if trial.scores[text:] and trial.scores[text][function].status in _FAILED
+                ]
+                if failed:
+                    prompts = len({id(trial.prompt) for trial in failed})
+                    count = f"{prompts} of {max(prompts, len(self.trials))} prompts"
+                    self.faults.append(
+                        Fault(f"{name} fails on {what}, for {count}", (failed[0].shown(function, text),))
+                    )
+        for detail, count in Counter(self.bench.env_errors).most_common(_SHOWN):
+            self.faults.append(Fault(f"{detail} ({count} times)"))
 
 
 def _types(told: Sequence[Trial]) -> str:

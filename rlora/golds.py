@@ -18,6 +18,7 @@ ANSWERS = frozenset((
 _LIKE_AN_ANSWER = re.compile(
     r"answer|solution|gold|label|target|truth|reference|expected|result|output|final|correct|response|value", re.I
 )
+_LIKE_AN_ID = re.compile(r"(?:.*[_ -])?(?:id|ids|idx|index|uid|uuid|guid|qid|row)", re.IGNORECASE)
 _LONG = 200  # characters from which a gold is a whole solution
 
 
@@ -109,8 +110,9 @@ def faults_of_prompts(chat: Chat, prompts: Iterable[Prompt]) -> Iterator[str]:
         if bos is not None and bos not in chat.stop_token_ids and prompt.token_ids[:2] == (bos, bos):
             found.setdefault(f"{template}: a prompt begins with {chat.shown([bos])!r} twice", prompt)
         if opened.count(think) > 1:
-            what = f"{think} stands twice where the policy begins, for the template opens it too; leave one out"
-            found.setdefault(f"chat.prefill = {chat.settings.prefill!r}: {what}", prompt)
+            prefill = chat.settings.prefill
+            field = f"chat.prefill = {prefill!r}" if think in prefill else "chat.template"
+            found.setdefault(f"{field}: {think} stands twice where the policy begins; leave one out", prompt)
         elif tag and think not in tag[0]:
             what = (
                 f"a prompt ends with {tag[0].strip()!r}, which reward functions do not see as thinking; name its tags"
@@ -140,22 +142,28 @@ def faults_of_column(column: str, prompts: Sequence[Prompt], answers: str) -> It
     """Signs that the data set's column of the gold is another one than `column`."""
     name, golds = column.rpartition(".")[2], [prompt.answer for prompt in prompts]
     others = [each for each in prompts[0].columns if each in ANSWERS and each != column]
-    if others and not _LIKE_AN_ANSWER.search(name):
+    if all(gold == prompt.text for gold, prompt in zip(golds, prompts, strict=True)):
+        yield f"{answers}: each gold is the prompt itself, as {cut(golds[0])}; name the gold's column"
+    elif _LIKE_AN_ANSWER.search(name):
+        return
+    elif others:
         named = " and ".join(map(repr, others))
         yield f"{answers}: it is taken for the gold, as {cut(golds[0])}, but the rows have {named}; name the gold's"
-    elif all(gold == prompt.text for gold, prompt in zip(golds, prompts, strict=True)):
-        yield f"{answers}: each gold is the prompt itself, as {cut(golds[0])}; name the gold's column"
-    elif _count_up(golds):
+    elif _LIKE_AN_ID.fullmatch(name) or _count_up(golds):
         first = ", ".join(map(str, golds[:3]))
-        yield f"{answers}: golds count up from row to row ({first}, ...), as a row's number; name the gold's column"
+        yield f"{answers}: golds ({first}, ...) are the numbers of rows, or their names; name the gold's column"
 
 
 def _count_up(golds: Sequence[Any]) -> bool:
-    """Whether ten or more are the numbers of rows: each above the one before, with the same text before it."""
+    """Whether ten or more count rows: 0, 1, 2 or 1, 2, 3, or after the same text higher and higher numbers."""
     found = [_NUMBERED.fullmatch(str(gold)) for gold in golds]
     numbers = [int(each[2]) for each in found if each and len(each[2]) < 20]
-    same = len({each[1] for each in found if each}) == 1
-    return same and len(golds) == len(numbers) >= 10 and all(a < b for a, b in pairwise(numbers))
+    before = {each[1] for each in found if each}
+    if len(golds) < 10 or len(numbers) < len(golds) or len(before) > 1:
+        return False
+    if before == {""}:
+        return numbers[0] in (0, 1) and all(b == a + 1 for a, b in pairwise(numbers))
+    return all(a < b for a, b in pairwise(numbers))
 
 
 def looks(gold: Any) -> Iterator[str]:

@@ -33,6 +33,7 @@ class Trial:
         """What one function says of one text, for people."""
         score = self.scores[text][function]
         said = score.status if score.value is None else f"{score.value:g}"
+        said = f"{said}, {score.detail}" if score.detail else said
         return f"prompt {cut(asked(self.prompt))}, gold {cut(self.gold)}, completion {cut(self.texts[text])}: {said}"
 
 

@@ -171,7 +171,7 @@ SOLUTIONS = [
     ("rows", "reward", "changes", "named"),
     [
         # golds that a reward can't read
-        (rows_of("four", "five", "six"), INTEGER, {}, r"3 of 3 golds are not paid .*Likely: env_args\.answer = 'answer'|integer_answer"),
+        (rows_of("four", "five", "six"), INTEGER, {}, r"3 of 3 golds can't be scored by integer_answer\. Likely: env_args\.answer = 'answer'"),
         (rows_of("4 apples", "5 pears", "7 figs"), "graded", {}, r"3 of 3 golds are not paid by graded.*env_args\.answer"),
         (rows_of("4", "five", "7"), "number", {}, r"five"),
         # another type
@@ -179,8 +179,10 @@ SOLUTIONS = [
         # another column
         (SOLUTIONS, "graded", {"env_args": {"answer": "solution"}}, r"4 of 4 golds are not paid .*env_args\.answer = 'solution': the gold is a whole solution; env_args\.answer_after"),
         ([row | {"id": n} for n, row in enumerate(NUMBERS)], INTEGER, {"env_args": {"answer": "id"}}, r"env_args\.answer = 'id': .*the rows have 'answer'"),
-        ([{"prompt": f"{n}?", "key": f"q-{n:03}"} for n in range(12)], MATH, {"env_args": {"answer": "key"}}, r"env_args\.answer = 'key': golds count up"),
-        (WORDS, "exact", {"env_args": {"answer": "prompt"}}, r"env_args\.answer = 'prompt': .*the rows have 'answer'"),
+        ([{"prompt": f"{n}?", "key": f"q-{n:03}"} for n in range(12)], MATH, {"env_args": {"answer": "key"}}, r"env_args\.answer = 'key': golds \(q-000, q-001, q-002, \.\.\.\) are the numbers of rows"),
+        ([{"prompt": f"{n}?", "n": n} for n in range(12)], INTEGER, {"env_args": {"answer": "n"}}, r"env_args\.answer = 'n': golds \(0, 1, 2, \.\.\.\) are the numbers of rows"),
+        ([{"prompt": f"{n}?", "row_id": f"{n * 7919:x}"} for n in range(3, 8)], MATH, {"env_args": {"answer": "row_id"}}, r"env_args\.answer = 'row_id': golds"),
+        (WORDS, "exact", {"env_args": {"answer": "prompt"}}, r"env_args\.answer = 'prompt': each gold is the prompt itself"),
         ([{"prompt": "a cat"}, {"prompt": "a dog"}], "exact", {"env_args": {"answer": "prompt"}}, r"each gold is the prompt itself"),
         ([row | {"level": f"Level {n % 3}"} for n, row in enumerate(NUMBERS)], MATH, {"env_args": {"answer": "level"}}, r"env_args\.answer = 'level': .*the rows have 'answer'"),
         # another style
@@ -214,6 +216,7 @@ SOLUTIONS = [
         (NUMBERS, "strict_think", {"chat": {"template": THINKS}}, r"chat\.template: strict_think does not pay .*\n(.*\n)*.*golds are not paid by strict_think.*Likely: chat\.template"),
         (NUMBERS, "strict_think", {"chat": {"prefill": "Sure! "}}, r"chat\.prefill = 'Sure! ': strict_think does not pay"),
         (NUMBERS, "rlora.rewards.shaping:think", {"chat": {"template": f"{PLAIN}<thought>\n"}}, r"chat\.think = .*ends with '<thought>'"),
+        (NUMBERS, "rlora.rewards.shaping:think", {"chat": {"template": THINKS.replace("<think>", "<think>Well.\n<think>")}}, r"chat\.template: <think> stands twice"),
         (NUMBERS, "rlora.rewards.shaping:think_answer", {"chat": {"template": THINKS.replace("<think>", "<|begin_of_thought|>")}}, r"chat\.think = "),
     ],
 )  # fmt: skip
@@ -252,6 +255,9 @@ TAGGED = [row | {"prompt": row["prompt"] + " Give the answer in <answer> </answe
         (rows_of(True, False, False), "exact_text", {}),
         (rows_of(["Paris", "paris"], ["Rome"], ["Oslo", "OSLO"]), "any_of", {}),
         (NUMBERS, "close", {}),
+        (rows_of(*range(2, 40)), INTEGER, {}),  # sorted, as small data sets are
+        ([{"prompt": f"{n}+1?", "sum": n + 1} for n in range(1, 30)], INTEGER, {"env_args": {"answer": "sum"}}),
+        ([{"prompt": f"{n}?", "key": "ABCD"[n % 4]} for n in range(1, 30)], "exact", {"env_args": {"answer": "key"}}),
         (NUMBERS, "ten", {}),
         (NUMBERS, "contains", {}),
         (TAGGED, "tagged", {}),
@@ -471,7 +477,7 @@ def test_the_command_prints_faults_and_exits_with_1(
     assert run("--reward", "mine.py:exact") == 1
     said = capsys.readouterr().out.splitlines()
     assert said[0].endswith("with mine.py:exact: 1 fault")
-    assert said[1].startswith("warning: 16 of 16 golds are not paid by exact, in no form. Likely: env = ")
+    assert said[1].startswith("warning: 16 of 16 golds are not paid by exact in any form. Likely: env = ")
     assert len(said) == 5
     assert re.search(r"prompt 'What is \d+ \+ \d+\?', gold \d+, completion '\d+': 0$", said[2])
     assert run("--reward", "mine.py:exact", "--check.strict") == 1
