@@ -1,26 +1,29 @@
 """Attacks on the math reward: mutated pairs, and changes of a gold's value that must not be paid.
 
     python benchmarks/attack.py [--pairs 200000] [--paid paid.jsonl] [--seed 0]
-    python benchmarks/attack.py --structural [--every 1]
+    python benchmarks/attack.py --structural [--every 1] [--paid paid.jsonl]
 
-The first grades random pairs from the labelled answers in `../shared/graders` and `tests/cases`, with mutations of
-their text, in two processes. It writes the pairs that are paid although their texts differ to `--paid`, to be read by
-hand. The second makes some fifty changes of each gold of MATH train (`--every` n-th) that change its value
-(`tests/attacks.py`): sign, order, one member, a function around it, another left side, words behind it.
+The first grades random pairs from the labelled answers in `../shared/graders` and `tests/cases` and from the golds of
+MATH train, with mutations of their text (`tests/attacks.py`). The second makes some hundred changes of each gold of
+MATH train (`--every` n-th) that change its value: sign, order, one member, multiplicity, a function around it, another
+left side, an end, a word (`tests/changes.py`). Both use two processes.
 
-Each prints its exceptions, its timeouts and what is paid, and as its last line a JSON object: `pairs`, `exceptions`, `timeouts`,
-`paid`, `seconds`.
+Each prints what raises, what times out and, grouped by kind of change, what is paid; `--paid` writes the paid pairs
+whose texts differ to a file, to be read by hand. The last line is a JSON object: `pairs`, `exceptions`, `timeouts`,
+`paid`, `seconds`; `golds` and `changes_per_gold` (the median) of structural changes.
 """
 
 import argparse
 import json
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 from rlora.rewards.answer import find_gold
 from rlora.rewards.equivalence import grade
@@ -28,7 +31,8 @@ from rlora.rewards.equivalence import grade
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tests"))
 _CHUNK = 1000
-Pair = tuple[str, str]
+_SHOWN = 5  # of each kind
+Attack = tuple[str, str, str]  # kind, gold and prediction
 
 
 def main() -> None:
@@ -44,29 +48,55 @@ def main() -> None:
         sys.exit(f"--shared {options.shared}: no such directory; name one with graders/ and data/math_train/")
     from attacks import answers, mutated_pairs
 
+    figures: dict[str, Any] = {}
+    attacks: Iterable[Attack]
     if options.structural:
-        pairs = changed(golds(options.shared)[:: options.every])
+        chosen = golds(options.shared)[:: options.every]
+        attacks = changed(chosen)
+        figures["golds"] = len(chosen)
     else:
-        texts = answers([options.shared / "graders", ROOT / "tests" / "cases"])
-        pairs = mutated_pairs(texts, options.pairs, options.seed)
+        texts = [*answers([options.shared / "graders", ROOT / "tests" / "cases"]), *golds(options.shared)]
+        attacks = (("mutation", *pair) for pair in mutated_pairs(texts, options.pairs, options.seed))
+    figures |= run(attacks, options.paid)
+    print(json.dumps(figures))
+
+
+def run(attacks: Iterable[Attack], file: Path | None) -> dict[str, Any]:
+    """Grade all, print what must not be, and count."""
     start = time.perf_counter()
     counts: Counter[str] = Counter()
-    paid: list[Pair] = []
+    per_gold: Counter[str] = Counter()
+    found: defaultdict[str, list[Attack]] = defaultdict(list)
     with ProcessPoolExecutor(2) as pool:
-        for graded in pool.map(graded_chunk, chunks(pairs)):
-            for (gold, prediction), status in graded:
+        for graded in pool.map(graded_chunk, chunks(attacks)):
+            for attack, status in graded:
+                kind, gold, prediction = attack
                 counts[status.partition(":")[0]] += 1
+                per_gold[gold] += kind != "mutation"
                 if status.startswith(("exception", "timeout")):
-                    print(status, repr(gold), repr(prediction))
-                elif status == "correct" and (options.structural or gold.strip() not in prediction):
-                    paid.append((gold, prediction))
-    for gold, prediction in paid[:20]:
-        print("paid:", repr(gold[-80:]), "for", repr(prediction[-120:]))
-    if options.paid:
-        rows = (json.dumps({"gold": gold, "prediction": prediction}) for gold, prediction in paid)
-        options.paid.write_text("\n".join(rows), "utf-8")
-    figures = {"pairs": counts.total(), "exceptions": counts["exception"], "timeouts": counts["timeout"]}
-    print(json.dumps(figures | {"paid": len(paid), "seconds": time.perf_counter() - start}))
+                    found[status].append(attack)
+                elif status == "correct" and prediction not in (gold, rf"\boxed{{{gold}}}"):
+                    found[f"paid, {kind}"].append(attack)
+    show(found)
+    paid = [attack for title, attacks in found.items() if title.startswith("paid") for attack in attacks]
+    if file:
+        rows = (json.dumps(dict(zip(("kind", "gold", "prediction"), attack, strict=True))) for attack in paid)
+        file.write_text("".join(f"{row}\n" for row in rows), "utf-8")
+    figures: dict[str, Any] = {
+        "pairs": counts.total(),
+        "exceptions": counts["exception"],
+        "timeouts": counts["timeout"],
+    }
+    if any(per_gold.values()):
+        figures["changes_per_gold"] = median(per_gold.values())
+    return figures | {"paid": len(paid), "seconds": round(time.perf_counter() - start, 1)}
+
+
+def show(found: dict[str, list[Attack]]) -> None:
+    for title, attacks in sorted(found.items()):
+        print(f"{title}: {len(attacks)}")
+        for _, gold, prediction in attacks[:_SHOWN]:
+            print("   ", repr(gold[-80:]), "for", repr(prediction[-120:]))
 
 
 def golds(shared: Path) -> list[str]:
@@ -75,20 +105,20 @@ def golds(shared: Path) -> list[str]:
     return sorted({find_gold(row["answer"]).text.strip("$ ") for row in rows if row["answer"]})
 
 
-def changed(texts: Iterable[str]) -> Iterator[Pair]:
-    from attacks import changes
+def changed(texts: Iterable[str]) -> Iterator[Attack]:
+    from changes import changes
 
-    return ((gold, rf"\boxed{{{text}}}") for gold in texts for _, text in changes(gold))
+    return ((kind, gold, rf"\boxed{{{text}}}") for gold in texts for kind, text in changes(gold))
 
 
-def chunks(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
-    rest = iter(pairs)
+def chunks(attacks: Iterable[Attack]) -> Iterator[list[Attack]]:
+    rest = iter(attacks)
     while chunk := list(islice(rest, _CHUNK)):
         yield chunk
 
 
-def graded_chunk(pairs: list[Pair]) -> list[tuple[Pair, str]]:
-    return [(pair, status_of(*pair)) for pair in pairs]
+def graded_chunk(attacks: Sequence[Attack]) -> list[tuple[Attack, str]]:
+    return [(attack, status_of(*attack[1:])) for attack in attacks]
 
 
 def status_of(gold: str, prediction: str) -> str:

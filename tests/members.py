@@ -1,0 +1,272 @@
+"""Changes of tuples, lists, sets, intervals and matrices that change their value."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from itertools import combinations, pairwise
+from math import inf, isinf
+
+from oracle import differ, number
+
+Change = tuple[str, str]  # the kind and the changed text
+Interval = tuple[str, str, str, str]  # bracket, end, end, bracket
+_OTHERS = [
+    "({})+1", "({})-1", "-({})", "2({})", "({})^2", "({})i", "({})+0.001", r"\frac{{1}}{{{}}}", r"({})+\sqrt{{2}}",
+    "({})+10", "10({})", "({})^3", r"\frac{{{}}}{{2}}", r"({})\pi", "e^{{{}}}", "100-({})",
+]  # fmt: skip
+_LEFT_SIDES = {"-x": "-({})", "2x": r"\frac{{{}}}{{2}}", "x^2": r"\sqrt{{{}}}", r"\ln x": "e^{{{}}}", "e^x": r"\ln({})"}
+_FUNCTIONS = [r"\ln{}", r"\sqrt{{{}}}", "|{}|", "{}^2", r"\sin{}", "{}+1", "2{}", "-{}", "{}^3"]
+_INTERVAL = re.compile(r"([(\[])([^()\[\],]+),([^()\[\],]+)([)\]])")
+
+
+def read_members(gold: str) -> tuple[str, list[str]] | None:
+    """The opening bracket and the members, where the oracle can read them all."""
+    text = re.sub(r"\\left|\\right|\\[,;]", "", gold).strip()
+    found = re.fullmatch(r"(\(|\\\{)(.*)(?:\)|\\\})", text, re.DOTALL)
+    opening, inside = found.groups() if found else ("", text)
+    members = [member.strip() for member in inside.split(",")]
+    is_number = not opening and re.search(r"\d,\d{3}|\{,\}|,\\!", gold)
+    if len(members) < 2 or is_number or any(not _is_read(member) for member in members):
+        return None
+    return opening, members
+
+
+def of_members(opening: str, members: list[str]) -> Iterator[Change]:
+    is_tuple = opening == "("
+    for place, member in enumerate(members):
+        before, after = members[:place], members[place + 1 :]
+        for changed in ([*before, template.format(member), *after] for template in _OTHERS):
+            if differ(member, changed[place]) and (is_tuple or _counted(changed) not in (None, _counted(members))):
+                yield "member", _shown(opening, changed)
+        if opening != r"\{":
+            yield "twice", _shown(opening, [*before, member, member, *after])
+        yield "one less", _shown(opening, [*before, *after]) if len(members) > 2 else member
+    for one, other in combinations(range(len(members)), 2):
+        if differ(members[one], members[other]):
+            yield from _of_two(opening, members, one, other)
+    yield "one more", _shown(opening, [*members, "1234"])
+    yield "one more", _shown(opening, ["-99", *members])
+    yield "half", members[0]
+    yield "half", members[-1]
+    yield "product", r" \cdot ".join(f"({member})" for member in members)
+    yield "sum", "+".join(f"({member})" for member in members)
+    if all(re.fullmatch(r"\d+", member) for member in members):
+        yield "joined", "".join(members)
+    yield from _of_tuple(members) if is_tuple else _of_list(members)
+
+
+def _of_two(opening: str, members: list[str], one: int, other: int) -> Iterator[Change]:
+    swapped, copied = list(members), list(members)
+    swapped[one], swapped[other] = members[other], members[one]
+    copied[one] = members[other]
+    if opening == "(":
+        yield "order", _shown(opening, swapped)
+        yield "order", f"({', '.join('xyzwuv'[: len(members)])}) = {_shown(opening, swapped)}"
+    yield "multiplicity", _shown(opening, copied)
+
+
+def _of_tuple(members: list[str]) -> Iterator[Change]:
+    inside = ", ".join(members)
+    yield "set", rf"\{{{inside}\}}"
+    yield "function", rf"f({inside})"
+    if len(members) == 2:
+        yield "brackets", f"[{inside}]"
+    if any(differ(member, "0") for member in members):
+        yield from (("factor", f"{factor}({inside})") for factor in ("3", "-", "2"))
+    yield from (("function", form.format(f"({inside})")) for form in (r"\ln{}", r"\sqrt{{{}}}", "|{}|", "{}^2"))
+
+
+def _of_list(members: list[str]) -> Iterator[Change]:
+    inside = ", ".join(members)
+    for form in _FUNCTIONS:
+        changed = [form.format(f"({member})") for member in members]
+        if _counted(changed) not in (None, _counted(members)):
+            yield "function", ", ".join(changed)
+    for left, form in _LEFT_SIDES.items():
+        if _counted([form.format(member) for member in members]) not in (None, _counted(members)):
+            yield "left side", f"{left} = {inside}"
+    yield "bound", f"x > {members[0]}, x < {members[1]}"
+    yield "tuple", f"({inside}, 0)"
+    yield "words", rf"{inside} \text{{ or more}}"
+    yield "words", rf"\text{{not }} {inside}"
+
+
+def _shown(opening: str, members: list[str]) -> str:
+    return opening + ", ".join(members) + {"(": ")", r"\{": r"\}", "": ""}[opening]
+
+
+def _is_read(text: str) -> bool:
+    return number(text) is not None or differ(text, f"({text})+1")
+
+
+def _counted(members: list[str]) -> Counter[str] | None:
+    """The values, to 12 digits, and how often each is there; None where one is not known."""
+    values = [number(member) for member in members]
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return None
+    return Counter(f"{float(value.real) + 0.0:.12g} {float(value.imag) + 0.0:.12g}" for value in known)
+
+
+def read_intervals(gold: str) -> list[Interval]:
+    """The parts of an interval or a union; none where it could be a point."""
+    text = re.sub(r"\\(?:left|right)(?![a-z])|\\!", "", gold)
+    found = [_INTERVAL.fullmatch(part.strip()) for part in text.split(r"\cup")]
+    if not re.search(r"[\[\]]|infty|cup", gold):
+        return []
+    parts = [(part[1], part[2].strip(), part[3].strip(), part[4]) for part in found if part]
+    is_read = len(parts) == len(found) and all(_end(one) is not None is not _end(other) for _, one, other, _ in parts)
+    return parts if is_read else []
+
+
+def of_intervals(parts: list[Interval]) -> Iterator[Change]:
+    whole: Interval = ("(", r"-\infty", r"\infty", ")")
+    made = [("one more", [*parts, ("[", "1234", "1235", "]")]), ("one more", [("[", "-1235", "-1234", ")"), *parts])]
+    made += [("all", [whole]), ("sign", [_mirrored(part) for part in parts])]
+    for place, part in enumerate(parts):
+        made += [(kind, [*parts[:place], other, *parts[place + 1 :]]) for kind, other in _of_interval(*part)]
+        made += [("one less", [*parts[:place], *parts[place + 1 :]])] if len(parts) > 1 else []
+    for kind, other in made:
+        if _are_other(parts, other):
+            yield kind, _union(other)
+            yield f"{kind}, named", rf"x \in {_union(other)}"
+    yield from _of_set(parts)
+    if len(parts) == 1:
+        yield from _of_ends(*parts[0])
+
+
+def _of_interval(opening: str, low: str, high: str, closing: str) -> Iterator[tuple[str, Interval]]:
+    """One end moved, opened, closed or dropped."""
+    templates = [*(each for each in _OTHERS if each != "({})i"), "({})-0.01", "-1234", "1234"]
+    if "infty" not in low:
+        yield from (("end", (opening, form.format(low), high, closing)) for form in templates)
+        yield "open or closed", ("[" if opening == "(" else "(", low, high, closing)
+        yield "end", ("(", r"-\infty", high, closing)
+    if "infty" not in high:
+        yield from (("end", (opening, low, form.format(high), closing)) for form in templates)
+        yield "open or closed", (opening, low, high, "]" if closing == ")" else ")")
+        yield "end", (opening, low, r"\infty", ")")
+
+
+def _of_set(parts: list[Interval]) -> Iterator[Change]:
+    text = _union(parts)
+    for form in (r"\mathbb{{R}} \setminus ({})", r"x \notin {}", r"\ln x \in {}", r"x + 1234 \in {}"):
+        if parts != [("(", r"-\infty", r"\infty", ")")]:
+            yield "set", form.format(text)
+    if not _has(parts, 1234.5):
+        yield "point", rf"{text} \cup \{{1234.5\}}"
+    for low, high in ((_end(low), _end(high)) for _, low, high, _ in parts):
+        if low is not None and high is not None and low < high:
+            point = max(low, -9999.0) / 2 + min(high, 9999.0) / 2
+            yield "point", rf"({text}) \setminus \{{{point:.9g}\}}"
+            yield "half", f"{point:.9g}"
+
+
+def _of_ends(opening: str, low: str, high: str, closing: str) -> Iterator[Change]:
+    yield from (("half", end) for end in (low, high) if "infty" not in end)
+    if "infty" not in low + high:
+        yield "set", rf"\{{{low}, {high}\}}"
+        yield "reversed", f"{opening}{high}, {low}{closing}"
+        for middle in ("x + 1234", r"\ln x", "e^x", "xy"):
+            yield "left side", f"{low} < {middle} < {high}"
+        yield "reversed", f"{low} > x > {high}"
+
+
+def _mirrored(part: Interval) -> Interval:
+    opening, low, high, closing = part
+
+    def turned(end: str) -> str:
+        return {r"\infty": r"-\infty", r"-\infty": r"\infty"}.get(end, f"-({end})")
+
+    return {")": "(", "]": "["}[closing], turned(high), turned(low), {"(": ")", "[": "]"}[opening]
+
+
+def _union(parts: list[Interval]) -> str:
+    return r" \cup ".join(f"{a}{b}, {c}{d}" for a, b, c, d in parts)
+
+
+def _end(text: str) -> float | None:
+    if "infty" in text:
+        return -inf if "-" in text else inf
+    known = number(text)
+    return None if known is None or known.imag else float(known.real)
+
+
+def _has(parts: list[Interval], point: float) -> bool:
+    for opening, low_text, high_text, closing in parts:
+        low, high = _end(low_text), _end(high_text)
+        if low is None or high is None or low > high:
+            continue
+        at_end = (opening == "[" and point == low) or (closing == "]" and point == high)
+        if low < point < high or (at_end and (low < high or opening + closing == "[]")):
+            return True
+    return False
+
+
+def _are_other(parts: list[Interval], other: list[Interval]) -> bool:
+    """Whether two unions differ at, between or beside their ends."""
+    known = {_end(end) for _, low, high, _ in [*parts, *other] for end in (low, high)}
+    if None in known:
+        return False
+    ends = sorted(end for end in known if end is not None and not isinf(end)) or [0.0]
+    points = [*ends, *((one + next_) / 2 for one, next_ in pairwise(ends)), ends[0] - 1, ends[-1] + 1]
+    return any(_has(parts, point) != _has(other, point) for point in points)
+
+
+def of_matrix(inside: str) -> Iterator[Change]:
+    rows = [[cell.strip() for cell in row.split("&")] for row in inside.replace(r"\phantom -", "").split(r"\\")]
+    if any(number(cell) is None for row in rows for cell in row):
+        return
+    for place, row in enumerate(rows):
+        for changed in _rows(row):
+            yield "entry", _matrix([*rows[:place], changed, *rows[place + 1 :]])
+        if len(rows) > 1:
+            yield "row less", _matrix([*rows[:place], *rows[place + 1 :]])
+            yield "row twice", _matrix([*rows[: place + 1], row, *rows[place + 1 :]])
+    for one, other in combinations(range(len(rows)), 2):
+        if _differ_somewhere(rows[one], rows[other]):
+            swapped = list(rows)
+            swapped[one], swapped[other] = rows[other], rows[one]
+            yield "order", _matrix(swapped)
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    if len(rows) == len(columns) and any(map(_differ_somewhere, rows, columns)):
+        yield "transposed", _matrix(columns)
+    yield from _of_whole_matrix(rows)
+
+
+def _of_whole_matrix(rows: list[list[str]]) -> Iterator[Change]:
+    text = _matrix(rows)
+    cells = [cell for row in rows for cell in row]
+    yield from (("half", cell) for cell in cells)
+    yield "determinant", _matrix(rows, "vmatrix")
+    yield "determinant", rf"\det {text}"
+    yield "words", rf"{text} \text{{ or }} 0"
+    yield "one more", f"{text}, 1234"
+    yield "row more", _matrix([*rows, ["1234"] * len(rows[0])])
+    yield "column more", _matrix([[*row, "1234"] for row in rows])
+    yield "term", f"{text} + {_matrix([['1'] * len(rows[0])] * len(rows))}"
+    yield "sum", "+".join(f"({cell})" for cell in cells)
+    if any(differ(cell, "0") for cell in cells):
+        yield from (("factor", form.format(text)) for form in ("-{}", "2{}", r"\frac{{1}}{{3}}{}", "{}i", "x{}"))
+
+
+def _rows(row: list[str]) -> Iterator[list[str]]:
+    """A row with one entry changed, or two exchanged."""
+    for place, cell in enumerate(row):
+        for form in _OTHERS:
+            if differ(cell, form.format(cell)):
+                yield [*row[:place], form.format(cell), *row[place + 1 :]]
+        yield [*row[:place], f"{cell}+x", *row[place + 1 :]]
+    for one, other in combinations(range(len(row)), 2):
+        if differ(row[one], row[other]):
+            swapped = list(row)
+            swapped[one], swapped[other] = row[other], row[one]
+            yield swapped
+
+
+def _differ_somewhere(row: list[str], other: list[str]) -> bool:
+    return any(differ(one, two) for one, two in zip(row, other, strict=True))
+
+
+def _matrix(rows: list[list[str]], kind: str = "pmatrix") -> str:
+    return rf"\begin{{{kind}}} " + r" \\ ".join(" & ".join(row) for row in rows) + rf" \end{{{kind}}}"
