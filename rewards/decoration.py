@@ -48,6 +48,7 @@ _FILLER = re.compile(
     the\ (?:final\ )?answer|answer|therefore|so|thus|hence)[\s,:`]+)+(?=[-+−\d\\$.(])""",
     re.IGNORECASE | re.VERBOSE,
 )
+_MINUS = re.compile(r"\A[\s`]*(?:minus|negative)[\s`]+(?=[\d\\$.(])", re.IGNORECASE)
 _LETTER = r"\$?\s*([a-zA-Z])\s*\$?"
 _EACH = r"(?:(?:any|some|all|every|each|an?)\s+)?`?\s*"
 _INTEGERS = re.compile(  # where k is an integer; for any integer k
@@ -132,6 +133,7 @@ def _without_words(text: str) -> str:
     before = marked = _TEXT.sub(r"`\1`", text)
     if (reals := _REALS.match(marked.replace("`", " ").strip())) is not None:
         return _real_numbers(reals[1])
+    marked = _MINUS.sub("-", marked)
     marked = _FILLER.sub("", _ROUNDED.sub("", _APPROXIMATION.sub("", marked)))
     for pattern in (_INTEGERS, _DOMAIN):
         marked = pattern.sub(lambda found: rf", {next(filter(None, found.groups()))} \in \mathbb{{Z}}", marked)
@@ -152,18 +154,20 @@ def _real_numbers(but: str | None) -> str:
 
 
 def _without_labels(marked: str) -> str:
-    """`Ana: ` 18, ` Ben: ` 14 as 18, 14; of a sentence what its last "is" says."""
+    """`Ana: ` 18, ` Ben: ` 14 as `Ana` = 18, `Ben` = 14; of a sentence what its last "is" says."""
     parts = marked.split("`")  # texts are at odd places
     says = [n for n in range(1, len(parts) - 1, 2) if _SAYS.search(parts[n]) and parts[n + 1].strip(" ,.;")]
     if not says or _OTHERWISE.search(parts[says[-1]]):
         return marked
     before = [re.sub(r"\\q?quad|\s", "", parts[n - 1]) for n in says]
     if len(says) > 1 and says[0] == 1 and all(not each or each.endswith((",", ";")) for each in before):
-        return "".join(_joint(part) if n in says else f"`{part}`" if n % 2 else part for n, part in enumerate(parts))
+        return "".join(_named(part) if n in says else f"`{part}`" if n % 2 else part for n, part in enumerate(parts))
     rest = parts[says[-1] + 1 :]
     return "".join(f"`{part}`" if n % 2 else part for n, part in enumerate(rest))
 
 
-def _joint(label: str) -> str:
-    """What a label leaves: the comma or "and" that it begins with."""
-    return ", " if re.match(r"\s*(?:,|;|and\b)", label) else " "
+def _named(label: str) -> str:
+    """A label as a name, after the comma or "and" that it begins with."""
+    found = re.match(r"\s*(,|;|and\b)?(.*?)\s*(?:\b(?:is|are|be|equals?|equal to)|[:=])\s*\Z", label, re.DOTALL)
+    joint, name = (found[1], found[2].strip()) if found else (None, label.strip())
+    return (", " if joint else " ") + (f"`{name}` = " if name else "")

@@ -8,7 +8,7 @@ from functools import lru_cache, reduce
 
 from .notation import FUNCTIONS, MAX_DEPTH, Token, UnreadableError, clean, tokens
 from .tree import Node, chosen, counted, number, proper, table
-from .units import changes_value, multiplier
+from .units import changes_value, multiplier, unit
 
 RELATIONS = ("=", "==", "<", ">", "<=", ">=", "!=", "~", "in", "->")
 _ENDS = (
@@ -50,6 +50,10 @@ def read(text: str, thousands: bool = True) -> Node:
     tree = parser.list()
     parser.expect("end")
     return tree
+
+
+def _has_number(node: Node) -> bool:
+    return any(part.op in ("number", "text") or part.data in ("pi", "sqrt") for part in node.walk())
 
 
 class _Parser:
@@ -166,7 +170,8 @@ class _Parser:
         words = before = ""
         while (
             self.kind == "text"
-            or (words and self.kind in ("^", "/", "{", "}", "-", "letter", "*"))
+            or (words and self.kind in ("^", "/", "{", "}", "letter", "*"))
+            or (words and self.kind == "-" and before in ("^", "{"))
             or (
                 self.kind == "number" and before in ("^", "{", "-")  # a power
             )
@@ -175,6 +180,8 @@ class _Parser:
             words += " " + self.next().text
         if (factor := multiplier(words)) > 1:
             value = Node("mul", (value, number(factor)))
+        if words and value.op in ("symbol", "mul") and unit(words) is None and not _has_number(value):
+            raise UnreadableError("words behind a name")
         if changes_value(words):
             raise UnreadableError("words that change a value")
         return Node("unit", (value,), words) if words else value
@@ -392,6 +399,8 @@ class _Parser:
                 base = self.atom()
             elif self.take("^"):
                 exponent = self.exponent()
+        if exponent == _DEGREE:
+            raise UnreadableError("a degree sign on a function")
         if exponent is not None and exponent.op == "neg" and exponent.args[0].number == 1:
             name, exponent = _INVERSE.get(name, name), None
         args = self.arguments(name)

@@ -117,6 +117,8 @@ def same_name(gold: Node, prediction: Node) -> bool:
         return (one.isupper() or other.isupper()) and bool(index or index2) if gold.op == prediction.op else True
     if gold.op == prediction.op == "call":
         return len(gold.args) == len(prediction.args) and _renamed_by(gold, prediction) is not None
+    if {gold.op, prediction.op} == {"call", "symbol"} and (index or index2):
+        return not (gold.data.endswith("_") or prediction.data.endswith("_"))  # a_n is not a_1
     return not (index and index2 and index != index2)
 
 

@@ -1,8 +1,10 @@
 """When two trees say the same: lists, sets, tuples, intervals, relations, units, words."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
+from itertools import repeat
 from typing import Any
 
 from .names import label, renamed, same_name, with_names_of
@@ -120,6 +122,9 @@ def _same_value(gold: Node, prediction: Node) -> bool:
     if any(bases):
         return _same_digits(gold, prediction, *bases)
     if gold.op == "ratio" and prediction.op == "ratio":
+        numbers = [part for node in (gold, prediction) for part in node.args if part.op == "number"]
+        if any(part.number == 0 or re.match(r"0\d", part.data) for part in numbers):  # 3:0, or a time of the day
+            return False
         return len(gold.args) == len(prediction.args) and all(
             same(Node("div", (a, gold.args[0])), Node("div", (b, prediction.args[0])))
             for a, b in zip(gold.args[1:], prediction.args[1:], strict=True)
@@ -190,6 +195,9 @@ def _same_items(gold: Node, prediction: Node) -> bool:
     names, theirs = [_name(item) for item in ones], [_name(item) for item in others]
     if len(set(names)) == len(names) > 1 and all(names) and not any(theirs):
         return len(ones) == len(others) and all(map(equal, ones, others))  # x = 1, y = 2 against 1, 2
+    if all(names) and sorted(names) == sorted(theirs):
+        ours, groups = _groups(ones), _groups(others)
+        return len(ours) == len(groups) and all(any(map(_same_group, repeat(one), groups)) for one in ours)
     if names and names[0] and not any(names[1:]):  # a = 4, -8, -10
         ones[0] = ones[0].args[-1]
     if theirs and theirs[0] and not any(theirs[1:]):
@@ -199,6 +207,20 @@ def _same_items(gold: Node, prediction: Node) -> bool:
     if prediction.op == "set" or all(item.op == "tuple" for item in ones):  # a member that comes again adds nothing
         others = [item for n, item in enumerate(others) if not any(equal(item, before) for before in others[:n])]
     return len(ones) == len(others) and _matched(ones, others)
+
+
+def _groups(items: list[Node]) -> list[dict[str, Node]]:
+    """x = 1, y = 2, x = 3, y = 4 as two groups: a name that comes again begins another."""
+    groups: list[dict[str, Node]] = [{}]
+    for item in items:
+        if _name(item) in groups[-1]:
+            groups.append({})
+        groups[-1][_name(item)] = item
+    return groups
+
+
+def _same_group(one: dict[str, Node], other: dict[str, Node]) -> bool:
+    return one.keys() == other.keys() and all(equal(one[name], other[name]) for name in one)
 
 
 def _cover(ones: list[Node], others: list[Node]) -> bool:

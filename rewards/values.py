@@ -63,11 +63,13 @@ def same(one: Node, other: Node) -> bool:
     whole = _counted(one) | _counted(other)
     is_complex = any(part == Node("symbol", data="i") for side in (one, other) for part in side.walk())
     is_piecewise = any(part.data in _PIECEWISE for side in (one, other) for part in side.walk())
-    decided = undecided = 0
+    decided: set[tuple[Fraction, ...]] = set()  # at other points each
+    undecided = 0
     for point in range(_POINTS + _MORE):
-        if point >= _POINTS and decided >= _ENOUGH and not is_piecewise:
+        if point >= _POINTS and len(decided) >= _ENOUGH and not is_piecewise:
             break
-        make = partial(_Evaluation, point % _POINTS, _assigned(names, whole, point))
+        values = _assigned(names, whole, point)
+        make = partial(_Evaluation, point % _POINTS, values)
         try:
             equal, imaginary = _values_at(one, other, make, bits)
         except UnreadableError:  # outside of what is defined, or too large there
@@ -79,8 +81,8 @@ def same(one: Node, other: Node) -> bool:
         elif not equal:
             return False
         else:
-            decided += 1
-    return decided + undecided >= 2
+            decided.add((*values.values(), *([] if names else [Fraction(point)])))
+    return len(decided) + undecided >= (_ENOUGH if whole else 2)
 
 
 def _values_at(one: Node, other: Node, evaluation: "Callable[[], _Evaluation]", bits: int) -> tuple[bool, int]:

@@ -33,7 +33,7 @@ def _folded(text: str) -> str:
 
 def clock_time(text: str) -> tuple[int, int, str] | None:
     """Hours, minutes, and the half of the day: 3:30 PM."""
-    bare = re.sub(r"\\(?:text\w*|mathrm|mbox)|[{}$.~\\,\s]", "", text[:60]).lower()
+    bare = re.sub(r"\\(?:text\w*|mathrm|mbox)|[{}$.~\\,!\s]", "", text[:60]).lower()
     match = re.fullmatch(r"(\d{1,2}):(\d{2})([ap]m)?", bare)
     return (int(match[1]), int(match[2]), match[3] or "") if match else None
 
