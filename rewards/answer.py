@@ -12,6 +12,7 @@ from .asides import HEADING, without_asides
 from .exact import plain
 from .prose import MAX_LENGTH, has_number, has_run_of_lines, is_formula, last_value, statement
 from .turn import said
+from .units import MULTIPLIER
 
 _TAIL = 4000  # characters from the end in which an answer without a box is looked for
 _MARKERS = 8  # occurrences of "answer" that are looked at, from the end
@@ -52,6 +53,9 @@ _A = re.compile(r"(?:\A|\n)[ \t]*(?:A:|Ans\s*[:.=])\s*")
 _BETWEEN = re.compile(
     r"(?:[\s,;.$&]|\\[()\[\],;:! ]|\\q?quad|\\text(?:bf|rm)?\s*\{[^{}]*\}|\band\b|\bor\b|[和与、或]|[A-Za-z]\w*\s*=)*\Z"
 )
+
+_BOUND = re.compile(r"\s*(?:or\s+(?:more|less|fewer)|at\s+(?:least|most))\b")
+_OPERATED = re.compile(r"(?:(?:=|\$|\\\[|\\\(|\A)\s*)([-−]|\\(?:ln|log|sin|cos|tan|sqrt|exp))\s*\Z")
 
 
 class Answer(NamedTuple):
@@ -135,8 +139,23 @@ def _boxed(text: str, at: int, gold: bool = False) -> Answer | None:
     if gold and len(set(boxes)) == 1:
         boxes = boxes[:1]
     boxes = [plain(box) for box in boxes]
+    boxes[-1] = _with_what_clings(boxes[-1], text[max(0, at - 20) : at], text[end : end + 40])
     percent = re.match(r"\s*\$?\s*(?:\\?%|(?:\\text\{)?\s*(?:percent|pct)\b)", text[end : end + 30])
     return Answer(boxes[-1], True, tuple(boxes) if len(boxes) > 1 else (), percent is not None, text[end:])
+
+
+def _with_what_clings(content: str, before: str, behind: str) -> str:
+    r"""A number with what stands at its box and changes it: \boxed{7}^2, \boxed{7} million, = -\boxed{7}."""
+    if not re.fullmatch(r"[\d.,]+", content):
+        return content
+    if raised := re.match(r"\s*\^\s*(?:\{[^{}]*\}|\\circ|\w)", behind):
+        return content + raised[0]
+    words = re.sub(r"\\text\w*\s*\{|\\[,;: ]|[$~]|\\[)\]]", " ", behind)
+    if found := MULTIPLIER.match(words) or _BOUND.match(words):
+        return rf"{content}\text{{ {found[0].strip()}}}"
+    if found := _OPERATED.search(before):
+        return f"{found[1]}({content})"
+    return content
 
 
 def _joined(between: str, gold: bool) -> bool:

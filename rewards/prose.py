@@ -30,7 +30,8 @@ _NOT = re.compile(  # before a number that is not the answer, or not all of it
 _CHANGED = re.compile(  # behind a number: it is a bound, or another number
     r"\s*[^\W\d_]{0,2}?(?:以上|以下|以内|以外|未満|未满|ではな|じゃな|不是|不对|多(?!少))|\s*(?:[余几割折成半]|的?倍数|分之)"
     r"|\s*(?:平方|立方)(?![厘米分千公毫cmk])|\s*の\d乗|\s*点\d|\s*(?:[a-z]+\s+)?\bor\s+"
-    rf"(?:more|less|fewer|greater|above|below|over|under|higher|lower|larger|smaller)\b|{CHANGE.pattern}",
+    rf"(?:more|less|fewer|greater|above|below|over|under|higher|lower|larger|smaller)\b"
+    rf"|\s*,?\s*(?:[a-z]+\s+)?(?:if|unless|provided|at\s+(?:least|most))\b|{CHANGE.pattern}",
     re.IGNORECASE,
 )
 _OTHER = re.compile(  # 7 apples or 8 apples; 7, maybe 8
