@@ -29,6 +29,7 @@ except RloraError as error:
     print(error)
 """
 OTHER_VERSION = """
+import json
 import ray
 from rlora import cluster
 cluster.join_ray()
