@@ -4,7 +4,7 @@
 
 Prints a table and, as its last line, a JSON object: errors of both on the unflagged rows of each file (`ours`,
 `math_verify`; math-verify as `verify(parse(gold), parse(prediction))`, the gold in dollars where it has none), and the
-same on the rows of reported troubles (`new_ours`, `new_math_verify`: `../shared/reports`, `tests/cases/reported.jsonl`);
+same on rows of reported kinds (`new_ours`, `new_math_verify`; `../shared/reports`, `tests/cases/reported.jsonl`);
 `microseconds_fast`, of a pair that the fast path decides, a completion of a few hundred characters; `pairs_per_minute`
 of `--pairs` rows, hostile ones among them, through two worker processes as `rlora grade` runs them, and the same of
 math-verify in one process (`math_verify_pairs_per_minute`); `soak` of so many pairs: processes left behind, and MiB by

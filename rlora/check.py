@@ -267,8 +267,8 @@ class _Check:
                     self.faults.append(
                         Fault(f"{name} fails on {what}, for {count}", (failed[0].shown(function, text),))
                     )
-        for detail, count in Counter(self.bench.env_errors).most_common(_SHOWN):
-            self.faults.append(Fault(f"{detail} ({count} times)"))
+        for detail, times in Counter(self.bench.env_errors).most_common(_SHOWN):
+            self.faults.append(Fault(f"{detail} ({times} times)"))
 
 
 def _types(told: Sequence[Trial]) -> str:

@@ -337,9 +337,7 @@ def _named(each: Lesson, said: Tensor) -> dict[str, Tensor]:
     return {"values": said[:-1], "end": said[-1:]} if each.ends else {"values": said}
 
 
-def first_adapter(
-    learner: LearnerConfig, base: Callable[[], PreTrainedModel]
-) -> tuple[Spec, dict[str, Tensor] | None]:
+def first_adapter(learner: LearnerConfig, base: Callable[[], PreTrainedModel]) -> tuple[Spec, dict[str, Tensor] | None]:
     """What a run starts with: the adapter the config asks for, and its tensors where it was saved before.
 
     `base` gives the model, to compare with where weights of one were saved too.

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,11 @@ def own(process: Path) -> str:
     if TOKEN.encode() in environment:
         return line[:100]
     if state != "Z" and line.startswith("ray::") and not environment.strip(b"\0"):  # Ray's title is written over it
-        return line if parent == "1" or own(process.with_name(parent)) else ""
+        with suppress(OSError):
+            above = process.with_name(parent)
+            if b"raylet" in (above / "cmdline").read_bytes():
+                return line if own(above) else ""
+        return line  # its raylet is gone; one of another cluster was there before
     return ""
 
 
