@@ -30,7 +30,7 @@ _ENOUGH = 3
 _POSITIVE = (0, 1, 4)  # points at which all unknowns are positive
 _RANGES = ((1.5, 5), (0.3, 1.5), (0.3, 5), (0.3, 5), (10**3, 10**6), (10**3, 10**6), (5, 100), (5, 100))  # of points
 _WHOLE = frozenset("nmkjlN")  # names of whole numbers
-_WHOLE_RANGES = ((5, 40), (5, 40), (1, 4), (41, 900), (10**4, 10**9), (10**4, 10**9), (5, 40), (41, 900))
+_WHOLE_RANGES = ((5, 40), (5, 40), (0, 0), (41, 900), (10**4, 10**9), (10**4, 10**9), (5, 40), (41, 900))
 Number = Any  # Fraction, mpf, mpc or rows of them
 _mp = mpmath.MPContext()
 
@@ -216,7 +216,7 @@ class _Evaluation:
     def on_symbol(self, node: Node) -> Number:
         if node.data in _CONSTANTS:
             return _CONSTANTS[node.data]()
-        return self.values.get(node.data) or _random(node.data, self.point)
+        return self.values[node.data] if node.data in self.values else _random(node.data, self.point)
 
     def on_unit(self, node: Node) -> Number:
         return self.value(node.args[0])
