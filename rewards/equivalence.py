@@ -27,7 +27,7 @@ from .structure import equal
 from .tree import Node
 from .units import unit
 from .values import draw_points, unknowns
-from .wording import clock_time, is_words, spelling, words
+from .wording import clock_time, is_words, same_word_lists, spelling, words
 
 _KEY = os.environ.get("RLORA_SEED", "")  # of the run, so that it repeats itself
 SECONDS = 2.0  # a pair; only on the main thread
@@ -105,7 +105,7 @@ def _compare(wanted: Answer, found: Answer) -> str:
         return "correct"
     if words(gold_text) == words(text) and spelling(gold_text) == spelling(text):
         return "correct"
-    if _same_word_lists(gold_text, text):
+    if same_word_lists(gold_text, text):
         return "correct"
     if (one := clock_time(gold_text)) and (other := clock_time(text)):
         return "correct" if one[:2] == other[:2] and (one[2] == other[2] or not (one[2] and other[2])) else "wrong"
@@ -128,14 +128,6 @@ def _compare(wanted: Answer, found: Answer) -> str:
     if (decimal := _decimal_comma(gold_text, prediction, gold=True)) is not None:
         golds.append(decimal)
     return "correct" if any(equal(g, p) for g in golds for p in candidates if p is not None) else "wrong"
-
-
-def _same_word_lists(gold: str, prediction: str) -> bool:
-    """red, blue and green, in any order; "or" is another list than "and"."""
-    texts = [re.sub(r"\\text\w*|\\mathrm|[{}$]", " ", text) for text in (gold, prediction)]
-    ours, theirs = (sorted(filter(None, map(words, re.split(r"[,;&]|\b(?:and|or)\b", text)))) for text in texts)
-    is_or, other = (re.search(r"\bor\b", text) is not None for text in texts)
-    return len(ours) > 1 and ours == theirs and is_words(texts[0]) and is_or == other
 
 
 def _tree(text: str, thousands: bool = True) -> Node | None:

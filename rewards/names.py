@@ -55,15 +55,14 @@ def _label_of_product(node: Node) -> str:
     text = [part for part in leaves if part.op == "text"]
     letters = [part.data for part in leaves if part.op == "symbol"]
     points = all(letter.partition("_")[0].isupper() or letter in _SHAPES for letter in letters)
-    first = _first(node)
-    chance = node.op == "mul" and len(leaves) > 1 and first in _CHANCES
-    if any(changes_value(part.data) for part in text) or any(part.op == "number" for part in leaves if not chance):
+    chance = node.op == "mul" and _first(node) in _CHANCES
+    if any(changes_value(part.data) for part in text):
         return ""
-    if len(letters) + len(text) < len(leaves) and not chance:
-        return ""
-    if chance and not points and not any(part.op == "relation" for part in node.walk()):
-        return ""
-    return f"{node.op} {' '.join(part.data for part in leaves)}" if points or text or chance else ""
+    if chance:
+        is_name = points or any(part.op == "relation" for part in node.walk())
+    else:
+        is_name = (points or bool(text)) and len(letters) + len(text) == len(leaves)
+    return f"{node.op} {' '.join(part.data for part in leaves)}" if is_name else ""
 
 
 def _first(node: Node) -> Node:
@@ -109,12 +108,11 @@ def same_name(gold: Node, prediction: Node) -> bool:
     if gold.op == prediction.op == "tuple":
         ours, theirs = [label(arg) for arg in gold.args], [label(arg) for arg in prediction.args]
         return sorted(ours) != sorted(theirs)
-    heads = [_head(node) for node in (gold, prediction)]
-    (one, index), (other, index2) = heads
+    (one, index), (other, index2) = _head(gold), _head(prediction)
     if one and other and one.casefold() != other.casefold():
-        if "y" in (one, other) and any(node.data.endswith("()") for node in (gold, prediction)):
-            return True
-        return (one.isupper() or other.isupper()) and bool(index or index2) if gold.op == prediction.op else True
+        if gold.op != prediction.op or ("y" in (one, other) and any(n.data.endswith("()") for n in (gold, prediction))):
+            return True  # y and f(x)
+        return (one.isupper() or other.isupper()) and bool(index or index2)  # S_min and A
     if gold.op == prediction.op == "call":
         return len(gold.args) == len(prediction.args) and _renamed_by(gold, prediction) is not None
     if {gold.op, prediction.op} == {"call", "symbol"} and (index or index2):

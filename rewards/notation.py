@@ -50,7 +50,7 @@ _UNICODE = {
     "τ": r"\tau ", "ε": r"\epsilon ", "ψ": r"\psi ", "Δ": r"\Delta ", "Ω": r"\Omega ", "∧": " and ", "∨": " or ",
     "⟨": r"\langle ", "⟩": r"\rangle ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ",
     "、": ",", "∶": ":", "‰": " per mille", "“": "", "”": "", "„": "", "→": r"\to ", "⇒": r"\Rightarrow ",
-    "∀": r"\forall ", "∃": r"\exists ", "˚": r"^\circ ", "º": r"^\circ ", "₹": r"\text{rupee}",
+    "∀": r"\forall ", "∃": r"\exists ", "˚": r"^\circ ", "₹": r"\text{rupee}",
 }  # fmt: skip
 _SIGNS = str.maketrans(_UNICODE)
 
@@ -58,8 +58,7 @@ _DOUBLED = re.compile(r"\\\\(?=[a-zA-Z(){}\[\]$%,;!])")
 _ROWS = re.compile(r"\\begin\s*\{(?:[pbvBV]?(?:small)?matrix|array|cases|aligned?|gathered)\*?\}")
 _FENCES = re.compile(r"\\(?:left|right|[bB]igg?[lrm]?|middle)(?![a-zA-Z])\s*(?:\.(?!\d))?")
 _SPACING = re.compile(
-    r"\\(?:displaystyle|textstyle|limits|nolimits|"
-    r"boldsymbol|bm|rm|bf|it|tt|small|large|Large|mathstrut|strut|ensuremath|fbox|boxed)(?![a-zA-Z])|\$|(?<!\\)\\[()\[\]]"
+    r"\\(?:displaystyle|textstyle|limits|nolimits|boldsymbol|bm|rm|bf|it|tt|small|large|Large|mathstrut|strut|ensuremath|fbox|boxed)(?![a-zA-Z])|\$|(?<!\\)\\[()\[\]]"
     r"|\\label\{[^{}]*\}|\\phantom\{[^{}]*\}|\\hspace\*?\{[^{}]*\}"
 )
 _SPACE = re.compile(r"(?<!\\)\\[,;:!>\s]|\\q?quad|\\(?:enspace|thinspace|medspace)(?![a-zA-Z])|~|\\\Z")
@@ -74,9 +73,9 @@ _GROUPS = re.compile(r"(?<![\d.])(\d{1,3})((?:(?:(?:\\!\s?)?,\s?\\!\s?|\{,\}\s?|
 _OVERS = {"over": "frac", "choose": "binom"}
 _COMMAS = re.compile(r"(?<![\d.,])([1-9]\d{0,2}(?:,\d{3})+)(?![\d,]*\d)")
 _CLOSING = re.compile(r"(?:\^\s*\{?\s*\\circ\s*\}?|\\pi|\s)*(?:[)\]]|\\\})")
-_CURRENCIES = {r"\$": "USD", "€": "EUR", "£": "GBP", "¥": "¥", "₹": "rupee"}  # ¥ is a yuan, or a yen
+_CURRENCIES = {r"\$": "USD", "€": "EUR", "£": "GBP", "¥": "¥"}  # ¥ is a yuan, or a yen
 _CURRENCY = re.compile(
-    r"(\\\$|[€£¥₹])\s*(-?(?:\d|,\\!\s?|\{,\}|,(?=\d)|\.(?=\d))+)(?:\s*(?:\\text\s*\{\s*)?(k|K|M|m|B|b|T)(?![a-zA-Z])\s*\}?)?"
+    r"(\\\$|[€£¥])\s*(-?(?:\d|,\\!\s?|\{,\}|,(?=\d)|\.(?=\d))+)(?:\s*(?:\\text\s*\{\s*)?(k|K|M|m|B|b|T)(?![a-zA-Z])\s*\}?)?"
 )
 _SCALES = {"k": "thousand", "m": "million", "b": "billion", "t": "trillion"}
 _JOINED = re.compile(r"(?<=[\d)}\]])\s*(and|or)(?=[A-Z\\($-])")
@@ -143,7 +142,7 @@ def clean(text: str, thousands: bool = True) -> str:
         text = text.replace("$", r"\$")
     text = _notations(text)
     text = _CURRENCY.sub(_behind, text)
-    text = text.replace(r"\$", "").replace("€", r"\text{EUR}").replace("£", r"\text{GBP}").replace("₹", r"\text{rupee}")
+    text = text.replace(r"\$", "").replace("€", r"\text{EUR}").replace("£", r"\text{GBP}")
     text = text.replace("¥}", "¤}").replace("¥", r"\text{¥}").replace("¤}", "¥}")
     text = _ROW_SPACE.sub(r"\1", _COLOUR.sub("", text))
     text = _OVER.sub(lambda found: rf"\{_OVERS[found[2]]}{{{found[1]}}}{{{found[3]}}}", text)

@@ -1,7 +1,7 @@
 """When two trees say the same: lists, sets, tuples, intervals, relations, units, words."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from itertools import repeat
@@ -39,8 +39,8 @@ def equal(gold: Node, prediction: Node) -> bool:
         if gold.op == "relation" or prediction.op == "relation":
             return _same_relation(gold, prediction)
         if gold.op == prediction.op and gold.op in ("cases", "row", "builder"):
-            alike = len(gold.args) == len(prediction.args)
-            return alike and (_matched if gold.op == "cases" else _each)(gold.args, prediction.args)
+            same_members = _matched if gold.op == "cases" else _in_order
+            return len(gold.args) == len(prediction.args) and same_members(gold.args, prediction.args)
         if gold.op in ("list", "set", "tuple", "pm", "mp") or prediction.op in ("list", "set", "tuple", "pm", "mp"):
             return _same_items(gold, prediction)
         if gold.op in ("cup", "cap", "minus") or prediction.op in ("cup", "cap", "minus"):
@@ -51,7 +51,7 @@ def equal(gold: Node, prediction: Node) -> bool:
 
 
 def _bare(node: Node) -> Node:
-    """Without what adds nothing: a set or list of one; named values as values; signs as two values."""
+    """Without what adds nothing: a list or set of one."""
     while node.op in ("list", "set") and len(node.args) == 1 and node.args[0].op != "set":
         node = node.args[0]
     return node
@@ -194,7 +194,7 @@ def _same_items(gold: Node, prediction: Node) -> bool:
     ones, others = _items(gold), _items(prediction)
     names, theirs = [_name(item) for item in ones], [_name(item) for item in others]
     if len(set(names)) == len(names) > 1 and all(names) and not any(theirs):
-        return len(ones) == len(others) and all(map(equal, ones, others))  # x = 1, y = 2 against 1, 2
+        return len(ones) == len(others) and _in_order(ones, others)  # x = 1, y = 2 against 1, 2
     if all(names) and sorted(names) == sorted(theirs):
         ours, groups = _groups(ones), _groups(others)
         return len(ours) == len(groups) and all(any(map(_same_group, repeat(one), groups)) for one in ours)
@@ -227,7 +227,7 @@ def _cover(ones: list[Node], others: list[Node]) -> bool:
     return all(any(equal(one, other) for other in others) for one in ones)
 
 
-def _each(ones: Sequence[Node], others: Sequence[Node]) -> bool:
+def _in_order(ones: Iterable[Node], others: Iterable[Node]) -> bool:
     return all(map(equal, ones, others))
 
 
@@ -248,11 +248,9 @@ def _same_tuple(one: Node, other: Node) -> bool:
         rows = [row.args for row in other.args]
         if all(arg.op == "tuple" for arg in one.args) and one.data == "[]":
             theirs = [arg.args for arg in one.args]
-            return [len(r) for r in rows] == [len(r) for r in theirs] and all(
-                equal(a, b) for r, t in zip(rows, theirs, strict=True) for a, b in zip(r, t, strict=True)
-            )
+            return [len(r) for r in rows] == [len(r) for r in theirs] and all(map(_in_order, rows, theirs))
         flat = [item for row in rows for item in row] if len(rows) == 1 or len(rows[0]) == 1 else []
-        return len(flat) == len(one.args) and all(map(equal, flat, one.args))
+        return len(flat) == len(one.args) and _in_order(flat, one.args)
     if len(one.args) != len(other.args):
         return False
     if (
@@ -264,8 +262,8 @@ def _same_tuple(one: Node, other: Node) -> bool:
     if other.op == "list" and one.data not in ("()", "[]"):
         return False
     if other.op == "list" and all(map(_name, other.args)):  # y = 2, x = 1 as (1, 2)
-        return all(map(equal, one.args, sorted(other.args, key=_name)))
-    return all(map(equal, one.args, other.args))
+        return _in_order(one.args, sorted(other.args, key=_name))
+    return _in_order(one.args, other.args)
 
 
 # ---- relations ----
@@ -342,13 +340,13 @@ def _proportional(gold: Node, prediction: Node) -> bool:
         return False
     if len(ours) > 1:
         flipped = [_FLIP.get(sign, sign) for sign in reversed(theirs)]
-        return (ours == theirs and all(map(equal, gold.args, prediction.args))) or (
-            ours == flipped and all(map(equal, gold.args, reversed(prediction.args)))
+        return (ours == theirs and _in_order(gold.args, prediction.args)) or (
+            ours == flipped and _in_order(gold.args, reversed(prediction.args))
         )
     one, other = (Node("sub", node.args[:2]) for node in (gold, prediction))
     names = unknowns(one)
     if not names or names != unknowns(other) or ours[0] in ("in", "->", "~"):
-        return ours == theirs and all(map(equal, gold.args, prediction.args))
+        return ours == theirs and _in_order(gold.args, prediction.args)
     ratio = Node("div", (one, other))
     factor = _factor(ratio)
     if factor is None:

@@ -57,9 +57,11 @@ def same(one: Node, other: Node) -> bool:
     bits = 200 + 4 * max(
         (len(node.data) for side in (one, other) for node in side.walk() if node.op == "number"), default=0
     )
-    if not unknowns(one) | unknowns(other):
+    unknown = unknowns(one) | unknowns(other)
+    if not unknown:
         return _values_at(one, other, _Evaluation, bits)[0]
-    names = sorted(part.data for side in (one, other) for part in side.walk() if part.op == "symbol")
+    symbols = {part.data for side in (one, other) for part in side.walk() if part.op == "symbol"}
+    names = sorted(symbols & unknown)
     whole = _counted(one) | _counted(other)
     is_complex = any(part == Node("symbol", data="i") for side in (one, other) for part in side.walk())
     is_piecewise = any(part.data in _PIECEWISE for side in (one, other) for part in side.walk())
@@ -81,7 +83,7 @@ def same(one: Node, other: Node) -> bool:
         elif not equal:
             return False
         else:
-            decided.add((*values.values(), *([] if names else [Fraction(point)])))
+            decided.add(tuple(values.values()) or (Fraction(point),))
     return len(decided) + undecided >= (_ENOUGH if whole else 2)
 
 
@@ -156,7 +158,7 @@ def _equal(left: Number, right: Number, evaluation: "_Evaluation") -> bool:
 def _assigned(names: list[str], whole: frozenset[str], point: int) -> dict[str, Fraction]:
     """Values of the unknowns. Of two points in a row the second has whole numbers in the other order, and real ones
     with the other sign, but at the first two points."""
-    wholes = [name for name in dict.fromkeys(names) if name.rstrip("'") in whole]
+    wholes = [name for name in names if name.rstrip("'") in whole]
     values = [_whole_at(name, point - point % 2 if len(wholes) > 1 else point) for name in wholes]
     found = dict(zip(wholes, values[:: -1 if point % 2 else 1], strict=True))
     return found | {name: _random(name, point) for name in names if name not in found}

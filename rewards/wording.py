@@ -40,3 +40,11 @@ def clock_time(text: str) -> tuple[int, int, str] | None:
 
 def is_words(text: str) -> bool:
     return bool(re.fullmatch(r"[^\d\\=^_{}<>]*[^\W\d_]{2,}[^\d\\=^_{}<>]*", text[:300]))
+
+
+def same_word_lists(gold: str, prediction: str) -> bool:
+    """red, blue and green, in any order; "or" is another list than "and"."""
+    texts = [re.sub(r"\\text\w*|\\mathrm|[{}$]", " ", text) for text in (gold, prediction)]
+    ours, theirs = (sorted(filter(None, map(words, re.split(r"[,;&]|\b(?:and|or)\b", text)))) for text in texts)
+    is_or, other = (re.search(r"\bor\b", text) is not None for text in texts)
+    return len(ours) > 1 and ours == theirs and is_words(texts[0]) and is_or == other
