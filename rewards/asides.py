@@ -60,7 +60,7 @@ def without_asides(text: str) -> str:
 
 
 def _end_of_check(text: str, start: int) -> int:
-    """Where the paragraph ends, of a heading the next one; or where the text goes on with what it says."""
+    """The end of a check: of its paragraph, or of the paragraph below its heading, or where the argument resumes."""
     line = text.find("\n", start)
     is_heading = line >= 0 and not re.search(r"\w", _HEAD_WORDS.sub("", text[start:line]))
     paragraph = _BREAK.search(text, len(text) - len(text[line:].lstrip()) if is_heading else start)

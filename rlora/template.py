@@ -57,7 +57,7 @@ class Template:
             try:
                 before = self.render(messages, tokenize=False, add_generation_prompt=False)
                 generated = end = self.render(messages, tokenize=False).removeprefix(before)
-            except RloraError:  # it is told where the messages are put
+            except RloraError:  # tokenizing the prompt raises it again
                 return "", ""
         known = len(end) if header is None else next(n for n in range(len(end), -1, -1) if end[:n] in header)
         tag = end.rfind(opens)
@@ -106,7 +106,7 @@ class Template:
         marked = [dict(turn) | {"content": f"{MARK}{number}{MARK}"} for number, turn in enumerate(messages)]
         try:
             text = self.render(marked, tokenize=False)
-        except RloraError:  # the messages themselves may do, or it is told with them
+        except RloraError:  # rendering the messages themselves may succeed; if not, that raises the error
             return
         left_out = [number for number, turn in enumerate(marked) if turn["content"] not in text]
         if 0 in left_out and is_ours:
