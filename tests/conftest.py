@@ -1,7 +1,13 @@
 """What several test files share: a tiny base, the real demo base, groups, and where the shared data lies."""
 
 import os
-from collections.abc import Callable, Sequence
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +40,28 @@ from rlora.runs import Origin
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 NEEDS_SHARED = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
+
+
+@contextmanager
+def ray_head(files: Path, environment: Mapping[str, str]) -> Iterator[str]:
+    """The address of a Ray cluster that `ray start` began in an environment. It keeps its files in `files`."""
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--port=0", "--num-cpus=1", "--block",
+               f"--temp-dir={files}", "--include-dashboard=false", "--disable-usage-stats"]  # fmt: skip
+    log = files / "head.log"
+    with log.open("w") as output:
+        head = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+    try:
+        deadline = time.monotonic() + 120
+        while "Ray runtime started" not in log.read_text():
+            assert head.poll() is None, log.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        (address,) = set(re.findall(r"--address='([^']+)'", log.read_text()))
+        yield address
+    finally:
+        head.terminate()
+        head.wait(timeout=60)
+        shutil.rmtree(files, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

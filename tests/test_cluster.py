@@ -1,9 +1,8 @@
-"""Why a Ray cluster can't be joined is told in a sentence, and soon."""
+"""A Ray cluster that can't be joined gives an error of one sentence within seconds."""
 
 import os
 import re
 import secrets
-import shutil
 import socket
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from conftest import ray_head
 
 from rlora import cluster
 from rlora.records import RloraError
@@ -105,34 +105,19 @@ def join() -> Iterator[Callable[..., str]]:
     token = secrets.token_hex(32)
     closed = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
     home = Path(tempfile.mkdtemp(prefix="ray-"))  # short, for Ray's sockets
-    head = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--port=0", "--num-cpus=1", "--block"]
-    head += ["--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={home}"]
     plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"HOME": str(home)}
-    log = home / "head.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(head, env=plain | closed, stdout=output, stderr=output)
+    with ray_head(home, plain | closed) as address:
 
-    def run(script: str = JOIN, **environment: str) -> str:
-        (address,) = set(re.findall(r"--address='([^']+)'", log.read_text()))
-        known = {name: closed[name] if value == "right" else value for name, value in environment.items()}
-        command = [sys.executable, "-c", script]
-        environment = plain | {"RAY_ADDRESS": address} | known
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
-        assert done.returncode == 0, done.stderr
-        assert "Traceback" not in done.stderr
-        return done.stdout.strip()
+        def run(script: str = JOIN, **environment: str) -> str:
+            known = {name: closed[name] if value == "right" else value for name, value in environment.items()}
+            command = [sys.executable, "-c", script]
+            environment = plain | {"RAY_ADDRESS": address} | known
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+            assert done.returncode == 0, done.stderr
+            assert "Traceback" not in done.stderr
+            return done.stdout.strip()
 
-    try:
-        deadline = time.monotonic() + 120
-        while "Ray runtime started" not in log.read_text():
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
         yield run
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
-        shutil.rmtree(home, ignore_errors=True)
 
 
 TOKEN = {"RAY_AUTH_MODE": "right", "RAY_AUTH_TOKEN": "right"}

@@ -2,18 +2,15 @@
 
 import json
 import os
-import re
 import secrets
-import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, ray_head
 
 from rlora.config import Config, read, validate
 from rlora.records import RloraError
@@ -82,23 +79,8 @@ def started() -> Iterator[tuple[str, Path]]:
     """The address of a Ray cluster that was there before, without the variable, and where it keeps its files."""
     files = Path(tempfile.mkdtemp(prefix="ray-"))  # short, for Ray's sockets
     environment = {name: value for name, value in os.environ.items() if name != NAME} | TOKEN
-    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--port=0", "--num-cpus=1", "--block",
-               f"--temp-dir={files}", "--include-dashboard=false", "--disable-usage-stats"]  # fmt: skip
-    log = files / "head.log"
-    with log.open("w") as output:
-        head = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-    try:
-        deadline = time.monotonic() + 120
-        while "Ray runtime started" not in log.read_text():
-            assert head.poll() is None, log.read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        (address,) = set(re.findall(r"--address='([^']+)'", log.read_text()))
+    with ray_head(files, environment) as address:
         yield address, files
-    finally:
-        head.terminate()
-        head.wait(timeout=60)
-        shutil.rmtree(files, ignore_errors=True)
 
 
 @pytest.mark.vllm
