@@ -53,16 +53,12 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from types import CodeType, FunctionType, SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 from rlora.plugin import where
-from rlora.records import STATUSES, Case, RloraError, Score
+from rlora.records import STATUSES, Case, RloraError, Score, Style
 
 from .source import takes_messages
-
-Style = Literal[
-    "auto", "completion", "group", "trl", "verl", "verl-batch", "openrlhf", "verifiers", "verifiers-group", "areal"
-]  # fmt: skip
 
 _ANSWERS = ("solution", "solutions", "ground_truth", "answer", "answers", "label", "labels", "target")
 _LONGEST = 200  # characters of what an exception says

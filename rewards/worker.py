@@ -25,9 +25,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from rlora.plugin import at, load
-from rlora.records import Case, Prompt, RloraError, Score
+from rlora.records import Case, Prompt, RloraError, Score, Style, without_surrogates
 
-from .styles import Plug, Style, plug
+from .styles import Plug, plug
 
 CLOCK = struct.Struct("qqqdd")  # a call: number of its job, its own, its function's; its start, and its deadline in s
 IDLE = (-1, -1, -1)
@@ -235,11 +235,11 @@ def _veiled(text: str, setup: Setup) -> str:
 def _said(said: Any) -> str | list[dict[str, str]] | None:
     """What a reply gives, as text that a tokenizer takes. Raises ValueError for what is no reply."""
     if said is None or isinstance(said, str):
-        return said and said.encode("utf-8", "replace").decode()
+        return said and without_surrogates(said)
     messages = [{key: message[key] for key in ("role", "content")} for message in said]
     if not messages or not all(isinstance(text, str) for message in messages for text in message.values()):
         raise ValueError('it gave neither text nor None nor chat messages, {"role": ..., "content": ...} of strings')
-    return [{key: text.encode("utf-8", "replace").decode() for key, text in each.items()} for each in messages]
+    return [{key: without_surrogates(text) for key, text in each.items()} for each in messages]
 
 
 def _parts(each: Plug, case: Case) -> list[Sequence[int]]:

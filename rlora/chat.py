@@ -9,7 +9,7 @@ from rlora.config import ChatConfig
 from rlora.records import Messages, RloraError
 from rlora.template import MARK, Template
 
-_THINK = ("<think>", "</think>")  # as reward functions see a model's tags
+THINK = ("<think>", "</think>")  # as reward functions see a model's tags
 
 
 class Chat:
@@ -82,7 +82,7 @@ class Chat:
         `chat.prefill`, and by a bare prompt that ends with the tag of thinking.
         """
         text = ("".join(self._begun(prompt)) if whole else "") + self._without_special(ids)
-        for tag, usual in zip(self.settings.think, _THINK, strict=True):
+        for tag, usual in zip(self.settings.think, THINK, strict=True):
             text = text.replace(tag, usual)
         return text
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from upath import UPath
 
-from rlora.records import MAX_RANK, RloraError
+from rlora.records import MAX_RANK, RloraError, Style
 
 # A token's probability would depend on which others were cut off or penalised; the learner could not know it.
 _UNLEARNABLE = {"top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
@@ -70,9 +70,7 @@ class ChatConfig:
 class ScoringConfig:
     __pydantic_config__ = _STRICT
 
-    style: Literal[
-        "auto", "completion", "group", "trl", "verl", "verl-batch", "openrlhf", "verifiers", "verifiers-group", "areal"
-    ] = "auto"
+    style: Style = "auto"
     """The form of the reward functions, where their parameters' names do not tell it; docs/rewards.md has them."""
     correct: float = 1.0
     """Reward of an episode of that status; so are the next four."""

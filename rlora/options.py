@@ -13,7 +13,7 @@ import tyro
 from upath import UPath
 
 from rlora.config import PRESETS, AlgorithmConfig, Config, like, read, read_table, refuse_unlearnable, validate
-from rlora.records import RloraError
+from rlora.records import RloraError, Style
 from rlora.storage import names, read_file
 
 
@@ -79,9 +79,7 @@ class Grade:
     """Where the rows go, with all that they had."""
     reward: str = "rlora.rewards.equivalence:math_answer"
     """The reward function: module:name or path/to/file.py:name."""
-    style: Literal[
-        "auto", "completion", "group", "trl", "verl", "verl-batch", "openrlhf", "verifiers", "verifiers-group", "areal"
-    ] = "auto"
+    style: Style = "auto"
     """Its form, where its parameters' names do not tell it."""
     deadline: float = 10.0
     """Seconds that a row may take; then its status is timeout."""

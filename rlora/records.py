@@ -9,13 +9,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 MAX_RANK = 8
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 WHOLE_FILES = ("config.json", "model.safetensors")
 STATUSES = ("correct", "wrong", "unparsable", "timeout", "error")  # of an episode, once it is scored
+Style = Literal[  # the forms of reward functions; docs/rewards.md has them
+    "auto", "completion", "group", "trl", "verl", "verl-batch", "openrlhf", "verifiers", "verifiers-group", "areal"
+]
 Messages = Sequence[Mapping[str, str]]  # chat messages: {"role": ..., "content": ...}
+
+
+def without_surrogates(text: str) -> str:
+    """The text with a question mark for each half of a surrogate pair, which no tokenizer takes."""
+    return text.encode("utf-8", "replace").decode()
 
 
 class RloraError(Exception):

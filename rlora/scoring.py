@@ -38,9 +38,9 @@ class Scoring:
         return replace(group, episodes=tuple(self._scored(episode, scores) for episode, scores in episodes))
 
     def _case(self, group: Group, chat: Chat, step: int) -> Case:
+        case = as_case(group, chat, step, self.config.steps)
         sampled = step * self.config.prompts_per_step
-        epoch = sampled / self._prompts if self._prompts else None if sampled else 0.0
-        return replace(as_case(group, chat, step, self.config.steps), epoch=epoch)
+        return replace(case, epoch=sampled / self._prompts) if self._prompts else case
 
     async def answer(self, turn: Turn) -> Answered:
         """What the env says to a message of the policy."""

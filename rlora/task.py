@@ -16,7 +16,7 @@ from rlora.chat import Chat
 from rlora.check import Report, check
 from rlora.config import Config
 from rlora.plugin import at, load
-from rlora.records import Messages, Prompt, RloraError
+from rlora.records import Messages, Prompt, RloraError, without_surrogates
 from rlora.rewards.isolation import Pool
 from rlora.rewards.worker import Setup
 
@@ -144,10 +144,10 @@ def _is_message(turn: Any) -> bool:
 
 
 def _whole(text: str | Messages) -> str | Messages:
-    """A prompt without halves of surrogate pairs, which are no text: each becomes a question mark, as in replies."""
+    """A prompt without halves of surrogate pairs, as replies are."""
     if isinstance(text, str):
-        return text.encode("utf-8", "replace").decode()
-    return [{k: v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for k, v in m.items()} for m in text]
+        return without_surrogates(text)
+    return [{k: without_surrogates(v) if isinstance(v, str) else v for k, v in turn.items()} for turn in text]
 
 
 def _may_say_messages(env: Any) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rlora.chat import Chat
+from rlora.chat import THINK, Chat
 from rlora.config import Config
 from rlora.golds import ANSWERS, FORMS, Form, asked, asks_for, cut, opening
 from rlora.records import Episode, Group, Prompt, Score
@@ -14,7 +14,6 @@ from rlora.rewards.worker import Turn
 from rlora.scoring import as_case
 
 _THOUGHT = "I think."
-_USUAL = ("<think>", "</think>")  # a model's tags as reward functions see them
 
 Scores = tuple[tuple[Score, ...], ...]  # by text and function
 
@@ -114,7 +113,7 @@ class Bench:
                 (seen, *_), scores = self.score(prompt, [self.model_text(prompt, form, value, thought), ""])
                 if self._is_more(scores, function):
                     return ""
-                opens, closes = _USUAL
+                opens, closes = THINK
                 before = f"{opens}\n{_THOUGHT}\n{closes}\n" if thought else ""
                 text = f"{before}{form.before}{value}{form.after}"
                 if not self.late and text != seen and not found:
