@@ -9,9 +9,10 @@ function of its parts: it is not done here.
 
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache, partial
+from itertools import islice
 from types import MappingProxyType
 from typing import Any
 
@@ -67,10 +68,12 @@ def same(one: Node, other: Node) -> bool:
     is_piecewise = any(part.data in _PIECEWISE for side in (one, other) for part in side.walk())
     decided: set[tuple[Fraction, ...]] = set()  # at other points each
     undecided = 0
-    for point in range(_POINTS + _MORE):
+    assigned = [_assigned(names, whole, point) for point in range(_POINTS + _MORE)]
+    if is_piecewise:
+        assigned += _beside_kinks((one, other), whole, assigned[0])
+    for point, values in enumerate(assigned):
         if point >= _POINTS and len(decided) >= _ENOUGH and not is_piecewise:
             break
-        values = _assigned(names, whole, point)
         make = partial(_Evaluation, point % _POINTS, values)
         try:
             equal, imaginary = _values_at(one, other, make, bits)
@@ -85,6 +88,26 @@ def same(one: Node, other: Node) -> bool:
         else:
             decided.add(tuple(values.values()) or (Fraction(point),))
     return len(decided) + undecided >= (_ENOUGH if whole else 2)
+
+
+def _beside_kinks(
+    sides: Sequence[Node], whole: frozenset[str], values: dict[str, Fraction]
+) -> Iterator[dict[str, Fraction]]:
+    """Values of the unknowns on both sides of where a sum inside a piecewise function is zero, if it is linear."""
+    calls = [part for side in sides for part in side.walk() if part.data in _PIECEWISE]
+    sums = dict.fromkeys(part for call in calls for part in call.walk() if part.op in ("add", "sub"))
+    for term, name in islice(((term, name) for term in sums for name in values if name in unknowns(term)), _MORE):
+        try:
+            start, middle, end = (float(_Evaluation(0, values | {name: Fraction(n)}).value(term)) for n in range(3))
+        except (UnreadableError, _MorePrecisionError, OverflowError, ValueError, TypeError, ZeroDivisionError):
+            continue
+        slope = middle - start
+        if not slope or not math.isclose(slope, end - middle, rel_tol=1e-6):
+            continue
+        zero = -start / slope
+        reach = abs(zero) / 7 or 1.0
+        for value, rounded in ((zero - reach, math.floor), (zero + reach, math.ceil)):
+            yield values | {name: Fraction(rounded(value) if name in whole else value)}
 
 
 def _values_at(one: Node, other: Node, evaluation: "Callable[[], _Evaluation]", bits: int) -> tuple[bool, int]:
