@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from .asides import HEADING, without_asides
 from .exact import plain
+from .notation import PERCENT
 from .prose import MAX_LENGTH, has_number, has_run_of_lines, is_formula, last_value, statement
 from .turn import said
 from .units import MULTIPLIER
@@ -140,7 +141,7 @@ def _boxed(text: str, at: int, gold: bool = False) -> Answer | None:
         boxes = boxes[:1]
     boxes = [plain(box) for box in boxes]
     boxes[-1] = _with_what_clings(boxes[-1], text[max(0, at - 20) : at], text[end : end + 40])
-    percent = re.match(r"\s*\$?\s*(?:\\?%|(?:\\text\{)?\s*(?:percent|pct)\b)", text[end : end + 30])
+    percent = re.match(rf"\s*\$?\s*(?:\\?%|(?:\\text\{{)?\s*{PERCENT}\b)", text[end : end + 30])
     return Answer(boxes[-1], True, tuple(boxes) if len(boxes) > 1 else (), percent is not None, text[end:])
 
 

@@ -167,16 +167,12 @@ class _Parser:
 
     def unit(self, value: Node) -> Node:
         """Words behind a value: its unit, with powers."""
-        words = before = ""
+        words = ""
         while (
             self.kind == "text"
-            or (words and self.kind in ("^", "/", "{", "}", "letter", "*"))
-            or (words and self.kind == "-" and before in ("^", "{"))
-            or (
-                self.kind == "number" and before in ("^", "{", "-")  # a power
-            )
+            or (words and self.kind in ("^", "/", "}", "letter", "*"))
+            or (words.endswith((" ^", " ^ {", " ^ -", " ^ { -")) and self.kind in ("{", "-", "number"))
         ):
-            before = self.kind
             words += " " + self.next().text
         if (factor := multiplier(words)) > 1:
             value = Node("mul", (value, number(factor)))

@@ -79,6 +79,7 @@ _CURRENCY = re.compile(
 )
 _SCALES = {"k": "thousand", "m": "million", "b": "billion", "t": "trillion"}
 _JOINED = re.compile(r"(?<=[\d)}\]])\s*(and|or)(?=[A-Z\\($-])")
+PERCENT = r"(?:per[\s-]?cent|pct)"
 _PER_CENT = re.compile(r"\bper[\s-]+cent\b", re.IGNORECASE)
 _TIMES = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*(?:\^|\*\*))")
 _WRAPPERS = ("np.array", "numpy.array", "sympy.Matrix", "sp.Matrix", "Matrix", "array")

@@ -5,7 +5,7 @@
 import re
 
 from .east_asian import SIGN
-from .notation import FUNCTIONS
+from .notation import FUNCTIONS, PERCENT
 from .units import CHANGE, MULTIPLIER, is_unit
 
 MAX_LENGTH = 2000  # characters of an answer, and of a statement that holds one
@@ -13,7 +13,7 @@ MAX_LENGTH = 2000  # characters of an answer, and of a statement that holds one
 MATH = re.compile(r"\$\$(.+?)\$\$|\$((?:[^$\\]|\\.)+)\$|\\\[(.+?)\\\]|\\\((.+?)\\\)", re.DOTALL)
 _VALUE = (
     r"[-+−]?\s?(?:\\?[$€£¥])?\s?(?<![\d.])(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|\d+(?:[.,]\d+)?|\.\d+)"
-    r"(?:[eE][-+]?\d+)?(?:\s?/\s?\d+|\s\d+/\d+)?(?:\s?\\?%|\s(?:percent|pct)\b)?"
+    rf"(?:[eE][-+]?\d+)?(?:\s?/\s?\d+|\s\d+/\d+)?(?:\s?\\?%|\s{PERCENT}\b)?"
 )
 _NUMBER = re.compile(rf"(?:(?<![\w\\.^{{])|(?<=[{SIGN}]))(?!0[xXbBoO][0-9a-fA-F]){_VALUE}")
 _MAYBE = r"(?:(?:maybe|possibly|perhaps|even|else|alternatively|(?:it\s+)?(?:could|may|might)\s+(?:also\s+)?be)\s+)"
@@ -48,6 +48,7 @@ _GOES_ON = r"(?:(?!\b(?:because|since|as|for|so|where)\b)[^=,;:])*="  # 16 ducks
 _CONTINUED = re.compile(
     rf"{_JOIN}[$\d\\(-]|\s*[*+^/=<>≤≥\\(){{\]}}|!&πi√]|\s*:\s*\d|\s*[-−]?\s*[a-zA-Z]\b|[-−][a-zA-Z]|{_GOES_ON}"
 )
+_IN_TEXT = re.compile(r"\A\s*\\(?:text\w*|mbox|mathrm)\s*\{")
 _COMPARED = re.compile(r"\s*(?:(?:more|less|fewer|greater|smaller|larger|higher|lower)\s+than|choose)\b")
 _CONTRAST = re.compile(  # "14, not 12", "14 rather than 12": what it is not says nothing of what it is
     rf"(?:[,;(]\s*(?:and\s+|but\s+)?not|\brather\s+than|\binstead\s+of)\s+{_VALUE}(?![\w/])\)?"
@@ -102,13 +103,13 @@ def _value(sentence: str) -> str | None:
     if reasoned := _REASONED.match(sentence):
         return reasoned[1]
     head = _NUMBER.match(sentence)
-    rest = sentence[head.end() :] if head else ""
+    rest = _IN_TEXT.sub(" ", sentence[head.end() :]) if head else ""
     if head and (not rest.strip() or re.match(r"\s+[a-z]+(?:\s[a-z]+)?\Z", rest)):
         return sentence
     math = MATH.match(sentence)
     if math and not re.match(_JOIN + r"[$\d\\]", sentence[math.end() :]):
         behind = sentence[math.end() :].strip()
-        return math[0] + (" " + behind if re.match(r"\\?%|percent|pct", behind) else "")
+        return math[0] + (" " + behind if re.match(rf"\\?%|{PERCENT}", behind) else "")
     if head and (_is_doubtful(rest) or _COMPARED.match(rest)):
         return sentence if sentence.isascii() else ""
     if math:
@@ -183,7 +184,7 @@ def last_value(text: str) -> str | None:
         if not _MATHS_JOIN.fullmatch(text, before.end(), start):
             break
         start = before.start()
-    percent = re.match(r"\s*(?:\\?%|percent\b|pct\b)", text[covered:])
+    percent = re.match(rf"\s*(?:\\?%|{PERCENT}\b)", text[covered:])
     if _NOT.search(text[:start][-30:]):
         return None
     return text[start:covered] + (percent[0] if percent else "")
@@ -198,6 +199,7 @@ def _last_number(text: str, numbers: list[re.Match[str]]) -> str | None:
         ):
             break
         start = before.start()
-    if _NOT.search(text[:start][-30:]) or _CHANGED.match(text, last.end()):
+    behind = _IN_TEXT.sub(" ", text[last.end() :])
+    if _NOT.search(text[:start][-30:]) or _CHANGED.match(behind):
         return None
-    return re.sub(r"\s*\n\s*", ", ", text[start : last.end()].replace("**", "") + _times(text[last.end() :]))
+    return re.sub(r"\s*\n\s*", ", ", text[start : last.end()].replace("**", "") + _times(behind))

@@ -68,7 +68,7 @@ def multiplier(text: str) -> int:
 
 def changes_value(text: str) -> bool:
     """Whether such words behind a number make it another, or doubtful: 7 tenths, 7 but maybe, 7 is wrong."""
-    if any(sign in text for sign in _BOUNDS):
+    if any(sign in text for sign in _BOUNDS) or re.search(r"\b\d+[^\W\d_]", text):  # 6 \text{1feet}
         return True
     words = re.findall(r"[^\W\d_]+", text.lower())
     return bool((_CHANGES | _CONDITIONS).intersection(words)) and unit(text) is None
