@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from itertools import repeat
+from itertools import chain, repeat
 from typing import Any
 
 from .names import label, renamed, same_name, with_names_of
@@ -19,6 +19,7 @@ _EMPTY = {"nosolution", "nosolutions", "norealsolution", "norealsolutions", "non
 _STATING = {"=", "~", "in", "=="}
 _FLIP = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
 _EMPTY_WORD = "no solution"
+_INFINITY = Node("symbol", data="infty")
 
 
 def equal(gold: Node, prediction: Node) -> bool:
@@ -259,8 +260,8 @@ def _same_tuple(one: Node, other: Node) -> bool:
         and not (len(one.args) > 2 and {one.data, other.data} == {"()", "[]"})
     ):
         return False
-    if other.op == "list" and one.data not in ("()", "[]"):
-        return False
+    if other.op == "list" and (one.data not in ("()", "[]") or _INFINITY in chain(*(arg.walk() for arg in one.args))):
+        return False  # an interval without brackets does not say which of its ends belong to it
     if other.op == "list" and all(map(_name, other.args)):  # y = 2, x = 1 as (1, 2)
         return _in_order(one.args, sorted(other.args, key=_name))
     return _in_order(one.args, other.args)
