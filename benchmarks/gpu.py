@@ -1,0 +1,515 @@
+"""The learner on one GPU: whether it is right, where it waits, which kernels it runs, how fast it is and what it holds.
+
+    python benchmarks/gpu.py                           all parts at Qwen3-0.6B's and 8B's shapes
+    python benchmarks/gpu.py --device cpu              the same parts with a tiny model, in seconds
+    python benchmarks/gpu.py --parts correct speed --sizes 0.6b --seconds 200
+
+Neither vLLM nor Ray is needed, nor a network: the models have random weights. Beside torch, transformers, safetensors
+and PEFT it needs what `rlora.learner` imports (pydantic, universal-pathlib). No part begins after `--seconds`.
+
+- correct: one update on the CPU in fp32 (the reference) and bf16, and on the device in fp32, in bf16, and with
+  checkpointing: logprobs, loss and gradients. In bf16 a device may be about as far off as the CPU's bf16 is.
+- waits: where an update makes the host wait for the device (`torch.cuda.set_sync_debug_mode`), by source line.
+- attention: the kernels that run for one layer's attention, and its time and memory with each backend of torch's.
+- profile: one update's time by kind of kernel, the number of kernels, and the share of it that the device is busy.
+- speed: tokens/s and peak memory of updates with many short completions (GSM8K) and with few long ones, by ours with
+  and without checkpointing, and by PEFT over padded rows without a mask, which torch gives to its flash kernel.
+  `again` repeats the same groups; `fresh` has other lengths in each update, as training has.
+
+The last line printed is one JSON object with a key per part; the tables before it are Markdown.
+"""
+
+import argparse
+import gc
+import json
+import random
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cosine_similarity
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
+
+from rlora import attention
+from rlora.batch import lesson, microbatches
+from rlora.config import validate
+from rlora.learner import Learner
+from rlora.records import Episode, Group, Prompt
+
+SIZES: dict[str, dict[str, Any]] = {  # shapes of Qwen3
+    "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "head_dim": 16, "intermediate_size": 128, "vocab_size": 512, "tie_word_embeddings": False},
+    "0.6b": {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
+             "head_dim": 128, "intermediate_size": 3072, "vocab_size": 151936, "tie_word_embeddings": True},
+    "8b": {"hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
+           "head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936, "tie_word_embeddings": False},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the groups of an update look like, in tokens."""
+
+    prompts: int
+    group_size: int
+    prompt: int
+    shortest: int
+    longest: int
+
+
+SHAPES = {
+    "gsm8k": Shape(4, 16, 150, 100, 500),
+    "long": Shape(1, 4, 600, 3000, 4000),
+    "few": Shape(2, 3, 150, 60, 90),  # that a CPU computes in fp32
+    "tiny": Shape(2, 3, 9, 3, 12),
+}
+PADDED_ROW = 16384  # tokens of one forward pass of PEFT's
+KINDS = {  # of kernels, by what their names hold; the first that fits
+    "attention": ("flash", "fmha", "sdpa", "cudnn", "attention"),
+    "matrix products": ("gemm", "gemv", "cutlass", "nvjet", "splitk", "cublas", "xmma", "aten::mm", "addmm", "matmul"),
+    "copies": ("memcpy", "memset", "copy", "cat", "index", "gather", "aten::to"),
+    "reductions": ("reduce", "softmax", "norm", "sum"),
+    "elementwise": ("elementwise", "vectorized", "unrolled", "fill", "aten::mul", "aten::add"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), help="of the part speed; profile takes the last one")
+    parser.add_argument("--rank", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=540, help="after which no part and no row of speed begins")
+    parser.add_argument("--out", type=Path, help="a file for the JSON object")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU (torch.cuda.is_available() is false); use --device cpu")
+    sizes = options.sizes or (["0.6b", "8b"] if options.device == "cuda" else ["tiny"])
+    bench = Bench(torch.device(options.device), sizes, options.rank, time.monotonic() + options.seconds)
+    found: dict[str, Any] = {"environment": environment(bench.device)}
+    print(json.dumps(found["environment"]), flush=True)
+    for name in options.parts:
+        print(f"\n## {name}\n", flush=True)
+        found[name] = PARTS[name](bench) if bench.has_time() else "not begun: --seconds are over"
+        release()
+    if options.out:
+        options.out.write_text(json.dumps(found))
+    print(json.dumps(found))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where the parts run, and on what."""
+
+    device: torch.device
+    sizes: Sequence[str]
+    rank: int
+    deadline: float  # on the clock of time.monotonic
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def has_time(self) -> bool:
+        return time.monotonic() < self.deadline
+
+    def synchronize(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+    def timed(self, call: Callable[[], object]) -> float:
+        """Seconds of one call."""
+        self.synchronize()
+        start = time.perf_counter()
+        call()
+        self.synchronize()
+        return time.perf_counter() - start
+
+    @contextmanager
+    def peak(self, row: dict[str, Any]) -> Iterator[None]:
+        """Write the most memory that was allocated within into `row`, in GiB; nothing on a CPU."""
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        yield
+        if self.on_gpu:
+            row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    found: dict[str, Any] = {"torch": torch.__version__}
+    for package in ("transformers", "peft", "triton"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    if device.type == "cuda":
+        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+        found |= {"gib": round(torch.cuda.get_device_properties(device).total_memory / 2**30, 1)}
+    return found
+
+
+def release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def table(rows: Sequence[dict[str, Any]]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
+    for row in rows:
+        print("|", " | ".join(f"{v:.5g}" if isinstance(v := row.get(n, ""), float) else str(v) for n in names), "|")
+
+
+# --- models, groups and learners ---
+
+
+def build(size: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A Qwen3 of that shape with random weights, made on the device."""
+    config = Qwen3Config(
+        **SIZES[size], max_position_embeddings=40960, bos_token_id=None, eos_token_id=None, pad_token_id=None
+    )
+    torch.manual_seed(0)
+    with device:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.eval()
+
+
+def make_groups(shape: Shape, vocabulary: int, seed: int) -> list[Group]:
+    """Groups of random tokens and rewards, each with a right and a wrong episode: all of them are learned from."""
+    draw = random.Random(seed)
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(vocabulary) for _ in range(count))
+
+    def episode(index: int) -> Episode:
+        count = draw.randint(shape.shortest, shape.longest)
+        logprobs = (-float(torch.tensor(float(vocabulary)).log()),) * count
+        return Episode(
+            tokens(count), logprobs, "stop", 0, reward=float(index) if index < 2 else float(draw.random() < 0.5)
+        )
+
+    return [
+        Group(Prompt("", token_ids=tokens(shape.prompt)), tuple(episode(index) for index in range(shape.group_size)))
+        for _ in range(shape.prompts)
+    ]
+
+
+def completion_tokens(groups: Sequence[Group]) -> int:
+    return sum(len(episode.completion_ids) for group in groups for episode in group.episodes)
+
+
+def learner_over(model: PreTrainedModel, bench: Bench, **settings: Any) -> Learner:
+    """rlora's learner over a model that is at hand."""
+    config = validate(
+        {
+            "model": "-", "env": "-", "reward": "-", "dtype": str(model.dtype).removeprefix("torch."),
+            "learner": {"rank": bench.rank, "lr": 1e-5} | settings,
+            "sampling": {"max_tokens": 4096, "max_prompt_tokens": 1024},
+        }
+    )  # fmt: skip
+    with (
+        mock.patch("rlora.learner.load_base", return_value=model),
+        mock.patch("rlora.machine.device", return_value=model.device),
+    ):
+        return Learner(config, "random weights", "benchmark")
+
+
+# --- correct ---
+
+
+def correct(bench: Bench) -> dict[str, Any]:
+    size, shape = ("0.6b", SHAPES["few"]) if bench.on_gpu else ("tiny", SHAPES["tiny"])
+    cpu = torch.device("cpu")
+    base = build(size, torch.float32, cpu)
+    with torch.no_grad():
+        for weight in base.parameters():  # values that bf16 holds, so that no side rounds the base
+            weight.copy_(weight.bfloat16())
+    groups = make_groups(shape, SIZES[size]["vocab_size"], 1)
+    sides = [("cpu", cpu, torch.float32, False), ("cpu", cpu, torch.bfloat16, False)]
+    sides += [
+        (bench.device.type, bench.device, dtype, False) for dtype in (torch.float32, torch.bfloat16)
+    ] * bench.on_gpu
+    sides += [(bench.device.type, bench.device, torch.float32, True)]
+    rows: list[dict[str, Any]] = []
+    reference: tuple[Tensor, Tensor] | None = None
+    for name, device, dtype, checkpointing in sides:
+        learner = learner_over(deepcopy(base).to(device, dtype), bench, checkpointing=checkpointing, max_grad_norm=1e9)
+        generator = torch.Generator().manual_seed(5)
+        for factors in learner.policy.bank.factors.values():  # with B = 0 the gradient of A is 0
+            for b in factors.lora_B:
+                b.data.copy_(torch.randn(b.shape, generator=generator) * 1e-3)
+        logprobs = logprobs_of(learner, groups)
+        if reference is None:
+            groups = on_policy(groups, logprobs)
+        _, stats = learner.update(groups)
+        gradient = torch.cat(
+            [p.grad.flatten().double().cpu() for p in learner.policy.parameters() if p.grad is not None]
+        )
+        reference = reference or (logprobs, gradient)
+        difference = (logprobs - reference[0]).abs()
+        rows.append({
+            "device": name, "dtype": str(dtype).removeprefix("torch."), "checkpointing": checkpointing,
+            "logprobs, mean difference": difference.mean().item(), "logprobs, largest": difference.max().item(),
+            "loss": stats.loss, "gradient, cosine": cosine_similarity(gradient, reference[1], dim=0).item(),
+            "gradient, norm": (gradient.norm() / reference[1].norm()).item(),
+        })  # fmt: skip
+        del learner
+        release()
+    table(rows)
+    rounding = rows[1]
+    return {"size": size, "rows": rows, "as_expected": all(as_expected(row, rounding) for row in rows)}
+
+
+def as_expected(row: dict[str, Any], rounding: dict[str, Any]) -> bool:
+    """Whether a side is as close to fp32 on the CPU as fp32 is, or twice as far as bf16 on the CPU is."""
+    if row["dtype"] == "float32":
+        return bool(row["logprobs, mean difference"] < 1e-4 and row["gradient, cosine"] > 0.9999)
+    return bool(
+        row["logprobs, mean difference"] <= 2 * rounding["logprobs, mean difference"]
+        and 1 - row["gradient, cosine"] <= 2 * (1 - rounding["gradient, cosine"]) + 1e-3
+    )
+
+
+@torch.no_grad()
+def logprobs_of(learner: Learner, groups: Sequence[Group]) -> Tensor:
+    """The logprob of each completion token, group by group: (C,) fp32 on the CPU."""
+    lessons = [[lesson(group.prompt.token_ids, episode) for episode in group.episodes] for group in groups]
+    logprobs = {}
+    for row in microbatches(lessons, 2048, learner.policy.base.dtype, learner.device):
+        parts = learner.policy.logprobs(row).float().cpu().split(row.lengths.tolist())
+        logprobs |= {id(each.episode): part for each, part in zip(row.lessons, parts, strict=True)}
+    return torch.cat([logprobs[id(episode)] for group in groups for episode in group.episodes])
+
+
+def on_policy(groups: Sequence[Group], logprobs: Tensor) -> list[Group]:
+    """The groups as if the learner itself had sampled them."""
+    left = iter(logprobs.tolist())
+    return [
+        replace(
+            group,
+            episodes=tuple(
+                replace(episode, behaviour_logprobs=tuple(next(left) for _ in episode.completion_ids))
+                for episode in group.episodes
+            ),
+        )
+        for group in groups
+    ]
+
+
+# --- waits ---
+
+
+def waits(bench: Bench) -> dict[str, Any]:
+    if not bench.on_gpu:
+        print("A CPU has nothing to wait for.")
+        return {"waits": 0, "by_line": {}}
+    learner = learner_over(build("0.6b", torch.bfloat16, bench.device), bench)
+    groups = make_groups(SHAPES["gsm8k"], SIZES["0.6b"]["vocab_size"], 2)[:2]
+    learner.update(groups)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        learner.update(groups)
+        torch.cuda.set_sync_debug_mode("default")
+    lines = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchron" in str(w.message))
+    table([{"line": line, "waits": count} for line, count in lines.most_common()])
+    return {"waits": lines.total(), "by_line": dict(lines.most_common())}
+
+
+# --- attention ---
+
+
+def attention_part(bench: Bench) -> dict[str, Any]:
+    heads, kv_heads, dim, prompt, lengths = (32, 8, 128, 600, (3001, 3407)) if bench.on_gpu else (4, 2, 16, 9, (12, 17))
+    completions, dtype = 2, torch.bfloat16
+
+    def layer(length: int) -> Callable[[], None]:
+        """Attention of `completions` of that length over their prompt, forward and backward, as a row has it."""
+        keys = prompt + length
+        q, k, v = (
+            torch.randn(completions, n, tokens, dim, device=bench.device, dtype=dtype, requires_grad=True)
+            for n, tokens in ((heads, length), (kv_heads, keys), (kv_heads, keys))
+        )
+        seen = torch.ones(length, keys, dtype=torch.bool).tril(prompt)
+        bias = torch.zeros(length, keys, dtype=dtype).masked_fill_(~seen, float("-inf"))[None, None].to(bench.device)
+        return lambda: attention._attention(q, k, v, bias, dim**-0.5).sum().backward()
+
+    with profile(activities=activities(bench)) as found:
+        layer(lengths[0])()
+        bench.synchronize()
+    kernels = [name for name, _ in by_name(found, bench).most_common(4)]
+    print(f"Kernels: {', '.join(kernels)}\n")
+    backends = {"as torch chooses": None}
+    if bench.on_gpu:
+        backends |= {
+            b.name.lower(): b for b in (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH)
+        }
+    rows = []
+    for name, backend in backends.items():
+        for length in lengths:  # an odd length and another: a mask whose rows are not aligned, and a new shape
+            row: dict[str, Any] = {"backend": name, "completion": length}
+            rows.append(row)
+            try:
+                call = layer(length)
+                with sdpa_kernel(backend) if backend else nullcontext(), bench.peak(row):
+                    row["first, ms"] = 1e3 * bench.timed(call)
+                    row["then, ms"] = 1e3 * min(bench.timed(call) for _ in range(3))
+            except RuntimeError as error:  # a backend that does not take it, or no memory
+                row["error"] = str(error).splitlines()[0][:80]
+            release()
+    table(rows)
+    return {"kernels": kernels, "rows": rows}
+
+
+# --- profile ---
+
+
+def activities(bench: Bench) -> list[ProfilerActivity]:
+    return [ProfilerActivity.CUDA if bench.on_gpu else ProfilerActivity.CPU]
+
+
+def by_name(found: profile, bench: Bench) -> Counter[str]:
+    """Microseconds of each kernel; on a CPU of each operator."""
+    times: Counter[str] = Counter()
+    for event in found.key_averages():
+        times[event.key[:80]] += event.self_device_time_total if bench.on_gpu else event.self_cpu_time_total
+    return times
+
+
+def profile_part(bench: Bench) -> dict[str, Any]:
+    size = bench.sizes[-1]
+    shape = SHAPES["gsm8k" if bench.on_gpu else "tiny"]
+    groups = make_groups(replace(shape, prompts=1), SIZES[size]["vocab_size"], 3)
+    learner = learner_over(build(size, torch.bfloat16, bench.device), bench)
+    learner.update(groups)
+    seconds = bench.timed(lambda: learner.update(groups))
+    with profile(activities=activities(bench)) as found:
+        learner.update(groups)
+        bench.synchronize()
+    times = by_name(found, bench)
+    kinds: Counter[str] = Counter()
+    for name, spent in times.items():
+        kinds[next((kind for kind, words in KINDS.items() if any(w in name.lower() for w in words)), "other")] += spent
+    busy = times.total() / 1e6
+    table([{"kind": kind, "ms": spent / 1e3} for kind, spent in kinds.most_common()])
+    launches = sum(event.count for event in found.key_averages())
+    print(f"\n{completion_tokens(groups)} tokens in {seconds:.3f} s, {launches} kernels, busy {busy / seconds:.2f}")
+    return {
+        "size": size, "tokens": completion_tokens(groups), "seconds": seconds, "busy": busy / seconds,
+        "launches": launches, "kinds_ms": {kind: spent / 1e3 for kind, spent in kinds.items()},
+        "most_ms": {name: spent / 1e3 for name, spent in times.most_common(10)},
+    }  # fmt: skip
+
+
+# --- speed ---
+
+
+def speed(bench: Bench) -> dict[str, Any]:
+    sides: dict[str, dict[str, Any] | None] = {
+        "rlora": {}, "rlora, checkpointing": {"checkpointing": True, "microbatch_tokens": 16384}, "peft": None
+    }  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    for size in bench.sizes:
+        for shape in ("gsm8k", "long") if bench.on_gpu else ("tiny",):
+            for side, settings in sides.items():
+                if bench.has_time():
+                    rows.append({"size": size, "groups": shape, "side": side} | _speed(bench, size, shape, settings))
+                    release()
+    table(rows)
+    return {"rows": rows}
+
+
+def _speed(bench: Bench, size: str, shape: str, settings: dict[str, Any] | None) -> dict[str, Any]:
+    vocabulary, row = SIZES[size]["vocab_size"], {}
+    model = build(size, torch.bfloat16, bench.device)
+    try:
+        step = peft_step(model, bench) if settings is None else learner_over(model, bench, **settings).update
+        first = make_groups(SHAPES[shape], vocabulary, 10)
+        fresh = [make_groups(SHAPES[shape], vocabulary, seed) for seed in (20, 21)]
+        with bench.peak(row):
+            step(first)
+            again = min(bench.timed(lambda: step(first)) for _ in range(2))
+            seconds = [bench.timed(lambda groups=groups: step(groups)) for groups in fresh]  # type: ignore[misc]
+    except torch.OutOfMemoryError:
+        return {"error": "out of memory"}
+    tokens = completion_tokens(first)
+    return {
+        "tokens": tokens, "again, tokens/s": round(tokens / again),
+        "fresh, tokens/s": round(sum(map(completion_tokens, fresh)) / sum(seconds)), **row,
+    }  # fmt: skip
+
+
+def peft_step(model: PreTrainedModel, bench: Bench) -> Callable[[Sequence[Group]], None]:
+    """PEFT's adapter over rows of equal length, shortest with shortest: pads come last, so no mask is needed."""
+    from peft import LoraConfig, get_peft_model
+
+    model.set_attn_implementation("sdpa")
+    tuned = get_peft_model(model, LoraConfig(r=bench.rank, lora_alpha=32, target_modules="all-linear")).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    parameters = [p for p in tuned.parameters() if p.requires_grad]
+    adam = torch.optim.Adam(parameters, lr=1e-5, betas=(0.9, 0.95), eps=1e-12)
+    body, head = model.base_model, model.get_output_embeddings()
+
+    def logprobs_of(hidden: Tensor, targets: Tensor) -> Tensor:
+        logprobs: Tensor = head(hidden).float().log_softmax(-1)
+        return logprobs.gather(1, targets[:, None])[:, 0]
+
+    def put(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(values, dtype=dtype).to(bench.device)
+
+    def backward(rows: Sequence[tuple[Sequence[int], Episode, float]], total: int) -> None:
+        longest = max(len(prompt) + len(episode.completion_ids) for prompt, episode, _ in rows)
+        ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+        places: list[int] = []
+        for i, (prompt, episode, _) in enumerate(rows):
+            text = [*prompt, *episode.completion_ids]
+            ids[i, : len(text)] = torch.tensor(text)
+            places += range(i * longest + len(prompt) - 1, i * longest + len(text) - 1)
+        targets = put([token for _, episode, _ in rows for token in episode.completion_ids], torch.int64)
+        behaviour = put([logprob for _, episode, _ in rows for logprob in episode.behaviour_logprobs])
+        advantages = put([advantage for _, episode, advantage in rows for _ in episode.completion_ids])
+        with torch.autocast(bench.device.type, torch.bfloat16):
+            hidden = body(input_ids=ids.to(bench.device), use_cache=False).last_hidden_state.flatten(0, 1)
+            chunks = zip(hidden[put(places, torch.int64)].split(2048), targets.split(2048), strict=True)
+            logprobs = torch.cat([checkpoint(logprobs_of, *chunk, use_reentrant=False) for chunk in chunks])
+        ratio = (logprobs - behaviour).exp().clamp(max=2.0)
+        (-(ratio * advantages).sum() / total).backward()
+
+    def step(groups: Sequence[Group]) -> None:
+        adam.zero_grad()
+        rows = []
+        for group in groups:
+            mean = sum(group.rewards) / len(group.rewards)
+            rows += [(group.prompt.token_ids, episode, (episode.reward or 0.0) - mean) for episode in group.episodes]
+        rows.sort(key=lambda row: len(row[0]) + len(row[1].completion_ids))
+        while rows:
+            longest = len(rows[-1][0]) + len(rows[-1][1].completion_ids)
+            count = max(1, PADDED_ROW // longest)
+            backward(rows[-count:], completion_tokens(groups))
+            del rows[-count:]
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        adam.step()
+
+    return step
+
+
+PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
+    "correct": correct, "waits": waits, "attention": attention_part, "profile": profile_part, "speed": speed,
+}  # fmt: skip
+
+if __name__ == "__main__":
+    main()
