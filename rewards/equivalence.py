@@ -52,9 +52,11 @@ def grade(gold: str | int | float, prediction: str) -> str:
     if is_empty(gold):
         return "wrong"
     found = find_answer(prediction)
-    if found is None or len(found.text) > MAX_LENGTH:
+    if found is None or not found.text or len(found.text) > MAX_LENGTH:
         return "unparsable"
     wanted = _gold(str(gold))
+    if not wanted.text:
+        return "wrong"
     one, other = number(wanted.text), number(plain(found.text).strip().strip("$* "))
     if one is not None and other is not None and not (wanted.boxes or wanted.percent or found.percent):
         if one == other:

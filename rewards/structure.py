@@ -1,5 +1,6 @@
 """When two trees say the same: lists, sets, tuples, intervals, relations, units, words."""
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -350,7 +351,7 @@ def _proportional(gold: Node, prediction: Node) -> bool:
         return ours == theirs and _in_order(gold.args, prediction.args)
     ratio = Node("div", (one, other))
     factor = _factor(ratio)
-    if factor is None:
+    if factor is None or not 0 < abs(factor) < math.inf:  # y \infty = 2x is no multiple of y = 2x
         return False
     if ours[0] in LESS:
         return theirs[0] == (ours[0] if factor > 0 else _FLIP[ours[0]])
