@@ -36,9 +36,13 @@ _NO_MARK = re.compile(  # before "answer": a check of it, or another
     re.IGNORECASE,
 )
 _OTHER_MARK = re.compile(
-    r"(?:答案|答え|正解|정답|réponse|respuesta|risposta|resposta|antwort|ответ|الجواب(?:\s+هو)?|उत्तर|(?:(?<![\w])|(?<=[故解]))[答답](?=[\]】*_\s]*[:\]】])"
-    r"|(?:option|choice)\s+is|inal\s+result\b)[\]】*_\s]*(?:应?(?:是|为)|は|은|는|est|es|ist|è|é|lautet)?\s*[\]】*_]*\s*:?[*_\s]*",
+    r"(?:答案|答え|正解|정답|(?:réponse|respuesta|risposta|resposta)(?:\s+(?:corr\w+|final\w*|exacta))?|antwort|ответ|الجواب(?:\s+هو)?|उत्तर|(?:(?<![\w])|(?<=[故解]))[答답](?=[\]】*_\s]*[:\]】])"
+    r"|(?:option|choice)\s+is|inal\s+result\b)[\]】*_\s]*(?:应?(?:是|为)|は|은|는|est|es|ist|è|é|lautet)?(?:\s+(?:la\s+opción|a\s+opção|l['’]opzione|l['’]option|die\s+Option))?\s*[\]】*_]*\s*:?[*_\s]*",
     re.IGNORECASE,
+)
+_FIRST = re.compile(
+    r"(?:\A|[\n.!?:]\s*)(?:(?:so|thus|hence|therefore|and)\b,?\s*)?([^\n.;:!?]{1,60}?)\s+is\s+(?:the|our|my)\s+"
+    r"(?:(?:final|correct)\s+)?answer\b(?!\s+(?:to|of|for)\s+(?:part|question|the\s+(?:first|previous)))"
 )
 _EXPLAINED = re.compile(
     r"([^\n]{1,60})\n[\s*_#]*(?:explanation|reasoning|justification|working|solution|steps)\b", re.IGNORECASE
@@ -80,7 +84,7 @@ def find_answer(completion: str) -> Answer | None:
         boxed = _boxed(text, last)
         return _final(boxed.around if boxed else text[last:]) or boxed
     text = plain(text[-_TAIL:])
-    found = _after_hashes(text) or _announced(text) or _unmarked(text)
+    found = _after_hashes(text) or _announced(text) or _said_first(text) or _unmarked(text)
     return found and found._replace(around=text)
 
 
@@ -213,6 +217,14 @@ def _announced(text: str) -> Answer | None:
         start = place + (text[place - 1 : place + 1] in ("=>", "->", "\n>"))
         if (found := statement(text[start : start + MAX_LENGTH])) is not None:
             return Answer(found)
+    return None
+
+
+def _said_first(text: str) -> Answer | None:
+    """The value of the last "27 is the answer"."""
+    for found in reversed(list(_FIRST.finditer(text))):
+        if is_formula(found[1]) and has_number(found[1]):
+            return Answer(found[1].strip())
     return None
 
 

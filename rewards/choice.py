@@ -57,6 +57,7 @@ _CHOSEN = re.compile(
 _DENIED = re.compile(
     r"(?:\b(?:not|nor|neither|never|if|whether|why|suppose|assume|unless)\b|n't|不|非)[^.\n]{0,20}\Z", re.IGNORECASE
 )
+_REJECTED = re.compile(r"\s*(?:是|为|の?は)?\s*(?:错|不对|不正确|不成立|不符|不选|誤り|間違)")
 _ANOTHER = re.compile(
     rf"[\s.,;(]*(?:[/|]|(?i:or|maybe|perhaps|possibly|alternatively)\b|(?i:it|this)\s+(?i:could|might|may)\b|或|か)[^\n.]{{0,40}}?\b{_LETTER}\b"
 )
@@ -137,7 +138,7 @@ def _chosen(found: Answer) -> str | None:
             r"(?i:\bor|\bmaybe|\bperhaps|\bpossibly|或|か)\s*\Z", before
         ):
             return ""
-        if not _DENIED.search(before):
+        if not _DENIED.search(before) and not _REJECTED.match(around, phrase.end()):
             return letters(phrase["named"] or phrase["praised"])
     lines = around.strip().splitlines()
     if not lines or len(_OPTION_LINE.findall(around)) > 1:

@@ -9,7 +9,12 @@ import html
 import re
 
 _FUNCTIONS = "sin cos tan cot sec csc log ln exp cis arcsin arccos arctan lcm gcd".split()
-_CURRENCY = re.compile(r"(?<![a-zA-Z])(?:Rs\.?|INR|USD|EUR|GBP|RMB|CNY|JPY)[\s~]*(?=\d)")
+_CURRENCY = re.compile(
+    r"(?<![a-zA-Z\\])(?:Rs\.?|INR|USD|EUR|GBP|RMB|CNY|JPY|CHF|KRW)[\s~]*(?=\d)"
+    r"|\\text\s*\{\s*(?:Rs\.?|INR|USD|EUR|GBP|RMB|CNY|JPY|CHF|KRW|(?:US|AU|CA|HK|NZ|SG|R)\s?\\?\$)\s*\}[\s~]*(?=\d)"
+    r"|\\(?:pounds|euro|yen)(?![a-zA-Z])(?:\{\})?"
+)
+_DASHED = re.compile(r"(?<=\d)\s*/-+\s*\Z")  # 350/- is 350 rupees
 _COUNTRY = re.compile(r"(?<![a-zA-Z])(?:US|AU|CA|HK|NZ|SG|[AC])\s?(?=\\?\$\s?\d)")
 _CENTS = re.compile(r"(?<=\d)\s*\\?¢(?![^{}]*\})")
 _HTML = re.compile(r"</?(?:sup|sub)>|&[a-zA-Z]+;|<br\s*/?>|</\w+>", re.IGNORECASE)
@@ -31,6 +36,8 @@ _NESTED = re.compile(
 _NUMBER = re.compile(
     r"(?<![A-Za-z0-9_.,/^$])([-+−]?\s?(?:\\?[$€£¥₹])?\s?\d+(?:,\d{3})*(?:\.\d+)?(?:\s?/\s?\d+)?\s?(?:\\?%)?)(?![A-Za-z0-9_/^])"
 )
+_IN_TEXT = re.compile(r"\\text\s*\{\s*\\text(?:bf|it|rm|sf|tt|normal|up)?\s*\{([^{}]*)\}\s*\}")
+_DRESSING = re.compile(r"(?:\s|~|\\[,;:! ]|\\q?quad)*\\(?:checkmark|square|Box|blacksquare|qed)\s*\Z")
 _EMPTY = re.compile(r"\\text\{\s*\}")
 
 # In the patterns that follow, ` is either end of a \text.
@@ -45,7 +52,7 @@ _APPROXIMATION = re.compile(
 _ROUNDED = re.compile(rf"{_AFTER}{_GAP}\(\s*(?:\\approx|≈)[^()]*\)\s*\Z")
 _FILLER = re.compile(
     r"""\A[\s`(]*(?:(?:exactly|only|just|simply|about|approximately|approx\.?|roughly|around|a\ total\ of|in\ total|
-    the\ (?:final\ )?answer|answer|therefore|so|thus|hence)[\s,:`]+)+(?=[-+−\d\\$.(])""",
+    i\.e\.,?|the\ (?:final\ )?answer|answer|therefore|so|thus|hence)[\s,:`]+)+(?=[-+−\d\\$.(])""",
     re.IGNORECASE | re.VERBOSE,
 )
 _MINUS = re.compile(r"\A[\s`]*(?:minus|negative)[\s`]+(?=[\d\\$.(])", re.IGNORECASE)
@@ -62,6 +69,9 @@ _DOMAIN = re.compile(  # for all k \in \mathbb{Z}
     {_LETTER}\s*(?:\\in|∈)\s*(?:\\mathbb\s*\{{?\s*Z\s*\}}?|\\mathbf\s*\{{\s*Z\s*\}}|ℤ|Z)\s*\)?[\s`.]*\Z""",
     re.VERBOSE,
 )
+_IN_PARENTHESES = re.compile(  # 2n (n \in N^*)
+    rf"{_AFTER}(?:[\s,;~`]|\\q?quad|\\[,;:! ])*\(\s*([a-zA-Z]\s*(?:\\in(?![a-z])|∈)[^()]*)\)[\s.]*\Z"
+)
 _QUALIFIER = re.compile(
     rf"""{_AFTER}(?:[\s,;`(]|\\q?quad|\\[,;:!\ ])*(?:\\forall\b|∀
     |\b(?:for\s+(?:all|every|any|each|some)\b
@@ -69,6 +79,7 @@ _QUALIFIER = re.compile(
         |where\s+`?\s*[a-zA-Z]\s*(?:\\in|∈))).*\Z""",
     re.IGNORECASE | re.DOTALL | re.VERBOSE,
 )
+_SOME = re.compile(r"\bfor\s+some\b[\s`]*(?:[a-z]{2,}[\s`,]*)*([a-zA-Z])\b")
 _RESTRICTS = re.compile(r"\b(?:even|odd|prime|positive|negative|except|unless|only|not|but|otherwise|if|when)\b")
 _SAYS = re.compile(r"(?:\b(?:is|are|be|equals?|equal to|become|becomes)|[:=])\s*\Z", re.IGNORECASE)
 _OTHERWISE = re.compile(  # what says "is" and does not say what the answer is
@@ -89,13 +100,14 @@ _REALS = re.compile(  # all real numbers x except 2 and 3
 
 def bare(text: str) -> str:
     """The text of an answer without what adds nothing to its value."""
-    text = _CENTS.sub(r"\\text{ cents}", _CURRENCY.sub("", _COUNTRY.sub("", text)))
+    text = _IN_PARENTHESES.sub(r", \1", text)
+    text = _CENTS.sub(r"\\text{ cents}", _DASHED.sub("", _CURRENCY.sub("", _COUNTRY.sub("", text))))
     if ("<" in text or "&" in text) and _HTML.search(text):
         text = _RAISED.sub(lambda found: ("^" if found[1].lower() == "sup" else "_") + "{" + found[2] + "}", text)
         text = _ENTITY.sub(lambda found: html.unescape(found[0]), _TAG.sub(" ", text))
     if "\\" not in text and not re.search(r"[a-z]{2}", text):
         return text
-    text = _FRAME.sub("", _siunitx(text))
+    text = _IN_TEXT.sub(r"\\text{\1}", _DRESSING.sub("", _FRAME.sub("", _siunitx(text))))
     while (flat := _NESTED.sub(r"\1\2", text)) != text:  # \text{m s^{-2}}
         text = flat
     return _without_words(_TEXT.sub(_isolated, text))
@@ -123,7 +135,7 @@ def _isolated(found: re.Match[str]) -> str:
         return inner
     if inner in ("o", r"\circ") and before.rstrip("{ ").endswith("^"):
         return r"\circ"
-    if not re.search(r"\d", inner) or found[0].startswith(r"\mathrm"):
+    if not re.search(r"\d", inner) or (found[0].startswith(r"\mathrm") and not re.match(r"\d+\\? ", inner)):
         return found[0]
     return _EMPTY.sub("", r"\text{" + _NUMBER.sub(r"}\1\\text{", found[1]) + "}")
 
@@ -134,15 +146,27 @@ def _without_words(text: str) -> str:
     if (reals := _REALS.match(marked.replace("`", " ").strip())) is not None:
         return _real_numbers(reals[1])
     marked = _MINUS.sub("-", marked)
-    marked = _FILLER.sub("", _ROUNDED.sub("", _APPROXIMATION.sub("", marked)))
+    marked = _FILLER.sub("", unfilled := _ROUNDED.sub("", _APPROXIMATION.sub("", marked)))
+    if marked != unfilled and marked.count(")") > marked.count("("):  # (about 18.9)
+        marked = re.sub(r"\)(?=[\s`.]*\Z)", "", marked)
     for pattern in (_INTEGERS, _DOMAIN):
         marked = pattern.sub(lambda found: rf", {next(filter(None, found.groups()))} \in \mathbb{{Z}}", marked)
-    if (behind := _QUALIFIER.search(marked)) and not _RESTRICTS.search(behind[0]):
+    if (behind := _QUALIFIER.search(marked)) and not (
+        _RESTRICTS.search(behind[0]) or _is_one_case(marked[: behind.start()], behind[0])
+    ):
         marked = marked[: behind.start()]
     marked = _without_labels(marked)
     if marked == before:
         return text
     return re.sub(r"`([^`]*)`", r"\\text{\1}", marked).replace("`", "")
+
+
+def _is_one_case(claim: str, qualifier: str) -> bool:
+    """Whether it holds for some x alone: f(x) = 1 for some x; c in f(x) = cx for some c is a constant."""
+    if (found := _SOME.search(qualifier)) is None:
+        return False
+    named, _, value = claim.rpartition("=")
+    return f"({found[1]})" in named or re.search(rf"(?<![a-zA-Z\\]){found[1]}|{found[1]}(?![a-zA-Z])", value) is None
 
 
 def _real_numbers(but: str | None) -> str:
@@ -159,7 +183,7 @@ def _without_labels(marked: str) -> str:
     says = [n for n in range(1, len(parts) - 1, 2) if _SAYS.search(parts[n]) and parts[n + 1].strip(" ,.;")]
     if not says or _OTHERWISE.search(parts[says[-1]]):
         return marked
-    before = [re.sub(r"\\q?quad|\s", "", parts[n - 1]) for n in says]
+    before = [re.sub(r"\\q?quad|\\[,;:! ]|\s", "", parts[n - 1]) for n in says]
     if len(says) > 1 and says[0] == 1 and all(not each or each.endswith((",", ";")) for each in before):
         return "".join(_named(part) if n in says else f"`{part}`" if n % 2 else part for n, part in enumerate(parts))
     rest = parts[says[-1] + 1 :]

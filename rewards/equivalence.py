@@ -121,7 +121,8 @@ def _compare(wanted: Answer, found: Answer) -> str:
         candidates.append(_tree(text, thousands=False))
         if found.boxes:
             candidates.append(_tree(", ".join(found.boxes)))
-    measured = re.fullmatch(r"(.*[\d})])\s+([a-zA-Z]+(?:\s*/\s*[a-zA-Z]+)?(?:\^\{?-?\d\}?)?)", text)
+    upright = re.sub(r"(?:\s|~|\\[,;:! ])*\\mathrm\s*\{\s*([a-zA-Z]+)\s*\}", r" \1", text)
+    measured = re.fullmatch(r"(.*[\d})])\s+([a-zA-Z]+(?:\s*/\s*[a-zA-Z]+)?(?:\^\{?-?\d\}?)?)", upright)
     if measured and not unknowns(gold) and unit(measured[2]):  # 12 m/s, whose letters are no unknowns here
         candidates.append(_tree(rf"{measured[1]}\text{{ {measured[2]}}}"))
     if (decimal := _decimal_comma(text, gold, gold=False)) is not None:

@@ -8,7 +8,7 @@ from functools import lru_cache, reduce
 
 from .notation import FUNCTIONS, MAX_DEPTH, Token, UnreadableError, clean, tokens
 from .tree import Node, chosen, counted, number, proper, table
-from .units import changes_value, multiplier, unit
+from .units import FACTORS, changes_value, multiplier, unit
 
 RELATIONS = ("=", "==", "<", ">", "<=", ">=", "!=", "~", "in", "->")
 _ENDS = (
@@ -178,7 +178,7 @@ class _Parser:
             value = Node("mul", (value, number(factor)))
         if words and value.op in ("symbol", "mul") and unit(words) is None and not _has_number(value):
             raise UnreadableError("words behind a name")
-        if changes_value(words):
+        if changes_value(words) or words.strip(" .").lower() in FACTORS:
             raise UnreadableError("words that change a value")
         return Node("unit", (value,), words) if words else value
 

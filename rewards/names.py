@@ -77,6 +77,7 @@ def derivative(node: Node) -> tuple[int, str]:
         marks = node.data.count("'")
         if node.data in ("prime", "dot", "ddot"):
             inner, head = derivative(node.args[0])
+            head = head or (node.args[0].data if node.args[0].op == "symbol" else "")
             return inner + 1 + (node.data == "ddot"), head
         return (-1 if "^-1" in node.data else marks), re.split(r"['^_(]", node.data)[0]
     if node.op == "mul" and (of_call := _applied(node)) is not None:
@@ -101,9 +102,15 @@ def _applied(node: Node) -> tuple[int, str] | None:
 
 def same_name(gold: Node, prediction: Node) -> bool:
     """Whether two sides may name the same; y and f(x) may, x and y, f and f', a_n and a_{n+1} may not."""
+    if len({_variable(gold), _variable(prediction)} - {""}) > 1:  # df/dx and df/dy
+        return False
     if label(gold) == label(prediction):
         return True
     if derivative(gold)[0] != derivative(prediction)[0]:
+        return False
+    if gold.op != prediction.op and any(
+        inner.op == "symbol" and inner in outer.walk() for inner, outer in ((gold, prediction), (prediction, gold))
+    ):  # x and f(x)
         return False
     if gold.op == prediction.op == "tuple":
         ours, theirs = [label(arg) for arg in gold.args], [label(arg) for arg in prediction.args]
@@ -118,6 +125,12 @@ def same_name(gold: Node, prediction: Node) -> bool:
     if {gold.op, prediction.op} == {"call", "symbol"} and (index or index2):
         return not (gold.data.endswith("_") or prediction.data.endswith("_"))  # a_n is not a_1
     return not (index and index2 and index != index2)
+
+
+def _variable(node: Node) -> str:
+    r"""That by which \frac{df}{dx} differentiates; empty where it is not said."""
+    order, head = derivative(node)
+    return [part.data for part in node.args[1].walk()][-1] if node.op == "div" and order and head else ""
 
 
 def _head(node: Node) -> tuple[str, str]:

@@ -50,7 +50,7 @@ _UNICODE = {
     "τ": r"\tau ", "ε": r"\epsilon ", "ψ": r"\psi ", "Δ": r"\Delta ", "Ω": r"\Omega ", "∧": " and ", "∨": " or ",
     "⟨": r"\langle ", "⟩": r"\rangle ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ",
     "、": ",", "∶": ":", "‰": " per mille", "“": "", "”": "", "„": "", "→": r"\to ", "⇒": r"\Rightarrow ",
-    "∀": r"\forall ", "∃": r"\exists ", "˚": r"^\circ ", "₹": r"\text{rupee}",
+    "∀": r"\forall ", "∃": r"\exists ", "₩": r"\text{won}", "˚": r"^\circ ", "₹": r"\text{rupee}",
 }  # fmt: skip
 _SIGNS = str.maketrans(_UNICODE)
 
@@ -77,6 +77,8 @@ _CURRENCIES = {r"\$": "USD", "€": "EUR", "£": "GBP", "¥": "¥"}  # ¥ is a y
 _CURRENCY = re.compile(
     r"(\\\$|[€£¥])\s*(-?(?:\d|,\\!\s?|\{,\}|,(?=\d)|\.(?=\d))+)(?:\s*(?:\\text\s*\{\s*)?(k|K|M|m|B|b|T)(?![a-zA-Z])\s*\}?)?"
 )
+_DOLLARS = re.compile(r"(?<=[\d}])\s*\\\$(?!\s*[\d\\])")
+_SCALED = re.compile(r"(?<=\d)\s*(?:\\text\s*\{\s*)?([kKmMbB])\s?\\?\$\s*\}?")
 _SCALES = {"k": "thousand", "m": "million", "b": "billion", "t": "trillion"}
 _JOINED = re.compile(r"(?<=[\d)}\]])\s*(and|or)(?=[A-Z\\($-])")
 PERCENT = r"(?:per[\s-]?cent|pct)"
@@ -92,6 +94,10 @@ _DEGREES = re.compile(r"(?<=[\d})])\s*\^\s*(?:\{\s*)?(?:\\(?:text|mathrm)\s*\{\s
 _SCALE = re.compile(r"\^\s*\{?\s*\\circ\s*\}?\s*(?:\\(?:text|mathrm|rm)\s*\{?\s*)?([CF])(?![a-zA-Z])\s*\}?")
 _SET_SIGN = re.compile(
     r"\\mathbb\s*\{?\s*([NZQRC])\s*\}?\s*(?:\^\s*\{?\s*([+*-])\s*\}?|_\s*\{?\s*(>|\\gt|\\ge[q]?|\+|\\neq?)\s*0?\s*\}?)"
+)
+_NUMBERS = re.compile(r"\\in\s*([RZNQC])(?![a-zA-Z(])")
+_REPEATING = re.compile(  # 0.333..., 0.0909..., 0.(3)
+    r"(?<![\d.])(\d+\.)(?:(\d*?)(?:(\d)\3{2,}|(\d{2,4}?)\4+)\s*(?:\\ldots|\.\.\.|…)|\((\d+)\))(?![\d.,]|\s*[,\d])"
 )
 _MODULE = re.compile(r"\b(?:np|numpy|sp|sympy|math)\.(?=[a-zA-Z])")
 _NOTHING = re.compile(r"(?<![a-zA-Z}\\])\{\s*\}\s*(?=[\^_])")
@@ -124,6 +130,7 @@ _RELATED = {
     "lparen": "(", "rparen": ")", "bullet": "*", "to": "->", "rightarrow": "->", "Rightarrow": "->", "implies": "->",
     "iff": "->", "Leftrightarrow": "->", "degree": "degree",
 }  # fmt: skip
+_JOINTS = {"或": "or", "或者": "or", "且": "and"}
 _SIGN_KINDS = {"**": "^", "=<": "<=", "=>": ">=", "<>": "!=", "≡": "==", "≅": "==", "∖": "minus", "≃": "~", "∼": "~"}
 
 
@@ -141,9 +148,12 @@ def clean(text: str, thousands: bool = True) -> str:
             text = text.removeprefix(wrapper)
     if text.startswith(("$", "-$")) and text.count("$") == 1:
         text = text.replace("$", r"\$")
-    text = _notations(text)
+    text = _REPEATING.sub(
+        lambda found: rf"{found[1]}{found[2] or ''}\overline{{{found[3] or found[4] or found[5]}}}", _notations(text)
+    )
+    text = _SCALED.sub(lambda found: rf"\text{{{_SCALES[found[1].lower()]}}} \text{{USD}}", text)
     text = _CURRENCY.sub(_behind, text)
-    text = text.replace(r"\$", "").replace("€", r"\text{EUR}").replace("£", r"\text{GBP}")
+    text = _DOLLARS.sub(r"\\text{USD}", text).replace(r"\$", "").replace("€", r"\text{EUR}").replace("£", r"\text{GBP}")
     text = text.replace("¥}", "¤}").replace("¥", r"\text{¥}").replace("¤}", "¥}")
     text = _ROW_SPACE.sub(r"\1", _COLOUR.sub("", text))
     text = _OVER.sub(lambda found: rf"\{_OVERS[found[2]]}{{{found[1]}}}{{{found[3]}}}", text)
@@ -181,6 +191,7 @@ def _notations(text: str) -> str:
         text = _CHOSEN.sub(_choice, text)
     if "^" in text:
         text = _SCALE.sub(r"\\text{deg\1}", _DEGREES.sub(r"^\\circ ", text))
+    text = _NUMBERS.sub(r"\\in \\mathbb{\1}", text)
     if "mathbb" in text:
         text = _SET_SIGN.sub(_signed_set, text)
     text = _NOTHING.sub("", text)
@@ -252,8 +263,8 @@ def _kinds(match: re.Match[str], spaced: bool, before: list[Token]) -> list[Toke
 
 def _words(words: str, spaced: bool) -> list[Token]:
     inner = words.strip(" ,.;:()")
-    if inner.lower() in ("and", "or"):
-        return [Token(inner.lower(), inner, spaced)]
+    if inner.lower() in ("and", "or", *_JOINTS):
+        return [Token(_JOINTS.get(inner, inner.lower()), inner, spaced)]
     if not inner:
         return [Token(",", ",", spaced)] if "," in words else []
     if re.fullmatch(r"[-+]?\d+(?:\.\d+)?", inner):

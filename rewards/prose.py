@@ -53,6 +53,12 @@ _COMPARED = re.compile(r"\s*(?:(?:more|less|fewer|greater|smaller|larger|higher|
 _CONTRAST = re.compile(  # "14, not 12", "14 rather than 12": what it is not says nothing of what it is
     rf"(?:[,;(]\s*(?:and\s+|but\s+)?not|\brather\s+than|\binstead\s+of)\s+{_VALUE}(?![\w/])\)?"
     rf"|,\s+who\s+[a-z]+\s+(?:only\s+)?{_VALUE}"  # 2 more than Ann, who has 24
+    rf"|,\s+(?:which\s+is|i\.e\.,?|that\s+is,?)\s+{_VALUE}\s+(?:[a-z]+\s+){{0,2}}?(?:more|less|fewer|greater|older|younger|"
+    r"higher|lower|taller|longer|shorter|larger|smaller)\b[^.\n]*"  # 16 apples, which is 4 more than Tom
+    rf"|[，,]\s*比[^，,。]*?{_VALUE}[^，,。]*"
+    r"|(?:[,，(（]\s*|\s+)(?:attained|achieved|reached|obtained|occurring)\s+(?:when|at|for|if)\b[^\n.)）]*[)）]?"
+    r"|[,，(（]\s*(?:when|at|for)\s+[a-z]\s*=[^\n.)）]*[)）]?"
+    r"|[,，(（]\s*(?:此时|这时|当)[^。.\n)）]*[)）]?|[(（][^()（）\n]*のとき[)）]"  # the place of a maximum
     rf"|(?<=\d)(?:\s+[a-z]+)?\s+of\s+(?:the|these|those|his|her|their|its)\s+{_VALUE}",  # 8 of the 24
     re.IGNORECASE,
 )
@@ -63,6 +69,7 @@ _REMARK = re.compile(  # in parentheses, behind the answer
 )
 _RELATION = re.compile(r"[A-Za-z]\s*(?:<=|>=|\\[lg]eq?(?:slant)?|\\[lg]t|\\neq?|!=|<|>|≤|≥)\s*" + _VALUE)
 _KNOWN = frozenset(["and", "pct", "percent", "percentage", "infinity", "inf", "union", "nan", "NaN", "array", "Matrix"])
+_POINT = re.compile(rf"\b(?:is|are|at|point|pair|be|=)\s*(\(\s*{_VALUE}(?:\s*,\s*{_VALUE})+\s*\))", re.IGNORECASE)
 _RUN_OF_LINES = re.compile(r"\d\s*\n\s*[-+\d]")
 _SENTENCE = re.compile(rf"[.!?](?=\s|\Z|[{SIGN}])(?!\s*\d)|[。【]|\n|\[/[A-Za-z]|\[\[ ?#")
 _HEDGE = re.compile(  # of the next sentence, or letter
@@ -172,6 +179,9 @@ def last_value(text: str) -> str | None:
     maths = list(MATH.finditer(text))
     covered = maths[-1].end() if maths else 0
     numbers = list(_NUMBER.finditer(text, covered))
+    points = list(_POINT.finditer(text, covered))
+    if points and numbers and numbers[-1].end() <= points[-1].end():
+        return points[-1][1]
     related = list(_RELATION.finditer(text, covered))
     if related:
         return related[-1][0]

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -23,13 +24,17 @@ def is_region(node: Node) -> bool:
             return node.args[0].op == "symbol" and is_region(node.args[1])
         return all(sign in LESS for sign in signs) or signs == ["!="]
     if node.op == "list":
-        one_name = len({label(arg.args[0]) for arg in node.args if arg.op == "relation" and label(arg.args[0])}) < 2
+        names = {name for arg in node.args for name in unknowns(arg) if name not in _DOMAINS}
         return (
-            one_name and any(map(is_region, node.args)) and all(is_region(arg) or _is_point(arg) for arg in node.args)
+            len(names) < 2
+            and any(map(is_region, node.args))
+            and all(is_region(arg) or _is_point(arg) for arg in node.args)
+            and _are_apart([arg for arg in node.args if arg.op == "tuple"])
         )
     if node.op == "tuple":
         return _is_interval(node)
-    return node.op in ("cup", "cap", "minus") or (node.op == "builder" and len(node.args) == 2) or _domain(node)
+    builds = node.op == "builder" and len(node.args) == 2 and node.args[0].op != "tuple"
+    return node.op in ("cup", "cap", "minus") or builds or _domain(node)
 
 
 def _domain(node: Node) -> bool:
@@ -50,6 +55,12 @@ def _is_interval(node: Node) -> bool:
         return bool(low < high or (low == high and node.data == "[]"))
     except (UnreadableError, TypeError):
         return False
+
+
+def _are_apart(intervals: Sequence[Node]) -> bool:
+    """Whether no two of them share more than an end: (0, 3), (1, 2) are points, or two answers."""
+    ends = sorted(tuple(map(_end, interval.args)) for interval in intervals)
+    return all(high <= low for (_, high), (low, _) in itertools.pairwise(ends))
 
 
 def same_region(gold: Node, prediction: Node) -> bool | None:

@@ -20,6 +20,7 @@ _EMPTY = {"nosolution", "nosolutions", "norealsolution", "norealsolutions", "non
 _STATING = {"=", "~", "in", "=="}
 _FLIP = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
 _EMPTY_WORD = "no solution"
+_PARAMETERS = frozenset("tskmnruvpq") | {"lambda", "mu"}
 _INFINITY = Node("symbol", data="infty")
 
 
@@ -75,7 +76,11 @@ def _unzipped(node: Node, other: Node) -> Node:
 
 
 def _same_letters(gold: Node, prediction: Node) -> tuple[Node, Node]:
-    """Without "k in Z", with one letter for what is called k here and n there."""
+    """Without "k in Z", with one letter for what is called k here and n there, as for t in the point (t, 2t)."""
+    if gold.op == prediction.op == "tuple":
+        letters = [unknowns(node) for node in (gold, prediction)]
+        if all(len(each) == 1 and each <= _PARAMETERS for each in letters):
+            return gold, renamed(prediction, dict(zip(*reversed(letters), strict=True)))
     (ours, wholes), (theirs, others) = _without_domains(gold), _without_domains(prediction)
     if sorted(wholes.values()) == sorted(others.values()):
         theirs = renamed(theirs, dict(zip(others, wholes, strict=True)))
@@ -261,10 +266,13 @@ def _same_tuple(one: Node, other: Node) -> bool:
         and not (len(one.args) > 2 and {one.data, other.data} == {"()", "[]"})
     ):
         return False
+    if other.op == "list" and "or" in other.data:
+        return False
     if other.op == "list" and (one.data not in ("()", "[]") or _INFINITY in chain(*(arg.walk() for arg in one.args))):
         return False  # an interval without brackets does not say which of its ends belong to it
-    if other.op == "list" and all(map(_name, other.args)):  # y = 2, x = 1 as (1, 2)
-        return _in_order(one.args, sorted(other.args, key=_name))
+    if other.op == "list" and any(map(_name, other.args)):  # y = 2, x = 1 as (1, 2); x = 1, x = 2 are two values
+        names = {_name(arg) for arg in other.args} - {""}
+        return len(names) == len(other.args) and _in_order(one.args, sorted(other.args, key=_name))
     return _in_order(one.args, other.args)
 
 
@@ -284,8 +292,10 @@ def _stated(node: Node) -> Node | None:
     Only a name may stand before the values: ln x = 7 gives nothing. Of several values the last one counts.
     """
     signs, sides = node.data.split(), list(node.args)
-    if not set(signs) <= _STATING:
+    if not set(signs) <= _STATING or ("in" in signs and sides[0].op == "tuple"):
         return None
+    if set(signs) == {"="} and all(map(_is_number, sides)) and not all(equal(sides[0], side) for side in sides[1:]):
+        return None  # 7 = 8
     named = bool(label(sides[0]))
     while signs and signs[-1] == "~" and (len(sides) > 2 or not named):
         signs.pop(), sides.pop()
@@ -298,6 +308,10 @@ def _stated(node: Node) -> Node | None:
 def _is_value(node: Node) -> bool:
     """Whether it has neither unknowns nor words in it."""
     return not unknowns(node) and all(part.op != "text" for part in node.walk())
+
+
+def _is_number(node: Node) -> bool:
+    return _is_value(node) and node.op != "unit"
 
 
 def _same_relation(gold: Node, prediction: Node) -> bool:

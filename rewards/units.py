@@ -12,7 +12,7 @@ _SPELLINGS = {
     "oz": "ounce",
     "l": "liter litre L", "ml": "milliliter millilitre mL", "gal": "gallon", "quart": "", "pint": "", "cup": "",
     "usd": "dollar USD buck", "cent": "¢", "eur": "euro EUR", "gbp": "GBP",
-    "yuan": "rmb RMB CNY 元 块 圆", "yen": "JPY 円", "rupee": "rs Rs INR ₹",
+    "yuan": "rmb RMB CNY 元 块 圆", "yen": "JPY 円", "rupee": "rs Rs INR ₹", "won": "KRW ₩", "franc": "CHF",
     "deg": "degree", "rad": "radian", "degc": "celsius Celsius", "degf": "fahrenheit Fahrenheit", "k": "kelvin",
     "n": "newton", "j": "joule", "w": "watt", "v": "volt", "ohm": "", "hz": "hertz Hz", "pa": "pascal Pa",
     "unit": "", "acre": "", "hectare": "ha",
@@ -33,24 +33,28 @@ def _unit(word: str) -> str | None:
     return None
 
 
-_CURRENCIES = {"usd", "cent", "eur", "gbp", "yuan", "yen", "rupee"}
+_CURRENCIES = {"usd", "cent", "eur", "gbp", "yuan", "yen", "rupee", "won", "franc"}
 _MULTIPLIERS = {
     "dozen": 12, "hundred": 100, "thousand": 10**3, "lakh": 10**5, "million": 10**6, "mn": 10**6, "crore": 10**7,
-    "billion": 10**9, "bn": 10**9, "trillion": 10**12,
+    "billion": 10**9, "bn": 10**9, "trillion": 10**12, "tn": 10**12, "mln": 10**6, "mio": 10**6, "mrd": 10**9,
+    "myriad": 10**4, "score": 20, "gross": 144, "grand": 10**3,
     "百": 100, "千": 10**3, "万": 10**4, "萬": 10**4, "億": 10**8, "亿": 10**8,
 }  # fmt: skip
 _CHANGES = frozenset(  # of words behind a number: it is not that number, or not all of the answer
     "squared cubed factorial half halves third thirds quarter quarters fourths fifths sixths sevenths eighths ninths "
     "tenth tenths hundredth hundredths thousandth thousandths mille or but not unless except wrong incorrect maybe "
     "otherwise versus vs plus minus times pairs th nd rd st root remainder mod modulo more less fewer greater permille "
-    "promille ppm ppb fold inverse".split()
+    "promille ppm ppb fold inverse tens basis bps prozent ciento cento mil millionen milliarden doubled tripled halved "
+    "quadrupled divided multiplied exponent percentile impossible false fails cannot excluded invalid ruled".split()
 )
 _CONDITIONS = frozenset(  # likewise, where they belong to the number: in prose they may begin another phrase
     "at if iff when whenever where while given provided assuming for up upward upwards above below under over least "
     "most than minimum maximum too base out half twice double triple thrice negative never neither nor percent "
-    "percentage pct".split()
+    "percentage pct with case cases some sometimes usually often occasionally possibly probably rarely "
+    "typically".split()
 )
 
+FACTORS = frozenset("b e i n r x y z pi max min".split())  # alone behind a number: 7 \text{ x} is a product
 _BOUNDS = ("以上", "以下", "以内", "未満", "未满", "多", "半", "不到", "超")  # in scripts without spaces
 
 
@@ -62,8 +66,8 @@ def multiplier(text: str) -> int:
     """What "million" or "million people" multiplies by; 1 of other words."""
     if text.strip() == "k":  # a K is a kelvin
         return 1000
-    words = [word if word.isascii() else word[:1] for word in text.lower().split()]
-    return math.prod(_MULTIPLIERS.get(word.removesuffix("s"), 1) for word in words)
+    words = [word if word.isascii() else word[:1] for word in re.findall(r"[^\W\d_]+", text.lower())]
+    return math.prod(_MULTIPLIERS.get(word) or _MULTIPLIERS.get(word.removesuffix("s"), 1) for word in words)
 
 
 def changes_value(text: str) -> bool:
@@ -71,7 +75,7 @@ def changes_value(text: str) -> bool:
     if any(sign in text for sign in _BOUNDS) or re.search(r"\b\d+[^\W\d_]", text):  # 6 \text{1feet}
         return True
     words = re.findall(r"[^\W\d_]+", text.lower())
-    return bool((_CHANGES | _CONDITIONS).intersection(words)) and unit(text) is None
+    return "p.c." in text.lower() or (bool((_CHANGES | _CONDITIONS).intersection(words)) and unit(text) is None)
 
 
 _SIGNS = "".join(word for word in _MULTIPLIERS if not word.isascii())

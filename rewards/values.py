@@ -25,6 +25,7 @@ _MAX_BITS = 20_000  # of a numerator or denominator that is kept exact
 _MAX_MAGNITUDE = 1_000_000  # of the exponent of two
 _MAX_PRECISION = 8_000  # bits
 _MAX_FACTORIAL = 2_000
+_LARGE = 60  # of the lower number of a binomial coefficient
 _POINTS = 8
 _MORE = 24  # further points, of all sizes: while fewer than _ENOUGH were inside both domains, or for _PIECEWISE
 _ENOUGH = 3
@@ -61,6 +62,8 @@ def same(one: Node, other: Node) -> bool:
     unknown = unknowns(one) | unknowns(other)
     if not unknown:
         return _values_at(one, other, _Evaluation, bits)[0]
+    if _has_steps(one) != _has_steps(other):  # what differs at single points, or very far out, is not found by trying
+        return False
     symbols = {part.data for side in (one, other) for part in side.walk() if part.op == "symbol"}
     names = sorted(symbols & unknown)
     whole = _counted(one) | _counted(other)
@@ -88,6 +91,17 @@ def same(one: Node, other: Node) -> bool:
         else:
             decided.add(tuple(values.values()) or (Fraction(point),))
     return len(decided) + undecided >= (_ENOUGH if whole else 2)
+
+
+def _has_steps(node: Node) -> bool:
+    """Whether a floor, a ceiling, a power of 0 or a binomial coefficient that is long 0 depends on an unknown."""
+    return any(bool(unknowns(part)) and _is_step(part) for part in node.walk())
+
+
+def _is_step(node: Node) -> bool:
+    if node.data == "binom":
+        return (node.args[1].number or 0) > _LARGE
+    return node.data in _STEPS or (node.op == "pow" and node.args[0].number == 0)
 
 
 def _beside_kinks(
@@ -483,7 +497,7 @@ def _product(low: int, high: int) -> int:
 
 
 def _binom(self: _Evaluation, top: Number, low: Number) -> Number:
-    if isinstance(top, Fraction) and isinstance(low, Fraction) and low.denominator == 1 and 0 <= low <= 60:
+    if isinstance(top, Fraction) and isinstance(low, Fraction) and low.denominator == 1 and 0 <= low <= _LARGE:
         total = Fraction(1)
         for n in range(int(low)):
             total *= (top - n) / (n + 1)
@@ -528,6 +542,7 @@ for _name in ("sin", "cos", "tan", "cot", "sec", "csc"):
 for _name in ("sinh", "cosh", "tanh"):
     _FUNCTIONS[f"ar{_name}"] = _FUNCTIONS[f"a{_name}"] = _FUNCTIONS[f"arc{_name}"] = _float(getattr(_mp, f"a{_name}"))
 _PIECEWISE = ("abs", "floor", "lfloor", "ceil", "lceil", "sqrt", "max", "min")  # their pieces may be small
+_STEPS = ("floor", "lfloor", "ceil", "lceil", "sgn")
 _COUNTING = ("factorial", "factorial2", "binom", "permutations")
 _MATRIX_FUNCTIONS = ("transpose",)
 _CONSTANTS: dict[str, Callable[[], Number]] = {

@@ -5,6 +5,8 @@ import unicodedata
 
 from .prose import MAX_LENGTH
 
+_ARTICLE = re.compile(r"\A[\W_]*(?:an?|the)\s+(?=[^\W\d_]{3})", re.IGNORECASE)
+
 
 def words(text: str) -> str:
     """Letters and digits alone, without case, accents and LaTeX's commands for text."""
@@ -13,7 +15,7 @@ def words(text: str) -> str:
         "",
         text[:MAX_LENGTH],
     )
-    text = unicodedata.normalize("NFKD", text)
+    text = _ARTICLE.sub("", unicodedata.normalize("NFKD", text))
     return "".join(sign for sign in text if sign.isalnum()).casefold()
 
 

@@ -73,7 +73,8 @@ class FaultyEngine(Engine):
         elif self.kind == "two modules swapped":
             tensors[up], tensors[down] = tensors[down], tensors[up]
         elif self.kind == "another alpha":
-            config["lora_alpha"] *= 1.01
+            # A canary tells 1e-3 nats apart; 1% of two updates moves it by about as much
+            config["lora_alpha"] *= 1.1 if self.checks == ("canary",) else 1.01
         elif self.kind == "the same version of another life":  # trained again from other episodes
             generator = torch.Generator().manual_seed(1)
             tensors = {n: t + 5e-4 * torch.randn(t.shape, generator=generator).sign() for n, t in tensors.items()}
