@@ -222,7 +222,7 @@ def _announced(text: str) -> Answer | None:
 
 def _said_first(text: str) -> Answer | None:
     """The value of the last "27 is the answer"."""
-    for found in reversed(list(_FIRST.finditer(text))):
+    for found in reversed(list(_FIRST.finditer(text)) if "answer" in text else []):
         if is_formula(found[1]) and has_number(found[1]):
             return Answer(found[1].strip())
     return None

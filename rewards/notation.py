@@ -97,7 +97,7 @@ _SET_SIGN = re.compile(
 )
 _NUMBERS = re.compile(r"\\in\s*([RZNQC])(?![a-zA-Z(])")
 _REPEATING = re.compile(  # 0.333..., 0.0909..., 0.(3)
-    r"(?<![\d.])(\d+\.)(?:(\d*?)(?:(\d)\3{2,}|(\d{2,4}?)\4+)\s*(?:\\ldots|\.\.\.|…)|\((\d+)\))(?![\d.,]|\s*[,\d])"
+    r"(?<![\d.])(\d+\.)(?:(\d{0,9}?)(?:(\d)\3{2,}|(\d{2,4}?)\4+)\s*(?:\\ldots|\.\.\.|…)|\((\d+)\))(?![\d.,]|\s*[,\d])"
 )
 _MODULE = re.compile(r"\b(?:np|numpy|sp|sympy|math)\.(?=[a-zA-Z])")
 _NOTHING = re.compile(r"(?<![a-zA-Z}\\])\{\s*\}\s*(?=[\^_])")
@@ -148,9 +148,9 @@ def clean(text: str, thousands: bool = True) -> str:
             text = text.removeprefix(wrapper)
     if text.startswith(("$", "-$")) and text.count("$") == 1:
         text = text.replace("$", r"\$")
-    text = _REPEATING.sub(
-        lambda found: rf"{found[1]}{found[2] or ''}\overline{{{found[3] or found[4] or found[5]}}}", _notations(text)
-    )
+    text = _notations(text)
+    if "ldots" in text or "..." in text or ".(" in text:
+        text = _REPEATING.sub(_overlined, text)
     text = _SCALED.sub(lambda found: rf"\text{{{_SCALES[found[1].lower()]}}} \text{{USD}}", text)
     text = _CURRENCY.sub(_behind, text)
     text = _DOLLARS.sub(r"\\text{USD}", text).replace(r"\$", "").replace("€", r"\text{EUR}").replace("£", r"\text{GBP}")
@@ -172,6 +172,10 @@ def _behind(found: re.Match[str]) -> str:
     """An amount with its currency behind it, and what a letter there multiplies it by."""
     times = rf"\text{{{_SCALES[found[3].lower()]}}} " if found[3] else ""
     return rf"{found[2]} {times}\text{{{_CURRENCIES[found[1]]}}}"
+
+
+def _overlined(found: re.Match[str]) -> str:
+    return rf"{found[1]}{found[2] or ''}\overline{{{found[3] or found[4] or found[5]}}}"
 
 
 def _thousands(found: re.Match[str]) -> str:
