@@ -33,9 +33,9 @@ def credit(group: Group, lessons: Sequence[Lesson], algorithm: AlgorithmConfig, 
     kls = [_kl_in_reward(lesson, algorithm) for lesson in lessons]
     returns = {id(episode): episode_return(episode, algorithm, max_tokens) for episode in group.episodes}
     if algorithm.of_group:
-        dtype = _precision(returns.values())
         for lesson, of_tokens in zip(lessons, kls, strict=True):
             returns[id(lesson.episode)] -= float(of_tokens.sum())
+        dtype = _precision(returns.values())
         of_group = _OF_A_GROUP[algorithm.advantage](torch.tensor(list(returns.values()), dtype=dtype)).tolist()
         of_episode = dict(zip(returns, of_group, strict=True))
         return [

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from rlora import machine
-from rlora.model_files import check_config_file, check_kind, check_weights, reason_of
+from rlora.model_files import check_config_file, check_kind, check_weights, is_pointer, reason_of
 from rlora.records import RloraError
 
 DEMO = "demo:smollm2-135m"
@@ -61,8 +61,16 @@ def locate(model: str) -> str:
 
 
 def load_base(path: str, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
-    """The causal language model at `path`, on `device`, or else this machine's."""
-    base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
+    """The causal language model at `path`, on `device`, or else this machine's. Raises RloraError if it can't load."""
+    try:
+        base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a quantised base whose package is missing, files that do not fit each other
+        raise RloraError(
+            f"model = {path!r}: transformers can't load its weights: {reason_of(error)}; save the model again, or use "
+            "one in bf16 or fp32 (learner.quantise holds it in 8 or 4 bit)"
+        ) from error
     base.to(device or machine.device())  # type: ignore[arg-type]  # transformers wraps Module.to
     return base
 
@@ -122,7 +130,10 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # as of a config
-        if "trust_remote_code" in str(error):
+        pointers = [file.name for file in Path(path).glob("*.json") if is_pointer(file)]
+        if pointers:
+            reason = f"its {pointers[0]} is a pointer of Git LFS, which `git lfs pull` replaces"
+        elif "trust_remote_code" in str(error):
             reason = "it needs code of its own, which rlora does not run"
         else:
             reason = reason_of(error)
@@ -138,6 +149,12 @@ def context_length(path: str) -> int | None:
     """Tokens the model was made for, prompt and completion together; None where its config does not say."""
     length: int | None = getattr(_text_config(path), "max_position_embeddings", None)
     return length
+
+
+def vocabulary_size(path: str) -> int:
+    """How many tokens the model has embeddings of."""
+    size: int = _text_config(path).vocab_size
+    return size
 
 
 def has_experts(path: str) -> bool:

@@ -18,6 +18,7 @@ ANSWERS = frozenset((
 _LIKE_AN_ANSWER = re.compile(
     r"answer|solution|gold|label|target|truth|reference|expected|result|output|final|correct|response|value", re.I
 )
+_ABOUT_AN_ANSWER = re.compile(r"(?:.*[_ -])(?:type|kind|format|length|len|count|source|level|idx|index|ids?)", re.I)
 _LIKE_AN_ID = re.compile(r"(?:.*[_ -])?(?:id|ids|idx|index|uid|uuid|guid|qid|row)", re.IGNORECASE)
 _LONG = 200  # characters from which a gold is a whole solution
 
@@ -45,9 +46,16 @@ _PART = (
     r"(?:[-+]?\d[\d.,/]*(?: [a-z]+)?|(?:option |choice )?\(?[A-J]\)?|yes|no|true|false|zero|one|two|three|four|five|six"
     r"|seven|eight|nine|ten|eleven|twelve)"
 )
-_SEVERAL = rf"(?:either )?{_PART}(?:, {_PART})*,? \(?(?:or|and/or|or maybe) {_PART}\)?\.?"
-_HEDGED = re.compile(rf"{_SEVERAL}|[A-J]\s?/\s?[A-J]|(?:maybe|perhaps|possibly) .+", re.IGNORECASE)
-_THINK_TAG = re.compile(r"<[|｜]?[\w ▁]*(?:think|thought|reason)[\w ▁]*[|｜]?>\s*\Z", re.I)  # noqa: RUF001
+_WRAPPED = rf"(?:\$\s?|\\boxed\{{|\\text\{{)?{_PART}(?:\s?\$|\}})?"
+_SEVERAL = rf"(?:either )?{_WRAPPED}(?:, {_WRAPPED})*,? ?\(?(?:or|and/or|or maybe|或者?|または) ?{_WRAPPED}\)?\.?"
+_HEDGED = re.compile(
+    rf"{_SEVERAL}|[A-J]\s?/\s?[A-J]|(?:maybe|perhaps|possibly|about|around|roughly|approximately) .+", re.IGNORECASE
+)
+_THINK_TAG = re.compile(  # of the tags in which models think: <think>, [THINK], <seed:think>, ◁think▷
+    r"[<\[◁【][|｜]?[\w ▁:.-]*(?:think|thought|reason|reflect|analysis|scratchpad)[\w ▁:.-]*[|｜]?[>\]▷】]\s*\Z",  # noqa: RUF001
+    re.IGNORECASE,
+)
+_SENTENCES = re.compile(r"[.!?]\s+[A-Z(\\$]")
 _NUMBERED = re.compile(r"(.*?)(\d+)")
 
 
@@ -70,7 +78,22 @@ def written(gold: Any) -> list[str]:
         return [text for each in gold[:3] for text in written(each)[:1]]
     if isinstance(gold, float) and gold.is_integer():
         return [str(gold), str(int(gold))]
-    return [str(gold).strip()]
+    return [answer_in(str(gold)).strip()]
+
+
+def answer_in(gold: str) -> str:
+    """The answer at the end of a whole solution, behind #### or in its last box; another gold as it is."""
+    if "####" in gold:
+        return gold.rpartition("####")[2]
+    start = gold.rfind("\\boxed{") + len("\\boxed{")
+    if start < len("\\boxed{"):
+        return gold
+    depth = 1
+    for place in range(start, len(gold)):
+        depth += {"{": 1, "}": -1}.get(gold[place], 0)
+        if not depth:
+            return gold[start:place]
+    return gold
 
 
 def marks(prompt: Prompt) -> list[str]:
@@ -130,6 +153,13 @@ def faults_of_golds(golds: Sequence[Any], answers: str) -> Iterator[str]:
             f"{answers}: {len(blank)} of {len(golds)} golds are empty (the first is {golds[blank[0]]!r}, of prompt "
             f"{blank[0]}); drop these prompts, or name the column of the gold"
         )
+    told = [gold for gold in golds if isinstance(gold, str) and len(gold) > _LONG and answer_in(gold) == gold]
+    told = [gold for gold in told if len(_SENTENCES.findall(gold)) > 1]
+    if 2 * len(told) > len(golds):
+        yield (
+            f"{answers}: {len(told)} of {len(golds)} golds are whole texts, as {cut(told[0])}, which no completion "
+            "equals; name the column that has the answer alone, or cut it out (env_args.answer_after)"
+        )
     hedged = [gold for gold in golds if isinstance(gold, str) and _HEDGED.fullmatch(gold.strip())]
     if hedged:
         yield (
@@ -144,7 +174,7 @@ def faults_of_column(column: str, prompts: Sequence[Prompt], answers: str) -> It
     others = [each for each in prompts[0].columns if each in ANSWERS and each != column]
     if all(gold == prompt.text for gold, prompt in zip(golds, prompts, strict=True)):
         yield f"{answers}: each gold is the prompt itself, as {cut(golds[0])}; name the gold's column"
-    elif _LIKE_AN_ANSWER.search(name):
+    elif _LIKE_AN_ANSWER.search(name) and not (others and _ABOUT_AN_ANSWER.fullmatch(name)):
         return
     elif others:
         named = " and ".join(map(repr, others))

@@ -22,6 +22,7 @@ def check_config_file(directory: Path) -> None:
                 return
             reason = "it holds no object"
         except ValueError as error:
+            _refuse_a_pointer(f"model = {str(directory)!r}", file)
             reason = str(error)
         raise RloraError(f"model = {str(directory)!r}: its config.json is not valid JSON: {reason}; save it again")
     _refuse_an_adapter(directory)
@@ -33,6 +34,18 @@ def check_config_file(directory: Path) -> None:
         f"model = {str(directory)!r}: neither a local directory with a model nor a hub id that can be reached: "
         f"{found}; {fix}"
     )
+
+
+def _refuse_a_pointer(what: str, file: Path) -> None:
+    """Raise RloraError where a file is what Git LFS leaves in place of one that was not fetched."""
+    if is_pointer(file):
+        raise RloraError(f"{what}: its {file.name} is a pointer of Git LFS: fetch it by `git lfs pull`")
+
+
+def is_pointer(file: Path) -> bool:
+    """Whether a file is a pointer of Git LFS."""
+    with file.open("rb") as opened:
+        return opened.read(40).startswith(b"version https://git-lfs")
 
 
 def _refuse_an_adapter(directory: Path) -> None:
@@ -107,10 +120,8 @@ def _check_file(what: str, file: Path) -> None:
         with safe_open(file, "pt"):
             pass
     except Exception as error:  # of Rust
-        with file.open("rb") as opened:
-            is_pointer = opened.read(40).startswith(b"version https://git-lfs")
-        fix = "it is a pointer of Git LFS: fetch it by `git lfs pull`" if is_pointer else "download or save it again"
-        raise RloraError(f"{what}: its {file.name} can't be read ({error}); {fix}") from error
+        _refuse_a_pointer(what, file)
+        raise RloraError(f"{what}: its {file.name} can't be read ({error}); download or save it again") from error
 
 
 def reason_of(error: BaseException) -> str:

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rlora.base import context_length, load_tokenizer, locate, stop_token_ids
+from rlora.base import context_length, load_tokenizer, locate, stop_token_ids, vocabulary_size
 from rlora.chat import Chat
 from rlora.check import Report, check
 from rlora.config import Config
@@ -71,6 +71,7 @@ def _task(config: Config, env: Any, train: Sequence[Prompt], held_out: Sequence[
         chat.check_replies()
     fitting = tokenise(train, chat, config.sampling.max_prompt_tokens)
     fitting_held_out = tokenise(held_out, chat, config.sampling.max_prompt_tokens)
+    _refuse_unknown_tokens(config, vocabulary_size(where), [*fitting, *fitting_held_out])
     if not fitting:
         raise RloraError(
             f"env = {config.env!r}: none of its {len(train)} training prompts has 1 to "
@@ -86,6 +87,16 @@ def _task(config: Config, env: Any, train: Sequence[Prompt], held_out: Sequence[
         dropped=len(train) - len(fitting) + len(held_out) - len(fitting_held_out),
         checked=check(config, env, chat, pool, fitting, fitting_held_out),
     )
+
+
+def _refuse_unknown_tokens(config: Config, size: int, prompts: Sequence[Prompt]) -> None:
+    """Raise RloraError where a prompt has a token that the model has no embedding of."""
+    largest = max((max(prompt.token_ids) for prompt in prompts), default=0)
+    if largest >= size:
+        raise RloraError(
+            f"model = {config.model!r}: its tokenizer gives token {largest}, and the model has {size} embeddings; use "
+            "the tokenizer that the model was saved with, or resize its embeddings and save it again"
+        )
 
 
 def setup_of(config: Config, agent: bool) -> Setup:

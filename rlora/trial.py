@@ -8,7 +8,7 @@ from typing import Any
 from rlora.chat import THINK, Chat
 from rlora.config import Config
 from rlora.golds import ANSWERS, FORMS, Form, asked, asks_for, cut, opening
-from rlora.records import Episode, Group, Prompt, Score
+from rlora.records import Episode, Group, Prompt, Score, without_surrogates
 from rlora.rewards.isolation import Pool
 from rlora.rewards.worker import Turn
 from rlora.scoring import as_case
@@ -97,7 +97,8 @@ class Bench:
         return case.completions, tuple(zip(*verdicts, strict=True))
 
     def _episode(self, prompt: Prompt, text: str) -> Episode:
-        ids = tuple(self.chat.tokenizer.encode(text, add_special_tokens=False)) + self.chat.stop_token_ids[:1]
+        tokens = self.chat.tokenizer.encode(without_surrogates(text), add_special_tokens=False)
+        ids = tuple(tokens) + self.chat.stop_token_ids[:1]
         said, state = self.chat.text(ids, prompt=prompt.text), {}
         if self.agent:
             answered: Any = self.pool.do(Turn(prompt, said, {})).result()

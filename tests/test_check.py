@@ -174,6 +174,10 @@ SOLUTIONS = [
         (rows_of("four", "five", "six"), INTEGER, {}, r"3 of 3 golds can't be scored by integer_answer\. Likely: env_args\.answer = 'answer'"),
         (rows_of("4 apples", "5 pears", "7 figs"), "graded", {}, r"3 of 3 golds are not paid by graded.*env_args\.answer"),
         (rows_of("4", "five", "7"), "number", {}, r"five"),
+        # whole solutions: a model writes what is behind #### or in the box
+        (rows_of("We add.\n#### 3", "We add.\n#### 4", "So.\n#### 5"), "exact", {}, r"3 of 3 golds are not paid by exact in any form.*whole solution"),
+        (rows_of("So $\\boxed{3}$.", "So $\\boxed{\\frac{1}{2}}$.", "So $\\boxed{5}$."), "exact", {}, r"3 of 3 golds are not paid by exact.*whole solution"),
+        (rows_of(*(f"First we add {n}. Then we look. {'It goes on. ' * 20}So it is {n}." for n in (3, 4, 5))), "contains", {}, r"3 of 3 golds are whole texts, as 'First we add 3"),
         # another type
         (rows_of(4, 5, 6), "exact", {}, r"3 of 3 golds are not paid by exact.*env_args\.answer.*type int"),
         # another column
@@ -185,6 +189,8 @@ SOLUTIONS = [
         (WORDS, "exact", {"env_args": {"answer": "prompt"}}, r"env_args\.answer = 'prompt': each gold is the prompt itself"),
         ([{"prompt": "a cat"}, {"prompt": "a dog"}], "exact", {"env_args": {"answer": "prompt"}}, r"each gold is the prompt itself"),
         ([row | {"level": f"Level {n % 3}"} for n, row in enumerate(NUMBERS)], MATH, {"env_args": {"answer": "level"}}, r"env_args\.answer = 'level': .*the rows have 'answer'"),
+        ([row | {"answer_type": "integer"} for row in NUMBERS], MATH, {"env_args": {"answer": "answer_type"}}, r"env_args\.answer = 'answer_type': .*the rows have 'answer'"),
+        ([row | {"result_idx": str(n)} for n, row in enumerate(NUMBERS)], MATH, {"env_args": {"answer": "result_idx"}}, r"env_args\.answer = 'result_idx': .*the rows have 'answer'"),
         # another style
         (NUMBERS, "by_place", {"scoring": {"style": "verl"}}, r"scoring\.style = 'verl'"),
         (NUMBERS, "by_place", {"scoring": {"style": "trl"}}, r"scoring\.style = 'trl'"),
@@ -197,6 +203,9 @@ SOLUTIONS = [
         (rows_of("4", "3", " \n"), INTEGER, {}, r"1 of 3 golds are empty"),
         (rows_of("", "", ""), "exact", {}, r"3 of 3 golds are empty"),
         (rows_of("4", "3"), "exact", {"env_args": {"answer": ""}}, r"2 of 2 golds are empty"),
+        (rows_of("$7$ or $8$", "3"), MATH, {}, r"1 of 2 golds give several answers"),
+        (rows_of("\\boxed{7} or \\boxed{8}", "3"), MATH, {}, r"1 of 2 golds give several answers"),
+        (rows_of("7 或 8", "about 7", "3"), MATH, {}, r"2 of 3 golds give several answers"),
         # what is paid too
         (NUMBERS, "everything", {}, r"an empty completion is paid for 16 of 16 prompts by everything"),
         (NUMBERS, "empty_too", {}, r"an empty completion is paid for 16 of 16 prompts by empty_too"),
@@ -216,6 +225,10 @@ SOLUTIONS = [
         (NUMBERS, "strict_think", {"chat": {"template": THINKS}}, r"chat\.template: strict_think does not pay .*\n(.*\n)*.*golds are not paid by strict_think.*Likely: chat\.template"),
         (NUMBERS, "strict_think", {"chat": {"prefill": "Sure! "}}, r"chat\.prefill = 'Sure! ': strict_think does not pay"),
         (NUMBERS, "rlora.rewards.shaping:think", {"chat": {"template": f"{PLAIN}<thought>\n"}}, r"chat\.think = .*ends with '<thought>'"),
+        (NUMBERS, MATH, {"chat": {"template": f"{PLAIN}[THINK]"}}, r"chat\.think = .*ends with '\[THINK\]'"),
+        (NUMBERS, MATH, {"chat": {"template": f"{PLAIN}<seed:think>\n"}}, r"chat\.think = .*ends with '<seed:think>'"),
+        (NUMBERS, MATH, {"chat": {"template": f"{PLAIN}◁think▷"}}, r"chat\.think = .*ends with '◁think▷'"),
+        (NUMBERS, MATH, {"chat": {"template": f"{PLAIN}<analysis>"}}, r"chat\.think = .*ends with '<analysis>'"),
         (NUMBERS, "rlora.rewards.shaping:think", {"chat": {"template": THINKS.replace("<think>", "<think>Well.\n<think>")}}, r"chat\.template: <think> stands twice"),
         (NUMBERS, "rlora.rewards.shaping:think_answer", {"chat": {"template": THINKS.replace("<think>", "<|begin_of_thought|>")}}, r"chat\.think = "),
     ],
@@ -486,12 +499,23 @@ def test_the_command_prints_faults_and_exits_with_1(
     assert "check.prompts = 0" in capsys.readouterr().err
 
 
+def test_a_gold_with_half_of_a_character_does_not_end_the_check(checked: Callable[..., Report], tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "from rlora.records import Prompt\n\nclass Own:\n    def train(self):\n"
+        '        return [Prompt("one?", answer="x \\ud83d"), Prompt("two?", answer="y")]\n'
+        "    def held_out(self):\n        return []\n"
+    )
+    report = checked([], "exact", env="own.py:Own")
+    assert "1 of 2 golds are not paid by exact" in str(report)
+
+
 def test_how_golds_are_written_and_hedge() -> None:
     assert [written(gold) for gold in (4, 4.0, " 4 ", None, " ", float("nan"), [], ["a", "b"])] == [
         ["4"], ["4.0", "4"], ["4"], [], [], [], [], ["a", "b"],
     ]  # fmt: skip
     hedged = ["7 or 8", "A or B", "(A) or (B)", "option A or option C", "A/B", "4 apples or 5 apples", "yes or no",
-              "either 3 or 4", "maybe 7", "7, 8, or 9", "four or five", "7 (or 8)", "-1 or 1.5"]  # fmt: skip
+              "either 3 or 4", "maybe 7", "7, 8, or 9", "four or five", "7 (or 8)", "-1 or 1.5", "about 7", "$7$ or $8$",
+              "7或8"]  # fmt: skip
     sound = ["Truth or Dare", "7", "1/2", "A", "1, 2", "[7, 8]", r"x = 1 \text{ or } x = 2", "x=1 or x=2", "and/or", "a or b or c?",
              "oregano", "AB/CD", "x > 3 or x < 1", "A|B"]  # fmt: skip
     assert not [gold for gold in hedged if not [*faults_of_golds([gold], "")]]

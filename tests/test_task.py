@@ -1,13 +1,15 @@
+import json
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, case
 from rlora.rewards.styles import plug
 
-from rlora.base import load_tokenizer, stop_token_ids
+from rlora.base import load_base, load_tokenizer, stop_token_ids
 from rlora.config import Config, read
 from rlora.plugin import load
 from rlora.records import RloraError
@@ -185,3 +187,23 @@ def test_every_end_token_ends_a_completion(demo: str, tmp_path: Path) -> None:
     assert stop_token_ids(demo, tokenizer) == (tokenizer.eos_token_id,)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 11]}')
     assert stop_token_ids(str(tmp_path), tokenizer) == tuple(sorted([tokenizer.eos_token_id, 7, 11]))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_told(demo: str, tmp_path: Path, config: MakeConfig) -> None:
+    model = tmp_path / "m"
+    shutil.copytree(demo, model)
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(settings | {"vocab_size": 2000}))
+    with pytest.raises(
+        RloraError, match=r"model = .*: its tokenizer gives token \d+, and the model has 2000 embeddings"
+    ):
+        load_task(config(model=str(model)))
+
+
+def test_weights_that_do_not_fit_their_config_are_told(demo: str, tmp_path: Path) -> None:
+    model = tmp_path / "m"
+    shutil.copytree(demo, model)
+    (model / "model.safetensors").unlink()
+    (model / "pytorch_model.bin").write_bytes(b"cut off")
+    with pytest.raises(RloraError, match=r"model = .*: transformers can't load its weights: .*save the model again"):
+        load_base(str(model), torch.float32)
