@@ -1,8 +1,13 @@
 """Local data: every value as it is in its file, every fault with its file and line, every usual layout."""
 
+import bz2
 import gzip
 import json
+import lzma
+import pickle
 import re
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +86,16 @@ def test_json_with_a_byte_order_mark_or_crlf(tmp_path: Path) -> None:
         ('{"prompt": [{"role": "user", "content": "hi"}], "answer": "4"}',
          [{"prompt": [{"role": "user", "content": "hi"}], "answer": "4"}]),
         ('{\n "a": 1\n}', [{"a": 1}]),
+        ('{"q": "2+2?", "steps": [{"s": 1}, {"s": 2}]}', [{"q": "2+2?", "steps": [{"s": 1}, {"s": 2}]}]),
+        ('{"q": "?", "a": [{"s": 1}], "b": [{"t": 1}]}', [{"q": "?", "a": [{"s": 1}], "b": [{"t": 1}]}]),
+        ('{"rows": [{"a": 1}, {"a": 2}]}', [{"a": 1}, {"a": 2}]),
+        ('{"q": "x", "train": [{"a": 1}]}', [{"a": 1}]),
+        ('{"prompt": [{"role": "user", "content": "hi"}]}', [{"prompt": [{"role": "user", "content": "hi"}]}]),
+        ('{"prompt": [{"role": "user", "content": "hi"}], "choices": [4]}',
+         [{"prompt": [{"role": "user", "content": "hi"}], "choices": [4]}]),
+        ('{"prompt": [[{"role": "user", "content": "hi"}]], "n": [4]}',
+         [{"prompt": [{"role": "user", "content": "hi"}], "n": 4}]),
+        ('{"q": "?", "choices": ["a", "b"]}', [{"q": "?", "choices": ["a", "b"]}]),
     ],
 )  # fmt: skip
 def test_json_documents_of_other_shapes(text: str, wanted: list[dict[str, Any]], tmp_path: Path) -> None:
@@ -110,11 +125,25 @@ def test_one_line_of_json_lines_is_one_row(tmp_path: Path) -> None:
          r"a\.jsonl, line 2: byte 0xe9 is not UTF-8; save the file as UTF-8"),
         ("a.csv", "prompt,answer\ncafé,4\n".encode("latin-1"), r"a\.csv, line 2: byte 0xe9 is not UTF-8"),
         ("a.csv", "prompt,answer\nq,4\n".encode("utf-16"), r"a\.csv is in UTF-16; save it as UTF-8"),
+        ("a.csv", "prompt,answer\nq,4\n".encode("utf-16-le"),
+         r"a\.csv is in UTF-16-LE without a byte order mark; save it as UTF-8"),
+        ("a.jsonl", '{"prompt": "é"}\n'.encode("utf-16-be"), r"a\.jsonl is in UTF-16-BE without a byte order mark"),
+        ("a.json", '[{"prompt": "你好世界你好世界"}]'.encode("utf-16-le"), r"a\.json is in UTF-16-LE without"),
+        ("a.csv", "prompt,answer\nq,4\n".encode("utf-32"), r"a\.csv is in UTF-32; save it as UTF-8"),
+        ("a.csv", "prompt,answer\nq,4\n".encode("utf-32-le"), r"a\.csv is in UTF-32-LE without a byte order mark"),
+        ("a.csv", "prompt,answer\n" + "q,4\n" * 100 + "\0,5\n", r"a\.csv, line 102: a NUL byte; mend or drop the row"),
+        ("a.jsonl", '{"a": 1}\n{"a": [1e400]}\n',
+         r"a\.jsonl, line 2: the number 1e400 does not fit a float; write it as a string"),
+        ("a.json", '[{"a": -1E999}]', r"a\.json: the number -1E999 does not fit a float"),
+        ("a.jsonl", '{"a": 1.5e-400}', r"a\.jsonl, line 1: the number 1\.5e-400 does not fit a float"),
         ("a.csv", "a,b\n1,2\n3\n", r"a\.csv, line 3: the row has 1 cells, the header 2; .*quotes"),
         ("a.csv", "a,b\n1,2,3\n", r"a\.csv, line 2: the row has 3 cells, the header 2"),
         ("a.csv", "a,b,a\n1,2,3\n", r"a\.csv, line 1: two columns are called 'a'; rename one"),
         ("a.csv", 'a,b\n"x,2\n', r"a\.csv, line 2: unexpected end of data"),
-        ("a.parquet", b"PAR1 no", r"train can't be read \(.*[Pp]arquet"),
+        ("a.parquet", b"PAR1 no", r"a\.parquet can't be read as parquet: .*[Pp]arquet.*; where it is .*cut off, fetch it again"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99)[:-9],
+         r"a\.jsonl\.gz can't be unpacked: .*end-of-stream.*; it is damaged or cut off, so fetch it again"),
+        ("a.csv.gz", gzip.compress(b"a,b\n1,2\n")[:12] + b"xxxxxxxxxxxxxxxx", r"a\.csv\.gz can't be unpacked: "),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid", r"pointer of Git LFS.*git lfs pull"),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid", r"pointer of Git LFS"),
         ("a.jsonl", '{"a": ' * 100_000, r"a\.jsonl, line 1: it is not JSON: .*recursion"),
@@ -227,3 +256,223 @@ def test_a_directory_with_nothing_to_read(tmp_path: Path) -> None:
     shard(tmp_path / "train.csv", 1)
     with pytest.raises(RloraError, match="the directory has 2 files for it"):
         rows(tmp_path)
+
+
+def test_numbers_keep_the_text_of_their_file(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.jsonl", '{"x": 1.50, "y": 1e5, "z": 0.10000000000000001, "n": -7, "zero": -0.0}\n')
+    (row,) = rows(path)
+    assert [str(value) for value in row.values()] == ["1.50", "1e5", "0.10000000000000001", "-7", "-0.0"]
+    assert repr(row) == "{'x': 1.5, 'y': 100000.0, 'z': 0.1, 'n': -7, 'zero': -0.0}"
+    assert row["x"] + 1 == 2.5
+    assert type(pickle.loads(pickle.dumps(row))["x"]) is float  # other processes get plain floats
+    assert json.dumps(row["x"]) == "1.5"
+
+
+def test_infinity_that_a_file_spells_out_is_read(tmp_path: Path) -> None:
+    assert rows(written(tmp_path / "a.jsonl", '{"a": [Infinity, 0.0, 0e5]}')) == [{"a": [float("inf"), 0.0, 0.0]}]
+
+
+@pytest.mark.parametrize(
+    ("split", "wanted"),
+    [
+        ("train[:1]", "a"),
+        ("train[1:3]", "bc"),
+        ("train[-1:]", "d"),
+        ("train[:50%]", "ab"),
+        ("train[50%:]", "cd"),
+        ("train[:1000]", "abcd"),
+        ("train+test", "abcdef"),
+        ("test + train[:-2]", "efab"),
+        ("train[:25%]+test[1:]", "af"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["{}.jsonl", "data/{}-00000-of-00001.parquet", "{}/part.csv", "saved"])
+def test_slices_and_sums_of_splits(layout: str, split: str, wanted: str, tmp_path: Path) -> None:
+    parts = {"train": "abcd", "test": "ef"}
+    if layout == "saved":
+        made = {name: datasets.Dataset.from_dict({"v": list(values)}) for name, values in parts.items()}
+        datasets.DatasetDict(made).save_to_disk(tmp_path)
+    else:
+        for name, letters in parts.items():
+            shard(tmp_path / layout.format(name), *letters)
+    assert values(tmp_path, split=split) == list(wanted)
+
+
+def test_a_slice_of_one_file(tmp_path: Path) -> None:
+    shard(tmp_path / "a.jsonl", *range(10))
+    assert values(tmp_path / "a.jsonl", split="train[:30%]") == [0, 1, 2]
+    with pytest.raises(
+        RloraError, match=r"train\+test can't be read: .*a\.jsonl is one file, without splits; name one"
+    ):
+        values(tmp_path / "a.jsonl", split="train+test")
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        ("train[:1", r"it is no slice or sum of splits \(.*\); write train\[:100\], train\[:10%\] or train\+test"),
+        ("train[:200%]", r"no slice or sum of splits \(Percent slice"),
+        ("train[1]", "no slice or sum of splits"),
+        ("train+", "no slice or sum of splits"),
+        ("train+dev", r"there is no such split; there are .*train"),
+        ("train[5:5]", r"train\[5:5\] has no rows"),
+    ],
+)
+def test_a_slice_that_is_wrong_is_refused(split: str, message: str, tmp_path: Path) -> None:
+    shard(tmp_path / "train.jsonl", *range(10))
+    with pytest.raises(RloraError, match=message):
+        values(tmp_path, split=split)
+
+
+def described(path: Path, options: str, files: dict[str, str | bytes]) -> Path:
+    """A directory with a README.md whose `configs` block has these options, as hubs keep them."""
+    for name, data in files.items():
+        written(path / name, data)
+    lines = "".join(f"  {line}\n" for line in options.splitlines())
+    written(
+        path / "README.md", f"---\nconfigs:\n- config_name: default\n  data_files: {next(iter(files))}\n{lines}---\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "data", "wanted"),
+    [
+        ("sep: ';'", "train.csv", "a;b\n007;x,y\n", [{"a": "007", "b": "x,y"}]),
+        ("delimiter: '|'", "train.csv", "a|b\n1|2\n", [{"a": "1", "b": "2"}]),
+        ("names: [a, b]", "train.csv", "1,2\n3,4\n", [{"a": "1", "b": "2"}, {"a": "3", "b": "4"}]),
+        ("column_names: [a, b]\nheader: 0", "train.csv", "x,y\n3,4\n", [{"a": "3", "b": "4"}]),
+        ("header: null", "train.csv", "1,2\n", [{"0": "1", "1": "2"}]),
+        ("header: 1", "train.csv", "a title\na,b\n1,2\n", [{"a": "1", "b": "2"}]),
+        ('quotechar: "\'"', "train.csv", "a,b\n'x,y',2\n", [{"a": "x,y", "b": "2"}]),
+        ("skipinitialspace: true", "train.csv", "a, b\n1, 2\n", [{"a": "1", "b": "2"}]),
+        ("encoding: latin-1", "train.csv", "a\ncafé\n".encode("latin-1"), [{"a": "café"}]),
+        ("encoding: utf-16", "train.csv", "a\ncafé\n".encode("utf-16"), [{"a": "café"}]),
+        ("encoding: cp1252", "train.jsonl", '{"a": "café"}\n'.encode("cp1252"), [{"a": "café"}]),
+        ("field: items", "train.json", '{"data": [{"a": 0}], "items": [{"a": 1}]}', [{"a": 1}]),
+        ("field: items", "train.json", '{"items": {"a": [1, 2]}}', [{"a": 1}, {"a": 2}]),
+    ],
+)  # fmt: skip
+def test_options_of_the_readme_are_honoured(
+    options: str, name: str, data: str | bytes, wanted: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    assert rows(described(tmp_path, options, {name: data})) == wanted
+
+
+def test_columns_of_parquet_that_the_readme_chooses(tmp_path: Path) -> None:
+    datasets.Dataset.from_list([{"a": 1, "b": 2}]).to_parquet(tmp_path / "train.parquet")
+    described(tmp_path, "columns: [b]", {"train.parquet": (tmp_path / "train.parquet").read_bytes()})
+    assert rows(tmp_path) == [{"b": 2}]
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "data", "message"),
+    [
+        ("thousands: '.'", "train.csv", "a\n1.000\n", r"README\.md sets thousands = '\.' for it; that option is not"),
+        ("skiprows: 3", "train.csv", "a\n1\n", r"README\.md sets skiprows = 3"),
+        ("na_values: [x]", "train.csv", "a\nx\n", r"README\.md sets na_values = \['x'\]"),
+        ("sep: '\\s+'", "train.csv", "a b\n1 2\n", r"README\.md sets sep = '\\\\s\+' for it; .*one character"),
+        ("encoding: nowhere", "train.csv", "a\n1\n", r"README\.md sets encoding = 'nowhere'.*; .*known to Python"),
+        ("encoding: ascii", "train.csv", "a\ncafé\n", r"train\.csv, line 2: byte 0xc3 is not ascii"),
+        ("field: items", "train.json", '{"data": []}', r"train\.json has no 'items', which README\.md names as field"),
+    ],
+)  # fmt: skip
+def test_an_option_of_the_readme_that_can_not_be_honoured_is_refused(
+    options: str, name: str, data: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RloraError, match=message):
+        rows(described(tmp_path, options, {name: data}))
+
+
+def test_a_readme_that_only_names_the_files_changes_nothing(tmp_path: Path) -> None:
+    files: dict[str, str | bytes] = {"train.csv": "v\n007\n"}
+    assert values(described(tmp_path, "", files)) == ["007"]
+    assert values(tmp_path, "main") == ["007"]  # GSM8K names a subset, also where there are none
+
+
+def zipped(path: Path, **files: str) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+    return path
+
+
+def test_a_zip_in_a_directory_is_read(tmp_path: Path) -> None:
+    files = {"b/2.jsonl": '{"v": "007"}\n', "b/1.jsonl": '{"v": 1}\n', "__MACOSX/1.jsonl": "x", ".hid.jsonl": "x"}
+    zipped(tmp_path / "train.zip", **files)
+    assert values(tmp_path) == [1, "007"]
+    zipped(tmp_path / "train.zip", **{"1.jsonl": '{"v": 2}\n', "about.txt": "x"})
+    assert values(tmp_path) == [2]  # no copy of what was there before
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a.jsonl": '{"v": }\n'}, r"train\.zip/a\.jsonl, line 1: it is not JSON"),
+        (
+            {"a.jsonl": '{"v": 1}\n', "b.txt": "v", "b.csv": "v\n1\n"},
+            r"train\.zip holds files of several formats \(csv, json\)",
+        ),
+    ],
+)
+def test_what_is_wrong_in_a_zip_is_told(files: dict[str, str], message: str, tmp_path: Path) -> None:
+    zipped(tmp_path / "train.zip", **files)
+    with pytest.raises(RloraError, match=message):
+        rows(tmp_path)
+
+
+PACKED = [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)]
+
+
+@pytest.mark.parametrize(("end", "pack"), PACKED)
+def test_packed_files_of_a_directory_are_read_anew(end: str, pack: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    for value in ("007", "008"):
+        written(tmp_path / f"train.csv.{end}", pack(f"v\n{value}\n".encode()))
+        assert values(tmp_path) == [value]
+
+
+@pytest.mark.parametrize(("end", "pack"), PACKED)
+def test_a_packed_file_that_is_cut_off_is_told_every_time(
+    end: str, pack: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    numbers = "".join(f"{number**5}\n" for number in range(5000))
+    written(tmp_path / f"train.csv.{end}", pack(f"v\n{numbers}".encode())[:-100])
+    for _ in range(2):  # a part that was unpacked does not count as the whole
+        with pytest.raises(RloraError, match=rf"train\.csv\.{end} can't be unpacked: .*; it is damaged or cut off"):
+            values(tmp_path)
+
+
+def test_a_shard_that_is_cut_off_is_named(tmp_path: Path) -> None:
+    for number in range(2):
+        shard(tmp_path / f"train-0000{number}-of-00002.parquet", number)
+    broken = tmp_path / "train-00001-of-00002.parquet"
+    broken.write_bytes(broken.read_bytes()[:-20])
+    with pytest.raises(
+        RloraError,
+        match=r"train-00001-of-00002\.parquet can't be read as parquet: .*cut off, fetch it again",
+    ):
+        values(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "missing"),
+    [
+        (["train_00000_of_00002"], "train_00001_of_00002"),
+        (["train_00001_of_00002"], "train_00000_of_00002"),
+        (["train-00000-of-00002_x"], "train-00001-of-00002"),
+        (["train.00001-of-00003", "train.00003-of-00003"], "train.00002-of-00003"),  # counted from 1
+    ],
+)
+def test_missing_shards_of_other_names_are_told(names: list[str], missing: str, tmp_path: Path) -> None:
+    for name in names:
+        shard(tmp_path / f"{name}.jsonl", 1)
+    with pytest.raises(
+        RloraError, match=rf"1 of its \d+ shards are missing, such as {re.escape(missing)}; get them too"
+    ):
+        values(tmp_path)
+
+
+def test_shards_may_be_counted_from_one(tmp_path: Path) -> None:
+    for number in (1, 2):
+        shard(tmp_path / f"train_0000{number}_of_00002.jsonl", number)
+    assert values(tmp_path) == [1, 2]
