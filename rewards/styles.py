@@ -24,7 +24,7 @@ TRL's trainer passes everything to every function, so its functions end in `**kw
 answers, **kwargs)` (TRL's) from `f(completions, answers)` (ours). Where prompts are chat messages, they get messages;
 where they are plain strings, strings, unless the function reads the "content" of messages: rlora sends a plain string
 as a user's message, so both kinds are written for it. verifiers' functions have the names of ours and take messages
-where ours take text: `completion[-1]["content"]` in their source tells them.
+where ours take text: their source tells them, by `completion[-1]["content"]` and the like.
 
 A parameter of a function of TRL's or AReaL's that is called like an answer, but is no column, gets the answer. Where
 functions of others get an answer that is a number, they get its text, as their data sets hold it.
@@ -58,7 +58,7 @@ from typing import Any
 from rlora.plugin import where
 from rlora.records import STATUSES, Case, RloraError, Score, Style
 
-from .source import takes_messages
+from .source import Fields, Many, takes_messages
 
 _ANSWERS = ("solution", "solutions", "ground_truth", "answer", "answers", "label", "labels", "target")
 _LONGEST = 200  # characters of what an exception says
@@ -125,6 +125,20 @@ def _prompt(call: _Call, chat: bool = False) -> Any:
     if (chat or call.chat) and isinstance(text, str):
         return [{"role": "user", "content": text}]
     return text if isinstance(text, str) else [dict(turn) for turn in text]
+
+
+class _Message(dict[str, Any]):
+    """A chat message whose items are also its attributes, as verifiers' messages have them."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self:
+            return self[name]
+        raise AttributeError(f"a message has no {name!r}, only {', '.join(self)}")
+
+
+def _both(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Chat messages for verifiers' functions, which read them as dicts or by attributes."""
+    return [_Message(message) for message in messages]
 
 
 def _messages(case: Case, episode: int) -> list[dict[str, str]]:
@@ -195,7 +209,7 @@ def _task(call: _Call) -> Any:
 
 def _state(call: _Call, episode: int) -> dict[str, Any]:
     """verifiers' `state`: what the env kept, and what the rollout is of."""
-    rollout = {"prompt": _prompt(call, chat=True), "completion": _messages(call.case, episode)}
+    rollout = {"prompt": _both(_prompt(call, chat=True)), "completion": _both(_messages(call.case, episode))}
     rollout |= {"answer": _text_answer(call), "info": _info(call), "task": _task(call)}
     return {**deepcopy(dict(call.case.states[episode])), **rollout}
 
@@ -282,9 +296,9 @@ _FORMS: dict[str, _Form] = {
     ),
     "verifiers": _Form(
         {
-            "completion": lambda call: _messages(call.case, call.only),
+            "completion": lambda call: _both(_messages(call.case, call.only)),
             "answer": _text_answer,
-            "prompt": lambda call: _prompt(call, chat=True),
+            "prompt": lambda call: _both(_prompt(call, chat=True)),
             "info": _info,
             "task": _task,
             "state": lambda call: _state(call, call.only),
@@ -294,9 +308,9 @@ _FORMS: dict[str, _Form] = {
     ),
     "verifiers-group": _Form(
         {
-            "completions": lambda call: [_messages(call.case, episode) for episode in call.episodes],
+            "completions": lambda call: [_both(_messages(call.case, episode)) for episode in call.episodes],
             "answers": lambda call: [_text_answer(call) for _ in call.episodes],
-            "prompts": lambda call: [_prompt(call, chat=True) for _ in call.episodes],
+            "prompts": lambda call: [_both(_prompt(call, chat=True)) for _ in call.episodes],
             "infos": lambda call: [_info(call) for _ in call.episodes],
             "tasks": lambda call: [_task(call) for _ in call.episodes],
             "states": lambda call: [_state(call, episode) for episode in call.episodes],
@@ -553,7 +567,6 @@ def plug(
     for name, remedy in _NOT_HERE.get(chosen, {}).items():
         if name in required - args.keys() and name not in wanted:
             raise RloraError(f"reward = {spec!r}: it needs {name}; {remedy}")
-    code = _code(function)
     return Plug(
         spec=spec,
         name=spec.rpartition(":")[2],
@@ -567,9 +580,7 @@ def plug(
         columns=frozenset(mine),
         anything=anything,
         required=frozenset(required),
-        chat=chosen == "trl"
-        and code is not None
-        and _reads_messages(code, getattr(_bare(function), "__globals__", {})),
+        chat=chosen == "trl" and _takes_messages(function, "trl", by_place),
     )
 
 
@@ -590,21 +601,28 @@ def _told(parameters: Mapping[str, inspect.Parameter], function: Callable[..., A
         "verl-batch": "solution_strs" in names,
         "openrlhf": "queries" in names,
         "areal": "prompt_ids" in names,
-        "verifiers-group": (theirs or (lists and not anything and not trls)) and _takes_messages(function, True),
+        "verifiers-group": (theirs or (lists and not anything and not trls))
+        and _takes_messages(function, "verifiers-group"),
         "trl": trls or (anything and lists),
         "group": names & {"completions", "answers", "states"},
         "verifiers": names & {"completion", "state"}
-        and (names & _NOT_HERE["verifiers"].keys() or _takes_messages(function, False)),
+        and (names & _NOT_HERE["verifiers"].keys() or _takes_messages(function, "verifiers")),
         "completion": names & {"completion", "completion_ids", "messages", "state"},
     }
     return next((style for style, is_told in told.items() if is_told), None)
 
 
-def _takes_messages(function: Callable[..., Any], of_group: bool) -> bool:
-    """Whether it reads `completion`, or each of `completions`, as chat messages."""
-    code, names = _code(function), getattr(_bare(function), "__globals__", {})
-    argument, kind = ("completions", 2) if of_group else ("completion", 1)
-    return bool(code and takes_messages(code, names, argument, kind))
+_READ: dict[str, dict[str, Any]] = {  # what may be read as messages
+    "verifiers": {"completion": 1, "state": Fields({"completion": 1})},
+    "verifiers-group": {"completions": 2, "states": Many(Fields({"completion": 1}))},
+    "trl": {"prompts": 2, "completions": 2},
+}
+
+
+def _takes_messages(function: Callable[..., Any], style: str, by_place: Sequence[str] = ()) -> bool:
+    """Whether it reads its completions as chat messages; `by_place` names the values that it gets by position."""
+    places = dict(zip(by_place, _parameters(function) or {}, strict=False))
+    return takes_messages(function, {places.get(name, name): kind for name, kind in _READ[style].items()})
 
 
 def _firsts(parameters: Mapping[str, inspect.Parameter], count: int) -> set[str]:
@@ -665,15 +683,6 @@ def _defined(function: Any) -> tuple[str, int]:
     """File and line; none of what is written in C."""
     code = _code(function)
     return (code.co_filename, code.co_firstlineno) if code else ("", 0)
-
-
-def _reads_messages(code: CodeType, names: Mapping[str, Any]) -> bool:
-    """Whether the code holds the key "content" of a message.
-
-    TRL gives messages where the data set does. Here a plain string is sent as a user message, so that a function may
-    have been written for either; its code tells which.
-    """
-    return any("content" in each.co_consts for each in _codes(code, names))
 
 
 def _codes(code: CodeType, names: Mapping[str, Any]) -> set[CodeType]:

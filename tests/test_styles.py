@@ -1,7 +1,10 @@
 """Reward functions written for others, and in our own forms."""
 
+import asyncio
+import copy
 import functools
 import json
+import operator
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -210,6 +213,292 @@ def test_the_source_tells_whether_text_or_messages_are_meant(
     made = plug(SPEC, function)
     assert made.style == style
     assert values(made(case(completion, answer=4), [0])) == [1.0]
+
+
+KEY = "content"
+CONTENT = operator.itemgetter("content")
+
+
+def by_match(completion: Any) -> float:
+    match completion[-1]:
+        case {"content": text}:
+            return float(text == "4")
+    return 0.0
+
+
+def by_match_of_all(completion: Any) -> float:
+    match completion:
+        case [*_, {"role": "assistant", "content": text}]:
+            return float(text == "4")
+    return 0.0
+
+
+def by_unpacking(completion: Any) -> float:
+    *_, last = completion
+    return float(last["content"] == "4")
+
+
+def by_state(state: Any) -> float:
+    if not (messages := state.get("completion")):
+        return 0.0
+    return float(messages[-1]["content"] == "4")
+
+
+def by_alias(state: Any, **kwargs: Any) -> float:
+    rollout = state
+    return float(rollout["completion"][-1]["content"] == "4")
+
+
+def by_keys(completion: Any) -> float:
+    for key in ("role", "content"):
+        text = completion[-1][key]
+    return float(text == "4")
+
+
+def by_appending(completion: Any) -> float:
+    assistant = []
+    for message in completion:
+        assistant.append(message)
+    return float(assistant[-1]["content"] == "4")
+
+
+def by_pairs(completion: Any) -> float:
+    pairs = list(enumerate(completion))
+    return float(pairs[-1][1]["content"] == "4")
+
+
+def by_trying(completion: Any) -> float:
+    try:
+        last = completion[-1]
+    except IndexError:
+        return 0.0
+    return float(last["content"] == "4")
+
+
+def by_values(completion: Any) -> float:
+    return float("4" in [value for message in completion for value in message.values()])
+
+
+def by_inner(completion: Any) -> float:
+    def text(message: Any, key: str = "content") -> Any:
+        return message[key]
+
+    return float(text(completion[-1]) == "4")
+
+
+def last_of(messages: Any) -> Any:
+    return messages[-1]
+
+
+def by_returned(completion: Any) -> float:
+    return float(last_of(completion)["content"] == "4")
+
+
+def text_of(messages: Any) -> Any:
+    return messages if isinstance(messages, str) else messages[-1]["content"]
+
+
+def by_parts(completion: Any) -> float:
+    content = completion[-1]["content"]
+    return float(isinstance(content, str) and content == "4" and text_of(completion) == "4")
+
+
+def closed_over() -> Callable[..., float]:
+    key = "content"
+
+    def of_key(completion: Any) -> float:
+        return float(completion[-1][key] == "4")
+
+    return of_key
+
+
+class Judge:
+    def text(self, messages: Any) -> Any:
+        return messages[-1]["content"]
+
+    @staticmethod
+    def last(messages: Any) -> Any:
+        return messages[-1]
+
+    def score(self, completion: Any) -> float:
+        return float(self.last(completion).content == "4")
+
+
+class Caller(Judge):
+    def __call__(self, completion: Any) -> float:
+        return float(self.text(completion) == "4")
+
+
+async def by_thread(completion: Any) -> float:
+    return float(await asyncio.to_thread(Judge().text, completion) == "4")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        by_match,
+        by_match_of_all,
+        by_unpacking,
+        by_state,
+        by_alias,
+        by_keys,
+        by_appending,
+        by_pairs,
+        by_trying,
+        by_values,
+        by_inner,
+        by_returned,
+        by_parts,
+        by_thread,
+        closed_over(),
+        Caller(),
+        Caller,
+        Judge().score,
+        lambda completion: float([*completion][-1]["content"] == "4"),
+        lambda completion: float(completion.copy().pop()["content"] == "4"),
+        lambda completion: float(operator.itemgetter("content")(completion[-1]) == "4"),
+        lambda completion: float(operator.itemgetter(-1)(completion)["content"] == "4"),
+        lambda completion: float([*map(CONTENT, completion)] == ["4"]),
+        lambda completion: float(completion[-1][KEY] == "4"),
+        lambda completion: float(completion[-1].content == "4" and completion[-1].role == "assistant"),
+        lambda completion: float(completion[-1].get("content") == "4"),
+        lambda completion: float(getattr(completion[-1], "content") == "4"),  # noqa: B009
+        lambda completion: float({**completion[-1]}["content"] == "4"),
+        lambda completion: float(copy.deepcopy(completion)[-1]["content"] == "4"),
+        lambda completion: float([*filter(lambda m: m["role"] == "assistant", completion)] == completion),
+        lambda completion: float(max(completion, key=lambda m: len(m["content"])) == completion[0]),
+        lambda completion, prompt: float((prompt + completion)[-1]["content"] == "4" and prompt[0].content == "?"),
+        lambda state: float(state["completion"][-1].content == "4"),
+        lambda completion, state: float([*state.values()][1][0].content == "4" == completion[0].content),
+    ],
+)
+def test_messages_may_be_read_in_any_way(function: Any) -> None:
+    made = plug(SPEC, function)
+    assert made.style == "verifiers"
+    assert values(made(case("4", answer=4), [0])) == [1.0]
+
+
+def test_groups_of_messages_may_be_read_in_any_way() -> None:
+    def by_states(states: Any) -> list[float]:
+        return [float(state["completion"][-1]["content"] == "4") for state in states]
+
+    def by_attributes(completions: Any, answers: Any) -> list[float]:
+        return [float(last.content == answer) for (*_, last), answer in zip(completions, answers, strict=True)]
+
+    for function in (by_states, by_attributes):
+        made = plug(SPEC, function)
+        assert made.style == "verifiers-group"
+        assert values(made(case("4", "5", answer=4), range(2))) == [1.0, 0.0]
+
+
+def of_rebound(completion: Any) -> float:
+    completion = json.loads(completion)
+    return float(completion["content"] == "4")
+
+
+def of_guarded(completion: Any) -> float:
+    match completion:
+        case str():
+            return float(completion == '{"content": "4"}')
+    return float(completion[-1]["content"])
+
+
+def of_tried(completion: Any, info: Any = None) -> float:
+    parsed = re.search(r'"(?P<content>\d)"', completion)
+    return float(parsed is not None and parsed["content"] == "4" and [*completion][-1] == "}")
+
+
+def of_own_message(completion: Any) -> float:
+    messages = [{"role": "user", "content": completion}]
+    messages.append({"role": "assistant", "content": completion})
+    return float(messages[-1]["content"] == json.dumps({"content": "4"}) == text_of(completion))
+
+
+def of_characters(completion: Any) -> float:
+    characters = list(completion)
+    return float(characters.pop() == "}" and completion.split()[0].strip().startswith("{"))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        of_rebound,
+        of_guarded,
+        of_tried,
+        of_own_message,
+        of_characters,
+        lambda completion: float("content" in completion),
+        lambda completion: float(type(completion) is str and completion[-1] == "}"),
+        lambda completion: float([c["content"] for c in [{"content": c} for c in completion]][0] == "{"),
+        lambda completion, prompt: float(completion[0] == "{" and prompt == "?"),
+    ],
+)  # fmt: skip
+def test_text_is_not_mistaken_for_messages(function: Any) -> None:
+    made = plug(SPEC, function)
+    assert made.style == "completion"
+    assert values(made(case('{"content": "4"}', answer=4), [0])) == [1.0]
+
+
+def trl_of_word(completions: Any, **kwargs: Any) -> list[float]:
+    return [float("content" in c) for c in completions]
+
+
+def trl_of_column(completions: Any, **kwargs: Any) -> list[float]:
+    return [float(c.startswith(wanted)) for c, wanted in zip(completions, kwargs["content"], strict=True)]
+
+
+def trl_of_dicts(completions: Any, meta: Any, **kwargs: Any) -> list[float]:
+    return [float(c.startswith(m["content"])) for c, m in zip(completions, meta, strict=True)]
+
+
+def trl_of_either(completions: Any, **kwargs: Any) -> list[float]:
+    return [float((c if isinstance(c, str) else c[0]["content"]) == "content") for c in completions]
+
+
+def trl_of_prompts(prompts: Any, completions: Any, **kwargs: Any) -> list[float]:
+    return [float(p[-1]["content"] == "?" and isinstance(c, list)) for p, c in zip(prompts, completions, strict=True)]
+
+
+def trl_of_anything(prompts: Any, **kwargs: Any) -> list[float]:
+    return [float(c[0]["content"] == "content") for c in kwargs["completions"]]
+
+
+def trl_of_contents(completions: Any, **kwargs: Any) -> list[float]:
+    contents = [completion[0].get("content") for completion in completions]
+    return [float(text == "content") for text in contents]
+
+
+class TrlOfMethod:
+    def __call__(self, completions: Any, **kwargs: Any) -> list[float]:
+        return [*map(self.one, completions)]
+
+    def one(self, completion: Any) -> float:
+        return float(completion[-1]["content"] == "content")
+
+
+@pytest.mark.parametrize(
+    ("function", "chat"),
+    [
+        (trl_of_word, False),
+        (trl_of_column, False),
+        (trl_of_dicts, False),
+        (trl_of_either, False),
+        (trl_of_prompts, True),
+        (trl_of_anything, True),
+        (trl_of_contents, True),
+        (TrlOfMethod(), True),
+    ],
+)
+def test_trls_functions_get_messages_where_they_read_messages(function: Any, chat: bool) -> None:
+    made = plug(SPEC, function)
+    assert (made.style, made.chat) == ("trl", chat)
+    of = case("content", answer=4, content="con", meta={"content": "con"})
+    assert values(made(of, [0])) == [1.0]
+
+
+def test_a_trl_function_may_take_messages_by_position() -> None:
+    made = plug(SPEC, lambda asked, given: [float(each[0]["content"] == "4") for each in given], "trl")
+    assert values(made(case("4", "5", answer=4), range(2))) == [1.0, 0.0]
 
 
 def test_a_prompt_of_messages_is_none_of_the_completion() -> None:
