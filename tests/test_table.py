@@ -1,3 +1,4 @@
+import datetime
 import json
 import re
 from pathlib import Path
@@ -195,15 +196,120 @@ SYSTEM, USER = {"role": "system", "content": "Be brief."}, {"role": "user", "con
         "\n " + json.dumps([SYSTEM, USER], indent=1),
         str([SYSTEM, USER]),  # as pandas writes it into a CSV
         json.dumps([{"from": "system", "value": "Be brief."}, {"from": "human", "value": "2+2?"}]),
+        json.dumps({"messages": [SYSTEM, USER]}),
+        json.dumps({"conversations": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "2+2?"}]}),
+        {"messages": [SYSTEM, USER], "tools": None},
+        json.dumps(json.dumps([SYSTEM, USER])),
+        json.dumps({"messages": json.dumps([SYSTEM, USER])}),
+        json.dumps([json.dumps(SYSTEM), json.dumps(USER)]),
+        str((SYSTEM, USER)),
+        repr(str([SYSTEM, USER])),
+        '[{"content": "Be brief.", "role": "system"}, {"id": 7, "content": "2+2?", "role": "user"}]',
+        [SYSTEM, {"role": "user", "content": json.dumps([{"type": "text", "text": "2+2?"}])}],
+        [SYSTEM, {"role": "user", "content": json.dumps(json.dumps([{"type": "text", "text": "2+2?"}]))}],
+        [SYSTEM, {"role": "user", "content": str([{"type": "text", "text": "2+"}, {"text": "2?", "type": "text"}])}],
+        [SYSTEM, {"role": "user", "content": '{"type": "text", "text": "2+2?"}'}],
     ],
 )
 def test_chat_messages_in_each_usual_form(prompt: object, tmp_path: Path) -> None:
     assert one(tmp_path, prompt) == [SYSTEM, USER]
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", '[{"a": 1}]', "[{", "{}", "[{x}]", "[]", '[{"role"', "[{'role': f()}]"])
+TEXTS = [
+    "[1, 2]", '[{"a": 1}]', "[{", "{}", "[{x}]", "[]", '[{"role"', "{[1]: 2}", '"2+2?"', "null", '{"text": "a"}',
+    'Here is a chat: [{"role": "user", "content": "hi"}]. Who speaks?',
+    '[{"role": "user", "content": "hi"}]\nWho speaks in this chat?',
+    "[{'role': 'user', 'content': 'hi'}] is a list ] of Python. How long is it?",
+    '{"role": "user", "content": "hi"} is JSON. Which keys has it?',
+    "Fix this: [{'role': 'user', 'content': 'hi'} {'role': 'user'}]",
+    '[{"from": "Paris", "to": "Rome"}]', '{"role": "admin", "name": "x"}', '{"from": "Paris", "value": ',
+    '{"content": "abc"}', '{"messages": 3}', '{"value": 4', '[{"type": "circle", "radius": 3}]', "array([1, 2])",
+    '"Quoted," he said. "role": no.',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
 def test_a_text_that_is_no_chat_stays_as_it_is(text: str, tmp_path: Path) -> None:
     assert one(tmp_path, text) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *TEXTS[:8],
+        '[{"type": "text", "size": 3}]',
+        '{"type": "file", "name": "a"}',
+        '[{"type": "file", "path": "a"}]',
+        '[{"type": "circle", "radius": 3}]',
+        '[{"text": "a"}]',
+        '[{"type": 3}]',
+    ],
+)
+def test_a_content_that_is_no_list_of_parts_stays_as_it_is(text: str, tmp_path: Path) -> None:
+    assert one(tmp_path, [{"role": "user", "content": text}]) == [{"role": "user", "content": text}]
+
+
+def test_one_message_is_a_chat(tmp_path: Path) -> None:
+    for prompt in (USER, json.dumps(USER), str(USER), {"from": "human", "value": "2+2?"}, json.dumps(json.dumps(USER))):
+        assert one(tmp_path, prompt) == [USER]
+
+
+def test_a_line_break_inside_a_json_string_is_read(tmp_path: Path) -> None:
+    assert one(tmp_path, '[{"role": "user", "content": "a\nb"}]') == [{"role": "user", "content": "a\nb"}]
+
+
+def test_sharegpt_calls_and_observations_are_the_assistants_and_the_tools(tmp_path: Path) -> None:
+    turns = [("human", "Weather?"), ("function_call", '{"name": "weather"}'), ("observation", "sunny")]
+    assert one(tmp_path, [{"from": role, "value": text} for role, text in turns]) == [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": '{"name": "weather"}'},
+        {"role": "tool", "content": "sunny"},
+    ]
+
+
+UNREADABLE = [
+    "[{'role': 'system', 'content': 'a'}\n {'role': 'user', 'content': 'b'}]",  # to_csv of verl's parquet
+    "[{'content': 'a', 'role': 'system'}\n {'content': 'b', 'role': 'user'}]",
+    "array([{'role': 'user', 'content': 'b'}], dtype=object)",
+    "array([{'content': 'b', 'role': 'user'}],\n      dtype=object)",
+    "[array([{'role': 'user', 'content': 'b'}], dtype=object)]",
+    "[{'from': 'human', 'value': 'a'}\n {'from': 'gpt', 'value': 'b'}]",
+    '[{"role": "user", "content": "trunc',
+    '[{"role": ',
+    '{"role": "user", "content": "trunc',
+    '{"messages": [{"role": "user", "con',
+    '"[{\\"role\\": \\"user\\", \\"con',
+    '[{"content": "trunc',
+    '[{"from": "human", "val',
+    '{"role": "user", "content": "a"}\n{"role": "user", "content": "b"}',
+    "[{'role': f()}]",
+    "[{'role': 'user', 'content': array([{'type': 'text', 'text': 'b'}], dtype=object)}]",
+]
+
+
+@pytest.mark.parametrize("text", UNREADABLE)
+def test_a_chat_in_a_string_that_can_not_be_read_is_refused(text: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        RloraError, match=r"chat\.jsonl, train, row 0: column 'prompt' begins like chat messages"
+    ) as refused:
+        one(tmp_path, text)
+    assert re.search(
+        r"neither JSON nor a Python literal.*json\.dumps, or save the table as parquet", str(refused.value)
+    )
+
+
+def test_a_chat_in_the_second_row_is_refused_by_its_number(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.jsonl", [{"prompt": "2+2?", "answer": ""}, {"prompt": UNREADABLE[0], "answer": ""}])
+    with pytest.raises(RloraError, match=r"a\.jsonl, train, row 1: column 'prompt' begins like chat"):
+        Table(path).train()
+
+
+@pytest.mark.parametrize(
+    "text", ["[{'type': 'text', 'text': 'a'}\n {'type': 'text', 'text': 'b'}]", '[{"type": "text", "te']
+)
+def test_a_content_in_a_string_that_can_not_be_read_is_refused(text: str, tmp_path: Path) -> None:
+    with pytest.raises(RloraError, match=r"row 0: column 'prompt', message 0: content begins like a list of parts"):
+        one(tmp_path, [{"role": "user", "content": text}])
 
 
 IMAGE = {"type": "image_url", "image_url": {"url": "x.png"}}
@@ -230,7 +336,17 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x.png"}}
         (json.dumps([{"role": "user", "content": [IMAGE]}]), r"message 0: content has a part .*image_url"),
         ([], r"is \[\]; it must be a string or a list of chat messages"),
         (["a"], r"is \['a'\]; it must be"),
-        (USER, r"it must be a string or a list of chat messages"),
+        ({"a": "b"}, r"it must be a string or a list of chat messages"),
+        ([[USER]], r"it must be a string or a list of chat messages"),
+        (json.dumps([[USER]]), r"it must be a string or a list of chat messages"),
+        (json.dumps([USER, {"text": "a"}]), r"message 1 is .*; it must have a role"),
+        (json.dumps([{"type": "text", "text": "a"}]), r"message 0 is .*; it must have a role"),
+        (json.dumps({"messages": [USER], "tools": [{"name": "f"}]}), r"has tools beside messages, .*drop"),
+        ({"messages": [USER], "tools": [{"name": "f"}]}, r"has tools beside messages"),
+        ([{"role": "user", "content": json.dumps([{"type": "text", "text": "a"}, IMAGE])}],
+         r"message 0: content has a part .*image_url"),
+        ([{"role": "user", "content": json.dumps([IMAGE])}], r"message 0: content has a part .*image_url"),
+        ([USER, {"from": "function_response", "value": "4"}], r"message 1: from = 'function_response' is none of"),
     ],
 )  # fmt: skip
 def test_other_chat_messages_are_refused_with_row_and_column(prompt: object, message: str, tmp_path: Path) -> None:
@@ -259,3 +375,92 @@ def test_a_local_copy_of_math_by_subject(tmp_path: Path) -> None:
     prompts = CompetitionMath(str(tmp_path / "math"), template="{problem}").train()
     assert [prompt.text for prompt in prompts] == [f"{subject}?" for subject in subjects.split()]
     assert {prompt.answer for prompt in prompts} == {"4"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"held_out_split": "test"}, r"held_out_split = 'test': .* holds one split, as save_to_disk wrote it; "),
+        ({"split": "test", "held_out_split": "train"}, r"held_out_split = 'train': .* holds one split"),
+        ({"split": "train[:50%]", "held_out_split": "test[50%:]"}, r"holds one split"),
+        ({"held_out_path": "{}/../one"}, r"it is what is trained on"),
+    ],
+)
+@pytest.mark.parametrize("split", ["test", "train", None])
+def test_one_split_that_was_saved_can_not_be_two(
+    split: str | None, arguments: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "one")
+    datasets.Dataset.from_dict({"prompt": list("abcd"), "answer": list("1234")}, split=split).save_to_disk(path)
+    with pytest.raises(RloraError, match=message):
+        Table(path, **{name: value.format(path) for name, value in arguments.items()})  # type: ignore[arg-type]
+    env = Table(path, split="train[:50%]", held_out_split="train[50%:]")
+    assert [prompt.text for prompt in env.train()] == ["a", "b"]
+    assert [prompt.text for prompt in env.held_out()] == ["c", "d"]
+
+
+@pytest.mark.parametrize("path", ["train.jsonl", ""])
+def test_a_slice_can_be_held_out(path: str, tmp_path: Path) -> None:
+    saved(tmp_path / "train.jsonl")
+    env = Table(
+        str(tmp_path / path),
+        split="train[:8]",
+        held_out_split="train[80%:]",
+        prompt="level",
+        template="{level}",
+        answer="",
+    )
+    assert [prompt.text for prompt in env.train()] == list("01234567")
+    assert [prompt.text for prompt in env.held_out()] == ["8", "9"]
+
+
+@pytest.mark.parametrize(
+    ("split", "held_out_split", "shared"),
+    [
+        ("train", "train[:2]", "rows 0 to 1 of train"),
+        ("train[:8]", "train[50%:]", "rows 5 to 7 of train"),
+        ("train+test", "test", "rows 0 to 1 of test"),
+        ("test", "train[:1]+test[-1:]", "rows 1 to 1 of test"),
+    ],
+)
+def test_rows_of_both_parts_are_refused(split: str, held_out_split: str, shared: str, tmp_path: Path) -> None:
+    saved(tmp_path / "train.jsonl")
+    saved(tmp_path / "test.jsonl", ROWS[:2])
+    env = Table(str(tmp_path), split=split, held_out_split=held_out_split, prompt="q", answer="a")
+    for part in (env.train, env.held_out):
+        with pytest.raises(RloraError, match=rf"{shared} are also in .*; train on one slice and hold out another"):
+            part()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [("true", "true"), ("false", "false"), ("1.50", "1.50"), ("1e5", "1e5"), ("-7", "-7"), ('"007"', "007")],
+)
+def test_a_template_keeps_the_text_of_the_file(value: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(f'{{"v": {value}, "n": {{"v": {value}}}}}\n')
+    (made,) = Table(str(tmp_path / "a.jsonl"), template="Is {v}, {n.v}?", answer="").train()
+    assert made.text == f"Is {text}, {text}?"
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([{"role": "user", "content": "hi"}], r"column 'v' holds chat messages.* set env_args\.prompt = 'v' and drop"),
+        ({"a": 1}, r"column 'v' holds an object, \{'a': 1\}.* name a column inside it, as \{v\.a\}"),
+        (["a", "b"], r"column 'v' holds a list, \['a', 'b'\].* write its text into a column"),
+        ([1, 2], r"column 'v' holds a list, \[1, 2\]"),
+        ([], r"column 'v' holds a list, \[\]"),
+    ],
+)
+def test_a_template_refuses_what_is_no_text(value: object, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"v": value}) + "\n")
+    with pytest.raises(RloraError, match=rf"a\.jsonl, train, row 0: {message}"):
+        Table(str(tmp_path / "a.jsonl"), template="Solve: {v}", answer="").train()
+
+
+def test_a_template_takes_dates_of_parquet_and_refuses_bytes(tmp_path: Path) -> None:
+    row = {"day": datetime.date(2024, 1, 31), "raw": b"x", "on": True}
+    path = saved(tmp_path / "a.parquet", [row])
+    assert [prompt.text for prompt in Table(path, template="{day} {on}", answer="").train()] == ["2024-01-31 true"]
+    with pytest.raises(RloraError, match=r"row 0: column 'raw' holds bytes, b'x'"):
+        Table(path, template="{raw}", answer="").train()
