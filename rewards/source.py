@@ -365,7 +365,9 @@ class _Scope:
         if _is_getter(called):
             return self._got(called.object, args)
         local = self._local(called)
-        return self.follow(local, args, keywords) if local else None
+        if not local or not (local.scope or any(map(_is_derived, (*args, *keywords.values())))):
+            return None  # nothing to follow
+        return self.follow(local, args, keywords)
 
     def _local(self, called: _Value) -> _Local | None:
         if isinstance(called, _Local):
@@ -435,6 +437,10 @@ class _Scope:
         if name in _SAME:
             return _joined(*args)
         return _joined(*(items if len(args) == 1 else args)) if name in _ITEM else None
+
+
+def _is_derived(value: _Value) -> bool:
+    return value is not None and not isinstance(value, str | _Known)
 
 
 def _is_getter(value: _Value) -> bool:

@@ -429,7 +429,7 @@ def of_characters(completion: Any) -> float:
         of_characters,
         lambda completion: float("content" in completion),
         lambda completion: float(type(completion) is str and completion[-1] == "}"),
-        lambda completion: float([c["content"] for c in [{"content": c} for c in completion]][0] == "{"),
+        lambda completion: float(next(c["content"] for c in [{"content": c} for c in completion]) == "{"),
         lambda completion, prompt: float(completion[0] == "{" and prompt == "?"),
     ],
 )  # fmt: skip
