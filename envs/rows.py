@@ -184,7 +184,14 @@ def _subset(path: Path, name: str | None) -> tuple[str, str | None]:
 
 def _found(path: str, name: str | None, split: str) -> Sequence[Row]:
     """The rows of the files that `datasets` finds for a split. It reads itself the formats that are not read here."""
-    builder = datasets.load_dataset_builder(path, name)
+    try:
+        builder = datasets.load_dataset_builder(path, name)
+    except zipfile.BadZipFile as error:
+        broken = [str(file) for file in sorted(Path(path).rglob("*.zip")) if not zipfile.is_zipfile(file)]
+        raise RloraError(
+            f"{', '.join(broken) or path} can't be unpacked: {error}; it is cut off or damaged, so "
+            "fetch it again"
+        ) from error
     kind = next(
         (kind for of, kind in ((Json, "json"), (Csv, "csv"), (Parquet, "parquet")) if isinstance(builder, of)), ""
     )

@@ -422,6 +422,13 @@ def test_what_is_wrong_in_a_zip_is_told(files: dict[str, str], message: str, tmp
         rows(tmp_path)
 
 
+def test_a_zip_that_is_cut_off_is_named(tmp_path: Path) -> None:
+    zipped(tmp_path / "train.zip", **{"a.jsonl": '{"v": 1}\n'})
+    written(tmp_path / "train.zip", (tmp_path / "train.zip").read_bytes()[:-30])
+    with pytest.raises(RloraError, match=r"train\.zip can't be unpacked: .*; it is cut off or damaged, so fetch it"):
+        rows(tmp_path)
+
+
 PACKED = [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)]
 
 
