@@ -189,8 +189,7 @@ def _found(path: str, name: str | None, split: str) -> Sequence[Row]:
     except zipfile.BadZipFile as error:
         broken = [str(file) for file in sorted(Path(path).rglob("*.zip")) if not zipfile.is_zipfile(file)]
         raise RloraError(
-            f"{', '.join(broken) or path} can't be unpacked: {error}; it is cut off or damaged, so "
-            "fetch it again"
+            f"{', '.join(broken) or path} can't be unpacked: {error}; it is cut off or damaged, so fetch it again"
         ) from error
     kind = next(
         (kind for of, kind in ((Json, "json"), (Csv, "csv"), (Parquet, "parquet")) if isinstance(builder, of)), ""
