@@ -29,7 +29,62 @@ from rlora.records import RloraError
         ("4.05", None),
         ("no number", None),
         ("", None),
-        ("\u0667", None),  # an Arabic-Indic seven
+        ("\u0667", 7),  # an Arabic-Indic seven
+        ("\N{MINUS SIGN}4", -4),
+        ("It is \N{MINUS SIGN}4.", -4),
+        ("It is \N{FULLWIDTH HYPHEN-MINUS}4", -4),
+        ("It is \N{EN DASH}4", -4),
+        ("12\N{MINUS SIGN}5", 5),
+        ("- 4", -4),  # as a gold is read
+        ("x = - 4", -4),
+        ("- 4 apples", 4),  # an item of a list
+        ("-$4", -4),
+        ("+4", 4),
+        ("2^4", None),
+        ("x^4", None),
+        ("2^{4}", None),
+        ("2^{-4}", None),
+        ("2 ^ 4", None),
+        ("2**4", None),
+        ("2^4 = 16", 16),
+        ("4\u00b2", None),
+        ("10\u207b\u00b3", None),
+        ("4%", None),
+        ("4 %", None),
+        (r"4\%", None),
+        ("1,234%", None),
+        ("3e4", None),
+        ("3E-4", None),
+        ("34e5", None),
+        ("1.5e3", None),
+        (r"3 \times 10^4", None),
+        ("3 \u00d7 10^4", None),
+        ("3/4", None),
+        ("12/4=3", 3),
+        (r"\frac{3}{4}", None),
+        (r"\dfrac{12}{4} = 3", 3),
+        ("It is .5", None),
+        ("... 5 ...4", 4),
+        (r"\sqrt{4}", None),
+        ("\u221a4", None),
+        (r"4\pi", None),
+        ("1,234.5", None),
+        ("52_8", None),
+        ("x_1", None),
+        ("x_{1} = 5", 5),
+        ("7, or 2^4", 7),
+        ("4!", 4),
+        ("**4**", 4),
+        ("**Answer:** 4", 4),
+        ("_4_", 4),
+        ("$4$", 4),
+        (r"90^\circ", 90),
+        (r"90^{\circ}", 90),
+        ("4kg, 20th", 20),
+        ("4 each", 4),
+        ("4 e4", 4),
+        ("(1,2)", 2),
+        ("4\u00b0", 4),
         ("9" * 5000, None),  # int() would refuse it
     ],
 )
@@ -41,6 +96,14 @@ def test_integer_answer() -> None:
     assert integer_answer("1 + 1 = 2", 2) == 1.0
     assert integer_answer("1 + 1 = 3", 2) == 0.0
     assert integer_answer("", 2) == 0.0
+
+
+@pytest.mark.parametrize(
+    "text", ["\N{MINUS SIGN}4", "\N{EN DASH}4", "- 4", "4.0", "\N{FULLWIDTH DIGIT FOUR}", "+4", "1,234"]
+)
+def test_a_completion_is_read_as_a_gold_is(text: str) -> None:
+    assert integer_answer(text, text) == 1.0
+    assert integer_answer(text, -gold_integer(text)) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -87,6 +150,9 @@ def test_a_gold_may_be_the_text_of_an_integer(gold: object, value: int) -> None:
         "$4$",
         "1,23",
         "1e3",
+        "2^4",
+        "4%",
+        "4\u00b2",
         "3/1",
         "4 5",
         "9" * 200,
