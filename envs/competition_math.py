@@ -6,8 +6,9 @@ from pathlib import Path
 
 from rlora.records import Prompt, RloraError
 
+from .files import Row
 from .generated import listed
-from .rows import Row, is_null, read_rows
+from .rows import is_null, read_rows
 from .table import cell, fill
 
 TEMPLATE = "{problem}\nReason step by step, and put the answer into \\boxed{{}}."

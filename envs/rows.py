@@ -1,68 +1,40 @@
-"""The rows of a data set, local or from a hub: each value keeps the type and the text that it has in its file."""
+"""The rows of a data set, local or from a hub: its splits, shards and subsets."""
 
-import bz2
 import codecs
-import csv
 import dataclasses
-import gzip
-import io
 import itertools
-import json
-import lzma
 import math
 import re
-import sys
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow.parquet
 from datasets.packaged_modules.csv.csv import Csv
 from datasets.packaged_modules.json.json import Json
 from datasets.packaged_modules.parquet.parquet import Parquet
 
 from rlora.records import RloraError
 
-Row = Mapping[str, Any]
-Options = Mapping[str, Any]  # those of `configs` in README.md that differ from the defaults of `datasets`
+from .files import FORMATS, UNPACK, Options, Row, end_of, format_of, parsed, read_file, reason_of
 
 _Span = tuple[str, int, int]  # a split, the first row of a slice, the row after its last one
 
-_FORMATS = {
-    ".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
-}  # fmt: skip
 _SHARD = re.compile(r"[-_.](\d{3,})[-_]of[-_](\d{3,})(?!\d)")
 _IS_SPEC = re.compile(r"[\[+]")
 _SPLIT_NAME = re.compile(r"(?:^|\+)\s*([^\s\[+(]+)")
-_UNPACK = {
-    rb"\x1f\x8b": gzip.decompress, rb"BZh[1-9]1AY&SY": bz2.decompress, rb"\xfd7zXZ\x00": lzma.decompress,
-}  # fmt: skip
 _HONOURED = {
     "csv": {"sep", "delimiter", "names", "column_names", "header", "encoding", "encoding_errors", "quotechar",
             "doublequote", "escapechar", "skipinitialspace"},
     "json": {"field", "encoding", "encoding_errors"},
     "parquet": {"columns"},
 }  # fmt: skip
-_CSV_DIALECT = ("quotechar", "doublequote", "escapechar", "skipinitialspace")
 _WITHOUT_EFFECT = {  # on speed, or on types, which stay those of the file
     "features", "chunksize", "block_size", "use_threads", "on_mixed_types", "parse_agent_traces", "batch_size",
     "fragment_scan_options", "engine", "memory_map", "verbose",
 }  # fmt: skip
-
-
-class _Number(float):
-    """A float that `str` shows as its file does: 1.50, 1e5. It is a plain float once it was pickled."""
-
-    text: str
-
-    def __str__(self) -> str:
-        return self.text
-
-    def __reduce__(self) -> tuple[type[float], tuple[float]]:
-        return float, (float(self),)
 
 
 def is_null(value: Any) -> bool:
@@ -83,7 +55,7 @@ def read_rows(field: str, path: str, name: str | None, split: str, apart_from: s
         raise RloraError(f"{field} = {path!r}: {split} can't be read: {error}") from error.__cause__
     except Exception as error:  # a hub, a file system and a parser are behind it
         raise RloraError(
-            f"{field} = {path!r}: {split} can't be read ({_reason(error)}); give a hub id that can be reached, "
+            f"{field} = {path!r}: {split} can't be read ({reason_of(error)}); give a hub id that can be reached, "
             f"a json, jsonl, csv or parquet file, or a directory with {split}.jsonl or the like"
         ) from error
     if not rows:
@@ -147,15 +119,15 @@ def _spans(split: str, lengths: Mapping[str, int]) -> list[_Span]:
 
 def _rows(local: Path, path: str, name: str | None, split: str) -> Sequence[Row]:
     if local.is_file():
-        return _read(local, _format(local), split)
+        return read_file(local, format_of(local), split)
     if local.is_dir():
         if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
             return list(_part(datasets.load_from_disk(path), split))  # as `save_to_disk` wrote it
-        files = [local / f"{split}{end}" for end in _FORMATS if (local / f"{split}{end}").is_file()]
+        files = [local / f"{split}{end}" for end in FORMATS if (local / f"{split}{end}").is_file()]
         if len(files) > 1:
             raise ValueError(f"the directory has {len(files)} files for it")
         if files and not _has_configs(local):
-            return _read(files[0], _format(files[0]), split)
+            return read_file(files[0], format_of(files[0]), split)
         if files and datasets.get_dataset_config_names(path) == ["default"]:
             name = None
         path, name = _subset(local, name)
@@ -208,7 +180,7 @@ def _found(path: str, name: str | None, split: str) -> Sequence[Row]:
         if zipfile.is_zipfile(file):
             rows += _zipped_rows(Path(file), shown, split, options)
         else:
-            rows += _read(_extracted(Path(file), shown, manager), kind, split, shown, options)
+            rows += read_file(_extracted(Path(file), shown, manager), kind, split, shown, options)
     return rows
 
 
@@ -238,10 +210,10 @@ def _options(config: Any, kind: str) -> Options:
 
 
 def _extracted(file: Path, shown: Path, manager: datasets.DownloadManager) -> Path:
-    """The file itself, or unpacked where it is packed in a way that `_unpacked` does not know, such as zstd."""
+    """The file itself, or unpacked where it is packed in a way that `unpacked` does not know, such as zstd."""
     with file.open("rb") as opened:
         start = opened.read(16)
-    if any(re.match(magic, start) for magic in _UNPACK):
+    if any(re.match(magic, start) for magic in UNPACK):
         return file
     try:
         unpacked = Path(manager.extract(str(file)))
@@ -256,7 +228,7 @@ def _zipped_rows(file: Path, shown: Path, split: str, options: Options) -> list[
     """The rows of all files in a zip file, in the order of their names."""
     with zipfile.ZipFile(file) as archive:
         names = sorted(name for name in archive.namelist() if not re.search(r"(^|/)(\.|__)", name))
-        kinds = {name: _format(Path(name)) for name in names if _end(name) in _FORMATS}
+        kinds = {name: format_of(Path(name)) for name in names if end_of(name) in FORMATS}
         if not kinds:
             raise RloraError(f"{shown} has no json, jsonl, csv or parquet file in it; put one there, or unpack it")
         if len(set(kinds.values())) > 1:
@@ -269,7 +241,7 @@ def _zipped_rows(file: Path, shown: Path, split: str, options: Options) -> list[
                 data = archive.read(name)
             except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
                 raise RloraError(f"{shown / name} can't be unpacked: {error}; fetch {shown} again") from error
-            rows += _parsed(data, kind, split, shown / name, options)
+            rows += parsed(data, kind, split, shown / name, options)
     return rows
 
 
@@ -291,235 +263,3 @@ def _part(data: datasets.Dataset | datasets.DatasetDict, split: str) -> datasets
     if split not in parts:
         raise RloraError(f"there is no such split; there are {', '.join(name for name in parts if name != 'None')}")
     return parts[split]
-
-
-def _end(name: str) -> str:
-    return Path(name.removesuffix(".gz")).suffix.lower()
-
-
-def _format(file: Path) -> str:
-    if _end(file.name) not in _FORMATS:
-        raise ValueError(f"it ends with {file.suffix!r}")
-    return _FORMATS[_end(file.name)]
-
-
-def _read(file: Path, kind: str, split: str, shown: Path | None = None, options: Options | None = None) -> list[Row]:
-    """The rows of a file, which errors call `shown`."""
-    return _parsed(file.read_bytes(), kind, split, shown or file, options or {})
-
-
-def _parsed(data: bytes, kind: str, split: str, shown: Path, options: Options) -> list[Row]:
-    data = _unpacked(data, shown)
-    if kind == "parquet":
-        return _parquet_rows(data, shown, options.get("columns"))
-    text = _decoded(data, shown, options.get("encoding") or "utf-8", options.get("encoding_errors") or "strict")
-    if kind != "json":
-        return list(_csv_rows(text, shown, {"sep": "\t" if kind == "tsv" else ","} | dict(options)))
-    field = options.get("field")
-    name = re.sub(r"\.(gz|bz2|xz|zst|lz4)$", "", shown.name)
-    is_document = field or name.endswith(".json") or text.lstrip().startswith("[")
-    rows = _document(text, shown, split, field) if is_document else None
-    return _json_lines(text, shown) if rows is None else rows
-
-
-def _unpacked(data: bytes, file: Path) -> bytes:
-    """The bytes of a file that may be compressed. Raises RloraError where they are not all there."""
-    if data.startswith(b"version https://git-lfs"):
-        raise RloraError(f"{file} is a pointer of Git LFS, not the file itself; fetch it by `git lfs pull`")
-    for magic, unpack in _UNPACK.items():
-        if re.match(magic, data):
-            try:
-                return unpack(data)
-            except (EOFError, OSError, ValueError, lzma.LZMAError, zlib.error) as error:
-                raise RloraError(
-                    f"{file} can't be unpacked: {error}; it is damaged or cut off, so fetch it again"
-                ) from error
-    return data
-
-
-def _parquet_rows(data: bytes, file: Path, columns: Sequence[str] | None) -> list[Row]:
-    if not data:
-        return []
-    try:
-        rows: list[Row] = pyarrow.parquet.ParquetFile(io.BytesIO(data)).read(columns).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise RloraError(
-            f"{file} can't be read as parquet: {error}; where it is damaged or cut off, fetch it again"
-        ) from error
-    return rows
-
-
-def _decoded(data: bytes, file: Path, encoding: str, errors: str) -> str:
-    is_default = codecs.lookup(encoding).name == "utf-8"
-    if is_default and (other := _other_encoding(data)):
-        raise RloraError(f"{file} is in {other}; save it as UTF-8")
-    try:
-        return data.decode("utf-8-sig" if is_default else encoding, errors)
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        shown = "UTF-8" if is_default else encoding
-        raise RloraError(
-            f"{file}, line {line}: byte {data[error.start]:#x} is not {shown}; save the file as UTF-8"
-        ) from error
-
-
-def _other_encoding(data: bytes) -> str:
-    """UTF-16 or UTF-32, as the byte order mark says, or the places of NUL bytes without one; "" for others."""
-    if data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
-        return "UTF-32"
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "UTF-16"
-    start = data[:4096]
-    nulls = [start[place::4].count(0) / max(1, len(start[place::4])) for place in range(4)]
-    names = {"UTF-32-LE": min(nulls[2:]) > 0.9, "UTF-32-BE": min(nulls[:2]) > 0.9}
-    even, odd = nulls[::2], nulls[1::2]
-    names |= {"UTF-16-LE": min(odd) > max(0.05, 2 * max(even)), "UTF-16-BE": min(even) > max(0.05, 2 * max(odd))}
-    return next((f"{name} without a byte order mark" for name, found in names.items() if found), "")
-
-
-def _document(text: str, file: Path, split: str, field: str | None) -> list[Row] | None:
-    """The rows of one JSON value; None where the text is empty, or JSON lines."""
-    try:
-        whole = _json(text, str(file))
-    except (ValueError, RecursionError) as error:
-        if not text.strip() or (_begins_with_a_row(text) and not field):
-            return None
-        raise RloraError(f"{file}: it is not JSON: {error}") from error
-    if field:
-        if not isinstance(whole, dict) or field not in whole:
-            raise RloraError(f"{file} has no {field!r}, which README.md names as field; name one that it has")
-        whole = whole[field]
-    rows = _rows_in(whole, file, split)
-    for number, row in enumerate(rows):
-        _check_row(row, f"{file}, row {number}", "\\u" in text)
-    return rows
-
-
-def _json(text: str, where: str) -> Any:
-    """A JSON value whose numbers keep their text. Raises RloraError for one that would become infinite, or zero."""
-
-    def number(digits: str) -> float:
-        value = float(digits)
-        if math.isinf(value) or (not value and re.match(r"-?[0.]*[1-9]", digits)):
-            raise RloraError(f"{where}: the number {digits:.40} does not fit a float; write it as a string")
-        if repr(value) == digits:
-            return value
-        kept = _Number(value)
-        kept.text = digits
-        return kept
-
-    return json.loads(text, parse_float=number)
-
-
-def _begins_with_a_row(text: str) -> bool:
-    try:
-        return isinstance(json.loads(text.lstrip().partition("\n")[0]), dict)
-    except ValueError:
-        return False
-
-
-def _rows_in(whole: Any, file: Path, split: str) -> list[Any]:
-    """The rows of a JSON value: a list of them, an object with that list, the columns, or one row.
-
-    The list is what stands under the split's name, under `data`, or under the only key. Another list of objects
-    belongs to a row.
-    """
-    if isinstance(whole, list):
-        return whole
-    if not isinstance(whole, dict):
-        raise RloraError(f"{file} holds {whole!r:.80}; write a list of objects, one a row, or an object a line")
-    tables = {name: value for name, value in whole.items() if isinstance(value, list) and all(map(_is_row, value))}
-    for name in (split, "data", *(whole if len(whole) == 1 else ())):
-        if name in tables:
-            return tables[name]
-    if len(tables) == len(whole) and any(tables.values()):
-        raise RloraError(f"{file} has several lists of rows ({', '.join(tables)}); give each a file of its own")
-    values = list(whole.values())
-    if any(map(_is_chat, values)) or not all(isinstance(value, list) for value in values):
-        return [whole]
-    if len({len(value) for value in values}) == 1:
-        return [dict(zip(whole, row, strict=True)) for row in zip(*values, strict=True)]
-    return [whole]
-
-
-def _is_chat(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(v, dict) and not _is_row(v) for v in value)
-
-
-def _is_row(value: Any) -> bool:
-    """Whether it is an object, but no chat message."""
-    return isinstance(value, dict) and not ({"role", "from"} & value.keys() and {"content", "value"} & value.keys())
-
-
-def _json_lines(text: str, file: Path) -> list[Row]:
-    """An object a line. Other characters that end lines, such as U+2028, may be in a text."""
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{file}, line {number}"
-        try:
-            row = _json(line, where)
-        except (ValueError, RecursionError) as error:
-            raise RloraError(f"{where}: it is not JSON: {error}; mend or drop the line") from error
-        _check_row(row, where, "\\u" in line)
-        rows.append(row)
-    return rows
-
-
-def _check_row(row: Any, where: str, escapes: bool) -> None:
-    """Raise RloraError for what is no object, or, where there are `escapes`, holds half of a character."""
-    if not isinstance(row, dict):
-        raise RloraError(f"{where}: {row!r:.80} is no object with columns; write {{column: value}}")
-    for name, value in row.items() if escapes else ():
-        try:
-            json.dumps([name, value], ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise RloraError(
-                f"{where}: column {name!r} holds {error.object[error.start]!r}, half of a character (a surrogate "
-                "without its other one); mend or drop the row"
-            ) from error
-
-
-def _csv_rows(text: str, file: Path, options: Options) -> Iterator[Row]:
-    """Every cell as text; an empty one is null."""
-    before = csv.field_size_limit(sys.maxsize)
-    dialect = {name: options[name] for name in _CSV_DIALECT if name in options}
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=options["sep"], strict=True, **dialect)
-    try:
-        lines = filter(None, reader)
-        header, first = _csv_header(lines, options)
-        if twice := [name for name in header if header.count(name) > 1]:
-            raise RloraError(f"{file}, line {reader.line_num}: two columns are called {twice[0]!r}; rename one of them")
-        for cells in itertools.chain(first, lines):
-            if any("\0" in cell for cell in cells):
-                raise RloraError(f"{file}, line {reader.line_num}: a NUL byte; mend or drop the row")
-            if len(cells) != len(header):
-                raise RloraError(
-                    f"{file}, line {reader.line_num}: the row has {len(cells)} cells, the header {len(header)}; "
-                    "mend or drop the row (a cell with a comma or a line break needs quotes)"
-                )
-            yield {name: cell or None for name, cell in zip(header, cells, strict=True)}
-    except csv.Error as error:
-        raise RloraError(f"{file}, line {reader.line_num}: {error}; mend or drop the row") from error
-    finally:
-        csv.field_size_limit(before)
-
-
-def _csv_header(lines: Iterator[list[str]], options: Options) -> tuple[list[str], list[list[str]]]:
-    """The names of the columns, as pandas takes them from `names` and `header`, and the rows that were read for it."""
-    names, number = options.get("names"), options.get("header", "infer")
-    if number == "infer":
-        number = 0 if names is None else None
-    if number is None:
-        first = list(itertools.islice(lines, 1))
-        return [str(name) for name in (range(len(first[0])) if first and names is None else names or [])], first
-    header = next(itertools.islice(lines, number, None), [])
-    return [str(name) for name in (header if names is None else names)], []
-
-
-def _reason(error: BaseException) -> str:
-    """What an exception says, and those that it came from."""
-    said = str(error) or type(error).__name__
-    cause = error.__cause__
-    return f"{said}: {_reason(cause)}" if cause and str(cause) not in said else said
