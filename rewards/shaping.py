@@ -1,6 +1,7 @@
 """Rewards for form and length, to stand beside one for the answer.
 
-A form is paid once and whole: a second block of a kind, an empty one, and a tag in any other spelling earn nothing.
+A form is paid once and whole: a second block of a kind, one without a letter, a digit or a mathematical sign, and a tag
+in any other spelling earn nothing.
 """
 
 import html
@@ -17,11 +18,41 @@ _THINK_TAGS = re.compile(_TAG.format(_KINDS["think"]), re.IGNORECASE)
 _TAGS = re.compile(_TAG.format("|".join(_KINDS.values())), re.IGNORECASE)
 _ANY_TAG = re.compile(r"</?[a-zA-Z|!][^<>]{0,200}>")
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*")
-_NOTHING = re.compile(  # what LaTeX prints as nothing, or as white space
-    r"\\(?:[ ,;:!>/\\]|q?quad|(?:[hv]?phantom|[hv]space)\*?\s*\{[^{}]*\}|(?:text|math)[a-z]{0,7}(?![a-z])|displaystyle"
-    r"|left\.?(?![a-z])|right\.?(?![a-z])|[fm]?box(?:ed)?(?![a-z])|(?:(?:thin|med|thick)space|null|strut)(?![a-z]))|(?<!\\)[{}$~&]"
+_COMMAND = re.compile(
+    r"\\(?:(?P<name>[a-zA-Z]+)\*?|\\\*?(?:\s?\[\s?-?[\d.]{1,9}\s?[a-z]{2}\s?\])?|(?P<sign>.))|%[^\n]*", re.DOTALL
 )
-_BLANK = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # letters and signs that print as white space
+_HIDDEN = {  # commands, and how many of their arguments are not printed
+    **dict.fromkeys(("rule", "fcolorbox", "resizebox", "fontsize", "setlength", "setcounter", "newcommand"), 2),
+    **dict.fromkeys(
+        "begin end phantom hphantom vphantom hspace vspace label tag ref eqref cite color pagecolor textcolor "
+        "colorbox href url hyperref raisebox parbox makebox framebox scalebox rotatebox sqrt mspace class style "
+        "cssId unicode input include index pagestyle thispagestyle require symbol bbox".split(),
+        1,
+    ),
+}
+_OPTIONAL_ONLY = frozenset(["sqrt", "makebox", "framebox", "bbox"])  # of these only what stands in [] is not printed
+_COLUMNS = frozenset(["array", "tabular", "alignat", "alignedat", "subarray", "minipage"])  # with an argument more
+_LENGTH = re.compile(r"\s{0,9}=?\s{0,9}(?:(?:to|spread)\s{0,9})?[-+]?[\d.]{1,20}\s{0,9}[a-z]{2}")
+_LENGTHS = frozenset(["hskip", "vskip", "mskip", "kern", "mkern", "hglue", "vglue", "hbox", "vbox"])  # before a length
+_OPTION = re.compile(r"\s*(?:\[[^\[\]]{0,100}\]\s*)*")
+_SIGNS = frozenset(  # commands that print a letter or a mathematical sign; names of functions are letters
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau upsilon "
+    "phi chi psi omega varepsilon vartheta varkappa varpi varrho varsigma varphi digamma Gamma Delta Theta Lambda "
+    "Xi Pi Sigma Upsilon Phi Psi Omega infty emptyset varnothing aleph beth gimel daleth hbar hslash ell wp Re Im "
+    "imath jmath i j partial nabla angle triangle top bot N Z Q R C H F reals natnums integers AA aa AE ae OE oe "
+    "O o L l ss checkmark diamondsuit heartsuit clubsuit spadesuit sin cos tan cot sec csc arcsin arccos arctan "
+    "sinh cosh tanh coth ln log lg exp det dim gcd ker max min sup inf lim arg deg lt gt le ge leq geq ne neq "
+    "leqslant geqslant ll gg equiv approx sim simeq cong propto in ni notin subset supset subseteq supseteq "
+    "parallel perp mid".split()
+)
+_OPERATORS = frozenset(
+    "+|~\u00ac\u00b1\u00d7\u00f7\u2044\u2052\u2211\u220f\u2210\u221a\u221b\u221c\u222b\u2212\u2213\u2214\u2215\u2217\u2218\u2219\u2223\u2225\u22c5\u22c6"
+)
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_BARE_BRACE = re.compile(r"[{}$~&]")
+_SINGLE = re.compile(r"\s*(?:\\[a-zA-Z]+|\\.|[^\s{}])")
+_EMPTY_SET = re.compile(r"\\\{\s*\\\}")
+_BLANK = frozenset("\u115f\u1160\u3164\uffa0")  # letters that print as white space
 
 
 def think_answer(completion: str) -> float:
@@ -52,24 +83,78 @@ def boxed(completion: str) -> float:
     tags = list(_THINK_TAGS.finditer(completion))
     if tags and (tags[-1].start() > boxes[0].start() or not re.match(r"<\s*/", tags[-1][0])):
         return 0.0
-    content = _braced(completion[boxes[0].end() :])
-    return float(content is not None and _says_something(_NOTHING.sub("", html.unescape(content))))
+    content, _ = _braced(completion, boxes[0].end())
+    return float(content is not None and _says_something(content))
 
 
-def _braced(text: str) -> str | None:
-    """What stands in the braces that a text begins with; None where there are none, or they are not closed."""
+def _braced(text: str, start: int) -> tuple[str | None, int]:
+    """What stands in the braces that begin at `start`, and where they end; None where none begin, or none is closed."""
+    if not text.startswith("{", start):
+        return None, start
     depth = 0
-    for sign in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+    for sign in _BRACE.finditer(text, start):
         depth += (sign[0] == "{") - (sign[0] == "}")
         if depth == 0:
-            return text[1 : sign.start()] if text[0] == "{" else None
-    return None
+            return text[start + 1 : sign.start()], sign.end()
+    return None, len(text)
 
 
 def _says_something(text: str) -> bool:
-    """Whether anything can be seen in a text, tags aside."""
-    seen = html.unescape(_ANY_TAG.sub("", text))
-    return any(unicodedata.category(sign)[0] not in "CZ" and sign not in _BLANK for sign in seen)
+    """Whether a letter, a digit or a mathematical sign is printed, tags aside. A lone operator says nothing."""
+    printed = _printed(html.unescape(_ANY_TAG.sub("", text)))
+    return bool(_EMPTY_SET.search(printed)) or any(map(_is_something, printed))
+
+
+def _is_something(sign: str) -> bool:
+    category = unicodedata.category(sign)
+    return (category[0] in "LN" and sign not in _BLANK) or (category == "Sm" and sign not in _OPERATORS)
+
+
+def _printed(text: str) -> str:
+    r"""A text as LaTeX prints it: commands that print nothing are left out, and x stands for one that prints a sign.
+
+    Of braces only \{ and \} are printed.
+    """
+    printed, start = list[str](), 0
+    while found := _COMMAND.search(text, start):
+        printed.append(_BARE_BRACE.sub("", text[start : found.start()]))
+        start = found.end()
+        name = found["name"] or ""
+        if name in _SIGNS:
+            printed.append("x")
+        elif found["sign"] in ("{", "}") or name in ("lbrace", "rbrace"):
+            printed.append("\\{" if "{" in found[0] or name == "lbrace" else "\\}")
+        elif name:
+            start = _behind_arguments(text, name, start)
+    return "".join([*printed, _BARE_BRACE.sub("", text[start:])])
+
+
+def _behind_arguments(text: str, name: str, start: int) -> int:
+    """Where that ends of a command which is not printed."""
+    if name in _LENGTHS and (length := _LENGTH.match(text, start)):
+        return length.end()
+    for _ in range(_HIDDEN.get(name, 0)):
+        start = _behind_options(text, start)
+        if name in _OPTIONAL_ONLY:
+            return start
+        content, start = _argument(text, start)
+        if name == "begin" and content.rstrip("*") in _COLUMNS:
+            start = _argument(text, _behind_options(text, start))[1]
+    return start
+
+
+def _behind_options(text: str, start: int) -> int:
+    found = _OPTION.match(text, start)
+    return found.end() if found else start
+
+
+def _argument(text: str, start: int) -> tuple[str, int]:
+    """An argument, in braces or a single sign, and where it ends."""
+    content, end = _braced(text, start)
+    if end > start:
+        return content or "", end
+    single = _SINGLE.match(text, start)
+    return (single[0], single.end()) if single else ("", start)
 
 
 def short(completion_ids: Sequence[int], budget: int = 512) -> float:

@@ -18,6 +18,28 @@ BLOCKS = "<think>\n{}\n</think>\n<answer>\n{}\n</answer>"
 EMPTY = ["", " ", "\n\t", "\u200b", "\xa0\u3000", "\u2800", "&nbsp;", "<b></b>", "<!-- so -->"]
 
 
+NOTHING = [  # what LaTeX prints as nothing, or as signs that say nothing
+    "{}", "~", "$$", r"\,", r"\ \quad", r"\text{}", r"\mathrm{ }", r"\phantom{4}", r"\left.\right.", r"\hspace{1cm}",
+    r"\emph{}", r"\operatorname{}", r"\ensuremath{}", r"\smash{}", r"\enspace", r"\label{x}", r"\color{red}",
+    r"\rule{0pt}{0pt}", r"\rule[1pt]{0pt}{0pt}", r"\underline{\hspace{2cm}}", r"\(\)", r"\[\]",
+    r"\begin{align}\end{align}", "%comment", "()", "...", "?", r"\begin{array}[t]{cc}\end{array}", r"\textcolor{red}{}",
+    r"\color[rgb]{1,0,0}", r"\phantom{\frac{1}{2}}", r"\phantom 4", r"\hskip 1em", r"\kern-3pt", r"\mkern3mu",
+    r"\vspace*{1cm}", r"\raisebox{2pt}{}", r"\makebox[2cm]{}", r"\hbox to 2cm{}", r"\frac{}{}", r"\sqrt{}",
+    r"\sqrt[3]{}", r"\overline{}", r"\mathbf{\text{}}", r"\displaystyle", r"\ldots", r"\relax", r"\par",
+    r"\mathstrut", r"\square", r"\\[2pt]", r"\href{http://x}{}", r"\fontsize{10}{12}", "[ ]", "\u2026", "\u25a1", "-",
+    "\u2014", "*", "_", "+", r"\pm", r"\times", "\u00d7", "\u2212", "!", r"\%", "&nbsp;", "% 4\n", r"\unknown{}",
+    r"{\bf }", r"\tag{1}", r"\ref{x}", r"\phantom{4",
+]  # fmt: skip
+SOMETHING = [
+    r"\emptyset", r"\{\}", r"\{ \}", r"\left\{\right\}", r"\infty", r"-\infty", r"\pi", r"\pi{}", r"\varnothing",
+    r"\text{A}", "A", "4", "-4", "x+1", "\u221e", "\u2205", "\u03c0", "\u4e00", r"\mathbb{R}", r"\R",
+    r"\textcolor{red}{4}", r"\color{red}4", r"\color{red}{4}", "50%", r"50\%", r"\begin{pmatrix}1\\2\end{pmatrix}",
+    r"\begin{array}{c}[4]\end{array}", r"\frac{1}{2}", r"\sqrt[3]{5}", r"\hbox{no}", r"\left[1\right]", r"\alpha_i",
+    r"\operatorname{cis}", r"\sin", "<", "=", r"\le", r"\%4", r"\phantom{4}5", r"\,x", r"\hskip 1em 4", r"4\\[2pt]",
+    r"\#4", r"\$4",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -65,6 +87,13 @@ def test_one_block_of_thought_at_the_beginning(text: str, expected: float) -> No
         (BLOCKS.format("So.", "4").upper(), 0.0),
         *((BLOCKS.format(nothing, "4"), 0.0) for nothing in EMPTY),
         *((BLOCKS.format("So.", nothing), 0.0) for nothing in EMPTY),
+        *((BLOCKS.format("So.", nothing), 0.0) for nothing in NOTHING),
+        *((BLOCKS.format("So.", something), 1.0) for something in SOMETHING),
+        *((BLOCKS.format("So.", rf"\boxed{{{nothing}}}"), 0.0) for nothing in NOTHING),
+        (BLOCKS.format("So.", r"\boxed{}"), 0.0),
+        (BLOCKS.format("So.", r"\boxed{ }"), 0.0),
+        (BLOCKS.format("So.", r"\boxed{4}"), 1.0),
+        (BLOCKS.format("...", "4"), 0.0),
     ],
 )
 def test_one_block_of_thought_and_one_of_the_answer(text: str, expected: float) -> None:
@@ -98,10 +127,8 @@ def test_one_block_of_thought_and_one_of_the_answer(text: str, expected: float) 
         (r"\boxed", 0.0),
         (r"\boxed{}4}", 0.0),
         *((rf"\boxed{{{nothing}}}", 0.0) for nothing in EMPTY),
-        *((rf"\boxed{{{nothing}}}", 0.0) for nothing in (
-            "{}", "~", "$$", r"\,", r"\ \quad", r"\text{}", r"\mathrm{ }", r"\phantom{4}", r"\left.\right.",
-            r"\hspace{1cm}",
-        )),
+        *((rf"\boxed{{{nothing}}}", 0.0) for nothing in NOTHING),
+        *((rf"\boxed{{{something}}}", 1.0) for something in SOMETHING),
     ],
 )  # fmt: skip
 def test_one_box_after_all_thinking(text: str, expected: float) -> None:
