@@ -61,7 +61,6 @@ from rlora.records import STATUSES, Case, RloraError, Score, Style
 from .source import Fields, Many, takes_messages
 
 _ANSWERS = ("solution", "solutions", "ground_truth", "answer", "answers", "label", "labels", "target")
-_LONGEST = 200  # characters of what an exception says
 
 
 @dataclass(frozen=True)
@@ -750,7 +749,7 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
 def _shown(value: Any) -> str:
     """A value in an error's text; of what may be large or strange only its type."""
     if isinstance(value, str):
-        return repr(value[:60])
+        return repr(value)  # whole: the worker cuts it, after it has veiled secrets
     return (
         repr(value)
         if value is None or isinstance(value, (bool, float))
@@ -759,9 +758,9 @@ def _shown(value: Any) -> str:
 
 
 def _said(error: BaseException) -> str:
-    """An exception's type and message."""
+    """An exception's type and message, whole: the worker cuts it, after it has veiled secrets."""
     try:
-        message = str(error)[:_LONGEST]
+        message = str(error)
     except Exception:  # of its own __str__
         message = ""
     return f"{type(error).__name__}: {message}".encode("utf-8", "backslashreplace").decode().strip()

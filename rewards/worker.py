@@ -33,6 +33,8 @@ CLOCK = struct.Struct("qqqdd")  # a call: number of its job, its own, its functi
 IDLE = (-1, -1, -1)
 COROUTINES = -2  # in place of a call's number: all those that are awaited at once
 ENV = -1  # in place of a function's number
+_SHORTEST = 5  # characters of a value that is no secret
+_LONGEST, _TAIL = 2000, 400  # characters of a message, and of these at its end
 _FLUSH = 0.02  # seconds after which what is done is sent, though more is to do
 _PR_SET_PDEATHSIG = 1
 
@@ -226,10 +228,27 @@ class _Worker:
 
 
 def _veiled(text: str, setup: Setup) -> str:
-    """A message without the values of variables that were handed on; what is shorter is no secret."""
-    for name, value in setup.environment.items():
-        text = text.replace(value, f"<{name}>") if len(value) > 5 else text
-    return text
+    """A message without the values of variables that were handed on, and then cut; what is shorter is no secret."""
+    secrets = {name: value for name, value in setup.environment.items() if len(value) > _SHORTEST}
+    forms = {form: name for name, value in secrets.items() for form in _forms(value) if len(form) > _SHORTEST}
+    for form in sorted(forms, key=len, reverse=True):
+        text = text.replace(form, f"<{forms[form]}>")
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - _TAIL]} [...] {text[-_TAIL:]}"
+
+
+def _forms(value: str) -> set[str]:
+    """How a value may stand in a message: as it is, stripped, and as repr(), ascii(), JSON or bytes show it."""
+    forms = {value, value.strip()}
+    for each in (value, value.strip()):
+        shown = {
+            repr(each)[1:-1],
+            ascii(each)[1:-1],
+            json.dumps(each)[1:-1],
+            json.dumps(each, ensure_ascii=False)[1:-1],
+        }
+        shown |= {repr(each + "'\"")[1:-4], repr(each.encode("utf-8", "surrogateescape"))[2:-1]}
+        forms |= shown | {repr(form)[1:-1] for form in shown} | {each.encode("utf-8", "backslashreplace").decode()}
+    return forms
 
 
 def _said(said: Any) -> str | list[dict[str, str]] | None:

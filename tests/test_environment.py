@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, ray_head
+from conftest import ROOT, case, ray_head
+from rlora.rewards import worker
+from rlora.rewards.styles import plug
+from rlora.rewards.worker import Setup
 
 from rlora.config import Config, read, validate
 from rlora.records import RloraError
@@ -51,6 +54,58 @@ def test_other_forms_are_refused_and_not_shown(given: object, config: MakeConfig
     with pytest.raises(RloraError, match=r"^scoring\.environment: give a list of names .*, without") as error:
         config(scoring={"environment": given})
     assert VALUE not in str(error.value)
+
+
+def raising(message: Callable[[str], object]) -> Callable[[str], float]:
+    def raises(completion: str) -> float:
+        raise ValueError(message(completion))
+
+    return raises
+
+
+@pytest.mark.parametrize(
+    "value",
+    [VALUE, "line one\nline two", "a \"b\" 'c' d", "back\\slash", "k\u00e9y-\udc80-secret", "ends so\n", "s" * 3000],
+)
+@pytest.mark.parametrize(
+    "message",
+    [
+        lambda value: value,
+        lambda value: "x" * 185 + value,
+        lambda value: "x" * 195 + value,
+        lambda value: f"{value!r}",
+        lambda value: repr([value, "it's"]),
+        lambda value: repr(f"'\"{value}"),
+        lambda value: repr(repr(value)),
+        ascii,
+        lambda value: json.dumps({"key": value}),
+        lambda value: repr(value.encode("utf-8", "surrogateescape")),
+        lambda value: "x" * 1500 + value * 20,
+        lambda value: "x" * 1590 + value,
+        lambda value: value + "x" * 390,
+        lambda value: "x" * 100_000 + value,
+    ],
+)
+def test_secrets_are_veiled_before_a_message_is_cut(value: str, message: Callable[[str], object]) -> None:
+    setup = Setup(environment={NAME: value, "OTHER": "x"})
+    (score,) = plug("mine.py:f", raising(message))(case(value), [0])
+    detail = worker._veiled(score.detail, setup)
+    assert len(detail) < 2100
+    assert "; mend it there" in detail
+    assert not [part for part in (value[:6], value[-6:].strip(), repr(value)[1:7], value[6:12]) if part in detail], (
+        detail
+    )
+
+
+def test_a_returned_text_is_no_place_for_a_secret() -> None:
+    value = "secret" * 20
+    (score,) = plug("mine.py:f", lambda completion: completion)(case(value), [0])
+    assert f"returned '<{NAME}>'; let it return" in worker._veiled(score.detail, Setup(environment={NAME: value}))
+
+
+def test_the_longer_secret_is_veiled_first() -> None:
+    setup = Setup(environment={"SHORT": "abcdef", "LONG": "abcdefghi"})
+    assert worker._veiled("abcdefghi abcdef abcde", setup) == "<LONG> <SHORT> abcde"
 
 
 SCORES = """
