@@ -82,7 +82,7 @@ def _selected(split: str, apart_from: str, path: str, name: str | None) -> Seque
     if not _IS_SPEC.search(split + apart_from):
         return _rows(Path(path), path, name, split)
     names = split_names(split)
-    _spans(split, dict.fromkeys(names, 100))  # what is wrong is told before anything is read
+    _spans(split, dict.fromkeys(names, 100))  # raises if the syntax is wrong, before any file is read
     if len(names) > 1 and (why := without_splits(path)):
         raise RloraError(f"{why}; name one")
     parts = {part: _rows(Path(path), path, name, part) for part in names}

@@ -9,9 +9,10 @@ import html
 import re
 
 _FUNCTIONS = "sin cos tan cot sec csc log ln exp cis arcsin arccos arctan lcm gcd".split()
+_CODES = r"Rs\.?|INR|USD|EUR|GBP|RMB|CNY|JPY|CHF|KRW"
 _CURRENCY = re.compile(
-    r"(?<![a-zA-Z\\])(?:Rs\.?|INR|USD|EUR|GBP|RMB|CNY|JPY|CHF|KRW)[\s~]*(?=\d)"
-    r"|\\text\s*\{\s*(?:Rs\.?|INR|USD|EUR|GBP|RMB|CNY|JPY|CHF|KRW|(?:US|AU|CA|HK|NZ|SG|R)\s?\\?\$)\s*\}[\s~]*(?=\d)"
+    rf"(?<![a-zA-Z\\])(?:{_CODES})[\s~]*(?=\d)"
+    rf"|\\text\s*\{{\s*(?:{_CODES}|(?:US|AU|CA|HK|NZ|SG|R)\s?\\?\$)\s*\}}[\s~]*(?=\d)"
     r"|\\(?:pounds|euro|yen)(?![a-zA-Z])(?:\{\})?"
 )
 _DASHED = re.compile(r"(?<=\d)\s*/-+\s*\Z")  # 350/- is 350 rupees

@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache, partial
-from itertools import islice
+from itertools import chain, islice
 from types import MappingProxyType
 from typing import Any
 
@@ -71,10 +71,9 @@ def same(one: Node, other: Node) -> bool:
     is_piecewise = any(part.data in _PIECEWISE for side in (one, other) for part in side.walk())
     decided: set[tuple[Fraction, ...]] = set()  # at other points each
     undecided = 0
-    assigned = [_assigned(names, whole, point) for point in range(_POINTS + _MORE)]
-    if is_piecewise:
-        assigned += _beside_kinks((one, other), whole, assigned[0])
-    for point, values in enumerate(assigned):
+    drawn = (_assigned(names, whole, point) for point in range(_POINTS + _MORE))
+    kinks = _beside_kinks((one, other), whole, _assigned(names, whole, 0)) if is_piecewise else ()
+    for point, values in enumerate(chain(drawn, kinks)):
         if point >= _POINTS and len(decided) >= _ENOUGH and not is_piecewise:
             break
         make = partial(_Evaluation, point % _POINTS, values)
