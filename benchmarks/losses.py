@@ -22,9 +22,9 @@ from peers import run, trl_python
 from rich.console import Console
 from rich.table import Table
 
-from rlora.algorithm import credit, learned_from, token_losses, weigher
-from rlora.batch import lesson, microbatches
 from rlora.config import AlgorithmConfig, validate
+from rlora.core.algorithm import credit, learned_from, token_losses, weigher
+from rlora.core.batch import lesson, microbatches
 from rlora.records import Episode, Group, Prompt
 
 MAX_TOKENS, PROMPTS, G = 12, 3, 4

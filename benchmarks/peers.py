@@ -37,8 +37,8 @@ from rich.table import Table
 from rlora import machine
 from rlora.config import Config, read
 from rlora.plugin import load
-from rlora.rollout import prompt_at
-from rlora.task import load_task
+from rlora.rollout.stream import prompt_at
+from rlora.rollout.task import load_task
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = Path(__file__).with_suffix(".toml")

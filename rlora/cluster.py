@@ -20,19 +20,19 @@ import ray
 from ray.exceptions import AuthenticationError, GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from rlora import machine
-from rlora.agent_loop import AgentLoop
 from rlora.config import Config
-from rlora.delivery import Fleet
-from rlora.learner import Learner
+from rlora.core.learner import Learner
+from rlora.engine.scratch import remove_leftovers
 from rlora.plugin import load
 from rlora.records import Adapter, Case, Engine, EngineLostError, Group, Proof, RloraError
-from rlora.rewards.worker import Turn
-from rlora.scoring import Scoring
-from rlora.scratch import remove_leftovers
-from rlora.task import Task, setup_of
+from rlora.rollout.fleet import Fleet
+from rlora.rollout.player import AgentLoop
+from rlora.rollout.task import Task, setup_of
+from rlora.scoring.scoring import Scoring
+from rlora.scoring.worker import Turn
 
-ENGINE = "rlora.engine:Engine"
-POOL = "rlora.rewards.isolation:Pool"
+ENGINE = "rlora.engine.vllm_engine:Engine"
+POOL = "rlora.scoring.pool:Pool"
 _PATIENCE = 30.0  # seconds until we say that Ray has found no place for an actor
 _START = 1800.0  # seconds in which an engine that replaces another has to be ready
 _ANSWER = 10.0  # seconds in which the head of a cluster has to take a connection
@@ -322,7 +322,7 @@ class _Crew:
         made = []
         for rank in range(learner.replicas):
             role = f"learner {rank}" if learner.replicas > 1 else "learner"
-            made.append(_Remote(role, *reserved, "rlora.learner:Learner", self.config, self.base, self.run))
+            made.append(_Remote(role, *reserved, "rlora.core.learner:Learner", self.config, self.base, self.run))
         self.remotes += made
         return made
 
