@@ -26,7 +26,8 @@ from typing import Any
 
 from rlora.plugin import at, load
 from rlora.records import Case, Prompt, RloraError, Score, Style, without_surrogates
-from rlora.scoring.signatures import Plug, plug
+from rlora.scoring.plug import Plug
+from rlora.scoring.signatures import plug
 
 CLOCK = struct.Struct("qqqdd")  # a call: number of its job, its own, its function's; its start, and its deadline in s
 IDLE = (-1, -1, -1)

@@ -616,8 +616,8 @@ def raises(completion: str, answer: int) -> float:
 @pytest.mark.parametrize(
     ("function", "detail"),
     [
-        (raises, r"test_styles\.py:\d+: f raised ZeroDivisionError: division by zero; mend it there"),
-        (lambda completion: float("nan"), r"test_styles\.py:\d+: f returned nan; let it return a finite number"),
+        (raises, r"test_signatures\.py:\d+: f raised ZeroDivisionError: division by zero; mend it there"),
+        (lambda completion: float("nan"), r"test_signatures\.py:\d+: f returned nan; let it return a finite number"),
         (lambda completion: "right", r"f returned 'right'; let it return .* one of correct, wrong"),
         (lambda completion: {"points": 1}, r"f returned a dict without \"score\""),
     ],
@@ -634,7 +634,7 @@ def test_the_innermost_line_of_the_users_own_file_is_named() -> None:
 
     (score,) = scores(calls, "a")
     line = calls.__code__.co_firstlineno + 1
-    assert re.search(rf"test_styles\.py:{line}: f raised (re\.)?(error|PatternError): ", score.detail)
+    assert re.search(rf"test_signatures\.py:{line}: f raised (re\.)?(error|PatternError): ", score.detail)
 
 
 def test_what_a_function_does_to_its_arguments_is_its_own_affair() -> None:
