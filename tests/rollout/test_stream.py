@@ -212,7 +212,7 @@ def raises(completions: list[str], answers: list[Any]) -> list[float]:
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        (raises, r"test_rollout\.py:\d+: f raised KeyError: 'boom'"),
+        (raises, r"test_stream\.py:\d+: f raised KeyError: 'boom'"),
         (lambda completions, answers: [float("nan"), 1.0], r"f returned nan; let it return a finite number"),
         (lambda completions, answers: [1.0], r"f returned .*1 .*2"),
         (lambda completions, answers: 1.0, r"f returned 1\.0"),
