@@ -9,8 +9,8 @@ import warnings
 
 import pytest
 
-from rlora.rewards import equivalence
 from rlora.rewards.equivalence import grade, math_answer
+from rlora.rewards.math import equivalence
 
 RIGHT = {
     "numbers": r"""

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from conftest import case
 
-from rlora.rewards import values
 from rlora.rewards.equivalence import grade
+from rlora.rewards.math import values
 from rlora.scoring.pool import Pool
 from rlora.scoring.worker import Setup
 

@@ -14,8 +14,8 @@ from conftest import ROOT, case, ray_head
 
 from rlora.config import Config, read, validate
 from rlora.records import RloraError
-from rlora.rewards import worker
 from rlora.rollout.task import setup_of
+from rlora.scoring import worker
 from rlora.scoring.signatures import plug
 from rlora.scoring.worker import Setup
 
