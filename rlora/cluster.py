@@ -20,7 +20,6 @@ import ray
 from ray.exceptions import AuthenticationError, GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from rlora import machine
-from rlora.config import Config
 from rlora.core.learner import Learner
 from rlora.engine.scratch import remove_leftovers
 from rlora.plugin import load
@@ -30,6 +29,7 @@ from rlora.rollout.player import AgentLoop
 from rlora.rollout.task import Task, setup_of
 from rlora.scoring.scoring import Scoring
 from rlora.scoring.worker import Turn
+from rlora.settings import Config
 
 ENGINE = "rlora.engine.vllm_engine:Engine"
 POOL = "rlora.scoring.pool:Pool"

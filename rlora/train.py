@@ -3,7 +3,6 @@
 from upath import UPath
 
 from rlora import cluster
-from rlora.config import Config
 from rlora.core.learner import refuse_to_go_on
 from rlora.records import Cursor
 from rlora.rollout.evaluate import evaluate
@@ -13,6 +12,7 @@ from rlora.run import directory
 from rlora.run.checkpoint import Bundle
 from rlora.run.resume import cursor_for, describe
 from rlora.run.writer import Saver
+from rlora.settings import Config
 from rlora.telemetry.metrics import Metrics
 
 

@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlora.config import Config, validate
+from rlora.config import validate
 from rlora.core.advantage import centred
 from rlora.core.batch import Lesson, lesson
 from rlora.core.lora import Bank
@@ -36,6 +36,7 @@ from rlora.records import Adapter, Case, Cursor, Episode, Group, Prompt
 from rlora.run import episodes
 from rlora.run.checkpoint import Bundle
 from rlora.run.directory import Origin
+from rlora.settings import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"

@@ -24,11 +24,11 @@ from upath import UPath
 import rlora.train
 from rlora import cluster, store
 from rlora.cli import main
-from rlora.config import Config
 from rlora.records import Cursor, Episode, Group, Prompt
 from rlora.rollout.fleet import FleetStats
 from rlora.rollout.stream import Collection
 from rlora.run import checkpoint
+from rlora.settings import Config
 
 RECORD: UPath | None = None
 PROMPTS, COMPLETIONS = 2, 4

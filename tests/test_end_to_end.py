@@ -26,11 +26,12 @@ from transformers import AutoConfig
 from upath import UPath
 
 from rlora import cluster
-from rlora.config import Config, read
+from rlora.config import read
 from rlora.records import Cursor, EngineLostError, Group
 from rlora.rollout.stream import Rollouts, prompt_at
 from rlora.rollout.task import load_task
 from rlora.run import checkpoint
+from rlora.settings import Config
 
 pytestmark = pytest.mark.vllm
 TOML = "launch/arithmetic.toml"

@@ -8,8 +8,8 @@ import pytest
 from conftest import ROOT
 
 FLOORS = [
-    {"records"}, {"plugin", "machine"}, {"config", "store"}, {"model"}, {"core", "scoring"}, {"engine", "rollout"},
-    {"telemetry"}, {"run"}, {"cluster"}, {"train"}, {"cli"}, {"__main__"},
+    {"records"}, {"plugin", "machine", "settings"}, {"config", "store"}, {"model"}, {"core", "scoring"},
+    {"engine", "rollout"}, {"telemetry"}, {"run"}, {"cluster"}, {"train"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 HOMES = {"vllm": {"engine"}, "ray": {"cluster"}, "numba": {"engine"}, "tyro": {"cli"}, "rich": {"cli", "telemetry"}}

@@ -7,11 +7,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from rlora.config import AlgorithmConfig
 from rlora.core.advantage import centred, generalised, leave_one_out, standardised, whitened
 from rlora.core.batch import Lesson, Microbatch
 from rlora.core.loss import clipped, clipped_weight, importance, kl, ratio_of, reinforce, sequence_log_ratio
 from rlora.records import Episode, Group
+from rlora.settings import AlgorithmConfig
 
 _SMALL = 16.0  # up to here float32 keeps 1e-6 of a reward, far below the addend of `whitened`
 _OF_A_GROUP = {"centred": centred, "standardised": standardised, "leave-one-out": leave_one_out}

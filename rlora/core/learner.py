@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 from upath import UPath
 
 from rlora import machine
-from rlora.config import Config, LearnerConfig
 from rlora.core import peft_format
 from rlora.core.algorithm import credit, learned_from, token_losses, weigher, whiten
 from rlora.core.batch import Lesson, Microbatch, alone, idle, lesson, microbatches, shares
@@ -32,6 +31,7 @@ from rlora.core.policy import CRITIC, Policy
 from rlora.core.sharding import shard
 from rlora.model.base import load_base, load_quantised
 from rlora.records import OFF, WHOLE_FILES, Adapter, Canary, Group, RloraError, UpdateStats
+from rlora.settings import Config, LearnerConfig
 
 _CANARY = 24  # tokens: one short prompt, and enough logprobs for a mean
 _OTHER_BASE = 0.2  # nats that a base's canary may move, mean over its tokens, between machines and kernels

@@ -8,8 +8,8 @@ import torch.distributed
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from rlora.config import Config, LearnerConfig
 from rlora.records import RloraError
+from rlora.settings import Config, LearnerConfig
 
 
 class Optimizer:

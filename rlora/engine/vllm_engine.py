@@ -24,7 +24,6 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.sampling_params import RequestOutputKind
 
 from rlora import machine
-from rlora.config import Config
 from rlora.engine import slots
 from rlora.engine.cpu import patches
 from rlora.engine.scratch import Scratch
@@ -45,6 +44,7 @@ from rlora.records import (
     Sampling,
     StaleError,
 )
+from rlora.settings import Config
 from rlora.store import write_adapter
 
 _Result = TypeVar("_Result")

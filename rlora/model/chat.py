@@ -5,9 +5,9 @@ from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
-from rlora.config import ChatConfig
 from rlora.model.template import MARK, Template
 from rlora.records import Messages, RloraError
+from rlora.settings import ChatConfig
 
 THINK = ("<think>", "</think>")  # as reward functions see a model's tags
 

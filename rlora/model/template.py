@@ -9,8 +9,8 @@ from typing import Any
 from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
-from rlora.config import ChatConfig
 from rlora.records import Messages, RloraError
+from rlora.settings import ChatConfig
 
 MARK = "\N{SYMBOL FOR RECORD SEPARATOR}"  # stands for a message, to find what a template puts around it
 _USER, _POLICY = {"role": "user", "content": MARK}, {"role": "assistant", "content": MARK}

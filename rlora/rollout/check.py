@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlora.config import Config
 from rlora.model.chat import Chat
 from rlora.plugin import at
 from rlora.records import Prompt, RewardError, RloraError
@@ -28,6 +27,7 @@ from rlora.rollout.golds import (
 from rlora.rollout.trial import Bench, Trial
 from rlora.scoring.pool import Pool
 from rlora.scoring.worker import names_of
+from rlora.settings import Config
 
 _SECONDS = 4.0  # after the first call; a slower reward is tried on fewer prompts
 _SHOWN = 3  # examples of a fault

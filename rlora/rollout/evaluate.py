@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from rlora.config import Config
 from rlora.records import Group, Prompt, RewardError, Sampling
 from rlora.rollout.fleet import Fleet, wait_for
 from rlora.rollout.player import AgentLoop
 from rlora.rollout.stream import sampling_of
+from rlora.settings import Config
 
 
 @dataclass(frozen=True)

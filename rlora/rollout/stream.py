@@ -9,10 +9,10 @@ from concurrent.futures import wait
 from dataclasses import dataclass
 from functools import lru_cache
 
-from rlora.config import Config
 from rlora.records import Adapter, Cursor, Group, InFlight, Prompt, RewardError, Sampling
 from rlora.rollout.fleet import Fleet, wait_for
 from rlora.rollout.player import AgentLoop, Flight
+from rlora.settings import Config
 
 
 @dataclass(frozen=True)

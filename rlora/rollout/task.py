@@ -11,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rlora.config import Config
 from rlora.model.base import context_length, load_tokenizer, locate, stop_token_ids, vocabulary_size
 from rlora.model.chat import Chat
 from rlora.plugin import at, load
@@ -19,6 +18,7 @@ from rlora.records import Messages, Prompt, RloraError, without_surrogates
 from rlora.rollout.check import Report, check
 from rlora.scoring.pool import Pool
 from rlora.scoring.worker import Setup
+from rlora.settings import Config
 
 
 @dataclass(frozen=True)

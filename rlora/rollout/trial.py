@@ -5,13 +5,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rlora.config import Config
 from rlora.model.chat import THINK, Chat
 from rlora.records import Episode, Group, Prompt, Score, without_surrogates
 from rlora.rollout.golds import ANSWERS, FORMS, Form, asked, asks_for, cut, opening
 from rlora.scoring.pool import Pool
 from rlora.scoring.scoring import as_case
 from rlora.scoring.worker import Turn
+from rlora.settings import Config
 
 _THOUGHT = "I think."
 

@@ -16,10 +16,11 @@ from typing import Any
 
 from upath import UPath
 
-from rlora.config import Config, validate
+from rlora.config import validate
 from rlora.records import ADAPTER_FILES, WHOLE_FILES, Adapter, Cursor, Group, InFlight, RloraError
 from rlora.run import episodes
 from rlora.run.directory import METRICS, Origin, warn, whole_lines
+from rlora.settings import Config
 from rlora.store import names, read_file
 
 BUNDLES = "bundles"  # the directory of a run's

@@ -19,8 +19,8 @@ import tomli_w
 from upath import UPath
 
 from rlora import machine
-from rlora.config import Config
 from rlora.records import Prompt, RewardError, RloraError
+from rlora.settings import Config
 from rlora.store import HALF, holds, names, read_file, remove, write_file, write_rows
 
 if TYPE_CHECKING:

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 from upath import UPath
 
-from rlora.config import Config
 from rlora.core import peft_format
 from rlora.records import ADAPTER_FILES, Adapter, Cursor
 from rlora.run.checkpoint import Bundle, bundle_path
 from rlora.run.directory import Origin, warn
+from rlora.settings import Config
 from rlora.store import names, write_directory
 
 if TYPE_CHECKING:

@@ -14,12 +14,12 @@ from threading import Event, Thread
 from upath import UPath
 
 from rlora import machine
-from rlora.config import Config
 from rlora.records import Adapter, Cursor, Group, RloraError, Saved
 from rlora.rollout.stream import Collection
 from rlora.run import episodes
 from rlora.run.checkpoint import BUNDLES, Bundle, Rewards, bundle_path, versions
 from rlora.run.directory import METRICS, Origin, warn, whole_lines
+from rlora.settings import Config
 from rlora.store import remove, remove_halves, write_directory, write_file
 
 

@@ -6,10 +6,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from rlora.config import ScoringConfig
 from rlora.records import Case, RloraError, Score
 from rlora.scoring.pool import Pool
 from rlora.scoring.worker import Setup
+from rlora.settings import ScoringConfig
 
 Row = dict[str, Any]
 

@@ -6,10 +6,10 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, Protocol
 
-from rlora.config import Config
 from rlora.model.chat import Chat
 from rlora.records import Case, Episode, Group, RewardError, Score
 from rlora.scoring.worker import Answered, Turn, names_of
+from rlora.settings import Config
 
 
 class Pool(Protocol):

@@ -16,10 +16,11 @@ from upath import UPath
 from rlora import __version__
 from rlora.cli.main import main
 from rlora.cli.overrides import parse_train
-from rlora.config import Config, read
+from rlora.config import read
 from rlora.rollout.task import load_task
 from rlora.run import directory, resume
 from rlora.run.checkpoint import Bundle, bundle_path
+from rlora.settings import Config
 from rlora.store import write_directory
 
 TOML = str(ROOT / "launch" / "arithmetic.toml")

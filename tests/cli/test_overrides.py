@@ -10,9 +10,10 @@ from conftest import ROOT
 from upath import UPath
 
 from rlora.cli.overrides import differences, parse_eval, parse_replay, parse_show, parse_train, split, with_changes
-from rlora.config import Config, read, validate
+from rlora.config import read, validate
 from rlora.records import RloraError
 from rlora.run.checkpoint import Bundle, bundle_path
+from rlora.settings import Config
 from rlora.store import write_directory
 
 TOML = str(ROOT / "launch" / "arithmetic.toml")

@@ -11,11 +11,12 @@ import pytest
 import torch
 from conftest import episode, group, lessons
 
-from rlora.config import AlgorithmConfig, validate
+from rlora.config import validate
 from rlora.core.advantage import centred, leave_one_out, standardised, whitened
 from rlora.core.algorithm import credit, episode_return, token_losses, weigher, whiten
 from rlora.core.batch import Lesson, lesson, microbatches
 from rlora.records import Episode, Group
+from rlora.settings import AlgorithmConfig
 
 MAX_TOKENS = 8
 

@@ -13,12 +13,12 @@ from peft import PeftModel
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from rlora.config import Config
 from rlora.core.learner import Learner, refuse_to_go_on
 from rlora.core.lora import Route
 from rlora.core.optimizer import auto_lr, scheduled_lr
 from rlora.core.peft_format import masters
 from rlora.records import OFF, Group, RloraError
+from rlora.settings import Config
 from rlora.store import write_adapter
 
 MakeConfig = Callable[..., Config]

@@ -10,11 +10,11 @@ import torch
 from conftest import TINY_CONFIGS, lessons, save_words, tiny_model
 from peft import PeftModel
 
-from rlora.config import Config
 from rlora.core.batch import Microbatch, microbatches
 from rlora.core.learner import Learner
 from rlora.records import OFF, Adapter, Group, Prompt, RloraError, Sampling
 from rlora.rollout.task import Task
+from rlora.settings import Config
 from rlora.store import write_adapter
 
 DENSE = sorted(name for name, config in TINY_CONFIGS.items() if "num_experts_per_tok" not in config)

@@ -10,11 +10,11 @@ import torch
 from conftest import TINY_CONFIGS, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from rlora.config import LearnerConfig
 from rlora.core.learner import first_adapter
 from rlora.core.lora import Bank, Spec
 from rlora.core.peft_format import decode, encode, fill, masters, plain, read
 from rlora.records import Adapter, RloraError
+from rlora.settings import LearnerConfig
 from rlora.store import write_adapter
 
 IDS = torch.randint(97, (2, 7), generator=torch.Generator().manual_seed(0))

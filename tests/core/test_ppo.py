@@ -9,13 +9,13 @@ import torch
 from conftest import episode, group, lessons, stir
 from transformers import AutoModelForCausalLM
 
-from rlora.config import Config
 from rlora.core.advantage import generalised
 from rlora.core.batch import Microbatch, lesson, microbatches
 from rlora.core.learner import Learner
 from rlora.core.lora import Route
 from rlora.core.policy import CRITIC
 from rlora.records import OFF, Group
+from rlora.settings import Config
 
 MakeConfig = Callable[..., Config]
 

@@ -10,12 +10,12 @@ from conftest import stir
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from rlora.config import Config
 from rlora.core.learner import Learner
 from rlora.core.lora import Bank, LoRALinear, Route, Spec
 from rlora.core.peft_format import masters
 from rlora.model.base import load_quantised
 from rlora.records import OFF, Group, RloraError
+from rlora.settings import Config
 
 MakeConfig = Callable[..., Config]
 FORMS = ["int8", "nf4"]

@@ -13,7 +13,6 @@ import torch
 from conftest import lessons, marked
 
 from rlora import cluster
-from rlora.config import Config
 from rlora.core.batch import microbatches
 from rlora.core.learner import Learner
 from rlora.core.peft_format import fill
@@ -21,6 +20,7 @@ from rlora.machine import adapter_directory
 from rlora.model.base import load_base
 from rlora.records import Adapter, Group, NotLoadedError, Prompt, Sampling
 from rlora.rollout.task import Task, load_task
+from rlora.settings import Config
 
 pytestmark = pytest.mark.vllm
 SAMPLING = Sampling(max_tokens=16, temperature=0.8, group_size=4)

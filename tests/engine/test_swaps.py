@@ -12,11 +12,11 @@ import torch
 from conftest import save_words, tiny_model
 
 from rlora import cluster
-from rlora.config import Config
 from rlora.core.learner import Learner
 from rlora.machine import adapter_directory, ram_directory
 from rlora.records import Prompt, Sampling
 from rlora.rollout.task import load_task
+from rlora.settings import Config
 
 pytestmark = pytest.mark.vllm
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from rlora.config import ChatConfig
 from rlora.model.base import load_tokenizer
 from rlora.model.chat import Chat
 from rlora.records import RloraError
+from rlora.settings import ChatConfig
 
 STOP = (2,)  # <|im_end|>
 

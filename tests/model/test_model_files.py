@@ -12,10 +12,10 @@ import torch
 from conftest import save_words
 from safetensors.torch import save_file
 
-from rlora.config import Config
 from rlora.model.base import load_tokenizer, locate
 from rlora.records import RloraError
 from rlora.rollout.task import load_task
+from rlora.settings import Config
 
 Files = dict[str, Any]
 AUTO_MAP = {"auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}

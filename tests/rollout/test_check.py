@@ -16,13 +16,14 @@ from conftest import NEEDS_SHARED, ROOT, SHARED
 
 from rlora.cli.main import main
 from rlora.cli.overrides import parse_check
-from rlora.config import Config, read
+from rlora.config import read
 from rlora.records import Case, RloraError, Score
 from rlora.rollout import task
 from rlora.rollout.check import Report
 from rlora.rollout.golds import faults_of_golds, written
 from rlora.scoring.pool import Pool
 from rlora.scoring.worker import Setup, load_plugs
+from rlora.settings import Config
 
 MakeConfig = Callable[..., Config]
 MATH, INTEGER = "rlora.rewards.equivalence:math_answer", "rlora.rewards.integer:integer_answer"

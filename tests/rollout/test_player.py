@@ -9,12 +9,12 @@ import torch
 from conftest import ROOT, lessons, marked
 
 from rlora import cluster
-from rlora.config import Config
 from rlora.core.batch import microbatches
 from rlora.core.learner import Learner
 from rlora.records import Episode, Group, Prompt
 from rlora.rollout.stream import sampling_of
 from rlora.rollout.task import load_task
+from rlora.settings import Config
 
 pytestmark = pytest.mark.vllm
 QUIZ = ROOT / "tests" / "quiz_env.py"

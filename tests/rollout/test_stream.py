@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlora.config import ChatConfig, Config, validate
+from rlora.config import validate
 from rlora.model.base import load_tokenizer
 from rlora.model.chat import Chat
 from rlora.records import Adapter, Case, Cursor, Episode, Group, InFlight, Prompt, RewardError, Sampling, Score
@@ -17,6 +17,7 @@ from rlora.rollout.task import Task
 from rlora.scoring.scoring import Scoring
 from rlora.scoring.signatures import plug
 from rlora.scoring.worker import Answered, Turn
+from rlora.settings import ChatConfig, Config
 
 PROMPTS = [Prompt("?", answer=number, token_ids=(number,)) for number in range(5)]
 

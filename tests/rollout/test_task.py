@@ -8,12 +8,13 @@ import pytest
 import torch
 from conftest import ROOT, case
 
-from rlora.config import Config, read
+from rlora.config import read
 from rlora.model.base import load_base, load_tokenizer, stop_token_ids
 from rlora.plugin import load
 from rlora.records import RloraError
 from rlora.rollout.task import load_task
 from rlora.scoring.signatures import plug
+from rlora.settings import Config
 
 MakeConfig = Callable[..., Config]
 

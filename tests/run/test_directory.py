@@ -10,10 +10,11 @@ import pytest
 from conftest import episode, group
 from upath import UPath
 
-from rlora.config import Config, read
+from rlora.config import read
 from rlora.records import Prompt, RewardError, RloraError
 from rlora.rollout.task import Task, load_task
 from rlora.run import directory
+from rlora.settings import Config
 
 
 @pytest.fixture

@@ -12,13 +12,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from upath import UPath
 
 from rlora.cli import main, overrides
-from rlora.config import Config, read
+from rlora.config import read
 from rlora.core.lora import Bank, Spec
 from rlora.core.peft_format import encode
 from rlora.records import WHOLE_FILES, Adapter, RloraError
 from rlora.run import directory
 from rlora.run.checkpoint import Bundle
 from rlora.run.export import card, export
+from rlora.settings import Config
 
 IDS = torch.tensor([[5, 6, 7]])
 

@@ -6,12 +6,12 @@ import pytest
 from conftest import adapter
 from upath import UPath
 
-from rlora.config import Config
 from rlora.records import Cursor
 from rlora.rollout.task import Task, load_task
 from rlora.run import directory
 from rlora.run.checkpoint import Bundle, bundle_path
 from rlora.run.history import past_runs
+from rlora.settings import Config
 from rlora.store import write_directory
 
 

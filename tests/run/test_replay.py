@@ -7,12 +7,12 @@ import pytest
 from conftest import ORIGIN, tiny_model, write_provenance
 from upath import UPath
 
-from rlora.config import Config
 from rlora.core.learner import Learner
 from rlora.records import Cursor, Group, RloraError
 from rlora.run import episodes
 from rlora.run.checkpoint import Bundle, bundle_path
 from rlora.run.replay import pairs, replay, updates
+from rlora.settings import Config
 from rlora.store import write_directory
 
 Run = tuple[Config, list[Bundle]]

@@ -16,11 +16,11 @@ from conftest import ORIGIN, ROOT, adapter, save_words
 from recorded_run import made_up
 from upath import UPath
 
-from rlora.config import Config
 from rlora.records import Adapter, Cursor, InFlight
 from rlora.run import checkpoint, resume
 from rlora.run.checkpoint import Bundle
 from rlora.run.directory import Origin
+from rlora.settings import Config
 from rlora.store import write_adapter
 
 SCRIPT = ROOT / "tests" / "recorded_run.py"

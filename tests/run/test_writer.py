@@ -16,11 +16,11 @@ import pytest
 from conftest import ORIGIN, adapter, episode, group
 from upath import UPath
 
-from rlora.config import Config
 from rlora.records import Cursor, Group, Prompt, RloraError
 from rlora.rollout.stream import Collection
 from rlora.run import checkpoint, writer
 from rlora.run.writer import Saver
+from rlora.settings import Config
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import pytest
 from conftest import ROOT
 
 from rlora import cluster
-from rlora.config import Config
 from rlora.core.learner import Learner
 from rlora.records import Cursor
 from rlora.rollout.fleet import Fleet
@@ -16,6 +15,7 @@ from rlora.rollout.stream import Rollouts
 from rlora.rollout.task import Task, load_task, setup_of
 from rlora.scoring.pool import Pool
 from rlora.scoring.scoring import Scoring
+from rlora.settings import Config
 
 pytestmark = pytest.mark.vllm
 BORROWED = ROOT / "tests" / "borrowed_rewards.py"

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, case, ray_head
 
-from rlora.config import Config, read, validate
+from rlora.config import read, validate
 from rlora.records import RloraError
 from rlora.rollout.task import setup_of
 from rlora.scoring import worker
 from rlora.scoring.signatures import plug
 from rlora.scoring.worker import Setup
+from rlora.settings import Config
 
 MakeConfig = Callable[..., Config]
 NAME, VALUE = "RLORA_TEST_KEY", "secret-7f3a"
