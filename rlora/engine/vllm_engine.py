@@ -13,10 +13,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any, TypeVar, cast
 
-from vllm import CompletionOutput, EngineArgs, LLMEngine, RequestOutput, SamplingParams
+from vllm import CompletionOutput, LLMEngine, RequestOutput, SamplingParams
 from vllm.inputs import TokensPrompt
 from vllm.logprobs import Logprob
 from vllm.lora.request import LoRARequest
@@ -25,7 +24,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from rlora import machine
 from rlora.engine import slots
-from rlora.engine.cpu import patches
+from rlora.engine.canary import distance, judged
 from rlora.engine.scratch import Scratch
 from rlora.model.base import has_experts
 from rlora.records import (
@@ -48,12 +47,6 @@ from rlora.settings import Config
 from rlora.store import write_adapter
 
 _Result = TypeVar("_Result")
-
-# How far a canary may be from the learner's, mean over its tokens: so many times as far as the base's own is, for the
-# two round in another order. A version's was 0.7 to 1.6 times as far on SmolLM2-135M in bf16. One that is nearer to the
-# base than to its own is taken for the base sooner.
-_NOISES, _NOISES_OF_THE_BASE = 10.0, 3.0
-_LEAST_NOISE = 1e-4  # nats; in fp32 the two agree to about 1e-5
 
 
 @dataclass(eq=False)
@@ -152,48 +145,7 @@ class Engine:
         return _known(None)
 
     def _build(self, config: Config, base: str, seed: int) -> LLMEngine:
-        settings = config.engine
-        ours = False  # vllm_cpu's parts
-        ranks_are_1 = config.learner.rank == 1 and not config.learner.start_from  # which may have a rank pattern
-        options: dict[str, Any] = {}
-        if not self.whole:
-            options |= {
-                "enable_lora": True,
-                "max_lora_rank": 1 if ranks_are_1 else 8,  # vLLM's buckets: rank 1, and 2..8 in one of 8
-                "enable_mixed_moe_lora_format": self.experts,  # PEFT's: experts fused, as transformers has them
-                "max_loras": self.slots,
-                "max_cpu_loras": self.slots,
-            }
-        if machine.device().type == "cpu":
-            if self.experts:
-                raise RloraError(
-                    f"model = {config.model!r}: vLLM's CPU build can't serve adapters over experts (its only backend "
-                    "for them has none), nor is it sure to reload their weights; use a dense model here, or a GPU"
-                )
-            ours = patches.install(config.learner.head or bool(config.learner.start_from))
-            options["enforce_eager"] = True  # as vLLM does by itself with adapters; compiling takes minutes
-            options["block_size"] = 32  # its smallest; with 128 the completions of a short prompt share nothing
-        if settings.tensor_parallel_size == 1:
-            options["distributed_executor_backend"] = "uni"  # in this process; others spin beside the learner
-        llm = LLMEngine.from_engine_args(
-            EngineArgs(
-                model=base,
-                dtype=config.dtype,
-                max_model_len=config.max_model_len,
-                max_num_seqs=settings.max_num_seqs + 1,  # the canary
-                seed=seed,
-                logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
-                generation_config="vllm",  # the model's own sampling defaults stay out
-                tensor_parallel_size=settings.tensor_parallel_size,
-                gpu_memory_utilization=settings.gpu_memory_utilization,
-                disable_log_stats=True,
-                use_tqdm_on_load=False,
-                **options,
-            )
-        )
-        if ours and not self.whole:
-            llm.apply_model(patches.lay_out)
-        return llm
+        return build(config, base, seed, self.slots, self.whole, self.experts)
 
     # --- what callers promise, and the thread that keeps it ---
 
@@ -350,7 +302,7 @@ class Engine:
         try:
             digest = self._compare(held, path)
             if canary:
-                self.noise = _distance(base, canary.base_logprobs)
+                self.noise = distance(base, canary.base_logprobs)
                 self._judge(adapter, self._ask(canary, held.request), base)
                 held.verdict = _known(None)
         except DeliveryError:
@@ -401,16 +353,9 @@ class Engine:
     def _judge(self, adapter: Adapter, logprobs: list[float], base: list[float] | None = None) -> None:
         """Raise DeliveryError where the canary's logprobs are not the learner's, or the base's where it is the base."""
         assert adapter.canary
-        self.canary = off = _distance(logprobs, adapter.canary.logprobs)
-        nearer_to_base = off > _distance(logprobs, adapter.canary.base_logprobs)
-        bound = (_NOISES_OF_THE_BASE if nearer_to_base else _NOISES) * max(self.noise or 0.0, _LEAST_NOISE)
-        if not off <= bound:
-            error = f"the canary is {off:.2g} nats off the learner's, and {bound:.2g} is the most it may be"
-        elif base and adapter.canary.logprobs == adapter.canary.base_logprobs and logprobs != base:
-            error = f"it is the base, and the canary is {_distance(logprobs, base):.2g} nats off the base's"
-        else:
-            return
-        raise DeliveryError(f"adapter {adapter.name}: the engine does not serve it: {error}")
+        self.canary, error = judged(adapter.canary, logprobs, self.noise or 0.0, base)
+        if error:
+            raise DeliveryError(f"adapter {adapter.name}: the engine does not serve it: {error}")
 
     def _ask(self, canary: Canary, request: LoRARequest | None) -> list[float]:
         """What the canary gives; whatever else is in flight goes on meanwhile."""
@@ -471,10 +416,6 @@ def _prompt_logprobs(output: RequestOutput) -> list[float]:
     """Of each prompt token but the first."""
     tokens, entries = cast(list[int], output.prompt_token_ids), cast(list[dict[int, Logprob]], output.prompt_logprobs)
     return [entry[token].logprob for token, entry in zip(tokens[1:], entries[1:], strict=True)]
-
-
-def _distance(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    return fmean(abs(one - other) for one, other in zip(ours, theirs, strict=True))
 
 
 def _pack_head(model: Any) -> None:
