@@ -3,6 +3,7 @@
 from typing import Any
 
 from vllm import EngineArgs, LLMEngine
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from rlora import machine
 from rlora.engine.cpu import patches
@@ -54,3 +55,10 @@ def build(config: Config, base: str, seed: int, slots: int, whole: bool, experts
     if ours and not whole:
         llm.apply_model(patches.lay_out)
     return llm
+
+
+def pack_head(model: Any) -> None:
+    """A head that is tied to the embeddings is left out of a reload; its copy in a kernel's own layout is of before."""
+    for head in model.modules():
+        if isinstance(head, ParallelLMHead):
+            head.quant_method.process_weights_after_loading(head)

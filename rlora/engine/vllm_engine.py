@@ -13,18 +13,18 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
-from vllm import CompletionOutput, LLMEngine, RequestOutput, SamplingParams
+from vllm import LLMEngine, RequestOutput, SamplingParams
 from vllm.inputs import TokensPrompt
-from vllm.logprobs import Logprob
 from vllm.lora.request import LoRARequest
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.sampling_params import RequestOutputKind
 
 from rlora import machine
 from rlora.engine import slots
+from rlora.engine.building import build, pack_head
 from rlora.engine.canary import distance, judged
+from rlora.engine.outputs import episode_of, prompt_logprobs
 from rlora.engine.scratch import Scratch
 from rlora.model.base import has_experts
 from rlora.records import (
@@ -34,7 +34,6 @@ from rlora.records import (
     DeliveryError,
     EngineLostError,
     EngineStats,
-    Episode,
     Group,
     NotLoadedError,
     Prompt,
@@ -234,7 +233,7 @@ class Engine:
             def settle(output: Future[RequestOutput], verdict: Future[None]) -> None:
                 with _errors_to(sampled):
                     verdict.result()
-                    episodes = tuple(_episode(completion, version) for completion in output.result().outputs)
+                    episodes = tuple(episode_of(completion, version) for completion in output.result().outputs)
                     sampled.set_result(Group(prompt, episodes))
 
             if held:
@@ -253,7 +252,7 @@ class Engine:
 
         def judge(answer: Future[RequestOutput]) -> None:
             with _errors_to(verdict):
-                self._judge(held.adapter, _prompt_logprobs(answer.result()))
+                self._judge(held.adapter, prompt_logprobs(answer.result()))
                 verdict.set_result(None)
             self._release(held)
 
@@ -319,7 +318,7 @@ class Engine:
         """Have vLLM read what lies at `path`."""
         if self.whole:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
-            self.llm.apply_model(_pack_head)
+            self.llm.apply_model(pack_head)
             if not self.llm.reset_prefix_cache():  # its keys and values are of the weights before
                 raise DeliveryError(f"version {adapter.name}: vLLM's prefix cache keeps what the weights before made")
             return None
@@ -362,7 +361,7 @@ class Engine:
         answer = self._send_canary(canary, request)
         while not answer.done():
             self._step()
-        return _prompt_logprobs(answer.result())
+        return prompt_logprobs(answer.result())
 
     def _send_canary(self, canary: Canary, request: LoRARequest | None) -> Future[RequestOutput]:
         return self._submit(canary.token_ids, request, None, max_tokens=1, prompt_logprobs=0)
@@ -410,25 +409,6 @@ def _known(value: _Result) -> Future[_Result]:
     future: Future[_Result] = Future()
     future.set_result(value)
     return future
-
-
-def _prompt_logprobs(output: RequestOutput) -> list[float]:
-    """Of each prompt token but the first."""
-    tokens, entries = cast(list[int], output.prompt_token_ids), cast(list[dict[int, Logprob]], output.prompt_logprobs)
-    return [entry[token].logprob for token, entry in zip(tokens[1:], entries[1:], strict=True)]
-
-
-def _pack_head(model: Any) -> None:
-    """A head that is tied to the embeddings is left out of a reload; its copy in a kernel's own layout is of before."""
-    for head in model.modules():
-        if isinstance(head, ParallelLMHead):
-            head.quant_method.process_weights_after_loading(head)
-
-
-def _episode(completion: CompletionOutput, version: int) -> Episode:
-    entries = cast(list[dict[int, Logprob]], completion.logprobs)
-    logprobs = tuple(entry[token].logprob for token, entry in zip(completion.token_ids, entries, strict=True))
-    return Episode(tuple(completion.token_ids), logprobs, str(completion.finish_reason), version)
 
 
 def seed_of(*identity: int) -> int:
