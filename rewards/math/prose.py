@@ -209,7 +209,7 @@ def _last_number(text: str, numbers: list[re.Match[str]]) -> str | None:
         ):
             break
         start = before.start()
-    behind = _IN_TEXT.sub(" ", text[last.end() :])
+    behind = _IN_TEXT.sub(" ", text[last.end() :].lstrip(")]}$"))
     if _NOT.search(text[:start][-30:]) or _CHANGED.match(behind):
         return None
     return re.sub(r"\s*\n\s*", ", ", text[start : last.end()].replace("**", "") + _times(behind))
