@@ -3,10 +3,10 @@
     python benchmarks/attack.py [--pairs 200000] [--paid paid.jsonl] [--seed 0]
     python benchmarks/attack.py --structural [--every 1] [--paid paid.jsonl]
 
-The first grades random pairs from the labelled answers in `../shared/graders` and `tests/cases` and from the golds of
-MATH train, with mutations of their text (`tests/attacks.py`). The second makes some hundred changes of each gold of
-MATH train (`--every` n-th) that change its value: sign, order, one member, multiplicity, a function around it, another
-left side, an end, a word (`tests/changes.py`). Both use two processes.
+The first grades random pairs from the labelled answers in `../shared/graders` and `tests/rewards/cases` and from the
+golds of MATH train, with mutations of their text (`tests/rewards/attacks.py`). The second makes some hundred changes of
+each gold of MATH train (`--every` n-th) that change its value: sign, order, one member, multiplicity, a function around
+it, another left side, an end, a word (`tests/rewards/changes.py`). Both use two processes.
 
 Each prints what raises, what times out and, grouped by kind of change, what is paid; `--paid` writes the paid pairs
 whose texts differ to a file, to be read by hand. The last line is a JSON object: `pairs`, `exceptions`, `timeouts`,
@@ -25,11 +25,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rlora.rewards.answer import find_gold
 from rlora.rewards.equivalence import grade
+from rlora.rewards.math.answer import find_gold
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "tests"))
+sys.path.append(str(ROOT / "tests" / "rewards"))
 _CHUNK = 1000
 _SHOWN = 5  # of each kind
 Attack = tuple[str, str, str]  # kind, gold and prediction
@@ -55,7 +55,7 @@ def main() -> None:
         attacks = changed(chosen)
         figures["golds"] = len(chosen)
     else:
-        texts = [*answers([options.shared / "graders", ROOT / "tests" / "cases"]), *golds(options.shared)]
+        texts = [*answers([options.shared / "graders", ROOT / "tests" / "rewards" / "cases"]), *golds(options.shared)]
         attacks = (("mutation", *pair) for pair in mutated_pairs(texts, options.pairs, options.seed))
     figures |= run(attacks, options.paid)
     print(json.dumps(figures))

@@ -50,15 +50,17 @@ from vllm.inputs import TokensPrompt
 from vllm.lora.request import LoRARequest
 from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
 
-from rlora import cluster, engine, machine, peft_format
-from rlora.base import DEMO
+from rlora import cluster, machine
 from rlora.config import validate
-from rlora.delivery import Fleet, Request, wait_for
-from rlora.learner import Learner
-from rlora.lora import matrices
+from rlora.core import peft_format
+from rlora.core.learner import Learner
+from rlora.core.lora import matrices
+from rlora.engine import vllm_engine
+from rlora.model.base import DEMO
 from rlora.records import OFF, Adapter, Sampling
-from rlora.storage import write_adapter
-from rlora.task import Task, load_task
+from rlora.rollout.fleet import Fleet, Request, wait_for
+from rlora.rollout.task import Task, load_task
+from rlora.store import write_adapter
 
 PROMPTS, SAMPLING = 16, Sampling(max_tokens=32, group_size=8)
 LR = 5e-4  # of the step between two versions
@@ -116,7 +118,7 @@ def main() -> None:
 # --- in the engine's actor ---
 
 
-class Probe(engine.Engine):
+class Probe(vllm_engine.Engine):
     """An engine that also says how long its steps were, and what it holds."""
 
     def __init__(self, *made_of: Any) -> None:
@@ -163,10 +165,10 @@ class StockOp(Probe):
 
     def _build(self, *made_of: Any) -> Any:
         def without_the_product(head: bool) -> bool:
-            TopKTopPSampler.forward_cpu = engine.vllm_cpu.draw
+            TopKTopPSampler.forward_cpu = vllm_engine.vllm_cpu.draw
             return False
 
-        engine.vllm_cpu.install = without_the_product
+        vllm_engine.vllm_cpu.install = without_the_product
         return super()._build(*made_of)
 
 

@@ -5,7 +5,7 @@
     python benchmarks/gpu.py --parts correct speed --sizes 0.6b --seconds 200
 
 Neither vLLM nor Ray is needed, nor a network: the models have random weights. Beside torch, transformers, safetensors
-and PEFT it needs what `rlora.learner` imports (pydantic, universal-pathlib). No part begins after `--seconds`.
+and PEFT it needs what `rlora.core.learner` imports (pydantic, universal-pathlib). No part begins after `--seconds`.
 
 - correct: one update on the CPU in fp32 (the reference) and bf16, and on the device in fp32, in bf16, and with
   checkpointing: logprobs, loss and gradients. In bf16 a device may be about as far off as the CPU's bf16 is.
@@ -43,10 +43,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
-from rlora import attention
-from rlora.batch import lesson, microbatches
 from rlora.config import validate
-from rlora.learner import Learner
+from rlora.core import attention
+from rlora.core.batch import lesson, microbatches
+from rlora.core.learner import Learner
 from rlora.records import Episode, Group, Prompt
 
 SIZES: dict[str, dict[str, Any]] = {  # shapes of Qwen3
@@ -222,7 +222,7 @@ def learner_over(model: PreTrainedModel, bench: Bench, **settings: Any) -> Learn
         }
     )  # fmt: skip
     with (
-        mock.patch("rlora.learner.load_base", return_value=model),
+        mock.patch("rlora.core.learner.load_base", return_value=model),
         mock.patch("rlora.machine.device", return_value=model.device),
     ):
         return Learner(config, "random weights", "benchmark")

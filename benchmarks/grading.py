@@ -4,8 +4,9 @@
 
 Prints a table and, as its last line, a JSON object: errors of both on the unflagged rows of each file (`ours`,
 `math_verify`; math-verify as `verify(parse(gold), parse(prediction))`, the gold in dollars where it has none), and the
-same on rows of reported kinds (`new_ours`, `new_math_verify`; `../shared/reports`, `tests/cases/reported.jsonl`);
-`microseconds_fast`, of a pair that the fast path decides, a completion of a few hundred characters; `pairs_per_minute`
+same on rows of reported kinds (`new_ours`, `new_math_verify`; `../shared/reports` and
+`tests/rewards/cases/reported.jsonl`); `microseconds_fast`, of a pair that the fast path decides, a completion of a few
+hundred characters; `pairs_per_minute`
 of `--pairs` rows, hostile ones among them, through two worker processes as `rlora grade` runs them, and the same of
 math-verify in one process (`math_verify_pairs_per_minute`); `soak` of so many pairs: processes left behind, and MiB by
 which this process and its workers grew after the first tenth.
@@ -27,14 +28,14 @@ from typing import Any
 import psutil
 from rich.console import Console
 from rich.table import Table
-from rlora.rewards.equivalence import grade
-from rlora.rewards.isolation import Pool
-from rlora.rewards.worker import Setup
 
 from rlora.records import Case
+from rlora.rewards.equivalence import grade
+from rlora.scoring.pool import Pool
+from rlora.scoring.worker import Setup
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "tests"))
+sys.path.append(str(ROOT / "tests" / "rewards"))
 UNIT_EXEMPT = {"gsm8k_model_outputs", "qwen_math_outputs", "math500_derived"}
 Pair = tuple[str, str]
 
@@ -52,7 +53,10 @@ def main() -> None:
     logging.disable(logging.CRITICAL)  # math-verify tells of each pair that it can't read
     rows = read(options.graders)
     figures: dict[str, Any] = errors(rows)
-    reported = [options.graders.parent / "reports" / "rewards.jsonl", ROOT / "tests" / "cases" / "reported.jsonl"]
+    reported = [
+        options.graders.parent / "reports" / "rewards.jsonl",
+        ROOT / "tests" / "rewards" / "cases" / "reported.jsonl",
+    ]
     new = errors([row for file in reported if file.is_file() for row in rows_of(file)])
     figures |= {f"new_{name}": new[name] for name in ("ours", "math_verify", "ratio")}
     figures["microseconds_fast"] = fast([row for row in rows if row["file"] == "gsm8k_model_outputs"])

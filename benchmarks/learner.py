@@ -38,14 +38,15 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from rlora.base import DEMO, locate
-from rlora.batch import lesson, microbatches
-from rlora.config import Config, validate
-from rlora.learner import Learner
-from rlora.lora import Spec
-from rlora.loss import reinforce
-from rlora.policy import Policy
+from rlora.config import validate
+from rlora.core.batch import lesson, microbatches
+from rlora.core.learner import Learner
+from rlora.core.lora import Spec
+from rlora.core.loss import reinforce
+from rlora.core.policy import Policy
+from rlora.model.base import DEMO, locate
 from rlora.records import Episode, Group, Prompt
+from rlora.settings import Config
 
 COMPARED = {
     "short": (40, 32, 8),

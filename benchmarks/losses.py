@@ -22,10 +22,11 @@ from peers import run, trl_python
 from rich.console import Console
 from rich.table import Table
 
-from rlora.algorithm import credit, learned_from, token_losses, weigher
-from rlora.batch import lesson, microbatches
-from rlora.config import AlgorithmConfig, validate
+from rlora.config import validate
+from rlora.core.algorithm import credit, learned_from, token_losses, weigher
+from rlora.core.batch import lesson, microbatches
 from rlora.records import Episode, Group, Prompt
+from rlora.settings import AlgorithmConfig
 
 MAX_TOKENS, PROMPTS, G = 12, 3, 4
 # rlora's settings, and TRL's for the same

@@ -35,10 +35,11 @@ from rich.console import Console
 from rich.table import Table
 
 from rlora import machine
-from rlora.config import Config, read
+from rlora.config import read
 from rlora.plugin import load
-from rlora.rollout import prompt_at
-from rlora.task import load_task
+from rlora.rollout.stream import prompt_at
+from rlora.rollout.task import load_task
+from rlora.settings import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = Path(__file__).with_suffix(".toml")

@@ -1,3 +1,3 @@
-from rlora.cli import main
+from rlora.cli.main import main
 
 main()

@@ -247,6 +247,14 @@ class UpdateStats:
 
 
 @dataclass(frozen=True)
+class Saved:
+    """What the last bundle that was written cost."""
+
+    seconds: float  # on the thread that writes
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How one batch is sampled. Only the temperature shapes the distribution: the learner has to know it."""
 

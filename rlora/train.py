@@ -2,30 +2,31 @@
 
 from upath import UPath
 
-from rlora import cluster, runs
-from rlora.checkpoint import Bundle
-from rlora.config import Config
-from rlora.evaluate import evaluate
-from rlora.learner import refuse_to_go_on
-from rlora.metrics import Metrics
+from rlora import cluster
+from rlora.core.learner import refuse_to_go_on
 from rlora.records import Cursor
-from rlora.resume import cursor_for, describe
-from rlora.rollout import Rollouts
-from rlora.saving import Saver
-from rlora.task import Task
+from rlora.rollout.evaluate import evaluate
+from rlora.rollout.stream import Rollouts
+from rlora.rollout.task import Task
+from rlora.run import directory
+from rlora.run.checkpoint import Bundle
+from rlora.run.resume import cursor_for, describe
+from rlora.run.writer import Saver
+from rlora.settings import Config
+from rlora.telemetry.metrics import Metrics
 
 
 def train(config: Config, task: Task, run: UPath, start: Bundle | None = None) -> None:
     """prompts -> groups -> rewards -> advantages -> adapter -> swap. That is the whole framework.
 
-    `run` is the directory that `runs.create` made, `start` the bundle to go on from. What the loop leaves there:
+    `run` is the directory that `directory.create` made, `start` the bundle to go on from. What the loop leaves there:
     bundles/<version>/, all that a run goes on from, with its adapter in PEFT's format; metrics.jsonl, a line a step;
     summary.json.
     """
-    origin = runs.Origin.here(run, task)
+    origin = directory.Origin.here(run, task)
     version = start.version if start else 0
     with (
-        runs.keeping_unscored(run),
+        directory.keeping_unscored(run),
         Saver(run, config, origin, start) as saver,
         cluster.start(config, task, run.name, version) as (learner, fleet, loop),
         Metrics(config.steps) as metrics,
@@ -38,19 +39,19 @@ def train(config: Config, task: Task, run: UPath, start: Bundle | None = None) -
             fleet.swap(adapter)
             result = evaluate(config, task.held_out, fleet, loop)
             figures = {f"accuracy/{when}": result.accuracy, f"reward/{when}": result.reward}
-            runs.summarise(run, figures | {"accuracy/prompts": len(task.held_out)})
+            directory.summarise(run, figures | {"accuracy/prompts": len(task.held_out)})
 
-        runs.keep_config(run, config)  # now that all of it is found to work
+        directory.keep_config(run, config)  # now that all of it is found to work
         if not start:
             saver.save(adapter, learner.state(), Cursor())
-        if adapter.version == origin.first and "accuracy/before" not in runs.summary(run):
+        if adapter.version == origin.first and "accuracy/before" not in directory.summary(run):
             measure("before")
 
         cursor = cursor_for(config, start, origin) if start else Cursor()
         rollouts = Rollouts(config, task.prompts, fleet, loop, cursor)
         metrics.start(adapter.version, fleet.stats())
         for step in range(adapter.version, config.steps):
-            fleet.resize(runs.wanted_engines(run) or config.engine.replicas)
+            fleet.resize(directory.wanted_engines(run) or config.engine.replicas)
             with metrics.timed("swap"):
                 proofs = fleet.swap(adapter)
             # max_staleness 0 is on policy; 1 has the next step's prompts sampled while the learner updates
@@ -63,4 +64,4 @@ def train(config: Config, task: Task, run: UPath, start: Bundle | None = None) -
                 saver.save(adapter, learner.state(), rollouts.cursor, collection, line)
             refuse_to_go_on(config, update)
         measure("after")
-        runs.summarise(run, describe(run, adapter) | metrics.totals())
+        directory.summarise(run, describe(run, adapter) | metrics.totals())

@@ -27,15 +27,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlora import episodes
-from rlora.advantage import centred
-from rlora.base import DEMO, locate
-from rlora.batch import Lesson, lesson
-from rlora.checkpoint import Bundle
-from rlora.config import Config, validate
-from rlora.lora import Bank
+from rlora.config import validate
+from rlora.core.advantage import centred
+from rlora.core.batch import Lesson, lesson
+from rlora.core.lora import Bank
+from rlora.model.base import DEMO, locate
 from rlora.records import Adapter, Case, Cursor, Episode, Group, Prompt
-from rlora.runs import Origin
+from rlora.run import episodes
+from rlora.run.checkpoint import Bundle
+from rlora.run.directory import Origin
+from rlora.settings import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"

@@ -12,10 +12,10 @@ import safetensors.torch
 import torch
 from vllm.lora.request import LoRARequest
 
-import rlora.engine
-from rlora.engine import Engine
+import rlora.engine.vllm_engine
+from rlora.engine.vllm_engine import Engine
 from rlora.records import Adapter
-from rlora.storage import write_adapter
+from rlora.store import write_adapter
 
 
 class FaultyEngine(Engine):

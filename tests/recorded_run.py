@@ -22,11 +22,13 @@ from typing import Any
 from upath import UPath
 
 import rlora.train
-from rlora import checkpoint, cli, cluster, storage
-from rlora.config import Config
-from rlora.delivery import FleetStats
+from rlora import cluster, store
+from rlora.cli import main
 from rlora.records import Cursor, Episode, Group, Prompt
-from rlora.rollout import Collection
+from rlora.rollout.fleet import FleetStats
+from rlora.rollout.stream import Collection
+from rlora.run import checkpoint
+from rlora.settings import Config
 
 RECORD: UPath | None = None
 PROMPTS, COMPLETIONS = 2, 4
@@ -82,7 +84,7 @@ def learner_alone(config: Config, task: Any, run: str, version: int) -> Iterator
 
 def die_at(count: int) -> None:
     """Kill this process in the middle of its so-manieth write."""
-    write, settle, rmtree = storage._write, storage._settle, shutil.rmtree
+    write, settle, rmtree = store._write, store._settle, shutil.rmtree
     left = count
 
     def dies() -> bool:
@@ -107,8 +109,8 @@ def die_at(count: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         rmtree(directory)
 
-    storage._write, storage._settle = faulty_write, faulty_settle
-    storage.shutil = SimpleNamespace(rmtree=faulty_rmtree)  # type: ignore[attr-defined, assignment]
+    store._write, store._settle = faulty_write, faulty_settle
+    store.shutil = SimpleNamespace(rmtree=faulty_rmtree)  # type: ignore[attr-defined, assignment]
 
 
 if __name__ == "__main__":
@@ -119,4 +121,4 @@ if __name__ == "__main__":
     if fault:
         die_at(int(fault[0]))
     sys.argv = ["rlora", "train", config, "--resume", run]
-    cli.main()
+    main.main()

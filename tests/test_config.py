@@ -7,9 +7,10 @@ import pytest
 import tomli_w
 from conftest import ROOT
 
-from rlora.config import Config, read, refuse_unlearnable, validate
+from rlora.config import read, refuse_unlearnable, validate
 from rlora.plugin import load
 from rlora.records import RloraError
+from rlora.settings import Config
 
 MINIMAL = {"model": "m", "env": "a:B", "reward": "c:d"}
 

@@ -25,11 +25,13 @@ from conftest import NEEDS_SHARED, ROOT, SHARED
 from transformers import AutoConfig
 from upath import UPath
 
-from rlora import checkpoint, cluster
-from rlora.config import Config, read
+from rlora import cluster
+from rlora.config import read
 from rlora.records import Cursor, EngineLostError, Group
-from rlora.rollout import Rollouts, prompt_at
-from rlora.task import load_task
+from rlora.rollout.stream import Rollouts, prompt_at
+from rlora.rollout.task import load_task
+from rlora.run import checkpoint
+from rlora.settings import Config
 
 pytestmark = pytest.mark.vllm
 TOML = "launch/arithmetic.toml"
@@ -326,7 +328,7 @@ def test_a_run_outlives_its_engines_its_learners_and_its_scorers(
         engine={"replicas": 2, "kv_cache_gib": 1, "straggler_seconds": 300.0},
     )  # fmt: skip
     task = load_task(small)
-    monkeypatch.setattr(cluster, "ENGINE", f"{Path(__file__).with_name('faulty_engine.py')}:MortalEngine")
+    monkeypatch.setattr(cluster, "ENGINE", f"{ROOT / 'tests' / 'faulty_engine.py'}:MortalEngine")
     killed: set[int] = set()
 
     def kill_learner(remote: Any) -> None:

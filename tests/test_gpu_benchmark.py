@@ -3,9 +3,10 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
-BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
+from conftest import ROOT
+
+BENCHMARK = ROOT / "benchmarks" / "gpu.py"
 
 
 def test_each_part_runs_on_a_cpu():

@@ -6,9 +6,10 @@ import pytest
 from upath import UPath
 from witness import HOME, UPDATES, WITNESSES, base
 
-from rlora import checkpoint, machine
-from rlora.learner import Learner
-from rlora.replay import replay
+from rlora import machine
+from rlora.core.learner import Learner
+from rlora.run import checkpoint
+from rlora.run.replay import replay
 
 
 @pytest.mark.parametrize("name", WITNESSES)

@@ -20,14 +20,16 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from upath import UPath
 
-from rlora import episodes, machine
-from rlora.batch import lesson, microbatches
-from rlora.checkpoint import Bundle
-from rlora.config import Config, validate
-from rlora.learner import Learner
+from rlora import machine
+from rlora.config import validate
+from rlora.core.batch import lesson, microbatches
+from rlora.core.learner import Learner
 from rlora.records import Cursor, Episode, Group, Prompt
-from rlora.runs import Origin
-from rlora.storage import write_directory
+from rlora.run import episodes
+from rlora.run.checkpoint import Bundle
+from rlora.run.directory import Origin
+from rlora.settings import Config
+from rlora.store import write_directory
 
 HOME = Path(__file__).with_name("witnesses")
 UPDATES = 3

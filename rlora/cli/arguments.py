@@ -1,0 +1,145 @@
+"""What each command takes: a dataclass a command, a docstring for each option."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import tyro
+from upath import UPath
+
+from rlora.records import Style
+from rlora.settings import Config
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a policy. FILE is a TOML config; every field below overrides what it says."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    file: tyro.conf.Positional[Path | None] = None
+    """A TOML config, such as launch/arithmetic.toml."""
+    run_dir: UPath | None = None
+    """Where the run goes, a directory or any URL that fsspec knows; a fresh directory under runs/ by default."""
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Replace the run that is in --run-dir."""
+    resume: UPath | None = None
+    """Go on with the run that is here, from its newest whole bundle and under its own config. With a FILE it is begun
+    where none is here yet."""
+    changes: Annotated[tuple[str, ...], tyro.conf.arg(name="set")] = ()
+    """With --resume: fields of the config to change, as NAME=VALUE, such as steps=200 learner.lr=1e-4."""
+    fork: str | None = None
+    """Start a new run from RUN@STEP, or the newest of RUN, under its config and what is given beside it: any field that
+    the adapter does not hang on."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Give a run that goes on more engines or fewer, from its next step on."""
+
+    run: tyro.conf.Positional[UPath]
+    """The run's directory."""
+    engines: tyro.conf.Positional[int]
+    """How many, 1 to the run's engine.max_replicas."""
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Answer held-out prompts under an adapter, with pass@k. Every field of the config may be given beside SOURCE."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    source: tyro.conf.Positional[str]
+    """RUN or RUN@STEP, the newest by default, or a TOML config."""
+    adapter: Path | None = None
+    """The directory of an adapter in PEFT's format, in place of a run's."""
+    base: tyro.conf.FlagCreatePairsOff[bool] = False
+    """The base without any adapter; so it is with a TOML config unless --adapter is given."""
+    prompts: int | None = None
+    """How many held-out prompts to answer, the first ones; evaluate.prompts by default."""
+    samples: int = 1
+    """Completions a prompt, n: pass@k is told for k = 1, 2, 4, ... up to n."""
+    temperature: float | None = None
+    """Of the samples; by default 0, greedy, for one and sampling.temperature for several."""
+    out: Path | None = None
+    """Where completions go with their verdicts, as JSON lines; <run>/eval-<version>.jsonl or eval.jsonl by default."""
+
+
+@dataclass(frozen=True)
+class Grade:
+    """Grade rows of {"gold", "prediction"}: adds "status" and "reward"."""
+
+    file: tyro.conf.Positional[Path]
+    """JSON lines."""
+    out: Path
+    """Where the rows go, with all that they had."""
+    reward: str = "rlora.rewards.equivalence:math_answer"
+    """The reward function: module:name or path/to/file.py:name."""
+    style: Style = "auto"
+    """Its form, where its parameters' names do not tell it."""
+    deadline: float = 10.0
+    """Seconds that a row may take; then its status is timeout."""
+    first_deadline: float = 0.0
+    """Seconds that the first row of each process may take, if more than `deadline`: for what loads a model then."""
+    threshold: float = 1.0
+    """Where the reward function gives a number, a row is correct from this one on."""
+    workers: int = 2
+    """Processes that grade."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """Try the reward functions on golds, on other prompts' golds and on empty completions; exits with 1 for a fault."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    source: tyro.conf.Positional[str]
+    """A TOML config, or the directory of a run."""
+
+
+@dataclass(frozen=True)
+class Show:
+    """Show a prompt as the policy reads it, with its special tokens, and what ends its message."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    what: tyro.conf.Positional[Literal["prompt"]]
+    """What to show."""
+    source: tyro.conf.Positional[str]
+    """The directory of a run, or a TOML config."""
+    number: int = 0
+    """Which of the training prompts, from 0."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write an adapter of a run in PEFT's format, or the whole model with it merged in, and a model card."""
+
+    run: tyro.conf.Positional[str]
+    """RUN or RUN@STEP, the newest by default."""
+    to: Path
+    """The directory to write; it must not be there yet."""
+    merge: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Add the adapter into the base's weights and write them all."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """Of merged weights, bfloat16 by default, which loses part of a small update and says how much. An adapter is
+    always written in fp32."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Compute updates of a run again from its bundles, and say whether each comes out bit for bit."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    run: tyro.conf.Positional[str]
+    """RUN or RUN@STEP. Fields of the config given beside it, such as another loss, change what is computed."""
+    step: int | None = None
+    """The update to compute, as in RUN@STEP: that from version STEP to STEP + 1. By default all whose bundles are
+    kept."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """List runs: how far they are, their best mean reward, and what they were forked from."""
+
+    directory: tyro.conf.Positional[UPath] = field(default_factory=lambda: UPath("runs"))
+    """Where they lie side by side."""
+
+
+Given = TypeVar("Given", Train, Eval, Check, Show, Replay)

@@ -1,0 +1,283 @@
+"""What the command line takes, and the config that comes of it."""
+
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+from upath import UPath
+
+from rlora.cli.arguments import Check, Eval, Given, Replay, Show, Train
+from rlora.config import like, read, read_table, refuse_unlearnable, validate
+from rlora.records import RloraError
+from rlora.settings import PRESETS, AlgorithmConfig, Config
+from rlora.store import names, read_file
+
+
+def parse_train(arguments: list[str]) -> Train:
+    """The command line over the TOML file it names, or over the config of the run that it resumes or forks.
+
+    Raises RloraError where a run that is resumed would get another config than was asked for by `--set`, or a run that
+    is resumed or forked another policy.
+    """
+    given = _parse(Train, Train(_NOTHING), "rlora train", arguments)
+    if given.resume and (given.run_dir or given.overwrite or given.fork):
+        raise RloraError(
+            f"--resume {given.resume}: a run goes on where it is; leave out --run-dir, --overwrite and --fork"
+        )
+    for place in (given.run_dir, given.resume):
+        if place is not None:
+            reachable(place)
+    if given.resume and given.file and "config.toml" not in names(given.resume):
+        given = replace(given, run_dir=given.resume, resume=None)
+    if given.changes and not given.resume:
+        raise RloraError(
+            f"--set {given.changes[0]}: it is for --resume; give --{given.changes[0].replace('=', ' ', 1)}"
+        )
+    if given.resume:
+        return _resumed(given, read_run(given.resume))
+    if given.fork:
+        if given.file:
+            raise RloraError(f"{given.file}: a fork has the config of its run; leave the file out")
+        refuse_another_policy(read_run(split(given.fork)[0]), given.config, "--fork")
+    return given
+
+
+def _resumed(given: Train, before: Config) -> Train:
+    asked = with_changes(before, given.changes)
+    others = differences(asked, given.config) if differences(before, given.config) else {}
+    if others:
+        lines = "".join(f"\n  {name}: {was!r} -> {now!r}" for name, (was, now) in others.items())
+        named = " ".join(
+            shlex.quote(f"{name}={json.dumps(now)}") for name, (_, now) in others.items() if now is not None
+        )
+        raise RloraError(
+            f"--resume {given.resume}: a run goes on under its own config, but this would change{lines}\n"
+            f"Leave that out, or ask for it by name: --set {named}".removesuffix(": --set ")
+        )
+    refuse_another_policy(before, asked, "--resume")
+    return replace(given, config=asked)
+
+
+def with_changes(config: Config, changes: Sequence[str]) -> Config:
+    """The config with fields changed, each given as NAME=VALUE. Raises RloraError for names that there are not."""
+    table = asdict(config)
+    for change in changes:
+        name, equals, text = change.partition("=")
+        section, _, last = name.replace("-", "_").rpartition(".")
+        of: Any = table
+        for part in section.split(".") if section else ():
+            of = of.get(part) if isinstance(of, dict) else None
+        if not equals:
+            raise RloraError(f"--set {change}: no value; give NAME=VALUE, such as learner.lr=1e-4")
+        if not isinstance(of, dict) or (last not in of and not section.endswith("_args")):
+            raise RloraError(f"--set {change}: no such field; {like(name)}")
+        of[last] = _value(text)
+    names = [change.partition("=")[0] for change in changes]
+    return validate(_under_its_preset(table, names, config.algorithm.name))
+
+
+_FIXED = (
+    "model", "learner.adapter", "learner.rank", "learner.alpha", "learner.targets", "learner.head", "learner.rslora",
+    "learner.start_from",
+)  # fmt: skip
+
+
+def refuse_another_policy(before: Config, after: Config, option: str) -> None:
+    """Raise RloraError where a saved adapter would be of another base, rank, scale or set of matrices."""
+    critics = [config.critic.rank if config.algorithm.advantage == "gae" else 0 for config in (before, after)]
+    for name, (was, now) in differences(before, after).items():
+        if name in _FIXED or (critics[0] != critics[1] and name in ("critic.rank", "algorithm.advantage")):
+            raise RloraError(
+                f"{name} = {now!r}: {option} goes on with an adapter that was trained with {was!r}, and what was saved "
+                "of it fits nothing else; leave it out, or start a new run"
+            )
+
+
+def differences(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
+    """The fields that differ, by their full names: before and after."""
+    return _differences(json.loads(json.dumps(asdict(before))), json.loads(json.dumps(asdict(after))), "")
+
+
+def _differences(before: Any, after: Any, name: str) -> dict[str, tuple[Any, Any]]:
+    if not (isinstance(before, dict) and isinstance(after, dict)):
+        return {name: (before, after)} if before != after else {}
+    return {
+        path: values
+        for key in before | after
+        for path, values in _differences(before.get(key), after.get(key), f"{name}.{key}".strip(".")).items()
+    }
+
+
+def split(source: str) -> tuple[UPath, int | None]:
+    """RUN or RUN@STEP."""
+    run, _, step = source.rpartition("@")
+    return (reachable(run), int(step)) if run and step.isdigit() else (reachable(source), None)
+
+
+def reachable(place: str | UPath) -> UPath:
+    """The path. Raises RloraError where fsspec does not know its protocol, or needs another package for it."""
+    try:
+        path = UPath(place)
+        _ = path.fs
+    except (ImportError, ValueError) as error:
+        raise RloraError(f"{place}: {error}; install what that names, or give a local directory") from None
+    return path
+
+
+def parse_eval(arguments: list[str]) -> Eval:
+    """The command line over the config of the run, or over the TOML file, that it names."""
+    return _parse(Eval, Eval(_NOTHING, ""), "rlora eval", arguments)
+
+
+def parse_check(arguments: list[str]) -> Check:
+    """The same."""
+    return _parse(Check, Check(_NOTHING, ""), "rlora check", arguments)
+
+
+def parse_show(arguments: list[str]) -> Show:
+    """The same."""
+    return _parse(Show, Show(_NOTHING, "prompt", ""), "rlora show", arguments)
+
+
+def parse_replay(arguments: list[str], over: Config | None = None) -> Replay:
+    """The same; over the config `over` of one of its versions, where that is given."""
+    return _parse(Replay, Replay(_NOTHING, ""), "rlora replay", arguments, over)
+
+
+def read_run(run: UPath) -> Config:
+    """The config of a run. Raises RloraError where no run is."""
+    path = reachable(run) / "config.toml"
+    if read_file(path) is None:
+        raise RloraError(
+            f"{run}: no run is there (it has no config.toml); name a directory that `rlora train` made, "
+            "under runs/ or where --run-dir said"
+        )
+    return read(path)
+
+
+_NOTHING = Config(model="", env="", reward="")
+_ARGUMENTS = {"env_args": "env", "reward_args": "reward", "chat.template_args": ""}  # and the plug-in they are for
+
+
+def _parse(kind: type[Given], default: Given, program: str, arguments: list[str], over: Config | None = None) -> Given:
+    """The command line over the config that it names, or over `over`. It may give each field of that too."""
+    named, others = {}, arguments
+    for field_name in _ARGUMENTS:
+        named[field_name], others = _named(field_name, others)
+    options = [argument.split("=")[0].lstrip("-").replace("-", "_") for argument in others if argument[:2] == "--"]
+    refuse_unlearnable(option.rpartition(".")[2] for option in options)
+    if "-h" in others or "--help" in others:
+        tyro.cli(kind, args=["--help"], prog=program)  # ends here
+    parsed = tyro.cli(kind, default=default, args=others, prog=program)
+    table, file = (asdict(over), None) if over else _source(parsed)
+    if table is None:
+        parsed = tyro.cli(kind, args=others, prog=program)  # which tells what is missing
+        table = _under_its_preset(asdict(parsed.config), options, "")
+    else:
+        table = _merged(table, asdict(parsed.config), options)
+    for field_name, values in named.items():
+        _put(table, {f"{field_name}.{name}": value for name, value in values.items()})
+        options += [f"{field_name}.{name}" for name in values]
+    try:
+        return replace(parsed, config=validate(table))
+    except RloraError as error:
+        at_fault = re.split("[: ]", str(error))[0]
+        raise error if at_fault in options or not file else RloraError(f"{file}: {error}") from None
+
+
+def _put(table: dict[str, Any], values: dict[str, Any]) -> None:
+    """Set fields by their full names, where a table is in the way to each; else the check tells of it."""
+    for name, value in values.items():
+        of: Any = table
+        *sections, last = name.split(".")
+        for section in sections:
+            of = of.setdefault(section, {}) if isinstance(of, dict) else None
+        if isinstance(of, dict):
+            of[last] = value
+
+
+def _merged(table: dict[str, Any], given: dict[str, Any], options: Sequence[str]) -> dict[str, Any]:
+    """The tables of a config, with each of `options` as `given` has it. Arguments of a plug-in go where it changes."""
+    merged = deepcopy(table)
+    for option in options:
+        section, _, name = option.replace(".no_", ".").rpartition(".")
+        of = given.get(section) if section else given
+        if isinstance(of, dict) and name in of:
+            _put(merged, {f"{section}.{name}".strip("."): of[name]})
+    for arguments, plug_in in _ARGUMENTS.items():
+        if plug_in in options and plug_in in table and _plain(table[plug_in]) != _plain(given[plug_in]):
+            merged[arguments] = given[arguments]
+    before = table.get("algorithm")
+    return _under_its_preset(merged, options, str(before.get("name", "")) if isinstance(before, dict) else "")
+
+
+def _plain(plug_in: Any) -> Any:
+    return list(plug_in) if isinstance(plug_in, tuple) else [plug_in] if isinstance(plug_in, str) else plug_in
+
+
+def _under_its_preset(table: dict[str, Any], given: Sequence[str], before: str) -> dict[str, Any]:
+    """A config where, if `algorithm.name` is given, all that the name before set goes; what was given beside stays."""
+    algorithm, was = table.get("algorithm"), PRESETS.get(before, {})
+    if "algorithm.name" in given and isinstance(algorithm, dict):
+        kept = {option.removeprefix("algorithm.").removeprefix("no_") for option in given}
+        for name in (PRESETS.get(algorithm["name"], {}) | was).keys() - kept:
+            if name in algorithm and algorithm[name] == was.get(name, getattr(AlgorithmConfig(), name)):
+                del algorithm[name]
+    return table
+
+
+def _source(given: Train | Eval | Check | Show | Replay) -> tuple[dict[str, Any] | None, Path | None]:
+    """The tables that a command line starts from, of a run or of a TOML file, which is named; None where it names
+    neither."""
+    if not isinstance(given, Train):
+        source = given.run if isinstance(given, Replay) else given.source
+        if not source:
+            raise RloraError(
+                "no run is named, and no TOML config; give the directory of a run, RUN@STEP, or a FILE.toml"
+            )
+        if source.endswith(".toml") and not isinstance(given, Replay):
+            return read_table(Path(source)), Path(source)
+        return asdict(read_run(split(source)[0])), None
+    if given.file:
+        return read_table(given.file), given.file
+    if given.resume:
+        return asdict(read_run(given.resume)), None
+    return (asdict(_config_at(*split(given.fork))) if given.fork else None), None
+
+
+def _config_at(run: UPath, step: int | None) -> Config:
+    """That of a version, or of the newest."""
+    newest = read_run(run)  # or it says that no run is there
+    if step is None:
+        return newest
+    from rlora.run.checkpoint import read_config  # which imports torch
+
+    return read_config(run, step)
+
+
+def _named(field: str, arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """What `--<field>.NAME VALUE` gives, and the other arguments. Which names there are only the plug-in knows."""
+    found, others = {}, []
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        name = name.replace("-", "_").removeprefix("__")
+        if not argument.startswith("--") or not name.startswith(f"{field}."):
+            others.append(argument)
+            continue
+        found[name.removeprefix(f"{field}.")] = _value(value if equals else next(rest, ""))
+    return found, others
+
+
+def _value(text: str) -> Any:
+    """A number, a boolean, a list; else the text itself."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

@@ -1,0 +1,238 @@
+"""PEFT's format of one adapter, both ways, as bytes: adapter_config.json and adapter_model.safetensors."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.numpy
+import safetensors.torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from upath import UPath
+
+from rlora.core.lora import Bank, Matrix, Spec
+from rlora.records import ADAPTER_FILES, MAX_RANK, RloraError
+
+_LEAVE_THE_BASE = {"gaussian", "orthogonal", "eva"}  # PEFT's named initialisations that do not change the base
+
+_PREFIX = "base_model.model."
+_EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
+_FUSED = ("gate_up_proj", "down_proj")  # of experts, in the order PEFT wraps them
+
+# settings of PEFT's that make of A and B something else than W + scale B A, and the value that leaves them off
+_MUST_BE = {
+    "use_dora": False, "lora_bias": False, "fan_in_fan_out": False, "bias": "none", "modules_to_save": None,
+    "layer_replication": None, "trainable_token_indices": None, "alora_invocation_tokens": None, "use_qalora": False,
+}  # fmt: skip
+
+
+def encode(bank: Bank, adapter: int, base: str) -> tuple[bytes, bytes]:
+    """Adapter `adapter` of `bank` over the base at `base`: its config and its weights, in fp32."""
+    spec = bank.specs[adapter]
+    experts = [matrix for matrix in bank.over(adapter) if len(matrix.shape) == 3]
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": spec.rank,
+        "lora_alpha": spec.alpha,
+        "use_rslora": spec.rslora,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": _modules(bank, adapter),
+        "rank_pattern": dict(spec.rank_pattern),
+        "alpha_pattern": dict(spec.alpha_pattern),
+        "inference_mode": True,
+    }
+    if experts:
+        config["target_parameters"] = sorted({_ending(matrix) for matrix in experts})
+        if spec.shares_rank and (rank := spec.rank_of(experts[0])) != spec.rank:
+            config["rank_pattern"] = {_ending(matrix): rank for matrix in experts}
+    arrays = {name: master.detach().cpu().contiguous().numpy() for name, master in masters(bank, adapter).items()}
+    return json.dumps(config, indent=2).encode(), safetensors.numpy.save(arrays, metadata={"format": "pt"})
+
+
+def masters(bank: Bank, adapter: int) -> dict[str, nn.Parameter]:
+    """The adapter's masters by the names that PEFT saves them under."""
+    found: dict[str, nn.Parameter] = {}
+    for (name_a, name_b), matrix in by_names(bank.over(adapter)).items():
+        factors = bank.factors[matrix]
+        found |= {name_a: factors.lora_A[adapter], name_b: factors.lora_B[adapter]}
+    return found
+
+
+def by_names(over: Iterable[Matrix]) -> dict[tuple[str, str], Matrix]:
+    """An adapter's matrices by the names that PEFT saves their A and B under.
+
+    Around fused experts it puts a wrapper for each parameter that is adapted, the first parameter's innermost.
+    """
+    wrapped: dict[str, Matrix] = {}
+    for matrix in over:
+        if matrix.place in wrapped:
+            wrapped[f"{matrix.place}.base_layer"] = wrapped.pop(matrix.place)
+        wrapped[matrix.place] = matrix
+    return {
+        (f"{_PREFIX}{module}.lora_A.weight", f"{_PREFIX}{module}.lora_B.weight"): matrix
+        for module, matrix in wrapped.items()
+    }
+
+
+def _modules(bank: Bank, adapter: int) -> list[str]:
+    """The linear layers it is over: by the last part of their names where that says no more than it should."""
+    over = {matrix.key for matrix in bank.over(adapter)}
+    linear = {matrix.key for matrix in bank.matrices if len(matrix.shape) == 2}
+    beyond = {key.rpartition(".")[2] for key in linear - over}
+    return sorted({ending if (ending := key.rpartition(".")[2]) not in beyond else key for key in linear & over})
+
+
+def _ending(expert: Matrix) -> str:
+    return ".".join(expert.key.split(".")[-2:])
+
+
+def read(directory: Path | UPath) -> tuple[bytes, bytes]:
+    """The two files of an adapter. Raises RloraError where they are not there."""
+    try:
+        config, weights = (directory / name for name in ADAPTER_FILES)
+        return config.read_bytes(), weights.read_bytes()
+    except OSError as error:
+        raise RloraError(f"{directory}: no adapter in PEFT's format is there ({error})") from None
+
+
+def decode(config: bytes, weights: bytes) -> tuple[Spec, dict[str, Tensor]]:
+    """What PEFT saved: the adapter's spec, and its tensors by PEFT's names.
+
+    Raises RloraError, naming the setting, for what is not plain LoRA of rank 1 to 8.
+    """
+    try:
+        settings: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}} | json.loads(config)
+        rank, alpha = settings["r"], settings["lora_alpha"]
+        tensors = safetensors.torch.load(weights)
+    except (ValueError, KeyError, safetensors.SafetensorError) as error:
+        raise RloraError(
+            f"adapter: its files are not whole ({type(error).__name__}: {error}); save it again"
+        ) from error
+    if settings.get("peft_type") != "LORA":
+        raise RloraError(f"adapter_config.json: peft_type = {settings.get('peft_type')!r}; only LORA can be loaded")
+    for name, value in _MUST_BE.items():
+        if settings.get(name, value) not in (value, None):
+            raise RloraError(f"adapter_config.json: {name} = {settings[name]!r} can't be loaded; it must be {value!r}")
+    init = settings.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower() not in _LEAVE_THE_BASE:
+        raise RloraError(
+            f"adapter_config.json: init_lora_weights = {init!r} started from a base that was changed too, so the "
+            "adapter alone is not the policy; convert it by PEFT's path_initial_model_for_weight_conversion"
+        )
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".base_layer.weight")}  # a copy
+    modules = set()
+    for name in tensors:
+        module, factor = parse(name)
+        if factor not in ("lora_A", "lora_B"):
+            raise RloraError(
+                f"adapter_model.safetensors: {name} is neither A nor B of a weight matrix: it is {_kind(name)}; "
+                "give an adapter that is LoRA over weight matrices alone"
+            )
+        modules.add(module)
+    for name, each in ({"r": rank} | settings["rank_pattern"]).items():
+        if not 1 <= each <= MAX_RANK:
+            raise RloraError(f"adapter_config.json: {name} has rank {each}; ranks go from 1 to {MAX_RANK}")
+    spec = Spec(
+        rank=rank,
+        alpha=alpha,
+        rslora=bool(settings.get("use_rslora")),
+        targets=_keys(modules, settings.get("target_parameters") or []),
+        rank_pattern=settings["rank_pattern"],
+        alpha_pattern=settings["alpha_pattern"],
+        shares_rank=False,
+    )
+    return spec, tensors
+
+
+def plain(config: bytes, weights: bytes, base: Callable[[], PreTrainedModel]) -> tuple[bytes, bytes]:
+    """The files of an adapter without weights of its model, which PEFT saves too (`save_embedding_layers`,
+    `modules_to_save`). `base` loads that model, where there are any.
+
+    Raises RloraError where they are not the model's: they were trained, or the embeddings were resized.
+    """
+    try:
+        settings, tensors = json.loads(config), safetensors.torch.load(weights)
+    except (ValueError, safetensors.SafetensorError):
+        return config, weights  # `decode` says so
+    whole = {name: place for name in tensors if (place := _place_in_base(name))}
+    if not whole:
+        return config, weights
+    model = base()
+    owned = dict(model.named_parameters(remove_duplicate=False))
+    for name, place in whole.items():
+        if place in owned:
+            _check_same(name, tensors.pop(name), owned[place].detach().cpu())
+    saved = {place.rpartition(".")[0] for name, place in whole.items() if name not in tensors}
+    modules = settings.get("modules_to_save") or []
+    settings["modules_to_save"] = [end for end in modules if not any(f".{at}".endswith(f".{end}") for at in saved)]
+    settings["modules_to_save"] = settings["modules_to_save"] or None
+    return json.dumps(settings, indent=2).encode(), safetensors.torch.save(tensors, metadata={"format": "pt"})
+
+
+def _place_in_base(name: str) -> str | None:
+    """The model's own name of a weight that is saved whole; None for what belongs to the adapter."""
+    if not name.endswith((".weight", ".bias")) or any(part in name for part in (".lora_", ".token_adapter.")):
+        return None
+    for wrapper in (".base_layer", ".modules_to_save.default", ".modules_to_save", ".original_module"):
+        name = name.replace(f"{wrapper}.", ".")
+    return name.removeprefix(_PREFIX)
+
+
+def _check_same(name: str, saved: Tensor, own: Tensor) -> None:
+    if saved.shape != own.shape:
+        what = f"it has the shape {list(saved.shape)} where the model has {list(own.shape)}, so it was resized"
+    elif saved.to(own.dtype).equal(own) or saved.equal(own.to(saved.dtype)):  # the coarser of the two decides
+        return
+    else:
+        off = float((saved.double() - own.double()).abs().max())
+        what = f"it differs by up to {off:.2g} from the model's, so it was trained, or belongs to another model"
+    raise RloraError(
+        f"adapter_model.safetensors: {name} is {_kind(name)}, and {what}; only A and B can be loaded: merge the "
+        "adapter into its model with PEFT (merge_and_unload), and set `model` to what you save of that"
+    )
+
+
+def _kind(name: str) -> str:
+    """What a tensor is that is neither A nor B."""
+    kinds = {
+        "lora_magnitude_vector": "a magnitude vector of DoRA (use_dora)",
+        "lora_embedding_": "LoRA over embeddings",
+        "token_adapter": "trained embeddings of single tokens (trainable_token_indices)",
+        "lora_B.bias": "a bias beside B (lora_bias)",
+        ".bias": "a bias of the model (bias)",
+        **dict.fromkeys(_EMBEDDINGS, "embeddings that were saved whole (save_embedding_layers, modules_to_save)"),
+    }
+    return next((kind for part, kind in kinds.items() if part in name), "a weight of the model (modules_to_save)")
+
+
+def _keys(modules: set[str], parameters: list[str]) -> frozenset[str]:
+    """The keys of the matrices that PEFT has wrapped in `modules`, where it was told to adapt `parameters` too."""
+    keys = set()
+    for module in modules:
+        place = module.removesuffix(".base_layer")
+        of_module = _FUSED if place.endswith(".experts") else ()
+        fused = [part for part in of_module if any(f".{place}.{part}".endswith(f".{end}") for end in parameters)]
+        keys.add(f"{place}.{fused[0 if module != place else -1]}" if fused else module)
+    return frozenset(keys)
+
+
+def parse(name: str) -> tuple[str, str]:
+    """The module that a saved tensor is over, and which factor it is: lora_A or lora_B."""
+    module, _, factor = name.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
+    return module, factor
+
+
+def fill(bank: Bank, adapter: int, tensors: dict[str, Tensor]) -> None:
+    """Put an adapter's tensors in its place in the bank. Raises RloraError where they do not fit, changing nothing."""
+    ours = masters(bank, adapter)
+    for name in sorted(ours.keys() | tensors.keys()):
+        want, got = (list(t[name].shape) if name in t else "nothing" for t in (ours, tensors))
+        if want != got:
+            raise RloraError(f"adapter: {name} is {got} where this model and rank have {want}; it is another model's")
+    for name, master in ours.items():
+        master.data.copy_(tensors[name])

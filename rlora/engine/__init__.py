@@ -1,0 +1,1 @@
+"""vLLM, and the proof of which adapter versions it serves."""

@@ -1,0 +1,64 @@
+"""Makes vLLM's engine from the config."""
+
+from typing import Any
+
+from vllm import EngineArgs, LLMEngine
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+from rlora import machine
+from rlora.engine.cpu import patches
+from rlora.records import RloraError
+from rlora.settings import Config
+
+
+def build(config: Config, base: str, seed: int, slots: int, whole: bool, experts: bool) -> LLMEngine:
+    """vLLM as the config asks for it, with `slots` adapters, or none where it serves `whole` weights."""
+    settings = config.engine
+    ours = False  # the parts for vLLM's CPU build
+    ranks_are_1 = config.learner.rank == 1 and not config.learner.start_from  # which may have a rank pattern
+    options: dict[str, Any] = {}
+    if not whole:
+        options |= {
+            "enable_lora": True,
+            "max_lora_rank": 1 if ranks_are_1 else 8,  # vLLM's buckets: rank 1, and 2..8 in one of 8
+            "enable_mixed_moe_lora_format": experts,  # PEFT's: experts fused, as transformers has them
+            "max_loras": slots,
+            "max_cpu_loras": slots,
+        }
+    if machine.device().type == "cpu":
+        if experts:
+            raise RloraError(
+                f"model = {config.model!r}: vLLM's CPU build can't serve adapters over experts (its only backend "
+                "for them has none), nor is it sure to reload their weights; use a dense model here, or a GPU"
+            )
+        ours = patches.install(config.learner.head or bool(config.learner.start_from))
+        options["enforce_eager"] = True  # as vLLM does by itself with adapters; compiling takes minutes
+        options["block_size"] = 32  # its smallest; with 128 the completions of a short prompt share nothing
+    if settings.tensor_parallel_size == 1:
+        options["distributed_executor_backend"] = "uni"  # in this process; others spin beside the learner
+    llm = LLMEngine.from_engine_args(
+        EngineArgs(
+            model=base,
+            dtype=config.dtype,
+            max_model_len=config.max_model_len,
+            max_num_seqs=settings.max_num_seqs + 1,  # the canary
+            seed=seed,
+            logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
+            generation_config="vllm",  # the model's own sampling defaults stay out
+            tensor_parallel_size=settings.tensor_parallel_size,
+            gpu_memory_utilization=settings.gpu_memory_utilization,
+            disable_log_stats=True,
+            use_tqdm_on_load=False,
+            **options,
+        )
+    )
+    if ours and not whole:
+        llm.apply_model(patches.lay_out)
+    return llm
+
+
+def pack_head(model: Any) -> None:
+    """A head that is tied to the embeddings is left out of a reload; its copy in a kernel's own layout is of before."""
+    for head in model.modules():
+        if isinstance(head, ParallelLMHead):
+            head.quant_method.process_weights_after_loading(head)

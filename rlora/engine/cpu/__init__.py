@@ -1,0 +1,1 @@
+"""What vLLM's CPU build needs beside it; imported on a CPU only."""

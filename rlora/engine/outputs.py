@@ -1,0 +1,20 @@
+"""What vLLM gives back, as records."""
+
+from typing import cast
+
+from vllm.logprobs import Logprob
+from vllm.outputs import CompletionOutput, RequestOutput
+
+from rlora.records import Episode
+
+
+def prompt_logprobs(output: RequestOutput) -> list[float]:
+    """Of each prompt token but the first."""
+    tokens, entries = cast(list[int], output.prompt_token_ids), cast(list[dict[int, Logprob]], output.prompt_logprobs)
+    return [entry[token].logprob for token, entry in zip(tokens[1:], entries[1:], strict=True)]
+
+
+def episode_of(completion: CompletionOutput, version: int) -> Episode:
+    entries = cast(list[dict[int, Logprob]], completion.logprobs)
+    logprobs = tuple(entry[token].logprob for token, entry in zip(completion.token_ids, entries, strict=True))
+    return Episode(tuple(completion.token_ids), logprobs, str(completion.finish_reason), version)

@@ -1,0 +1,1 @@
+"""The frozen base and its text: weights, chat templates, the files of a model."""

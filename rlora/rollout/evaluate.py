@@ -1,0 +1,101 @@
+"""How good a version is on held-out prompts."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from rlora.records import Group, Prompt, RewardError, Sampling
+from rlora.rollout.fleet import Fleet, wait_for
+from rlora.rollout.player import AgentLoop
+from rlora.rollout.stream import sampling_of
+from rlora.settings import Config
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and its 95% confidence interval."""
+
+    estimate: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.estimate:.3f} (95% {self.low:.3f} to {self.high:.3f})"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    accuracy: float  # share of completions whose status is correct; of one greedy completion a prompt, pass@1
+    reward: float  # mean
+    statuses: dict[str, int]  # how many completions have each
+
+
+def evaluate(config: Config, prompts: Sequence[Prompt], fleet: Fleet, loop: AgentLoop) -> Evaluation:
+    """Answer each prompt once, greedily, under the version that was swapped in last.
+
+    Raises RewardError, which keeps what was sampled, where the reward functions fail.
+    """
+    return summarise(answer(config, prompts, sampling_of(config, 1, temperature=0.0), fleet, loop))
+
+
+def answer(config: Config, prompts: Sequence[Prompt], sampling: Sampling, fleet: Fleet, loop: AgentLoop) -> list[Group]:
+    """The scored groups of all prompts. Raises RewardError like `evaluate`."""
+    flights = [loop.start(prompt, sampling) for prompt in prompts]
+    scored = [flight.scored for flight in flights]
+    wait_for(scored, len(scored), math.inf, config.engine.patience, fleet.check)
+    try:
+        groups = [each.result() for each in scored]
+        loop.scoring.refuse_errors(groups)
+    except RewardError as error:
+        raise RewardError(str(error), [flight.played for flight in flights if flight.played]) from error
+    return groups
+
+
+def summarise(groups: Sequence[Group]) -> Evaluation:
+    """Over all completions; one that no reward function speaks of counts as 0."""
+    episodes = [episode for group in groups for episode in group.episodes]
+    statuses = dict(Counter(episode.status or "skipped" for episode in episodes).most_common())
+    reward = fmean(episode.reward or 0.0 for episode in episodes)
+    return Evaluation(statuses.get("correct", 0) / len(episodes), reward, statuses)
+
+
+def pass_at(k: int, groups: Sequence[Group]) -> Interval:
+    """The chance that of k completions of a prompt one is correct, mean over the prompts, of n >= k samples each.
+
+    Without bias: 1 - C(n - c, k) / C(n, k) where c of n are correct (Chen et al. 2021, arXiv:2107.03374, eq. 1). The
+    interval is Wilson's score interval over the prompts: exact in its kind for one sample a prompt, else a little wide.
+    """
+    estimates = []
+    for group in groups:
+        n, c = len(group.episodes), sum(episode.status == "correct" for episode in group.episodes)
+        estimates.append(1 - math.comb(n - c, k) / math.comb(n, k))
+    return wilson(fmean(estimates), len(estimates))
+
+
+def wilson(share: float, count: int, z: float = 1.96) -> Interval:
+    """Wilson's score interval of a share of `count` (Wilson 1927)."""
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
+
+
+def rows(groups: Sequence[Group]) -> Iterator[dict[str, object]]:
+    """Each completion and its verdict, as JSON has it."""
+    for number, group in enumerate(groups):
+        for sample, episode in enumerate(group.episodes):
+            yield {
+                "prompt": number,
+                "sample": sample,
+                "text": group.prompt.text,
+                "answer": group.prompt.answer,
+                "completion": episode.text,
+                "messages": list(episode.messages),
+                "status": episode.status,
+                "reward": episode.reward,
+                "parts": dict(episode.parts),
+                "finish_reason": episode.finish_reason,
+                "tokens": episode.own_tokens,
+                "version": episode.version,
+            }

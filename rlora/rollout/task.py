@@ -1,0 +1,173 @@
+"""What is trained on: prompts, rewards, the base's tokenizer. All that can be wrong with them is found here."""
+
+import inspect
+import os
+import pickle
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rlora.model.base import context_length, load_tokenizer, locate, stop_token_ids, vocabulary_size
+from rlora.model.chat import Chat
+from rlora.plugin import at, load
+from rlora.records import Messages, Prompt, RloraError, without_surrogates
+from rlora.rollout.check import Report, check
+from rlora.scoring.pool import Pool
+from rlora.scoring.worker import Setup
+from rlora.settings import Config
+
+
+@dataclass(frozen=True)
+class Task:
+    base: str  # where the frozen base is loaded from
+    chat: Chat
+    stop: tuple[str, ...]  # strings that end the policy's message
+    agent: bool  # whether the env answers it
+    prompts: list[Prompt]  # to train on
+    held_out: list[Prompt]  # the first `evaluate.prompts` of them
+    dropped: int  # prompts left out because they are too long
+    checked: Report = field(default_factory=Report)  # what trying the reward functions came to
+
+
+def load_task(config: Config) -> Task:
+    """Load env and tokenizer, and try the reward functions. Raises RloraError that names the field at fault."""
+    make_env = load("env", config.env)
+    try:
+        env = make_env(**config.env_args)
+        train, held_out = list(env.train()), list(islice(env.held_out(), config.evaluate.prompts))
+    except RloraError:
+        raise
+    except Exception as error:
+        module = getattr(sys.modules[make_env.__module__], "__file__", None) or ""
+        line = at(error, config.env.rpartition(":")[0], module)
+        raise RloraError(
+            f"{line}env = {config.env!r} with env_args = {config.env_args!r}: it raised {type(error).__name__}: "
+            f"{error}; give the arguments that it takes, and let it have train() and held_out() that return Prompts"
+        ) from error
+    for method, prompts in (("train", train), ("held_out", held_out)):
+        for number, prompt in enumerate(prompts):
+            _refuse_what_is_no_prompt(f"env = {config.env!r}: its {method}()", prompt, number)
+            prompts[number] = replace(prompt, text=_whole(prompt.text))
+    with closing(Pool(setup_of(config, hasattr(env, "reply")), 1)) as pool:  # as it is in the run, to try it
+        return _task(config, env, train, held_out, pool)
+
+
+def _task(config: Config, env: Any, train: Sequence[Prompt], held_out: Sequence[Prompt], pool: Pool) -> Task:
+    agent = hasattr(env, "reply")
+    where = locate(config.model)
+    limit = context_length(where)
+    if limit is not None and config.max_model_len > limit:
+        raise RloraError(
+            f"sampling.max_prompt_tokens + sampling.max_tokens = {config.max_model_len}: "
+            f"the context of {config.model} is {limit} tokens; lower one of them"
+        )
+    tokenizer = load_tokenizer(where)
+    chat = Chat(tokenizer, config.chat, stop_token_ids(where, tokenizer))
+    if chat.template and hasattr(env, "reply") and _may_say_messages(env):
+        chat.check_replies()
+    fitting = tokenise(train, chat, config.sampling.max_prompt_tokens)
+    fitting_held_out = tokenise(held_out, chat, config.sampling.max_prompt_tokens)
+    _refuse_unknown_tokens(config, vocabulary_size(where), [*fitting, *fitting_held_out])
+    if not fitting:
+        raise RloraError(
+            f"env = {config.env!r}: none of its {len(train)} training prompts has 1 to "
+            f"{config.sampling.max_prompt_tokens} tokens; raise sampling.max_prompt_tokens or look at the data"
+        )
+    return Task(
+        base=where,
+        chat=chat,
+        stop=(*getattr(env, "stop", ()), *config.chat.stop),
+        agent=agent,
+        prompts=fitting,
+        held_out=fitting_held_out,
+        dropped=len(train) - len(fitting) + len(held_out) - len(fitting_held_out),
+        checked=check(config, env, chat, pool, fitting, fitting_held_out),
+    )
+
+
+def _refuse_unknown_tokens(config: Config, size: int, prompts: Sequence[Prompt]) -> None:
+    """Raise RloraError where a prompt has a token that the model has no embedding of."""
+    largest = max((max(prompt.token_ids) for prompt in prompts), default=0)
+    if largest >= size:
+        raise RloraError(
+            f"model = {config.model!r}: its tokenizer gives token {largest}, and the model has {size} embeddings; use "
+            "the tokenizer that the model was saved with, or resize its embeddings and save it again"
+        )
+
+
+def setup_of(config: Config, agent: bool) -> Setup:
+    """What the processes run that score; with an `agent`, its replies too."""
+    return Setup(
+        rewards=config.rewards,
+        style=config.scoring.style,
+        reward_args=config.reward_args,
+        env=config.env if agent else "",
+        env_args=config.env_args,
+        directory=str(Path.cwd()),
+        deadline=config.scoring.deadline,
+        first_deadline=config.scoring.first_deadline,
+        memory_mib=config.scoring.memory_mib,
+        concurrency=config.scoring.concurrency,
+        environment=_environment(config.scoring.environment),
+        seed=config.seed,
+    )
+
+
+def _environment(names: Sequence[str]) -> dict[str, str]:
+    """The variables of this process's environment that reward functions get. Raises RloraError where one is not set."""
+    for name in names:
+        if name not in os.environ:
+            raise RloraError(
+                f"scoring.environment: {name} is not set in the environment of this process; export it, or leave it out"
+            )
+    return {name: os.environ[name] for name in names}
+
+
+def _refuse_what_is_no_prompt(source: str, given: Any, number: int) -> None:
+    """Raise RloraError where an env's method, `source`, gives anything but a Prompt of text or chat messages."""
+    at = f" (prompt {number})"
+    if not isinstance(given, Prompt):
+        raise RloraError(f"{source} gave {given!r}; give a rlora.records.Prompt(text, answer) for each problem{at}")
+    text: Any = given.text
+    if not isinstance(text, str) and not (isinstance(text, Sequence) and text and all(map(_is_message, text))):
+        raise RloraError(
+            f"{source} gave a Prompt whose text is {text!r}; give a string, or a list of chat messages, "
+            f'{{"role": ..., "content": ...}} with a string each{at}'
+        )
+    columns: Any = given.columns
+    if not isinstance(columns, Mapping) or not all(isinstance(name, str) for name in columns):
+        raise RloraError(f"{source} gave a Prompt whose columns are {columns!r}; give a dict of them by name{at}")
+    try:
+        pickle.dumps((given.answer, dict(columns)))
+    except Exception as error:  # of any object
+        raise RloraError(
+            f"{source} gave a Prompt whose answer or columns can't be sent to the processes of reward functions "
+            f"({type(error).__name__}: {error}); give plain data{at}"
+        ) from error
+
+
+def _is_message(turn: Any) -> bool:
+    return isinstance(turn, Mapping) and all(isinstance(turn.get(key), str) for key in ("role", "content"))
+
+
+def _whole(text: str | Messages) -> str | Messages:
+    """A prompt without halves of surrogate pairs, as replies are."""
+    if isinstance(text, str):
+        return without_surrogates(text)
+    return [{k: without_surrogates(v) if isinstance(v, str) else v for k, v in turn.items()} for turn in text]
+
+
+def _may_say_messages(env: Any) -> bool:
+    """Whether an agent's reply may be chat messages: unless its annotation says that it gives strings only."""
+    said = inspect.signature(env.reply).return_annotation
+    return said not in (str, str | None, "str", "str | None", "Optional[str]", "None | str")
+
+
+def tokenise(prompts: Iterable[Prompt], chat: Chat, max_tokens: int) -> list[Prompt]:
+    """The prompts of at most `max_tokens` tokens, with their `token_ids`."""
+    tokenised = [replace(prompt, token_ids=chat.prompt_ids(prompt.text)) for prompt in prompts]
+    return [prompt for prompt in tokenised if 0 < len(prompt.token_ids) <= max_tokens]

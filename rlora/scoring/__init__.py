@@ -1,0 +1,1 @@
+"""Other people's reward functions and envs, in processes of their own."""

@@ -1,0 +1,54 @@
+"""Grades rows of a file as episodes are graded: in processes with a deadline."""
+
+import json
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from rlora.records import Case, RloraError, Score
+from rlora.scoring.pool import Pool
+from rlora.scoring.worker import Setup
+from rlora.settings import ScoringConfig
+
+Row = dict[str, Any]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows to grade, JSON lines. Raises RloraError that names the line where one has no gold or no prediction."""
+    table = []
+    if not path.is_file():
+        raise RloraError(f"{path}: there is no such file; name one with a JSON object a line")
+    for number, line in enumerate(path.read_text("utf-8", "replace").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise RloraError(f"{path}, line {number}: not JSON ({error}); give an object a line") from None
+        if not isinstance(row, dict) or "gold" not in row or not isinstance(row.get("prediction"), str):
+            raise RloraError(
+                f'{path}, line {number}: each row needs "gold", and "prediction", a string; this one is {line[:200]}'
+            )
+        table.append(row)
+    return table
+
+
+def grade(table: Sequence[Row], setup: Setup, workers: int, threshold: float) -> list[Row]:
+    """Each row with its status and reward. A number that has no status is correct from `threshold` on."""
+    with closing(Pool(setup, workers)) as pool:
+        scores = [pool.do(_case_of(row)) for row in table]
+        return [row | _verdict(score.result()[0][0], threshold) for row, score in zip(table, scores, strict=True)]
+
+
+def _case_of(row: Row) -> Case:
+    said = ({"role": "assistant", "content": row["prediction"]},)
+    columns = {name: value for name, value in row.items() if name not in ("gold", "prediction")}
+    return Case("", "", row["gold"], columns, (row["prediction"],), (said,), ((),), ({},))
+
+
+def _verdict(score: Score, threshold: float) -> Row:
+    usual = ScoringConfig()
+    status = score.status or ("correct" if (score.value or 0.0) >= threshold else "wrong")
+    reward = score.value if score.value is not None else getattr(usual, status)
+    return {"status": status, "reward": reward} | ({"detail": score.detail} if score.detail else {})

@@ -1,0 +1,198 @@
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import tomli_w
+from conftest import ROOT
+from upath import UPath
+
+from rlora.cli.overrides import differences, parse_eval, parse_replay, parse_show, parse_train, split, with_changes
+from rlora.config import read, validate
+from rlora.records import RloraError
+from rlora.run.checkpoint import Bundle, bundle_path
+from rlora.settings import Config
+from rlora.store import write_directory
+
+TOML = str(ROOT / "launch" / "arithmetic.toml")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> str:
+    """A run's directory, as far as its config goes."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text(Path(TOML).read_text())
+    return str(tmp_path / "run")
+
+
+def test_a_run_and_a_step() -> None:
+    assert split("runs/x") == (UPath("runs/x"), None)
+    assert split("runs/x@40") == (UPath("runs/x"), 40)
+    assert split("runs/x@home") == (UPath("runs/x@home"), None)
+    assert split("memory://bucket/runs/x@7") == (UPath("memory://bucket/runs/x"), 7)
+    with pytest.raises(RloraError, match=r"s33://runs/x: .*s33.*; install what that names, or give a local directory"):
+        split("s33://runs/x@7")
+
+
+def test_a_resumed_run_has_its_own_config_and_what_is_asked_for_by_name(run: str) -> None:
+    own = read(Path(TOML))
+    assert parse_train(["--resume", run]).config == own
+    given = parse_train(["--resume", run, "--set", "steps=200", "learner.lr=1e-4", "learner.betas=[0.5, 0.9]"])
+    assert differences(own, given.config) == {
+        "steps": (48, 200), "learner.lr": (5e-4, 1e-4), "learner.betas": ([0.9, 0.95], [0.5, 0.9]),
+    }  # fmt: skip
+    of_env = parse_train(["--resume", run, "--set", "env_args.high=12", "env-args.name=x"]).config
+    assert of_env.env_args == own.env_args | {"high": 12, "name": "x"}
+    grpo = parse_train(["--resume", run, "--set", "algorithm.name=grpo"]).config.algorithm
+    assert (grpo.name, grpo.advantage, grpo.loss) == ("grpo", "standardised", "clip")
+    assert parse_train([TOML, "--resume", run]).config == own  # the file says the same
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--learner.lr", "1e-4"), r"learner\.lr: 0\.0005 -> 0\.0001\n.*--set learner\.lr=0\.0001"),
+        (("--steps", "200", "--set", "learner.lr=1e-4"), r"steps: 48 -> 200"),
+        (("{other}",), r"learner\.lr: 0\.0005 -> 0\.1\n.*--set learner\.lr=0\.1"),
+        (("--set", "learner.rnak=1"), r"--set learner\.rnak=1: no such field; did you mean learner\.rank"),
+        (("--set", "steps"), r"--set steps: no value; give NAME=VALUE"),
+        (("--set", "steps=0"), r"steps = 0: .*greater than or equal to 1"),
+        (("--set", "steps=many"), r"steps = 'many': .*valid integer"),
+        (("--set", "model=other"), r"model = 'other': --resume goes on with an adapter that was trained with 'demo:"),
+        (("--set", "learner.rank=2"), r"learner\.rank = 2: .* trained with 1, .*leave it out, or start a new run"),
+        (("--set", "learner.targets=mlp"), r"learner\.targets = 'mlp': .* trained with 'all'"),
+        (("--set", "learner.alpha=16.0"), r"learner\.alpha = 16\.0: "),
+        (("--set", "algorithm.name=ppo"), r"algorithm\.advantage = 'gae': "),
+        (("--overwrite",), r"a run goes on where it is; leave out --run-dir, --overwrite and --fork"),
+    ],
+)
+def test_nothing_else_is_taken(arguments: tuple[str, ...], message: str, run: str, tmp_path: Path) -> None:
+    other = tmp_path / "other.toml"
+    other.write_text(Path(TOML).read_text().replace("lr = 5e-4", "lr = 0.1"))
+    with pytest.raises(RloraError) as refused:
+        parse_train(["--resume", run, *(argument.format(other=other) for argument in arguments)])
+    assert re.search(message, str(refused.value))
+
+
+def test_a_run_is_begun_where_none_is_yet_if_a_file_says_how(tmp_path: Path) -> None:
+    given = parse_train([TOML, "--resume", str(tmp_path / "run")])
+    assert (given.run_dir, given.resume) == (UPath(tmp_path / "run"), None)
+
+
+def test_a_fork_takes_any_field_that_its_adapter_does_not_hang_on(run: str) -> None:
+    given = parse_train(["--fork", run, "--learner.lr", "2e-4", "--seed", "1"])
+    assert set(differences(read(Path(TOML)), given.config)) == {"learner.lr", "seed"}
+    with pytest.raises(RloraError, match=r"learner\.rank = 4: --fork goes on with an adapter that was trained with 1"):
+        parse_train(["--fork", run, "--learner.rank", "4"])
+
+
+def test_a_fork_of_a_version_has_the_config_that_it_was_made_under(run: str, bundle: Callable[..., Bundle]) -> None:
+    """Not what the run was changed to later."""
+    made = replace(read(Path(TOML)), steps=7)
+    write_directory(bundle_path(UPath(run), 3), bundle(3, config=made).files)
+    given = parse_train(["--fork", f"{run}@3", "--learner.lr", "2e-4"])
+    assert set(differences(made, given.config)) == {"learner.lr"}
+    with pytest.raises(RloraError, match=r"it keeps no bundle of version 4; there are 3"):
+        parse_train(["--fork", f"{run}@4"])
+
+
+def test_a_replay_is_over_the_config_that_its_version_was_made_under(run: str) -> None:
+    """What is given counts also where the run's own config says the same by now."""
+    own = read(Path(TOML))
+    made = replace(own, learner=replace(own.learner, lr=1e-5))
+    asked = parse_replay([run, "--learner.lr", str(own.learner.lr)], made).config
+    assert differences(made, asked) == {"learner.lr": (1e-5, own.learner.lr)}
+    assert parse_replay([run], made).config == made
+
+
+def test_changes_of_every_kind(config: Callable[..., Config]) -> None:
+    changed = with_changes(config(), ['chat.stop=["="]', "learner.head=true", "dtype=bfloat16", 'reward=["a.py:f"]'])
+    assert (changed.chat.stop, changed.learner.head, changed.dtype, changed.reward) == (
+        ("=",),
+        True,
+        "bfloat16",
+        ("a.py:f",),
+    )
+
+
+def without(tmp_path: Path, *names: str) -> str:
+    """The TOML of the main job without these fields."""
+    lines = Path(TOML).read_text().splitlines()
+    path = tmp_path / "part.toml"
+    path.write_text("\n".join(line for line in lines if line.partition(" =")[0] not in names))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["model", "env", "reward"])
+def test_the_command_line_fills_a_file_without_a_required_field(name: str, tmp_path: Path) -> None:
+    own = read(Path(TOML))
+    file, value = without(tmp_path, name), str(getattr(own, name))
+    assert parse_train([file, f"--{name}", value]).config == own
+    assert parse_train([file, f"--{name}={value}"]).config == own
+    assert parse_eval([file, f"--{name}", value]).config == own
+    assert parse_show(["prompt", file, f"--{name}", value]).config == own
+    with pytest.raises(RloraError, match=rf"part\.toml: {name}: not set, and it has no default"):
+        parse_train([file])
+
+
+def test_the_command_line_fills_all_of_them_and_a_files_arguments_stay(tmp_path: Path) -> None:
+    own = read(Path(TOML))
+    file = without(tmp_path, "model", "env", "reward")
+    given = ["--model", own.model, "--env", own.env, "--reward", str(own.reward)]
+    assert parse_train([file, *given]).config == own
+    with pytest.raises(RloraError, match=r"reward: not set"):
+        parse_train([file, *given[:4]])
+
+
+def test_the_check_comes_after_the_command_line(tmp_path: Path) -> None:
+    """What a file says wrongly may be said rightly beside it."""
+    file = tmp_path / "a.toml"
+    file.write_text(Path(TOML).read_text() + "\n[evaluate]\nprompts = -1\n")
+    assert parse_train([str(file), "--evaluate.prompts", "3"]).config.evaluate.prompts == 3
+    with pytest.raises(RloraError, match=r"a\.toml: evaluate\.prompts = -1: "):
+        parse_train([str(file), "--steps", "3"])
+    with pytest.raises(RloraError, match=r"^evaluate\.prompts = -2: "):
+        parse_train([str(file), "--evaluate.prompts", "-2"])
+
+
+def test_arguments_of_another_plug_in_go_and_a_preset_goes_with_its_name(tmp_path: Path) -> None:
+    own = read(Path(TOML))
+    assert own.env_args
+    assert parse_train([TOML, "--env", "mine.py:Mine"]).config.env_args == {}
+    assert parse_train([TOML, "--env", own.env]).config.env_args == own.env_args
+    assert parse_train([TOML, "--env", "mine.py:Mine", "--env-args.x", "1"]).config.env_args == {"x": 1}
+    file = tmp_path / "a.toml"
+    file.write_text(Path(TOML).read_text() + '\n[algorithm]\nname = "gspo"\n')
+    algorithm = parse_train([str(file), "--algorithm.name", "ppo", "--algorithm.bootstrap-truncated"]).config.algorithm
+    assert (algorithm.loss, algorithm.advantage, algorithm.bootstrap_truncated) == ("clip", "gae", True)
+
+
+def test_lists_of_numbers_and_texts_are_arguments(tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    text = 'levels = [1, 2]\nnames = ["a", "b"]\nnone = []\nmixed = [1, "b", 2.5, true]\n'
+    head = Path(TOML).read_text().partition("[env_args]")[0]
+    file.write_text(f"{head}\n[env_args]\n{text}[reward_args]\n{text}[chat.template_args]\n{text}")
+    wanted = {"levels": [1, 2], "names": ["a", "b"], "none": [], "mixed": [1, "b", 2.5, True]}
+    config = parse_train([str(file)]).config
+    assert (config.env_args, config.reward_args, config.chat.template_args) == (wanted, wanted, wanted)
+    copy = tmp_path / "config.toml"  # as a run writes it
+    copy.write_text(tomli_w.dumps(asdict(config)))
+    assert read(copy) == config == validate(json.loads(json.dumps(asdict(config))))
+    given = ["--env-args.levels", "[3]", '--reward-args.names=["c"]', "--chat.template-args.none", "[1.5]"]
+    config = parse_train([str(file), *given]).config
+    assert config.env_args == wanted | {"levels": [3]}
+    assert config.reward_args == wanted | {"names": ["c"]}
+    assert config.chat.template_args == wanted | {"none": [1.5]}
+    assert with_changes(config, ["env_args.levels=[4, 5]"]).env_args["levels"] == [4, 5]
+
+
+@pytest.mark.parametrize("value", ["[[1], 2]", '{"a": 1}', "null", "[null]", "NaN"])
+def test_other_arguments_are_refused_with_what_they_may_be(value: str) -> None:
+    for option in ("env-args", "reward-args", "chat.template-args"):
+        name = option.replace("-", "_")
+        with pytest.raises(
+            RloraError, match=rf"^{name}\.x = .*: use text, a number, true or false, or a list of them$"
+        ):
+            parse_train([TOML, f"--{option}.x", value])

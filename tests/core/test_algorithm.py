@@ -1,0 +1,253 @@
+"""Which token learns what, by hand."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import permutations, product
+from statistics import fmean, stdev
+from typing import Any
+
+import pytest
+import torch
+from conftest import episode, group, lessons
+
+from rlora.config import validate
+from rlora.core.advantage import centred, leave_one_out, standardised, whitened
+from rlora.core.algorithm import credit, episode_return, token_losses, weigher, whiten
+from rlora.core.batch import Lesson, lesson, microbatches
+from rlora.records import Episode, Group
+from rlora.settings import AlgorithmConfig
+
+MAX_TOKENS = 8
+
+
+def algorithm(name: str = "reinforce", **changes: Any) -> AlgorithmConfig:
+    values = {"model": "-", "env": "-", "reward": "-", "sampling": {"max_tokens": MAX_TOKENS}}
+    return validate(values | {"algorithm": {"name": name} | changes}).algorithm
+
+
+def of_group(of: Group, **known: Sequence[float]) -> list[Lesson]:
+    made = [lesson(of.prompt.token_ids, each) for each in of.episodes if each.completion_ids]
+    return [
+        replace(each, tokens=replace(each.tokens, **{k: torch.tensor(v) for k, v in known.items()})) for each in made
+    ]
+
+
+def test_each_token_has_its_episodes_advantage_and_empty_episodes_count_for_the_mean() -> None:
+    three = group([5], episode([6, 7], 1.0), episode([8], 0.0), episode([], 0.5))
+    credited = credit(three, of_group(three), algorithm(), MAX_TOKENS)
+    assert [each.tokens.advantages.tolist() for each in credited] == [[0.5, 0.5], [-0.5]]
+    assert all(each.tokens.returns is None for each in credited)
+
+
+def test_kl_in_the_reward_is_paid_by_the_episode_or_by_its_tokens() -> None:
+    two = group([5], episode([6, 7], 1.0), episode([8, 9], 0.0))
+    known = of_group(two, start_logprobs=[-1.0, -1.0], reference_logprobs=[-1.5, -3.0])
+    known[1] = of_group(two, start_logprobs=[-1.0, -1.0], reference_logprobs=[-1.0, -1.0])[1]
+    settings = {"kl": 0.1, "kl_in": "reward", "kl_estimator": "k1"}
+    by_episode = credit(two, known, algorithm("rloo", **settings), MAX_TOKENS)
+    assert by_episode[0].tokens.advantages.tolist() == pytest.approx([0.75, 0.75])  # 1 - 0.1 * 2.5
+    by_token = credit(two, known, algorithm("reinforce++", gamma=0.5, **settings), MAX_TOKENS)
+    assert by_token[0].tokens.advantages.tolist() == pytest.approx([-0.05 + 0.5 * 0.8, 1 - 0.2])
+
+
+@pytest.mark.parametrize(
+    ("reason", "bootstrap", "last"), [("stop", True, 0.0), ("length", True, 0.7), ("length", False, 0.0)]
+)
+def test_gae_bootstraps_where_an_episode_was_cut_off(reason: str, bootstrap: bool, last: float) -> None:
+    one = group([5], replace(episode([6, 7], 1.0), finish_reason=reason), episode([8], 0.0))
+    known = of_group(one, values=[0.5, 0.25])[0]
+    settings = algorithm("ppo", gamma=0.9, lam=0.5, bootstrap_truncated=bootstrap)
+    (credited,) = credit(one, [known.knowing(end=torch.tensor([0.7]))], settings, MAX_TOKENS)
+    second = 1 + 0.9 * last - 0.25
+    first = 0.9 * 0.25 - 0.5 + 0.45 * second
+    assert credited.tokens.advantages.tolist() == pytest.approx([first, second])
+    assert credited.tokens.returns is not None
+    assert credited.tokens.returns.tolist() == pytest.approx([first + 0.5, second + 0.25])
+
+
+def test_an_overlong_completion_pays_more_and_more() -> None:
+    settings = algorithm(overlong_tokens=4, overlong_penalty=0.5)
+    returns = [episode_return(episode([6] * length, 1.0), settings, MAX_TOKENS) for length in (3, 4, 5, 8)]
+    assert returns == [1.0, 1.0, 0.875, 0.5]
+
+
+def cut(of: Episode) -> Episode:
+    return replace(of, finish_reason="length")
+
+
+def test_weights_by_hand() -> None:
+    groups = [group([5], episode([6, 7, 8], 1.0), episode([9], 0.0)), group([5], cut(episode([6, 7], 1.0)))]
+
+    def weights(**settings: Any) -> list[float]:
+        weight = weigher(groups, algorithm(**settings), MAX_TOKENS)
+        return [weight(each) for of in groups for each in of.episodes]
+
+    assert weights() == pytest.approx([1 / 6] * 3)
+    assert weights(drop_truncated=True)[:2] == pytest.approx([1 / 4, 1 / 4])
+    assert weights(average="episodes") == pytest.approx([1 / 9, 1 / 3, 1 / 6])
+    assert weights(average="constant") == pytest.approx([1 / 24] * 3)
+
+
+def test_tokens_of_a_tool_are_read_and_not_learned() -> None:
+    called = replace(episode([6, 7, 8, 9], 1.0, [-1.0, 0.0, 0.0, -2.0]), own=(True, False, False, True))
+    two = group([5], called, episode([10, 11], 0.0))
+    (row,) = microbatches(lessons([two]), 100, torch.float32, torch.device("cpu"))
+    assert row.input_ids.tolist() == [5, 6, 7, 8, 10]
+    assert row.targets.tolist() == [6, 9, 10, 11]
+    assert row.input_ids[row.predictors].tolist() == [5, 8, 5, 10]
+    assert row.tokens.behaviour_logprobs.tolist() == [-1.0, -2.0, -1.0, -1.0]
+    assert row.lengths.tolist() == [2, 2]
+    to_the_end = [[replace(each, ends=True) for each in of] for of in lessons([two])]
+    (row,) = microbatches(to_the_end, 100, torch.float32, torch.device("cpu"))
+    assert row.input_ids.tolist() == [5, 6, 7, 8, 9, 10, 11]
+    assert row.input_ids[row.predictors].tolist() == [5, 8, 9, 5, 10, 11]
+    assert row.lengths.tolist() == [3, 3]
+    assert weigher([two], algorithm(), MAX_TOKENS)(called) == 1 / 4
+
+
+def test_a_tokens_loss_is_the_sum_of_what_was_asked_for() -> None:
+    two = group([5], episode([6, 7], 1.0, [-2.0, -1.0]), episode([8], 0.0, [-4.0]))
+    of_two = of_group(two, reference_logprobs=[-1.0, -1.0])[:1] + of_group(two, reference_logprobs=[-1.0])[1:]
+    credited = credit(two, of_two, algorithm(), MAX_TOKENS)
+    (row,) = microbatches([credited], 100, torch.float32, torch.device("cpu"))
+    now, entropies = torch.tensor([-1.0, -1.5, -1.0]), torch.tensor([1.0, 2.0, 3.0])
+    settings = algorithm(kl=0.1, kl_estimator="k2", entropy=0.01)
+    losses, figures = token_losses(row, now, entropies, settings)
+    # -A w + 0.1 (now - reference)^2 / 2 - 0.01 H, with w = min(exp(now - behaviour), 2)
+    w = [2.0, torch.tensor(-0.5).exp().item(), 2.0]
+    expected = [-0.5 * w[0] - 0.01, -0.5 * w[1] + 0.0125 - 0.02, 0.5 * w[2] - 0.03]
+    assert losses.tolist() == pytest.approx(expected)
+    assert figures["ratio_truncated"].tolist() == [True, False, True]
+    assert figures["entropy"].tolist() == [1.0, 2.0, 3.0]
+    assert token_losses(row, now, None, algorithm())[1]["entropy"].tolist() == [1.0, 1.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("correction", "weights"),
+    [
+        ("token-truncate", [2.0, 0.5, 1.0]),
+        ("token-mask", [0.0, 0.5, 1.0]),
+        ("episode-truncate", [2.0, 2.0, 1.0]),
+        ("episode-mask", [0.0, 0.0, 1.0]),
+        ("none", [1.0, 1.0, 1.0]),
+    ],
+)
+def test_what_the_engine_gave_too_rarely_counts_no_more_than_the_cap(correction: str, weights: list[float]) -> None:
+    log_half = torch.tensor(0.5).log().item()
+    two = group([5], episode([6, 7], 1.0, [-300.0, log_half + 0.1]), episode([8], 0.0, [-1.0]))
+    (row,) = microbatches([of_group(two)], 100, torch.float32, torch.device("cpu"))
+    row = replace(row, tokens=replace(row.tokens, advantages=torch.ones(3)))
+    now = torch.tensor([-1.0, 2 * log_half + 0.1, -1.0])  # ratios e^299, 1/2 and 1
+    losses, figures = token_losses(row, now, None, algorithm(correction=correction))
+    assert losses.tolist() == pytest.approx([-weight for weight in weights])
+    assert figures["ratio_truncated"].tolist() == [True, correction.startswith("episode"), False]
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr-grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++"])
+def test_on_policy_every_algorithm_has_the_gradient_of_its_advantages(name: str) -> None:
+    two = group([5], episode([6, 7], 1.0, [-2.0, -1.0]), episode([8], 0.0, [-4.0]))
+    credited = credit(two, of_group(two), algorithm(name, kl=0), MAX_TOKENS)
+    (row,) = microbatches([credited], 100, torch.float32, torch.device("cpu"))
+    now = row.tokens.behaviour_logprobs.clone().requires_grad_()
+    losses, _ = token_losses(row, now, None, algorithm(name, kl=0))
+    losses.sum().backward()
+    assert now.grad is not None
+    assert (-now.grad).tolist() == pytest.approx(row.tokens.advantages.tolist())
+    assert row.tokens.advantages.tolist()[0] > 0
+
+
+CORRECTIONS = ["episode-truncate", "episode-mask", "none", "token-truncate", "token-mask"]
+LOSSES = [(name, by) for name in ("reinforce", "grpo", "dapo", "cispo", "ppo") for by in CORRECTIONS]
+
+
+@pytest.mark.parametrize(("name", "correction"), [*LOSSES, *(("gspo", by) for by in CORRECTIONS[:3])])
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_finite_logprobs_have_finite_losses_gradients_and_figures(name: str, correction: str, estimator: str) -> None:
+    """However far apart the policy of now, of the start, the behaviour policy and the reference are."""
+    far = [-1.0, -101.0, -1001.0]
+    two = group([5], episode([6, 7, 8], 1.0, far), episode([9, 10, 11], 0.0, far[::-1]))
+    known = {"start_logprobs": far[1:] + far[:1], "reference_logprobs": far[::-1]}
+    (row,) = microbatches([of_group(two, **known)], 100, torch.float32, torch.device("cpu"))
+    settings = algorithm(name, kl=0.1, kl_in="loss", kl_estimator=estimator, correction=correction)
+    for advantage in (1.0, -1.0, 0.0):
+        of_row = replace(row, tokens=replace(row.tokens, advantages=torch.full((6,), advantage)))
+        for logprobs in permutations(far):
+            now = torch.tensor(logprobs * 2, requires_grad=True)
+            losses, figures = token_losses(of_row, now, None, settings)
+            losses.sum().backward()
+            assert now.grad is not None
+            assert now.grad.isfinite().all()
+            assert losses.isfinite().all()
+            assert all(figure.isfinite().all() for figure in figures.values())
+
+
+def advantages(rewards: Sequence[float], **settings: Any) -> list[float]:
+    of = group([5], *(episode([6], reward) for reward in rewards))
+    return [float(each.tokens.advantages) for each in credit(of, of_group(of), algorithm(**settings), MAX_TOKENS)]
+
+
+@pytest.mark.parametrize(
+    "rewards",
+    [
+        [20_000_000.0, 20_000_001.0],
+        [10_000_000.0, 10_000_001.0],  # 32 bits hold both, and not their mean
+        [-16_777_217.0, -16_777_216.0],
+        [1e12, 1e12 + 1],
+        [3.0, 3.0 + 1e-9],
+        [0.0, 20_000_000.0, 20_000_001.0],
+        [1.0, 1.0, 1.0 + 1e-12, 1.0],
+    ],
+)
+def test_rewards_are_compared_in_the_64_bits_in_which_they_arrive(rewards: list[float]) -> None:
+    mean = fmean(rewards)
+    assert group([5], *(episode([6], reward) for reward in rewards)).informative
+    centred = advantages(rewards, advantage="centred")
+    assert centred == pytest.approx([reward - mean for reward in rewards], rel=1e-3)
+    assert len(set(centred)) == len(set(rewards))
+    count = len(rewards)
+    alone = [reward - (mean * count - reward) / (count - 1) for reward in rewards]
+    assert advantages(rewards, advantage="leave-one-out") == pytest.approx(alone, rel=1e-3, abs=1e-9 * abs(mean))
+    std = stdev(rewards)
+    standard = [(reward - mean) / (std + 1e-4) for reward in rewards]
+    assert advantages(rewards, advantage="standardised") == pytest.approx(standard, rel=1e-3)
+
+
+OLD = {"centred": centred, "standardised": standardised, "leave-one-out": leave_one_out}
+
+
+@pytest.mark.parametrize("advantage", sorted(OLD))
+def test_ordinary_rewards_have_the_advantages_that_they_had_bit_for_bit(advantage: str) -> None:
+    """Those of 32 bits, with which runs were recorded."""
+    generator = random.Random(0)
+    groups = [list(of) for count in range(2, 9) for of in product((0.0, 1.0), repeat=count)]
+    groups += [list(of) for count in (3, 4) for of in product((-1.0, 0.0, 0.1, 0.5, 1.0, 2.0), repeat=count)]
+    groups += [[round(generator.uniform(-1, 1), 3) for _ in range(8)] for _ in range(500)]
+    for of in groups:
+        assert advantages(of, advantage=advantage) == OLD[advantage](torch.tensor(of)).tolist(), of
+
+
+def white(rewards: Sequence[Sequence[float]], **settings: Any) -> list[float]:
+    groups = [group([5], *(episode([6, 7], reward) for reward in of)) for of in rewards]
+    made = algorithm("reinforce++", kl=0, **settings)
+    credited = [credit(of, of_group(of), made, MAX_TOKENS) for of in groups]
+    whitened_lessons, _ = whiten(credited, lambda sums: sums)
+    tokens = [each.tokens for of in whitened_lessons for each in of]
+    assert all(each.advantages.dtype == torch.float32 for each in tokens)
+    return torch.cat([each.advantages for each in tokens]).tolist()
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0, 20_000_000.0, -20_000_000.0, 1e9, 1e14])
+def test_a_whole_step_is_whitened_in_64_bits_too(offset: float) -> None:
+    """Where each group agrees, the other group's reward is all that there is to compare with."""
+    assert white([[offset] * 2, [offset + 1] * 2]) == pytest.approx([-1.0] * 4 + [1.0] * 4, rel=1e-6)
+    assert white([[offset + 0.1] * 2] * 2) == [0.0] * 8
+
+
+def test_ordinary_rewards_are_whitened_as_they_were_bit_for_bit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for rewards in (torch.randint(2, (4, 4), generator=generator).float(), torch.randn(4, 4, generator=generator)):
+        x = rewards.flatten().repeat_interleave(2)
+        mean, square = x.double().sum() / len(x), x.double().square().sum() / len(x)
+        old = whitened(x, mean.float(), (square - mean.square()).clamp(min=0).float())
+        assert white(rewards.tolist()) == old.tolist()

@@ -1,0 +1,52 @@
+import re
+import warnings
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from rlora.core.lora import Bank, Spec
+from rlora.core.merge import merge
+from rlora.core.peft_format import encode, masters
+from rlora.records import Adapter, RloraError
+
+IDS = torch.randint(97, (2, 7), generator=torch.Generator().manual_seed(0))
+
+
+def trained(name: str, spec: Spec, std: float) -> tuple[Adapter, torch.Tensor]:
+    """An adapter whose B has entries of about `std`, and the logits of its policy."""
+    model = tiny_model(name)
+    bank = Bank(model, [spec])
+    for key, master in masters(bank, 0).items():
+        if "lora_B" in key:
+            master.data.normal_(std=std)
+    with torch.no_grad():
+        return Adapter("run", 1, *encode(bank, 0, "base")), model(IDS).logits
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "mixtral", "qwen3_moe"])
+def test_merged_in_fp32_is_the_policy(name: str) -> None:
+    adapter, logits = trained(name, Spec(4, rslora=True), 0.1)
+    base = tiny_model(name)
+    assert merge(base, adapter, torch.float32) < 1e-3
+    with torch.no_grad():
+        torch.testing.assert_close(base(IDS).logits, logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("std", "least", "most"), [(1e-5, 0.5, 1.5), (10.0, 0.0, 0.01)])
+def test_bf16_loses_small_updates_and_says_how_much(std: float, least: float, most: float) -> None:
+    adapter, _ = trained("llama", Spec(), std)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        off = merge(tiny_model("llama").bfloat16().float(), adapter, torch.bfloat16)
+    assert least <= off <= most
+    said = [str(warning.message) for warning in caught]
+    assert said == [] if off < 0.01 else re.search(rf"{off:.0%} off the adapter's own", said[0])
+
+
+def test_an_adapter_of_another_model_is_refused() -> None:
+    adapter, _ = trained("llama", Spec(), 0.1)
+    with pytest.raises(RloraError, match="its matrices are not those of Phi3ForCausalLM"):
+        merge(tiny_model("phi3"), adapter, torch.float32)
+    with pytest.raises(RloraError, match="load it in float32"):
+        merge(tiny_model("llama").bfloat16(), adapter, torch.float32)

@@ -1,0 +1,67 @@
+"""What stands in the place of vLLM's own parts on CPU, against plain loops and known probabilities."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]  # importing vLLM warns
+SLOT_OF = {7: 0, 9: 1}
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("widths", [(4,), (4, 2)])
+@pytest.mark.parametrize("ids", [(7, 7, 7, 7), (7, 0, 9, 7), (0, 0, 0, 0)])
+def test_each_row_gets_its_own_adapter_or_none(
+    ids: tuple[int, ...], widths: tuple[int, ...], dtype: torch.dtype, rank: int
+) -> None:
+    from vllm.lora.layers import LoRAMapping
+
+    from rlora.engine.cpu.patches import ThinProducts, lay_out
+
+    torch.manual_seed(0)
+    d_in = 5
+    layer: Any = SimpleNamespace(
+        lora_a_stacked=tuple(torch.zeros(2, 1, rank, d_in, dtype=dtype) for _ in widths),
+        lora_b_stacked=tuple(torch.zeros(2, 1, width, rank, dtype=dtype) for width in widths),
+    )
+    lay_out(SimpleNamespace(lora_manager=SimpleNamespace(modules={"qkv_proj": layer})))
+    for part in (*layer.lora_a_stacked, *layer.lora_b_stacked):
+        part[0].normal_(), part[1].normal_()  # as vLLM writes them: into one slot of one part
+    x, y = torch.randn(4, d_in).to(dtype), torch.randn(4, sum(widths)).to(dtype)
+    expected = y.double()
+    for row, adapter in enumerate(ids):
+        if adapter:
+            slot = SLOT_OF[adapter]
+            parts = zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True)
+            expected[row] += torch.cat([b[slot, 0].double() @ a[slot, 0].double() @ x[row].double() for a, b in parts])
+    products = ThinProducts(16, 4, torch.device("cpu"))
+    products.update_metadata(LoRAMapping(ids, ids, is_prefill=True), [7, 9], 3, 100)
+    got = y.clone()
+    products.add_lora_linear(got, x, layer.lora_a_stacked, layer.lora_b_stacked, 1.0, widths)
+    torch.testing.assert_close(got, expected.to(dtype))
+    if dtype == torch.bfloat16:  # rounded once, to the nearest
+        assert got.equal(expected.to(dtype))
+    without = [row for row, adapter in enumerate(ids) if not adapter]
+    assert got[without].equal(y[without])
+    if len(widths) == 1:
+        padded = torch.cat([y, y[:, :1]], 1)
+        got = padded[:, :-1]
+        products.add_lora_logits(padded, x, layer.lora_a_stacked[0], layer.lora_b_stacked[0], 1.0)
+        torch.testing.assert_close(got, expected.to(dtype))
+
+
+def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:
+    from rlora.engine.cpu.patches import draw
+
+    torch.manual_seed(0)
+    count = 100_000
+    p = torch.tensor([0.0, 0.5, 0.0, 0.2499, 0.2, 1e-4, 0.05, 0.0])
+    sampler: Any = SimpleNamespace(logprobs_mode="processed_logprobs")
+    tokens, logprobs = draw(sampler, p.log().expand(count, -1), {}, None, None)
+    drawn = torch.bincount(tokens, minlength=len(p)) / count
+    assert ((drawn - p).abs() <= 5 * (p * (1 - p) / count).sqrt()).all()  # 0 where p is
+    assert logprobs is not None
+    torch.testing.assert_close(logprobs[0].exp(), p)

@@ -1,0 +1,458 @@
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from rlora.config import validate
+from rlora.model.base import load_tokenizer
+from rlora.model.chat import Chat
+from rlora.records import Adapter, Case, Cursor, Episode, Group, InFlight, Prompt, RewardError, Sampling, Score
+from rlora.rollout.fleet import Request
+from rlora.rollout.player import AgentLoop
+from rlora.rollout.stream import Rollouts, prompt_at
+from rlora.rollout.task import Task
+from rlora.scoring.scoring import Scoring
+from rlora.scoring.signatures import plug
+from rlora.scoring.worker import Answered, Turn
+from rlora.settings import ChatConfig, Config
+
+PROMPTS = [Prompt("?", answer=number, token_ids=(number,)) for number in range(5)]
+
+
+class FakeFleet:
+    """Completes every prompt with its own token ids, at once but for the answers in `held`."""
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.held: set[int] = set()
+        self.requests: list[Request] = []
+
+    def generate(self, prompt: Prompt, sampling: Sampling, adapter: Adapter | None = None) -> Request:
+        request = Request(prompt, sampling, adapter=adapter or Adapter("run", self.version, b"{}", b""))
+        self.requests.append(request)
+        if prompt.answer not in self.held:
+            answer(request)
+        return request
+
+    def check(self) -> None:
+        pass
+
+
+def answer(request: Request) -> None:
+    assert request.version is not None
+    episode = Episode(request.prompt.token_ids[:1], (-1.0,), "stop", request.version)
+    request.group.set_result(Group(request.prompt, (episode,) * request.sampling.group_size))
+
+
+class FakeTokenizer:
+    """Tokens are numbers, and text is these."""
+
+    chat_template = None
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+        return " ".join(map(str, ids))
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [int(word) for word in text.split()]
+
+
+class HerePool:
+    """Scores and answers in this process."""
+
+    def __init__(self, reward: Callable[..., Any], reply: Callable[..., Any] | None = None) -> None:
+        self.plug, self.reply = plug("mine.py:f", reward), reply
+        self.cases: list[Case] = []
+
+    def do(self, of: Case | Turn) -> Future[Any]:
+        done: Future[Any] = Future()
+        if isinstance(of, Case):
+            self.cases.append(of)
+            done.set_result([self.plug(of, range(len(of.completions)))])
+        else:
+            assert self.reply
+            state = dict(of.state)
+            done.set_result(Answered(self.reply(of.prompt, of.message, state), state))
+        return done
+
+
+def equal(completions: list[str], answers: list[Any]) -> list[float]:
+    return [float(int(c) == a) for c, a in zip(completions, answers, strict=True)]
+
+
+@pytest.fixture
+def rollouts() -> Iterator[Callable[..., Rollouts]]:
+    made: list[Rollouts] = []
+
+    def make(
+        reward: Callable[..., Any] = equal, reply: Callable[..., Any] | None = None, cursor: Any = None, **changes: Any
+    ) -> Rollouts:
+        values = {"model": "-", "env": "-", "reward": "mine.py:f", "prompts_per_step": 4, "group_size": 2, "steps": 10}
+        engine = {"straggler_seconds": 0.2}
+        config: Config = validate(values | {"engine": engine} | changes)
+        fleet: Any = FakeFleet()
+        chat = Chat(FakeTokenizer(), ChatConfig(), ())  # type: ignore[arg-type]
+        task = Task("", chat, (), reply is not None, PROMPTS, [], 0)
+        loop = AgentLoop(task, fleet, Scoring(config, [HerePool(reward, reply)]))
+        made.append(Rollouts(config, PROMPTS, fleet, loop, cursor or Cursor()))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.loop.close()
+
+
+def fleet_of(rollouts: Rollouts) -> FakeFleet:
+    return rollouts.fleet  # type: ignore[return-value]
+
+
+def answers(groups: tuple[Group, ...]) -> list[int]:
+    return [group.prompt.answer for group in groups]
+
+
+def order(count: int) -> list[int]:
+    return [prompt_at(PROMPTS, place, seed=0).answer for place in range(count)]
+
+
+def test_a_step_gets_its_prompts_groups_in_their_order_with_rewards(rollouts: Callable[..., Rollouts]) -> None:
+    made = rollouts()
+    collection = made.take(0)
+    assert answers(collection.groups) == order(4)
+    assert all(group.rewards == [1.0, 1.0] for group in collection.groups)
+    assert (collection.late, collection.stale) == (0, 0)
+    assert len(fleet_of(made).requests) == 4  # on policy: no more than one step in flight
+
+
+def test_steps_ahead_are_sampled_before_they_are_asked_for_and_no_more_than_the_run_needs(
+    rollouts: Callable[..., Rollouts],
+) -> None:
+    made = rollouts(max_staleness=1, steps=3)
+    taken = []
+    for version in range(3):
+        fleet_of(made).version = version
+        taken.append(made.take(version).groups)
+    assert [answer for groups in taken for answer in answers(groups)] == order(12)
+    assert [{e.version for g in groups for e in g.episodes} for groups in taken] == [{0}, {0}, {1}]
+    assert len(fleet_of(made).requests) == 12
+
+
+def test_refills_do_not_wait_for_what_was_late(rollouts: Callable[..., Rollouts]) -> None:
+    made = rollouts(algorithm={"refills": 2})
+    slow = order(4)[2]
+    fleet_of(made).held = {slow}
+    collection = made.take(0)
+    assert (answers(collection.sampled), collection.late) == ([a for a in order(4) if a != slow], 1)
+    assert len(fleet_of(made).requests) == 4
+
+
+def test_what_makes_up_for_groups_that_agree_is_waited_for_no_longer_than_a_straggler(
+    rollouts: Callable[..., Rollouts],
+) -> None:
+    made = rollouts(algorithm={"refills": 2})
+    held = order(5)[4]
+    fleet_of(made).held = {held}
+    collection = made.take(0)  # all rewards agree, so 4 more are asked for, once
+    assert answers(collection.sampled) == [answer for answer in order(8) if answer != held]
+    assert (collection.groups, collection.late) == ((), order(8).count(held))
+
+
+def test_a_late_group_counts_for_a_later_step_while_it_is_fresh(rollouts: Callable[..., Rollouts]) -> None:
+    made = rollouts(max_staleness=1)
+    fleet = fleet_of(made)
+    slow = order(4)[1]
+    fleet.held = {slow}
+    first = made.take(0)
+    assert (answers(first.groups), first.late) == ([a for a in order(4) if a != slow], 1)
+    fleet.version, fleet.held = 1, set()
+    for request in fleet.requests:
+        if not request.group.done():
+            answer(request)
+    second = made.take(1)
+    assert answers(second.groups)[0] == slow
+    assert (second.late, second.stale, len(second.groups)) == (0, 0, 4)
+
+
+def test_a_group_that_comes_too_late_is_counted_and_its_prompt_comes_first_again(
+    rollouts: Callable[..., Rollouts],
+) -> None:
+    made = rollouts()
+    fleet = fleet_of(made)
+    slow = order(4)[1]
+    fleet.held = {slow}
+    assert made.take(0).late == 1
+    answer(fleet.requests[1])  # when the step is over: it is of version 0, and too stale
+    fleet.version, fleet.held = 1, set()
+    second = made.take(1)
+    assert (answers(second.groups)[0], second.stale) == (slow, 1)
+    assert {episode.version for group in second.groups for episode in group.episodes} == {1}
+    assert answers(second.groups)[1:] == order(7)[4:]  # no prompt is left out, and none comes twice
+
+
+def test_half_of_a_step_is_waited_for_however_long_it_takes(rollouts: Callable[..., Rollouts]) -> None:
+    made = rollouts(engine={"straggler_seconds": 0.01, "patience": 0.05})
+    fleet = fleet_of(made)
+    fleet.held = set(order(4)[:3])
+    checked = []
+
+    def check() -> None:
+        checked.append(True)
+        if len(checked) == 2:
+            answer(fleet.requests[0])
+
+    fleet.check = check  # type: ignore[method-assign]
+    collection = made.take(0)
+    assert (len(collection.groups), collection.late, len(checked)) == (2, 2, 2)
+
+
+def raises(completions: list[str], answers: list[Any]) -> list[float]:
+    raise KeyError("boom")
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (raises, r"test_stream\.py:\d+: f raised KeyError: 'boom'"),
+        (lambda completions, answers: [float("nan"), 1.0], r"f returned nan; let it return a finite number"),
+        (lambda completions, answers: [1.0], r"f returned .*1 .*2"),
+        (lambda completions, answers: 1.0, r"f returned 1\.0"),
+        (lambda completions, answers: ["1", "0"], r"f returned '1'"),
+        (lambda completions, answers: [10**400, 1.0], r"f returned an object of type int"),
+        (lambda completions, answers: [torch.ones(2), 1.0], r"f returned an object of type Tensor"),
+    ],
+)
+def test_a_reward_that_fails_on_most_episodes_ends_the_step_and_what_was_sampled_is_kept(
+    rollouts: Callable[..., Rollouts], reward: Callable[..., Any], message: str
+) -> None:
+    with pytest.raises(RewardError, match=message) as error:
+        rollouts(reward).take(0)
+    assert "8 of 8 episodes are in error, and scoring.max_errors = 0.5" in str(error.value)
+    assert answers(error.value.groups) == order(4)
+    assert error.value.groups[0].episodes[0].text == str(order(1)[0])
+
+
+def test_an_episode_in_error_gets_its_status_and_number_and_the_others_theirs(
+    rollouts: Callable[..., Rollouts], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = order(4)[2]
+
+    def sometimes(completion: str, answer: int) -> float:
+        return 1.0 / (int(completion) - bad)
+
+    made = rollouts(sometimes, scoring={"error": -0.5})
+    collection = made.take(0)
+    statuses = [{episode.status for episode in group.episodes} for group in collection.sampled]
+    assert statuses[2] == {"error"}
+    assert collection.sampled[2].rewards == [-0.5, -0.5]
+    assert "error" not in set.union(*(each for place, each in enumerate(statuses) if place != 2))
+    assert capsys.readouterr().out.count("ZeroDivisionError") == 1  # told once, not for each episode
+
+
+def test_statuses_are_numbers_as_the_config_has_it(rollouts: Callable[..., Rollouts]) -> None:
+    def parity(completion: str, answer: int) -> str:
+        return "correct" if int(completion) % 2 else "unparsable"
+
+    collection = rollouts(parity, scoring={"correct": 2.0, "unparsable": -1.0}).take(0)
+    for group in collection.sampled:
+        assert group.rewards == [2.0 if group.prompt.answer % 2 else -1.0] * 2
+
+
+def test_the_first_function_says_whether_an_answer_is_right_and_the_sum_is_the_reward() -> None:
+    values = {"model": "-", "env": "-", "reward": ["a.py:right", "b.py:form"], "reward_weights": [0.5, 1.0]}
+    scoring = Scoring(validate(values), [])
+    wrong = scoring._scored(Episode((1,), (-1.0,), "stop", 0), [Score(value=0.0), Score(value=1.0)])
+    right = scoring._scored(Episode((1,), (-1.0,), "stop", 0), [Score(value=1.0), Score(value=0.0, extra={"x": 2.0})])
+    assert (wrong.reward, wrong.status, dict(wrong.parts)) == (1.0, "wrong", {"right": 0.0, "form": 1.0})
+    assert (right.reward, right.status, dict(right.parts)) == (
+        0.5,
+        "correct",
+        {"right": 1.0, "form": 0.0, "form/x": 2.0},
+    )
+
+
+def test_what_a_reward_says_nothing_of_is_not_learned_from(rollouts: Callable[..., Rollouts]) -> None:
+    skipped = order(4)[1]
+
+    def some(completions: list[str], answers: list[int]) -> list[float | None]:
+        return [None, 1.0] if answers[0] == skipped else [0.0, 1.0]
+
+    collection = rollouts(some).take(0)
+    assert answers(collection.sampled) == order(4)
+    assert answers(collection.groups) == [answer for answer in order(4) if answer != skipped]  # one alone has no peers
+    assert collection.sampled[1].rewards == [1.0]
+
+
+def test_where_a_run_ends_another_goes_on_with_what_was_late_first(rollouts: Callable[..., Rollouts]) -> None:
+    made = rollouts(max_staleness=1)
+    late = order(4)[1]
+    fleet_of(made).held = {late}
+    made.take(0)
+    wait([each.flight.scored for each in made._sent if each.flight.request.prompt.answer != late])
+    cursor = made.cursor
+    assert (cursor.next, cursor.again) == (8, ())
+    assert [each.place for each in cursor.in_flight] == [1, 4, 5, 6, 7]
+    assert rollouts(cursor=cursor).cursor == cursor
+    another = rollouts(cursor=cursor, max_staleness=1)
+    assert answers(another.take(1).sampled) == [late, *order(8)[4:7]]
+    requests = fleet_of(another).requests
+    again = [answer for answer in order(8)[4:] if answer == late]
+    assert [request.prompt.answer for request in requests] == [late, *again, *order(11)[8:]]  # the rest was sampled
+
+
+def test_what_was_sampled_and_scored_by_another_is_not_done_again(rollouts: Callable[..., Rollouts]) -> None:
+    old, played = Adapter("run", 3, b"{}", b""), PROMPTS[order(3)[2]]
+    episodes = (Episode((played.answer,), (-1.0,), "stop", 3, text=str(played.answer)),) * 2
+    scored = Group(
+        PROMPTS[order(2)[1]], (Episode((1,), (-1.0,), "stop", 3, reward=0.25), Episode((2,), (-1.0,), "stop", 3))
+    )
+    cursor = Cursor(4, (), (
+        InFlight(1, 3, old, scored, scored=True),
+        InFlight(2, 3, old, Group(played, episodes)),
+        InFlight(3, 3, old),
+    ))  # fmt: skip
+    made = rollouts(cursor=cursor, max_staleness=1, prompts_per_step=3)
+    fleet_of(made).version = 4
+    taken = made.take(4)
+    assert [group.rewards for group in taken.sampled] == [[0.25], [1.0, 1.0], [1.0, 1.0]]
+    first = fleet_of(made).requests[0]
+    assert (first.prompt, first.version) == (PROMPTS[order(4)[3]], 3)  # under the version that it was pinned to
+    assert {request.version for request in fleet_of(made).requests[1:]} == {4}
+    pool: Any = made.loop.scoring.pools[0]
+    assert [case.answer for case in pool.cases if case.step == 3] == [played.answer, first.prompt.answer]
+
+
+def test_what_is_too_stale_by_now_is_sampled_again(rollouts: Callable[..., Rollouts]) -> None:
+    before = InFlight(0, 1, Adapter("run", 1, b"{}", b""))
+    made = rollouts(cursor=Cursor(1, (), (before,)), max_staleness=1)
+    fleet_of(made).version = 3
+    taken = made.take(3)
+    assert taken.stale == 1
+    assert answers(taken.sampled) == order(4)
+    assert {group.episodes[0].version for group in taken.sampled} == {3}
+
+
+def test_a_failed_fleet_ends_the_step(rollouts: Callable[..., Rollouts]) -> None:
+    made = rollouts()
+    fleet = fleet_of(made)
+    fleet.held = set(order(4))
+    gone: Future[Group] = Future()
+    gone.set_exception(RuntimeError("every engine is gone"))
+    fleet.generate = lambda prompt, sampling, adapter=None: Request(prompt, sampling, gone)  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="every engine is gone"):
+        made.take(0)
+
+
+def test_each_epoch_goes_once_through_all_prompts_in_its_own_order() -> None:
+    seen = order(10)
+    first, second = seen[:5], seen[5:]
+    assert sorted(first) == sorted(second) == [0, 1, 2, 3, 4]
+    assert first != second
+    assert [prompt_at(PROMPTS, place, seed=1).answer for place in range(10)] != seen
+
+
+def test_groups_that_agree_are_made_up_for_so_many_times(rollouts: Callable[..., Rollouts]) -> None:
+    def sometimes(completions: list[str], answers: list[Any]) -> list[float]:
+        return [0.0, float(int(completions[0]) >= 2)]  # prompts 0 and 1 teach nothing
+
+    def informative(answer: int) -> bool:
+        return answer >= 2
+
+    for refills in (1, 3):
+        made = rollouts(sometimes, algorithm={"refills": refills})
+        collection = made.take(0)
+        taken = answers(collection.sampled)
+        assert taken == order(len(taken))
+        assert answers(collection.groups) == [answer for answer in taken if informative(answer)]
+        assert len(fleet_of(made).requests) == len(taken) > 4
+    assert len(collection.groups) == 4
+    assert len(rollouts(sometimes).take(0).groups) == 4  # without it all are learned from, and count
+
+
+# --- several turns ---
+
+
+def dialogue(prompt: Prompt, message: str, state: dict[str, Any]) -> str | None:
+    """Says 7 8 twice, then ends."""
+    state["turns"] = [*state.get("turns", []), message]
+    return "7 8" if len(state["turns"]) <= 2 else None
+
+
+def last_number(completion: str, answer: int) -> float:
+    return float(completion.rsplit(maxsplit=1)[-1])
+
+
+def test_turns_are_appended_under_one_version_and_what_the_env_says_is_not_the_policys(
+    rollouts: Callable[..., Rollouts],
+) -> None:
+    made = rollouts(last_number, dialogue, sampling={"max_tokens": 20, "max_prompt_tokens": 4})
+    (group, *_) = made.take(0).sampled
+    n = group.prompt.answer
+    for episode in group.episodes:
+        assert episode.completion_ids == (n, 7, 8, n, 7, 8, n)
+        assert episode.own == (True, False, False, True, False, False, True)
+        assert episode.behaviour_logprobs == (-1.0, 0.0, 0.0, -1.0, 0.0, 0.0, -1.0)
+        assert (episode.own_tokens, episode.finish_reason, episode.version) == (3, "stop", 0)
+        assert episode.text == f"{n} 7 8 {n} 7 8 {n}"
+        assert episode.state == {"turns": [str(n)] * 3}
+        assert episode.reward == n
+    turns = [request for request in fleet_of(made).requests if request.prompt.answer == n]
+    assert [request.prompt.token_ids for request in turns[:2]] == [(n,), (n, n, 7, 8)]
+    assert [(r.sampling.max_tokens, r.sampling.group_size) for r in turns] == [
+        (20, 2),
+        (17, 1),
+        (17, 1),
+        (14, 1),
+        (14, 1),
+    ]
+    assert {request.adapter for request in turns} == {turns[0].adapter}
+
+
+def test_an_episode_that_outgrows_its_context_ends_there_and_is_scored(rollouts: Callable[..., Rollouts]) -> None:
+    made = rollouts(last_number, dialogue, sampling={"max_tokens": 6, "max_prompt_tokens": 4})
+    (group, *_) = made.take(0).sampled
+    n = group.prompt.answer
+    assert [e.completion_ids for e in group.episodes] == [(n, 7, 8, n)] * 2  # two more of the env's leave no room
+    assert {e.finish_reason for e in group.episodes} == {"context"}
+    assert group.rewards == [n, n]
+
+
+def test_a_reply_that_fails_costs_its_episode_only(rollouts: Callable[..., Rollouts]) -> None:
+    bad = order(4)[0]
+    made = rollouts(last_number, dialogue, scoring={"error": -1.0})
+    pool: Any = made.loop.scoring.pools[0]
+    do = pool.do
+
+    def fails(of: Case | Turn) -> Future[Any]:
+        if isinstance(of, Turn) and of.prompt.answer == bad:
+            done: Future[Any] = Future()
+            done.set_result(Answered(None, {}, "error", "env = 'mine': its reply raised KeyError: 'x'"))
+            return done
+        return do(of)  # type: ignore[no-any-return]
+
+    pool.do = fails
+    groups = made.take(0).sampled
+    assert groups[0].rewards == [-1.0, -1.0]
+    assert {episode.status for episode in groups[0].episodes} == {"error"}
+    assert all(group.rewards == [group.prompt.answer] * 2 for group in groups[1:])
+
+
+def test_each_message_begins_with_what_the_template_opens(rollouts: Callable[..., Rollouts], demo: str) -> None:
+    """So the env reads it, and rewards do, in later turns too."""
+
+    def ask_again(prompt: Prompt, message: str, state: dict[str, Any]) -> list[dict[str, str]] | None:
+        state["heard"] = [*state.get("heard", []), message]
+        return [{"role": "user", "content": "Sure?"}] if len(state["heard"]) == 1 else None
+
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    made = rollouts(lambda completions: [1.0] * len(completions), ask_again, sampling={"max_tokens": 99})
+    chat = Chat(load_tokenizer(demo), ChatConfig(template=template), ())
+    made.loop.task = replace(made.loop.task, chat=chat)
+    for group in made.take(0).sampled:
+        for episode in group.episodes:
+            assert episode.state == {"heard": ["<think>\n", "<think>\n"]}  # FakeFleet says a special token
+            assert [m["content"] for m in episode.messages] == ["<think>\n", "Sure?", "<think>\n"]
+            assert episode.text == "<think>\n"

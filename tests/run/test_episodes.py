@@ -1,0 +1,40 @@
+from dataclasses import replace
+
+import pytest
+from conftest import episode, group
+
+from rlora.records import Episode, Group, Prompt
+from rlora.run import episodes
+
+
+def test_groups_come_back_as_they_were(groups: list[Group]) -> None:
+    prompt = Prompt([{"role": "user", "content": "two \ud800 halves?"}], {"a": [1, None]}, (4, 5), {"level": "hard"})
+    played = Episode(
+        completion_ids=(1, 2, 3),
+        behaviour_logprobs=(-0.1, 0.0, -1 / 3),  # a third has no end in binary: every bit counts
+        finish_reason="context",
+        version=7,
+        text="the last \ud800",
+        reward=0.1,
+        own=(True, False, True),
+        messages=({"role": "assistant", "content": "é"}, {"role": "tool", "content": "4"}),
+        state={"tries": 2},
+        status="wrong",
+        parts={"f": 0.1, "f/extra": 2.0},
+    )
+    unscored = replace(played, reward=None, status="", parts={})
+    every = [*groups, Group(prompt, (played, unscored))]
+    assert episodes.decode(episodes.encode(every)) == every
+    assert episodes.decode(episodes.encode([])) == []
+
+
+def test_what_json_does_not_know_of_an_answer_becomes_text() -> None:
+    one = Group(Prompt("?", answer=1 + 2j, token_ids=(1,)), (episode([2]),))
+    assert episodes.decode(episodes.encode([one]))[0].prompt.answer == "(1+2j)"
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 3000])
+def test_it_is_small(tokens: int) -> None:
+    one = group([1] * 50, *[episode([7] * tokens, logprobs=[-0.5] * tokens) for _ in range(8)])
+    assert len(episodes.encode([one])) < 20_000
+    assert episodes.decode(episodes.encode([one])) == [one]

@@ -1,0 +1,48 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import adapter
+from upath import UPath
+
+from rlora.records import Cursor
+from rlora.rollout.task import Task, load_task
+from rlora.run import directory
+from rlora.run.checkpoint import Bundle, bundle_path
+from rlora.run.history import past_runs
+from rlora.settings import Config
+from rlora.store import write_directory
+
+
+@pytest.fixture
+def task(config: Callable[..., Config]) -> Task:
+    return load_task(config())
+
+
+def trained(run: UPath, config: Config, task: Task, steps: int, lineage: dict[str, object] | None = None) -> None:
+    """A run of so many steps, as its directory has it."""
+    directory.create(run, config, task, forked_from=lineage)
+    lines = [{"step": step, "reward/mean": step / 10, "completion/length": 9.5} for step in range(steps)]
+    (run / directory.METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 9')
+    bundle = Bundle(directory.Origin.here(run, task), adapter(steps), b"", Cursor(), config)
+    write_directory(bundle_path(run, steps), bundle.files)
+
+
+def test_what_became_of_each_run(tmp_path: Path, config: Callable[..., Config], task: Task) -> None:
+    place = UPath(tmp_path)
+    trained(place / "done", config(steps=3), task, 3)
+    directory.summarise(place / "done", {"accuracy/before": 0.25, "accuracy/after": 0.75})
+    trained(place / "forked", config(steps=9), task, 5, {"run": "done", "version": 2, "digest": "00ff", "id": "1"})
+    (place / "no run").mkdir()
+    (place / "old").mkdir()
+    (place / "old" / "config.toml").write_text("fields = 'of another release'")
+    with directory.held(place / "forked"):
+        listed = [(p.name, p.status, p.steps, p.best, p.accuracy, p.origin) for p in past_runs(place)]
+    assert listed == [
+        ("done", "finished", "3/3", "0.200 in step 2", "0.250 -> 0.750", ""),
+        ("forked", "running", "5/9", "0.400 in step 4", "", "done@2"),
+        ("old", "not readable", "", "", "", ""),
+    ]
+    assert [past.status for past in past_runs(place)] == ["finished", "stopped", "not readable"]
+    assert list(past_runs(place / "nowhere")) == []

@@ -1,0 +1,192 @@
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ORIGIN, ROOT, adapter, save_words
+from recorded_run import made_up
+from upath import UPath
+
+from rlora.records import Adapter, Cursor, InFlight
+from rlora.run import checkpoint, resume
+from rlora.run.checkpoint import Bundle
+from rlora.run.directory import Origin
+from rlora.settings import Config
+from rlora.store import write_adapter
+
+SCRIPT = ROOT / "tests" / "recorded_run.py"
+WRITE, LEARNER, RAY, DRIVER = "write", "ray::_Actor", "raylet/raylet", "driver"  # what is killed, by the process's name
+
+
+class Driver:
+    """A process that trains a run, and what it has printed."""
+
+    def __init__(self, run: Path, config: str, record: str, *fault: str) -> None:
+        self.run, self.log = run, run.with_suffix(".log")
+        with self.log.open("w") as output:
+            command = [sys.executable, str(SCRIPT), config, str(run), record, *fault]
+            self.process = subprocess.Popen(command, stdout=output, stderr=output)
+
+    @property
+    def printed(self) -> str:
+        return self.log.read_text()
+
+    @property
+    def start(self) -> int | None:
+        """The version that it went on from, None where it did not come so far."""
+        said = re.search(r"^run: .*, from version (\d+) on$", self.printed, re.MULTILINE)
+        return int(said[1]) if said else None
+
+    @property
+    def done(self) -> int:
+        """Steps that it has done, saved or not."""
+        return max(map(int, re.findall(r"^step (\d+)/", self.printed, re.MULTILINE)), default=self.start or 0)
+
+    def wait_for(self, step: int) -> None:
+        deadline = time.monotonic() + 120
+        while self.done < step:
+            assert self.process.poll() is None, self.printed
+            assert time.monotonic() < deadline, self.printed
+            time.sleep(0.02)
+
+    def kill(self, what: str) -> None:
+        """kill -9 of the driver itself, or of the process of its that has such a name."""
+        while what != DRIVER:
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                with suppress(psutil.Error):  # it has ended meanwhile
+                    if what in str(child.cmdline()[:1]):
+                        child.kill()
+                        return
+            time.sleep(0.1)  # it is being started again
+        self.process.kill()
+
+    def wait(self) -> int:
+        return self.process.wait(timeout=600)
+
+
+@pytest.fixture
+def config_file(tiny: str, tmp_path: Path) -> Callable[[int, int], str]:
+    save_words(tiny)
+
+    def make(steps: int, keep_last: int) -> str:
+        path = tmp_path / f"keep-{keep_last}.toml"
+        path.write_text(
+            f'model = "{tiny}"\nenv = "rlora.envs.arithmetic:Arithmetic"\n'
+            'reward = "rlora.rewards.integer:integer_answer"\n'
+            f'dtype = "float32"\nsteps = {steps}\nprompts_per_step = 2\ngroup_size = 4\n'
+            "[sampling]\nmax_tokens = 8\nmax_prompt_tokens = 48\n[evaluate]\nprompts = 0\n[learner]\nlr = 1e-2\n"
+            '[algorithm]\nname = "grpo"\nepochs = 2\nminibatches = 2\n'
+            f"[checkpoint]\nkeep_last = {keep_last}\n"
+        )
+        return str(path)
+
+    return make
+
+
+def lines(run: Path) -> list[str]:
+    path = run / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def digests(run: Path) -> list[tuple[int, str]]:
+    """Of the version that each step made, by the step."""
+    return [(line["step"], line["adapter"]) for line in map(json.loads, lines(run))]
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_no_kill_costs_more_than_the_step_in_flight(
+    kills: int, config_file: Callable[[int, int], str], tmp_path: Path
+) -> None:
+    """kill -9 of the driver, the learner and Ray at random moments, and of the driver in mid-write and mid-removal."""
+    draw, steps = random.Random(kills), 6 * kills
+    config, whole, run = config_file(steps, 3), tmp_path / "whole", tmp_path / "run"
+    reference = Driver(whole, config_file(steps, steps + 1), "-")
+    assert reference.wait() == 0, reference.printed
+
+    driver: Driver | None = None
+    reached = least = 0  # steps that were done, and saved for certain
+    for number, what in enumerate(([WRITE, LEARNER, RAY, WRITE, DRIVER] * kills)[:kills]):
+        if not driver:
+            least = max(len(lines(run)) - 1, reached - 1)  # a line is written before its bundle
+            fault = [str(draw.randrange(5, 50) if number else 1)] if what == WRITE else []  # the first of all, too
+            driver = Driver(run, config, str(whole), *fault)
+        if what != WRITE:
+            driver.wait_for(max(reached, driver.done) + 1)
+            time.sleep(draw.random() * 0.3)
+            driver.kill(what)
+        if what != LEARNER:  # of that it needs no help to go on
+            assert driver.wait() != 0, driver.printed
+            reached = max(reached, driver.done)
+        if driver.start is not None:
+            assert driver.start >= least
+        driver = driver if what == LEARNER else None
+    assert not driver, "the last kill has to end the driver: two can't train one run"
+
+    last = Driver(run, config, str(whole))
+    assert last.wait() == 0, last.printed
+    assert last.start is not None
+    assert last.start >= reached - 1
+
+    assert digests(run) == digests(whole)  # each episode was learned from once, in its step
+    assert [step for step, _ in digests(run)] == list(range(steps))
+    kept = checkpoint.versions(UPath(run))
+    assert kept[-3:] == [steps - 2, steps - 1, steps]
+    assert len(kept) <= 4  # one of them the best
+    for version in kept:
+        ours, theirs = (checkpoint.read(checkpoint.bundle_path(UPath(each), version)) for each in (run, whole))
+        assert ours.groups == theirs.groups
+        assert ours.groups == (list(made_up(version - 1)) if version else None)
+        assert ours.cursor.next == 2 * version
+        assert ours.adapter.weights == theirs.adapter.weights
+        assert ours.state == theirs.state
+    assert not [path for path in (run / "bundles").iterdir() if not path.name.isdigit()]
+
+
+def test_a_fork_begins_with_the_bundle_as_its_own(tmp_path: Path, bundle: Callable[..., Bundle]) -> None:
+    (tmp_path / "config.toml").write_text(
+        '[provenance]\nid = "ff"\nprompts_sha256 = "others"\nmachine = ""\n[provenance.packages]\n'
+    )
+    run = UPath(tmp_path)
+    adopted = resume.adopt(bundle(3), run)
+    assert checkpoint.newest(run, Origin.of(run)) == adopted
+    assert (adopted.origin.id, adopted.origin.prompts) == ("ff", "prompts")
+    assert adopted.adapter.weights == adapter(3).weights
+    assert resume.lineage(bundle(3)) == {
+        "run": "run", "id": ORIGIN.id, "version": 3, "digest": adapter(3).digest,
+    }  # fmt: skip
+
+
+def test_what_was_in_flight_goes_on_only_where_it_is_still_asked_for(
+    config: Callable[..., Config], bundle: Callable[..., Bundle], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cursor = Cursor(20, (4,), (InFlight(18, 2, adapter(1)), InFlight(19, 2, None)))
+    start = bundle(2, cursor=cursor)
+    assert resume.cursor_for(config(learner={"lr": 1e-3}, steps=7), start, ORIGIN) == cursor
+    assert capsys.readouterr().err == ""
+    hotter = config(sampling={"max_tokens": 8, "max_prompt_tokens": 48, "temperature": 0.5})
+    assert resume.cursor_for(hotter, start, ORIGIN) == Cursor(20, (18, 19, 4))
+    assert "sampling: changed, so the prompts that were in flight are sampled again" in capsys.readouterr().err
+    assert resume.cursor_for(config(), start, replace(ORIGIN, prompts="others")) == Cursor(20)
+    assert "its training prompts are others than they were" in capsys.readouterr().err
+
+
+def test_a_run_keeps_what_it_started_from(tmp_path: Path, config: Callable[..., Config]) -> None:
+    given = write_adapter(Adapter("", 0, b"{}", b"weights"), tmp_path / "given")
+    run, plain, started = UPath(tmp_path / "run"), config(), config(learner={"start_from": str(given)})
+    assert resume.keep_start(run, plain) == resume.with_own_start(run, plain) == plain
+    assert resume.with_own_start(run, started) == started  # there is no copy yet
+    own = resume.keep_start(run, started)
+    assert own.learner.start_from == str(run / "start")
+    shutil.rmtree(given)
+    assert resume.with_own_start(run, started) == own
+    assert (run / "start" / "adapter_model.safetensors").read_bytes() == b"weights"

@@ -1,0 +1,77 @@
+"""Reward functions of TRL's, verl's and OpenRLHF's documentation drive training, unchanged, on real vLLM and Ray."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import pytest
+from conftest import ROOT
+
+from rlora import cluster
+from rlora.core.learner import Learner
+from rlora.records import Cursor
+from rlora.rollout.fleet import Fleet
+from rlora.rollout.player import AgentLoop
+from rlora.rollout.stream import Rollouts
+from rlora.rollout.task import Task, load_task, setup_of
+from rlora.scoring.pool import Pool
+from rlora.scoring.scoring import Scoring
+from rlora.settings import Config
+
+pytestmark = pytest.mark.vllm
+BORROWED = ROOT / "tests" / "borrowed_rewards.py"
+
+
+@dataclass
+class Running:
+    config: Config
+    task: Task
+    learner: Learner
+    fleet: Fleet
+
+
+@pytest.fixture(scope="module")
+def running(config: Callable[..., Config]) -> Iterator[Running]:
+    """One learner and one engine for all."""
+    settings = config(prompts_per_step=2, group_size=6, steps=100, sampling={"max_tokens": 16, "max_prompt_tokens": 64})
+    task = load_task(settings)
+    with cluster.start(settings, task, "run") as (learner, fleet, _):
+        yield Running(settings, task, learner, fleet)
+
+
+@pytest.mark.parametrize(
+    ("names", "style"),
+    [
+        (("format_reward_func", "reward_token_count", "reward_num_unique_chars"), "auto"),
+        (("boxed_reward_func", "math_reward_func", "reward_num_unique_chars"), "trl"),
+        (("async_reward_func", "reward_len"), "auto"),
+        (("logging_reward_func", "reward_num_unique_chars"), "auto"),
+        (("compute_score", "my_reward_fn"), "verl"),
+        (("compute_score_dict", "my_reward_fn"), "auto"),
+        (("compute_score_batched", "my_reward_fn"), "auto"),
+        (("reward_func",), "auto"),
+        (("reward_func_of_lengths",), "openrlhf"),
+    ],
+    ids=lambda each: each[0] if isinstance(each, tuple) else "",
+)
+def test_an_update_is_made_of_what_it_says(running: Running, names: tuple[str, ...], style: str) -> None:
+    rewards = [f"{BORROWED}:{name}" for name in names]
+    config = replace(running.config, reward=tuple(rewards), scoring=replace(running.config.scoring, style=style))
+    task = replace(running.task, prompts=[replace(each, columns={"task": "math"}) for each in running.task.prompts])
+    adapter = running.learner.adapter()
+    running.fleet.swap(adapter)
+    pool = Pool(setup_of(config, agent=False), 1)
+    loop = AgentLoop(task, running.fleet, Scoring(config, [pool]))
+    try:
+        rollouts = Rollouts(
+            config, task.prompts, running.fleet, loop, Cursor(adapter.version * config.prompts_per_step)
+        )
+        groups = rollouts.take(adapter.version).groups
+    finally:
+        loop.close()
+        pool.close()
+    episodes = [episode for group in groups for episode in group.episodes]
+    assert {name for episode in episodes for name in episode.parts if "/" not in name} == set(names)
+    assert all(episode.status in ("correct", "wrong") for episode in episodes)
+    following, update = running.learner.update(groups)
+    assert following.version == adapter.version + 1
+    assert update.grad_norm > 0

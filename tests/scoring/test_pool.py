@@ -1,0 +1,281 @@
+"""What a reward function does to its process, it does to nothing else."""
+
+import itertools
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import ROOT, case
+from hostile import hostile
+
+from rlora.records import Prompt, RloraError, Score
+from rlora.rewards.math.answer import is_empty
+from rlora.scoring.pool import Pool
+from rlora.scoring.worker import Answered, Setup, Turn
+
+SHADY = str(ROOT / "tests" / "shady_rewards.py")
+MakePool = Callable[..., Pool]
+
+
+def workers() -> set[int]:
+    return {child.pid for child in psutil.Process().children(recursive=True)}
+
+
+@pytest.fixture
+def pool() -> Iterator[MakePool]:
+    made = []
+    before = workers()
+
+    def make(*functions: str, workers: int = 1, **settings: Any) -> Pool:
+        rewards = tuple(f"{SHADY}:{name}" for name in functions)
+        made.append(Pool(Setup(rewards, **{"deadline": 1.0, "memory_mib": 512} | settings), workers))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+    assert workers() <= before
+
+
+def scores(pool: Pool, *completions: str, answer: object = 7) -> list[Score]:
+    verdicts = pool.do(case(*completions, answer=answer)).result(timeout=60)
+    assert isinstance(verdicts, list)
+    return verdicts[0]
+
+
+def values(found: list[Score]) -> list[float | str | None]:
+    return [score.status or score.value for score in found]
+
+
+@pytest.mark.parametrize(
+    ("bad", "status", "detail"),
+    [
+        ("hang", "timeout", r"more than scoring\.deadline = 1 s"),
+        ("hold the GIL", "timeout", r"more than scoring\.deadline = 1 s"),
+        ("memory", "error", "MemoryError"),
+        ("die", "error", r"the process of a call ended \(exit status 3\)"),
+        ("exit", "error", "SystemExit: 4"),
+        ("raise", "error", r"shady_rewards\.py:\d+: shady raised KeyError: 'no judge today'"),
+    ],
+)
+def test_a_call_that_goes_wrong_gets_a_status_and_all_others_their_scores(
+    pool: MakePool, bad: str, status: str, detail: str
+) -> None:
+    made = pool("shady")
+    before = [made.do(case("7", "8", answer=7)) for _ in range(5)]
+    found = scores(made, "7", bad, "8", bad)
+    after = [made.do(case("7", answer=7)) for _ in range(5)]
+    assert values(found) == [1.0, status, 0.0, status]
+    assert re.search(detail, found[1].detail)
+    assert re.search(detail, found[3].detail)
+    assert [values(each.result()[0]) for each in before] == [[1.0, 0.0]] * 5
+    assert [values(each.result()[0]) for each in after] == [[1.0]] * 5
+
+
+def test_only_the_call_at_fault_is_not_made_again(pool: MakePool, tmp_path: Path) -> None:
+    calls = tmp_path / "calls"
+    found = scores(pool("counted"), "die", "a", "b", answer=str(calls))
+    assert values(found) == ["error", 2.0, 3.0]
+
+
+def test_what_is_sent_while_another_hangs_is_done_by_the_other_workers(pool: MakePool) -> None:
+    made = pool("shady", workers=2, deadline=3.0)
+    hangs = made.do(case("hang", answer=7))
+    time.sleep(0.3)
+    start = time.monotonic()
+    assert values(scores(made, "7")) == [1.0]
+    assert time.monotonic() - start < 2
+    assert values(hangs.result()[0]) == ["timeout"]
+
+
+def test_a_function_may_print_and_use_alarms_of_its_own(pool: MakePool, capfd: pytest.CaptureFixture[str]) -> None:
+    assert values(scores(pool("shady", deadline=4.0), "print", "alarm", "7")) == [0.0, 0.5, 1.0]
+    assert "a line on standard output" not in capfd.readouterr().out
+
+
+def test_many_functions_are_called_on_each(pool: MakePool) -> None:
+    verdicts: Any = pool("shady", "slow").do(case("0", "0.1", answer=0)).result()
+    assert [values(each) for each in verdicts] == [[1.0, 0.0], [1.0, 1.0]]
+
+
+def test_coroutines_are_awaited_together_so_many_at_once_and_each_has_a_deadline(pool: MakePool) -> None:
+    made = pool("judge", concurrency=8)
+    start = time.monotonic()
+    asked = [made.do(case(*["0.4"] * 8)) for _ in range(2)]
+    assert all(values(each.result()[0]) == [1.0] * 8 for each in asked)
+    assert 0.8 <= time.monotonic() - start < 3  # one after the other would be 6.4
+    assert values(scores(made, "0", "30", "0")) == [1.0, "timeout", 1.0]
+
+
+def test_a_coroutine_that_blocks_the_others_costs_its_group_only(pool: MakePool) -> None:
+    made = pool("blocking_judge")
+    asked = [made.do(case(*of)) for of in (("a", "b"), ("a", "block"), ("c",))]
+    assert [values(each.result()[0]) for each in asked] == [[1.0, 1.0], ["timeout", "timeout"], [1.0]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rewards": (f"{SHADY}:missing",)}, r"reward = '.*': .* has no 'missing'"),
+        ({"rewards": ("none.py:f",)}, r"reward = 'none\.py:f': there is no file none\.py"),
+        ({"reward_args": {"over": 3}}, r"reward_args\.over = 3: no reward function has a parameter of that name"),
+        ({"env": f"{SHADY}:Guarded", "env_args": {"x": 1}}, r"unexpected keyword argument 'x'"),
+    ],
+)
+def test_what_can_not_be_loaded_is_told_at_once(settings: dict[str, Any], message: str) -> None:
+    before = workers()
+    with pytest.raises(RloraError, match=message):
+        Pool(Setup(**{"rewards": (f"{SHADY}:shady",)} | settings), 2)
+    assert workers() <= before
+
+
+def test_an_env_answers_where_rewards_run_and_keeps_what_it_knows(pool: MakePool) -> None:
+    made = pool("shady", env=f"{SHADY}:Guarded", env_args={"greeting": "hi"})
+
+    def answer(message: str, state: dict[str, Any]) -> Answered:
+        answered = made.do(Turn(Prompt("greet", answer="hello"), message, state)).result(timeout=60)
+        assert isinstance(answered, Answered)
+        return answered
+
+    assert answer("hello", {"seen": 4}) == Answered("hi 5", {"seen": 5})
+    assert answer("chat", {}) == Answered([{"role": "user", "content": "and you?"}], {"seen": 1})
+    assert answer("bye", {}) == Answered(None, {"seen": 1})
+    for bad, detail in (
+        ("raise", r"shady_rewards\.py:\d+: env = .*Guarded': its reply raised ValueError: no such tool"),
+        ("not plain", r"its reply raised TypeError: .*not JSON serializable"),
+        ("not plain inside", r"its reply raised TypeError: .*not JSON serializable"),
+        ("no text", r"its reply raised ValueError: it gave neither text nor None nor chat messages"),
+        ("hang", r"more than scoring\.deadline = 1 s"),
+    ):
+        answered = answer(bad, {"seen": 4, "list": []})
+        assert (answered.said, answered.state) == (None, {"seen": 4, "list": []})
+        assert answered.status == ("timeout" if bad == "hang" else "error")
+        assert re.search(detail, answered.detail)
+    assert answer("surrogate", {}).said == "?"
+    assert values(scores(made, "7")) == [1.0]
+
+
+def test_coroutines_have_one_event_loop_over_all_batches(pool: MakePool) -> None:
+    made = pool("loops")
+    assert [values(scores(made, "a")) for _ in range(3)] == [[1.0]] * 3
+
+
+def test_what_a_call_has_started_is_killed_with_it(pool: MakePool, tmp_path: Path) -> None:
+    number = tmp_path / "pid"
+    assert values(scores(pool("starts"), "a", answer=str(number))) == ["timeout"]
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(int(number.read_text())).wait(timeout=5)
+
+
+def test_memory_that_calls_keep_is_not_held_against_later_ones(pool: MakePool) -> None:
+    made = pool("keeps")
+    assert [values(scores(made, "a")) for _ in range(12)] == [[1.0]] * 12  # 1,200 MiB, and a call may take 512
+
+
+def test_closing_does_not_wait_for_what_was_never_begun(pool: MakePool) -> None:
+    """A worker takes 64 jobs at most beside its first one; how many it takes before the end is a matter of chance."""
+    made = pool("slow", deadline=5.0)
+    workers_here = len(made._threads)
+    asked = [made.do(case("0.05")) for _ in range(400)]
+    made.close()
+    assert all(each.done() for each in asked)
+    assert sum(each.cancelled() for each in asked) >= 400 - 65 * workers_here
+
+
+def test_fifty_thousand_pairs_leave_nothing_behind() -> None:
+    """Hostile ones among them."""
+    before = workers()
+    pairs = [pair for pair in hostile() if len(pair[1]) < 1000 and not is_empty(pair[0])] + [
+        ("7", "so it is \\boxed{7}"),
+        ("1/2", "#### 0.5"),
+    ] * 100
+    made = Pool(Setup(("rlora.rewards.equivalence:math_answer",)), 2)
+    with closing(made):
+        sizes = []
+        for _ in range(10):
+            asked = [made.do(case(text, answer=gold)) for gold, text in itertools.islice(itertools.cycle(pairs), 5000)]
+            statuses = Counter(each.result()[0][0].status for each in asked)
+            sizes.append(sum(psutil.Process(pid).memory_info().rss for pid in workers()) / 2**20)
+        assert statuses.keys() <= {"correct", "wrong", "unparsable", "timeout"}
+        assert statuses["correct"] > 1000
+    assert sizes[-1] - sizes[1] < 50  # MiB
+    assert workers() <= before
+
+
+@pytest.mark.parametrize("name", ["lazy", "lazy_judge"])
+def test_the_first_call_in_a_process_may_take_longer(pool: MakePool, name: str) -> None:
+    made = pool(name, first_deadline=20.0)
+    assert values(scores(made, "a", "b")) == [1.0, 1.0]
+    start = time.monotonic()
+    (found,) = scores(made, "hang")  # which is not the first
+    assert found.status == "timeout"
+    assert found.detail == f"a call took more than scoring.deadline = 1 s (of {name})"
+    assert time.monotonic() - start < 10
+    assert values(scores(made, "a")) == [1.0]  # in another process, where one is in its place
+
+
+def test_a_first_call_has_its_deadline_too_and_no_function_has_more_for_ever(pool: MakePool) -> None:
+    made = pool("lazy", first_deadline=1.5)
+    found = [scores(made, "hang")[0] for _ in range(4)]
+    assert [each.status for each in found] == ["timeout"] * 4
+    fields = [re.sub(r".*than scoring\.(.*) = .*", r"\1", each.detail) for each in found]
+    assert fields == ["first_deadline", "first_deadline", "first_deadline", "deadline"]
+
+
+def test_a_first_call_has_no_less_time_than_others(pool: MakePool) -> None:
+    assert values(scores(pool("slow", first_deadline=0.1), "0.5")) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("names", "completion", "detail"),
+    [
+        (("with_a_key", "shady"), "die", "the process of a call ended (exit status 3) (of shady)"),
+        (("shady", "killed"), "9", "the process of a call ended (signal 9) (of killed); most likely the machine ran "
+         "out of memory: lower scoring.memory_mib = 512, or scoring.workers"),
+        (("killed", "shady"), "6", "the process of a call ended (signal 6) (of killed); if it was refused memory, "
+         "raise scoring.memory_mib = 512"),
+        (("killed",), "15", "the process of a call ended (signal 15) (of killed)"),
+        (("slow", "dying_judge"), "0", "the process of a call ended (exit status 3) (of dying_judge)"),
+        (("judge", "dying_judge"), "0", "the process of a call ended (exit status 3) (of judge or dying_judge)"),
+        (("blocking_judge",), "block", "a call took more than scoring.deadline = 1 s (of blocking_judge)"),
+        (("judge",), "30", "a call took more than scoring.deadline = 1 s (of judge)"),
+        (("shady",), "hang", "a call took more than scoring.deadline = 1 s (of shady)"),
+    ],
+)  # fmt: skip
+def test_it_is_said_whose_call_it_was(pool: MakePool, names: tuple[str, ...], completion: str, detail: str) -> None:
+    made = pool(*names)
+    verdicts: Any = made.do(case(completion, answer=7)).result(timeout=60)
+    assert detail in [scores[0].detail for scores in verdicts]
+
+
+def test_two_functions_of_a_name_are_told_by_their_files(pool: MakePool, tmp_path: Path) -> None:
+    (tmp_path / "other.py").write_text("def shady(completion):\n    import os\n    os._exit(4)\n")
+    rewards = (f"{SHADY}:shady", f"{tmp_path}/other.py:shady")
+    with closing(Pool(Setup(rewards), 1)) as made:
+        verdicts: Any = made.do(case("7", answer=7)).result(timeout=60)
+    assert verdicts[0][0].value == 1.0
+    assert verdicts[1][0].detail == f"the process of a call ended (exit status 4) (of {rewards[1]})"
+
+
+def test_variables_that_are_handed_on_are_there_and_never_shown(pool: MakePool) -> None:
+    environment = {"RLORA_TEST_KEY": "secret-7f3a"}
+    made = pool("with_a_key", environment=environment)
+    assert values(scores(made, "secret-7f3a")) == [1.0]
+    (found,) = scores(made, "guessed")
+    assert "PermissionError: no access with <RLORA_TEST_KEY>; mend it there" in found.detail
+    assert "secret" not in repr(Setup(environment=environment))
+    (found,) = scores(pool("with_a_key"), "secret-7f3a")
+    assert "KeyError: 'RLORA_TEST_KEY'" in found.detail
+
+
+def test_what_fails_to_load_does_not_show_them_either(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("import os\nraise ValueError('bad key ' + os.environ['RLORA_TEST_KEY'])\n")
+    with pytest.raises(RloraError, match=r"ValueError: bad key <RLORA_TEST_KEY>$"):
+        Pool(Setup((f"{file}:f",), environment={"RLORA_TEST_KEY": "secret-7f3a"}), 1)

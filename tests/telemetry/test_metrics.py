@@ -1,0 +1,77 @@
+import json
+from typing import Any
+
+import pytest
+from conftest import ROOT, episode, group
+
+from rlora.records import STATUSES, Adapter, Proof, Saved, UpdateStats
+from rlora.rollout.fleet import FleetStats
+from rlora.rollout.stream import Collection
+from rlora.telemetry.metrics import Metrics, sparkline, summarise
+
+GROUPS = (
+    group([1], episode([2, 3], 1.0), episode([4], 0.0)),
+    group([1], episode([2, 3, 4], 0.0), episode([5, 6], 0.0)),
+)
+MADE = Adapter("run", 1, b"{}", (2).to_bytes(8, "little") + b"{}")
+UPDATE = UpdateStats(0.5, 0.1, 5e-4, 0.001, 0.0, tokens=3, seconds=2.0, skipped_in_a_row=0)
+
+
+def test_figures_by_hand() -> None:
+    assert summarise(GROUPS, version=3) == {
+        "reward/mean": 0.25,
+        "reward/max": 1.0,
+        "reward/informative_groups": 0.5,
+        "completion/length": 2.0,
+        "completion/truncated": 0.0,
+        "completion/tokens": 8,
+        "completion/env_tokens": 0,
+        **{f"status/{name}": 0.0 for name in STATUSES},
+        "staleness": 3.0,
+    }
+
+
+def log(*steps: int, update: UpdateStats = UPDATE) -> list[dict[str, Any]]:
+    lines: list[str] = []
+    with Metrics(10) as metrics:
+        metrics.start(steps[0], FleetStats(engines=1, busy_seconds=1.0, canary=None, lost=0, replayed=0))
+        for busy, step in enumerate(steps, start=1):
+            with metrics.timed("swap"):
+                pass
+            collection = Collection(GROUPS, GROUPS, reward_seconds=0.1, late=0, stale=0)
+            fleet = FleetStats(engines=1, busy_seconds=1.0 + 4.0 * busy, canary=0.1, lost=0, replayed=0)
+            proofs, saved = [Proof("", 0.01, 0.02)], Saved(0.01, 5000)
+            lines.append(metrics.log(step, proofs, collection, update, fleet, saved, MADE))
+    return [json.loads(line) for line in lines]
+
+
+def test_a_line_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = log(0, 1, 2)
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert lines[0]["rollout/tokens_per_second"] == 2.0
+    assert lines[0]["learner/tokens_per_second"] == 1.5
+    assert lines[0]["kl/behaviour"] == 0.001
+    assert lines[0]["adapter"] == MADE.digest
+    assert (lines[0]["checkpoint/seconds"], lines[0]["checkpoint/bytes"]) == (0.01, 5000)
+    assert 1e7 < lines[0]["memory/driver"] < 1e11
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("step 1/10: reward 0.250, completion length 2.0 tokens, engine 2 tokens/s")
+    assert "time left" in printed[0]
+
+
+def test_what_is_not_a_number_is_null() -> None:
+    update = UpdateStats(float("nan"), float("inf"), 5e-4, None, None, 0, 1.0, skipped_in_a_row=1)
+    (line,) = log(0, update=update)
+    assert (line["loss"], line["grad/norm"], line["kl/behaviour"]) == (None, None, None)
+    assert line["learner/tokens_per_second"] is None
+
+
+def test_every_metric_is_documented() -> None:
+    documented = (ROOT / "docs" / "metrics.md").read_text()
+    for name in log(0)[0]:
+        assert f"`{name}`" in documented, name
+
+
+def test_sparkline() -> None:
+    assert sparkline([0, 1]) == "▁█"
+    assert sparkline([3.0]) == "▁"
