@@ -278,7 +278,7 @@ def test_a_bare_checkout_runs_as_a_ray_job_with_two_replicas(tmp_path: Path) -> 
     """`ray job submit --working-dir .` to a cluster; what runs is the checkout, not the installed rlora."""
     checkout, run, ray = tmp_path / "checkout", tmp_path / "run", str(Path(sys.executable).parent / "ray")
     ignore = shutil.ignore_patterns(".*", "runs", "*.egg-info", "__pycache__", "tests")
-    shutil.copytree(ROOT, checkout, ignore=ignore)
+    shutil.copytree(ROOT, checkout, ignore=ignore, symlinks=True)  # rlora/envs is envs/
     source = (checkout / "envs" / "arithmetic.py").read_text()
     (checkout / "envs" / "only_here.py").write_text(source)  # so that no other rlora can run the job
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}

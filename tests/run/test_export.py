@@ -11,7 +11,7 @@ from conftest import ORIGIN, ROOT, save_words, stir, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from upath import UPath
 
-from rlora.cli import main, overrides
+from rlora.cli import main, overrides, train
 from rlora.config import read
 from rlora.core.lora import Bank, Spec
 from rlora.core.peft_format import encode
@@ -191,13 +191,13 @@ def test_a_run_keeps_the_text_of_its_template(tmp_path: Path, monkeypatch: pytes
     file.write_text(TEMPLATE)
     run = tmp_path / "run"
     arguments = ["launch/arithmetic.toml", "--run-dir", str(run), "--chat.template", str(file)]
-    config, *_ = main._begun(overrides.parse_train(arguments))
+    config, *_ = train._begun(overrides.parse_train(arguments))
     file.unlink()
     assert config.chat.template == TEMPLATE
     assert read(run / "config.toml").chat.template == TEMPLATE
     other = TEMPLATE.replace("policy", "answer")
     file.write_text(other)
-    resumed, *_ = main._resumed(overrides.parse_train(["--resume", str(run)]), UPath(run))
+    resumed, *_ = train._resumed(overrides.parse_train(["--resume", str(run)]), UPath(run))
     assert resumed.chat.template == TEMPLATE
     changed = overrides.parse_train(["--resume", str(run), "--set", f'chat.template="{file}"'])
-    assert main._resumed(changed, UPath(run))[0].chat.template == other
+    assert train._resumed(changed, UPath(run))[0].chat.template == other
