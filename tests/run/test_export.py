@@ -11,7 +11,7 @@ from conftest import ORIGIN, ROOT, save_words, stir, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from upath import UPath
 
-from rlora.cli import main, overrides, train
+from rlora.cli import overrides, train
 from rlora.config import read
 from rlora.core.lora import Bank, Spec
 from rlora.core.peft_format import encode
