@@ -56,6 +56,7 @@ from rlora.core import peft_format
 from rlora.core.learner import Learner
 from rlora.core.lora import matrices
 from rlora.engine import vllm_engine
+from rlora.engine.cpu import patches
 from rlora.model.base import DEMO
 from rlora.records import OFF, Adapter, Sampling
 from rlora.rollout.fleet import Fleet, Request, wait_for
@@ -145,7 +146,7 @@ class Probe(vllm_engine.Engine):
             lambda: (
                 psutil.Process().memory_full_info().uss / 2**20,
                 len(self.llm.list_loras()),
-                sum(1 for path in self.directory.rglob("*") if path.is_file()),
+                sum(1 for path in machine.adapter_directory(os.getpid()).rglob("*") if path.is_file()),
             )
         )
 
@@ -165,10 +166,10 @@ class StockOp(Probe):
 
     def _build(self, *made_of: Any) -> Any:
         def without_the_product(head: bool) -> bool:
-            TopKTopPSampler.forward_cpu = vllm_engine.vllm_cpu.draw
+            TopKTopPSampler.forward_cpu = patches.draw
             return False
 
-        vllm_engine.vllm_cpu.install = without_the_product
+        patches.install = without_the_product
         return super()._build(*made_of)
 
 

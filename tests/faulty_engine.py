@@ -33,15 +33,15 @@ class FaultyEngine(Engine):
         return self._post(set_up)
 
     def _load(self, adapter: Adapter) -> Any:
-        differences, write = rlora.engine.slots.differences, rlora.engine.write_adapter
+        differences, write = rlora.engine.slots.differences, rlora.engine.vllm_engine.write_adapter
         if "slots" not in self.checks:
             rlora.engine.slots.differences = lambda model, lora_id, adapter: []
         if self.kind and "file" in self.checks:  # what lies there is wrong
-            rlora.engine.write_adapter = lambda adapter, path: write(self._spoilt(adapter), path)
+            rlora.engine.vllm_engine.write_adapter = lambda adapter, path: write(self._spoilt(adapter), path)
         try:
             proof = super()._load(adapter)
         finally:
-            rlora.engine.slots.differences, rlora.engine.write_adapter = differences, write
+            rlora.engine.slots.differences, rlora.engine.vllm_engine.write_adapter = differences, write
             self.kind, self.checks = "", ("file", "slots", "canary")
         self.before = adapter
         return proof
