@@ -55,22 +55,27 @@ from rlora.config import validate
 from rlora.core import peft_format
 from rlora.core.learner import Learner
 from rlora.core.lora import matrices
+from rlora.core.setup import Setup
 from rlora.engine import vllm_engine
 from rlora.engine.cpu import patches
 from rlora.model.base import DEMO
-from rlora.records import OFF, Adapter, Sampling
-from rlora.rollout.fleet import Fleet, Request, wait_for
+from rlora.records import BASE, OFF, Adapter, Sampling
+from rlora.rollout.fleet import Fleet, wait_for
+from rlora.rollout.requests import Request
 from rlora.rollout.task import Task, load_task
+from rlora.run.start import read
 from rlora.store import write_adapter
 
 PROMPTS, SAMPLING = 16, Sampling(max_tokens=32, group_size=8)
 LR = 5e-4  # of the step between two versions
+POLICY = "benchmark"
 HERE, ROOT = Path(__file__), Path(__file__).resolve().parent.parent
 CONFIG: dict[str, Any] = {
     "model": DEMO, "env": "rlora.envs.arithmetic:Arithmetic", "reward": "rlora.rewards.integer:integer_answer",
     "prompts_per_step": PROMPTS, "group_size": SAMPLING.group_size, "steps": 8, "learner": {"lr": LR},
     "sampling": {"max_tokens": SAMPLING.max_tokens, "max_prompt_tokens": 64}, "evaluate": {"prompts": 0},
 }  # fmt: skip
+SETUP = Setup.of(validate(CONFIG))
 
 
 def main() -> None:
@@ -178,7 +183,7 @@ def engines(task: Task, kind: type[Probe], learn: bool = False, **changes: Any) 
     """A fleet of `kind`, whose engines have all cores each, and a learner."""
     cluster.ENGINE = f"{HERE}:{kind.__name__}"
     settings = {"engine": {"threads": machine.cores()}} | changes
-    with cluster.start(validate(CONFIG | settings), task, "benchmark", learn=learn) as (learner, fleet, _):
+    with cluster.start(validate(CONFIG | settings), task, POLICY, learn=learn) as (learner, fleet, _):
         yield learner, fleet
 
 
@@ -191,16 +196,17 @@ def ours(task: Task, count: int, saved: Path) -> dict[str, float]:
     idle, proof, load, with_canary, without, busy, steps = ([] for _ in range(7))  # type: ignore[var-annotated]
     with engines(task, Probe, learn=True, max_staleness=2) as (learner, fleet):
         (probe,) = fleet.engines
-        fresh = learner.adapter()  # B = 0: it costs what any does, and its completions are as long as the base's
+        fresh = learner.open(POLICY, SETUP)  # B = 0: completions are as long as the base's
         fleet.swap(fresh)
         batch(task, fleet)
-        states = versions(learner.state())
+        states = versions(learner.state(POLICY))
 
         def swap() -> tuple[float, Any]:
             """Seconds from the learner's tensors to the proof, which is that of the next version."""
-            learner.resume(next(states))
+            learner.close(POLICY)
+            learner.open(POLICY, SETUP, next(states))
             start = time.perf_counter()
-            proofs = fleet.swap(learner.adapter())
+            proofs = fleet.swap(learner.adapter(POLICY))
             return time.perf_counter() - start, proofs[0]
 
         held = []
@@ -216,7 +222,7 @@ def ours(task: Task, count: int, saved: Path) -> dict[str, float]:
 
         for _ in range(4 if count < 100 else 12):
             probe.step_seconds().result()
-            requests = [fleet.generate(prompt, SAMPLING) for prompt in task.prompts[:PROMPTS]]
+            requests = [fleet.generate(prompt, SAMPLING, POLICY) for prompt in task.prompts[:PROMPTS]]
             for _ in range(2):  # more would be too many versions ahead
                 time.sleep(random.uniform(0.5, 1.5))
                 busy.append(swap()[0])
@@ -238,8 +244,9 @@ def ours(task: Task, count: int, saved: Path) -> dict[str, float]:
             probe.load_from_disk(path).result()
 
         disk = [timed(lambda: through_the_disk(f"{saved}-{number}")) for number in range(20)]  # noqa: B023
-    of_learner = Learner(validate(CONFIG), task.base, "benchmark")
-    in_learner = [timed(of_learner._canary) for _ in range(12)][2:]
+    of_learner = Learner(validate(CONFIG), task.base)
+    of_learner.open(POLICY, SETUP)
+    in_learner = [timed(partial(of_learner.canary_of, of_learner.held[POLICY])) for _ in range(12)][2:]
     for name, seconds in (
         ("swap", idle), ("load", load), ("proof", proof), ("swap_busy", busy), ("step", steps), ("disk", disk),
         ("canary", [a - b for a, b in zip(with_canary, without, strict=True)]), ("learner_canary", in_learner),
@@ -254,7 +261,7 @@ def ours(task: Task, count: int, saved: Path) -> dict[str, float]:
 
 def merging(task: Task, saved: Path) -> dict[str, float]:
     """Merge in fp32, round, write to RAM, reload in place."""
-    spec, tensors = peft_format.decode(*peft_format.read(saved))
+    spec, tensors = peft_format.decode(*read(saved))
     base = AutoModelForCausalLM.from_pretrained(task.base, dtype=torch.float32)
     config = (Path(task.base) / "config.json").read_bytes()
     over = peft_format.by_names(matrix for matrix in matrices(base) if spec.rank_of(matrix))
@@ -271,15 +278,15 @@ def merging(task: Task, saved: Path) -> dict[str, float]:
                 merged[f"{matrix.key}.weight"] = weight.to(torch.bfloat16)
             weights = safetensors.torch.save(merged, {"format": "pt"})
             made = time.perf_counter() - start
-            adapter = Adapter("benchmark", version, config, weights, whole=True)
+            adapter = Adapter(POLICY, version, config, weights, whole=True)
             seconds.append(made + probe.load(adapter).result().load_seconds)
     return {"merge_ms_p50": 1000 * median(seconds[1:]), "merge_bytes": len(weights)}
 
 
 def with_stock_op(task: Task, saved: Path) -> dict[str, float]:
-    config, weights = peft_format.read(saved)
+    config, weights = read(saved)
     with engines(task, StockOp, max_staleness=2) as (_, fleet):
-        fleet.swap(Adapter("benchmark", 1, config, weights))
+        fleet.swap(Adapter(POLICY, 1, config, weights))
         return {"tokens_per_s_stock_op": median([batch(task, fleet) for _ in range(6)][1:])}
 
 
@@ -337,12 +344,11 @@ def kills(task: Task) -> dict[str, float]:
     figures = {}
     for replicas in (1, 2):
         with engines(task, Probe, engine={"replicas": replicas, "kv_cache_gib": 1}) as (_, fleet):
-            learner = Learner(validate(CONFIG), task.base, "benchmark")
-            fleet.swap(learner.adapter())
+            fleet.swap(Learner(validate(CONFIG), task.base).open(POLICY, SETUP))
             batch(task, fleet)
 
             def step(kill: bool, fleet: Fleet = fleet) -> None:
-                requests = [fleet.generate(prompt, SAMPLING) for prompt in task.prompts[:PROMPTS]]
+                requests = [fleet.generate(prompt, SAMPLING, POLICY) for prompt in task.prompts[:PROMPTS]]
                 time.sleep(2.0)
                 if kill:
                     _, pid = ray.get(fleet.engines[0].placed)  # type: ignore[attr-defined]
@@ -370,17 +376,17 @@ def batch(task: Task, fleet: Fleet, base: bool = False) -> float:
     start = time.perf_counter()
     if base:
         (probe,) = fleet.engines
-        sampled = [probe.generate(prompt, SAMPLING, OFF) for prompt in task.prompts[:PROMPTS]]
+        sampled = [probe.generate(prompt, SAMPLING, BASE.version) for prompt in task.prompts[:PROMPTS]]
         groups = [each.result() for each in sampled]
     else:
-        groups = finish([fleet.generate(prompt, SAMPLING) for prompt in task.prompts[:PROMPTS]])
+        groups = finish([fleet.generate(prompt, SAMPLING, POLICY) for prompt in task.prompts[:PROMPTS]])
     tokens = sum(len(episode.completion_ids) for group in groups for episode in group.episodes)
     return tokens / (time.perf_counter() - start)
 
 
 def token(task: Task, fleet: Fleet, number: int) -> None:
     """One token of a prompt that the version has not seen before."""
-    finish([fleet.generate(task.prompts[number % len(task.prompts)], Sampling(max_tokens=1))])
+    finish([fleet.generate(task.prompts[number % len(task.prompts)], Sampling(max_tokens=1), POLICY)])
 
 
 def finish(requests: list[Request]) -> list[Any]:

@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 from rlora.config import validate
 from rlora.core import attention
-from rlora.core.batch import lesson, microbatches
+from rlora.core.batch import sample_of
 from rlora.core.learner import Learner
-from rlora.records import Episode, Group, Prompt
+from rlora.core.setup import Setup
+from rlora.records import Episode, Group, Prompt, Version
 
+POLICY = "benchmark"
 SIZES: dict[str, dict[str, Any]] = {  # shapes of Qwen3
     "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
              "head_dim": 16, "intermediate_size": 128, "vocab_size": 512, "tie_word_embeddings": False},
@@ -197,10 +200,9 @@ def make_groups(shape: Shape, vocabulary: int, seed: int) -> list[Group]:
 
     def episode(index: int) -> Episode:
         count = draw.randint(shape.shortest, shape.longest)
-        logprobs = (-float(torch.tensor(float(vocabulary)).log()),) * count
-        return Episode(
-            tokens(count), logprobs, "stop", 0, reward=float(index) if index < 2 else float(draw.random() < 0.5)
-        )
+        ids, logprobs = tokens(count), (-float(torch.tensor(float(vocabulary)).log()),) * count
+        reward = float(index) if index < 2 else float(draw.random() < 0.5)
+        return Episode(ids, logprobs, "stop", Version("benchmark", 0), reward=reward)
 
     return [
         Group(Prompt("", token_ids=tokens(shape.prompt)), tuple(episode(index) for index in range(shape.group_size)))
@@ -225,7 +227,9 @@ def learner_over(model: PreTrainedModel, bench: Bench, **settings: Any) -> Learn
         mock.patch("rlora.core.learner.load_base", return_value=model),
         mock.patch("rlora.machine.device", return_value=model.device),
     ):
-        return Learner(config, "random weights", "benchmark")
+        learner = Learner(config, "random weights")
+        learner.open(POLICY, Setup.of(config))
+    return learner
 
 
 # --- correct ---
@@ -249,16 +253,15 @@ def correct(bench: Bench) -> dict[str, Any]:
     for name, device, dtype, checkpointing in sides:
         learner = learner_over(deepcopy(base).to(device, dtype), bench, checkpointing=checkpointing, max_grad_norm=1e9)
         generator = torch.Generator().manual_seed(5)
-        for factors in learner.policy.bank.factors.values():  # with B = 0 the gradient of A is 0
-            for b in factors.lora_B:
-                b.data.copy_(torch.randn(b.shape, generator=generator) * 1e-3)
+        for pair in learner.policies.bank.over(POLICY).values():  # with B = 0 the gradient of A is 0
+            pair.b.data.copy_(torch.randn(pair.b.shape, generator=generator) * 1e-3)
         logprobs = logprobs_of(learner, groups)
         if reference is None:
             groups = on_policy(groups, logprobs)
-        _, stats = learner.update(groups)
-        gradient = torch.cat(
-            [p.grad.flatten().double().cpu() for p in learner.policy.parameters() if p.grad is not None]
-        )
+        _, stats = learner.update(POLICY, groups)
+        optimizer = learner.held[POLICY].optimizer
+        moments = [optimizer.adam.state[master]["exp_avg"] for master in optimizer.masters.values()]
+        gradient = torch.cat([each.flatten().double().cpu() for each in moments])  # decayed, by the same for all
         reference = reference or (logprobs, gradient)
         difference = (logprobs - reference[0]).abs()
         rows.append({
@@ -287,12 +290,8 @@ def as_expected(row: dict[str, Any], rounding: dict[str, Any]) -> bool:
 @torch.no_grad()
 def logprobs_of(learner: Learner, groups: Sequence[Group]) -> Tensor:
     """The logprob of each completion token, group by group: (C,) fp32 on the CPU."""
-    lessons = [[lesson(group.prompt.token_ids, episode) for episode in group.episodes] for group in groups]
-    logprobs = {}
-    for row in microbatches(lessons, 2048, learner.policy.base.dtype, learner.device):
-        parts = learner.policy.logprobs(row).float().cpu().split(row.lengths.tolist())
-        logprobs |= {id(each.episode): part for each, part in zip(row.lessons, parts, strict=True)}
-    return torch.cat([logprobs[id(episode)] for group in groups for episode in group.episodes])
+    samples = [[sample_of(group.prompt.token_ids, episode) for episode in group.episodes] for group in groups]
+    return torch.cat([logprobs for of_group in learner.forward(POLICY, samples) for logprobs in of_group])
 
 
 def on_policy(groups: Sequence[Group], logprobs: Tensor) -> list[Group]:
@@ -319,11 +318,11 @@ def waits(bench: Bench) -> dict[str, Any]:
         return {"waits": 0, "by_line": {}}
     learner = learner_over(build("0.6b", torch.bfloat16, bench.device), bench)
     groups = make_groups(SHAPES["gsm8k"], SIZES["0.6b"]["vocab_size"], 2)[:2]
-    learner.update(groups)
+    learner.update(POLICY, groups)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
-        learner.update(groups)
+        learner.update(POLICY, groups)
         torch.cuda.set_sync_debug_mode("default")
     lines = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchron" in str(w.message))
     table([{"line": line, "waits": count} for line, count in lines.most_common()])
@@ -395,10 +394,10 @@ def profile_part(bench: Bench) -> dict[str, Any]:
     shape = SHAPES["gsm8k" if bench.on_gpu else "tiny"]
     groups = make_groups(replace(shape, prompts=1), SIZES[size]["vocab_size"], 3)
     learner = learner_over(build(size, torch.bfloat16, bench.device), bench)
-    learner.update(groups)
-    seconds = bench.timed(lambda: learner.update(groups))
+    learner.update(POLICY, groups)
+    seconds = bench.timed(lambda: learner.update(POLICY, groups))
     with profile(activities=activities(bench)) as found:
-        learner.update(groups)
+        learner.update(POLICY, groups)
         bench.synchronize()
     times = by_name(found, bench)
     kinds: Counter[str] = Counter()
@@ -437,7 +436,11 @@ def _speed(bench: Bench, size: str, shape: str, settings: dict[str, Any] | None)
     vocabulary, row = SIZES[size]["vocab_size"], {}
     model = build(size, torch.bfloat16, bench.device)
     try:
-        step = peft_step(model, bench) if settings is None else learner_over(model, bench, **settings).update
+        step = (
+            peft_step(model, bench)
+            if settings is None
+            else partial(learner_over(model, bench, **settings).update, POLICY)
+        )
         first = make_groups(SHAPES[shape], vocabulary, 10)
         fresh = [make_groups(SHAPES[shape], vocabulary, seed) for seed in (20, 21)]
         with bench.peak(row):

@@ -39,13 +39,14 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from rlora.config import validate
-from rlora.core.batch import lesson, microbatches
+from rlora.core.batch import microbatches, sample_of
 from rlora.core.learner import Learner
 from rlora.core.lora import Spec
-from rlora.core.loss import reinforce
-from rlora.core.policy import Policy
+from rlora.core.objectives.reinforce import reinforce
+from rlora.core.policy import Policies
+from rlora.core.setup import Setup
 from rlora.model.base import DEMO, locate
-from rlora.records import Episode, Group, Prompt
+from rlora.records import Episode, Group, Prompt, Version
 from rlora.settings import Config
 
 COMPARED = {
@@ -178,7 +179,8 @@ def make_groups(case: Case) -> list[Group]:
         return tuple(draw.randrange(1000, 40_000) for _ in range(count))
 
     def episode(index: int) -> Episode:
-        return Episode(tokens(completion), (-10.0,) * completion, "length", 0, reward=float(index % 2))
+        version, logprobs = Version("benchmark", 0), (-10.0,) * completion
+        return Episode(tokens(completion), logprobs, "length", version, reward=float(index % 2))
 
     return [
         Group(Prompt("", token_ids=tokens(prompt)), tuple(episode(index) for index in range(case.G)))
@@ -187,22 +189,29 @@ def make_groups(case: Case) -> list[Group]:
 
 
 def ours(case: Case, config: Config, groups: list[Group]) -> Callable[[], object]:
-    learner = Learner(config, locate(DEMO), "benchmark")
-    return lambda: learner.update(groups)
+    learner = Learner(config, locate(DEMO))
+    learner.open("benchmark", Setup.of(config))
+    return lambda: learner.update("benchmark", groups)
 
 
 def bank(case: Case, config: Config, groups: list[Group]) -> Callable[[], object]:
-    """Forward and backward of `case.K` adapters in one row; the groups are theirs in turn."""
-    policy = Policy(load(), [Spec(case.rank)] * case.K, 0)
-    owned = [
-        [lesson(group.prompt.token_ids, episode, 1.0, adapter=index % case.K) for episode in group.episodes]
-        for index, group in enumerate(groups)
-    ]
+    """Forward and backward of `case.K` adapters, each in rows of its own; the groups are theirs in turn."""
+    policies, names = Policies(load()), [f"{number}" for number in range(case.K)]
+    for seed, name in enumerate(names):
+        policies.add(name, Spec(case.rank), seed)
+    owned = {
+        name: [
+            [sample_of(group.prompt.token_ids, episode, 1.0) for episode in group.episodes]
+            for group in groups[number :: case.K]
+        ]
+        for number, name in enumerate(names)
+    }
 
     def step() -> None:
-        for batch in microbatches(owned, 4096, torch.bfloat16, policy.base.device):
-            logprobs = policy.logprobs(batch)
-            reinforce((logprobs - batch.tokens.behaviour_logprobs).exp(), batch.tokens.advantages).sum().backward()
+        for name, samples in owned.items():
+            for row in microbatches(samples, 4096, torch.bfloat16, policies.base.device):
+                ratio = (policies.logprobs(row, name) - row.tokens.behaviour_logprobs).exp()
+                reinforce(ratio, row.tokens.advantages).sum().backward()
 
     return step
 
@@ -226,8 +235,8 @@ def load(**options: Any) -> Any:
 
 def plain_step(model: Any, config: Config, groups: list[Group]) -> Callable[[], None]:
     """The update as TRL writes it; all rows have one length, so it pads nothing."""
-    lessons = [[lesson(group.prompt.token_ids, episode) for episode in group.episodes] for group in groups]
-    batches = list(microbatches(lessons, config.learner.microbatch_tokens, torch.bfloat16, torch.device("cpu")))
+    samples = [[sample_of(group.prompt.token_ids, episode) for episode in group.episodes] for group in groups]
+    batches = list(microbatches(samples, config.learner.microbatch_tokens, torch.bfloat16, torch.device("cpu")))
     rows_a_pass = len(batches[0].targets) // len(groups[0].episodes[0].completion_ids)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=1e-5)

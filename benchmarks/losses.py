@@ -23,9 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 from rlora.config import validate
-from rlora.core.algorithm import credit, learned_from, token_losses, weigher
-from rlora.core.batch import lesson, microbatches
-from rlora.records import Episode, Group, Prompt
+from rlora.core.batch import microbatches, sample_of
+from rlora.core.objectives import objective_of
+from rlora.core.policy import Outputs
+from rlora.records import Episode, Group, Prompt, Version
 from rlora.settings import AlgorithmConfig
 
 MAX_TOKENS, PROMPTS, G = 12, 3, 4
@@ -87,7 +88,8 @@ def episodes() -> tuple[list[Group], dict[str, list[list[float]]]]:
                 logprobs[name].append([x + draw.gauss(0, spread) for x in now])
             reason = "length" if draw.random() < 0.25 else "stop"
             reward = float(draw.random() < 0.5)
-            of_group.append(Episode((7,) * length, tuple(logprobs["behaviour"][-1]), reason, 0, reward=reward))
+            behaviour = tuple(logprobs["behaviour"][-1])
+            of_group.append(Episode((7,) * length, behaviour, reason, Version("benchmark", 0), reward=reward))
         groups.append(Group(Prompt("", token_ids=(5, 6)), tuple(of_group)))
     return groups, logprobs
 
@@ -98,23 +100,24 @@ def ours(
     """The loss, and its gradient by each token's logprob, in the order of the episodes."""
     values = {"model": "-", "env": "-", "reward": "-", "sampling": {"max_tokens": MAX_TOKENS}, "algorithm": settings}
     algorithm: AlgorithmConfig = validate(values).algorithm
-    weight = weigher(groups, algorithm, MAX_TOKENS)
+    objective = objective_of(algorithm, MAX_TOKENS)
+    weight = objective.weights(groups)
     of_episode = dict(zip((id(e) for group in groups for e in group.episodes), range(PROMPTS * G), strict=True))
     loss, gradients = 0.0, {place: torch.zeros(len(of)) for place, of in enumerate(logprobs["now"])}
     for group in groups:
-        lessons = []
-        for episode in (each for each in group.episodes if learned_from(each, algorithm)):
+        samples = []
+        for episode in (each for each in group.episodes if objective.learns_from(each)):
             place = of_episode[id(episode)]
             known = {"start_logprobs": logprobs["start"][place]}
             known |= {"reference_logprobs": logprobs["reference"][place]} if algorithm.kl else {}
-            made = lesson(group.prompt.token_ids, episode, weight=weight(episode))
-            lessons.append(made.knowing(**{name: torch.tensor(of).double() for name, of in known.items()}))
-        credited = credit(group, lessons, algorithm, MAX_TOKENS)
+            made = sample_of(group.prompt.token_ids, episode, weight=weight(episode))
+            samples.append(made.knowing(**{name: torch.tensor(of).double() for name, of in known.items()}))
+        advantages = objective.advantages(group, samples)
+        credited = [each.knowing(advantages=of) for each, of in zip(samples, advantages, strict=True)]
         (row,) = microbatches([credited], 1000, torch.float32, torch.device("cpu"))
-        places = [of_episode[id(each.episode)] for each in row.lessons]
+        places = [of_episode[id(each.episode)] for each in row.samples]
         now = torch.tensor([x for place in places for x in logprobs["now"][place]]).double().requires_grad_()
-        losses, _ = token_losses(row, now, None, algorithm)
-        total = (losses * row.tokens.weights).sum()
+        total, _ = objective.loss(Outputs(now), row)
         (gradient,) = torch.autograd.grad(total, now)
         loss += total.item()
         gradients |= dict(zip(places, gradient.split(row.lengths.tolist()), strict=True))

@@ -51,7 +51,19 @@ class NotLoadedError(RloraError):
 
 
 class StaleError(RloraError):
-    """An engine gave a request up, because nothing could be learned from it: it is staler than `max_staleness`."""
+    """An engine gave a request up: its version is too old to learn from, or its policy has left."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """The identity of an adapter, everywhere: two are the same adapter where all three fields are equal."""
+
+    policy: str  # unique in the job: the name of a run
+    number: int  # 0 at the start, + 1 for each update
+    digest: str = ""  # of the adapter's bytes: a number that is trained again after a crash has another; "": unknown
+
+    def __str__(self) -> str:
+        return f"{self.policy}-v{self.number}-{self.digest[:12]}"
 
 
 @dataclass(frozen=True)
@@ -71,7 +83,7 @@ class Episode:
     completion_ids: tuple[int, ...]  # T tokens; with a stop token, or a stop string, at the end if it came to one
     behaviour_logprobs: tuple[float, ...]  # T natural logs, of the distribution that was sampled from
     finish_reason: str  # "stop"; "length" where it was cut off, "context" where what the env said had no room left
-    version: int  # of the adapter that sampled it
+    version: Version  # that sampled it
     text: str = ""  # the policy's last message, without special tokens
     reward: float | None = None  # None until it is scored
     own: tuple[bool, ...] = ()  # T: which tokens the policy sampled, where some are a tool's; empty: all
@@ -158,8 +170,8 @@ class Adapter:
     Without an adapter (`learner.adapter = "none"`) a version is all weights, in the format of transformers.
     """
 
-    run: str
-    version: int
+    policy: str
+    number: int  # of the version
     config: bytes  # adapter_config.json; of all weights config.json
     weights: bytes  # adapter_model.safetensors, fp32; of all weights model.safetensors, in the base's dtype
     whole: bool = False  # all weights
@@ -194,13 +206,17 @@ class Adapter:
         header.pop("__metadata__", None)
         return header, memoryview(self.weights)[start:]
 
+    @cached_property
+    def version(self) -> Version:
+        return Version(self.policy, self.number, self.digest)
+
     @property
     def name(self) -> str:
-        """Its identity. A version that is trained again after a crash has other bytes, so another name."""
-        return f"{self.run}-v{self.version}-{self.digest[:12]}"
+        """Of its version, as text."""
+        return str(self.version)
 
 
-OFF = -1  # the version, and the adapter of tokens, that is none: the base, which is the reference policy
+OFF = -1  # the number of a version, and the adapter of tokens, that is none: the base, which is the reference policy
 BASE = Adapter("base", OFF, b"", b"")
 
 
@@ -244,6 +260,7 @@ class UpdateStats:
     own_bytes: int | None = None  # RAM that the learner's process has for itself after it
     value_loss: float | None = None
     explained_variance: float | None = None  # of the returns, by the critic before the update
+    others: Mapping[str, float] = field(default_factory=dict)  # what else the objective tells, by name: token means
 
 
 @dataclass(frozen=True)
@@ -277,7 +294,8 @@ class EngineStats:
     """Figures of an engine since it began."""
 
     busy_seconds: float  # in which it computed
-    canary: float | None  # mean absolute difference of the last canary's logprobs and the learner's, nats
+    canaries: Mapping[str, float]  # by policy: mean absolute difference of its last canary's logprobs and the
+    # learner's, nats
 
 
 class Env(Protocol):
@@ -312,12 +330,17 @@ class Agent(Env, Protocol):
 class Engine(Protocol):
     """Samples under exact adapter versions. A call returns at once; its future may raise EngineLostError."""
 
-    def load(self, adapter: Adapter) -> Future[Proof]:
-        """Serve a version beside those it serves. Raises DeliveryError where it turns out to serve something else."""
+    def load(self, adapter: Adapter, oldest: int = 0) -> Future[Proof]:
+        """Serve a version beside those it serves. Requests for versions of its policy with numbers below `oldest` are
+        given up. Raises DeliveryError where the engine turns out to serve something else."""
         ...
 
-    def generate(self, prompt: Prompt, sampling: Sampling, version: int) -> Future[Group]:
+    def generate(self, prompt: Prompt, sampling: Sampling, version: Version) -> Future[Group]:
         """`sampling.group_size` unscored episodes. Raises NotLoadedError for a version it does not hold, StaleError."""
+        ...
+
+    def leave(self, policy: str) -> Future[None]:
+        """Give up the requests of a policy, and serve none of its versions any more."""
         ...
 
     def stats(self) -> Future[EngineStats]:

@@ -178,12 +178,16 @@ class LearnerConfig:
         return self.adapter == "none"
 
 
+ReadyAlgorithm = Literal["reinforce", "grpo", "dr-grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++", "ppo"]
+
+
 @dataclass(frozen=True)
 class AlgorithmConfig:
     __pydantic_config__ = _STRICT
 
-    name: Literal["reinforce", "grpo", "dr-grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++", "ppo"] = "reinforce"
-    """Sets what the fields below are unless they are given; docs/algorithms.md has the table."""
+    name: ReadyAlgorithm | Annotated[str, Field(pattern=r".:\w+$")] = "reinforce"
+    """Sets what the fields below are unless they are given (docs/algorithms.md has the table), or names an objective of
+    your own, as module:name or path/to/file.py:name."""
     advantage: Literal["centred", "standardised", "leave-one-out", "whitened", "gae"] = "centred"
     """From the returns of a group (the first three), of the whole step, or of each token by a critic."""
     loss: Literal["reinforce", "clip", "gspo", "cispo"] = "reinforce"

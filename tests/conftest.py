@@ -29,13 +29,16 @@ from transformers import (
 
 from rlora.config import validate
 from rlora.core.advantage import centred
-from rlora.core.batch import Lesson, lesson
-from rlora.core.lora import Bank
+from rlora.core.batch import Microbatch, Sample, sample_of
+from rlora.core.learner import Learner, Trained
+from rlora.core.lora import Bank, Spec
+from rlora.core.setup import Setup
 from rlora.model.base import DEMO, locate
-from rlora.records import Adapter, Case, Cursor, Episode, Group, Prompt
+from rlora.records import Adapter, Case, Cursor, Episode, Group, Prompt, UpdateStats, Version
 from rlora.run import episodes
 from rlora.run.checkpoint import Bundle
 from rlora.run.directory import Origin
+from rlora.run.start import read_start
 from rlora.settings import Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,11 +121,56 @@ def tiny_model(name: str, **settings: object) -> PreTrainedModel:
     return model.eval()
 
 
+def adapted(model: torch.nn.Module, spec: Spec, seed: int = 0) -> Bank:
+    """A bank over a model with one adapter, "run", which all passes are under."""
+    bank = Bank(model)
+    bank.add("run", spec, seed)
+    bank.serves.adapter = "run"
+    return bank
+
+
 def stir(bank: Bank) -> None:
     """Make every B random, so that no adapter's policy is the base."""
     for factors in bank.factors.values():
-        for b in factors.lora_B:
-            b.data.normal_(std=0.1)
+        for pair in factors.pairs.values():
+            pair.b.data.normal_(std=0.1)
+
+
+class Solo:
+    """A learner with one policy, "run"."""
+
+    name = "run"
+
+    def __init__(self, config: Config, base: str) -> None:
+        self.config, self.learner = config, Learner(config, base)
+        self.policies, self.bank, self.base = self.learner.policies, self.learner.policies.bank, base
+        self.device = self.learner.device
+        self.resume()
+
+    def resume(self, state: bytes | None = None) -> Adapter:
+        """Go on from a state; without one begin."""
+        self.learner.close(self.name)
+        return self.learner.open(self.name, Setup.of(self.config, read_start(self.config)), state)
+
+    @property
+    def held(self) -> Trained:
+        return self.learner.held[self.name]
+
+    @property
+    def version(self) -> int:
+        return self.held.number
+
+    def update(self, groups: Sequence[Group]) -> tuple[Adapter, UpdateStats]:
+        return self.learner.update(self.name, groups)
+
+    def adapter(self) -> Adapter:
+        return self.learner.adapter(self.name)
+
+    def state(self) -> bytes:
+        return self.learner.state(self.name)
+
+    def logprobs(self, row: Microbatch, temperature: float = 1.0) -> torch.Tensor:
+        return self.policies.logprobs(row, self.name, temperature)
 
 
 @pytest.fixture
@@ -149,7 +197,7 @@ def config() -> Callable[..., Config]:
 
 
 def episode(tokens: list[int], reward: float | None = None, logprobs: list[float] | None = None) -> Episode:
-    return Episode(tuple(tokens), tuple(logprobs or [-1.0] * len(tokens)), "stop", version=0, reward=reward)
+    return Episode(tuple(tokens), tuple(logprobs or [-1.0] * len(tokens)), "stop", Version("run", 0), reward=reward)
 
 
 def group(prompt: list[int], *episodes: Episode) -> Group:
@@ -177,8 +225,8 @@ ORIGIN = Origin("run", "0123456789abcdef", "prompts", {"torch": "2"}, "a machine
 WEIGHTS = (2).to_bytes(8, "little") + b"{}"  # a safetensors file of no tensors
 
 
-def adapter(version: int) -> Adapter:
-    return Adapter("run", version, b"{}", WEIGHTS + version.to_bytes(2, "little") * 50)
+def adapter(number: int) -> Adapter:
+    return Adapter("run", number, b"{}", WEIGHTS + number.to_bytes(2, "little") * 50)
 
 
 def write_provenance(run: Path) -> None:
@@ -204,14 +252,14 @@ def marked(groups: Sequence[Group]) -> list[Group]:
     return [group.with_rewards([float(i) for i, _ in enumerate(group.episodes)]) for group in groups]
 
 
-def lessons(groups: Sequence[Group], owners: Sequence[int] | None = None) -> list[list[Lesson]]:
+def samples(groups: Sequence[Group]) -> list[list[Sample]]:
     """Each episode of the groups whose rewards differ, with its advantage and a weight of 1."""
     return [
         [
-            lesson(group.prompt.token_ids, episode, advantage, 1.0, owner)
+            sample_of(group.prompt.token_ids, episode, advantage, 1.0)
             for episode, advantage in zip(group.episodes, centred(torch.tensor(group.rewards)).tolist(), strict=True)
             if episode.completion_ids
         ]
-        for group, owner in zip(groups, owners or [0] * len(groups), strict=True)
+        for group in groups
         if group.informative
     ]

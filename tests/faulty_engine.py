@@ -14,7 +14,7 @@ from vllm.lora.request import LoRARequest
 
 import rlora.engine.vllm_engine
 from rlora.engine.vllm_engine import Engine
-from rlora.records import Adapter
+from rlora.records import Adapter, Canary
 from rlora.store import write_adapter
 
 
@@ -32,14 +32,14 @@ class FaultyEngine(Engine):
 
         return self._post(set_up)
 
-    def _load(self, adapter: Adapter) -> Any:
+    def _load(self, adapter: Adapter, oldest: int) -> Any:
         differences, write = rlora.engine.slots.differences, rlora.engine.vllm_engine.write_adapter
         if "slots" not in self.checks:
             rlora.engine.slots.differences = lambda model, lora_id, adapter: []
         if self.kind and "file" in self.checks:  # what lies there is wrong
             rlora.engine.vllm_engine.write_adapter = lambda adapter, path: write(self._spoilt(adapter), path)
         try:
-            proof = super()._load(adapter)
+            proof = super()._load(adapter, oldest)
         finally:
             rlora.engine.slots.differences, rlora.engine.vllm_engine.write_adapter = differences, write
             self.kind, self.checks = "", ("file", "slots", "canary")
@@ -81,7 +81,7 @@ class FaultyEngine(Engine):
         else:
             assert self.before is not None
             return self.before
-        return Adapter(adapter.run, adapter.version, json.dumps(config).encode(), safetensors.torch.save(tensors))
+        return Adapter(adapter.policy, adapter.number, json.dumps(config).encode(), safetensors.torch.save(tensors))
 
 
 class MortalEngine(Engine):
@@ -89,6 +89,7 @@ class MortalEngine(Engine):
 
     def __init__(self, *made_of: Any) -> None:
         self.phase = ""
+        self.canaries_in_flight: set[Future[Any]] = set()
         super().__init__(*made_of)
 
     def die(self, phase: str) -> Future[None]:
@@ -104,11 +105,17 @@ class MortalEngine(Engine):
         self._in("loading")
         return request
 
+    def _send_canary(self, canary: Canary, held: Any) -> Future[Any]:
+        answer = super()._send_canary(canary, held)
+        self.canaries_in_flight.add(answer)
+        answer.add_done_callback(self.canaries_in_flight.discard)
+        return answer
+
     def _step(self) -> None:
-        if any(asked.version is None for asked in self._running.values()):
+        if self.canaries_in_flight:
             self._in("canary")
         super()._step()
-        if any(asked.version is not None for asked in self._running.values()):
+        if any(asked.output not in self.canaries_in_flight for asked in self._running.values()):
             self._in("sampling")
 
     def _in(self, phase: str) -> None:

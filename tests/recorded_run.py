@@ -24,8 +24,8 @@ from upath import UPath
 import rlora.train
 from rlora import cluster, store
 from rlora.cli import main
-from rlora.records import Cursor, Episode, Group, Prompt
-from rlora.rollout.fleet import FleetStats
+from rlora.records import Cursor, Episode, Group, Prompt, Version
+from rlora.rollout.requests import FleetStats
 from rlora.rollout.stream import Collection
 from rlora.run import checkpoint
 from rlora.settings import Config
@@ -42,7 +42,7 @@ def made_up(step: int) -> tuple[Group, ...]:
 
     def episode(reward: float) -> Episode:
         ids = tokens(8)
-        return Episode(ids, tuple(-4 * draw.random() for _ in ids), "stop", step, reward=reward)
+        return Episode(ids, tuple(-4 * draw.random() for _ in ids), "stop", Version("run", step), reward=reward)
 
     return tuple(
         Group(Prompt("?", step, tokens(8)), tuple(episode(float(number % 2)) for number in range(COMPLETIONS)))
@@ -66,19 +66,19 @@ class Recorded:
 
 
 class NoFleet:
-    def swap(self, adapter: Any) -> list[Any]:
+    def swap(self, adapter: Any, oldest: int = 0) -> list[Any]:
         return []
 
     def resize(self, engines: int) -> None:
         pass
 
     def stats(self) -> FleetStats:
-        return FleetStats(0, 0.0, None, 0, 0)
+        return FleetStats(0, 0.0, {}, 0, 0)
 
 
 @contextmanager
 def learner_alone(config: Config, task: Any, run: str, version: int) -> Iterator[tuple[Any, Any, Any]]:
-    with cluster.learning(config, task.base, run) as learner:
+    with cluster.learning(config, task.base) as learner:
         yield learner, NoFleet(), None
 
 

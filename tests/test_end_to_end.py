@@ -27,6 +27,7 @@ from upath import UPath
 
 from rlora import cluster
 from rlora.config import read
+from rlora.core.setup import Setup
 from rlora.records import Cursor, EngineLostError, Group
 from rlora.rollout.stream import Rollouts, prompt_at
 from rlora.rollout.task import load_task
@@ -240,7 +241,7 @@ def test_what_was_sampled_before_a_kill_is_learned_from_after_it(tmp_path: Path)
     (left / "run-v1").mkdir(parents=True)
     before = checkpoint.read_version(UPath(run))
     assert before.cursor.in_flight  # prompts of the step after, under the version that they were sent under
-    assert {each.adapter.version for each in before.cursor.in_flight if each.adapter} <= {before.version - 1}
+    assert {each.adapter.number for each in before.cursor.in_flight if each.adapter} <= {before.version - 1}
     played = [each.group for each in before.cursor.in_flight if each.group]
     assert played
     done = rlora("train", "--resume", str(run))
@@ -255,7 +256,7 @@ def test_what_was_sampled_before_a_kill_is_learned_from_after_it(tmp_path: Path)
         assert groups
         learned += groups
         if version > 1:  # the resumed run samples ahead as the one before did
-            assert {episode.version for group in groups for episode in group.episodes} == {version - 2}
+            assert {episode.version.number for group in groups for episode in group.episodes} == {version - 2}
     taken = [group.prompt.token_ids for group in learned]
     assert taken == [prompt_at(prompts, place, config.seed).token_ids for place in range(len(taken))]
     ids = [[episode.completion_ids for episode in group.episodes] for group in learned]
@@ -340,7 +341,7 @@ def test_a_run_outlives_its_engines_its_learners_and_its_scorers(
     trained: list[Group] = []
     with cluster.start(small, task, "run") as (learner, fleet, loop):
         ranks: Any = learner
-        adapter = learner.adapter()
+        adapter = learner.open("run", Setup.of(small))
         rollouts = Rollouts(small, task.prompts, fleet, loop, Cursor())
         for step in range(small.steps):
             phase = PHASES[step % len(PHASES)] if step < count else None
@@ -353,18 +354,18 @@ def test_a_run_outlives_its_engines_its_learners_and_its_scorers(
                     engine.die(phase).result()
             if phase == "loading":
                 engine.die(phase).result()
-            fleet.swap(adapter)
+            fleet.swap(adapter, oldest=adapter.number - small.max_staleness)
             if phase in ("canary", "sampling"):  # the canary goes with a version's first prompts
                 engine.die(phase).result()
             if phase == "scoring":
                 pool: Any = loop.scoring.pools[0]
                 _, pid = ray.get(pool.actor.place.remote())
                 os.kill(pid, signal.SIGKILL)
-            collection = rollouts.take(adapter.version)
+            collection = rollouts.take(adapter.number)
             if phase == "learning":
                 kill_learner(ranks._remotes[step % 2])
-            adapter, update = learner.update(collection.groups)
-            assert (adapter.version, update.skipped_in_a_row) == (step + 1, 0)
+            adapter, update = learner.update("run", collection.groups)
+            assert (adapter.number, update.skipped_in_a_row) == (step + 1, 0)
             trained += collection.groups
         stats = fleet.stats()
     assert len(killed) == count // 6
@@ -375,4 +376,4 @@ def test_a_run_outlives_its_engines_its_learners_and_its_scorers(
     assert all(len(group.episodes) == len(group.rewards) == 4 for group in trained)
     for place, group in enumerate(trained):
         (version,) = {episode.version for episode in group.episodes}
-        assert place // 4 - 1 <= version <= place // 4
+        assert place // 4 - 1 <= version.number <= place // 4

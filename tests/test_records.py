@@ -3,27 +3,36 @@ import safetensors.torch
 import torch
 from conftest import episode, group
 
-from rlora.records import Adapter
+from rlora.records import BASE, OFF, Adapter, Version
 
 
-def adapter(version: int = 3, config: bytes = b"{}", **tensors: torch.Tensor) -> Adapter:
+def adapter(number: int = 3, config: bytes = b"{}", policy: str = "run", **tensors: torch.Tensor) -> Adapter:
     own = {name: tensor.clone() for name, tensor in tensors.items()}
-    return Adapter("run", version, config, safetensors.torch.save(own, metadata={"format": "pt"}))
+    return Adapter(policy, number, config, safetensors.torch.save(own, metadata={"format": "pt"}))
 
 
-def test_an_adapters_identity_holds_run_version_and_all_that_its_tensors_are() -> None:
+def test_an_adapters_identity_holds_policy_number_and_all_that_its_tensors_are() -> None:
     one = torch.arange(6.0)
     own = adapter(A=one.view(2, 3), B=one)
     others = [
-        adapter(A=one.view(2, 3), B=one + 1e-7),  # the same version, trained again to other bytes
+        adapter(A=one.view(2, 3), B=one + 1e-7),  # the same number, trained again to other bytes
         adapter(A=one.view(3, 2), B=one),
         adapter(A=one.view(torch.int32).view(2, 3), B=one),
         adapter(A=one, B=one.view(2, 3)),
         adapter(config=b"{ }", A=one.view(2, 3), B=one),
+        adapter(4, A=one.view(2, 3), B=one),
+        adapter(policy="other", A=one.view(2, 3), B=one),
     ]
-    assert own.name.startswith("run-v3-")
-    assert len({own.name, *(other.name for other in others)}) == 6
+    assert own.version == Version("run", 3, own.digest)
+    assert own.name == str(own.version) == f"run-v3-{own.digest[:12]}"
+    assert len({own.name, *(other.name for other in others)}) == 8
+    assert len({own.version, *(other.version for other in others)}) == 8
     assert own.digest == adapter(B=one, A=one.view(2, 3)).digest == adapter(4, A=one.view(2, 3), B=one).digest
+
+
+def test_the_base_is_a_version_too_and_no_policys() -> None:
+    assert (BASE.version.number, BASE.version.policy) == (OFF, "base")
+    assert BASE.version != Version("run", OFF, BASE.digest)
 
 
 def test_adapter_counts_its_parameters() -> None:

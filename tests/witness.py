@@ -22,9 +22,10 @@ from upath import UPath
 
 from rlora import machine
 from rlora.config import validate
-from rlora.core.batch import lesson, microbatches
+from rlora.core.batch import microbatches, sample_of
 from rlora.core.learner import Learner
-from rlora.records import Cursor, Episode, Group, Prompt
+from rlora.core.setup import Setup
+from rlora.records import Cursor, Episode, Group, Prompt, Version
 from rlora.run import episodes
 from rlora.run.checkpoint import Bundle
 from rlora.run.directory import Origin
@@ -82,7 +83,8 @@ def base() -> Iterator[str]:
 
 def groups_of(name: str, learner: Learner) -> list[Group]:
     """Groups of made-up completions, as the learner's version nearly says them; an agent's have a tool's tokens."""
-    draw = random.Random(f"{name} {learner.version}")
+    number = learner.held["witness"].number
+    draw = random.Random(f"{name} {number}")
 
     def tokens(least: int, most: int) -> tuple[int, ...]:
         return tuple(draw.randrange(2, VOCABULARY) for _ in range(draw.randint(least, most)))
@@ -90,7 +92,7 @@ def groups_of(name: str, learner: Learner) -> list[Group]:
     def episode() -> Episode:
         ids, finish = tokens(3, 12), draw.choice(["stop", "stop", "length"])
         own = (*(draw.random() < 0.7 for _ in ids[1:]), True) if name == "agent" else ()
-        version = max(0, learner.version - draw.randint(0, int(name == "stale")))
+        version = Version("witness", max(0, number - draw.randint(0, int(name == "stale"))))
         reward = draw.choice([0.0, 0.0, 0.5, 1.0])
         return Episode(ids, (-1.0,) * len(ids), finish, version, reward=reward, own=own, status="wrong")
 
@@ -106,25 +108,25 @@ def groups_of(name: str, learner: Learner) -> list[Group]:
 @torch.no_grad()
 def _sampled(learner: Learner, group: Group, episode: Episode, draw: random.Random) -> Episode:
     """With the learner's logprobs, a little off, in place of the engine's; rounded, so that they are the same text."""
-    (row,) = microbatches(
-        [[lesson(group.prompt.token_ids, replace(episode, own=()))]], 1000, learner.policy.base.dtype, learner.device
-    )
-    logprobs = learner.policy.logprobs(row).tolist()
+    sample = sample_of(group.prompt.token_ids, replace(episode, own=()))
+    (row,) = microbatches([[sample]], 1000, learner.policies.base.dtype, learner.device)
+    logprobs = learner.policies.logprobs(row, "witness").tolist()
     return replace(episode, behaviour_logprobs=tuple(round(min(x + draw.gauss(0, 0.2), 0.0), 3) for x in logprobs))
 
 
 def record(name: str) -> None:
     config = config_of(name)
     with base() as path:
-        learner = Learner(config, path, "witness")
+        learner = Learner(config, path)
+        adapter = learner.open("witness", Setup.of(config))
         origin = Origin("witness", name, "", {"torch": torch.__version__}, machine.name())
-        bundle = Bundle(origin, learner.adapter(), learner.state(), Cursor(), config)
+        bundle = Bundle(origin, adapter, learner.state("witness"), Cursor(), config)
         _write(name, bundle)
         for _ in range(UPDATES):
             groups = groups_of(name, learner)
-            adapter, _ = learner.update(groups)
+            adapter, _ = learner.update("witness", groups)
             update, before = episodes.encode(groups), bundle.adapter.digest
-            bundle = Bundle(origin, adapter, learner.state(), Cursor(), config, update, before)
+            bundle = Bundle(origin, adapter, learner.state("witness"), Cursor(), config, update, before)
             _write(name, bundle)
 
 

@@ -22,7 +22,7 @@ from rlora.cli.overrides import (
     refuse_another_policy,
     split,
 )
-from rlora.cli.train import base_in_ram, tell_changes, tell_checked, train_command
+from rlora.cli.train import tell_changes, tell_checked, train_command
 from rlora.config import validate
 from rlora.records import BASE, STATUSES, Adapter, RewardError, RloraError
 from rlora.settings import CheckConfig
@@ -107,7 +107,7 @@ def _eval(arguments: list[str]) -> None:
         )
     greedy = given.samples == 1 and given.temperature is None
     sampling = sampling_of(config, given.samples, 0.0 if greedy else given.temperature)
-    with cluster.start(config, task, name, learn=False) as (_, fleet, loop):
+    with cluster.start(config, task, adapter.policy, learn=False) as (_, fleet, loop):
         fleet.swap(adapter)
         try:
             groups = answer(config, task.held_out, sampling, fleet, loop)
@@ -126,8 +126,8 @@ def _eval(arguments: list[str]) -> None:
 
 def _adapter_to_evaluate(given: Eval) -> tuple[Adapter, str, Place]:
     """The adapter that is asked for, what it is called, and where its completions go."""
-    from rlora.core import peft_format
     from rlora.run import checkpoint
+    from rlora.run.start import base_in_ram, plain, read
 
     run, step = split(given.source)
     if given.adapter or given.base or given.source.endswith(".toml"):
@@ -135,15 +135,15 @@ def _adapter_to_evaluate(given: Eval) -> tuple[Adapter, str, Place]:
             raise RloraError("RUN@STEP, --adapter and --base: each names what to evaluate; give one of them")
         adapter = BASE
         if given.adapter:
-            files = peft_format.read(given.adapter)
+            files = read(given.adapter)
             try:
-                adapter = Adapter("given", 0, *peft_format.plain(*files, partial(base_in_ram, given.config)))
+                adapter = Adapter("given", 0, *plain(*files, partial(base_in_ram, given.config)))
             except RloraError as error:
                 raise RloraError(f"--adapter {given.adapter}: {error}") from error
         return adapter, str(given.adapter or "base"), given.out or UPath("eval.jsonl")
     adapter = checkpoint.read_version(run, step).adapter
-    out = given.out or run / f"eval-{adapter.version}.jsonl"
-    return adapter, f"{run.name} version {adapter.version}", out
+    out = given.out or run / f"eval-{adapter.number}.jsonl"
+    return adapter, f"{run.name} version {adapter.number}", out
 
 
 def _grade(arguments: list[str]) -> None:
@@ -206,9 +206,11 @@ def _replay(arguments: list[str]) -> None:
     from itertools import groupby
 
     from rlora import cluster, machine
+    from rlora.core.setup import Setup
     from rlora.model.base import locate
     from rlora.run import checkpoint, resume
     from rlora.run.replay import pairs, replay, updates
+    from rlora.run.start import read_start
 
     run, step = split(given.run)
     refuse_another_policy(read_run(run), given.config, "rlora replay")
@@ -223,7 +225,8 @@ def _replay(arguments: list[str]) -> None:
         tell_changes(changes := differences(made_under, asked))
         changed |= bool(changes)
         config = resume.with_own_start(run, asked)
-        with cluster.learning(config, locate(config.model), run.name) as learner:
+        setup = Setup.of(config, read_start(config))
+        with cluster.learning(config, locate(config.model)) as learner:
             for before, after in of:
                 what, made_on = f"step {before.version}", after.origin.machine
                 if after.update is None and step is None:
@@ -231,7 +234,7 @@ def _replay(arguments: list[str]) -> None:
                     continue
                 if made_on != machine.name():
                     print(f"{what}: made on another machine ({made_on}; this is {machine.name()})")
-                done.append(replay(learner, before, after))
+                done.append(replay(learner, setup, before, after))
                 _tell_replayed(done[-1])
     exact = sum(each.exact and each.exact_state for each in done)
     left_out = f"; {len(steps) - len(done)} left out" if len(done) < len(steps) else ""
@@ -249,6 +252,8 @@ def _tell_replayed(each: "Replayed") -> None:
     verdict = "bit for bit"
     if not each.exact:
         verdict = f"differs by up to {each.off:.3g}, of an update of up to {each.moved:.3g}"
+        if each.rows_were_shared:
+            verdict += " (made by a release in which policy and critic shared rows, so sums were rounded otherwise)"
     elif not each.exact_state:
         verdict = "the adapter bit for bit, but not the optimizer's state"
     print(

@@ -3,7 +3,6 @@
 import sys
 import time
 from contextlib import ExitStack
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from upath import UPath
@@ -20,8 +19,6 @@ from rlora.settings import Config
 from rlora.store import holds
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from rlora.rollout.task import Task
     from rlora.run.checkpoint import Bundle
 
@@ -112,28 +109,20 @@ def _checked(config: Config) -> "Task":
     """The task, once all that can be wrong with config and data has been looked at."""
     from transformers import AutoConfig
 
-    from rlora.core.learner import first_adapter
+    from rlora.core.objectives import objective_of
     from rlora.core.optimizer import auto_lr
     from rlora.rollout.task import load_task
+    from rlora.run.start import read_start
 
     task = load_task(config)
     tell_checked(task)
-    first_adapter(config.learner, partial(base_in_ram, config))  # only checked here: the learner's process reads it
+    read_start(config), objective_of(config.algorithm, config.sampling.max_tokens)  # only checked here
     if config.learner.lr == "auto":
         base = AutoConfig.from_pretrained(task.base)
-        print(f"learner.lr = auto: {auto_lr(config, base):.2g}, by a rule that was fitted on supervised runs, of the "
-              f"base's kind ({base.model_type}) and hidden size ({base.get_text_config().hidden_size})")  # fmt: skip
+        kind, size = base.model_type, base.get_text_config().hidden_size
+        print(f"learner.lr = auto: {auto_lr(config.learner, base):.2g}, by a rule that was fitted on supervised runs, "
+              f"of the base's kind ({kind}) and hidden size ({size})")  # fmt: skip
     return task
-
-
-def base_in_ram(config: Config) -> "PreTrainedModel":
-    """The frozen base in RAM, to compare weights with."""
-    import torch
-
-    from rlora.machine import DTYPES
-    from rlora.model.base import load_base, locate
-
-    return load_base(locate(config.model), DTYPES[config.dtype], torch.device("cpu"))
 
 
 def tell_changes(changes: dict[str, tuple[Any, Any]]) -> None:

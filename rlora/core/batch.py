@@ -1,7 +1,7 @@
 """Groups -> packed tensors. Each token stands there once: a prompt however many completions it has, and no pads."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -14,124 +14,126 @@ from rlora.records import Episode
 
 
 @dataclass(frozen=True, eq=False)
-class Lesson:
-    """An episode of a prompt, and what is known of its own tokens: those that the policy sampled."""
+class Sample:
+    """One training sequence: a prompt, what follows it, and C targets to be predicted in it.
 
-    prompt: tuple[int, ...]
-    episode: Episode
-    tokens: Tokens  # (own tokens,) each
-    end: Tensor | None = None  # (1,), what the critic says after the last one
-    adapter: int = 0  # of the bank, by which it is learned
-    ends: bool = False  # its last token is in the row too, for what is said of the text as a whole
+    A predictor is the place, in prompt + completion, of the last token that is read before its target. Usually that is
+    the token before a token that the policy sampled, but targets are free.
+    """
+
+    prompt: tuple[int, ...]  # computed once for samples of a group
+    completion: tuple[int, ...]
+    predictors: tuple[int, ...]  # C
+    targets: tuple[int, ...]  # C
+    tokens: Tokens  # (C,) each
+    episode: Episode | None = None  # that it is made of
+    end: Tensor | None = None  # (1,), a critic's value after the last token
 
     @property
     def length(self) -> int:
-        """Its tokens in a row, those of tools included."""
-        return len(self.episode.completion_ids)
+        """Tokens after the prompt."""
+        return len(self.completion)
 
-    def knowing(self, end: Tensor | None = None, **known: Tensor) -> "Lesson":
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """The tokens after the prompt that are read: up to the last predictor."""
+        return self.completion[: max(0, max(self.predictors, default=-1) + 1 - len(self.prompt))]
+
+    def knowing(self, end: Tensor | None = None, **known: Tensor) -> "Sample":
         """With more that is known of its tokens, and of what comes after."""
         return replace(self, tokens=replace(self.tokens, **known), end=self.end if end is None else end)
+
+    def to_the_end(self) -> "Sample":
+        """With one more predictor, its last token, whose target is no token: for values."""
+        last = len(self.prompt) + self.length - 1
+        return replace(self, predictors=(*self.predictors, last), targets=(*self.targets, 0))
 
 
 @dataclass(frozen=True)
 class Microbatch:
-    """Prompts and their completions in one row of N tokens; C of them, the policy's own, to learn from.
+    """Samples in one row of N tokens, with C targets in all. All of them are computed under one adapter.
 
-    A completion's last token predicts nothing that is learned from, so it is not in the row, unless its lesson `ends`:
-    then its place is the last of the lesson's `predictors`, whose target is no token.
+    Tokens after a sample's last predictor are not in the row: nothing is learned from what they say.
     """
 
     input_ids: Tensor  # (N,) int64
     position_ids: Tensor  # (N,) int64, of each token in its own prompt + completion
     tree: Tree
-    adapters: int | Tensor  # of all tokens, or of each: (N,) int64
-    predictors: Tensor  # (C,) int64, the place in the row of the token before each own token
-    targets: Tensor  # (C,) int64, the own tokens
-    lengths: Tensor  # (E,) int64, how many of the C are of each episode
+    predictors: Tensor  # (C,) int64, places in the row
+    targets: Tensor  # (C,) int64
+    lengths: Tensor  # (S,) int64, how many of the C are of each sample
     tokens: Tokens  # (C,) each
-    lessons: tuple[Lesson, ...]  # E
-
-    def parts(self) -> "list[Microbatch]":
-        """The same row for each adapter of its lessons, with those lessons alone."""
-        if not isinstance(self.adapters, Tensor):
-            return [self]
-        adapters = [each.adapter for each in self.lessons]
-        found = []
-        for adapter in sorted(set(adapters)):
-            chosen = torch.tensor([each == adapter for each in adapters], device=self.lengths.device)
-            its = chosen.repeat_interleave(self.lengths)
-            lessons = tuple(each for each in self.lessons if each.adapter == adapter)
-            part = replace(
-                self, adapters=adapter, predictors=self.predictors[its], targets=self.targets[its],
-                lengths=self.lengths[chosen], tokens=_joined(lessons, its.device), lessons=lessons,
-            )  # fmt: skip
-            found.append(part)
-        return found
+    samples: tuple[Sample, ...]  # S
 
 
 @dataclass(frozen=True)
 class _Branch:
     prompt: tuple[int, ...]
-    adapter: int
-    completions: list[Lesson]
+    completions: list[Sample]
 
 
 def microbatches(
-    groups: Sequence[Sequence[Lesson]], max_tokens: int, dtype: torch.dtype, device: torch.device
+    groups: Sequence[Sequence[Sample]], max_tokens: int, dtype: torch.dtype, device: torch.device, whole: bool = False
 ) -> Iterator[Microbatch]:
-    """The lessons of each group, which have one prompt and one adapter, `max_tokens` tokens at a time (one at least).
+    """The samples of each group, which have one prompt, `max_tokens` tokens at a time (one sample at least).
 
-    Groups go by the length of their longest completion, for attention pads those of a microbatch to one length.
-    `dtype` is that of the policy's activations.
+    Groups go by the length of their longest completion, for attention pads those of a microbatch to one length. With
+    `whole` no group is split. `dtype` is that of the policy's activations.
     """
     groups = [group for group in groups if group]
     total = sum(_tokens(group) for group in groups)
     share = total / max(1, math.ceil(total / max_tokens))  # alike in size: a small rest would compute slowly
     branches: list[_Branch] = []
     tokens = 0
-    for group in sorted(groups, key=lambda group: max(lesson.length for lesson in group)):
+    for group in sorted(groups, key=lambda group: max(sample.length for sample in group)):
         prompt, opened = group[0].prompt, False
-        for lesson in group:
-            wanted = lesson.length + (0 if opened else len(prompt))
-            if branches and (tokens >= share or tokens + wanted > max_tokens):
+        for number, sample in enumerate(group):
+            together = group if whole else [sample]
+            wanted = sum(each.length for each in together) + (0 if opened else len(prompt))
+            full = tokens >= share or tokens + wanted > max_tokens
+            if branches and full and not (whole and number):
                 yield _pack(branches, dtype, device)
                 branches, tokens, opened = [], 0, False
             if not opened:
-                branches.append(_Branch(prompt, lesson.adapter, []))
+                branches.append(_Branch(prompt, []))
                 tokens, opened = tokens + len(prompt), True
-            branches[-1].completions.append(lesson)
-            tokens += lesson.length
+            branches[-1].completions.append(sample)
+            tokens += sample.length
     if branches:
         yield _pack(branches, dtype, device)
 
 
-def lesson(
-    prompt: Sequence[int], episode: Episode, advantage: float = 0.0, weight: float = 1.0, adapter: int = 0
-) -> Lesson:
-    """The same advantage and weight for each token."""
+def sample_of(prompt: Sequence[int], episode: Episode, advantage: float = 0.0, weight: float = 1.0) -> Sample:
+    """An episode's tokens that the policy sampled as targets, with the same advantage and weight for each."""
     own = episode.own or (True,) * len(episode.completion_ids)
     behaviour = torch.tensor([x for x, sampled in zip(episode.behaviour_logprobs, own, strict=True) if sampled])
-    advantages, weights = torch.full_like(behaviour, advantage), torch.full_like(behaviour, weight)
-    return Lesson(tuple(prompt), episode, Tokens(behaviour, advantages, weights), adapter=adapter)
+    tokens = Tokens(behaviour, torch.full_like(behaviour, advantage), torch.full_like(behaviour, weight))
+    places = [place for place, sampled in enumerate(own) if sampled]
+    return Sample(
+        tuple(prompt), episode.completion_ids, tuple(len(prompt) - 1 + place for place in places),
+        tuple(episode.completion_ids[place] for place in places), tokens, episode,
+    )  # fmt: skip
 
 
 def alone(token_ids: Sequence[int], dtype: torch.dtype, device: torch.device) -> Microbatch:
     """A row of one text, whose targets are its tokens but the first: C is one less than their number."""
-    episode = Episode(tuple(token_ids[1:]), (0.0,) * (len(token_ids) - 1), "stop", version=0)
-    return _pack([_Branch(tuple(token_ids[:1]), 0, [lesson(token_ids[:1], episode)])], dtype, device)
+    none = torch.zeros(len(token_ids) - 1)
+    completion, places = tuple(token_ids[1:]), tuple(range(len(token_ids) - 1))
+    sample = Sample(tuple(token_ids[:1]), completion, places, completion, Tokens(none, none, none))
+    return _pack([_Branch(sample.prompt, [sample])], dtype, device)
 
 
-def idle(dtype: torch.dtype, device: torch.device) -> Microbatch:
-    """A row of one token that nothing is learned from: C = 0, so its loss has no terms and its gradients are 0."""
-    row, none = alone((0, 0), dtype, device), slice(0)
+def idle(dtype: torch.dtype, device: torch.device, known: Iterable[str] = ()) -> Microbatch:
+    """A row of one token that nothing is learned from: C = 0, so its loss has no terms and its gradients are 0. `known`
+    are fields of `Tokens` that other rows have."""
+    row, none, empty = alone((0, 0), dtype, device), slice(0), torch.zeros(0, device=device)
     return replace(
         row,
         predictors=row.predictors[none],
         targets=row.targets[none],
         lengths=row.lengths[none],
-        tokens=Tokens(*(torch.zeros(0, device=device) for _ in fields(Tokens))),
-        lessons=(),
+        tokens=Tokens(empty, empty, empty, **dict.fromkeys(known, empty)),
+        samples=(),
     )
 
 
@@ -146,14 +148,14 @@ def shares(sizes: Sequence[int], ranks: int) -> list[list[int]]:
     return dealt
 
 
-def _tokens(group: Sequence[Lesson]) -> int:
+def _tokens(group: Sequence[Sample]) -> int:
     """Those of the prompt, once, and of its completions."""
-    return len(group[0].prompt) + sum(lesson.length for lesson in group)
+    return len(group[0].prompt) + sum(sample.length for sample in group)
 
 
-def _joined(lessons: Sequence[Lesson], device: torch.device) -> Tokens:
+def _joined(samples: Sequence[Sample], device: torch.device) -> Tokens:
     """What is known of all their tokens; None where it is not known of each."""
-    columns = {field.name: [getattr(lesson.tokens, field.name) for lesson in lessons] for field in fields(Tokens)}
+    columns = {field.name: [getattr(sample.tokens, field.name) for sample in samples] for field in fields(Tokens)}
     joined: dict[str, Any] = {
         name: None if any(of is None for of in column) else torch.cat(column).to(device)
         for name, column in columns.items()
@@ -165,16 +167,12 @@ def _pack(branches: Sequence[_Branch], dtype: torch.dtype, device: torch.device)
     """One row: each prompt, followed by its completions."""
     completions = [completion for branch in branches for completion in branch.completions]
     P, L = len(branches), max(len(branch.prompt) for branch in branches)
-    G, T = (
-        max(len(branch.completions) for branch in branches),
-        max(each.length - (not each.ends) for each in completions),
-    )
+    G, T = max(len(branch.completions) for branch in branches), max(len(each.inputs) for each in completions)
     places = torch.arange(P * (L + G * T))
     place_of_prompt, place_of_completion = places[: P * L].view(P, L), places[P * L :].view(P, G, T)
     seen_PL = torch.zeros(P, L, dtype=torch.bool)
     ids: list[int] = []
     positions: list[int] = []
-    adapters: list[int] = []
     place_of_token: list[Tensor] = []
     predictors: list[int] = []
     targets: list[int] = []
@@ -184,23 +182,13 @@ def _pack(branches: Sequence[_Branch], dtype: torch.dtype, device: torch.device)
         place_of_token.append(place_of_prompt[p, :length])
         ids += branch.prompt
         positions += range(length)
-        last = len(ids) - 1
         for g, completion in enumerate(branch.completions):
-            completion_ids = completion.episode.completion_ids
-            inputs = completion_ids if completion.ends else completion_ids[:-1]
-            own = completion.episode.own or (True,) * len(completion_ids)
-            of_all = list(
-                zip(
-                    (last, *range(len(ids), len(ids) + len(inputs))), (*completion_ids, 0), (*own, completion.ends),
-                    strict=False,
-                )
-            )  # fmt: skip
-            predictors += [place for place, _, learned in of_all if learned]
-            targets += [token for _, token, learned in of_all if learned]
+            inputs, after = completion.inputs, len(ids) - length  # what a place after the prompt is moved by
+            predictors += [place + (start if place < length else after) for place in completion.predictors]
+            targets += completion.targets
             place_of_token.append(place_of_completion[p, g, : len(inputs)])
             ids += inputs
             positions += range(length, length + len(inputs))
-        adapters += [branch.adapter] * (len(ids) - start)
     seen_PL = seen_PL[:1] if seen_PL.all() else seen_PL.repeat_interleave(G, 0)
     may_look = torch.cat(
         [seen_PL[:, None].expand(-1, T, L), torch.ones(T, T).tril().bool().expand(len(seen_PL), T, T)], dim=-1
@@ -215,10 +203,9 @@ def _pack(branches: Sequence[_Branch], dtype: torch.dtype, device: torch.device)
         input_ids=torch.tensor(ids).to(device),
         position_ids=torch.tensor(positions).to(device),
         tree=tree,
-        adapters=torch.tensor(adapters).to(device) if len(set(adapters)) > 1 else adapters[0],
-        predictors=torch.tensor(predictors).to(device),
-        targets=torch.tensor(targets).to(device),
-        lengths=torch.tensor([len(each.tokens.weights) + each.ends for each in completions]).to(device),
+        predictors=torch.tensor(predictors, dtype=torch.int64).to(device),
+        targets=torch.tensor(targets, dtype=torch.int64).to(device),
+        lengths=torch.tensor([len(each.targets) for each in completions]).to(device),
         tokens=_joined(completions, device),
-        lessons=tuple(completions),
+        samples=tuple(completions),
     )

@@ -57,21 +57,18 @@ def token_logprobs(
 
 
 def logprobs_and_entropies(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: tuple[Tensor, Tensor, Tensor | None] | None,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: tuple[Tensor, Tensor] | None,
     targets: Tensor, temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The same, and the entropies -sum p log p in nats: (C,) each, with gradients to the head too where it is trained.
 
-    It is trained itself, or an adapter over it is: A (R, d), B (V, R) and each token's mask. The logits of a chunk are
-    computed again in the backward pass.
+    It is trained itself, or an adapter over it is: A (r, d) and B (V, r). The logits of a chunk are computed again in
+    the backward pass.
     """
 
     def of(part: slice) -> Tensor:
-        if adapter is None:
-            logits = linear(hidden[part], weight, bias)
-        else:
-            a, b, mask = adapter
-            logits = low_rank(hidden[part], weight, bias, a, b, None if mask is None else mask[part])
+        head = hidden[part], weight, bias
+        logits = linear(*head) if adapter is None else low_rank(*head, *adapter)
         logprobs = (logits.float() / temperature).log_softmax(1)
         return torch.stack([logprobs.gather(1, targets[part, None])[:, 0], -(logprobs.exp() * logprobs).sum(1)])
 

@@ -1,8 +1,8 @@
-"""Low-rank layers over every weight matrix of a frozen base: a bank of K adapters, all in one forward pass."""
+"""Low-rank layers over every weight matrix of a frozen base: a bank of K adapters, of which a pass is under one."""
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from rlora.records import OFF, RloraError
+from rlora.records import RloraError
 
 Init = Literal["uniform", "orthonormal"]
 _Number = TypeVar("_Number", int, float)
@@ -77,72 +77,49 @@ def _by_pattern(pattern: Mapping[str, _Number], key: str, default: _Number) -> _
     return next((value for ending, value in pattern.items() if re.match(rf"(.*\.)?({ending})$", key)), default)
 
 
-class Route:
-    """Which adapter each token of a forward pass has: all one, or each its own (int64, in order); `OFF` is none."""
-
-    def __init__(self, adapters: int | Tensor) -> None:
-        self.adapters = adapters
-        present = [adapters] if isinstance(adapters, int) else adapters.unique().tolist()
-        self.mixed = len(present) > 1
-        self.present: list[int] = [adapter for adapter in present if adapter != OFF]  # no other is computed
-        self._masks: dict[tuple[int, ...], Tensor] = {}
-
-    def mask(self, ranks: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-        """(tokens, R): 1 where a column of the stacked A x is of the token's adapter. None where all tokens agree."""
-        if not self.mixed or isinstance(self.adapters, int):
-            return None
-        if ranks not in self._masks:
-            columns = [adapter for adapter, rank in zip(self.present, ranks, strict=True) for _ in range(rank)]
-            of_column = torch.tensor(columns, device=self.adapters.device)
-            self._masks[ranks] = (self.adapters.flatten()[:, None] == of_column).to(dtype)
-        return self._masks[ranks]
-
-
 @dataclass
-class Routing:
-    """The route that all layers of a bank follow now."""
+class Serving:
+    """The name of the adapter that all layers of a bank apply now; None is the base."""
 
-    route: Route = field(default_factory=lambda: Route(0))
+    adapter: str | None = None
 
 
-class Factors(nn.Module):
-    """A and B of K adapters over one matrix, or over each expert's: fp32 masters in PEFT's layout.
+@dataclass(eq=False)
+class Pair:
+    """A and B of one adapter over one matrix: fp32 masters in PEFT's layout."""
 
-    Of adapter k, A (E r, d_in), expert after expert, and B (d_out, r E), an expert's columns E apart; E is 1 without
-    experts.
-    """
+    a: nn.Parameter  # (E r, d_in), expert after expert; E is 1 without experts
+    b: nn.Parameter  # (d_out, r E), an expert's columns E apart
+    scale: float
 
-    def __init__(self, matrix: Matrix, specs: Sequence[Spec], generators: Sequence[torch.Generator]) -> None:
-        super().__init__()
-        *fused, d_out, d_in = matrix.shape
-        device = matrix.weight.device
-        self.experts = fused[0] if fused else None
-        E = self.experts or 1
-        self.ranks = [spec.rank_of(matrix) for spec in specs]
-        self.scales = [spec.scale(matrix.key, rank) for spec, rank in zip(specs, self.ranks, strict=True)]
-        each = zip(specs, self.ranks, generators, strict=True)
-        a = [_initial(spec.init, E, rank, d_in, generator) for spec, rank, generator in each]
-        self.lora_A = nn.ParameterList(nn.Parameter(a_k.to(device)) for a_k in a)
-        self.lora_B = nn.ParameterList(  # 0: the policy is the base
-            nn.Parameter(torch.zeros(d_out, rank * E, device=device)) for rank in self.ranks
-        )
 
-    def stacked(self, route: Route, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """A (R, d_in), B (d_out, R) and the mask of the adapters in the batch; with experts, A and B of each, E first.
+class Factors:
+    """A and B of each adapter over one matrix, or over each expert's, by the adapters' names."""
+
+    def __init__(self, matrix: Matrix, serving: Serving) -> None:
+        self.matrix, self.serving = matrix, serving
+        self.experts = matrix.shape[0] if len(matrix.shape) == 3 else None
+        self.pairs: dict[str, Pair] = {}
+
+    def add(self, name: str, spec: Spec, generator: torch.Generator) -> None:
+        """A new adapter, whose A is drawn by `generator`; B is 0, so its policy is the base."""
+        *_, d_out, d_in = self.matrix.shape
+        rank, E, device = spec.rank_of(self.matrix), self.experts or 1, self.matrix.weight.device
+        a = _initial(spec.init, E, rank, d_in, generator).to(device)
+        b = torch.zeros(d_out, rank * E, device=device)
+        self.pairs[name] = Pair(nn.Parameter(a), nn.Parameter(b), spec.scale(self.matrix.key, rank))
+
+    def served(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """A (r, d_in) and B (d_out, r) of the adapter that is served; with experts, A and B of each, E first.
 
         As the engine serves them: rounded to the dtype of the activations, with the scale folded into B; gradients
-        pass through the rounding to the masters. None where no adapter is over this matrix.
+        pass through the rounding to the masters. None where no adapter is served, or it leaves this matrix alone.
         """
-        ranks = tuple(self.ranks[k] for k in route.present)
-        if not any(ranks):
+        pair = self.pairs.get(self.serving.adapter) if self.serving.adapter else None
+        if pair is None:
             return None
-        a = [self.lora_A[k].to(dtype) for k in route.present]
-        b = [self.lora_B[k].to(dtype) * self.scales[k] for k in route.present]
-        if self.experts:
-            pairs = [of_each_expert(a_k, b_k, self.experts) for a_k, b_k in zip(a, b, strict=True)]
-            a, b = [a_k for a_k, _ in pairs], [b_k for _, b_k in pairs]
-        mask = route.mask(ranks, dtype)
-        return (a[0], b[0], mask) if len(a) == 1 else (torch.cat(a, -2), torch.cat(b, -1), mask)
+        a, b = pair.a.to(dtype), pair.b.to(dtype) * pair.scale
+        return of_each_expert(a, b, self.experts) if self.experts else (a, b)
 
 
 def of_each_expert(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
@@ -166,138 +143,139 @@ def _initial(init: Init, experts: int, rank: int, d_in: int, generator: torch.Ge
 class LoRALinear(nn.Module):
     """y = W x + (alpha / r) B A x, with W frozen (Hu et al. 2021, arXiv:2106.09685, section 4.1)."""
 
-    def __init__(self, base: nn.Linear, routing: Routing, factors: Factors) -> None:
+    def __init__(self, base: nn.Linear, factors: Factors) -> None:
         super().__init__()
-        self.base, self.factors, self.routing = base, factors, routing
+        self.base, self.factors = base, factors
 
     def forward(self, x: Tensor) -> Tensor:
-        stacked = self.factors.stacked(self.routing.route, x.dtype)
-        if stacked is None:
+        served = self.factors.served(x.dtype)
+        if served is None:
             return self.base(x)  # type: ignore[no-any-return]
         if type(self.base) is not nn.Linear:  # quantised: W x and its gradient are its own affair
-            return thin_product(self.base(x), x, *stacked)
-        return low_rank(x, self.base.weight, self.base.bias, *stacked)
+            return thin_product(self.base(x), x, *served)
+        return low_rank(x, self.base.weight, self.base.bias, *served)
 
 
 class LoRAExperts(nn.Module):
     """Experts whose weights are fused, `gate_up_proj` (E, 2 I, H) and `down_proj` (E, H, I), each with its adapter."""
 
-    def __init__(self, base: nn.Module, routing: Routing, gate_up: Factors, down: Factors) -> None:
+    def __init__(self, base: nn.Module, gate_up: Factors, down: Factors) -> None:
         super().__init__()
-        self.base, self.gate_up, self.down, self.routing = base, gate_up, down, routing
+        self.base, self.gate_up, self.down = base, gate_up, down
 
     def forward(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """x (tokens, H); the experts of each token and their weights (tokens, top k) -> (tokens, H)."""
-        gate_up = self._product(self.base.gate_up_proj, self.gate_up, x.dtype)
-        down = self._product(self.base.down_proj, self.down, x.dtype)
+        served_gate_up, served_down = self.gate_up.served(x.dtype), self.down.served(x.dtype)
+        if served_gate_up is None and served_down is None:
+            return self.base(x, top_k_index, top_k_weights)  # type: ignore[no-any-return]
+        gate_up, down = _product(self.base.gate_up_proj, served_gate_up), _product(self.base.down_proj, served_down)
         y = torch.zeros_like(x)
         for expert in top_k_index.unique().tolist():
             tokens, choice = torch.where(top_k_index == expert)
-            h: Tensor = self.base._apply_gate(gate_up(x[tokens], tokens, expert))  # type: ignore[operator]
-            y.index_add_(0, tokens, (down(h, tokens, expert) * top_k_weights[tokens, choice, None]).to(y.dtype))
+            h: Tensor = self.base._apply_gate(gate_up(x[tokens], expert))  # type: ignore[operator]
+            y.index_add_(0, tokens, (down(h, expert) * top_k_weights[tokens, choice, None]).to(y.dtype))
         return y
 
-    def _product(self, weight: Any, factors: Factors, dtype: torch.dtype) -> Callable[[Tensor, Tensor, int], Tensor]:
-        """(rows, their tokens, expert) -> what that expert's matrix makes of the rows, with its adapter."""
-        stacked = factors.stacked(self.routing.route, dtype)
-        if stacked is None:
-            return lambda h, _, expert: linear(h, weight[expert])
-        a, b = (each.unbind() for each in stacked[:2])
-        mask = stacked[2]
-        return lambda h, tokens, expert: low_rank(
-            h, weight[expert], None, a[expert], b[expert], None if mask is None else mask[tokens]
-        )
+
+def _product(weight: Any, served: tuple[Tensor, Tensor] | None) -> Callable[[Tensor, int], Tensor]:
+    """(rows, expert) -> what that expert's matrix makes of the rows, with its adapter."""
+    if served is None:
+        return lambda h, expert: linear(h, weight[expert])
+    a, b = (each.unbind() for each in served)
+    return lambda h, expert: low_rank(h, weight[expert], None, a[expert], b[expert])
 
 
-def low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, mask: Tensor | None) -> Tensor:
-    """y = W x + bias + b (mask * (a x)): x (..., d_in), W (d_out, d_in), a (R, d_in), b (d_out, R) -> (..., d_out)
-
-    `mask` (tokens, R) chooses each token's adapter among those stacked; a token that has none gets W x, exactly.
-    """
-    return _LowRank.apply(x, weight, bias, a, b, mask)  # type: ignore[no-any-return, no-untyped-call]
+def low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """y = W x + bias + b a x: x (..., d_in), W (d_out, d_in), a (r, d_in), b (d_out, r) -> (..., d_out)"""
+    return _LowRank.apply(x, weight, bias, a, b)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def thin_product(y: Tensor, x: Tensor, a: Tensor, b: Tensor, mask: Tensor | None) -> Tensor:
-    """y + b (mask * (a x)), y (..., d_out), the rest as in `low_rank`: for a W that is at hand as a function alone."""
-    h = x.flatten(0, -2) @ a.mT  # (tokens, R)
-    if mask is not None:
-        h = h * mask
-    return torch.addmm(y.flatten(0, -2), h, b.mT).view_as(y)
+def thin_product(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """y + b a x, y (..., d_out), the rest as in `low_rank`: for a W that is at hand as a function alone."""
+    return torch.addmm(y.flatten(0, -2), x.flatten(0, -2) @ a.mT, b.mT).view_as(y)
 
 
 class _LowRank(torch.autograd.Function):
     """In place: the thin product is added to W x as it is made, and so is its part of x's gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, mask: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
         flat = x.flatten(0, -2)
-        h = flat @ a.mT  # (tokens, R)
-        if mask is not None:
-            h *= mask
-        ctx.save_for_backward(flat, h, weight, a, b, mask)
+        h = flat @ a.mT  # (tokens, r)
+        ctx.save_for_backward(flat, h, weight, a, b)
         y = linear(flat, weight, bias).addmm_(h, b.mT)
         return y.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, weight, a, b, mask = ctx.saved_tensors
+        x, h, weight, a, b = ctx.saved_tensors
         g = grad.flatten(0, -2)
         g_h = g @ b
-        if mask is not None:
-            g_h *= mask
         g_x = (g @ weight).addmm_(g_h, a).view(*grad.shape[:-1], a.shape[1]) if ctx.needs_input_grad[0] else None
-        return g_x, None, None, g_h.mT @ x, g.mT @ h, None
+        return g_x, None, None, g_h.mT @ x, g.mT @ h
 
 
 class Bank:
-    """K adapters over the weight matrices of `model`, which is frozen and changed in place.
+    """Adapters over the weight matrices of `model`, which is frozen and changed in place.
 
-    `factors` holds them by matrix. Without any, the model's own weights are left to be trained. Raises RloraError where
-    there is nothing to adapt.
+    Each adapter follows from its own spec and seed: no other has a part in it, nor in a forward pass under it. `over`
+    are the matrices that adapters may be over, by default all.
     """
 
-    def __init__(self, model: nn.Module, specs: Sequence[Spec], seed: int = 0) -> None:
-        model.requires_grad_(not specs)
-        self.specs = tuple(specs)
-        self.routing = Routing()
-        self.factors: dict[Matrix, Factors] = {}
-        self.matrices = list(matrices(model))
-        generators = [torch.Generator().manual_seed(seed + k) for k in range(len(specs))]  # A does not depend on others
-        for place, found in groupby(self.matrices, lambda matrix: matrix.place):
-            factors = {matrix: Factors(matrix, specs, generators) for matrix in found}
-            if any(any(each.ranks) for each in factors.values()):
-                self.factors |= factors
-                parent, _, leaf = place.rpartition(".")
-                module = model.get_submodule(place)
-                if isinstance(module, nn.Linear):
-                    if any(matrix.kind == "head" for matrix in factors):
-                        _refuse_tied(model, module)
-                    layer: nn.Module = LoRALinear(module, self.routing, *factors.values())
-                else:
-                    _refuse_other_layouts(place, module)
-                    layer = LoRAExperts(module, self.routing, *factors.values())
-                setattr(model.get_submodule(parent), leaf, layer)
-        if specs and not self.factors:
-            wanted = [spec.targets if isinstance(spec.targets, str) else sorted(spec.targets)[:3] for spec in specs]
+    def __init__(self, model: nn.Module, over: Iterable[Matrix] | None = None) -> None:
+        self.model = model.requires_grad_(requires_grad=False)
+        self.specs: dict[str, Spec] = {}
+        self.serves = Serving()
+        self.factors = {matrix: Factors(matrix, self.serves) for matrix in (matrices(model) if over is None else over)}
+        for place, found in groupby(self.factors, lambda matrix: matrix.place):
+            factors = [self.factors[matrix] for matrix in found]
+            module = model.get_submodule(place)
+            layer = LoRALinear(module, *factors) if isinstance(module, nn.Linear) else LoRAExperts(module, *factors)
+            parent, _, leaf = place.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, layer)
+
+    def add(self, name: str, spec: Spec, seed: int = 0) -> None:
+        """A new adapter, over the matrices that `spec` names. Raises RloraError where it can be over none of them."""
+        over = [matrix for matrix in self.factors if spec.rank_of(matrix)]
+        kind = type(self.model).__name__
+        if not over:
+            wanted = spec.targets if isinstance(spec.targets, str) else sorted(spec.targets)[:3]
             raise RloraError(
-                f"model: none of the {len(self.matrices)} weight matrices (torch.nn.Linear and experts) of "
-                f"{type(model).__name__} is to be adapted ({wanted}); use another model, or an adapter made for it"
+                f"model: none of the {len(self.factors)} weight matrices (torch.nn.Linear and experts) of {kind} is "
+                f"to be adapted ({wanted}); use another model, or an adapter made for it"
             )
+        for matrix in over:
+            if matrix.kind == "head":
+                _refuse_tied(self.model, matrix)
+            elif len(matrix.shape) == 3:
+                _refuse_other_layouts(matrix)
+        generator = torch.Generator().manual_seed(seed)
+        for matrix in over:
+            self.factors[matrix].add(name, spec, generator)
+        self.specs[name] = spec
+
+    def remove(self, name: str) -> None:
+        for factors in self.factors.values():
+            factors.pairs.pop(name, None)
+        self.specs.pop(name, None)
 
     @contextmanager
-    def serving(self, route: Route) -> Iterator[None]:
-        """Within it, tokens have the adapters that `route` says."""
-        before, self.routing.route = self.routing.route, route
+    def serving(self, name: str | None) -> Iterator[None]:
+        """Within it, forward passes are under that adapter; under the base with None."""
+        before, self.serves.adapter = self.serves.adapter, name
         try:
             yield
         finally:
-            self.routing.route = before
+            self.serves.adapter = before
 
-    def over(self, adapter: int) -> list[Matrix]:
-        """The matrices that one adapter is over."""
-        return [matrix for matrix, factors in self.factors.items() if factors.ranks[adapter]]
+    def over(self, name: str) -> dict[Matrix, Pair]:
+        """The matrices that one adapter is over, and its factors."""
+        return {matrix: of.pairs[name] for matrix, of in self.factors.items() if name in of.pairs}
+
+    def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
+        """Its masters, by matrix and factor."""
+        pairs = [(matrix.key, pair) for matrix, pair in self.over(name).items()]
+        return {f"{key}.{factor}": p for key, pair in pairs for factor, p in (("lora_A", pair.a), ("lora_B", pair.b))}
 
 
 def matrices(model: nn.Module) -> Iterator[Matrix]:
@@ -315,18 +293,19 @@ def matrices(model: nn.Module) -> Iterator[Matrix]:
                 yield Matrix(f"{name}.{part}", name, "mlp", shape, module, part, active)
 
 
-def _refuse_tied(model: Any, head: nn.Linear) -> None:
-    if model.get_input_embeddings().weight is head.weight:
+def _refuse_tied(model: Any, head: Matrix) -> None:
+    if model.get_input_embeddings().weight is head.module.weight:
         raise RloraError(
             f"learner.head = true: the output head of {type(model).__name__} is its embedding matrix too, and an "
             "engine that holds one matrix for both can't adapt one of them; leave learner.head off"
         )
 
 
-def _refuse_other_layouts(place: str, experts: nn.Module) -> None:
+def _refuse_other_layouts(matrix: Matrix) -> None:
+    experts = matrix.module
     odd = [trait for trait in ("is_transposed", "has_bias") if getattr(experts, trait, False)]
     if odd or not hasattr(experts, "_apply_gate"):
         raise RloraError(
-            f"model: the experts in {place} ({type(experts).__name__}: {', '.join(odd) or 'without a gate'}) can't be "
-            'adapted yet; use learner.targets = "attention"'
+            f"model: the experts in {matrix.place} ({type(experts).__name__}: {', '.join(odd) or 'without a gate'}) "
+            'can\'t be adapted yet; use learner.targets = "attention"'
         )

@@ -1,4 +1,4 @@
-"""Losses of the policy's tokens, estimators beside them, and the critic's. Pure torch.
+"""What losses are made of: ratios, estimators of the KL, and the critic's loss. Pure torch.
 
 Three policies meet here. The *behaviour* policy sampled (the engine's logprobs, of some version); the *start* is the
 learner's own before the update's first minibatch; *now* is the one that is being trained. Two ratios: `importance` is
@@ -28,7 +28,7 @@ class Tokens:
     returns: Tensor | None = None  # that it should have said
 
 
-# --- surrogates: now / start, times the advantage ---
+# --- the ratio of now and start; the surrogates that are made of it are in `objectives/` ---
 
 
 def ratio_of(log_ratio: Tensor) -> Tensor:
@@ -36,32 +36,9 @@ def ratio_of(log_ratio: Tensor) -> Tensor:
     return _bounded(log_ratio).exp()
 
 
-def reinforce(ratio: Tensor, advantages: Tensor) -> Tensor:
-    """-r A, whose gradient is -r A grad log p: REINFORCE with importance weights. (C,) -> (C,)
-
-    The objective of "LoRA Without Regret" (Thinking Machines, 2025) and, on policy, the gradient of all the others.
-    """
-    return -ratio * advantages
-
-
-def clipped(ratio: Tensor, advantages: Tensor, low: float, high: float, dual: float = 0.0) -> Tensor:
-    """-min(r A, clip(r, 1 - low, 1 + high) A) (PPO, arXiv:1707.06347, eq. 7; DAPO's clip-higher, arXiv:2503.14476,
-    eq. 10). (C,) -> (C,)
-
-    With `dual` > 1, where A < 0 no more than -dual A (dual-clip PPO, arXiv:1912.09729, eq. 5).
-    """
-    objective = torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
-    if dual:
-        objective = torch.where(advantages < 0, torch.maximum(objective, dual * advantages), objective)
-    return -objective
-
-
-def clipped_weight(ratio: Tensor, logprobs: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
-    """-sg(clip(r, 1 - low, 1 + high)) A log p (CISPO, MiniMax-M1, arXiv:2506.13585, eq. 4 and 5). (C,) -> (C,)
-
-    The weight is detached, so a token beyond the clip keeps a gradient; PPO's clip silences it.
-    """
-    return -ratio.detach().clamp(1 - low, 1 + high) * advantages * logprobs
+def beyond(ratio: Tensor, low: float, high: float) -> Tensor:
+    """Whether a ratio is outside of [1 - low, 1 + high]. (C,) -> (C,) bool"""
+    return (ratio < 1 - low) | (ratio > 1 + high)
 
 
 def sequence_log_ratio(log_ratio: Tensor, lengths: Tensor) -> Tensor:

@@ -1,114 +1,135 @@
-"""Adam on fp32 masters of what is trained; the policy and the critic each have a learning rate of their own."""
+"""Adam on fp32 masters of one policy's weights."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig
 
 from rlora.records import RloraError
-from rlora.settings import Config, LearnerConfig
+from rlora.settings import LearnerConfig
+
+
+@dataclass(frozen=True)
+class Adam:
+    """The settings of one step (Kingma and Ba 2014, arXiv:1412.6980; weight decay is decoupled, arXiv:1711.05101)."""
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    max_grad_norm: float = 0.0  # the gradient is scaled down to this norm where it is longer; 0: never
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one step of the optimizer did."""
+
+    grad_norm: float  # before the gradient was scaled down; NaN where it was not finite
+    stepped: bool  # not without a finite gradient: then weights and moments are as they were
 
 
 class Optimizer:
-    """Steps the policy's weights and the critic's, whatever their dtype; clips the gradient of each by itself."""
+    """Steps a policy's weights, whatever their dtype. `weights` are by matrix and factor."""
 
-    def __init__(self, policy: Sequence[nn.Parameter], critic: Sequence[nn.Parameter], config: LearnerConfig) -> None:
-        self.weights = [*policy, *critic]
-        self.masters = [_master_of(weight) for weight in self.weights]
-        of_policy, of_critic = self.masters[: len(policy)], self.masters[len(policy) :]
-        groups = [{"params": masters} for masters in (of_policy, of_critic) if masters]
-        self.adam = torch.optim.Adam(groups, lr=0.0, betas=config.betas, eps=config.eps)
-        self.max_grad_norm = config.max_grad_norm
+    def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
+        self.weights = dict(weights)
+        self._hooks: list[RemovableHandle] = []
+        self.masters = {name: self._master_of(weight) for name, weight in weights.items()}
+        self.adam = torch.optim.AdamW(self.masters.values(), lr=0.0)
+
+    def close(self) -> None:
+        """Let go of the weights: another may step them."""
+        for hook in self._hooks:
+            hook.remove()
 
     def zero_grad(self) -> None:
         self.adam.zero_grad()
 
-    def add_over_ranks(self, sums: Tensor) -> Tensor:
-        """Add up `sums` and the gradients over all ranks, in one message."""
-        gradients = [torch.zeros_like(master) if master.grad is None else master.grad for master in self.masters]
-        flat = torch.cat([sums, *(gradient.flatten() for gradient in gradients)])
+    def add_over_ranks(self) -> None:
+        """Add up the gradients over all ranks, in one message."""
+        masters = self.masters.values()
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in masters])
         torch.distributed.all_reduce(flat)
-        sums, *parts = flat.split([len(sums), *(gradient.numel() for gradient in gradients)])
-        for master, part in zip(self.masters, parts, strict=True):
+        for master, part in zip(masters, flat.split([master.numel() for master in masters]), strict=True):
             master.grad = part.view_as(master)
-        return sums
 
-    def step(self, *lrs: float) -> float:
-        """A step at the policy's learning rate, and the critic's where there is one; returns the norm of the policy's
-        gradient. Where a gradient is not finite it steps nothing and returns NaN."""
-        norms = [
-            float(nn.utils.clip_grad_norm_(group["params"], self.max_grad_norm)) for group in self.adam.param_groups
-        ]
-        if not math.isfinite(sum(norms)):
-            return math.nan
-        for group, lr in zip(self.adam.param_groups, lrs, strict=True):
-            group["lr"] = lr
-        self.adam.step()
-        self._round()
-        return norms[0]
+    def step(self, settings: Adam) -> StepStats:
+        """A step along the gradient, which is gone then. One that is not finite steps nothing."""
+        masters = [master for master in self.masters.values() if master.grad is not None]
+        if not masters:
+            return StepStats(0.0, stepped=False)
+        norm = float(nn.utils.clip_grad_norm_(masters, settings.max_grad_norm or math.inf))
+        if math.isfinite(norm):
+            (group,) = self.adam.param_groups
+            group |= {name: getattr(settings, name) for name in ("lr", "betas", "eps", "weight_decay")}
+            self.adam.step()
+            self._round()
+        self.zero_grad()
+        return StepStats(norm if math.isfinite(norm) else math.nan, stepped=math.isfinite(norm))
 
     def state(self) -> dict[str, Tensor]:
-        """The masters and Adam's moments, on the CPU."""
+        """The masters and Adam's moments, on the CPU, by matrix and factor."""
         tensors = {}
-        for index, master in enumerate(self.masters):
-            tensors[f"{index}.master"] = master.detach().cpu()
-            for name, value in self.adam.state[master].items():
-                tensors[f"{index}.adam.{name}"] = value.cpu()
+        for name, master in self.masters.items():
+            tensors[f"{name}.master"] = master.detach().cpu()
+            for moment, value in self.adam.state[master].items():
+                tensors[f"{name}.adam.{moment}"] = value.cpu()
         return tensors
 
     def resume(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take them back. Raises RloraError where they are of other shapes, with nothing changed."""
-        shapes = {f"{index}.master": master.shape for index, master in enumerate(self.masters)}
+        """Take them back. Raises RloraError where they are of other weights, with nothing changed."""
+        shapes = {f"{name}.master": master.shape for name, master in self.masters.items()}
         if shapes != {name: tensor.shape for name, tensor in tensors.items() if name.endswith(".master")}:
             raise RloraError("resume: the saved state is of another model or rank; resume with the config of the run")
-        for index, master in enumerate(self.masters):
-            master.data.copy_(tensors[f"{index}.master"])
+        for name, master in self.masters.items():
+            master.data.copy_(tensors[f"{name}.master"])
             self.adam.state.pop(master, None)  # before the first step there are no moments
-            for name in ("step", "exp_avg", "exp_avg_sq"):
-                if (moment := tensors.get(f"{index}.adam.{name}")) is not None:
-                    self.adam.state[master][name] = moment if name == "step" else moment.to(master.device)
+            for moment in ("step", "exp_avg", "exp_avg_sq"):
+                if (value := tensors.get(f"{name}.adam.{moment}")) is not None:
+                    self.adam.state[master][moment] = value.clone() if moment == "step" else value.to(master.device)
         self._round()
 
     def _round(self) -> None:
         """Let the weights have the masters' values, each in its dtype."""
-        for weight, master in zip(self.weights, self.masters, strict=True):
-            if weight is not master:
+        for name, weight in self.weights.items():
+            if weight is not (master := self.masters[name]):
                 weight.data.copy_(master.data)
 
+    def _master_of(self, weight: nn.Parameter) -> nn.Parameter:
+        """What Adam steps in place of a weight that is trained: itself in fp32, else an fp32 copy.
 
-def scheduled_lr(config: Config, lr: float, step: int) -> float:
-    """The learning rate of a step."""
-    learner, done = config.learner, step / config.steps
+        A step is often smaller than 16 bits can tell from nothing; the copy keeps it. It also gathers the gradients,
+        and adds those of all microbatches up in fp32.
+        """
+        if weight.dtype == torch.float32:
+            return weight
+        master = nn.Parameter(weight.detach().float())
+
+        def gather(weight: Tensor) -> None:
+            assert weight.grad is not None
+            gradient, weight.grad = weight.grad.float(), None
+            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+
+        self._hooks.append(weight.register_post_accumulate_grad_hook(gather))
+        return master
+
+
+def scheduled_lr(learner: LearnerConfig, lr: float, step: int, steps: int) -> float:
+    """The learning rate of a step of `steps`."""
+    done = step / steps
     left = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[learner.lr_schedule]
     return lr * (learner.lr_floor + (1 - learner.lr_floor) * left)
 
 
-def auto_lr(config: Config, base: PreTrainedConfig) -> float:
+def auto_lr(learner: LearnerConfig, base: PreTrainedConfig) -> float:
     """What `learner.lr = "auto"` is: 5e-5 (2000 / hidden size)^p, ten times that for an adapter; p is 0.781 for Llama
     and 0.0775 for Qwen ("LoRA Without Regret", Thinking Machines 2025). Fitted on supervised runs; other models are
     taken for Llamas."""
     power = 0.0775 if "qwen" in base.model_type else 0.781
-    lr = 5e-5 if config.learner.whole else 5e-4
+    lr = 5e-5 if learner.whole else 5e-4
     return float(lr * (2000 / base.get_text_config().hidden_size) ** power)
-
-
-def _master_of(weight: nn.Parameter) -> nn.Parameter:
-    """What Adam steps in place of a weight that is trained: itself in fp32, else an fp32 copy.
-
-    A step is often smaller than 16 bits can tell from nothing; the copy keeps it. It also gathers the gradients, and
-    adds those of all microbatches up in fp32.
-    """
-    if weight.dtype == torch.float32:
-        return weight
-    master = nn.Parameter(weight.detach().float())
-
-    def gather(weight: Tensor) -> None:
-        assert weight.grad is not None
-        gradient, weight.grad = weight.grad.float(), None
-        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-
-    weight.register_post_accumulate_grad_hook(gather)
-    return master

@@ -1,23 +1,20 @@
 """PEFT's format of one adapter, both ways, as bytes: adapter_config.json and adapter_model.safetensors."""
 
 import json
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import safetensors
 import safetensors.numpy
 import safetensors.torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from upath import UPath
 
 from rlora.core.lora import Bank, Matrix, Spec
-from rlora.records import ADAPTER_FILES, MAX_RANK, RloraError
+from rlora.records import MAX_RANK, RloraError
 
 _LEAVE_THE_BASE = {"gaussian", "orthogonal", "eva"}  # PEFT's named initialisations that do not change the base
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."  # of the names of saved tensors
 _EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
 _FUSED = ("gate_up_proj", "down_proj")  # of experts, in the order PEFT wraps them
 
@@ -28,7 +25,7 @@ _MUST_BE = {
 }  # fmt: skip
 
 
-def encode(bank: Bank, adapter: int, base: str) -> tuple[bytes, bytes]:
+def encode(bank: Bank, adapter: str, base: str) -> tuple[bytes, bytes]:
     """Adapter `adapter` of `bank` over the base at `base`: its config and its weights, in fp32."""
     spec = bank.specs[adapter]
     experts = [matrix for matrix in bank.over(adapter) if len(matrix.shape) == 3]
@@ -54,12 +51,12 @@ def encode(bank: Bank, adapter: int, base: str) -> tuple[bytes, bytes]:
     return json.dumps(config, indent=2).encode(), safetensors.numpy.save(arrays, metadata={"format": "pt"})
 
 
-def masters(bank: Bank, adapter: int) -> dict[str, nn.Parameter]:
+def masters(bank: Bank, adapter: str) -> dict[str, nn.Parameter]:
     """The adapter's masters by the names that PEFT saves them under."""
     found: dict[str, nn.Parameter] = {}
-    for (name_a, name_b), matrix in by_names(bank.over(adapter)).items():
-        factors = bank.factors[matrix]
-        found |= {name_a: factors.lora_A[adapter], name_b: factors.lora_B[adapter]}
+    pairs = bank.over(adapter)
+    for (name_a, name_b), matrix in by_names(pairs).items():
+        found |= {name_a: pairs[matrix].a, name_b: pairs[matrix].b}
     return found
 
 
@@ -74,30 +71,21 @@ def by_names(over: Iterable[Matrix]) -> dict[tuple[str, str], Matrix]:
             wrapped[f"{matrix.place}.base_layer"] = wrapped.pop(matrix.place)
         wrapped[matrix.place] = matrix
     return {
-        (f"{_PREFIX}{module}.lora_A.weight", f"{_PREFIX}{module}.lora_B.weight"): matrix
+        (f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"): matrix
         for module, matrix in wrapped.items()
     }
 
 
-def _modules(bank: Bank, adapter: int) -> list[str]:
+def _modules(bank: Bank, adapter: str) -> list[str]:
     """The linear layers it is over: by the last part of their names where that says no more than it should."""
     over = {matrix.key for matrix in bank.over(adapter)}
-    linear = {matrix.key for matrix in bank.matrices if len(matrix.shape) == 2}
+    linear = {matrix.key for matrix in bank.factors if len(matrix.shape) == 2}
     beyond = {key.rpartition(".")[2] for key in linear - over}
     return sorted({ending if (ending := key.rpartition(".")[2]) not in beyond else key for key in linear & over})
 
 
 def _ending(expert: Matrix) -> str:
     return ".".join(expert.key.split(".")[-2:])
-
-
-def read(directory: Path | UPath) -> tuple[bytes, bytes]:
-    """The two files of an adapter. Raises RloraError where they are not there."""
-    try:
-        config, weights = (directory / name for name in ADAPTER_FILES)
-        return config.read_bytes(), weights.read_bytes()
-    except OSError as error:
-        raise RloraError(f"{directory}: no adapter in PEFT's format is there ({error})") from None
 
 
 def decode(config: bytes, weights: bytes) -> tuple[Spec, dict[str, Tensor]]:
@@ -130,7 +118,7 @@ def decode(config: bytes, weights: bytes) -> tuple[Spec, dict[str, Tensor]]:
         module, factor = parse(name)
         if factor not in ("lora_A", "lora_B"):
             raise RloraError(
-                f"adapter_model.safetensors: {name} is neither A nor B of a weight matrix: it is {_kind(name)}; "
+                f"adapter_model.safetensors: {name} is neither A nor B of a weight matrix: it is {kind_of(name)}; "
                 "give an adapter that is LoRA over weight matrices alone"
             )
         modules.add(module)
@@ -149,55 +137,13 @@ def decode(config: bytes, weights: bytes) -> tuple[Spec, dict[str, Tensor]]:
     return spec, tensors
 
 
-def plain(config: bytes, weights: bytes, base: Callable[[], PreTrainedModel]) -> tuple[bytes, bytes]:
-    """The files of an adapter without weights of its model, which PEFT saves too (`save_embedding_layers`,
-    `modules_to_save`). `base` loads that model, where there are any.
-
-    Raises RloraError where they are not the model's: they were trained, or the embeddings were resized.
-    """
-    try:
-        settings, tensors = json.loads(config), safetensors.torch.load(weights)
-    except (ValueError, safetensors.SafetensorError):
-        return config, weights  # `decode` says so
-    whole = {name: place for name in tensors if (place := _place_in_base(name))}
-    if not whole:
-        return config, weights
-    model = base()
-    owned = dict(model.named_parameters(remove_duplicate=False))
-    for name, place in whole.items():
-        if place in owned:
-            _check_same(name, tensors.pop(name), owned[place].detach().cpu())
-    saved = {place.rpartition(".")[0] for name, place in whole.items() if name not in tensors}
-    modules = settings.get("modules_to_save") or []
-    settings["modules_to_save"] = [end for end in modules if not any(f".{at}".endswith(f".{end}") for at in saved)]
-    settings["modules_to_save"] = settings["modules_to_save"] or None
-    return json.dumps(settings, indent=2).encode(), safetensors.torch.save(tensors, metadata={"format": "pt"})
+def largest_rank(config: bytes) -> int:
+    """Of the ranks that an adapter has over its matrices."""
+    settings = json.loads(config)
+    return int(max([settings["r"], *settings.get("rank_pattern", {}).values()]))
 
 
-def _place_in_base(name: str) -> str | None:
-    """The model's own name of a weight that is saved whole; None for what belongs to the adapter."""
-    if not name.endswith((".weight", ".bias")) or any(part in name for part in (".lora_", ".token_adapter.")):
-        return None
-    for wrapper in (".base_layer", ".modules_to_save.default", ".modules_to_save", ".original_module"):
-        name = name.replace(f"{wrapper}.", ".")
-    return name.removeprefix(_PREFIX)
-
-
-def _check_same(name: str, saved: Tensor, own: Tensor) -> None:
-    if saved.shape != own.shape:
-        what = f"it has the shape {list(saved.shape)} where the model has {list(own.shape)}, so it was resized"
-    elif saved.to(own.dtype).equal(own) or saved.equal(own.to(saved.dtype)):  # the coarser of the two decides
-        return
-    else:
-        off = float((saved.double() - own.double()).abs().max())
-        what = f"it differs by up to {off:.2g} from the model's, so it was trained, or belongs to another model"
-    raise RloraError(
-        f"adapter_model.safetensors: {name} is {_kind(name)}, and {what}; only A and B can be loaded: merge the "
-        "adapter into its model with PEFT (merge_and_unload), and set `model` to what you save of that"
-    )
-
-
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
     """What a tensor is that is neither A nor B."""
     kinds = {
         "lora_magnitude_vector": "a magnitude vector of DoRA (use_dora)",
@@ -223,11 +169,11 @@ def _keys(modules: set[str], parameters: list[str]) -> frozenset[str]:
 
 def parse(name: str) -> tuple[str, str]:
     """The module that a saved tensor is over, and which factor it is: lora_A or lora_B."""
-    module, _, factor = name.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
+    module, _, factor = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
     return module, factor
 
 
-def fill(bank: Bank, adapter: int, tensors: dict[str, Tensor]) -> None:
+def fill(bank: Bank, adapter: str, tensors: dict[str, Tensor]) -> None:
     """Put an adapter's tensors in its place in the bank. Raises RloraError where they do not fit, changing nothing."""
     ours = masters(bank, adapter)
     for name in sorted(ours.keys() | tensors.keys()):

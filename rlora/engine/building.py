@@ -1,13 +1,17 @@
-"""Makes vLLM's engine from the config."""
+"""Makes vLLM's engine from the config, and has it read adapters."""
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from vllm import EngineArgs, LLMEngine
+from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from rlora import machine
+from rlora.core import peft_format
 from rlora.engine.cpu import patches
-from rlora.records import RloraError
+from rlora.records import Adapter, DeliveryError, RloraError
 from rlora.settings import Config
 
 
@@ -57,7 +61,29 @@ def build(config: Config, base: str, seed: int, slots: int, whole: bool, experts
     return llm
 
 
-def pack_head(model: Any) -> None:
+def put(llm: LLMEngine, adapter: Adapter, path: Path, lora_id: int, experts: bool) -> LoRARequest | None:
+    """Have vLLM read the adapter's files at `path`; returns how it is asked for, None where it is all weights.
+
+    Raises RloraError where vLLM does not take them.
+    """
+    if adapter.whole:
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
+        llm.apply_model(_pack_head)
+        if not llm.reset_prefix_cache():  # its keys and values are of the weights before
+            raise DeliveryError(f"version {adapter.name}: vLLM's prefix cache keeps what the weights before made")
+        return None
+    request = LoRARequest(adapter.name, lora_id, str(path), is_3d_lora_weight=experts)
+    try:
+        loaded = llm.add_lora(request)
+    except ValueError as error:
+        raise RloraError(f"adapter {adapter.name}: vLLM can't serve it: {error}") from error
+    if not loaded:
+        raise RloraError(f"adapter {adapter.name}: vLLM did not load it")
+    llm.apply_model(partial(patches.tell_rank, lora_id=lora_id, rank=peft_format.largest_rank(adapter.config)))
+    return request
+
+
+def _pack_head(model: Any) -> None:
     """A head that is tied to the embeddings is left out of a reload; its copy in a kernel's own layout is of before."""
     for head in model.modules():
         if isinstance(head, ParallelLMHead):

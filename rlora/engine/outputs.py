@@ -5,7 +5,7 @@ from typing import cast
 from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput, RequestOutput
 
-from rlora.records import Episode
+from rlora.records import Episode, Version
 
 
 def prompt_logprobs(output: RequestOutput) -> list[float]:
@@ -14,7 +14,7 @@ def prompt_logprobs(output: RequestOutput) -> list[float]:
     return [entry[token].logprob for token, entry in zip(tokens[1:], entries[1:], strict=True)]
 
 
-def episode_of(completion: CompletionOutput, version: int) -> Episode:
+def episode_of(completion: CompletionOutput, version: Version) -> Episode:
     entries = cast(list[dict[int, Logprob]], completion.logprobs)
     logprobs = tuple(entry[token].logprob for token, entry in zip(completion.token_ids, entries, strict=True))
     return Episode(tuple(completion.token_ids), logprobs, str(completion.finish_reason), version)

@@ -2,14 +2,15 @@
 
 import hashlib
 import itertools
+import math
 import os
 import queue
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -22,8 +23,10 @@ from vllm.sampling_params import RequestOutputKind
 
 from rlora import machine
 from rlora.engine import slots
-from rlora.engine.building import build, pack_head
+from rlora.engine.building import build, put
 from rlora.engine.canary import distance, judged
+from rlora.engine.futures import errors_to, known
+from rlora.engine.held import Held, in_the_way, unused
 from rlora.engine.outputs import episode_of, prompt_logprobs
 from rlora.engine.scratch import Scratch
 from rlora.model.base import has_experts
@@ -38,9 +41,9 @@ from rlora.records import (
     NotLoadedError,
     Prompt,
     Proof,
-    RloraError,
     Sampling,
     StaleError,
+    Version,
 )
 from rlora.settings import Config
 from rlora.store import write_adapter
@@ -49,21 +52,10 @@ _Result = TypeVar("_Result")
 
 
 @dataclass(eq=False)
-class _Held:
-    """A version that vLLM holds. Each request has a lease on it, from its submission to its last token."""
-
-    adapter: Adapter
-    request: LoRARequest | None  # None where it is all weights
-    proof: Proof = field(init=False)
-    leases: int = 0
-    verdict: Future[None] | None = None  # of its canary, once that is sent; nothing it sampled is given out before
-
-
-@dataclass(eq=False)
 class _Asked:
     """A request in flight."""
 
-    version: int | None  # None for a canary
+    version: Version | None  # None for the base
     output: Future[RequestOutput] = field(default_factory=Future)
 
 
@@ -72,26 +64,27 @@ class Engine:
 
     Each method posts to that thread and returns a future; what was posted is served between two steps of vLLM. So a
     version is loaded, and a request taken in, while others are in flight, and those go on under the version that they
-    were submitted with. A version leaves when it is not the newest and no request has a lease on it.
+    were submitted with. A version leaves when it is not the newest of its policy and no request has a lease on it.
 
-    `base` is where the base is loaded from; `number` is that of this start among all the run's engines and `version`
-    the first one it will serve: no two draw the same samples. A completion ends with one of `stop_token_ids`, or of
-    the strings `stop`. Start the process with `machine.engine_environment`.
+    `base` is where the base is loaded from, and `slots` how many versions fit at a time. No two engines draw the same
+    samples: `number` counts all starts of engines in a job, and `version` is the number of the first version that is
+    served. A completion ends with one of `stop_token_ids`, or of the strings `stop`. Start the process with
+    `machine.engine_environment`.
     """
 
     def __init__(
-        self, config: Config, base: str, stop_token_ids: Sequence[int], stop: Sequence[str], number: int, version: int
-    ) -> None:
+        self, config: Config, base: str, stop_token_ids: Sequence[int], stop: Sequence[str], slots: int, number: int,
+        version: int,
+    ) -> None:  # fmt: skip
         self.stop_token_ids, self.stop = list(stop_token_ids), list(stop)
         machine.check_ram_directory()  # of this node
         self.scratch = Scratch(os.getpid())
         self.whole = config.learner.whole
         self.experts = has_experts(base)
-        self.max_staleness = config.max_staleness
-        self.slots = 1 if self.whole else config.max_staleness + 2  # versions at a time
-        self.held: list[_Held] = []  # in the order they were asked for
+        self.slots = 1 if self.whole else slots
+        self.held: list[Held] = []  # in the order they were asked for
         self.noise: float | None = None  # of the base's canary, once it was asked
-        self.canary: float | None = None  # how far the last one was from the learner's, mean over its tokens, nats
+        self.canaries: dict[str, float] = {}  # by policy: nats from its last canary to the learner's, mean over tokens
         self.busy = 0.0  # seconds in vLLM's steps
         self._engine_ids = itertools.count(1)  # never reused: vLLM's prefix cache and slots go by name and id
         self._request_ids = itertools.count()
@@ -104,22 +97,23 @@ class Engine:
         self._thread.start()
         self.llm: LLMEngine = built.result()
 
-    def load(self, adapter: Adapter) -> Future[Proof]:
+    def load(self, adapter: Adapter, oldest: int = 0) -> Future[Proof]:
         """Serve `adapter.version` beside those that are served, and prove that it is.
 
-        It waits where all slots are leased. The proof: the file that vLLM read has the adapter's digest, and the slot
+        Requests for versions of its policy with numbers below `oldest` are given up. It waits where all slots are
+        leased. The proof: the file that vLLM read has the adapter's digest, and the slot
         holds exactly its tensors. Third, the canary's logprobs have to be the learner's, as closely as the base's are:
         it is sampled beside the version's first prompts, none of which gets out before. Raises DeliveryError where
         something else is served, RloraError where vLLM does not take it.
         """
-        return self._post(lambda: self._load(adapter))
+        return self._post(lambda: self._load(adapter, oldest))
 
-    def generate(self, prompt: Prompt, sampling: Sampling, version: int) -> Future[Group]:
-        """Sample `sampling.group_size` completions under `version`; `lora.OFF` is the base, without an adapter.
+    def generate(self, prompt: Prompt, sampling: Sampling, version: Version) -> Future[Group]:
+        """Sample `sampling.group_size` completions under `version`; `records.BASE` is the base, without an adapter.
 
         Behaviour logprobs are natural logs of the sampled tokens' probability at the temperature used. Raises
         NotLoadedError for a version that is not here, DeliveryError where its canary is not as it should be, and
-        StaleError where a later one is loaded before it is done that is more than `max_staleness` ahead.
+        StaleError where it is given up.
         """
         sampled: Future[Group] = self._promise()
         self._posted.put(lambda: self._generate(prompt, sampling, version, sampled))
@@ -127,11 +121,15 @@ class Engine:
 
     def stats(self) -> Future[EngineStats]:
         """Known at once, also in a step."""
-        return _known(EngineStats(self.busy, self.canary))
+        return known(EngineStats(self.busy, dict(self.canaries)))
 
-    def versions(self) -> Future[list[int]]:
-        """Those that are served."""
-        return self._post(lambda: sorted(held.adapter.version for held in self.held))
+    def leave(self, policy: str) -> Future[None]:
+        """Give up the requests of `policy`, and serve none of its versions any more."""
+        return self._post(lambda: self._leave(policy))
+
+    def versions(self) -> Future[list[Version]]:
+        """Those that are served, in the order in which they were asked for."""
+        return self._post(lambda: [held.version for held in self.held])
 
     def loaded(self) -> Future[list[int]]:
         """The ids of the adapters that vLLM holds: one for each of `versions` where nothing was lost."""
@@ -141,7 +139,7 @@ class Engine:
         """Remove the adapters' files, and end the thread after its step."""
         self._posted.put(None)
         self.scratch.close()
-        return _known(None)
+        return known(None)
 
     def _build(self, config: Config, base: str, seed: int) -> LLMEngine:
         return build(config, base, seed, self.slots, self.whole, self.experts)
@@ -161,7 +159,7 @@ class Engine:
         future: Future[_Result] = self._promise()
 
         def run() -> None:
-            with _errors_to(future):
+            with errors_to(future):
                 future.set_result(job())
 
         self._posted.put(run)
@@ -195,26 +193,24 @@ class Engine:
             if asked:  # else it was given up
                 asked.output.set_result(output)
 
-    def _submit(
-        self, tokens: Sequence[int], request: LoRARequest | None, version: int | None, **params: Any
-    ) -> Future[RequestOutput]:
+    def _submit(self, tokens: Sequence[int], held: Held | None, **params: Any) -> Future[RequestOutput]:
         """Hand a prompt to vLLM; its output comes with a later step."""
         request_id = str(next(self._request_ids))
         settings = SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY, **{"detokenize": False, **params})
+        request, version = (held.request, held.version) if held else (None, None)
         self.llm.add_request(request_id, TokensPrompt(prompt_token_ids=list(tokens)), settings, lora_request=request)
         self._running[request_id] = asked = _Asked(version)
         return asked.output
 
     # --- sampling ---
 
-    def _generate(self, prompt: Prompt, sampling: Sampling, version: int, sampled: Future[Group]) -> None:
-        with _errors_to(sampled):
+    def _generate(self, prompt: Prompt, sampling: Sampling, version: Version, sampled: Future[Group]) -> None:
+        with errors_to(sampled):
             held = self._serving(version)
-            verdict = self._verdict(held) if held else _known(None)
+            verdict = self._verdict(held) if held else known(None)
             output = self._submit(
                 prompt.token_ids,
-                held.request if held else None,
-                version if held else None,
+                held,
                 n=sampling.group_size,
                 temperature=sampling.temperature,
                 max_tokens=sampling.max_tokens,
@@ -231,7 +227,7 @@ class Engine:
                     self._release(held)
 
             def settle(output: Future[RequestOutput], verdict: Future[None]) -> None:
-                with _errors_to(sampled):
+                with errors_to(sampled):
                     verdict.result()
                     episodes = tuple(episode_of(completion, version) for completion in output.result().outputs)
                     sampled.set_result(Group(prompt, episodes))
@@ -240,70 +236,70 @@ class Engine:
                 held.leases += 1
             output.add_done_callback(finish)
 
-    def _verdict(self, held: _Held) -> Future[None]:
+    def _verdict(self, held: Held) -> Future[None]:
         """Whether a version's canary came back right; it is sent along with the version's first prompt.
 
         It shares a step with the prompts: alone it would take as long as one for them all.
         """
         if held.verdict or not held.adapter.canary:
-            return held.verdict or _known(None)
+            return held.verdict or known(None)
         verdict: Future[None] = Future()
         held.verdict = verdict
 
         def judge(answer: Future[RequestOutput]) -> None:
-            with _errors_to(verdict):
+            with errors_to(verdict):
                 self._judge(held.adapter, prompt_logprobs(answer.result()))
                 verdict.set_result(None)
             self._release(held)
 
         held.leases += 1
-        self._send_canary(held.adapter.canary, held.request).add_done_callback(judge)
+        self._send_canary(held.adapter.canary, held).add_done_callback(judge)
         return verdict
 
-    def _release(self, held: _Held) -> None:
+    def _release(self, held: Held) -> None:
         held.leases -= 1
-        self._retire()
+        self._retire(held.version.policy)
 
-    def _serving(self, version: int) -> _Held | None:
+    def _serving(self, version: Version) -> Held | None:
         """The version as it is held here; None for the base."""
-        if version == OFF:
+        if version.number == OFF:
             return None
-        for held in reversed(self.held):
-            if held.adapter.version == version:
+        for held in self.held:
+            if held.version == version:
                 return held
-        versions = [held.adapter.version for held in self.held]
-        raise NotLoadedError(f"version = {version}: not loaded here (loaded: {versions}); load it first")
+        loaded = ", ".join(str(held.version) for held in self.held) or "none"
+        raise NotLoadedError(f"version {version}: not loaded here (loaded: {loaded}); load it first")
 
     # --- delivery ---
 
-    def _load(self, adapter: Adapter) -> Proof:
-        if adapter.version == OFF:
+    def _load(self, adapter: Adapter, oldest: int) -> Proof:
+        policy = adapter.policy
+        if adapter.number == OFF:
             return Proof(adapter.digest, 0.0, 0.0)
         for held in self.held:
-            if held.adapter.name == adapter.name:
+            if held.version == adapter.version:
                 self.held.remove(held)
                 self.held.append(held)
-                self._retire()
+                self._retire(policy)
                 return held.proof
         start = time.perf_counter()
-        self._give_up(adapter.version - self.max_staleness)
+        self._give_up(policy, oldest)
         while len(self.held) >= self.slots:
-            idle = next((held for held in self.held if not held.leases), None)
-            if idle:
+            if idle := in_the_way(self.held, policy):
                 self._drop(idle)
             else:
                 self._step()
         canary = adapter.canary if self.noise is None else None  # the first is asked at once, after the base's own
         base = self._ask(canary, None) if canary else []
         path = self.scratch.write(adapter, 1 if self.held else self.slots, write_adapter)
-        held = _Held(adapter, self._put(adapter, path))
+        held = Held(adapter, self._put(adapter, path))
         loaded = time.perf_counter()
         try:
             digest = self._compare(held, path)
             if canary:
                 self.noise = distance(base, canary.base_logprobs)
-                self._judge(adapter, self._ask(canary, held.request), base)
-                held.verdict = _known(None)
+                self._judge(adapter, self._ask(canary, held), base)
+                held.verdict = known(None)
         except DeliveryError:
             self._drop(held)
             raise
@@ -311,27 +307,13 @@ class Engine:
             shutil.rmtree(path)
         held.proof = Proof(digest, loaded - start, time.perf_counter() - loaded)
         self.held.append(held)
-        self._retire()
+        self._retire(policy)
         return held.proof
 
     def _put(self, adapter: Adapter, path: Path) -> LoRARequest | None:
-        """Have vLLM read what lies at `path`."""
-        if self.whole:
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
-            self.llm.apply_model(pack_head)
-            if not self.llm.reset_prefix_cache():  # its keys and values are of the weights before
-                raise DeliveryError(f"version {adapter.name}: vLLM's prefix cache keeps what the weights before made")
-            return None
-        request = LoRARequest(adapter.name, next(self._engine_ids), str(path), is_3d_lora_weight=self.experts)
-        try:
-            loaded = self.llm.add_lora(request)
-        except ValueError as error:
-            raise RloraError(f"adapter {adapter.name}: vLLM can't serve it: {error}") from error
-        if not loaded:
-            raise RloraError(f"adapter {adapter.name}: vLLM did not load it")
-        return request
+        return put(self.llm, adapter, path, next(self._engine_ids), self.experts)
 
-    def _compare(self, held: _Held, path: Path) -> str:
+    def _compare(self, held: Held, path: Path) -> str:
         """The digest of the file that vLLM has read. Raises DeliveryError where it or the slot is not the adapter's.
 
         Logprobs alone can't tell a version from the one before it in 16 bits: that is what the slots are read for.
@@ -352,63 +334,49 @@ class Engine:
     def _judge(self, adapter: Adapter, logprobs: list[float], base: list[float] | None = None) -> None:
         """Raise DeliveryError where the canary's logprobs are not the learner's, or the base's where it is the base."""
         assert adapter.canary
-        self.canary, error = judged(adapter.canary, logprobs, self.noise or 0.0, base)
+        self.canaries[adapter.policy], error = judged(adapter.canary, logprobs, self.noise or 0.0, base)
         if error:
             raise DeliveryError(f"adapter {adapter.name}: the engine does not serve it: {error}")
 
-    def _ask(self, canary: Canary, request: LoRARequest | None) -> list[float]:
+    def _ask(self, canary: Canary, held: Held | None) -> list[float]:
         """What the canary gives; whatever else is in flight goes on meanwhile."""
-        answer = self._send_canary(canary, request)
+        answer = self._send_canary(canary, held)
         while not answer.done():
             self._step()
         return prompt_logprobs(answer.result())
 
-    def _send_canary(self, canary: Canary, request: LoRARequest | None) -> Future[RequestOutput]:
-        return self._submit(canary.token_ids, request, None, max_tokens=1, prompt_logprobs=0)
+    def _send_canary(self, canary: Canary, held: Held | None) -> Future[RequestOutput]:
+        return self._submit(canary.token_ids, held, max_tokens=1, prompt_logprobs=0)
 
-    def _give_up(self, oldest: int) -> None:
-        """End the requests of versions before `oldest`."""
-        stale = [
-            request_id
+    def _give_up(self, policy: str, oldest: float) -> None:
+        """End the requests for versions of a policy with numbers below `oldest`."""
+        stale = {
+            request_id: asked.version
             for request_id, asked in self._running.items()
-            if asked.version is not None and asked.version < oldest
-        ]
-        self.llm.abort_request(stale)
-        for request_id in stale:
-            asked = self._running.pop(request_id)
-            asked.output.set_exception(StaleError(f"version {asked.version}: it is older than {oldest} by now"))
+            if asked.version and asked.version.policy == policy and asked.version.number < oldest
+        }
+        self.llm.abort_request(list(stale))
+        why = "its policy has left" if oldest == math.inf else f"those of its policy are given up before {oldest}"
+        for request_id, version in stale.items():
+            self._running.pop(request_id).output.set_exception(StaleError(f"version {version}: {why}"))
 
-    def _retire(self) -> None:
-        """Let go of the versions that nobody leases, but for the newest and the last that was asked for."""
-        newest = max((held.adapter.version for held in self.held), default=0)
-        for held in self.held[:-1]:
-            if held.adapter.version != newest and not held.leases:
-                self._drop(held)
+    def _retire(self, policy: str) -> None:
+        for held in unused(self.held, policy):
+            self._drop(held)
 
-    def _drop(self, held: _Held) -> None:
+    def _leave(self, policy: str) -> None:
+        self._give_up(policy, math.inf)
+        for held in [held for held in self.held if held.version.policy == policy]:
+            self._drop(held)
+        self.canaries.pop(policy, None)
+
+    def _drop(self, held: Held) -> None:
         """Take a version out of vLLM, then its file."""
         if held in self.held:
             self.held.remove(held)
         if held.request:
             self.llm.remove_lora(held.request.lora_int_id)
             shutil.rmtree(held.request.lora_path, ignore_errors=True)
-
-
-@contextmanager
-def _errors_to(future: Future[Any]) -> Iterator[None]:
-    """What is raised within goes to whoever waits for `future`."""
-    try:
-        yield
-    except Exception as error:
-        if not future.done():
-            future.set_exception(error)
-
-
-def _known(value: _Result) -> Future[_Result]:
-    """A future that is settled."""
-    future: Future[_Result] = Future()
-    future.set_result(value)
-    return future
 
 
 def seed_of(*identity: int) -> int:

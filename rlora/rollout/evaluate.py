@@ -97,5 +97,5 @@ def rows(groups: Sequence[Group]) -> Iterator[dict[str, object]]:
                 "parts": dict(episode.parts),
                 "finish_reason": episode.finish_reason,
                 "tokens": episode.own_tokens,
-                "version": episode.version,
+                "version": episode.version.number,
             }

@@ -1,12 +1,11 @@
-"""The engines of a run, seen as one that holds every version it is asked for and loses no prompt."""
+"""The engines of a job, seen as one that holds every version it is asked for and loses no prompt."""
 
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 from rlora.records import (
@@ -21,57 +20,19 @@ from rlora.records import (
     RloraError,
     Sampling,
 )
+from rlora.rollout.requests import FleetStats, Member, Request, checked, left
 
 _ATTEMPTS = 5  # engines that a prompt may lose before it is taken for the cause
 _PAUSE = 1.0  # seconds between two tries to start an engine
 
 
-@dataclass(eq=False)
-class Request:
-    """A prompt given to a fleet."""
-
-    prompt: Prompt
-    sampling: Sampling
-    group: Future[Group] = field(default_factory=Future)  # with unscored episodes
-    adapter: Adapter | None = None  # it is sampled under, wherever it has to be sent again; None while it waits
-    attempts: int = 0
-    cancelled: bool = False  # nobody waits for it any more: it is not sent again
-
-    @property
-    def version(self) -> int | None:
-        return None if self.adapter is None else self.adapter.version
-
-
-@dataclass(eq=False)
-class _Member:
-    engine: Engine
-    number: int
-    busy_seconds: float = 0.0  # when it was asked last
-    flying: list[Request] = field(default_factory=list)
-    leaving: bool = False
-
-    @property
-    def completions(self) -> int:
-        """Those in flight."""
-        return sum(request.sampling.group_size for request in self.flying)
-
-
-@dataclass(frozen=True)
-class FleetStats:
-    """Figures of a fleet since it began."""
-
-    engines: int  # now
-    busy_seconds: float  # in which engines have computed, each step's divided by the engines there were
-    canary: float | None  # the farthest that one's was from the learner's, mean over its tokens, nats
-    lost: int  # engines that died
-    replayed: int  # prompts sampled again because of it
-
-
 class Fleet:
     """Engines that may die, join and leave while prompts are in flight.
 
-    A prompt goes to the engine with the fewest in flight, under the version that was swapped in last. Where an engine
-    dies its prompts are sampled again elsewhere, under the same version, and another engine is started in its place.
+    They serve several policies. A prompt goes to the engine with the fewest in flight, under the version of its policy
+    that was swapped in last; of those that wait, one of the policy with the fewest in flight goes first. Where an
+    engine dies its prompts are sampled again elsewhere, under the same version, and another engine is started in its
+    place.
 
     `start(number)` starts one and returns when it is ready; `engines` are those that were started already. An engine is
     given prompts until it has `room` completions in flight; the rest wait here for whichever has room first. One that
@@ -84,53 +45,65 @@ class Fleet:
     ) -> None:
         self._start_engine = start
         self._room, self._patience, self._restarts = room, patience, restarts
-        self._members = [_Member(engine, number) for number, engine in enumerate(engines)]
+        self._members = [Member(engine, number) for number, engine in enumerate(engines)]
         self._asked = self._started = len(engines)  # for, by `resize`, and ever
         self._starting = 0  # now
         self._failed, self._last_failed = 0, -1  # starts in a row, and the number of the last one
         self._busy_seconds = 0.0
         self._queue: deque[Request] = deque()
-        self._newest: Adapter | None = None  # what every engine has or is given now
-        self._adapter: Adapter | None = None  # what prompts are sampled under: the last one that was swapped in
+        self._newest: dict[str, Adapter] = {}  # by policy: what every engine has or is given now
+        self._left: set[str] = set()  # policies that nothing is sampled for any more
+        self._adapters: dict[str, Adapter] = {}  # what its prompts are sampled under: the last one that was swapped in
         self._given_up: RloraError | None = None
         self._changed = threading.Condition()  # its lock guards all of the above
         self._calls = ThreadPoolExecutor(1)  # runs what engines' futures call back, one after the other
         self._lost = self._replayed = 0
 
-    def swap(self, adapter: Adapter) -> list[Proof]:
-        """Deliver `adapter` to every engine; prompts are sampled under it from now on. Returns each engine's proof.
+    def swap(self, adapter: Adapter, oldest: int = 0) -> list[Proof]:
+        """Deliver `adapter` to every engine; its policy's prompts are sampled under it from now on. Returns each
+        engine's proof.
 
-        Requests in flight go on under their own versions. Raises DeliveryError where an engine serves something else,
-        and RloraError where no engine is left.
+        Requests in flight go on under their own versions, but for those of the policy's versions before `oldest`, which
+        are given up. Raises DeliveryError where an engine serves something else, and RloraError where no engine is
+        left.
         """
         with self._changed:
-            self._newest = adapter
-            loads = {member: member.engine.load(adapter) for member in self._members}
+            self._left.discard(adapter.policy)
+            self._newest[adapter.policy] = adapter
+            loads = {member: member.engine.load(adapter, oldest) for member in self._members}
+        proofs = self._confirmed(adapter, loads)
+        with self._changed:
+            self._adapters[adapter.policy] = adapter
+            self._send()
+        return proofs
+
+    def _confirmed(self, adapter: Adapter, loads: Mapping[Member, Future[Proof]]) -> list[Proof]:
+        """Each engine's proof; one that gives none is lost. Raises RloraError where no engine is left."""
         deadline = time.monotonic() + self._patience
         proofs = []
         for member, load in loads.items():
             try:
-                proofs.append(_checked(adapter, load.result(max(0.0, deadline - time.monotonic()))))
+                proofs.append(checked(adapter, load.result(max(0.0, deadline - time.monotonic()))))
             except (EngineLostError, TimeoutError) as error:
                 with self._changed:
                     self._lose(member, error)
         with self._changed:
-            self._adapter = adapter
-            self._send()
             self._changed.wait_for(lambda: self._members or self._given_up)
             if self._given_up:
                 raise self._given_up
         return proofs
 
-    def generate(self, prompt: Prompt, sampling: Sampling, adapter: Adapter | None = None) -> Request:
-        """Sample `sampling.group_size` episodes under the version that is swapped in when an engine has room.
+    def generate(self, prompt: Prompt, sampling: Sampling, policy: str, adapter: Adapter | None = None) -> Request:
+        """Sample `sampling.group_size` episodes under the policy's version that is swapped in when an engine has room.
 
         With an `adapter` under that one, wherever it has to be loaded for it, and before all that waits: it is the
         next turn of an episode, or was in flight before.
         """
-        request = Request(prompt, sampling, adapter=adapter)
+        request = Request(prompt, sampling, policy, adapter=adapter)
         with self._changed:
-            if adapter:
+            if policy in self._left:
+                request.group.set_exception(left(policy))
+            elif adapter:
                 self._queue.appendleft(request)
             else:
                 self._queue.append(request)
@@ -150,12 +123,28 @@ class Fleet:
             for _ in range(engines - len(staying) - self._starting):
                 self._start()
 
+    def leave(self, policy: str) -> None:
+        """Give up what is asked for a policy, and serve none of its versions any more."""
+        with self._changed:
+            self._left.add(policy)
+            self._newest.pop(policy, None)
+            self._adapters.pop(policy, None)
+            asked = [request for member in self._members for request in member.flying] + list(self._queue)
+            for member in self._members:
+                member.flying = [request for request in member.flying if request.policy != policy]
+                member.engine.leave(policy)
+            self._queue = deque(request for request in self._queue if request.policy != policy)
+            for request in asked:
+                if request.policy == policy:
+                    request.group.set_exception(left(policy))
+            self._send()
+
     def check(self) -> None:
         """Find out which engines answer no more: each has to do so between two of its steps."""
         with self._changed:
-            adapter = self._newest
-        if adapter:
-            self.swap(adapter)
+            asked = [(each, {m: m.engine.load(each) for m in self._members}) for each in self._newest.values()]
+        for adapter, loads in asked:
+            self._confirmed(adapter, loads)
 
     @property
     def engines(self) -> list[Engine]:
@@ -172,8 +161,10 @@ class Fleet:
             for member, each in stats.items():
                 self._busy_seconds += (each.busy_seconds - member.busy_seconds) / len(asked)
                 member.busy_seconds = each.busy_seconds
-            canary = max((each.canary for each in stats.values() if each.canary is not None), default=None)
-            return FleetStats(len(asked), self._busy_seconds, canary, self._lost, self._replayed)
+            canaries: dict[str, float] = {}
+            for policy, canary in (pair for each in stats.values() for pair in each.canaries.items()):
+                canaries[policy] = max(canary, canaries.get(policy, canary))
+            return FleetStats(len(asked), self._busy_seconds, canaries, self._lost, self._replayed)
 
     def stop(self) -> None:
         """Start no more engines, and give nothing to those there are."""
@@ -186,20 +177,28 @@ class Fleet:
 
     def _send(self) -> None:
         """Hand out what is queued, as far as there is room."""
-        while self._queue and self._adapter and not self._given_up:
+        in_flight: Counter[str] = Counter()  # completions
+        for request in (request for member in self._members for request in member.flying):
+            in_flight[request.policy] += request.sampling.group_size
+        while self._queue and not self._given_up:
             free = [each for each in self._members if not each.leaving and each.completions < self._room]
             if not free:
                 break
-            request = self._queue.popleft()
+            ready = [request for request in self._queue if request.adapter or request.policy in self._adapters]
+            if not ready:
+                break
+            request = min(ready, key=lambda each: (each.adapter is None, in_flight[each.policy]))
+            self._queue.remove(request)
             if not request.cancelled:
-                request.adapter = request.adapter or self._adapter
+                request.adapter = request.adapter or self._adapters[request.policy]
+                in_flight[request.policy] += request.sampling.group_size
                 self._give(min(free, key=lambda each: each.completions), request)
         if self._given_up:
             for request in self._queue:
                 request.group.set_exception(self._given_up)
             self._queue.clear()
 
-    def _give(self, member: _Member, request: Request) -> None:
+    def _give(self, member: Member, request: Request) -> None:
         assert request.adapter is not None
         member.flying.append(request)
         sampled = member.engine.generate(request.prompt, request.sampling, request.adapter.version)
@@ -218,7 +217,7 @@ class Fleet:
         with suppress(RuntimeError):  # stopped
             self._calls.submit(locked)
 
-    def _settle(self, member: _Member, request: Request, sampled: Future[Group]) -> None:
+    def _settle(self, member: Member, request: Request, sampled: Future[Group]) -> None:
         if request not in member.flying:  # its engine was lost: it is sampled elsewhere, and counts once
             return
         error = sampled.exception()
@@ -231,7 +230,7 @@ class Fleet:
             self._failed = 0
         self._settled(member, request, error, sampled)
 
-    def _give_again(self, member: _Member, request: Request, loaded: Future[Proof]) -> None:
+    def _give_again(self, member: Member, request: Request, loaded: Future[Proof]) -> None:
         """Send a request to an engine that has its version by now."""
         if request not in member.flying:
             return
@@ -242,7 +241,7 @@ class Fleet:
             self._give(member, request)
 
     def _settled(
-        self, member: _Member, request: Request, error: BaseException | None, sampled: Future[Group] | None = None
+        self, member: Member, request: Request, error: BaseException | None, sampled: Future[Group] | None = None
     ) -> None:
         if isinstance(error, EngineLostError):
             self._lose(member, error)
@@ -255,7 +254,7 @@ class Fleet:
         self._let_go(member)
         self._send()
 
-    def _lose(self, member: _Member, error: BaseException) -> None:
+    def _lose(self, member: Member, error: BaseException) -> None:
         """Replay what an engine had in flight, and start another in its place."""
         if member not in self._members:
             return
@@ -274,12 +273,12 @@ class Fleet:
             self._start_or_do_without(error)
         self._send()
 
-    def _let_go(self, member: _Member) -> None:
+    def _let_go(self, member: Member) -> None:
         """End an engine that is too many, once it has nothing in flight."""
         if member.leaving and not member.flying:
             self._end(member)
 
-    def _end(self, member: _Member) -> None:
+    def _end(self, member: Member) -> None:
         self._members.remove(member)
         member.engine.close()
 
@@ -311,23 +310,26 @@ class Fleet:
     # --- on a thread of its own ---
 
     def _join(self, number: int, after: float) -> None:
-        """Start an engine, and let it in once it has the version of now, proven."""
+        """Start an engine, and let it in once it has each policy's version of now, proven."""
         engine = None
         time.sleep(after)
         try:
             engine = self._start_engine(number)
-            adapter = None
+            loaded: dict[str, Adapter] = {}
             while True:
                 with self._changed:
-                    if adapter is self._newest:
+                    missing = [each for policy, each in self._newest.items() if loaded.get(policy) is not each]
+                    if not missing:
+                        for policy in loaded.keys() - self._newest.keys():
+                            engine.leave(policy)
                         self._starting -= 1
-                        self._members.append(_Member(engine, number))
+                        self._members.append(Member(engine, number))
                         self._changed.notify_all()
                         self._send()
                         return
-                    adapter = self._newest
-                if adapter:
-                    _checked(adapter, engine.load(adapter).result(self._patience))
+                for adapter in missing:
+                    checked(adapter, engine.load(adapter).result(self._patience))
+                    loaded[adapter.policy] = adapter
         except Exception as error:
             with self._changed:
                 self._starting -= 1
@@ -355,11 +357,3 @@ def wait_for(
         done, _ = wait(left, timeout, FIRST_COMPLETED)
         if not done and timeout == patience:
             check()
-
-
-def _checked(adapter: Adapter, proof: Proof) -> Proof:
-    if proof.digest != adapter.digest:
-        raise DeliveryError(
-            f"adapter {adapter.name}: an engine says that it serves {proof.digest[:12]}, not {adapter.digest[:12]}"
-        )
-    return proof

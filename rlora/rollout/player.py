@@ -8,7 +8,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 from rlora.records import Adapter, Episode, Group, InFlight, Messages, Prompt, Sampling, StaleError
-from rlora.rollout.fleet import Fleet, Request
+from rlora.rollout.fleet import Fleet
+from rlora.rollout.requests import Request
 from rlora.rollout.task import Task
 from rlora.scoring.scoring import Scoring
 from rlora.scoring.worker import Turn
@@ -31,21 +32,21 @@ class Flight:
 
 
 class AgentLoop:
-    """Prompts go on side by side, as coroutines on one thread.
+    """Prompts of one policy go on side by side, as coroutines on one thread.
 
     An episode of several turns stays with the adapter that it began with. Tokens are appended and never made again from
     text: what the env says comes after the policy's own, and is marked as not its own.
     """
 
-    def __init__(self, task: Task, fleet: Fleet, scoring: Scoring) -> None:
-        self.task, self.fleet, self.scoring = task, fleet, scoring
+    def __init__(self, task: Task, fleet: Fleet, scoring: Scoring, policy: str) -> None:
+        self.task, self.fleet, self.scoring, self.policy = task, fleet, scoring, policy
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
 
     def start(self, prompt: Prompt, sampling: Sampling, step: int = 0, adapter: Adapter | None = None) -> Flight:
         """Begin with a prompt; its group is scored as one of `step`. With an `adapter`, it is sampled under that."""
-        flight = Flight(self.fleet.generate(prompt, sampling, adapter))
+        flight = Flight(self.fleet.generate(prompt, sampling, self.policy, adapter))
         asyncio.run_coroutine_threadsafe(self._fly(flight, step), self._loop)
         return flight
 
@@ -54,7 +55,7 @@ class AgentLoop:
         if not before.group:
             return self.start(prompt, sampling, before.step, before.adapter)
         group = replace(before.group, prompt=prompt)
-        flight = Flight(Request(prompt, sampling, adapter=before.adapter), played=group)
+        flight = Flight(Request(prompt, sampling, self.policy, adapter=before.adapter), played=group)
         flight.request.group.set_result(group)
         if before.scored:
             flight.scored.set_result(group)
@@ -121,7 +122,7 @@ class AgentLoop:
             raise StaleError(f"version {request.version}: nobody waits for it any more")
         prompt = replace(request.prompt, token_ids=request.prompt.token_ids + so_far)
         sampling = replace(request.sampling, max_tokens=request.sampling.max_tokens - len(so_far), group_size=1)
-        turn = self.fleet.generate(prompt, sampling, request.adapter)
+        turn = self.fleet.generate(prompt, sampling, self.policy, request.adapter)
         flight.turns.append(turn)
         return (await asyncio.wrap_future(turn.group)).episodes[0]
 

@@ -127,7 +127,7 @@ class Rollouts:
         """Give up what is sampled under versions before `oldest`; those prompts come first again. Returns how many."""
         in_flight: list[InFlight | _Sent] = [*self._before, *self._sent]
         adapters = [(each, each.adapter) for each in in_flight]  # None while no engine had room
-        stale = [each for each, adapter in adapters if adapter and adapter.version < oldest]
+        stale = [each for each, adapter in adapters if adapter and adapter.number < oldest]
         self._before = tuple(each for each in self._before if each not in stale)
         self._sent = [each for each in self._sent if each not in stale]
         for each in stale:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rlora.model.chat import THINK, Chat
-from rlora.records import Episode, Group, Prompt, Score, without_surrogates
+from rlora.records import Episode, Group, Prompt, Score, Version, without_surrogates
 from rlora.rollout.golds import ANSWERS, FORMS, Form, asked, asks_for, cut, opening
 from rlora.scoring.pool import Pool
 from rlora.scoring.scoring import as_case
@@ -14,6 +14,7 @@ from rlora.scoring.worker import Turn
 from rlora.settings import Config
 
 _THOUGHT = "I think."
+_NOBODY = Version("check", 0)  # no policy sampled what is tried
 
 Scores = tuple[tuple[Score, ...], ...]  # by text and function
 
@@ -105,7 +106,7 @@ class Bench:
             answered = self.pool.do(Turn(prompt, said, {})).result()
             state = answered.state
             self.env_errors += [answered.detail] if answered.detail else []
-        return Episode(ids, (), "stop", 0, said, messages=({"role": "assistant", "content": said},), state=state)
+        return Episode(ids, (), "stop", _NOBODY, said, messages=({"role": "assistant", "content": said},), state=state)
 
     def hidden(self, prompt: Prompt, value: str, function: int) -> str:
         """A completion as a function gets it that it would pay if it had got the model's text, tags as usual; or ""."""

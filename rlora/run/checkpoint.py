@@ -51,19 +51,19 @@ class Bundle:
 
     @property
     def version(self) -> int:
-        return self.adapter.version
+        return self.adapter.number
 
     @cached_property
     def groups(self) -> list[Group] | None:
         """Those that the update learned from; None where they were not kept."""
-        return None if self.update is None else episodes.decode(self.update)
+        return None if self.update is None else episodes.decode(self.update, self.adapter.policy)
 
     @property
     def files(self) -> dict[str, bytes]:
         """By name; the last one tells that all are there."""
         sent = self.cursor.in_flight
         played = [each.group for each in sent if each.group]
-        adapters = {each.adapter.version: each.adapter for each in sent if each.adapter}
+        adapters = {each.adapter.number: each.adapter for each in sent if each.adapter}
         files = {
             **self.adapter.files,
             _STATE: self.state,
@@ -88,7 +88,7 @@ class Bundle:
                     {
                         "place": each.place,
                         "step": each.step,
-                        "version": each.adapter.version if each.adapter else None,
+                        "version": each.adapter.number if each.adapter else None,
                         "group": next(number) if each.group else None,
                         "scored": each.scored,
                     }
@@ -134,9 +134,9 @@ def read(path: UPath) -> Bundle:
     whole = WHOLE_FILES[0] in contents
     kind, weights = (contents[name] for name in (WHOLE_FILES if whole else ADAPTER_FILES))
     adapter = Adapter(origin.run, version, kind, weights, whole)
-    played = episodes.decode(contents[_IN_FLIGHT]) if _IN_FLIGHT in contents else []
+    played = episodes.decode(contents[_IN_FLIGHT], origin.run) if _IN_FLIGHT in contents else []
     adapters = {
-        pinned: replace(adapter, version=pinned, weights=contents[_pinned(pinned)])
+        pinned: replace(adapter, number=pinned, weights=contents[_pinned(pinned)])
         for pinned in map(int, manifest["versions"])
         if _pinned(pinned) in contents
     }

@@ -9,7 +9,7 @@ import numpy
 import pyarrow
 from pyarrow import parquet
 
-from rlora.records import Episode, Group, Prompt
+from rlora.records import Episode, Group, Prompt, Version
 
 
 def encode(groups: Sequence[Group]) -> bytes:
@@ -25,7 +25,8 @@ def encode(groups: Sequence[Group]) -> bytes:
         "completion_ids": _lists([each.completion_ids for each in of], "int32"),
         "behaviour_logprobs": _lists([each.behaviour_logprobs for each in of], "float64"),
         "own": _lists([each.own for each in of], "bool"),
-        "version": pyarrow.array([each.version for each in of], pyarrow.int32()),
+        "version": pyarrow.array([each.version.number for each in of], pyarrow.int32()),
+        "digest": pyarrow.array([each.version.digest for each in of], pyarrow.string()),
         "finish_reason": pyarrow.array([each.finish_reason for each in of], pyarrow.string()),
         "reward": pyarrow.array([each.reward for each in of], pyarrow.float64()),
         "status": pyarrow.array([each.status for each in of], pyarrow.string()),
@@ -40,11 +41,11 @@ def encode(groups: Sequence[Group]) -> bytes:
     return content
 
 
-def decode(content: bytes) -> list[Group]:
-    """What `encode` was given."""
+def decode(content: bytes, policy: str) -> list[Group]:
+    """What `encode` was given, sampled by versions of `policy`. Releases before 0.2 kept no digests."""
     rows = parquet.read_table(pyarrow.BufferReader(content), use_threads=False).to_pylist()
     return [
-        Group(_prompt(first := next(of)), (_episode(first), *map(_episode, of)))
+        Group(_prompt(first := next(of)), tuple(_episode(row, policy) for row in (first, *of)))
         for _, of in groupby(rows, key=lambda row: row["group"])
     ]
 
@@ -54,12 +55,12 @@ def _prompt(row: dict[str, Any]) -> Prompt:
     return Prompt(text, answer, tuple(row["prompt_ids"]), columns)
 
 
-def _episode(row: dict[str, Any]) -> Episode:
+def _episode(row: dict[str, Any], policy: str) -> Episode:
     return Episode(
         completion_ids=tuple(row["completion_ids"]),
         behaviour_logprobs=tuple(row["behaviour_logprobs"]),
         finish_reason=row["finish_reason"],
-        version=row["version"],
+        version=Version(policy, row["version"], row.get("digest", "")),
         text=json.loads(row["text"]),
         reward=row["reward"],
         own=tuple(row["own"]),

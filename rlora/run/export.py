@@ -36,7 +36,7 @@ def export(run: UPath, bundle: Bundle, to: Path, merged: Literal["bfloat16", "fl
     adapter, config = bundle.adapter, bundle.config
     if adapter.whole and merged:
         raise RloraError("--merge: this run trained all weights, so there is no adapter to merge; leave it out")
-    what = f"version {adapter.version}"
+    what = f"version {adapter.number}"
     if merged:
         off = _write_merged(config, adapter, to, merged)
         said = f"{what} merged in {merged}: {to}; its update is {off:.2%} off the adapter's own"

@@ -9,6 +9,8 @@ from torch import Tensor
 from upath import UPath
 
 from rlora.core.learner import Learner
+from rlora.core.setup import Setup
+from rlora.core.state import is_by_position
 from rlora.records import RloraError, UpdateStats
 from rlora.run.checkpoint import Bundle, read_version
 from rlora.run.directory import warn
@@ -24,10 +26,11 @@ class Replayed:
     exact_state: bool  # so did all that the next update depends on: Adam's moments, the critic, random generators
     off: float  # the largest difference of a number of the adapter
     moved: float  # the largest change that the update itself made to one
+    rows_were_shared: bool  # by policy and critic, in the release that made it: sums were rounded in another order
 
 
-def replay(learner: Learner, before: Bundle, after: Bundle) -> Replayed:
-    """Compute the update from `before` to `after` again, on the episodes that `after` keeps.
+def replay(learner: Learner, setup: Setup, before: Bundle, after: Bundle) -> Replayed:
+    """Compute the update from `before` to `after` again, under `setup`, on the episodes that `after` keeps.
 
     Raises RloraError where it keeps none, or was made from another version.
     """
@@ -41,10 +44,16 @@ def replay(learner: Learner, before: Bundle, after: Bundle) -> Replayed:
             f"step {before.version}: version {after.version} was not made from the version {before.version} that is "
             f"there, but from {str(after.parent)[:12]}: it was made again; take one of the two bundles away"
         )
-    learner.resume(before.state)
-    adapter, stats = learner.update(after.groups)
+    policy = before.adapter.policy
+    learner.open(policy, setup, before.state)
+    adapter, stats = learner.update(policy, after.groups)
+    made_state = learner.state(policy)
+    learner.close(policy)
+    learner.open(policy, setup, after.state)
+    kept_state = learner.state(policy)  # as tensors are named today
+    learner.close(policy)
     was, made, kept = (safetensors.torch.load(each.weights) for each in (before.adapter, adapter, after.adapter))
-    states = (safetensors.torch.load(state) for state in (learner.state(), after.state))
+    states = (safetensors.torch.load(state) for state in (made_state, kept_state))
     return Replayed(
         step=before.version,
         stats=stats,
@@ -52,6 +61,7 @@ def replay(learner: Learner, before: Bundle, after: Bundle) -> Replayed:
         exact_state=_alike(*states),
         off=_farthest(made, kept),
         moved=_farthest(was, kept),
+        rows_were_shared=setup.critic_spec is not None and is_by_position(safetensors.torch.load(after.state)),
     )
 
 

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 from upath import UPath
 
-from rlora.core import peft_format
 from rlora.records import ADAPTER_FILES, Adapter, Cursor
-from rlora.run.checkpoint import Bundle, bundle_path
+from rlora.run.checkpoint import Bundle, bundle_path, read
 from rlora.run.directory import Origin, warn
+from rlora.run.start import read as read_files
 from rlora.settings import Config
 from rlora.store import names, write_directory
 
@@ -41,9 +41,15 @@ def cursor_for(config: Config, bundle: Bundle, origin: Origin) -> Cursor:
 def adopt(start: Bundle, run: UPath) -> Bundle:
     """Make another run's bundle the first one of `run`, which `runs.create` made."""
     origin = replace(Origin.of(run), prompts=start.origin.prompts)  # those of what was in flight
-    bundle = replace(start, origin=origin, adapter=replace(start.adapter, run=run.name))
-    write_directory(bundle_path(run, bundle.version), bundle.files)
-    return bundle
+    policy = run.name
+    in_flight = [
+        replace(each, adapter=each.adapter and replace(each.adapter, policy=policy)) for each in start.cursor.in_flight
+    ]
+    cursor = replace(start.cursor, in_flight=tuple(in_flight))
+    bundle = replace(start, origin=origin, adapter=replace(start.adapter, policy=policy), cursor=cursor)
+    path = bundle_path(run, bundle.version)
+    write_directory(path, bundle.files)
+    return read(path)
 
 
 def lineage(start: Bundle) -> dict[str, Any]:
@@ -56,7 +62,7 @@ def keep_start(run: UPath, config: Config) -> Config:
     """Copy what `learner.start_from` names into a new run, for it may go; returns the config with the copy's path."""
     if not config.learner.start_from:
         return config
-    saved = peft_format.read(UPath(config.learner.start_from))
+    saved = read_files(UPath(config.learner.start_from))
     write_directory(run / "start", dict(zip(ADAPTER_FILES, saved, strict=True)))
     return with_own_start(run, config)
 
@@ -79,8 +85,8 @@ def with_template(config: Config, chat: "Chat") -> Config:
 def describe(run: UPath, adapter: Adapter) -> dict[str, Any]:
     """What a summary says of the last version."""
     return {
-        "steps": adapter.version,
+        "steps": adapter.number,
         "adapter/parameters": adapter.parameters,
         "adapter/bytes": len(adapter.weights),
-        "adapter/path": str(bundle_path(run, adapter.version)),
+        "adapter/path": str(bundle_path(run, adapter.number)),
     }

@@ -117,8 +117,9 @@ class Saver:
         """What each version's episodes were worth: they may come in several steps."""
         for episode in (episode for group in sampled for episode in group.episodes):
             if episode.reward is not None:
-                total, count = self._rewards.get(episode.version, (0.0, 0))
-                self._rewards[episode.version] = total + episode.reward, count + 1
+                number = episode.version.number
+                total, count = self._rewards.get(number, (0.0, 0))
+                self._rewards[number] = total + episode.reward, count + 1
 
     # --- on the thread ---
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from rlora import machine
 from rlora.records import STATUSES, Adapter, Group, Proof, Saved, UpdateStats
-from rlora.rollout.fleet import FleetStats
+from rlora.rollout.requests import FleetStats
 from rlora.rollout.stream import Collection
 
 _SHOWN = {  # in the live display: label and format
@@ -43,7 +43,7 @@ def summarise(groups: Sequence[Group], version: int) -> dict[str, float | None]:
         "completion/truncated": fmean(episode.finish_reason != "stop" for episode in episodes),
         "completion/tokens": sum(episode.own_tokens for episode in episodes),
         "completion/env_tokens": sum(len(episode.completion_ids) - episode.own_tokens for episode in episodes),
-        "staleness": fmean(version - episode.version for episode in episodes),
+        "staleness": fmean(version - episode.version.number for episode in episodes),
     }
 
 
@@ -115,7 +115,7 @@ class Metrics:
             "learner/busy": update.seconds / whole,
             "swap/load": max((proof.load_seconds for proof in proofs), default=None),
             "swap/proof": max((proof.proof_seconds for proof in proofs), default=None),
-            "swap/canary": fleet.canary,
+            "swap/canary": fleet.canaries.get(made.policy),
             **{f"time/{phase}": seconds for phase, seconds in self.seconds.items()},
             "time/sampling": sampling if sampling > 0 else None,  # 0: no engine answered
             "time/reward": collection.reward_seconds,

@@ -9,12 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import episode, group, lessons
+from conftest import episode, group, samples
+from torch import Tensor
 
 from rlora.config import validate
 from rlora.core.advantage import centred, leave_one_out, standardised, whitened
-from rlora.core.algorithm import credit, episode_return, token_losses, weigher, whiten
-from rlora.core.batch import Lesson, lesson, microbatches
+from rlora.core.batch import Microbatch, Sample, microbatches, sample_of
+from rlora.core.objective import PolicyGradient
+from rlora.core.objectives import READY
+from rlora.core.policy import Outputs
+from rlora.core.update import _with, whiten
 from rlora.records import Episode, Group
 from rlora.settings import AlgorithmConfig
 
@@ -26,8 +30,29 @@ def algorithm(name: str = "reinforce", **changes: Any) -> AlgorithmConfig:
     return validate(values | {"algorithm": {"name": name} | changes}).algorithm
 
 
-def of_group(of: Group, **known: Sequence[float]) -> list[Lesson]:
-    made = [lesson(of.prompt.token_ids, each) for each in of.episodes if each.completion_ids]
+def objective(name: str = "reinforce", **changes: Any) -> PolicyGradient:
+    made = algorithm(name, **changes)
+    return READY[made.loss](made, MAX_TOKENS)
+
+
+def credit(of: Group, known: Sequence[Sample], by: PolicyGradient) -> list[Sample]:
+    return [_with(sample, each) for sample, each in zip(known, by.advantages(of, known), strict=True)]
+
+
+def token_losses(row: Microbatch, now: Tensor, entropies: Tensor | None, by: PolicyGradient) -> tuple[Tensor, Any]:
+    """The loss of each token: that of a row in which no other has a weight."""
+    every = []
+    for place in range(len(now)):
+        weights = torch.zeros(len(now))
+        weights[place] = 1.0
+        weighted = replace(row, tokens=replace(row.tokens, weights=weights))
+        loss, figures = by.loss(Outputs(now, entropies), weighted)
+        every.append(loss)
+    return torch.stack(every), figures
+
+
+def of_group(of: Group, **known: Sequence[float]) -> list[Sample]:
+    made = [sample_of(of.prompt.token_ids, each) for each in of.episodes if each.completion_ids]
     return [
         replace(each, tokens=replace(each.tokens, **{k: torch.tensor(v) for k, v in known.items()})) for each in made
     ]
@@ -35,7 +60,7 @@ def of_group(of: Group, **known: Sequence[float]) -> list[Lesson]:
 
 def test_each_token_has_its_episodes_advantage_and_empty_episodes_count_for_the_mean() -> None:
     three = group([5], episode([6, 7], 1.0), episode([8], 0.0), episode([], 0.5))
-    credited = credit(three, of_group(three), algorithm(), MAX_TOKENS)
+    credited = credit(three, of_group(three), objective())
     assert [each.tokens.advantages.tolist() for each in credited] == [[0.5, 0.5], [-0.5]]
     assert all(each.tokens.returns is None for each in credited)
 
@@ -45,9 +70,9 @@ def test_kl_in_the_reward_is_paid_by_the_episode_or_by_its_tokens() -> None:
     known = of_group(two, start_logprobs=[-1.0, -1.0], reference_logprobs=[-1.5, -3.0])
     known[1] = of_group(two, start_logprobs=[-1.0, -1.0], reference_logprobs=[-1.0, -1.0])[1]
     settings = {"kl": 0.1, "kl_in": "reward", "kl_estimator": "k1"}
-    by_episode = credit(two, known, algorithm("rloo", **settings), MAX_TOKENS)
+    by_episode = credit(two, known, objective("rloo", **settings))
     assert by_episode[0].tokens.advantages.tolist() == pytest.approx([0.75, 0.75])  # 1 - 0.1 * 2.5
-    by_token = credit(two, known, algorithm("reinforce++", gamma=0.5, **settings), MAX_TOKENS)
+    by_token = credit(two, known, objective("reinforce++", gamma=0.5, **settings))
     assert by_token[0].tokens.advantages.tolist() == pytest.approx([-0.05 + 0.5 * 0.8, 1 - 0.2])
 
 
@@ -57,8 +82,8 @@ def test_kl_in_the_reward_is_paid_by_the_episode_or_by_its_tokens() -> None:
 def test_gae_bootstraps_where_an_episode_was_cut_off(reason: str, bootstrap: bool, last: float) -> None:
     one = group([5], replace(episode([6, 7], 1.0), finish_reason=reason), episode([8], 0.0))
     known = of_group(one, values=[0.5, 0.25])[0]
-    settings = algorithm("ppo", gamma=0.9, lam=0.5, bootstrap_truncated=bootstrap)
-    (credited,) = credit(one, [known.knowing(end=torch.tensor([0.7]))], settings, MAX_TOKENS)
+    settings = objective("ppo", gamma=0.9, lam=0.5, bootstrap_truncated=bootstrap)
+    (credited,) = credit(one, [known.knowing(end=torch.tensor([0.7]))], settings)
     second = 1 + 0.9 * last - 0.25
     first = 0.9 * 0.25 - 0.5 + 0.45 * second
     assert credited.tokens.advantages.tolist() == pytest.approx([first, second])
@@ -67,8 +92,8 @@ def test_gae_bootstraps_where_an_episode_was_cut_off(reason: str, bootstrap: boo
 
 
 def test_an_overlong_completion_pays_more_and_more() -> None:
-    settings = algorithm(overlong_tokens=4, overlong_penalty=0.5)
-    returns = [episode_return(episode([6] * length, 1.0), settings, MAX_TOKENS) for length in (3, 4, 5, 8)]
+    settings = objective(overlong_tokens=4, overlong_penalty=0.5)
+    returns = [settings.return_of(episode([6] * length, 1.0)) for length in (3, 4, 5, 8)]
     assert returns == [1.0, 1.0, 0.875, 0.5]
 
 
@@ -80,7 +105,7 @@ def test_weights_by_hand() -> None:
     groups = [group([5], episode([6, 7, 8], 1.0), episode([9], 0.0)), group([5], cut(episode([6, 7], 1.0)))]
 
     def weights(**settings: Any) -> list[float]:
-        weight = weigher(groups, algorithm(**settings), MAX_TOKENS)
+        weight = objective(**settings).weights(groups)
         return [weight(each) for of in groups for each in of.episodes]
 
     assert weights() == pytest.approx([1 / 6] * 3)
@@ -92,27 +117,27 @@ def test_weights_by_hand() -> None:
 def test_tokens_of_a_tool_are_read_and_not_learned() -> None:
     called = replace(episode([6, 7, 8, 9], 1.0, [-1.0, 0.0, 0.0, -2.0]), own=(True, False, False, True))
     two = group([5], called, episode([10, 11], 0.0))
-    (row,) = microbatches(lessons([two]), 100, torch.float32, torch.device("cpu"))
+    (row,) = microbatches(samples([two]), 100, torch.float32, torch.device("cpu"))
     assert row.input_ids.tolist() == [5, 6, 7, 8, 10]
     assert row.targets.tolist() == [6, 9, 10, 11]
     assert row.input_ids[row.predictors].tolist() == [5, 8, 5, 10]
     assert row.tokens.behaviour_logprobs.tolist() == [-1.0, -2.0, -1.0, -1.0]
     assert row.lengths.tolist() == [2, 2]
-    to_the_end = [[replace(each, ends=True) for each in of] for of in lessons([two])]
+    to_the_end = [[each.to_the_end() for each in of] for of in samples([two])]
     (row,) = microbatches(to_the_end, 100, torch.float32, torch.device("cpu"))
     assert row.input_ids.tolist() == [5, 6, 7, 8, 9, 10, 11]
     assert row.input_ids[row.predictors].tolist() == [5, 8, 9, 5, 10, 11]
     assert row.lengths.tolist() == [3, 3]
-    assert weigher([two], algorithm(), MAX_TOKENS)(called) == 1 / 4
+    assert objective().weights([two])(called) == 1 / 4
 
 
 def test_a_tokens_loss_is_the_sum_of_what_was_asked_for() -> None:
     two = group([5], episode([6, 7], 1.0, [-2.0, -1.0]), episode([8], 0.0, [-4.0]))
     of_two = of_group(two, reference_logprobs=[-1.0, -1.0])[:1] + of_group(two, reference_logprobs=[-1.0])[1:]
-    credited = credit(two, of_two, algorithm(), MAX_TOKENS)
+    credited = credit(two, of_two, objective())
     (row,) = microbatches([credited], 100, torch.float32, torch.device("cpu"))
     now, entropies = torch.tensor([-1.0, -1.5, -1.0]), torch.tensor([1.0, 2.0, 3.0])
-    settings = algorithm(kl=0.1, kl_estimator="k2", entropy=0.01)
+    settings = objective(kl=0.1, kl_estimator="k2", entropy=0.01)
     losses, figures = token_losses(row, now, entropies, settings)
     # -A w + 0.1 (now - reference)^2 / 2 - 0.01 H, with w = min(exp(now - behaviour), 2)
     w = [2.0, torch.tensor(-0.5).exp().item(), 2.0]
@@ -120,7 +145,7 @@ def test_a_tokens_loss_is_the_sum_of_what_was_asked_for() -> None:
     assert losses.tolist() == pytest.approx(expected)
     assert figures["ratio_truncated"].tolist() == [True, False, True]
     assert figures["entropy"].tolist() == [1.0, 2.0, 3.0]
-    assert token_losses(row, now, None, algorithm())[1]["entropy"].tolist() == [1.0, 1.5, 1.0]
+    assert token_losses(row, now, None, objective())[1]["entropy"].tolist() == [1.0, 1.5, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +164,7 @@ def test_what_the_engine_gave_too_rarely_counts_no_more_than_the_cap(correction:
     (row,) = microbatches([of_group(two)], 100, torch.float32, torch.device("cpu"))
     row = replace(row, tokens=replace(row.tokens, advantages=torch.ones(3)))
     now = torch.tensor([-1.0, 2 * log_half + 0.1, -1.0])  # ratios e^299, 1/2 and 1
-    losses, figures = token_losses(row, now, None, algorithm(correction=correction))
+    losses, figures = token_losses(row, now, None, objective(correction=correction))
     assert losses.tolist() == pytest.approx([-weight for weight in weights])
     assert figures["ratio_truncated"].tolist() == [True, correction.startswith("episode"), False]
 
@@ -147,10 +172,10 @@ def test_what_the_engine_gave_too_rarely_counts_no_more_than_the_cap(correction:
 @pytest.mark.parametrize("name", ["grpo", "dr-grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++"])
 def test_on_policy_every_algorithm_has_the_gradient_of_its_advantages(name: str) -> None:
     two = group([5], episode([6, 7], 1.0, [-2.0, -1.0]), episode([8], 0.0, [-4.0]))
-    credited = credit(two, of_group(two), algorithm(name, kl=0), MAX_TOKENS)
+    credited = credit(two, of_group(two), objective(name, kl=0))
     (row,) = microbatches([credited], 100, torch.float32, torch.device("cpu"))
     now = row.tokens.behaviour_logprobs.clone().requires_grad_()
-    losses, _ = token_losses(row, now, None, algorithm(name, kl=0))
+    losses, _ = token_losses(row, now, None, objective(name, kl=0))
     losses.sum().backward()
     assert now.grad is not None
     assert (-now.grad).tolist() == pytest.approx(row.tokens.advantages.tolist())
@@ -169,7 +194,7 @@ def test_finite_logprobs_have_finite_losses_gradients_and_figures(name: str, cor
     two = group([5], episode([6, 7, 8], 1.0, far), episode([9, 10, 11], 0.0, far[::-1]))
     known = {"start_logprobs": far[1:] + far[:1], "reference_logprobs": far[::-1]}
     (row,) = microbatches([of_group(two, **known)], 100, torch.float32, torch.device("cpu"))
-    settings = algorithm(name, kl=0.1, kl_in="loss", kl_estimator=estimator, correction=correction)
+    settings = objective(name, kl=0.1, kl_in="loss", kl_estimator=estimator, correction=correction)
     for advantage in (1.0, -1.0, 0.0):
         of_row = replace(row, tokens=replace(row.tokens, advantages=torch.full((6,), advantage)))
         for logprobs in permutations(far):
@@ -184,7 +209,7 @@ def test_finite_logprobs_have_finite_losses_gradients_and_figures(name: str, cor
 
 def advantages(rewards: Sequence[float], **settings: Any) -> list[float]:
     of = group([5], *(episode([6], reward) for reward in rewards))
-    return [float(each.tokens.advantages) for each in credit(of, of_group(of), algorithm(**settings), MAX_TOKENS)]
+    return [float(each.tokens.advantages) for each in credit(of, of_group(of), objective(**settings))]
 
 
 @pytest.mark.parametrize(
@@ -229,10 +254,10 @@ def test_ordinary_rewards_have_the_advantages_that_they_had_bit_for_bit(advantag
 
 def white(rewards: Sequence[Sequence[float]], **settings: Any) -> list[float]:
     groups = [group([5], *(episode([6, 7], reward) for reward in of)) for of in rewards]
-    made = algorithm("reinforce++", kl=0, **settings)
-    credited = [credit(of, of_group(of), made, MAX_TOKENS) for of in groups]
-    whitened_lessons, _ = whiten(credited, lambda sums: sums)
-    tokens = [each.tokens for of in whitened_lessons for each in of]
+    made = objective("reinforce++", kl=0, **settings)
+    credited = [credit(of, of_group(of), made) for of in groups]
+    whitened_samples, _ = whiten(credited, lambda sums: sums)
+    tokens = [each.tokens for of in whitened_samples for each in of]
     assert all(each.advantages.dtype == torch.float32 for each in tokens)
     return torch.cat([each.advantages for each in tokens]).tolist()
 

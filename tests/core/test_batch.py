@@ -2,14 +2,14 @@ import math
 
 import pytest
 import torch
-from conftest import episode, group, lessons
+from conftest import episode, group, samples
 
 from rlora.core.batch import Microbatch, microbatches
 from rlora.records import Group
 
 
 def pack(groups: list[Group], budget: int = 100) -> list[Microbatch]:
-    return list(microbatches(lessons(groups), budget, torch.float32, torch.device("cpu")))
+    return list(microbatches(samples(groups), budget, torch.float32, torch.device("cpu")))
 
 
 def test_one_microbatch_by_hand(groups: list[Group]) -> None:

@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing
-from conftest import episode, group, tiny_model
+from conftest import Solo, episode, group, tiny_model
 from peft import PeftModel
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from rlora.core.learner import Learner, refuse_to_go_on
-from rlora.core.lora import Route
+from rlora.core.learner import Learner
 from rlora.core.optimizer import auto_lr, scheduled_lr
 from rlora.core.peft_format import masters
-from rlora.records import OFF, Group, RloraError
+from rlora.core.setup import Setup
+from rlora.records import Group, RloraError
+from rlora.run.health import refuse_to_go_on
 from rlora.settings import Config
 from rlora.store import write_adapter
 
@@ -25,16 +26,17 @@ MakeConfig = Callable[..., Config]
 
 
 @pytest.fixture
-def learner(tiny: str, config: MakeConfig) -> Learner:
-    return Learner(config(learner={"rank": 2, "lr": 0.01, "max_bad_updates": 2}), tiny, "run")
+def learner(tiny: str, config: MakeConfig) -> Solo:
+    return Solo(config(learner={"rank": 2, "lr": 0.01, "max_bad_updates": 2}), tiny)
 
 
-def on_policy(learner: Learner, groups: list[Group]) -> list[Group]:
+def on_policy(learner: Solo, groups: list[Group]) -> list[Group]:
     """The groups with the behaviour logprobs that the learner itself gives."""
 
     def measured(prompt: tuple[int, ...], completion: tuple[int, ...]) -> tuple[float, ...]:
         ids = torch.tensor([prompt + completion])
-        logprobs = learner.policy.base(ids).logits[0].log_softmax(-1)
+        with learner.bank.serving(learner.name):
+            logprobs = learner.policies.base(ids).logits[0].log_softmax(-1)
         return tuple(logprobs[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None])[:, 0].tolist())
 
     with torch.no_grad():
@@ -45,7 +47,7 @@ def on_policy(learner: Learner, groups: list[Group]) -> list[Group]:
         ]  # fmt: skip
 
 
-def test_on_policy_the_loss_is_the_plain_policy_gradient(learner: Learner, groups: list[Group]) -> None:
+def test_on_policy_the_loss_is_the_plain_policy_gradient(learner: Solo, groups: list[Group]) -> None:
     measured = on_policy(learner, groups)
     by_hand = 0.0
     for g, advantages in zip(measured, ([0.5, -0.5], [0.0, 0.0], [0.0, -0.5, 0.5]), strict=True):
@@ -58,42 +60,42 @@ def test_on_policy_the_loss_is_the_plain_policy_gradient(learner: Learner, group
     assert stats.kl_behaviour == pytest.approx(0.0, abs=1e-6)
     assert stats.ratio_truncated == 0.0
     assert not stats.skipped_in_a_row
-    assert adapter.version == 1
+    assert adapter.number == 1
 
 
 def test_a_linear_schedule_falls_to_zero(config: MakeConfig) -> None:
-    falling = config(steps=4, learner={"lr": 0.08, "lr_schedule": "linear"})
-    assert [scheduled_lr(falling, 0.08, step) for step in range(5)] == pytest.approx([0.08, 0.06, 0.04, 0.02, 0.0])
-    assert scheduled_lr(config(steps=4), 0.08, 3) == 0.08
-    cosine = config(steps=4, learner={"lr_schedule": "cosine", "lr_floor": 0.1})
-    assert [scheduled_lr(cosine, 1.0, step) for step in (0, 2, 4)] == pytest.approx([1.0, 0.55, 0.1])
+    falling = config(learner={"lr": 0.08, "lr_schedule": "linear"}).learner
+    assert [scheduled_lr(falling, 0.08, step, 4) for step in range(5)] == pytest.approx([0.08, 0.06, 0.04, 0.02, 0.0])
+    assert scheduled_lr(config().learner, 0.08, 3, 4) == 0.08
+    cosine = config(learner={"lr_schedule": "cosine", "lr_floor": 0.1}).learner
+    assert [scheduled_lr(cosine, 1.0, step, 4) for step in (0, 2, 4)] == pytest.approx([1.0, 0.55, 0.1])
 
 
 def test_auto_lr_is_the_fitted_rule(tiny: str, config: MakeConfig) -> None:
     base = LlamaConfig(hidden_size=576)
-    assert auto_lr(config(), base) == pytest.approx(5e-4 * (2000 / 576) ** 0.781)
-    assert auto_lr(config(), Qwen3Config(hidden_size=576)) == pytest.approx(5e-4 * (2000 / 576) ** 0.0775)
-    assert auto_lr(config(learner={"adapter": "none"}), base) == pytest.approx(5e-5 * (2000 / 576) ** 0.781)
-    learner = Learner(config(learner={"lr": "auto"}), tiny, "run")
-    assert learner.lrs == [auto_lr(config(), learner.policy.base.config)]
+    assert auto_lr(config().learner, base) == pytest.approx(5e-4 * (2000 / 576) ** 0.781)
+    assert auto_lr(config().learner, Qwen3Config(hidden_size=576)) == pytest.approx(5e-4 * (2000 / 576) ** 0.0775)
+    assert auto_lr(config(learner={"adapter": "none"}).learner, base) == pytest.approx(5e-5 * (2000 / 576) ** 0.781)
+    learner = Solo(config(learner={"lr": "auto"}), tiny)
+    assert learner.held.lr == auto_lr(config().learner, learner.policies.base.config)
 
 
 def test_an_update_takes_the_scheduled_learning_rate(tiny: str, config: MakeConfig, groups: list[Group]) -> None:
-    learner = Learner(config(steps=2, learner={"lr": 0.08, "lr_schedule": "linear"}), tiny, "run")
+    learner = Solo(config(steps=2, learner={"lr": 0.08, "lr_schedule": "linear"}), tiny)
     up = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
-    before = masters(learner.policy.bank, 0)[up].detach().clone()
+    before = masters(learner.bank, "run")[up].detach().clone()
     moved = []
     for _ in range(2):
         _, stats = learner.update(groups)
-        after = masters(learner.policy.bank, 0)[up].detach().clone()
+        after = masters(learner.bank, "run")[up].detach().clone()
         moved.append(float((after - before).abs().median()))
         before = after
-        assert stats.lr == scheduled_lr(learner.config, 0.08, learner.version - 1)
+        assert stats.lr == scheduled_lr(learner.config.learner, 0.08, learner.version - 1, 2)
     assert moved[0] == pytest.approx(0.08, rel=1e-3)  # Adam's first step is the learning rate itself
     assert moved[1] < 0.05
 
 
-def test_an_update_raises_what_was_rewarded(learner: Learner, groups: list[Group]) -> None:
+def test_an_update_raises_what_was_rewarded(learner: Solo, groups: list[Group]) -> None:
     before = on_policy(learner, groups)[0].episodes
     for _ in range(5):
         learner.update(on_policy(learner, groups))
@@ -105,27 +107,33 @@ def test_an_update_raises_what_was_rewarded(learner: Learner, groups: list[Group
 def test_microbatches_do_not_change_the_update(tiny: str, config: MakeConfig, groups: list[Group]) -> None:
     updates = []
     for budget in (4, 1000):
-        learner = Learner(config(learner={"microbatch_tokens": budget}), tiny, "run")
+        learner = Solo(config(learner={"microbatch_tokens": budget}), tiny)
         updates.append(learner.update(on_policy(learner, groups))[1])
     assert updates[0].loss == pytest.approx(updates[1].loss, rel=1e-4)
     assert updates[0].grad_norm == pytest.approx(updates[1].grad_norm, rel=1e-4)
 
 
+def first_moments(learner: Learner) -> torch.Tensor:
+    """Adam's, of the policy and its critic: the gradient, decayed, where there was one minibatch."""
+    optimizers = [held.optimizer for held in learner.held.values()]
+    moments = [of.adam.state[p]["exp_avg"].flatten() for of in optimizers for p in of.masters.values()]
+    return torch.cat(moments)
+
+
 def _of_two(rank: int, address: str, config: Config, base: str, groups: list[Group], out: str) -> None:
     """One of two learners, in a process of its own: what its update leaves, and how much of the layers it holds."""
     torch.set_num_threads(1)
-    learner = Learner(config, base, "run")
-    layers = learner.policy.body.layers
-    loaded = [weakref.ref(weight) for weight in layers.parameters() if not weight.requires_grad]
+    learner = Learner(config, base)
+    layers = learner.policies.body.layers
+    loaded = [weakref.ref(weight) for weight in layers.parameters()]
     learner.join(address, rank, 2)
-    adapter, stats = learner.update(groups)
-    gradient = torch.cat(
-        [parameter.grad.flatten() for parameter in learner.optimizer.masters if parameter.grad is not None]
-    )
-    frozen = [weight for weight in layers.parameters() if not weight.requires_grad]
+    learner.open("run", Setup.of(config))
+    adapter, stats = learner.update("run", groups)
+    moments = first_moments(learner)
+    frozen = list(layers.parameters())
     held = sum((weight.to_local() if isinstance(weight, DTensor) else weight).numel() for weight in frozen)
     kept = sum(weight() is not None for weight in loaded)
-    torch.save((gradient, adapter, replace(stats, seconds=0), held, kept), f"{out}/{rank}")
+    torch.save((moments, adapter, replace(stats, seconds=0), held, kept), f"{out}/{rank}")
     torch.distributed.destroy_process_group()
 
 
@@ -146,9 +154,8 @@ def test_two_learners_take_the_step_of_one(
     settings: dict[str, object], taken: slice,
 ) -> None:  # fmt: skip
     groups = groups[taken]
-    alone = Learner(config(learner={"rank": 2, "lr": 0.01}, algorithm=algorithm), tiny, "run")
-    layers = alone.policy.body.layers
-    whole = sum(weight.numel() for weight in layers.parameters() if not weight.requires_grad)
+    alone = Solo(config(learner={"rank": 2, "lr": 0.01}, algorithm=algorithm), tiny)
+    whole = sum(weight.numel() for weight in alone.policies.body.layers.parameters())
     _, stats = alone.update(groups)
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -158,9 +165,7 @@ def test_two_learners_take_the_step_of_one(
     results = [torch.load(tmp_path / str(rank), weights_only=False) for rank in range(2)]
     assert results[0][1] == results[1][1]  # the same adapter, bit for bit
     gradient, _, shared, *_ = results[0]
-    expected = torch.cat(
-        [parameter.grad.flatten() for parameter in alone.optimizer.masters if parameter.grad is not None]
-    )
+    expected = first_moments(alone.learner)
     near = 1e-5 if stats.minibatches == 1 else 1e-3  # Adam's first step takes the sign of what is almost 0
     assert (gradient.double() - expected.double()).norm() <= near * expected.double().norm()
     assert (shared.tokens, shared.minibatches) == (stats.tokens, stats.minibatches)
@@ -175,24 +180,24 @@ def test_two_learners_take_the_step_of_one(
         assert held == (whole, whole)
 
 
-def test_groups_that_agree_cost_no_forward_pass(learner: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_that_agree_cost_no_forward_pass(learner: Solo, monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*_: object) -> None:
         raise AssertionError("a forward pass")
 
-    monkeypatch.setattr(learner.policy, "logprobs", forbidden)
+    monkeypatch.setattr(learner.policies, "_hidden", forbidden)
     before = learner.adapter().weights
     adapter, stats = learner.update([group([1, 2], episode([3], 1.0), episode([4], 1.0))])
-    assert (adapter.version, stats.tokens, stats.kl_behaviour) == (1, 0, None)
+    assert (adapter.number, stats.tokens, stats.kl_behaviour) == (1, 0, None)
     assert adapter.weights == before
 
 
-def test_a_non_finite_loss_changes_nothing_and_two_in_a_row_stop(learner: Learner, groups: list[Group]) -> None:
+def test_a_non_finite_loss_changes_nothing_and_two_in_a_row_stop(learner: Solo, groups: list[Group]) -> None:
     learner.update(on_policy(learner, groups))
     before, state = learner.adapter(), learner.state()
     broken = [group([5, 6], episode([7], 1.0, [float("nan")]), episode([8], 0.0))]
     adapter, stats = learner.update(broken)
     assert stats.skipped_in_a_row == 1
-    assert adapter.version == before.version + 1
+    assert adapter.number == before.number + 1
     assert adapter.weights == before.weights
     assert len(learner.state()) == len(state)
     learner.update(on_policy(learner, groups))  # a good one in between starts the count again
@@ -201,50 +206,51 @@ def test_a_non_finite_loss_changes_nothing_and_two_in_a_row_stop(learner: Learne
         refuse_to_go_on(learner.config, learner.update(broken)[1])
 
 
-def test_resuming_continues_bit_for_bit(tiny: str, config: MakeConfig, learner: Learner, groups: list[Group]) -> None:
+def test_resuming_continues_bit_for_bit(tiny: str, config: MakeConfig, learner: Solo, groups: list[Group]) -> None:
     learner.update(groups)
     state = learner.state()
     straight, _ = learner.update(groups)
-    other = Learner(learner.config, tiny, "run")
-    assert other.resume(state).version == 1
+    other = Solo(learner.config, tiny)
+    assert other.resume(state).number == 1
     resumed, _ = other.update(groups)
     assert resumed == straight
     with pytest.raises(RloraError, match="another model or rank"):
-        Learner(config(learner={"rank": 3}), tiny, "run").resume(state)
+        Solo(config(learner={"rank": 3}), tiny).resume(state)
 
 
 def test_peft_loads_the_adapter_and_gives_the_same_logits(
-    tiny: str, learner: Learner, groups: list[Group], tmp_path: Path
+    tiny: str, learner: Solo, groups: list[Group], tmp_path: Path
 ) -> None:
     adapter, _ = learner.update(groups)
     path = write_adapter(adapter, tmp_path / "1")
     peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), str(path))
     ids = torch.randint(97, (2, 11), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        ours = learner.policy.base(ids).logits
+        with learner.bank.serving(learner.name):
+            ours = learner.policies.base(ids).logits
         torch.testing.assert_close(peft(ids).logits, ours, atol=1e-5, rtol=1e-5)
-        with learner.policy.bank.serving(Route(OFF)):
-            assert not torch.allclose(learner.policy.base(ids).logits, ours, atol=1e-3)
+        with learner.bank.serving(None):
+            assert not torch.allclose(learner.policies.base(ids).logits, ours, atol=1e-3)
     assert json.loads(adapter.config)["r"] == 2
 
 
 def test_a_run_may_start_from_a_saved_adapter(
-    tiny: str, config: MakeConfig, learner: Learner, groups: list[Group], tmp_path: Path
+    tiny: str, config: MakeConfig, learner: Solo, groups: list[Group], tmp_path: Path
 ) -> None:
     trained, _ = learner.update(groups)
     path = str(write_adapter(trained, tmp_path / "1"))
-    started = Learner(config(learner={"rank": 2, "start_from": path}), tiny, "other").adapter()
-    assert (started.version, started.weights) == (0, trained.weights)
+    started = Solo(config(learner={"rank": 2, "start_from": path}), tiny).adapter()
+    assert (started.number, started.weights) == (0, trained.weights)
     with pytest.raises(RloraError, match=r"its rank is 2, learner\.rank is 1; set learner\.rank to 2"):
-        Learner(config(learner={"start_from": path}), tiny, "other")
+        Solo(config(learner={"start_from": path}), tiny)
     with pytest.raises(RloraError, match=r"learner\.head = True: learner\.start_from brings its own"):
-        Learner(config(learner={"rank": 2, "head": True, "start_from": path}), tiny, "other")
+        Solo(config(learner={"rank": 2, "head": True, "start_from": path}), tiny)
     with pytest.raises(RloraError, match="no adapter in PEFT's format is there"):
-        Learner(config(learner={"start_from": str(tmp_path)}), tiny, "other")
+        Solo(config(learner={"start_from": str(tmp_path)}), tiny)
 
 
 def test_the_demo_adapter_has_the_known_size(demo: str, config: MakeConfig) -> None:
-    adapter = Learner(config(dtype="bfloat16"), demo, "run").adapter()
+    adapter = Solo(config(dtype="bfloat16"), demo).adapter()
     assert adapter.parameters == 305_280
 
 
@@ -253,7 +259,7 @@ def test_all_weights_have_the_gradients_of_plain_autograd(
     config: MakeConfig, groups: list[Group], tmp_path: Path, tied: bool
 ) -> None:
     tiny_model("llama", tie_word_embeddings=tied).save_pretrained(tmp_path)
-    learner = Learner(config(learner={"adapter": "none", "max_grad_norm": 1e9}), str(tmp_path), "run")
+    learner = Solo(config(learner={"adapter": "none", "max_grad_norm": 1e9}), str(tmp_path))
     plain = tiny_model("llama", tie_word_embeddings=tied)
     measured = on_policy(learner, groups)
     loss = torch.zeros(())
@@ -265,9 +271,10 @@ def test_all_weights_have_the_gradients_of_plain_autograd(
     loss.backward()
     adapter, _ = learner.update(measured)
     assert adapter.parameters == plain.num_parameters()
-    gradients = {name: weight.grad for name, weight in learner.policy.base.named_parameters()}
+    moments = learner.held.optimizer.adam.state
     for name, weight in plain.named_parameters():
-        torch.testing.assert_close(gradients[name], weight.grad, rtol=1e-4, atol=1e-6)
+        gradient = moments[learner.held.optimizer.masters[name]]["exp_avg"] / 0.1  # 1 - beta_1
+        torch.testing.assert_close(gradient, weight.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_16_bit_weights_are_rounded_from_masters_that_keep_small_steps(
@@ -275,11 +282,13 @@ def test_16_bit_weights_are_rounded_from_masters_that_keep_small_steps(
 ) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
     settings = config(dtype="bfloat16", learner={"adapter": "none", "lr": 1e-5, "microbatch_tokens": 1})
-    learner = Learner(settings, str(tmp_path), "run")
-    started = [weight.detach().clone() for weight in learner.optimizer.weights]
+    learner = Solo(settings, str(tmp_path))
+    started = [weight.detach().clone() for weight in learner.held.optimizer.weights.values()]
     learner.update(groups)
     state = learner.state()
-    for weight, master, before in zip(learner.optimizer.weights, learner.optimizer.masters, started, strict=True):
+    optimizer = learner.held.optimizer
+    for (name, weight), before in zip(optimizer.weights.items(), started, strict=True):
+        master = optimizer.masters[name]
         assert weight.dtype == torch.bfloat16
         assert weight.equal(master.to(torch.bfloat16))
         assert weight.grad is None  # it was gathered in fp32
@@ -287,10 +296,10 @@ def test_16_bit_weights_are_rounded_from_masters_that_keep_small_steps(
         assert 0 < moved.max() <= 1.01e-5
         assert weight.ndim > 1 or weight.equal(before)  # those of norms are 1, where 16 bits can't tell such a step
     straight, _ = learner.update(groups)
-    other = Learner(settings, str(tmp_path), "run")
+    other = Solo(settings, str(tmp_path))
     other.resume(state)
     assert other.update(groups)[0] == straight
     path = write_adapter(straight, tmp_path / "1")
     loaded = AutoModelForCausalLM.from_pretrained(str(path))
-    for name, weight in learner.policy.base.named_parameters():
+    for name, weight in learner.policies.base.named_parameters():
         assert loaded.get_parameter(name).equal(weight)

@@ -1,27 +1,29 @@
 import pytest
 import torch
-from conftest import TINY_CONFIGS, stir, tiny_model
+from conftest import TINY_CONFIGS, adapted, stir, tiny_model
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedModel
 
-from rlora.core.lora import Bank, LoRALinear, Route, Spec, low_rank
+from rlora.core.lora import Bank, LoRALinear, Pair, Spec, low_rank
 from rlora.core.peft_format import masters
-from rlora.records import OFF, RloraError
+from rlora.records import RloraError
 
 
-def over(base: nn.Linear, *specs: Spec, seed: int = 0) -> tuple[LoRALinear, Bank]:
-    """The layer over one matrix, and its bank."""
+def over(base: nn.Linear, spec: Spec, seed: int = 0) -> tuple[LoRALinear, Bank, Pair]:
+    """The layer over one matrix, its bank, and the factors of its adapter."""
     model = nn.Sequential(base)
-    bank = Bank(model, specs, seed)
+    bank = adapted(model, spec, seed)
     layer = model[0]
     assert isinstance(layer, LoRALinear)
-    return layer, bank
+    return layer, bank, layer.factors.pairs["run"]
 
 
-def filled(model: nn.Module, *specs: Spec) -> Bank:
+def filled(model: nn.Module, **specs: Spec) -> Bank:
     """A bank whose B is not 0."""
-    bank = Bank(model, specs)
+    bank = Bank(model)
+    for name, spec in specs.items():
+        bank.add(name, spec)
     stir(bank)
     return bank
 
@@ -29,18 +31,18 @@ def filled(model: nn.Module, *specs: Spec) -> Bank:
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 6.0 / 2), (True, 6.0 / 2**0.5)])
 def test_forward_is_the_paper_equation(rslora: bool, scale: float) -> None:
     base = nn.Linear(3, 2)
-    layer, bank = over(base, Spec(rank=2, alpha=6.0, rslora=rslora))
+    layer, bank, pair = over(base, Spec(rank=2, alpha=6.0, rslora=rslora))
     x = torch.randn(5, 3)
     assert layer(x).equal(base(x))  # B = 0
-    layer.factors.lora_B[0].data.normal_()
-    merged = base.weight + scale * layer.factors.lora_B[0] @ layer.factors.lora_A[0]
+    pair.b.data.normal_()
+    merged = base.weight + scale * pair.b @ pair.a
     torch.testing.assert_close(layer(x), x @ merged.T + base.bias)
-    with bank.serving(Route(OFF)):
+    with bank.serving(None):
         assert layer(x).equal(base(x))
 
 
 def test_a_is_uniform_within_its_bound_and_follows_the_seed() -> None:
-    first, again, other = (over(nn.Linear(400, 8), Spec(4), seed=seed)[0].factors.lora_A[0] for seed in (1, 1, 2))
+    first, again, other = (over(nn.Linear(400, 8), Spec(4), seed=seed)[2].a for seed in (1, 1, 2))
     assert first.equal(again)
     assert not first.equal(other)
     bound = 1 / 400**0.5
@@ -49,13 +51,13 @@ def test_a_is_uniform_within_its_bound_and_follows_the_seed() -> None:
 
 
 def test_a_may_start_orthonormal() -> None:
-    a = over(nn.Linear(40, 8), Spec(4, init="orthonormal"))[0].factors.lora_A[0]
+    a = over(nn.Linear(40, 8), Spec(4, init="orthonormal"))[2].a
     torch.testing.assert_close(a @ a.T, torch.eye(4))
 
 
 def test_forward_rounds_as_the_engine_does_and_gradients_reach_the_masters() -> None:
-    layer, _ = over(nn.Linear(4, 3).bfloat16(), Spec(1, 3.0))
-    a, b = layer.factors.lora_A[0], layer.factors.lora_B[0]
+    layer, _, pair = over(nn.Linear(4, 3).bfloat16(), Spec(1, 3.0))
+    a, b = pair.a, pair.b
     b.data.normal_()
     x = torch.randn(2, 4, dtype=torch.bfloat16)
     served_a, served_b = a.bfloat16(), b.bfloat16() * 3.0  # vLLM folds the scale into B, in bf16
@@ -66,51 +68,57 @@ def test_forward_rounds_as_the_engine_does_and_gradients_reach_the_masters() -> 
     assert b.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("mixed", [True, False])
-def test_gradients_are_those_of_finite_differences(mixed: bool) -> None:
+def test_gradients_are_those_of_finite_differences() -> None:
     torch.manual_seed(0)
     x, a, b = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 5), (4, 5), (6, 4)))
     weight, bias = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
-    mask = torch.randint(2, (6, 4)).double() if mixed else None
 
     def product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return low_rank(x, weight, bias, a, b, mask)
+        return low_rank(x, weight, bias, a, b)
 
     assert torch.autograd.gradcheck(product, (x, a, b))
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
-def test_a_bank_in_one_forward_equals_its_adapters_apart_and_none_is_the_base(name: str) -> None:
-    base = tiny_model(name)
+def test_adapters_come_and_go_and_none_has_a_part_in_another(name: str) -> None:
+    """Logits and gradients under an adapter are those of a bank that holds it alone, bit for bit."""
     ids = torch.randint(97, (4, 6), generator=torch.Generator().manual_seed(0))
-    if name == "qwen3_moe":
-        base.set_experts_implementation("eager")  # others sum a token's experts in another order
-    with torch.no_grad():
-        pristine = base(ids).logits
-    bank = filled(base, Spec(1), Spec(3, 8.0), Spec(8, rslora=True))
-    own = torch.tensor([[0], [1], [2], [OFF]]).expand(4, 6)
-    with torch.no_grad():
-        with bank.serving(Route(own)):
-            together = base(ids).logits
-        for row, adapter in enumerate([0, 1, 2]):
-            with bank.serving(Route(adapter)):
-                torch.testing.assert_close(together[row], base(ids).logits[row], atol=1e-4, rtol=1e-4)
-        # exactly; but an expert computes the rows of others with it, and how many those are decides its rounding
-        off_by = 0.0 if name == "llama" else 1e-4
-        torch.testing.assert_close(together[3], pristine[3], atol=off_by, rtol=off_by)
+    specs = {"one": Spec(1), "two": Spec(3, 8.0, targets="attention"), "three": Spec(8, rslora=True)}
 
+    def under(bank: Bank, of: str | None) -> tuple[Tensor, list[Tensor]]:
+        with bank.serving(of):
+            logits: Tensor = bank.model(ids).logits
+        if of is None:
+            return logits, []
+        return logits.detach(), list(torch.autograd.grad(logits.sum(), list(bank.parameters_of(of).values())))
 
-def test_a_row_gives_no_gradient_to_the_adapters_of_others(tiny_base: PreTrainedModel) -> None:
-    bank = filled(tiny_base, Spec(2), Spec(2))
-    ids = torch.randint(97, (2, 6), generator=torch.Generator().manual_seed(0))
-    with bank.serving(Route(torch.tensor([[1], [OFF]]).expand(2, 6))):
-        tiny_base(ids).logits.sum().backward()
-    assert all(master.grad is None for master in masters(bank, 0).values())
-    assert all(master.grad is not None and master.grad.any() for master in masters(bank, 1).values())
+    with torch.no_grad():
+        pristine = tiny_model(name)(ids).logits
+    bank = Bank(tiny_model(name))
+    bank.add("gone", Spec(2))
+    for seed, (of, spec) in enumerate(specs.items()):
+        bank.add(of, spec, seed)
+    bank.remove("gone")
+    for seed, (of, spec) in enumerate(specs.items()):
+        alone = adapted(tiny_model(name), spec, seed)
+        masters_of, masters_alone = bank.parameters_of(of), alone.parameters_of("run")
+        assert masters_of.keys() == masters_alone.keys()
+        for key, master in masters_of.items():
+            assert master.equal(masters_alone[key])  # A
+            if key.endswith("lora_B"):
+                master.data.normal_(std=0.1)
+                masters_alone[key].data.copy_(master.data)
+        (logits, gradients), (expected, of_alone) = under(bank, of), under(alone, "run")
+        assert logits.equal(expected)
+        assert not logits.equal(pristine)
+        assert all(ours.equal(theirs) for ours, theirs in zip(gradients, of_alone, strict=True))
+    assert under(bank, None)[0].equal(pristine)
+    assert set(bank.specs) == set(specs)
+    assert not bank.over("gone")
 
 
 def names(bank: Bank) -> set[str]:
-    return {matrix.key.rpartition(".")[2] for matrix, factors in bank.factors.items() if factors.ranks[0]}
+    return {matrix.key.rpartition(".")[2] for matrix, factors in bank.factors.items() if factors.pairs}
 
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -128,21 +136,23 @@ MLP = {"gate_proj", "up_proj", "down_proj"}
     ],
 )
 def test_a_spec_chooses_its_matrices(tiny_base: PreTrainedModel, spec: Spec, expected: set[str]) -> None:
-    bank = Bank(tiny_base, [spec])
+    bank = adapted(tiny_base, spec)
     assert names(bank) == expected
-    trainable = [parameter for parameter in tiny_base.parameters() if parameter.requires_grad]
-    assert {id(parameter) for parameter in trainable} >= {id(master) for master in masters(bank, 0).values()}
-    assert sum(parameter.numel() for parameter in trainable) == sum(m.numel() for m in masters(bank, 0).values())
+    assert not any(parameter.requires_grad for parameter in tiny_base.parameters())
+    assert {id(parameter) for parameter in bank.parameters_of("run").values()} == {
+        id(master) for master in masters(bank, "run").values()
+    }
 
 
 @pytest.mark.parametrize(("name", "shared_experts"), [("mixtral", set()), ("qwen3_moe", set()), ("qwen2_moe", MLP)])
 def test_experts_are_adapted_and_routers_left_alone(name: str, shared_experts: set[str]) -> None:
-    bank = Bank(tiny_model(name), [Spec(8)])
+    bank = adapted(tiny_model(name), Spec(8))
     assert names(bank) == ATTENTION | shared_experts | {"gate_up_proj", "down_proj"}
     for matrix, factors in bank.factors.items():
         fused = len(matrix.shape) == 3
-        assert factors.ranks == [8 // 2 if fused else 8]  # 2 experts a token
-        assert factors.lora_A[0].shape == ((4 * 4 if fused else 8), matrix.shape[-1])
+        if matrix.kind != "head":
+            assert bank.specs["run"].rank_of(matrix) == (8 // 2 if fused else 8)  # 2 experts a token
+            assert factors.pairs["run"].a.shape == ((4 * 4 if fused else 8), matrix.shape[-1])
 
 
 def test_experts_in_another_layout_are_refused() -> None:
@@ -151,13 +161,13 @@ def test_experts_in_another_layout_are_refused() -> None:
         num_key_value_heads=1, head_dim=16, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0,
     )  # fmt: skip
     with pytest.raises(RloraError, match=r"GptOssExperts: is_transposed, has_bias.*learner\.targets"):
-        Bank(GptOssForCausalLM(config), [Spec()])
-    assert names(Bank(GptOssForCausalLM(config), [Spec(targets="attention")])) == ATTENTION
+        adapted(GptOssForCausalLM(config), Spec())
+    assert names(adapted(GptOssForCausalLM(config), Spec(targets="attention"))) == ATTENTION
 
 
 def test_a_model_without_linear_layers_is_refused() -> None:
     with pytest.raises(RloraError, match=r"none of the 0 weight matrices .* of Sequential"):
-        Bank(nn.Sequential(nn.Embedding(3, 2)), [Spec()])
+        adapted(nn.Sequential(nn.Embedding(3, 2)), Spec())
 
 
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match")  # PEFT asks modules, not parameters
@@ -165,9 +175,10 @@ def test_a_model_without_linear_layers_is_refused() -> None:
 def test_gradients_equal_those_of_autograd_through_peft(name: str) -> None:
     """Logits and gradients, in fp64, with PEFT's own layers over the same matrices and the same numbers."""
     ours, theirs = tiny_model(name).double(), tiny_model(name).double()
-    bank = filled(ours, Spec(2, 8.0))
-    fused = [matrix for matrix in bank.factors if len(matrix.shape) == 3]
-    modules = [matrix.key for matrix in bank.factors if len(matrix.shape) == 2]
+    bank = filled(ours, run=Spec(2, 8.0))
+    bank.serves.adapter = "run"
+    fused = [matrix for matrix in bank.over("run") if len(matrix.shape) == 3]
+    modules = [matrix.key for matrix in bank.over("run") if len(matrix.shape) == 2]
     config = LoraConfig(
         r=2, lora_alpha=8.0, target_modules=modules,
         target_parameters=[matrix.key for matrix in fused] or None, rank_pattern={matrix.key: 1 for matrix in fused},
@@ -175,7 +186,7 @@ def test_gradients_equal_those_of_autograd_through_peft(name: str) -> None:
     theirs.set_experts_implementation("eager")  # the others have no fp64
     peft = get_peft_model(theirs, config)
     of_peft = {n.replace(".default", ""): p for n, p in peft.named_parameters() if "lora_" in n}
-    ours_by_name = masters(bank, 0)
+    ours_by_name = masters(bank, "run")
     assert of_peft.keys() == ours_by_name.keys()
     for key, parameter in of_peft.items():
         parameter.data = ours_by_name[key].data.double()

@@ -6,15 +6,15 @@ from torch import Tensor
 
 from rlora.core.loss import (
     FAR,
-    clipped,
-    clipped_weight,
     importance,
     kl,
     ratio_of,
-    reinforce,
     sequence_log_ratio,
     value_loss,
 )
+from rlora.core.objectives.cispo import clipped_weight
+from rlora.core.objectives.clip import clipped
+from rlora.core.objectives.reinforce import reinforce
 
 LENGTHS = torch.tensor([2, 1])
 

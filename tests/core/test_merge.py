@@ -3,9 +3,9 @@ import warnings
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import adapted, tiny_model
 
-from rlora.core.lora import Bank, Spec
+from rlora.core.lora import Spec
 from rlora.core.merge import merge
 from rlora.core.peft_format import encode, masters
 from rlora.records import Adapter, RloraError
@@ -16,12 +16,12 @@ IDS = torch.randint(97, (2, 7), generator=torch.Generator().manual_seed(0))
 def trained(name: str, spec: Spec, std: float) -> tuple[Adapter, torch.Tensor]:
     """An adapter whose B has entries of about `std`, and the logits of its policy."""
     model = tiny_model(name)
-    bank = Bank(model, [spec])
-    for key, master in masters(bank, 0).items():
+    bank = adapted(model, spec)
+    for key, master in masters(bank, "run").items():
         if "lora_B" in key:
             master.data.normal_(std=std)
     with torch.no_grad():
-        return Adapter("run", 1, *encode(bank, 0, "base")), model(IDS).logits
+        return Adapter("run", 1, *encode(bank, "run", "base")), model(IDS).logits
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "mixtral", "qwen3_moe"])

@@ -1,18 +1,16 @@
 """Every class of models: one update, its adapter in PEFT, and in the engine where vLLM's CPU build serves it."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY_CONFIGS, lessons, save_words, tiny_model
+from conftest import TINY_CONFIGS, Solo, samples, save_words, tiny_model
 from peft import PeftModel
 
 from rlora.core.batch import Microbatch, microbatches
-from rlora.core.learner import Learner
-from rlora.records import OFF, Adapter, Group, Prompt, RloraError, Sampling
+from rlora.records import Adapter, Group, Prompt, RloraError, Sampling
 from rlora.rollout.task import Task
 from rlora.settings import Config
 from rlora.store import write_adapter
@@ -33,8 +31,8 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return path
 
 
-def updated(base: str, config: Config, groups: list[Group]) -> tuple[Learner, Adapter]:
-    learner = Learner(config, base, "run")
+def updated(base: str, config: Config, groups: list[Group]) -> tuple[Solo, Adapter]:
+    learner = Solo(config, base)
     return learner, learner.update(groups)[0]
 
 
@@ -46,7 +44,8 @@ def test_an_update_loads_in_peft(base: str, config: MakeConfig, groups: list[Gro
     peft = PeftModel.from_pretrained(tiny_model(name), str(path))
     ids = torch.randint(97, (2, 11), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        ours = learner.policy.base(ids).logits
+        with learner.bank.serving(learner.name):
+            ours = learner.policies.base(ids).logits
         assert not torch.allclose(ours, tiny_model(name)(ids).logits, atol=1e-2)
         torch.testing.assert_close(peft(ids).logits, ours, atol=1e-4, rtol=1e-4)
 
@@ -65,10 +64,10 @@ def test_the_engine_gives_the_logprobs_of_an_update(
             sample(base, settings, [adapter], groups)
         return
     (sampled,) = sample(base, settings, [adapter], groups)
-    for batch in microbatches(lessons(sampled), 1000, torch.float32, learner.device):
+    for batch in microbatches(samples(sampled), 1000, torch.float32, learner.device):
         agree(learner, batch)
         with torch.no_grad():
-            of_base = learner.policy.logprobs(replace(batch, adapters=OFF))
+            of_base = learner.policies.logprobs(batch, None)
         assert (of_base - batch.tokens.behaviour_logprobs).abs().mean() > 0.02
 
 
@@ -80,15 +79,15 @@ def test_the_engine_gives_the_logprobs_of_all_weights_trained(
     """Two versions after each other: nothing of the base, or of the version before, is left in the engine."""
     tiny_model(Path(base).name, tie_word_embeddings=True).save_pretrained(base)
     settings = config(model=base, learner={"adapter": "none", "lr": 0.01})
-    learners = [Learner(settings, base, "run") for _ in range(2)]
+    learners = [Solo(settings, base) for _ in range(2)]
     adapters = [learner.update(groups)[0] for learner in learners]
     adapters[1] = learners[1].update(groups)[0]
     for learner, sampled in zip(learners, sample(base, settings, adapters, groups), strict=True):
-        (batch,) = microbatches(lessons(sampled), 1000, torch.float32, learner.device)
+        (batch,) = microbatches(samples(sampled), 1000, torch.float32, learner.device)
         agree(learner, batch)
         other = learners[1 - learners.index(learner)]
         with torch.no_grad():
-            assert (other.policy.logprobs(batch) - batch.tokens.behaviour_logprobs).abs().mean() > 0.02
+            assert (other.logprobs(batch) - batch.tokens.behaviour_logprobs).abs().mean() > 0.02
 
 
 def sample(base: str, settings: Config, adapters: list[Adapter], groups: list[Group]) -> list[list[Group]]:
@@ -102,15 +101,13 @@ def sample(base: str, settings: Config, adapters: list[Adapter], groups: list[Gr
     with cluster.start(settings, task, "run", learn=False) as (_, fleet, _):
         for adapter in adapters:
             fleet.swap(adapter)
-            requests = [fleet.generate(prompt, Sampling(6, 1.0, 4)) for prompt in prompts]
+            requests = [fleet.generate(prompt, Sampling(6, 1.0, 4), "run") for prompt in prompts]
             sampled = [request.group.result() for request in requests]
             assert {episode.version for group in sampled for episode in group.episodes} == {adapter.version}
             found.append([group.with_rewards([0.0, 1.0, 0.0, 1.0]) for group in sampled])
     return found
 
 
-def agree(learner: Learner, batch: Microbatch) -> None:
+def agree(learner: Solo, batch: Microbatch) -> None:
     with torch.no_grad():
-        torch.testing.assert_close(
-            learner.policy.logprobs(batch), batch.tokens.behaviour_logprobs, atol=2e-4, rtol=1e-4
-        )
+        torch.testing.assert_close(learner.logprobs(batch), batch.tokens.behaviour_logprobs, atol=2e-4, rtol=1e-4)

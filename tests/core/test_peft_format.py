@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from conftest import TINY_CONFIGS, tiny_model
+from conftest import TINY_CONFIGS, adapted, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from rlora.core.learner import first_adapter
 from rlora.core.lora import Bank, Spec
-from rlora.core.peft_format import decode, encode, fill, masters, plain, read
+from rlora.core.peft_format import decode, encode, fill, masters
 from rlora.records import Adapter, RloraError
+from rlora.run.start import checked_start, plain, read
 from rlora.settings import LearnerConfig
 from rlora.store import write_adapter
 
@@ -21,9 +21,9 @@ IDS = torch.randint(97, (2, 7), generator=torch.Generator().manual_seed(0))
 
 
 def saved(bank: Bank, directory: Path) -> str:
-    for master in masters(bank, 0).values():
+    for master in masters(bank, "run").values():
         master.data.normal_(std=0.1)
-    return str(write_adapter(Adapter("run", 1, *encode(bank, 0, "base")), directory / "adapter"))
+    return str(write_adapter(Adapter("run", 1, *encode(bank, "run", "base")), directory / "adapter"))
 
 
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match")  # PEFT asks modules, not parameters
@@ -31,7 +31,7 @@ def saved(bank: Bank, directory: Path) -> str:
 @pytest.mark.parametrize("spec", [Spec(), Spec(8, 16.0, rslora=True, targets="mlp")], ids=["rank1", "rslora8"])
 def test_peft_loads_what_we_save(name: str, spec: Spec, tmp_path: Path) -> None:
     model = tiny_model(name)
-    path = saved(Bank(model, [spec]), tmp_path)
+    path = saved(adapted(model, spec), tmp_path)
     peft = PeftModel.from_pretrained(tiny_model(name), path)
     with torch.no_grad():
         plain, ours = tiny_model(name)(IDS).logits, model(IDS).logits
@@ -70,21 +70,21 @@ def test_what_peft_saves_loads_here(name: str, config: dict[str, Any], tmp_path:
         peft.save_pretrained(tmp_path / "peft")
     spec, tensors = decode(*read(tmp_path / "peft"))
     model = tiny_model(name)
-    bank = Bank(model, [spec])
-    fill(bank, 0, tensors)
+    bank = adapted(model, spec)
+    fill(bank, "run", tensors)
     with torch.no_grad():
         torch.testing.assert_close(model(IDS).logits, peft(IDS).logits, atol=1e-4, rtol=1e-4)
-    again_spec, again = decode(*encode(bank, 0, "base"))
+    again_spec, again = decode(*encode(bank, "run", "base"))
     assert again.keys() == tensors.keys()
     assert all(again[key].equal(tensors[key]) for key in tensors)
-    other = Bank(tiny_model(name), [again_spec])
-    fill(other, 0, again)
-    assert [factors.scales for factors in other.factors.values()] == [f.scales for f in bank.factors.values()]
+    other = adapted(tiny_model(name), again_spec)
+    fill(other, "run", again)
+    assert [pair.scale for pair in other.over("run").values()] == [pair.scale for pair in bank.over("run").values()]
 
 
 def test_an_adapter_of_some_layers_names_only_those(tmp_path: Path) -> None:
     names = {"model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"}
-    config, _ = encode(Bank(tiny_model("llama"), [Spec(targets=frozenset(names))]), 0, "base")
+    config, _ = encode(adapted(tiny_model("llama"), Spec(targets=frozenset(names))), "run", "base")
     assert json.loads(config)["target_modules"] == ["down_proj", "model.layers.0.mlp.up_proj"]
 
 
@@ -100,20 +100,20 @@ def test_an_adapter_of_some_layers_names_only_those(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_not_plain_lora_is_refused_by_name(change: dict[str, Any], message: str) -> None:
-    config, weights = encode(Bank(tiny_model("llama"), [Spec()]), 0, "base")
+    config, weights = encode(adapted(tiny_model("llama"), Spec()), "run", "base")
     with pytest.raises(RloraError, match=re.escape(message)):
         decode(json.dumps(json.loads(config) | change).encode(), weights)
 
 
 def test_other_tensors_are_refused_and_change_nothing() -> None:
-    bank = Bank(tiny_model("llama"), [Spec()])
-    before = encode(bank, 0, "base")
-    config, weights = encode(Bank(tiny_model("llama"), [Spec(2)]), 0, "base")
+    bank = adapted(tiny_model("llama"), Spec())
+    before = encode(bank, "run", "base")
+    config, weights = encode(adapted(tiny_model("llama"), Spec(2)), "run", "base")
     with pytest.raises(RloraError, match=r"lora_A\.weight is \[2, \d+\] where this model and rank have \[1, \d+\]"):
-        fill(bank, 0, decode(config, weights)[1])
+        fill(bank, "run", decode(config, weights)[1])
     with pytest.raises(RloraError, match="is nothing where"):
-        fill(bank, 0, {})
-    assert encode(bank, 0, "base") == before
+        fill(bank, "run", {})
+    assert encode(bank, "run", "base") == before
     odd = safetensors.torch.save({"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(1)})
     with pytest.raises(RloraError, match="neither A nor B of a weight matrix: it is LoRA over embeddings"):
         decode(config, odd)
@@ -135,9 +135,9 @@ def saved_by_peft(path: Path, tied: bool = False, whole: bool | str = "auto", si
 
 def start(path: Path, tied: bool = False, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     base = tiny_model("llama", tie_word_embeddings=tied).to(dtype)
-    _, tensors = first_adapter(LearnerConfig(start_from=str(path)), lambda: base)
-    assert tensors is not None
-    return tensors
+    files = checked_start(LearnerConfig(start_from=str(path)), lambda: base)
+    assert files is not None
+    return decode(*files)[1]
 
 
 BOTH = ["lm_head", "embed_tokens"]
@@ -219,7 +219,7 @@ def test_what_else_was_trained_beside_an_adapter_is_named(
     ],
 )
 def test_a_tensor_that_is_neither_a_nor_b_is_told_by_its_kind(name: str, kind: str) -> None:
-    config, _ = encode(Bank(tiny_model("llama"), [Spec()]), 0, "base")
+    config, _ = encode(adapted(tiny_model("llama"), Spec()), "run", "base")
     weights = safetensors.torch.save({f"base_model.model.model.{name}": torch.zeros(2)})
     with pytest.raises(RloraError, match=f"neither A nor B of a weight matrix: it is {kind}"):
         decode(config, weights)

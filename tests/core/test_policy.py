@@ -1,9 +1,8 @@
 import math
-from dataclasses import replace
 
 import pytest
 import torch
-from conftest import lessons, stir
+from conftest import episode, group, samples, stir
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -14,33 +13,48 @@ from transformers import (
 )
 
 from rlora.core import attention
-from rlora.core.batch import Microbatch, idle, microbatches
-from rlora.core.lora import Route, Spec
-from rlora.core.policy import Policy
-from rlora.records import OFF, Group, RloraError
+from rlora.core.batch import Microbatch, Sample, idle, microbatches, sample_of
+from rlora.core.lora import Spec
+from rlora.core.loss import Tokens
+from rlora.core.policy import Policies
+from rlora.records import Group, RloraError
 
 
 def _longest(group: Group) -> int:
     return max(len(episode.completion_ids) for episode in group.episodes)
 
 
-def naive_logprobs(policy: Policy, groups: list[Group], temperature: float) -> torch.Tensor:
+def with_one(base: PreTrainedModel, spec: Spec, checkpointing: bool = False) -> Policies:
+    """A base with the adapter "run", whose B is not 0."""
+    policies = Policies(base, checkpointing)
+    policies.add("run", spec, seed=0)
+    stir(policies.bank)
+    return policies
+
+
+def logits_of(policies: Policies, ids: torch.Tensor, under: str | None = "run") -> torch.Tensor:
+    with policies.bank.serving(under):
+        logits: torch.Tensor = policies.base(ids).logits
+    return logits
+
+
+def naive_logprobs(policy: Policies, groups: list[Group], temperature: float) -> torch.Tensor:
     """Row by row, with no packing and no sharing."""
     rows = []
-    for group in sorted(groups, key=_longest):
-        for episode in group.episodes:
-            if group.informative and episode.completion_ids:
-                ids = torch.tensor([group.prompt.token_ids + episode.completion_ids])
-                logprobs = (policy.base(ids).logits[0] / temperature).log_softmax(-1)
-                start = len(group.prompt.token_ids)
+    for of in sorted(groups, key=_longest):
+        for played in of.episodes:
+            if of.informative and played.completion_ids:
+                ids = torch.tensor([of.prompt.token_ids + played.completion_ids])
+                logprobs = (logits_of(policy, ids)[0] / temperature).log_softmax(-1)
+                start = len(of.prompt.token_ids)
                 rows.append(logprobs[start - 1 : -1].gather(1, ids[0, start:, None])[:, 0])
     return torch.cat(rows)
 
 
-def assert_plain(policy: Policy, batch: Microbatch, groups: list[Group], temperature: float) -> None:
+def assert_plain(policy: Policies, batch: Microbatch, groups: list[Group], temperature: float) -> None:
     """Logprobs and gradients of the packed row are those of its episodes row by row."""
-    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    packed, plain = policy.logprobs(batch, temperature), naive_logprobs(policy, groups, temperature)
+    parameters = list(policy.parameters_of("run").values())
+    packed, plain = policy.logprobs(batch, "run", temperature), naive_logprobs(policy, groups, temperature)
     torch.testing.assert_close(packed, plain, atol=1e-5, rtol=1e-5)
     weights = torch.randn(len(plain))
     packed_gradient = torch.autograd.grad((packed * weights).sum(), parameters)
@@ -50,21 +64,19 @@ def assert_plain(policy: Policy, batch: Microbatch, groups: list[Group], tempera
 
 
 @pytest.fixture
-def policy(tiny_base: PreTrainedModel) -> Policy:
-    policy = Policy(tiny_base, [Spec(2)], seed=0)
-    stir(policy.bank)
-    return policy
+def policy(tiny_base: PreTrainedModel) -> Policies:
+    return with_one(tiny_base, Spec(2))
 
 
 @pytest.fixture
 def batch(groups: list[Group]) -> Microbatch:
-    (batch,) = microbatches(lessons(groups), 100, torch.float32, torch.device("cpu"))
+    (batch,) = microbatches(samples(groups), 100, torch.float32, torch.device("cpu"))
     return batch
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_shared_prompts_give_the_plain_logprobs_and_gradients(
-    policy: Policy, batch: Microbatch, groups: list[Group], temperature: float
+    policy: Policies, batch: Microbatch, groups: list[Group], temperature: float
 ) -> None:
     assert_plain(policy, batch, groups, temperature)
 
@@ -74,10 +86,8 @@ def test_activations_computed_again_give_the_same_gradients(tiny: str, groups: l
         """How many numbers the forward pass keeps, and the gradients."""
         torch.manual_seed(0)
         base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
-        policy = Policy(base, [Spec(2), Spec(1)], 0, checkpointing)
-        stir(policy.bank)
-        owners = [0, 0, 1]  # two adapters in a row: each layer has to remember whose tokens it had
-        (batch,) = microbatches(lessons(groups, owners), 100, torch.float32, torch.device("cpu"))
+        policy = with_one(base, Spec(2), checkpointing)
+        (batch,) = microbatches(samples(groups), 100, torch.float32, torch.device("cpu"))
         kept: list[int] = []
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -85,8 +95,8 @@ def test_activations_computed_again_give_the_same_gradients(tiny: str, groups: l
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            logprobs = policy.logprobs(batch)
-        parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+            logprobs = policy.logprobs(batch, "run")
+        parameters = list(policy.parameters_of("run").values())  # the backward pass has to remember the adapter
         return sum(kept), torch.autograd.grad(logprobs.sum(), parameters)
 
     (all_kept, expected), (few_kept, computed_again) = gradients(False), gradients(True)
@@ -98,68 +108,67 @@ def test_activations_computed_again_give_the_same_gradients(tiny: str, groups: l
 def test_an_adapted_head_gives_the_plain_logprobs_and_gradients(
     tiny_base: PreTrainedModel, batch: Microbatch, groups: list[Group], temperature: float
 ) -> None:
-    policy = Policy(tiny_base, [Spec(2, head=True)], seed=0)
-    stir(policy.bank)
-    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    policy = with_one(tiny_base, Spec(2, head=True))
+    parameters = list(policy.parameters_of("run").values())
     assert len(parameters) == 2 * (2 * 7 + 1)
     assert_plain(policy, batch, groups, temperature)
 
 
 @pytest.mark.parametrize("head", [False, True])
 def test_an_idle_row_reaches_every_layer_and_teaches_nothing(tiny_base: PreTrainedModel, head: bool) -> None:
-    policy = Policy(tiny_base, [Spec(2, head=head)], seed=0)
-    stir(policy.bank)
-    logprobs = policy.logprobs(idle(torch.float32, torch.device("cpu")))
+    policy = with_one(tiny_base, Spec(2, head=head))
+    logprobs = policy.logprobs(idle(torch.float32, torch.device("cpu")), "run")
     assert logprobs.shape == (0,)
     logprobs.sum().backward()
-    gradients = [parameter.grad for parameter in policy.parameters() if parameter.requires_grad]
+    gradients = [parameter.grad for parameter in policy.parameters_of("run").values()]
     assert all(gradient is not None and not gradient.any() for gradient in gradients)
 
 
 def test_a_tied_head_is_refused(tiny_base: PreTrainedModel) -> None:
     tiny_base.get_output_embeddings().weight = tiny_base.get_input_embeddings().weight
     with pytest.raises(RloraError, match=r"learner\.head = true: the output head of LlamaForCausalLM is its embedding"):
-        Policy(tiny_base, [Spec(head=True)], seed=0)
+        with_one(tiny_base, Spec(head=True))
 
 
-@pytest.mark.parametrize("head", [False, True])
-def test_groups_of_several_adapters_share_a_row(tiny_base: PreTrainedModel, groups: list[Group], head: bool) -> None:
-    policy = Policy(tiny_base, [Spec(1, head=head), Spec(3), Spec(2, 8.0, head=head)], seed=0)
-    stir(policy.bank)
-    owners = [2, 1, 0]
-    (batch,) = microbatches(lessons(groups, owners), 100, torch.float32, torch.device("cpu"))
-    together = policy.logprobs(batch)
-    apart = []
-    for index, group in enumerate(groups):
-        for single in microbatches(
-            lessons([group], owners[index : index + 1]), 100, torch.float32, torch.device("cpu")
-        ):
-            apart.append((_longest(group), policy.logprobs(single)))
-    apart.sort(key=lambda each: each[0])
-    torch.testing.assert_close(together, torch.cat([logprobs for _, logprobs in apart]), atol=1e-5, rtol=1e-5)
-    reference = policy.logprobs(replace(batch, adapters=OFF))
-    with policy.bank.serving(Route(OFF)):
-        torch.testing.assert_close(reference, naive_logprobs(policy, groups, 1.0), atol=1e-5, rtol=1e-5)
+def test_targets_are_free(policy: Policies) -> None:
+    """Any place may predict any token, and several: also places of the prompt, and places after all that is read."""
+    prompt, completion = (5, 6, 7), (8, 9, 10)
+    predictors, targets = (0, 1, 1, 3, 5), (20, 30, 31, 40, 50)
+    none = torch.zeros(5)
+    free = Sample(prompt, completion, predictors, targets, Tokens(none, none, none))
+    ordinary = sample_of(prompt, episode([8, 1]))
+    (row,) = microbatches([[free, ordinary]], 100, torch.float32, torch.device("cpu"))
+    logprobs = policy.logprobs(row, "run")
+    expected = logits_of(policy, torch.tensor([[*prompt, *completion]]))[0].log_softmax(-1)[predictors, targets]
+    torch.testing.assert_close(logprobs[:5], expected, atol=1e-5, rtol=1e-5)
+    alone = logits_of(policy, torch.tensor([[*prompt, 8]]))[0].log_softmax(-1)[[2, 3], [8, 1]]
+    torch.testing.assert_close(logprobs[5:], alone, atol=1e-5, rtol=1e-5)
 
 
-def test_prompts_of_one_token_share_nothing_and_work(policy: Policy) -> None:
-    from conftest import episode, group
+def test_without_an_adapter_it_is_the_reference_policy(
+    policy: Policies, batch: Microbatch, groups: list[Group]
+) -> None:
+    reference = policy.logprobs(batch, None)
+    policy.bank.remove("run")
+    torch.testing.assert_close(reference, naive_logprobs(policy, groups, 1.0), atol=1e-5, rtol=1e-5)
 
+
+def test_prompts_of_one_token_share_nothing_and_work(policy: Policies) -> None:
     single = [group([5], episode([6, 7], 1.0), episode([8], 0.0))]
-    (batch,) = microbatches(lessons(single), 100, torch.float32, torch.device("cpu"))
-    torch.testing.assert_close(policy.logprobs(batch), naive_logprobs(policy, single, 1.0), atol=1e-5, rtol=1e-5)
+    (batch,) = microbatches(samples(single), 100, torch.float32, torch.device("cpu"))
+    torch.testing.assert_close(policy.logprobs(batch, "run"), naive_logprobs(policy, single, 1.0), atol=1e-5, rtol=1e-5)
 
 
 def test_a_fresh_adapter_gives_exactly_the_base_logits(tiny_base: PreTrainedModel) -> None:
     ids = torch.randint(97, (3, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = tiny_base(ids).logits
-        policy = Policy(tiny_base, [Spec()], seed=0)
-        assert policy.base(ids).logits.equal(before)
+        policy = Policies(tiny_base)
+        policy.add("run", Spec(), seed=0)
+        assert logits_of(policy, ids).equal(before)
         stir(policy.bank)
-        assert not policy.base(ids).logits.equal(before)
-        with policy.bank.serving(Route(OFF)):
-            assert policy.base(ids).logits.equal(before)
+        assert not logits_of(policy, ids).equal(before)
+        assert logits_of(policy, ids, None).equal(before)
 
 
 def test_a_base_that_caps_its_logits_is_refused() -> None:
@@ -168,7 +177,7 @@ def test_a_base_that_caps_its_logits_is_refused() -> None:
         num_key_value_heads=1, head_dim=8, final_logit_softcapping=1.0, pad_token_id=0, initializer_range=0.5,
     )  # fmt: skip
     with pytest.raises(RloraError, match="Gemma2ForCausalLM does more with its logits"):
-        Policy(Gemma2ForCausalLM(config), [Spec()], 0)
+        Policies(Gemma2ForCausalLM(config))
 
 
 def test_a_context_longer_than_the_attention_window_is_refused(batch: Microbatch) -> None:
@@ -176,10 +185,10 @@ def test_a_context_longer_than_the_attention_window_is_refused(batch: Microbatch
         vocab_size=97, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, head_dim=8, sliding_window=7,
     )  # fmt: skip
-    assert Policy(MistralForCausalLM(config), [Spec()], 0).logprobs(batch).isfinite().all()  # 5 + 2 tokens
+    assert Policies(MistralForCausalLM(config)).logprobs(batch, None).isfinite().all()  # 5 + 2 tokens
     config.sliding_window = 6
     with pytest.raises(RloraError, match="attention sees 6 tokens, and a prompt and completion have 7"):
-        Policy(MistralForCausalLM(config), [Spec()], 0).logprobs(batch)
+        Policies(MistralForCausalLM(config)).logprobs(batch, None)
 
 
 @pytest.mark.parametrize("held", [2**20, 40, 1])

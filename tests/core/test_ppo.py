@@ -6,52 +6,51 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import episode, group, lessons, stir
+from conftest import Solo, episode, group, samples, stir
 from transformers import AutoModelForCausalLM
 
 from rlora.core.advantage import generalised
-from rlora.core.batch import Microbatch, lesson, microbatches
-from rlora.core.learner import Learner
-from rlora.core.lora import Route
-from rlora.core.policy import CRITIC
-from rlora.records import OFF, Group
+from rlora.core.batch import Microbatch, microbatches, sample_of
+from rlora.core.update import _samples
+from rlora.records import Group
 from rlora.settings import Config
 
 MakeConfig = Callable[..., Config]
 
 
 @pytest.fixture
-def make(tiny: str, config: MakeConfig) -> Callable[..., Learner]:
-    def of(**algorithm: Any) -> Learner:
+def make(tiny: str, config: MakeConfig) -> Callable[..., Solo]:
+    def of(**algorithm: Any) -> Solo:
         settings = {"learner": {"rank": 2, "lr": 0.01}, "critic": {"lr": 1e-3}, "prompts_per_step": 4}
-        return Learner(config(**settings, algorithm=algorithm), tiny, "run")
+        return Solo(config(**settings, algorithm=algorithm), tiny)
 
     return of
 
 
-def params(learner: Learner, critic: bool) -> torch.Tensor:
-    return torch.cat([weight.detach().flatten() for weight in learner.policy.trained()[critic]])
+def params(learner: Solo, critic: bool) -> torch.Tensor:
+    of = learner.policies.parameters_of("run/critic" if critic else "run")
+    return torch.cat([weight.detach().flatten() for weight in of.values()])
 
 
-def passes_of(learner: Learner, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Grows with each pass over the base, by the adapter of all its tokens."""
+def passes_of(learner: Solo, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Grows with each pass over the base, by the adapter that it is under."""
     passes: list[Any] = []
-    hidden = learner.policy._hidden
+    hidden = learner.policies._hidden
 
-    def counted(batch: Microbatch) -> torch.Tensor:
-        passes.append("both" if isinstance(batch.adapters, torch.Tensor) else batch.adapters)
-        return hidden(batch)
+    def counted(row: Microbatch, under: str | None) -> torch.Tensor:
+        passes.append(under)
+        return hidden(row, under)
 
-    monkeypatch.setattr(learner.policy, "_hidden", counted)
+    monkeypatch.setattr(learner.policies, "_hidden", counted)
     return passes
 
 
-def test_the_critic_is_a_second_adapter_and_both_learn(make: Callable[..., Learner], groups: list[Group]) -> None:
+def test_the_critic_is_a_second_adapter_and_both_learn(make: Callable[..., Solo], groups: list[Group]) -> None:
     learner = make(name="ppo", minibatches=2)
-    assert len(learner.policy.bank.specs) == 2
+    assert len(learner.bank.specs) == 2
     one_base = AutoModelForCausalLM.from_pretrained(learner.base).state_dict()
-    frozen = {name: weight for name, weight in learner.policy.named_parameters() if not weight.requires_grad}
-    assert sum(weight.numel() for weight in frozen.values()) <= sum(weight.numel() for weight in one_base.values())
+    frozen = list(learner.policies.base.parameters())
+    assert sum(weight.numel() for weight in frozen) <= sum(weight.numel() for weight in one_base.values())
     before = [params(learner, critic) for critic in (False, True)]
     first = learner.update(groups)[1]
     assert (first.minibatches, first.explained_variance) == (2, pytest.approx(0.0, abs=1e-6))  # V is 0 at the start
@@ -67,7 +66,7 @@ def test_the_critic_is_a_second_adapter_and_both_learn(make: Callable[..., Learn
 
 def test_the_critic_learns_alone_while_it_warms_up(tiny: str, config: MakeConfig, groups: list[Group]) -> None:
     warming = config(learner={"lr": 0.01}, algorithm={"name": "ppo", "minibatches": 1}, critic={"warmup": 1})
-    learner = Learner(warming, tiny, "run")
+    learner = Solo(warming, tiny)
     fresh = learner.adapter().weights
     _, stats = learner.update(groups)
     assert stats.lr == 0.0
@@ -77,35 +76,31 @@ def test_the_critic_learns_alone_while_it_warms_up(tiny: str, config: MakeConfig
     assert learner.adapter().weights != fresh
 
 
-def test_what_the_critic_says_is_its_head_over_its_adapter(make: Callable[..., Learner]) -> None:
+def test_what_the_critic_says_is_its_head_over_its_adapter(make: Callable[..., Solo]) -> None:
     learner = make(name="ppo")
-    stir(learner.policy.bank)
-    assert learner.policy.value_head is not None
-    learner.policy.value_head.weight.data.normal_()
+    stir(learner.bank)
+    head = learner.policies.value_heads["run/critic"]
+    head.weight.data.normal_()
     cut = replace(episode([8, 9, 10]), finish_reason="length")
-    by_both = [[lesson([5, 6], cut)], [replace(lesson([5, 6], cut), adapter=CRITIC, ends=True)]]
-    (row,) = microbatches(by_both, 100, torch.float32, torch.device("cpu"))
-    (of_policy, its), (of_critic, hidden_of_critic) = learner.policy.read(row)
-    assert (of_policy.adapters, of_critic.adapters) == (0, CRITIC)
-    values, logprobs = learner.policy.values_of(hidden_of_critic), learner.policy.logprobs_of(its, of_policy)
-
-    with learner.policy.bank.serving(Route(1)):
-        hidden = learner.policy.body(torch.tensor([[5, 6, 8, 9, 10]])).last_hidden_state[0]
-    torch.testing.assert_close(values, learner.policy.value_head(hidden)[1:, 0], atol=1e-5, rtol=1e-5)
-    (alone,) = microbatches([[lesson([5, 6], cut)]], 100, torch.float32, torch.device("cpu"))
-    torch.testing.assert_close(logprobs, learner.policy.logprobs(alone), atol=1e-5, rtol=1e-5)
+    sample = sample_of([5, 6], cut)
+    said, to_the_end = (learner.learner.forward("run/critic", [[each]])[0][0] for each in (sample, sample.to_the_end()))
+    with learner.bank.serving("run/critic"), torch.no_grad():
+        hidden = learner.policies.body(torch.tensor([[5, 6, 8, 9, 10]])).last_hidden_state[0]
+        torch.testing.assert_close(to_the_end, head(hidden)[1:, 0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(said, to_the_end[:3], atol=1e-5, rtol=1e-5)
 
 
-def test_an_update_sees_gae_of_its_own_values(make: Callable[..., Learner], groups: list[Group]) -> None:
+def test_an_update_sees_gae_of_its_own_values(make: Callable[..., Solo], groups: list[Group]) -> None:
     learner = make(name="ppo", minibatches=1, gamma=0.9, lam=0.8)
     for _ in range(3):
         learner.update(groups)
-    of_groups, _ = learner._lessons(groups)
+    of_groups, _ = _samples(learner.learner, learner.held, groups)
     flat = [each.tokens for of in of_groups for each in of]
     for each in (each for of in of_groups for each in of):
         assert each.tokens.values is not None
         assert each.tokens.returns is not None
         rewards = torch.zeros(len(each.tokens.values))
+        assert each.episode is not None
         rewards[-1] = float(each.episode.reward or 0.0)
         raw = generalised(rewards, each.tokens.values, 0.0, 0.9, 0.8)
         torch.testing.assert_close(each.tokens.returns, raw + each.tokens.values)
@@ -115,22 +110,24 @@ def test_an_update_sees_gae_of_its_own_values(make: Callable[..., Learner], grou
 
 
 def test_kl_to_the_reference_takes_one_more_pass_and_no_second_model(
-    make: Callable[..., Learner], groups: list[Group], monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., Solo], groups: list[Group], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     learner = make(name="grpo", kl=0.05)
     passes = passes_of(learner, monkeypatch)
     assert learner.update(groups)[1].kl_reference == pytest.approx(0.0, abs=1e-6)  # B = 0
-    assert passes == [OFF, 0, 0]  # the last one is the canary's
+    assert passes == [None, "run", "run"]  # the last one is the canary's
     assert (learner.update(groups)[1].kl_reference or 0.0) > 0
 
 
-def test_a_strong_kl_keeps_the_policy_at_the_base(make: Callable[..., Learner], groups: list[Group]) -> None:
+def test_a_strong_kl_keeps_the_policy_at_the_base(make: Callable[..., Solo], groups: list[Group]) -> None:
     def moved(kl: float) -> float:
         learner = make(name="grpo", kl=kl)
         for _ in range(15):
             stats = learner.update(groups)[1]
         if not kl:
-            learner.config = replace(learner.config, algorithm=replace(learner.config.algorithm, kl=1e-9))
+            state, algorithm = learner.state(), replace(learner.config.algorithm, kl=1e-9)
+            learner.config = replace(learner.config, algorithm=algorithm)
+            learner.resume(state)
             stats = learner.update(groups)[1]
         return stats.kl_reference or 0.0
 
@@ -138,7 +135,7 @@ def test_a_strong_kl_keeps_the_policy_at_the_base(make: Callable[..., Learner], 
 
 
 def test_minibatches_are_steps_of_their_own_and_stop_where_the_policy_has_moved_too_far(
-    make: Callable[..., Learner], groups: list[Group]
+    make: Callable[..., Solo], groups: list[Group]
 ) -> None:
     in_turn = make(name="grpo", epochs=2, minibatches=3)
     assert in_turn.update(groups)[1].minibatches == 4  # the rewards of one of the three groups agree
@@ -154,31 +151,33 @@ def test_minibatches_are_steps_of_their_own_and_stop_where_the_policy_has_moved_
 
 
 def test_one_epoch_of_one_minibatch_needs_no_pass_before(
-    make: Callable[..., Learner], groups: list[Group], monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., Solo], groups: list[Group], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     learner = make(name="grpo")
     passes = passes_of(learner, monkeypatch)
     learner.update(groups)
-    assert passes == [0, 0]  # and the canary
+    assert passes == ["run", "run"]  # and the canary
 
 
-def test_actor_and_critic_share_each_pass(
-    make: Callable[..., Learner], groups: list[Group], monkeypatch: pytest.MonkeyPatch
+def test_each_pass_is_under_one_adapter(
+    make: Callable[..., Solo], groups: list[Group], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     learner = make(name="ppo", minibatches=2, kl=0.1)
     passes = passes_of(learner, monkeypatch)
     learner.update(groups)
-    assert passes == [OFF, "both", OFF, "both", "both", "both", 0]
+    before = [None, "run", "run/critic"]  # of a minibatch
+    assert passes == [*before, *before, *["run", "run/critic"] * 2, "run"]
 
 
-def test_entropy_bonus_flattens(make: Callable[..., Learner], groups: list[Group]) -> None:
+def test_entropy_bonus_flattens(make: Callable[..., Solo], groups: list[Group]) -> None:
     flat = [group(list(g.prompt.token_ids), *(replace(e, reward=0.0) for e in g.episodes)) for g in groups]
 
-    def entropy(learner: Learner) -> float:
-        (row,) = microbatches(lessons(groups), 100, torch.float32, torch.device("cpu"))
+    def entropy(learner: Solo) -> float:
+        (row,) = microbatches(samples(groups), 100, torch.float32, torch.device("cpu"))
         with torch.no_grad():
-            ((part, hidden),) = learner.policy.read(row)
-            return float(learner.policy.logprobs_and_entropies_of(hidden, part)[1].mean())
+            entropies = learner.policies.outputs(row, "run", entropies=True).entropies
+            assert entropies is not None
+            return float(entropies.mean())
 
     learner = make(entropy=1.0)
     before = entropy(learner)
@@ -187,7 +186,7 @@ def test_entropy_bonus_flattens(make: Callable[..., Learner], groups: list[Group
     assert entropy(learner) > before + 0.1
 
 
-def test_a_run_with_a_critic_resumes_bit_for_bit(make: Callable[..., Learner], groups: list[Group]) -> None:
+def test_a_run_with_a_critic_resumes_bit_for_bit(make: Callable[..., Solo], groups: list[Group]) -> None:
     learner, other = make(name="ppo"), make(name="ppo")
     learner.update(groups)
     other.resume(learner.state())

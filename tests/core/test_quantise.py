@@ -6,15 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import stir
+from conftest import Solo, adapted, stir
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from rlora.core.learner import Learner
-from rlora.core.lora import Bank, LoRALinear, Route, Spec
+from rlora.core.lora import LoRALinear, Spec
 from rlora.core.peft_format import masters
 from rlora.model.base import load_quantised
-from rlora.records import OFF, Group, RloraError
+from rlora.records import Group, RloraError
 from rlora.settings import Config
 
 MakeConfig = Callable[..., Config]
@@ -36,7 +35,7 @@ def saved(path: Path, intermediate_size: int = 128) -> str:
 @pytest.mark.parametrize("form", FORMS)
 def test_without_bitsandbytes_the_error_says_what_to_install(form: str, config: MakeConfig, tmp_path: Path) -> None:
     with pytest.raises(RloraError, match=rf"learner\.quantise = '{form}': bitsandbytes .*rlora\[quantise\]"):
-        Learner(config(learner={"quantise": form}), saved(tmp_path), "run")
+        Solo(config(learner={"quantise": form}), saved(tmp_path))
 
 
 @NEEDS_IT
@@ -49,12 +48,12 @@ def test_the_bank_gives_the_logits_and_gradients_of_peft(form: str, tmp_path: Pa
         full = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(ids).logits
         of_base = ours(ids).logits
     assert 1e-4 < (of_base - full).norm() / full.norm() < 0.3  # quantised, and still the model
-    bank = Bank(ours, [Spec(2, 8.0)])
+    bank = adapted(ours, Spec(2, 8.0))
     stir(bank)
     assert all(isinstance(ours.get_submodule(matrix.place), LoRALinear) for matrix in bank.factors)
-    peft = get_peft_model(theirs, LoraConfig(r=2, lora_alpha=8.0, target_modules=[m.key for m in bank.factors]))
+    peft = get_peft_model(theirs, LoraConfig(r=2, lora_alpha=8.0, target_modules=[m.key for m in bank.over("run")]))
     of_peft = {name.replace(".default", ""): p for name, p in peft.named_parameters() if "lora_" in name}
-    ours_by_name = masters(bank, 0)
+    ours_by_name = masters(bank, "run")
     assert of_peft.keys() == ours_by_name.keys()
     for key, parameter in of_peft.items():
         parameter.data = ours_by_name[key].data.clone()
@@ -65,12 +64,8 @@ def test_the_bank_gives_the_logits_and_gradients_of_peft(form: str, tmp_path: Pa
         each.log_softmax(-1)[..., 5].sum().backward()
     for key, parameter in of_peft.items():
         torch.testing.assert_close(ours_by_name[key].grad, parameter.grad, atol=1e-5, rtol=1e-5)
-    with torch.no_grad(), bank.serving(Route(OFF)):
+    with torch.no_grad(), bank.serving(None):
         assert ours(ids).logits.equal(of_base)
-    mixed = torch.tensor([[0], [OFF]]).expand(2, 7)
-    with torch.no_grad(), bank.serving(Route(mixed)):
-        together = ours(ids).logits
-    torch.testing.assert_close(together, torch.stack([logits[0], of_base[1]]), atol=1e-5, rtol=1e-5)
 
 
 @NEEDS_IT
@@ -79,17 +74,17 @@ def test_the_bank_gives_the_logits_and_gradients_of_peft(form: str, tmp_path: Pa
 def test_an_update_trains_every_matrix(
     form: str, dtype: str, config: MakeConfig, groups: list[Group], tmp_path: Path
 ) -> None:
-    learner = Learner(config(dtype=dtype, learner={"quantise": form, "checkpointing": True}), saved(tmp_path), "run")
-    before = [parameter.detach().clone() for parameter in learner.optimizer.masters]
+    learner = Solo(config(dtype=dtype, learner={"quantise": form, "checkpointing": True}), saved(tmp_path))
+    before = [parameter.detach().clone() for parameter in learner.held.optimizer.masters.values()]
     for _ in range(2):  # A has a gradient once B is not 0
         adapter, stats = learner.update(groups)
-    assert (adapter.version, stats.tokens) == (2, 8)
+    assert (adapter.number, stats.tokens) == (2, 8)
     assert not stats.skipped_in_a_row
-    assert all(not now.equal(then) for now, then in zip(learner.optimizer.masters, before, strict=True))
+    assert all(not now.equal(then) for now, then in zip(learner.held.optimizer.masters.values(), before, strict=True))
 
 
 @NEEDS_IT
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a fault of the CPU kernel")
 def test_widths_that_are_read_back_wrongly_are_refused(config: MakeConfig, tmp_path: Path) -> None:
     with pytest.raises(RloraError, match=r"down_proj has 96 input features.*multiple of 64"):
-        Learner(config(learner={"quantise": "nf4"}), saved(tmp_path, intermediate_size=96), "run")
+        Solo(config(learner={"quantise": "nf4"}), saved(tmp_path, intermediate_size=96))

@@ -19,7 +19,7 @@ def test_each_row_gets_its_own_adapter_or_none(
 ) -> None:
     from vllm.lora.layers import LoRAMapping
 
-    from rlora.engine.cpu.patches import ThinProducts, lay_out
+    from rlora.engine.cpu.patches import ThinProducts, lay_out, tell_rank
 
     torch.manual_seed(0)
     d_in = 5
@@ -27,16 +27,23 @@ def test_each_row_gets_its_own_adapter_or_none(
         lora_a_stacked=tuple(torch.zeros(2, 1, rank, d_in, dtype=dtype) for _ in widths),
         lora_b_stacked=tuple(torch.zeros(2, 1, width, rank, dtype=dtype) for width in widths),
     )
-    lay_out(SimpleNamespace(lora_manager=SimpleNamespace(modules={"qkv_proj": layer})))
+    model = SimpleNamespace(lora_manager=SimpleNamespace(modules={"qkv_proj": layer}, lora_index_to_id=[7, 9]))
+    lay_out(model)
     for part in (*layer.lora_a_stacked, *layer.lora_b_stacked):
         part[0].normal_(), part[1].normal_()  # as vLLM writes them: into one slot of one part
+    tell_rank(model, 9, 1)
+    for a, b in zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True):
+        a[1, 0, 1:], b[1, 0, :, 1:] = torch.nan, torch.nan  # what is beyond an adapter's own rank is not read
     x, y = torch.randn(4, d_in).to(dtype), torch.randn(4, sum(widths)).to(dtype)
     expected = y.double()
     for row, adapter in enumerate(ids):
         if adapter:
             slot = SLOT_OF[adapter]
             parts = zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True)
-            expected[row] += torch.cat([b[slot, 0].double() @ a[slot, 0].double() @ x[row].double() for a, b in parts])
+            own = rank if adapter == 7 else 1
+            expected[row] += torch.cat(
+                [b[slot, 0, :, :own].double() @ a[slot, 0, :own].double() @ x[row].double() for a, b in parts]
+            )
     products = ThinProducts(16, 4, torch.device("cpu"))
     products.update_metadata(LoRAMapping(ids, ids, is_prefill=True), [7, 9], 3, 100)
     got = y.clone()

@@ -10,15 +10,14 @@ import pytest
 import ray
 import safetensors.torch
 import torch
-from conftest import lessons, marked
+from conftest import Solo, marked, samples
 
 from rlora import cluster
 from rlora.core.batch import microbatches
-from rlora.core.learner import Learner
 from rlora.core.peft_format import fill
 from rlora.machine import adapter_directory
 from rlora.model.base import load_base
-from rlora.records import Adapter, Group, NotLoadedError, Prompt, Sampling
+from rlora.records import Adapter, Group, NotLoadedError, Prompt, Sampling, Version
 from rlora.rollout.task import Task, load_task
 from rlora.settings import Config
 
@@ -40,7 +39,7 @@ def setup(request: pytest.FixtureRequest) -> Iterator[Setup]:
     make: Callable[..., Config] = request.getfixturevalue("config")
     config = make(dtype=request.param, sampling={"temperature": 0.8, "max_tokens": 16, "max_prompt_tokens": 48})
     task = load_task(config)
-    fresh = Learner(config, task.base, "run").adapter()
+    fresh = Solo(config, task.base).adapter()
     with cluster.start(config, task, "run", learn=False) as (_, fleet, _):
         yield Setup(config, task, fleet.engines[0], fresh, perturbed(fresh))
 
@@ -49,7 +48,7 @@ def load(setup: Setup, adapter: Adapter) -> None:
     setup.engine.load(adapter).result()
 
 
-def sample(setup: Setup, prompts: Sequence[Prompt], sampling: Sampling, version: int) -> list[Group]:
+def sample(setup: Setup, prompts: Sequence[Prompt], sampling: Sampling, version: Version) -> list[Group]:
     sampled = [setup.engine.generate(prompt, sampling, version) for prompt in prompts]
     return [each.result() for each in sampled]
 
@@ -62,17 +61,17 @@ def perturbed(adapter: Adapter, std: float = 2e-3) -> Adapter:
         if "lora_B" in name:
             tensor.normal_(std=std, generator=generator)
     weights = safetensors.torch.save(tensors, {"format": "pt"})
-    return replace(adapter, version=adapter.version + 1, weights=weights, canary=None)  # no learner made it
+    return replace(adapter, number=adapter.number + 1, weights=weights, canary=None)  # no learner made it
 
 
 def difference(setup: Setup, adapter: Adapter, groups: Sequence[Group]) -> float:
     """Mean absolute difference of the engine's logprobs and those of the learner's policy under `adapter`."""
-    learner = Learner(setup.config, setup.task.base, "run")
-    fill(learner.policy.bank, 0, safetensors.torch.load(adapter.weights))
+    learner = Solo(setup.config, setup.task.base)
+    fill(learner.bank, "run", safetensors.torch.load(adapter.weights))
     with torch.no_grad():
         differences = [
-            (learner.policy.logprobs(batch, setup.config.sampling.temperature) - batch.tokens.behaviour_logprobs).abs()
-            for batch in microbatches(lessons(marked(groups)), 1000, learner.policy.base.dtype, learner.device)
+            (learner.logprobs(batch, setup.config.sampling.temperature) - batch.tokens.behaviour_logprobs).abs()
+            for batch in microbatches(samples(marked(groups)), 1000, learner.policies.base.dtype, learner.device)
         ]
     return torch.cat(differences).mean().item()
 
@@ -84,8 +83,8 @@ def base_noise(setup: Setup) -> float:
     """
     prompts = setup.task.prompts[:8]
     greedy = Sampling(max_tokens=16, temperature=0.0)
-    together = sample(setup, prompts, greedy, 0)
-    alone = [sample(setup, [prompt], greedy, 0)[0] for prompt in prompts]
+    together = sample(setup, prompts, greedy, setup.fresh.version)
+    alone = [sample(setup, [prompt], greedy, setup.fresh.version)[0] for prompt in prompts]
     pairs = [
         (one, other)
         for a, b in zip(together, alone, strict=True)
@@ -116,31 +115,31 @@ def test_the_comparison_can_tell_two_versions_apart(setup: Setup) -> None:
     # in 16 bit rounding hides versions as close as `setup.trained`: their ratio wavers between 1.3 and 2.1
     clear, trained = (10, setup.trained) if setup.config.dtype == "float32" else (2, perturbed(setup.fresh, std=5e-3))
     load(setup, trained)
-    groups = sample(setup, setup.task.prompts[:8], SAMPLING, 1)
+    groups = sample(setup, setup.task.prompts[:8], SAMPLING, trained.version)
     assert difference(setup, setup.fresh, groups) > clear * difference(setup, trained, groups)
 
 
 def test_a_swap_changes_what_is_sampled_and_the_old_version_is_gone(setup: Setup) -> None:
     greedy = Sampling(max_tokens=16, temperature=0.0)
     load(setup, setup.fresh)
-    before = sample(setup, setup.task.prompts[:8], greedy, 0)
+    before = sample(setup, setup.task.prompts[:8], greedy, setup.fresh.version)
     far = perturbed(setup.fresh, std=2e-2)  # in 16 bit, `setup.trained` may leave every greedy token as it was
     load(setup, far)
-    after = sample(setup, setup.task.prompts[:8], greedy, 1)
+    after = sample(setup, setup.task.prompts[:8], greedy, far.version)
     assert [g.episodes[0].completion_ids for g in before] != [g.episodes[0].completion_ids for g in after]
-    assert {episode.version for group in after for episode in group.episodes} == {1}
-    assert setup.engine.versions().result() == [1]
+    assert {episode.version for group in after for episode in group.episodes} == {far.version}
+    assert setup.engine.versions().result() == [far.version]
     assert len(setup.engine.loaded().result()) == 1  # asked of vLLM itself
     _, pid = ray.get(setup.engine.placed)
     assert [path.name for path in adapter_directory(pid).iterdir()] == [far.name]
-    with pytest.raises(NotLoadedError, match=r"version = 0: not loaded here \(loaded: \[1\]\)"):
-        sample(setup, setup.task.prompts[:1], greedy, 0)
+    with pytest.raises(NotLoadedError, match=rf"version {setup.fresh.name}: not loaded here \(loaded: {far.name}\)"):
+        sample(setup, setup.task.prompts[:1], greedy, setup.fresh.version)
 
 
 def test_version_0_is_the_base(setup: Setup) -> None:
     """Greedy tokens of B = 0 through the engine are those of the base in transformers, wherever they are not a tie."""
     load(setup, setup.fresh)
-    groups = sample(setup, setup.task.prompts[:8], Sampling(max_tokens=16, temperature=0.0), 0)
+    groups = sample(setup, setup.task.prompts[:8], Sampling(max_tokens=16, temperature=0.0), setup.fresh.version)
     base = load_base(setup.task.base, torch.float32)
     same = total = 0
     with torch.no_grad():
@@ -154,7 +153,7 @@ def test_version_0_is_the_base(setup: Setup) -> None:
 
 def test_a_completion_ends_at_its_end_token_or_its_length(setup: Setup) -> None:
     load(setup, setup.fresh)
-    groups = sample(setup, setup.task.prompts[:8], SAMPLING, 0)
+    groups = sample(setup, setup.task.prompts[:8], SAMPLING, setup.fresh.version)
     reasons = set()
     for episode in (episode for group in groups for episode in group.episodes):
         reasons.add(episode.finish_reason)

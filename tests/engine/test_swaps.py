@@ -9,10 +9,9 @@ import pytest
 import ray
 import safetensors.torch
 import torch
-from conftest import save_words, tiny_model
+from conftest import Solo, save_words, tiny_model
 
 from rlora import cluster
-from rlora.core.learner import Learner
 from rlora.machine import adapter_directory, ram_directory
 from rlora.records import Prompt, Sampling
 from rlora.rollout.task import load_task
@@ -52,7 +51,7 @@ def test_swaps_leave_nothing_behind(config: Callable[..., Config], tmp_path: Pat
     save_words(base)
     small = config(sampling={"max_tokens": 8, "max_prompt_tokens": 40}, learner={"rank": 8})
     task = replace(load_task(small), base=base)
-    learner = Learner(small, base, "run")
+    learner = Solo(small, base)
     prompts = [Prompt("", token_ids=tuple(range(start, start + 5))) for start in (5, 17, 40)]
     memory, shm = [], []
     with cluster.start(small, task, "run", learn=False) as (_, fleet, _):
@@ -61,11 +60,12 @@ def test_swaps_leave_nothing_behind(config: Callable[..., Config], tmp_path: Pat
         adapter = learner.adapter()
         fleet.swap(adapter)
         for number, state in enumerate(states(learner.state())):
-            sampled = [fleet.generate(prompt, Sampling(4, 1.0, 2)) for prompt in prompts]  # and the version's canary
+            # and the version's canary
+            sampled = [fleet.generate(prompt, Sampling(4, 1.0, 2), "run") for prompt in prompts]
             for request in sampled:
                 (version,) = {episode.version for episode in request.group.result(60).episodes}
                 assert version == adapter.version
-            assert engine.stats().result().canary < 1e-4
+            assert engine.stats().result().canaries["run"] < 1e-4
             memory.append(anonymous_mib(pid))
             shm.append(in_ram(pid))
             if number == count:
@@ -73,8 +73,8 @@ def test_swaps_leave_nothing_behind(config: Callable[..., Config], tmp_path: Pat
             adapter = learner.resume(state)
             proofs = fleet.swap(adapter)
             assert [proof.digest for proof in proofs] == [adapter.digest]
-        assert adapter.version == count
-        assert engine.versions().result() == [count]
+        assert adapter.number == count
+        assert engine.versions().result() == [adapter.version]
         assert len(engine.loaded().result()) == 1
         assert [path.name for path in adapter_directory(pid).iterdir()] == [adapter.name]
     early, late = (sorted(part)[len(part) // 2] for part in (memory[count // 4 : count // 2], memory[-count // 4 :]))

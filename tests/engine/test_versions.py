@@ -8,16 +8,15 @@ import pytest
 import ray
 import safetensors.torch
 import torch
-from conftest import ROOT, lessons, marked
+from conftest import ROOT, Solo, marked, samples
 
 from rlora import cluster
 from rlora.config import validate
 from rlora.core.batch import microbatches
-from rlora.core.learner import Learner
 from rlora.core.peft_format import fill
 from rlora.machine import adapter_directory
 from rlora.model.base import DEMO
-from rlora.records import OFF, Adapter, DeliveryError, Group, NotLoadedError, Sampling, StaleError
+from rlora.records import BASE, OFF, Adapter, DeliveryError, Group, NotLoadedError, Sampling, StaleError, Version
 from rlora.rollout.task import Task, load_task
 
 pytestmark = pytest.mark.vllm
@@ -31,20 +30,23 @@ KINDS = (  # of faulty_engine.py
 class Line:
     """A learner's versions 0 to 4 of one run, and an engine that can be made to fail."""
 
-    learner: Learner
+    learner: Solo
     task: Task
     engine: Any  # a FaultyEngine, in its actor
     versions: list[Adapter]
 
-    def logprobs(self, version: int, groups: Sequence[Group]) -> torch.Tensor:
-        """What the learner says of the groups' tokens under `version`; `OFF` is the base."""
-        bank = self.learner.policy.bank
-        if version != OFF:
-            fill(bank, 0, safetensors.torch.load(self.versions[version].weights))
-        batches = list(microbatches(lessons(marked(groups)), 1000, torch.float32, self.learner.device))
+    def version(self, number: int) -> Version:
+        """`OFF` is the base."""
+        return BASE.version if number == OFF else self.versions[number].version
+
+    def logprobs(self, number: int, groups: Sequence[Group]) -> torch.Tensor:
+        """What the learner says of the groups' tokens under that version; `OFF` is the base."""
+        if number != OFF:
+            fill(self.learner.bank, "run", safetensors.torch.load(self.versions[number].weights))
+        batches = list(microbatches(samples(marked(groups)), 1000, torch.float32, self.learner.device))
         with torch.no_grad():
-            rows = [replace(batch, adapters=OFF) if version == OFF else batch for batch in batches]
-            ours = [self.learner.policy.logprobs(row) for row in rows]
+            under = None if number == OFF else "run"
+            ours = [self.learner.policies.logprobs(row, under) for row in batches]
         return torch.cat(
             [own - batch.tokens.behaviour_logprobs for own, batch in zip(ours, batches, strict=True)]
         ).abs()
@@ -61,7 +63,7 @@ def line() -> Iterator[Line]:
         }
     )  # fmt: skip
     task = load_task(replace(config, reward="rlora.rewards.integer:integer_answer"))
-    learner = Learner(config, task.base, "run")
+    learner = Solo(config, task.base)
     versions = [learner.adapter()]
     faulty = f"{ROOT / 'tests' / 'faulty_engine.py'}:FaultyEngine"
     with pytest.MonkeyPatch.context() as patch:
@@ -69,7 +71,7 @@ def line() -> Iterator[Line]:
         with cluster.start(config, task, "run", learn=False) as (_, fleet, _):
             (engine,) = fleet.engines
             engine.load(versions[0]).result()
-            asked = [engine.generate(prompt, Sampling(24, 1.0, 4), 0) for prompt in task.prompts[:8]]
+            asked = [engine.generate(prompt, Sampling(24, 1.0, 4), versions[0].version) for prompt in task.prompts[:8]]
             groups = marked([each.result() for each in asked])
             versions += [learner.update(groups)[0] for _ in range(4)]
             yield Line(learner, task, engine, versions)
@@ -79,35 +81,35 @@ def test_versions_in_flight_at_once_each_match_their_own_learner(line: Line) -> 
     """64 requests on three versions and the base, versions loaded while others are in flight (vllm#47724)."""
     sampling = Sampling(max_tokens=24, group_size=2)
     asked: dict[int, list[Any]] = {}
-    for turn, version in enumerate((OFF, 0, 1, 2)):
-        if version >= 0:
-            line.engine.load(line.versions[version]).result()
+    for turn, number in enumerate((OFF, 0, 1, 2)):
+        if number >= 0:
+            line.engine.load(line.versions[number]).result()
         prompts = line.task.prompts[turn * 8 : turn * 8 + 8]
-        asked[version] = [line.engine.generate(prompt, sampling, version) for prompt in prompts]
+        asked[number] = [line.engine.generate(prompt, sampling, line.version(number)) for prompt in prompts]
     for of_version in asked.values():
         assert not all(each.done() for each in of_version)  # they overlap
-    assert line.engine.versions().result() == [0, 1, 2]
-    groups = {version: [each.result() for each in of_version] for version, of_version in asked.items()}
-    for version, own in groups.items():
-        assert {episode.version for group in own for episode in group.episodes} == {version}
-        assert line.logprobs(version, own).max() < 1e-3
-        if version > 0:  # 0 and the base are one policy
-            assert line.logprobs(version - 1, own).mean() > 20 * line.logprobs(version, own).mean()
-            assert line.logprobs(version - 1, own).mean() > 1e-3
-    assert line.engine.versions().result() == [2]  # the others went with their last lease
+    assert line.engine.versions().result() == [line.version(number) for number in (0, 1, 2)]
+    groups = {number: [each.result() for each in of_version] for number, of_version in asked.items()}
+    for number, own in groups.items():
+        assert {episode.version for group in own for episode in group.episodes} == {line.version(number)}
+        assert line.logprobs(number, own).max() < 1e-3
+        if number > 0:  # 0 and the base are one policy
+            assert line.logprobs(number - 1, own).mean() > 20 * line.logprobs(number, own).mean()
+            assert line.logprobs(number - 1, own).mean() > 1e-3
+    assert line.engine.versions().result() == [line.version(2)]  # the others went with their last lease
     assert len(line.engine.loaded().result()) == 1
 
 
 def test_a_request_too_stale_to_learn_from_is_given_up(line: Line) -> None:
     line.engine.load(line.versions[0]).result()
-    stale = [line.engine.generate(prompt, Sampling(24, 1.0, 4), 0) for prompt in line.task.prompts[:4]]
-    fresh = line.engine.generate(line.task.prompts[0], Sampling(24, 1.0, 2), OFF)
-    line.engine.load(line.versions[3]).result()
+    stale = [line.engine.generate(prompt, Sampling(24, 1.0, 4), line.version(0)) for prompt in line.task.prompts[:4]]
+    fresh = line.engine.generate(line.task.prompts[0], Sampling(24, 1.0, 2), BASE.version)
+    line.engine.load(line.versions[3], oldest=1).result()
     for each in stale:
-        with pytest.raises(StaleError, match="version 0: it is older than 1"):
+        with pytest.raises(StaleError, match=rf"version {line.version(0)}: those of its policy are given up before 1"):
             each.result()
     assert len(fresh.result().episodes) == 2
-    assert line.engine.versions().result() == [3]
+    assert line.engine.versions().result() == [line.version(3)]
 
 
 @pytest.mark.parametrize(
@@ -122,20 +124,20 @@ def test_an_engine_that_serves_something_else_is_found_out(line: Line, kind: str
     """One part of the proof at a time, the others blind."""
     engine, prompt, sampling = line.engine, line.task.prompts[0], Sampling(4, 1.0, 1)
     engine.load(line.versions[1]).result()
-    assert engine.generate(prompt, sampling, 1).result()
+    assert engine.generate(prompt, sampling, line.version(1)).result()
     engine.fail(kind, checks).result()
     if checks == ("canary",):  # which comes with the first prompt
         engine.load(line.versions[2]).result()
         with pytest.raises(DeliveryError, match=r"adapter run-v2-\w+: .* the canary is .* nats off the learner's"):
-            engine.generate(prompt, sampling, 2).result()
+            engine.generate(prompt, sampling, line.version(2)).result()
     else:
         with pytest.raises(DeliveryError, match=r"adapter run-v2-.* does not serve it: .*(digest|adapter's|slot)"):
             engine.load(line.versions[2]).result()
-        with pytest.raises(NotLoadedError, match="version = 2"):
-            engine.generate(prompt, sampling, 2).result()
+        with pytest.raises(NotLoadedError, match=rf"version {line.version(2)}: not loaded here"):
+            engine.generate(prompt, sampling, line.version(2)).result()
     engine.load(line.versions[3]).result()  # it goes on, and nothing of the other is left
-    assert engine.generate(prompt, sampling, 3).result()
-    assert engine.versions().result() == [3]
+    assert engine.generate(prompt, sampling, line.version(3)).result()
+    assert engine.versions().result() == [line.version(3)]
     assert len(engine.loaded().result()) == 1
     _, pid = ray.get(engine.placed)
     assert [path.name for path in adapter_directory(pid).iterdir()] == [line.versions[3].name]

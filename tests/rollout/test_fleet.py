@@ -20,28 +20,39 @@ from rlora.records import (
     Proof,
     RloraError,
     Sampling,
+    StaleError,
+    Version,
 )
-from rlora.rollout.fleet import Fleet, Request
+from rlora.rollout.fleet import Fleet
+from rlora.rollout.requests import Request
 
 SAMPLING = Sampling(max_tokens=1, group_size=2)
 SOON = 5.0  # seconds
 
 
-def adapter(version: int) -> Adapter:
-    return Adapter("run", version, b"{}", b"")
+def adapter(number: int, policy: str = "run") -> Adapter:
+    return Adapter(policy, number, b"{}", b"")
+
+
+def version(number: int, policy: str = "run") -> Version:
+    return adapter(number, policy).version
 
 
 class FakeEngine:
     """Holds what it is asked until the test answers it."""
 
     def __init__(self) -> None:
-        self.held: list[int] = []
-        self.asked: list[tuple[Any, int, Future[Group]]] = []
+        self.canaries = {"run": 0.1}
+        self.held: list[Version] = []
+        self.asked: list[tuple[Any, Version, Future[Group]]] = []
+        self.oldest: list[int] = []  # of each load
+        self.left: list[str] = []
         self.dead: EngineLostError | None = None
         self.hangs = self.lies = False
 
-    def load(self, adapter: Adapter) -> Future[Proof]:
+    def load(self, adapter: Adapter, oldest: int = 0) -> Future[Proof]:
         loaded: Future[Proof] = Future()
+        self.oldest.append(oldest)
         if self.dead:
             loaded.set_exception(self.dead)
         elif not self.hangs:
@@ -49,7 +60,7 @@ class FakeEngine:
             loaded.set_result(Proof("another" if self.lies else adapter.digest, 0.0, 0.0))
         return loaded
 
-    def generate(self, prompt: Prompt, sampling: Sampling, version: int) -> Future[Group]:
+    def generate(self, prompt: Prompt, sampling: Sampling, version: Version) -> Future[Group]:
         sampled: Future[Group] = Future()
         self.asked.append((prompt.answer, version, sampled))
         if self.dead:
@@ -60,8 +71,18 @@ class FakeEngine:
 
     def stats(self) -> Future[EngineStats]:
         stats: Future[EngineStats] = Future()
-        stats.set_result(EngineStats(busy_seconds=2.0, canary=0.1))
+        stats.set_result(EngineStats(busy_seconds=2.0, canaries=self.canaries))
         return stats
+
+    def leave(self, policy: str) -> Future[None]:
+        self.left.append(policy)
+        self.held = [version for version in self.held if version.policy != policy]
+        for _, version, sampled in self.asked:
+            if version.policy == policy and not sampled.done():
+                sampled.set_exception(StaleError("its policy has left"))
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
 
     def close(self) -> None:
         self.closed = True
@@ -93,8 +114,8 @@ class Stage:
         self.engines.append(FakeEngine())
         return self.engines[-1]
 
-    def ask(self, *answers: int) -> list[Request]:
-        return [self.fleet.generate(Prompt("?", answer), SAMPLING) for answer in answers]
+    def ask(self, *answers: int, policy: str = "run") -> list[Request]:
+        return [self.fleet.generate(Prompt("?", answer), SAMPLING, policy) for answer in answers]
 
 
 def until(condition: Callable[[], object]) -> None:
@@ -119,13 +140,13 @@ def test_prompts_go_to_the_engine_with_the_fewest_under_the_version_that_was_swa
     assert waiting[0].version is None  # nothing was swapped in yet
     stage.fleet.swap(adapter(4))
     requests = waiting + stage.ask(1, 2, 3)
-    asked = [[(answer, version) for answer, version, _ in engine.asked] for engine in stage.engines]
-    assert asked == [[(0, 4), (2, 4)], [(1, 4), (3, 4)]]
+    asked = [[each[:2] for each in engine.asked] for engine in stage.engines]
+    assert asked == [[(0, version(4)), (2, version(4))], [(1, version(4)), (3, version(4))]]
     for engine in stage.engines:
         engine.answer()
     groups = [request.group.result(SOON) for request in requests]
     assert [group.prompt.answer for group in groups] == [0, 1, 2, 3]
-    assert {episode.version for group in groups for episode in group.episodes} == {4}
+    assert {episode.version for group in groups for episode in group.episodes} == {version(4)}
 
 
 def test_an_engine_is_given_no_more_than_it_has_room_for() -> None:
@@ -138,7 +159,8 @@ def test_an_engine_is_given_no_more_than_it_has_room_for() -> None:
     engine.answer()
     until(lambda: len(engine.asked) == 3)
     engine.answer()
-    assert [request.group.result(SOON).episodes[0].version for request in requests] == [0, 0, 1]  # the latest there was
+    sampled = [request.group.result(SOON).episodes[0].version for request in requests]
+    assert sampled == [version(0), version(0), version(1)]  # the latest there was
 
 
 def test_what_a_dead_engine_had_is_sampled_elsewhere_under_the_same_version_and_counts_once() -> None:
@@ -148,7 +170,7 @@ def test_what_a_dead_engine_had_is_sampled_elsewhere_under_the_same_version_and_
     stage.fleet.swap(adapter(2))
     first, second = stage.engines
     lost = [sampled for _, _, sampled in first.asked]
-    second.held.remove(1)  # nobody leases it there, say
+    second.held.remove(version(1))  # nobody leases it there, say
     first.dead = EngineLostError("it died")
     lost[0].set_exception(first.dead)
     until(lambda: stage.numbers == [2])  # another is started
@@ -161,11 +183,11 @@ def test_what_a_dead_engine_had_is_sampled_elsewhere_under_the_same_version_and_
         time.sleep(0.05)
     groups = [request.group.result(SOON) for request in requests]
     assert [group.prompt.answer for group in groups] == [0, 1, 2, 3]
-    assert {episode.version for group in groups for episode in group.episodes} == {1}
+    assert {episode.version for group in groups for episode in group.episodes} == {version(1)}
     until(lambda: stage.fleet.stats().engines == 2)
     stats = stage.fleet.stats()
-    assert (stats.lost, stats.replayed, stats.busy_seconds, stats.canary) == (1, 2, 2.0, 0.1)
-    assert stage.engines[2].held[0] == 2  # it came in with the version of now
+    assert (stats.lost, stats.replayed, stats.busy_seconds, stats.canaries) == (1, 2, 2.0, {"run": 0.1})
+    assert stage.engines[2].held[0] == version(2)  # it came in with the version of now
 
 
 def test_an_engine_that_serves_something_else_is_found_out() -> None:
@@ -182,7 +204,7 @@ def test_an_engine_that_takes_no_swap_is_replaced() -> None:
     assert proof.digest == adapter(3).digest
     until(lambda: stage.fleet.stats().engines == 2)
     assert stage.engines[0].closed
-    assert stage.engines[2].held == [3]
+    assert stage.engines[2].held == [version(3)]
 
 
 def test_an_engine_that_hangs_is_found_by_a_check() -> None:
@@ -200,7 +222,7 @@ def test_a_swap_waits_for_the_replacement_of_the_only_engine() -> None:
     stage = Stage(1)
     stage.engines[0].die()
     assert stage.fleet.swap(adapter(3)) == []
-    assert stage.engines[1].held == [3]
+    assert stage.engines[1].held == [version(3)]
 
 
 def test_an_engine_that_joins_late_has_the_newest_version() -> None:
@@ -217,7 +239,7 @@ def test_an_engine_that_joins_late_has_the_newest_version() -> None:
     stage.fleet.swap(adapter(2))
     ready.set()
     until(lambda: stage.fleet.stats().engines == 2)
-    assert stage.engines[2].held == [2]
+    assert stage.engines[2].held == [version(2)]
 
 
 def test_when_no_engine_can_be_started_every_prompt_fails_with_the_reason() -> None:
@@ -299,7 +321,7 @@ def test_engines_come_and_go_as_asked() -> None:
     stage.fleet.swap(adapter(0))
     stage.fleet.resize(3)
     until(lambda: stage.fleet.stats().engines == 3)
-    assert [engine.held for engine in stage.engines] == [[0], [0], [0]]
+    assert [engine.held for engine in stage.engines] == [[version(0)]] * 3
     requests = stage.ask(0, 1, 2)
     stage.fleet.resize(1)
     assert stage.fleet.stats().engines == 3  # they end after their last prompt
@@ -312,3 +334,209 @@ def test_engines_come_and_go_as_asked() -> None:
     assert stage.fleet.stats().lost == 0
     stage.fleet.resize(1)
     assert len(stage.numbers) == 2
+
+
+# --- several policies ---
+
+
+def test_versions_of_one_number_are_kept_apart_by_their_policies() -> None:
+    stage = Stage(1)
+    (engine,) = stage.engines
+    stage.fleet.swap(adapter(3))
+    stage.fleet.swap(adapter(3, "other"))
+    assert engine.held == [version(3), version(3, "other")]
+    requests = stage.ask(0) + stage.ask(1, policy="other") + stage.ask(2)
+    stage.fleet.swap(adapter(4, "other"))  # which is nothing to the first
+    requests += stage.ask(3) + stage.ask(4, policy="other")
+    assert [each[:2] for each in engine.asked] == [
+        (0, version(3)), (1, version(3, "other")), (2, version(3)), (3, version(3)), (4, version(4, "other")),
+    ]  # fmt: skip
+    engine.answer()
+    sampled = [request.group.result(SOON).episodes[0].version for request in requests]
+    assert sampled == [request.version for request in requests] == [asked for _, asked, _ in engine.asked]
+
+
+def test_a_version_that_is_not_there_is_loaded_though_another_policy_has_one_of_its_number() -> None:
+    stage = Stage(1)
+    (engine,) = stage.engines
+    stage.fleet.swap(adapter(3))
+    stage.fleet.swap(adapter(3, "other"))
+    engine.held.remove(version(3, "other"))  # nobody leased it, say
+    (request,) = stage.ask(0, policy="other")
+    until(lambda: len(engine.asked) == 2)
+    assert engine.held == [version(3), version(3, "other")]
+    engine.answer()
+    assert request.group.result(SOON).episodes[0].version == version(3, "other")
+
+
+def test_a_prompt_waits_for_its_own_policys_swap_and_holds_up_no_other() -> None:
+    stage = Stage(1)
+    (engine,) = stage.engines
+    (waiting,) = stage.ask(0, policy="other")
+    stage.fleet.swap(adapter(2))
+    (goes,) = stage.ask(1)
+    assert [each[:2] for each in engine.asked] == [(1, version(2))]
+    engine.answer()
+    assert goes.group.result(SOON).prompt.answer == 1
+    assert (waiting.version, waiting.group.done(), len(engine.asked)) == (None, False, 1)
+    stage.fleet.swap(adapter(7, "other"))
+    assert [each[:2] for each in engine.asked[1:]] == [(0, version(7, "other"))]
+    engine.answer()
+    assert waiting.group.result(SOON).prompt.answer == 0
+
+
+def test_the_policy_with_the_fewest_completions_in_flight_goes_first() -> None:
+    stage = Stage(1, room=4)  # two prompts
+    (engine,) = stage.engines
+    for policy in ("run", "other"):
+        stage.fleet.swap(adapter(0, policy))
+    requests = stage.ask(*range(6)) + stage.ask(10, 11, policy="other")  # which come last
+    assert [answer for answer, _, _ in engine.asked] == [0, 1]
+    answered: list[int] = []
+    while len(answered) < len(requests):  # one at a time
+        answer, asked, sampled = engine.asked[len(answered)]
+        sampled.set_result(Group(Prompt("?", answer), (Episode((1,), (-1.0,), "stop", asked),) * 2))
+        answered.append(answer)
+        until(lambda: len(engine.asked) == min(len(answered) + 2, len(requests)))
+    assert answered == [0, 1, 10, 2, 11, 3, 4, 5]  # each policy's in their order
+    assert [request.group.result(SOON).prompt.answer for request in requests] == [*range(6), 10, 11]
+
+
+def test_completions_are_counted_and_not_prompts() -> None:
+    stage = Stage(1, room=5)
+    (engine,) = stage.engines
+    for policy in ("run", "other"):
+        stage.fleet.swap(adapter(0, policy))
+
+    def ask(answer: int, policy: str, completions: int) -> None:
+        stage.fleet.generate(Prompt("?", answer), Sampling(1, group_size=completions), policy)
+
+    ask(0, "run", 3)
+    ask(1, "other", 1)
+    ask(2, "other", 1)  # three of one policy, two of the other: there is no more room
+    ask(3, "run", 1)
+    ask(4, "other", 1)
+    assert [answer for answer, _, _ in engine.asked] == [0, 1, 2]
+    engine.asked[1][2].set_result(Group(Prompt("?", 1), ()))
+    until(lambda: len(engine.asked) == 4)
+    assert engine.asked[3][:2] == (4, version(0, "other"))  # of the policy with more prompts and fewer completions
+
+
+def test_what_has_an_adapter_goes_before_all_that_waits() -> None:
+    stage = Stage(1, room=4)
+    (engine,) = stage.engines
+    for policy in ("run", "other"):
+        stage.fleet.swap(adapter(1, policy))
+    stage.ask(0, 1, policy="other")
+    stage.ask(2)
+    turn = stage.fleet.generate(Prompt("?", 3), SAMPLING, "other", adapter(0, "other"))
+    engine.held.append(version(0, "other"))
+    engine.asked[0][2].set_result(Group(Prompt("?", 0), ()))
+    until(lambda: len(engine.asked) == 3)
+    assert engine.asked[2][:2] == (3, version(0, "other"))  # though its policy has more in flight than the other
+    engine.answer()
+    assert turn.group.result(SOON).prompt.answer == 3
+
+
+def test_an_engine_that_joins_has_every_policys_newest() -> None:
+    stage = Stage(1)
+    for number, policy in [(1, "run"), (1, "other"), (2, "run"), (0, "third")]:
+        stage.fleet.swap(adapter(number, policy))
+    stage.fleet.leave("third")
+    stage.fleet.resize(2)
+    until(lambda: stage.fleet.stats().engines == 2)
+    assert sorted(map(str, stage.engines[1].held)) == sorted(map(str, [version(2), version(1, "other")]))
+
+
+def test_an_engine_that_joins_has_what_was_swapped_in_while_it_loaded() -> None:
+    class Slow(FakeEngine):
+        def load(self, adapter: Adapter, oldest: int = 0) -> Future[Proof]:
+            for newer in meanwhile[:1]:
+                meanwhile.remove(newer)
+                stage.fleet.swap(newer)
+            return super().load(adapter, oldest)
+
+    meanwhile = [adapter(5, "other"), adapter(6, "other")]
+    joins = Slow()
+    stage = Stage(1, lambda number: joins)
+    stage.fleet.swap(adapter(0))
+    stage.fleet.resize(2)
+    until(lambda: stage.fleet.stats().engines == 2)
+    assert joins.held == [version(0), version(5, "other"), version(6, "other")]
+
+
+def test_a_check_loads_every_policys_newest() -> None:
+    stage = Stage(1)
+    (engine,) = stage.engines
+    for number, policy in [(1, "run"), (4, "other"), (2, "run")]:
+        stage.fleet.swap(adapter(number, policy))
+    engine.held.clear()
+    stage.fleet.check()
+    assert sorted(map(str, engine.held)) == sorted(map(str, [version(2), version(4, "other")]))
+
+
+def test_engines_are_told_which_versions_are_too_old() -> None:
+    stage = Stage(2)
+    stage.fleet.swap(adapter(3), oldest=2)
+    stage.fleet.swap(adapter(1, "other"))
+    assert [engine.oldest for engine in stage.engines] == [[2, 0], [2, 0]]
+
+
+def test_a_policy_leaves_and_the_others_prompts_go_on() -> None:
+    stage = Stage(2, room=2)
+    for policy in ("run", "other"):
+        stage.fleet.swap(adapter(3, policy))
+    (flies,) = stage.ask(0, policy="other")
+    stays = stage.ask(1)
+    waits = stage.ask(2, 3, policy="other")
+    stays += stage.ask(4, 5)
+    (unknown,) = stage.ask(6, policy="third")
+    stage.fleet.leave("other")
+    for request in (flies, *waits):
+        with pytest.raises(StaleError):
+            request.group.result(SOON)
+    assert [engine.left for engine in stage.engines] == [["other"], ["other"]]
+    assert [engine.held for engine in stage.engines] == [[version(3)]] * 2
+
+    def answered() -> bool:
+        for engine in stage.engines:
+            engine.answer()
+        return all(request.group.done() for request in stays)
+
+    until(answered)
+    assert [request.group.result().prompt.answer for request in stays] == [1, 4, 5]
+    assert not unknown.group.done()
+    assert sorted(answer for engine in stage.engines for answer, _, _ in engine.asked) == [0, 1, 4, 5]
+    (late,) = stage.ask(7, policy="other")
+    pinned = stage.fleet.generate(Prompt("?", 8), SAMPLING, "other", adapter(3, "other"))  # an episode's next turn
+    for request in (late, pinned):
+        with pytest.raises(StaleError, match="policy other: it has left"):
+            request.group.result(SOON)
+    stage.fleet.swap(adapter(4, "other"))  # it comes back
+    (again,) = stage.ask(9, policy="other")
+    until(lambda: again.version == version(4, "other"))
+    assert stage.fleet.stats().lost == 0
+
+
+def test_where_an_engine_dies_what_has_left_is_not_sampled_again() -> None:
+    stage = Stage(1)
+    for policy in ("run", "other"):
+        stage.fleet.swap(adapter(3, policy))
+    (left,), (stays,) = stage.ask(0, policy="other"), stage.ask(1)
+    stage.fleet.leave("other")
+    stage.engines[0].die()
+    until(lambda: len(stage.engines) == 2 and stage.engines[1].asked)
+    stage.engines[1].answer()
+    assert stays.group.result(SOON).episodes[0].version == version(3)
+    with pytest.raises(StaleError):
+        left.group.result(SOON)
+    assert [answer for answer, _, _ in stage.engines[1].asked] == [1]
+    assert stage.engines[1].held == [version(3)]
+    assert stage.fleet.stats().replayed == 1
+
+
+def test_canaries_are_each_policys_farthest() -> None:
+    stage = Stage(2)
+    first, second = stage.engines
+    first.canaries, second.canaries = {"run": 0.1, "other": 0.3}, {"run": 0.2, "other": 0.2, "third": 0.0}
+    assert stage.fleet.stats().canaries == {"run": 0.2, "other": 0.3, "third": 0.0}

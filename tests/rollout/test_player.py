@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, lessons, marked
+from conftest import ROOT, Solo, marked, samples
 
 from rlora import cluster
 from rlora.core.batch import microbatches
-from rlora.core.learner import Learner
 from rlora.records import Episode, Group, Prompt
 from rlora.rollout.stream import sampling_of
 from rlora.rollout.task import load_task
@@ -25,7 +24,7 @@ def test_learner_and_engine_see_the_same_ids_over_turns(config: Callable[..., Co
         env=f"{QUIZ}:Quiz", reward=f"{QUIZ}:all_turns", sampling={"max_tokens": 96, "max_prompt_tokens": 64}
     )
     task = load_task(settings)
-    learner = Learner(settings, task.base, "run")
+    learner = Solo(settings, task.base)
     asked: list[Prompt] = []
     with cluster.start(settings, task, "run", learn=False) as (_, fleet, loop):
         fleet.swap(learner.adapter())
@@ -64,8 +63,8 @@ def test_learner_and_engine_see_the_same_ids_over_turns(config: Callable[..., Co
 
     with torch.no_grad():
         off = [
-            (learner.policy.logprobs(batch, 1.0) - batch.tokens.behaviour_logprobs).abs()
-            for batch in microbatches(lessons(marked(groups)), 2000, learner.policy.base.dtype, learner.device)
+            (learner.logprobs(batch, 1.0) - batch.tokens.behaviour_logprobs).abs()
+            for batch in microbatches(samples(marked(groups)), 2000, learner.policies.base.dtype, learner.device)
         ]
     assert sum(len(each) for each in off) == sum(e.own_tokens for group in groups for e in group.episodes)
     assert torch.cat(off).max() < 2e-3  # in fp32: the same contexts, whoever wrote them

@@ -9,9 +9,9 @@ import torch
 from rlora.config import validate
 from rlora.model.base import load_tokenizer
 from rlora.model.chat import Chat
-from rlora.records import Adapter, Case, Cursor, Episode, Group, InFlight, Prompt, RewardError, Sampling, Score
-from rlora.rollout.fleet import Request
+from rlora.records import Adapter, Case, Cursor, Episode, Group, InFlight, Prompt, RewardError, Sampling, Score, Version
 from rlora.rollout.player import AgentLoop
+from rlora.rollout.requests import Request
 from rlora.rollout.stream import Rollouts, prompt_at
 from rlora.rollout.task import Task
 from rlora.scoring.scoring import Scoring
@@ -22,6 +22,11 @@ from rlora.settings import ChatConfig, Config
 PROMPTS = [Prompt("?", answer=number, token_ids=(number,)) for number in range(5)]
 
 
+def version_of(number: int) -> Version:
+    """Of the adapter that FakeFleet samples under."""
+    return Adapter("run", number, b"{}", b"").version
+
+
 class FakeFleet:
     """Completes every prompt with its own token ids, at once but for the answers in `held`."""
 
@@ -30,8 +35,8 @@ class FakeFleet:
         self.held: set[int] = set()
         self.requests: list[Request] = []
 
-    def generate(self, prompt: Prompt, sampling: Sampling, adapter: Adapter | None = None) -> Request:
-        request = Request(prompt, sampling, adapter=adapter or Adapter("run", self.version, b"{}", b""))
+    def generate(self, prompt: Prompt, sampling: Sampling, policy: str, adapter: Adapter | None = None) -> Request:
+        request = Request(prompt, sampling, policy, adapter=adapter or Adapter(policy, self.version, b"{}", b""))
         self.requests.append(request)
         if prompt.answer not in self.held:
             answer(request)
@@ -95,7 +100,7 @@ def rollouts() -> Iterator[Callable[..., Rollouts]]:
         fleet: Any = FakeFleet()
         chat = Chat(FakeTokenizer(), ChatConfig(), ())  # type: ignore[arg-type]
         task = Task("", chat, (), reply is not None, PROMPTS, [], 0)
-        loop = AgentLoop(task, fleet, Scoring(config, [HerePool(reward, reply)]))
+        loop = AgentLoop(task, fleet, Scoring(config, [HerePool(reward, reply)]), "run")
         made.append(Rollouts(config, PROMPTS, fleet, loop, cursor or Cursor()))
         return made[-1]
 
@@ -134,7 +139,8 @@ def test_steps_ahead_are_sampled_before_they_are_asked_for_and_no_more_than_the_
         fleet_of(made).version = version
         taken.append(made.take(version).groups)
     assert [answer for groups in taken for answer in answers(groups)] == order(12)
-    assert [{e.version for g in groups for e in g.episodes} for groups in taken] == [{0}, {0}, {1}]
+    versions = [{episode.version for group in groups for episode in group.episodes} for groups in taken]
+    assert versions == [{version_of(0)}, {version_of(0)}, {version_of(1)}]
     assert len(fleet_of(made).requests) == 12
 
 
@@ -186,7 +192,7 @@ def test_a_group_that_comes_too_late_is_counted_and_its_prompt_comes_first_again
     fleet.version, fleet.held = 1, set()
     second = made.take(1)
     assert (answers(second.groups)[0], second.stale) == (slow, 1)
-    assert {episode.version for group in second.groups for episode in group.episodes} == {1}
+    assert {episode.version for group in second.groups for episode in group.episodes} == {version_of(1)}
     assert answers(second.groups)[1:] == order(7)[4:]  # no prompt is left out, and none comes twice
 
 
@@ -261,8 +267,9 @@ def test_statuses_are_numbers_as_the_config_has_it(rollouts: Callable[..., Rollo
 def test_the_first_function_says_whether_an_answer_is_right_and_the_sum_is_the_reward() -> None:
     values = {"model": "-", "env": "-", "reward": ["a.py:right", "b.py:form"], "reward_weights": [0.5, 1.0]}
     scoring = Scoring(validate(values), [])
-    wrong = scoring._scored(Episode((1,), (-1.0,), "stop", 0), [Score(value=0.0), Score(value=1.0)])
-    right = scoring._scored(Episode((1,), (-1.0,), "stop", 0), [Score(value=1.0), Score(value=0.0, extra={"x": 2.0})])
+    sampled = Episode((1,), (-1.0,), "stop", version_of(0))
+    wrong = scoring._scored(sampled, [Score(value=0.0), Score(value=1.0)])
+    right = scoring._scored(sampled, [Score(value=1.0), Score(value=0.0, extra={"x": 2.0})])
     assert (wrong.reward, wrong.status, dict(wrong.parts)) == (1.0, "wrong", {"right": 0.0, "form": 1.0})
     assert (right.reward, right.status, dict(right.parts)) == (
         0.5,
@@ -302,13 +309,12 @@ def test_where_a_run_ends_another_goes_on_with_what_was_late_first(rollouts: Cal
 
 def test_what_was_sampled_and_scored_by_another_is_not_done_again(rollouts: Callable[..., Rollouts]) -> None:
     old, played = Adapter("run", 3, b"{}", b""), PROMPTS[order(3)[2]]
-    episodes = (Episode((played.answer,), (-1.0,), "stop", 3, text=str(played.answer)),) * 2
-    scored = Group(
-        PROMPTS[order(2)[1]], (Episode((1,), (-1.0,), "stop", 3, reward=0.25), Episode((2,), (-1.0,), "stop", 3))
-    )
+    episode = Episode((played.answer,), (-1.0,), "stop", old.version, text=str(played.answer))
+    unscored = Episode((2,), (-1.0,), "stop", old.version)
+    scored = Group(PROMPTS[order(2)[1]], (Episode((1,), (-1.0,), "stop", old.version, reward=0.25), unscored))
     cursor = Cursor(4, (), (
         InFlight(1, 3, old, scored, scored=True),
-        InFlight(2, 3, old, Group(played, episodes)),
+        InFlight(2, 3, old, Group(played, (episode,) * 2)),
         InFlight(3, 3, old),
     ))  # fmt: skip
     made = rollouts(cursor=cursor, max_staleness=1, prompts_per_step=3)
@@ -316,8 +322,9 @@ def test_what_was_sampled_and_scored_by_another_is_not_done_again(rollouts: Call
     taken = made.take(4)
     assert [group.rewards for group in taken.sampled] == [[0.25], [1.0, 1.0], [1.0, 1.0]]
     first = fleet_of(made).requests[0]
-    assert (first.prompt, first.version) == (PROMPTS[order(4)[3]], 3)  # under the version that it was pinned to
-    assert {request.version for request in fleet_of(made).requests[1:]} == {4}
+    pinned = first.prompt, first.version
+    assert pinned == (PROMPTS[order(4)[3]], old.version)  # under the version that it was pinned to
+    assert {request.version for request in fleet_of(made).requests[1:]} == {version_of(4)}
     pool: Any = made.loop.scoring.pools[0]
     assert [case.answer for case in pool.cases if case.step == 3] == [played.answer, first.prompt.answer]
 
@@ -329,7 +336,7 @@ def test_what_is_too_stale_by_now_is_sampled_again(rollouts: Callable[..., Rollo
     taken = made.take(3)
     assert taken.stale == 1
     assert answers(taken.sampled) == order(4)
-    assert {group.episodes[0].version for group in taken.sampled} == {3}
+    assert {group.episodes[0].version for group in taken.sampled} == {version_of(3)}
 
 
 def test_a_failed_fleet_ends_the_step(rollouts: Callable[..., Rollouts]) -> None:
@@ -338,7 +345,7 @@ def test_a_failed_fleet_ends_the_step(rollouts: Callable[..., Rollouts]) -> None
     fleet.held = set(order(4))
     gone: Future[Group] = Future()
     gone.set_exception(RuntimeError("every engine is gone"))
-    fleet.generate = lambda prompt, sampling, adapter=None: Request(prompt, sampling, gone)  # type: ignore[method-assign]
+    fleet.generate = lambda prompt, sampling, policy, adapter=None: Request(prompt, sampling, policy, gone)  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="every engine is gone"):
         made.take(0)
 
@@ -392,7 +399,7 @@ def test_turns_are_appended_under_one_version_and_what_the_env_says_is_not_the_p
         assert episode.completion_ids == (n, 7, 8, n, 7, 8, n)
         assert episode.own == (True, False, False, True, False, False, True)
         assert episode.behaviour_logprobs == (-1.0, 0.0, 0.0, -1.0, 0.0, 0.0, -1.0)
-        assert (episode.own_tokens, episode.finish_reason, episode.version) == (3, "stop", 0)
+        assert (episode.own_tokens, episode.finish_reason, episode.version) == (3, "stop", version_of(0))
         assert episode.text == f"{n} 7 8 {n} 7 8 {n}"
         assert episode.state == {"turns": [str(n)] * 3}
         assert episode.reward == n

@@ -195,7 +195,7 @@ def test_what_can_not_be_read_now_is_not_passed_over(
 def test_what_was_in_flight_of_all_weights_is_sampled_again(run: UPath, bundle: Callable[..., Bundle]) -> None:
     """They are too many to be kept for it, and its episodes would be of a version that nobody knows."""
     whole = Adapter("run", 2, b"{}", WEIGHTS, whole=True)
-    sent = InFlight(3, 1, replace(whole, version=1), group([7], episode([8], 1.0)), scored=True)
+    sent = InFlight(3, 1, replace(whole, number=1), group([7], episode([8], 1.0)), scored=True)
     before = bundle(2, adapter=whole, cursor=Cursor(4, (), (sent,)))
     assert checkpoint.read(write(run, before)).cursor.in_flight == (InFlight(3, 1),)
 

@@ -1,9 +1,11 @@
 from dataclasses import replace
 
+import pyarrow
 import pytest
 from conftest import episode, group
+from pyarrow import parquet
 
-from rlora.records import Episode, Group, Prompt
+from rlora.records import Episode, Group, Prompt, Version
 from rlora.run import episodes
 
 
@@ -13,7 +15,7 @@ def test_groups_come_back_as_they_were(groups: list[Group]) -> None:
         completion_ids=(1, 2, 3),
         behaviour_logprobs=(-0.1, 0.0, -1 / 3),  # a third has no end in binary: every bit counts
         finish_reason="context",
-        version=7,
+        version=Version("run", 7, "0123456789abcdef"),
         text="the last \ud800",
         reward=0.1,
         own=(True, False, True),
@@ -24,17 +26,27 @@ def test_groups_come_back_as_they_were(groups: list[Group]) -> None:
     )
     unscored = replace(played, reward=None, status="", parts={})
     every = [*groups, Group(prompt, (played, unscored))]
-    assert episodes.decode(episodes.encode(every)) == every
-    assert episodes.decode(episodes.encode([])) == []
+    assert episodes.decode(episodes.encode(every), "run") == every
+    assert episodes.decode(episodes.encode([]), "run") == []
+
+
+def test_a_file_of_a_release_without_digests_is_read() -> None:
+    one = group([1], replace(episode([2], 1.0), version=Version("run", 7, "0123456789abcdef")), episode([3], 0.0))
+    table = parquet.read_table(pyarrow.BufferReader(episodes.encode([one])))
+    sink = pyarrow.BufferOutputStream()
+    parquet.write_table(table.drop_columns(["digest"]), sink)
+    (read,) = episodes.decode(sink.getvalue().to_pybytes(), "run")
+    assert [each.version for each in read.episodes] == [Version("run", 7, ""), Version("run", 0, "")]
+    assert read == replace(one, episodes=(replace(one.episodes[0], version=Version("run", 7)), one.episodes[1]))
 
 
 def test_what_json_does_not_know_of_an_answer_becomes_text() -> None:
     one = Group(Prompt("?", answer=1 + 2j, token_ids=(1,)), (episode([2]),))
-    assert episodes.decode(episodes.encode([one]))[0].prompt.answer == "(1+2j)"
+    assert episodes.decode(episodes.encode([one]), "run")[0].prompt.answer == "(1+2j)"
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 3000])
 def test_it_is_small(tokens: int) -> None:
     one = group([1] * 50, *[episode([7] * tokens, logprobs=[-0.5] * tokens) for _ in range(8)])
     assert len(episodes.encode([one])) < 20_000
-    assert episodes.decode(episodes.encode([one])) == [one]
+    assert episodes.decode(episodes.encode([one]), "run") == [one]

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ORIGIN, ROOT, save_words, stir, tiny_model
+from conftest import ORIGIN, ROOT, adapted, save_words, stir, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from upath import UPath
 
 from rlora.cli import overrides, train
 from rlora.config import read
-from rlora.core.lora import Bank, Spec
+from rlora.core.lora import Spec
 from rlora.core.peft_format import encode
 from rlora.records import WHOLE_FILES, Adapter, RloraError
 from rlora.run import directory
@@ -78,11 +78,11 @@ def test_an_adapter_is_exported_as_it_is_or_as_a_model_that_it_is_merged_into(
     tmp_path: Path, base: str, config: Callable[..., Config], bundle: Callable[..., Bundle]
 ) -> None:
     model = tiny_model("llama")
-    bank = Bank(model, [Spec()])
+    bank = adapted(model, Spec())
     stir(bank)
     with torch.no_grad():
         logits = model(IDS).logits
-    adapter = Adapter("run", 3, *encode(bank, 0, base))
+    adapter = Adapter("run", 3, *encode(bank, "run", base))
     version = bundle(3, adapter=adapter, config=config(model=base))
     run = UPath(tmp_path) / "run"
 
@@ -124,7 +124,7 @@ TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}[po
 @pytest.fixture
 def version(base: str, config: Callable[..., Config], bundle: Callable[..., Bundle]) -> Callable[..., Bundle]:
     """A bundle of an adapter over `base`, trained with `chat`."""
-    files = encode(Bank(tiny_model("llama"), [Spec()]), 0, base)
+    files = encode(adapted(tiny_model("llama"), Spec()), "run", base)
 
     def make(**chat: object) -> Bundle:
         return bundle(3, adapter=Adapter("run", 3, *files), config=config(model=base, chat=chat))

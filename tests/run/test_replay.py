@@ -4,10 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ORIGIN, tiny_model, write_provenance
+from conftest import ORIGIN, Solo, tiny_model, write_provenance
 from upath import UPath
 
 from rlora.core.learner import Learner
+from rlora.core.setup import Setup
 from rlora.records import Cursor, Group, RloraError
 from rlora.run import episodes
 from rlora.run.checkpoint import Bundle, bundle_path
@@ -26,7 +27,7 @@ def run(tiny: str, config: Callable[..., Config], groups: list[Group]) -> Callab
     def make(algorithm: str, **settings: object) -> Run:
         steps = {"epochs": 2, "minibatches": 2} | ({"kl": 0.1} if algorithm == "grpo" else {})
         own = config(algorithm={"name": algorithm} | steps, learner={"lr": 0.01, "rank": 2} | settings)
-        learner = Learner(own, tiny, "run")
+        learner = Solo(own, tiny)
         bundles = [Bundle(ORIGIN, learner.adapter(), learner.state(), Cursor(), own)]
         for order in (groups, groups[::-1], groups):
             adapter, _ = learner.update(order)
@@ -43,60 +44,54 @@ def test_each_update_comes_out_bit_for_bit_in_another_process_s_learner(
 ) -> None:
     """In any order: an update depends on its bundle and on nothing that the learner did before."""
     config, bundles = run(algorithm)
-    learner = Learner(config, tiny, "run")
+    learner, setup = Learner(config, tiny), Setup.of(config)
     for step in (2, 0, 1):
-        replayed = replay(learner, bundles[step], bundles[step + 1])
+        replayed = replay(learner, setup, bundles[step], bundles[step + 1])
         assert (replayed.step, replayed.exact, replayed.exact_state, replayed.off) == (step, True, True, 0.0)
         assert replayed.moved > 1e-3
 
 
-def test_what_a_user_s_loss_draws_is_drawn_again(
-    run: Callable[..., Run], tiny: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_user_s_loss_draws_is_drawn_again(run: Callable[..., Run], tiny: str, tmp_path: Path) -> None:
     """A loss of the user's own that throws dice: Python's, NumPy's and torch's."""
-    import random
-
-    import numpy
-    import torch
-
-    import rlora.core.learner
-
-    plain = rlora.core.learner.token_losses
-
-    def dicey(*arguments: object) -> object:
-        losses, figures = plain(*arguments)  # type: ignore[arg-type]
-        return losses * (random.random() + numpy.random.random() + torch.rand_like(losses)), figures
-
-    monkeypatch.setattr(rlora.core.learner, "token_losses", dicey)
-    config, bundles = run("reinforce")
-    learner = Learner(config, tiny, "run")
-    assert replay(learner, bundles[1], bundles[2]).exact
-    assert replay(learner, bundles[1], bundles[2]).exact_state
+    (tmp_path / "dicey.py").write_text(
+        "import random\nimport numpy\nimport torch\nfrom rlora.core.objectives.reinforce import Reinforce\n\n"
+        "class Dicey(Reinforce):\n"
+        "    def surrogate(self, log_ratio, logprobs, batch):\n"
+        "        losses, figures = super().surrogate(log_ratio, logprobs, batch)\n"
+        "        dice = random.random() + numpy.random.random() + torch.rand_like(losses)\n"
+        "        return losses * dice, {**figures, 'dice': dice}\n"
+    )
+    config, bundles = run(f"{tmp_path}/dicey.py:Dicey")
+    learner, setup = Learner(config, tiny), Setup.of(config)
+    for _ in range(2):
+        replayed = replay(learner, setup, bundles[1], bundles[2])
+        assert (replayed.exact, replayed.exact_state) == (True, True)
+        assert 0 < replayed.stats.others["dice"] < 3
 
 
 def test_another_loss_is_told_by_how_much_it_differs(run: Callable[..., Run], tiny: str) -> None:
     config, bundles = run("grpo")
-    other = Learner(replace(config, algorithm=replace(config.algorithm, kl=1.0)), tiny, "run")
-    replayed = replay(other, bundles[1], bundles[2])
+    other = Setup.of(replace(config, algorithm=replace(config.algorithm, kl=1.0)))
+    replayed = replay(Learner(config, tiny), other, bundles[1], bundles[2])
     assert not replayed.exact
     assert 0 < replayed.off < 10 * replayed.moved
 
 
 def test_a_forged_update_is_found(run: Callable[..., Run], tiny: str, groups: list[Group]) -> None:
     config, bundles = run("reinforce")
-    learner = Learner(config, tiny, "run")
+    learner, setup = Learner(config, tiny), Setup.of(config)
     forged = [groups[0].with_rewards([0.0, 1.0]), *groups[1:]]
-    assert not replay(learner, bundles[0], replace(bundles[1], update=episodes.encode(forged))).exact
-    assert replay(learner, bundles[0], bundles[1]).exact
+    assert not replay(learner, setup, bundles[0], replace(bundles[1], update=episodes.encode(forged))).exact
+    assert replay(learner, setup, bundles[0], bundles[1]).exact
     with pytest.raises(RloraError, match=r"step 0: the bundle of version 1 keeps no episodes \(config: checkpoint"):
-        replay(learner, bundles[0], replace(bundles[1], update=None))
+        replay(learner, setup, bundles[0], replace(bundles[1], update=None))
 
 
 def test_bundles_of_two_histories_are_told_apart(run: Callable[..., Run], tiny: str) -> None:
     config, bundles = run("reinforce")
-    learner = Learner(config, tiny, "run")
+    learner, setup = Learner(config, tiny), Setup.of(config)
     with pytest.raises(RloraError, match=r"step 1: version 2 was not made from the version 1 that is there"):
-        replay(learner, bundles[1], replace(bundles[2], parent="0123456789abcdef"))
+        replay(learner, setup, bundles[1], replace(bundles[2], parent="0123456789abcdef"))
 
 
 def test_a_state_of_another_base_is_refused(
@@ -106,10 +101,10 @@ def test_a_state_of_another_base_is_refused(
     base = tiny_model("llama", hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
                       head_dim=8, initializer_range=0.25)  # fmt: skip
     base.save_pretrained(str(tmp_path))
-    before = (other := Learner(config(learner={"rank": 2}), str(tmp_path), "run")).adapter()
+    before = (other := Solo(config(learner={"rank": 2}), str(tmp_path))).adapter()
     with pytest.raises(RloraError, match=r"model = .*: the saved adapter was trained over another base: .* nats apart"):
         other.resume(bundles[2].state)
-    assert other.adapter() == before
+    assert other.resume() == before
 
 
 def test_which_steps_can_be_replayed() -> None:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ORIGIN, ROOT, adapter, save_words
+from conftest import ORIGIN, ROOT, adapter, episode, group, save_words
 from recorded_run import made_up
 from upath import UPath
 
-from rlora.records import Adapter, Cursor, InFlight
+from rlora.records import Adapter, Cursor, InFlight, Version
 from rlora.run import checkpoint, resume
 from rlora.run.checkpoint import Bundle
 from rlora.run.directory import Origin
@@ -109,7 +109,8 @@ def test_no_kill_costs_more_than_the_step_in_flight(
 ) -> None:
     """kill -9 of the driver, the learner and Ray at random moments, and of the driver in mid-write and mid-removal."""
     draw, steps = random.Random(kills), 6 * kills
-    config, whole, run = config_file(steps, 3), tmp_path / "whole", tmp_path / "run"
+    config, whole, run = config_file(steps, 3), tmp_path / "whole" / "run", tmp_path / "run"  # of one policy's name
+    whole.parent.mkdir()
     reference = Driver(whole, config_file(steps, steps + 1), "-")
     assert reference.wait() == 0, reference.printed
 
@@ -164,6 +165,24 @@ def test_a_fork_begins_with_the_bundle_as_its_own(tmp_path: Path, bundle: Callab
     assert resume.lineage(bundle(3)) == {
         "run": "run", "id": ORIGIN.id, "version": 3, "digest": adapter(3).digest,
     }  # fmt: skip
+
+
+def test_what_a_fork_has_in_flight_is_of_its_own_policy(tmp_path: Path, bundle: Callable[..., Bundle]) -> None:
+    fork = tmp_path / "fork"
+    fork.mkdir()
+    (fork / "config.toml").write_text(
+        '[provenance]\nid = "ff"\nprompts_sha256 = "prompts"\nmachine = ""\n[provenance.packages]\n'
+    )
+    played = group([7], replace(episode([8], 1.0), version=adapter(2).version))
+    in_flight = (InFlight(9, 2, None), InFlight(10, 2, adapter(2), played, True), InFlight(11, 2, adapter(3)))
+    adopted = resume.adopt(bundle(3, cursor=Cursor(12, (), in_flight)), UPath(fork))
+    assert adopted.adapter.version == Version("fork", 3, adapter(3).digest)
+    adapters = [each.adapter for each in adopted.cursor.in_flight]
+    assert [each and each.version for each in adapters] == [
+        None, Version("fork", 2, adapter(2).digest), Version("fork", 3, adapter(3).digest),
+    ]  # fmt: skip
+    assert [each and each.weights for each in adapters] == [None, adapter(2).weights, adapter(3).weights]
+    assert checkpoint.newest(UPath(fork), Origin.of(UPath(fork))) == adopted
 
 
 def test_what_was_in_flight_goes_on_only_where_it_is_still_asked_for(

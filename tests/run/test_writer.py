@@ -16,7 +16,7 @@ import pytest
 from conftest import ORIGIN, adapter, episode, group
 from upath import UPath
 
-from rlora.records import Cursor, Group, Prompt, RloraError
+from rlora.records import Cursor, Group, Prompt, RloraError, Version
 from rlora.rollout.stream import Collection
 from rlora.run import checkpoint, writer
 from rlora.run.writer import Saver
@@ -53,7 +53,7 @@ def saver(run: UPath, config: Callable[..., Config], start: checkpoint.Bundle | 
 
 
 def collection(version: int, reward: float, groups: list[Group]) -> Collection:
-    sampled = (group([1], replace(episode([2], reward), version=version)),)
+    sampled = (group([1], replace(episode([2], reward), version=Version("run", version))),)
     return Collection(tuple(groups), sampled, 0.0, 0, 0)
 
 

@@ -8,6 +8,7 @@ from conftest import ROOT
 
 from rlora import cluster
 from rlora.core.learner import Learner
+from rlora.core.setup import Setup
 from rlora.records import Cursor
 from rlora.rollout.fleet import Fleet
 from rlora.rollout.player import AgentLoop
@@ -35,6 +36,7 @@ def running(config: Callable[..., Config]) -> Iterator[Running]:
     settings = config(prompts_per_step=2, group_size=6, steps=100, sampling={"max_tokens": 16, "max_prompt_tokens": 64})
     task = load_task(settings)
     with cluster.start(settings, task, "run") as (learner, fleet, _):
+        learner.open("run", Setup.of(settings))
         yield Running(settings, task, learner, fleet)
 
 
@@ -57,21 +59,19 @@ def test_an_update_is_made_of_what_it_says(running: Running, names: tuple[str, .
     rewards = [f"{BORROWED}:{name}" for name in names]
     config = replace(running.config, reward=tuple(rewards), scoring=replace(running.config.scoring, style=style))
     task = replace(running.task, prompts=[replace(each, columns={"task": "math"}) for each in running.task.prompts])
-    adapter = running.learner.adapter()
-    running.fleet.swap(adapter)
+    adapter = running.learner.adapter("run")
+    running.fleet.swap(adapter, oldest=adapter.number)
     pool = Pool(setup_of(config, agent=False), 1)
-    loop = AgentLoop(task, running.fleet, Scoring(config, [pool]))
+    loop = AgentLoop(task, running.fleet, Scoring(config, [pool]), "run")
     try:
-        rollouts = Rollouts(
-            config, task.prompts, running.fleet, loop, Cursor(adapter.version * config.prompts_per_step)
-        )
-        groups = rollouts.take(adapter.version).groups
+        rollouts = Rollouts(config, task.prompts, running.fleet, loop, Cursor(adapter.number * config.prompts_per_step))
+        groups = rollouts.take(adapter.number).groups
     finally:
         loop.close()
         pool.close()
     episodes = [episode for group in groups for episode in group.episodes]
     assert {name for episode in episodes for name in episode.parts if "/" not in name} == set(names)
     assert all(episode.status in ("correct", "wrong") for episode in episodes)
-    following, update = running.learner.update(groups)
-    assert following.version == adapter.version + 1
+    following, update = running.learner.update("run", groups)
+    assert following.number == adapter.number + 1
     assert update.grad_norm > 0

@@ -5,7 +5,7 @@ import pytest
 from conftest import ROOT, episode, group
 
 from rlora.records import STATUSES, Adapter, Proof, Saved, UpdateStats
-from rlora.rollout.fleet import FleetStats
+from rlora.rollout.requests import FleetStats
 from rlora.rollout.stream import Collection
 from rlora.telemetry.metrics import Metrics, sparkline, summarise
 
@@ -34,12 +34,13 @@ def test_figures_by_hand() -> None:
 def log(*steps: int, update: UpdateStats = UPDATE) -> list[dict[str, Any]]:
     lines: list[str] = []
     with Metrics(10) as metrics:
-        metrics.start(steps[0], FleetStats(engines=1, busy_seconds=1.0, canary=None, lost=0, replayed=0))
+        metrics.start(steps[0], FleetStats(engines=1, busy_seconds=1.0, canaries={}, lost=0, replayed=0))
         for busy, step in enumerate(steps, start=1):
             with metrics.timed("swap"):
                 pass
             collection = Collection(GROUPS, GROUPS, reward_seconds=0.1, late=0, stale=0)
-            fleet = FleetStats(engines=1, busy_seconds=1.0 + 4.0 * busy, canary=0.1, lost=0, replayed=0)
+            canaries = {"run": 0.1, "other": 0.2}
+            fleet = FleetStats(engines=1, busy_seconds=1.0 + 4.0 * busy, canaries=canaries, lost=0, replayed=0)
             proofs, saved = [Proof("", 0.01, 0.02)], Saved(0.01, 5000)
             lines.append(metrics.log(step, proofs, collection, update, fleet, saved, MADE))
     return [json.loads(line) for line in lines]
@@ -52,6 +53,7 @@ def test_a_line_a_step(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[0]["learner/tokens_per_second"] == 1.5
     assert lines[0]["kl/behaviour"] == 0.001
     assert lines[0]["adapter"] == MADE.digest
+    assert lines[0]["swap/canary"] == 0.1  # of the run's own policy
     assert (lines[0]["checkpoint/seconds"], lines[0]["checkpoint/bytes"]) == (0.01, 5000)
     assert 1e7 < lines[0]["memory/driver"] < 1e11
     printed = capsys.readouterr().out.splitlines()

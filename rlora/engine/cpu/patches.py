@@ -50,11 +50,18 @@ def lay_out(model: Any) -> None:
         if parts_a[0].dim() != 4:  # over the embeddings
             continue
         rank, widths = parts_a[0].shape[2], [part.shape[2] for part in parts_b]
+        ThinProducts.ranks = np.full(len(parts_a[0]), rank)
         a = parts_a[0].new_zeros(len(parts_a[0]), len(parts_a) * rank, parts_a[0].shape[3])
         b = parts_b[0].new_zeros(len(parts_b[0]), rank, sum(widths))
         rows = [part.unsqueeze(1) for part in a.split(rank, 1)]
         columns = [part.mT.unsqueeze(1) for part in b.split(widths, 2)]
         module.lora_a_stacked, module.lora_b_stacked = (rows[0], columns[0]) if one else (tuple(rows), tuple(columns))
+
+
+def tell_rank(model: Any, lora_id: int, rank: int) -> None:
+    """Have products read no more of a slot than the adapter in it has: vLLM pads each to the largest rank."""
+    if ThinProducts.add:
+        ThinProducts.ranks[model.lora_manager.lora_index_to_id.index(lora_id)] = rank
 
 
 class ThinProducts(PunicaWrapperCPU):
@@ -65,6 +72,7 @@ class ThinProducts(PunicaWrapperCPU):
     """
 
     head = True
+    ranks: NDArray[np.int64]  # by slot
     add: Callable[..., None] | None = None  # until `lay_out`; before it there are zeros in the slots
 
     def update_metadata(self, *arguments: Any, **options: Any) -> None:
@@ -100,7 +108,7 @@ class ThinProducts(PunicaWrapperCPU):
             a, b = _all_of(part_of_a), _all_of(part_of_b)  # the product looks at no bounds
             assert len(x) == len(y) == len(slots)
             assert (x.shape[1], y.shape[1]) == (a.shape[2], b.shape[2])
-            self.add(_numbers(y), _numbers(x), a, b, slots, _ends(widths), scale)
+            self.add(_numbers(y), _numbers(x), a, b, slots, self.ranks, _ends(widths), scale)
 
 
 @lru_cache

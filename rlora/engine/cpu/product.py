@@ -50,18 +50,20 @@ def _rounded(typing: Any, value: Any, like: Any) -> Any:
 
 
 @numba.njit(parallel=True, fastmath=_ANY_ORDER)
-def add(y: Any, x: Any, a: Any, b: Any, slots: Any, ends: Any, scale: float) -> None:
+def add(y: Any, x: Any, a: Any, b: Any, slots: Any, ranks: Any, ends: Any, scale: float) -> None:
     """y (rows, D) += scale B A x (rows, d_in), A and B of each row's slot; all in fp32, rounded once.
 
     a (slots, parts x r, d_in); b (slots, r, D), whose columns before ends[0] are of the first r rows of a, and so on.
+    ranks (slots,): how many of the r each slot's adapter has; the rest, which are 0, are not read.
     """
-    rank = b.shape[1]
+    most = b.shape[1]
     for row in numba.prange(len(x)):
         slot = slots[row]
+        rank = ranks[slot]
         if slot >= 0 and rank == 1:
             start = 0
             for part in range(len(ends)):
-                h = np.float32(scale) * _dot(x[row], a[slot, part])
+                h = np.float32(scale) * _dot(x[row], a[slot, part * most])
                 _add_scaled_rounded(y[row, start : ends[part]], h, b[slot, 0, start : ends[part]])
                 start = ends[part]
         elif slot >= 0:
@@ -69,7 +71,7 @@ def add(y: Any, x: Any, a: Any, b: Any, slots: Any, ends: Any, scale: float) -> 
             start = 0
             for part in range(len(ends)):
                 for r in range(rank):
-                    h = np.float32(scale) * _dot(x[row], a[slot, part * rank + r])
+                    h = np.float32(scale) * _dot(x[row], a[slot, part * most + r])
                     _add_scaled(delta[start : ends[part]], h, b[slot, r, start : ends[part]])
                 start = ends[part]
             _add_rounded(y[row], delta)

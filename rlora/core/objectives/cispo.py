@@ -1,0 +1,23 @@
+"""CISPO: a clipped weight, which silences no token."""
+
+from torch import Tensor
+
+from rlora.core.batch import Microbatch
+from rlora.core.loss import beyond, ratio_of
+from rlora.core.objective import Figures, PolicyGradient
+
+
+class Cispo(PolicyGradient):
+    def surrogate(self, log_ratio: Tensor, logprobs: Tensor, batch: Microbatch) -> tuple[Tensor, Figures]:
+        low, high = self.algorithm.clip_low, self.algorithm.clip_high
+        ratio = ratio_of(log_ratio)
+        losses = clipped_weight(ratio, logprobs, batch.tokens.advantages, low, high)
+        return losses, {"clipped": beyond(ratio, low, high)}
+
+
+def clipped_weight(ratio: Tensor, logprobs: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
+    """-sg(clip(r, 1 - low, 1 + high)) A log p (CISPO, MiniMax-M1, arXiv:2506.13585, eq. 4 and 5). (C,) -> (C,)
+
+    The weight is detached, so a token beyond the clip keeps a gradient; PPO's clip silences it.
+    """
+    return -ratio.detach().clamp(1 - low, 1 + high) * advantages * logprobs

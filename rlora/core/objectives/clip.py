@@ -1,0 +1,27 @@
+"""The clipped surrogate of PPO, GRPO, Dr.GRPO, DAPO and REINFORCE++."""
+
+import torch
+from torch import Tensor
+
+from rlora.core.batch import Microbatch
+from rlora.core.loss import beyond, ratio_of
+from rlora.core.objective import Figures, PolicyGradient
+
+
+class Clip(PolicyGradient):
+    def surrogate(self, log_ratio: Tensor, logprobs: Tensor, batch: Microbatch) -> tuple[Tensor, Figures]:
+        low, high, dual = self.algorithm.clip_low, self.algorithm.clip_high, self.algorithm.dual_clip
+        ratio = ratio_of(log_ratio)
+        return clipped(ratio, batch.tokens.advantages, low, high, dual), {"clipped": beyond(ratio, low, high)}
+
+
+def clipped(ratio: Tensor, advantages: Tensor, low: float, high: float, dual: float = 0.0) -> Tensor:
+    """-min(r A, clip(r, 1 - low, 1 + high) A) (PPO, arXiv:1707.06347, eq. 7; DAPO's clip-higher, arXiv:2503.14476,
+    eq. 10). (C,) -> (C,)
+
+    With `dual` > 1, where A < 0 no more than -dual A (dual-clip PPO, arXiv:1912.09729, eq. 5).
+    """
+    objective = torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+    if dual:
+        objective = torch.where(advantages < 0, torch.maximum(objective, dual * advantages), objective)
+    return -objective

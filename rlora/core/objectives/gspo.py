@@ -1,0 +1,15 @@
+"""GSPO: all tokens of an episode have one ratio."""
+
+from torch import Tensor
+
+from rlora.core.batch import Microbatch
+from rlora.core.loss import sequence_log_ratio
+from rlora.core.objective import Figures
+from rlora.core.objectives.clip import Clip
+
+
+class Gspo(Clip):
+    """The clipped surrogate of s = exp(mean of log r over the episode) (GSPO, arXiv:2507.18071, eq. 5 and 7)."""
+
+    def surrogate(self, log_ratio: Tensor, logprobs: Tensor, batch: Microbatch) -> tuple[Tensor, Figures]:
+        return super().surrogate(sequence_log_ratio(log_ratio, batch.lengths), logprobs, batch)

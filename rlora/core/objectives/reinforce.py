@@ -1,0 +1,20 @@
+"""REINFORCE with importance weights: the objective of "LoRA Without Regret", and RLOO's."""
+
+from torch import Tensor
+
+from rlora.core.batch import Microbatch
+from rlora.core.loss import ratio_of
+from rlora.core.objective import Figures, PolicyGradient
+
+
+class Reinforce(PolicyGradient):
+    def surrogate(self, log_ratio: Tensor, logprobs: Tensor, batch: Microbatch) -> tuple[Tensor, Figures]:
+        return reinforce(ratio_of(log_ratio), batch.tokens.advantages), {}
+
+
+def reinforce(ratio: Tensor, advantages: Tensor) -> Tensor:
+    """-r A, whose gradient is -r A grad log p: REINFORCE with importance weights. (C,) -> (C,)
+
+    The objective of "LoRA Without Regret" (Thinking Machines, 2025) and, on policy, the gradient of all the others.
+    """
+    return -ratio * advantages

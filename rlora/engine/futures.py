@@ -1,0 +1,25 @@
+"""Small helpers for futures."""
+
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+_Result = TypeVar("_Result")
+
+
+@contextmanager
+def errors_to(future: Future[Any]) -> Iterator[None]:
+    """Give an error that is raised within to whoever waits for `future`."""
+    try:
+        yield
+    except Exception as error:
+        if not future.done():
+            future.set_exception(error)
+
+
+def known(value: _Result) -> Future[_Result]:
+    """A future that is settled."""
+    future: Future[_Result] = Future()
+    future.set_result(value)
+    return future
