@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+SMALL = 16.0  # up to here float32 keeps 1e-6 of a reward, far below the addend of `whitened`
+
 
 def centred(returns_G: Tensor) -> Tensor:
     """A_i = R_i - mean(R) over the G episodes of a prompt (Dr.GRPO, arXiv:2503.20783, section 3.2). (G,) -> (G,)

@@ -1,6 +1,7 @@
 """The learner: K policies over one resident base, each with masters, Adam and random state of its own."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -14,14 +15,15 @@ from torch import Tensor
 from rlora import machine
 from rlora.core import peft_format, state
 from rlora.core.batch import Microbatch, Sample, alone, idle, microbatches
-from rlora.core.objective import Loss, Need, Objective
 from rlora.core.objectives import objective_of
+from rlora.core.objectives.objective import Loss, Need, Objective
 from rlora.core.optimizer import Adam, Optimizer, StepStats, auto_lr
 from rlora.core.policy import Outputs, Policies
 from rlora.core.setup import Setup
 from rlora.core.sharding import shard
 from rlora.core.update import update
 from rlora.model.base import load_base, load_quantised
+from rlora.plugin import at
 from rlora.records import WHOLE_FILES, Adapter, Canary, Group, RloraError, UpdateStats
 from rlora.settings import Config
 
@@ -67,6 +69,7 @@ class Learner:
         self.policies = Policies(model, learner.checkpointing, learner.whole)
         self.held: dict[str, Trained] = {}  # critics too
         self.rank, self.ranks = 0, 1
+        self._at_work = False
         self._of_base: dict[int, tuple[float, ...]] = {}  # the base's logprobs of canaries, by their tokens
 
     def join(self, address: str, rank: int, ranks: int) -> None:
@@ -171,27 +174,26 @@ class Learner:
     def forward_backward(self, policy: str, groups: Groups, loss: Loss) -> dict[str, float]:
         """Add the gradient of `loss`, summed over microbatches, to the policy's; returns sums of its figures over all
         targets of all learners, with their count as `tokens` and the loss itself as `loss`."""
-        held = self.held[policy]
-        sums = {name: torch.zeros((), device=self.device) for name in ("loss", "tokens")}
+        held, zero = self.held[policy], torch.zeros((), device=self.device)
+        sums = {"loss": zero, "tokens": zero}
 
-        def count(value: Tensor, figures: Mapping[str, Tensor], row: Microbatch) -> None:
-            each = {"loss": value, "tokens": torch.tensor(float(len(row.targets)))} | {**figures}
-            for name, figure in each.items():
-                sums[name] = sums.get(name, sums["loss"] * 0) + figure.detach().sum().to(self.device)
-
-        for row in self._rows(held, groups):
+        def learn(row: Microbatch) -> None:
             outputs = self._outputs(held, row)
             value, figures = loss(outputs, row)
             if not row.samples:  # it is there for the other learners' sake
                 value = (outputs if isinstance(outputs, Tensor) else outputs.logprobs).sum()
             value.backward()
-            count(value, figures, row)
-        if self.ranks == 1:
-            return {name: float(total) for name, total in sums.items()}
-        if len(sums) == 2:  # this learner had no row, and does not know the figures' names yet
-            row = self._idle(held)
-            count(torch.zeros(()), loss(self._outputs(held, row), row)[1], row)
-        return self._over_ranks(sums)
+            counted = {"loss": value, "tokens": torch.ones_like(row.targets), **figures}
+            for name, figure in counted.items():
+                sums[name] = sums.get(name, zero) + figure.detach().sum()
+
+        with self._alone(held):
+            for row in self._rows(held, groups):
+                learn(row)
+            if self.ranks > 1 and len(sums) == 2:  # this learner had no row: the figures' names are not known yet
+                learn(self._idle(held))
+        names = sorted(sums)
+        return dict(zip(names, self.add_up(torch.stack([sums[name] for name in names])).tolist(), strict=True))
 
     def optim_step(self, policy: str, adam: Adam) -> StepStats:
         """One step along the gradient that `forward_backward` has added up, which is gone then. One that is not finite,
@@ -209,9 +211,8 @@ class Learner:
         gradients are added up, and all take the same steps.
         """
         held = self.held[policy]
-        machine.set_random_state(held.random)
-        stats = update(self, held, groups)
-        held.random = machine.random_state()
+        with self._alone(held):
+            stats = update(self, held, groups)
         return self.adapter(policy), stats
 
     # --- below, for those above ---
@@ -224,16 +225,31 @@ class Learner:
         torch.distributed.all_reduce(sums)
         return sums.cpu()
 
-    def _over_ranks(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        names = sorted(sums)
-        return dict(zip(names, self.add_up(torch.stack([sums[name] for name in names])).tolist(), strict=True))
-
     def _hold(self, name: str, setup: Setup, lr: float) -> Trained:
         machine.seed(setup.seed)  # for what a user's loss may draw; rlora's own draws are all seeded by themselves
         objective = objective_of(setup.algorithm, setup.max_tokens)
         optimizer = Optimizer(self.policies.parameters_of(name))
         self.held[name] = held = Trained(name, setup, objective, optimizer, lr, machine.random_state())
         return held
+
+    @contextmanager
+    def _alone(self, held: Trained) -> Iterator[None]:
+        """Let the policy have its own random state, and say which plug-in is at fault."""
+        if self._at_work:  # within its update
+            yield
+            return
+        self._at_work = True
+        machine.set_random_state(held.random)
+        try:
+            yield
+        except Exception as error:
+            file, own, _ = (name := held.setup.algorithm.name).rpartition(":")
+            if not own or isinstance(error, RloraError):
+                raise
+            raise RloraError(f"{at(error, file)}algorithm.name = {name!r}: {type(error).__name__}: {error}") from error
+        finally:
+            self._at_work = False
+            held.random = machine.random_state()
 
     @torch.no_grad()
     def canary_of(self, held: Trained) -> Canary | None:

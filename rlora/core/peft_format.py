@@ -10,19 +10,11 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from rlora.core.lora import Bank, Matrix, Spec
-from rlora.records import MAX_RANK, RloraError
-
-_LEAVE_THE_BASE = {"gaussian", "orthogonal", "eva"}  # PEFT's named initialisations that do not change the base
+from rlora.model.plain_lora import refuse_others
+from rlora.records import RloraError
 
 PREFIX = "base_model.model."  # of the names of saved tensors
-_EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
 _FUSED = ("gate_up_proj", "down_proj")  # of experts, in the order PEFT wraps them
-
-# settings of PEFT's that make of A and B something else than W + scale B A, and the value that leaves them off
-_MUST_BE = {
-    "use_dora": False, "lora_bias": False, "fan_in_fan_out": False, "bias": "none", "modules_to_save": None,
-    "layer_replication": None, "trainable_token_indices": None, "alora_invocation_tokens": None, "use_qalora": False,
-}  # fmt: skip
 
 
 def encode(bank: Bank, adapter: str, base: str) -> tuple[bytes, bytes]:
@@ -101,35 +93,13 @@ def decode(config: bytes, weights: bytes) -> tuple[Spec, dict[str, Tensor]]:
         raise RloraError(
             f"adapter: its files are not whole ({type(error).__name__}: {error}); save it again"
         ) from error
-    if settings.get("peft_type") != "LORA":
-        raise RloraError(f"adapter_config.json: peft_type = {settings.get('peft_type')!r}; only LORA can be loaded")
-    for name, value in _MUST_BE.items():
-        if settings.get(name, value) not in (value, None):
-            raise RloraError(f"adapter_config.json: {name} = {settings[name]!r} can't be loaded; it must be {value!r}")
-    init = settings.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower() not in _LEAVE_THE_BASE:
-        raise RloraError(
-            f"adapter_config.json: init_lora_weights = {init!r} started from a base that was changed too, so the "
-            "adapter alone is not the policy; convert it by PEFT's path_initial_model_for_weight_conversion"
-        )
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".base_layer.weight")}  # a copy
-    modules = set()
-    for name in tensors:
-        module, factor = parse(name)
-        if factor not in ("lora_A", "lora_B"):
-            raise RloraError(
-                f"adapter_model.safetensors: {name} is neither A nor B of a weight matrix: it is {kind_of(name)}; "
-                "give an adapter that is LoRA over weight matrices alone"
-            )
-        modules.add(module)
-    for name, each in ({"r": rank} | settings["rank_pattern"]).items():
-        if not 1 <= each <= MAX_RANK:
-            raise RloraError(f"adapter_config.json: {name} has rank {each}; ranks go from 1 to {MAX_RANK}")
+    refuse_others(settings, {name: parse(name)[1] for name in tensors})
     spec = Spec(
         rank=rank,
         alpha=alpha,
         rslora=bool(settings.get("use_rslora")),
-        targets=_keys(modules, settings.get("target_parameters") or []),
+        targets=_keys({parse(name)[0] for name in tensors}, settings.get("target_parameters") or []),
         rank_pattern=settings["rank_pattern"],
         alpha_pattern=settings["alpha_pattern"],
         shares_rank=False,
@@ -141,19 +111,6 @@ def largest_rank(config: bytes) -> int:
     """Of the ranks that an adapter has over its matrices."""
     settings = json.loads(config)
     return int(max([settings["r"], *settings.get("rank_pattern", {}).values()]))
-
-
-def kind_of(name: str) -> str:
-    """What a tensor is that is neither A nor B."""
-    kinds = {
-        "lora_magnitude_vector": "a magnitude vector of DoRA (use_dora)",
-        "lora_embedding_": "LoRA over embeddings",
-        "token_adapter": "trained embeddings of single tokens (trainable_token_indices)",
-        "lora_B.bias": "a bias beside B (lora_bias)",
-        ".bias": "a bias of the model (bias)",
-        **dict.fromkeys(_EMBEDDINGS, "embeddings that were saved whole (save_embedding_layers, modules_to_save)"),
-    }
-    return next((kind for part, kind in kinds.items() if part in name), "a weight of the model (modules_to_save)")
 
 
 def _keys(modules: set[str], parameters: list[str]) -> frozenset[str]:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from rlora import machine
-from rlora.core.advantage import whitened
+from rlora.core.advantage import SMALL, whitened
 from rlora.core.batch import Microbatch, Sample, sample_of, shares
 from rlora.core.loss import value_loss
-from rlora.core.objective import SMALL, Figures, Loss, Need
+from rlora.core.objectives.objective import Figures, Loss, Need
 from rlora.core.optimizer import Adam, scheduled_lr
 from rlora.core.setup import Setup
 from rlora.records import Episode, Group, RloraError, UpdateStats

@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 from upath import UPath
 
 from rlora import machine
-from rlora.core.merge import merge
 from rlora.model.base import load_tokenizer, locate
 from rlora.model.chat import Chat
 from rlora.records import Adapter, RloraError
 from rlora.run import directory
 from rlora.run.checkpoint import Bundle
+from rlora.run.merge import merge
 from rlora.settings import ChatConfig, Config
 from rlora.store import write_adapter, write_file
 from rlora.telemetry.metrics import sparkline

@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from upath import UPath
 
-from rlora.core.peft_format import PREFIX, decode, kind_of
+from rlora.core.peft_format import PREFIX, decode
 from rlora.machine import DTYPES
 from rlora.model.base import load_base, locate
+from rlora.model.plain_lora import kind_of
 from rlora.records import ADAPTER_FILES, RloraError
 from rlora.settings import Config, LearnerConfig
 

@@ -49,7 +49,8 @@ from rlora.scoring.forms import FORMS, NOT_HERE
 from rlora.scoring.functions import BY_NAME, BY_PLACE, NO_DEFAULT, bare, call_of, parameters_of
 from rlora.scoring.plug import Plug
 from rlora.scoring.results import said, show
-from rlora.scoring.source import Fields, Many, takes_messages
+from rlora.scoring.source import takes_messages
+from rlora.scoring.source_values import Fields, Many
 
 
 def plug(

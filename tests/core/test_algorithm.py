@@ -15,8 +15,8 @@ from torch import Tensor
 from rlora.config import validate
 from rlora.core.advantage import centred, leave_one_out, standardised, whitened
 from rlora.core.batch import Microbatch, Sample, microbatches, sample_of
-from rlora.core.objective import PolicyGradient
 from rlora.core.objectives import READY
+from rlora.core.objectives.policy_gradient import PolicyGradient
 from rlora.core.policy import Outputs
 from rlora.core.update import _with, whiten
 from rlora.records import Episode, Group

@@ -1,9 +1,9 @@
 """The ready objectives, a file each, and how a run's is found."""
 
-from rlora.core.objective import Objective
 from rlora.core.objectives.cispo import Cispo
 from rlora.core.objectives.clip import Clip
 from rlora.core.objectives.gspo import Gspo
+from rlora.core.objectives.objective import Objective
 from rlora.core.objectives.reinforce import Reinforce
 from rlora.plugin import load
 from rlora.settings import AlgorithmConfig

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from rlora.core.batch import Microbatch
 from rlora.core.loss import beyond, ratio_of
-from rlora.core.objective import Figures, PolicyGradient
+from rlora.core.objectives.objective import Figures
+from rlora.core.objectives.policy_gradient import PolicyGradient
 
 
 class Clip(PolicyGradient):

@@ -4,8 +4,8 @@ from torch import Tensor
 
 from rlora.core.batch import Microbatch
 from rlora.core.loss import sequence_log_ratio
-from rlora.core.objective import Figures
 from rlora.core.objectives.clip import Clip
+from rlora.core.objectives.objective import Figures
 
 
 class Gspo(Clip):

@@ -1,65 +1,21 @@
-"""What an algorithm is to the learner, and what the ready policy gradients have in common."""
+"""What the ready policy gradients have in common: from rewards to advantages, weights, and the terms of the loss."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from enum import Enum
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from rlora.core.advantage import centred, generalised, leave_one_out, standardised
+from rlora.core.advantage import SMALL, centred, generalised, leave_one_out, standardised
 from rlora.core.batch import Microbatch, Sample
 from rlora.core.loss import importance, kl
+from rlora.core.objectives.objective import Figures, Need
 from rlora.core.policy import Outputs
 from rlora.records import Episode, Group
 from rlora.settings import AlgorithmConfig
 
-Figures = Mapping[str, Tensor]  # (C,) each; their means over the tokens of an update are logged
-Loss = Callable[[Any, Microbatch], tuple[Tensor, Figures]]  # one number of `Outputs`, or of a critic's values (C,)
-
-SMALL = 16.0  # up to here float32 keeps 1e-6 of a reward, far below the addend of `whitened`
 _OF_A_GROUP = {"centred": centred, "standardised": standardised, "leave-one-out": leave_one_out}
-
-
-class Need(Enum):
-    """A forward pass that an update makes before its first minibatch."""
-
-    START = "start_logprobs"  # of the policy itself
-    REFERENCE = "reference_logprobs"  # of the base
-    VALUES = "values"  # of the critic
-
-
-class Objective(Protocol):
-    """An algorithm: which advantage each token has, and the loss that is made of it.
-
-    Built as `MyObjective(algorithm, max_tokens)`, from the run's `[algorithm]` and the most tokens of a completion. A
-    subclass of `PolicyGradient` needs `surrogate` alone.
-    """
-
-    needs: frozenset[Need]
-    needs_first: frozenset[Need]  # those that `advantages` reads; where there are none, it is called before any pass
-    whole_groups: bool  # a group's samples are always in one microbatch
-    entropies: bool  # the loss reads `Outputs.entropies`
-    whitens: bool  # advantages are brought to mean 0 and variance 1 over all tokens of the update
-    skips_zeros: bool  # a sample whose advantages are all 0 has no gradient, and is not computed
-
-    def learns_from(self, episode: Episode) -> bool:
-        """Whether an episode becomes a sample; it counts for its group all the same."""
-        ...
-
-    def advantages(self, group: Group, samples: Sequence[Sample]) -> list[Tensor]:
-        """(C,) each, of the samples that were made of the group's episodes."""
-        ...
-
-    def weights(self, groups: Sequence[Group]) -> Callable[[Episode], float]:
-        """The weight of each token of an episode of a minibatch."""
-        ...
-
-    def loss(self, now: Outputs, batch: Microbatch) -> tuple[Tensor, Figures]:
-        """A microbatch's part of the minibatch's loss, a sum and never a mean, and figures of its tokens."""
-        ...
 
 
 class PolicyGradient:

@@ -6,9 +6,9 @@ import torch
 from conftest import adapted, tiny_model
 
 from rlora.core.lora import Spec
-from rlora.core.merge import merge
 from rlora.core.peft_format import encode, masters
 from rlora.records import Adapter, RloraError
+from rlora.run.merge import merge
 
 IDS = torch.randint(97, (2, 7), generator=torch.Generator().manual_seed(0))
 

@@ -1,0 +1,159 @@
+"""An objective of the user's own plugs in by its name, and says what is wrong with it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Solo, group
+
+from rlora.config import validate
+from rlora.core.learner import Learner
+from rlora.core.objectives import objective_of
+from rlora.core.optimizer import Adam
+from rlora.core.setup import Setup
+from rlora.records import Group, RloraError
+from rlora.settings import Config
+
+MakeConfig = Callable[..., Config]
+
+# On its own: none of the ready ones is under it.
+OWN = """
+import torch
+
+class BestOfGroup:
+    \"\"\"Supervised learning on the best episode of each group.\"\"\"
+
+    needs = needs_first = frozenset()
+    whole_groups = entropies = whitens = False
+    skips_zeros = True
+
+    def __init__(self, algorithm, max_tokens):
+        pass
+
+    def learns_from(self, episode):
+        return episode.own_tokens > 0
+
+    def advantages(self, group, samples):
+        best = max(group.rewards)
+        return [torch.full_like(s.tokens.weights, float(s.episode.reward == best)) for s in samples]
+
+    def weights(self, groups):
+        total = sum(episode.own_tokens for group in groups for episode in group.episodes)
+        return lambda episode: 1 / total
+
+    def loss(self, now, batch):
+        learned = batch.tokens.advantages
+        return -(learned * now.logprobs * batch.tokens.weights).sum(), {"share_learned": learned}
+"""
+# On what is there: the surrogate alone is another.
+SMALL = """
+from rlora.core.loss import ratio_of
+from rlora.core.objectives.policy_gradient import PolicyGradient
+
+class Squared(PolicyGradient):
+    def surrogate(self, log_ratio, logprobs, batch):
+        return -ratio_of(log_ratio) * batch.tokens.advantages + 0.1 * log_ratio.square(), {}
+"""
+
+
+def solo(config: MakeConfig, base: str, file: Path, text: str, **settings: object) -> Solo:
+    file.write_text(text)
+    name = text.partition("class ")[2].partition(":")[0].partition("(")[0]
+    return Solo(config(learner={"lr": 0.01}, algorithm={"name": f"{file}:{name}"} | settings), base)
+
+
+def logprob(learner: Solo, groups: list[Group], number: int) -> float:
+    """Of an episode of the first group."""
+    from rlora.core.batch import sample_of
+
+    of = groups[0]
+    return float(learner.learner.forward("run", [[sample_of(of.prompt.token_ids, of.episodes[number])]])[0][0].sum())
+
+
+@pytest.mark.parametrize("text", [OWN, SMALL])
+def test_an_objective_of_fewer_than_50_lines_plugs_in(
+    text: str, tiny: str, config: MakeConfig, groups: list[Group], tmp_path: Path
+) -> None:
+    assert len(text.splitlines()) < 50
+    learner = solo(config, tiny, tmp_path / "mine.py", text)
+    before = [logprob(learner, groups, number) for number in (0, 1)]
+    for _ in range(5):
+        _, stats = learner.update(groups)
+    after = [logprob(learner, groups, number) for number in (0, 1)]
+    assert after[0] > before[0]  # the one with the reward
+    assert stats.skipped_in_a_row == 0
+    if text is OWN:
+        assert stats.others == {"share_learned": 1.0}
+        assert stats.kl_behaviour is None
+    else:
+        assert stats.kl_behaviour is not None
+    state = learner.state()
+    straight = learner.update(groups)[0]
+    learner.resume(state)
+    assert learner.update(groups)[0] == straight
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (OWN.replace("return [torch.full_like", "return samples and [torch.zeros(99)] or [torch.full_like"),
+         r".*mine\.py:BestOfGroup.: its advantages have the shapes \[\(99,\)\]; there are \[3, 2\]"),
+        (OWN.replace("-(learned", "-(undefined"), r"mine\.py:27: algorithm\.name = .*NameError: name .undefined."),
+        (OWN.replace(".sum(), {", ", {"), r"algorithm\.name = .*mine\.py:BestOfGroup.: RuntimeError: grad can be"),
+        (OWN.replace("BestOfGroup:", "Other:"), "mine.py has no 'BestOfGroup'"),
+    ],
+    ids=["shapes", "error", "no sum", "name"],
+)  # fmt: skip
+def test_what_is_wrong_with_one_is_told_with_its_file_and_line(
+    text: str, message: str, tiny: str, config: MakeConfig, groups: list[Group], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(text)
+    settings = config(algorithm={"name": f"{tmp_path}/mine.py:BestOfGroup"})
+    with pytest.raises(RloraError, match=message):
+        Solo(settings, tiny).update(groups)
+
+
+def test_a_name_that_is_none_is_refused_with_those_there_are() -> None:
+    values = {"model": "-", "env": "-", "reward": "-"}
+    with pytest.raises(RloraError, match=r"algorithm\.name = 'grop': it should be 'reinforce', 'grpo',.*docs/alg"):
+        validate(values | {"algorithm": {"name": "grop"}})
+    with pytest.raises(RloraError, match=r"algorithm\.name = 'gone\.py:Mine': there is no file gone\.py"):
+        objective_of(validate(values | {"algorithm": {"name": "gone.py:Mine"}}).algorithm, 8)
+
+
+def test_gradients_add_up_over_requests_and_each_step_has_its_settings(
+    tiny: str, config: MakeConfig, groups: list[Group]
+) -> None:
+    """The verbs as a server uses them: a loss with each request, and Adam's settings with each step."""
+    from rlora.core.batch import sample_of
+
+    learner = Learner(config(), tiny)
+    for name in ("parts", "whole"):
+        learner.open(name, Setup(seed=3))
+
+    def cross_entropy(now: object, batch: object) -> object:
+        return -(now.logprobs * batch.tokens.weights).sum(), {"logprobs": now.logprobs}  # type: ignore[attr-defined]
+
+    samples = [[sample_of(of.prompt.token_ids, each) for each in of.episodes if each.own_tokens] for of in groups]
+    sums = learner.forward_backward("whole", samples, cross_entropy)  # type: ignore[arg-type]
+    in_parts = [learner.forward_backward("parts", [of], cross_entropy) for of in samples]  # type: ignore[arg-type]
+    assert sum(each["loss"] for each in in_parts) == pytest.approx(sums["loss"], rel=1e-5)
+    assert sum(each["tokens"] for each in in_parts) == sums["tokens"] == 15
+    steps = [
+        learner.optim_step(name, Adam(lr=0.01, weight_decay=0.1, max_grad_norm=0.5)) for name in ("parts", "whole")
+    ]
+    assert steps[0].grad_norm == pytest.approx(steps[1].grad_norm, rel=1e-4)
+    assert all(step.stepped for step in steps)
+    said = [torch_sum(learner.forward(name, samples)) for name in ("parts", "whole")]
+    assert said[0] == pytest.approx(said[1], rel=1e-4)
+    assert not learner.optim_step("parts", Adam(lr=0.01)).stepped  # there is no gradient any more
+    assert learner.optim_step("parts", Adam(lr=0.01)).grad_norm == 0.0
+
+
+def torch_sum(said: list[list[object]]) -> float:
+    return float(sum(each.sum() for of in said for each in of))  # type: ignore[attr-defined]
+
+
+def test_an_empty_group_is_nothing_to_learn_from(tiny: str, config: MakeConfig) -> None:
+    learner = Solo(config(), tiny)
+    assert learner.update([group([5])])[1].tokens == 0
