@@ -183,7 +183,7 @@ def engines(task: Task, kind: type[Probe], learn: bool = False, **changes: Any) 
     """A fleet of `kind`, whose engines have all cores each, and a learner."""
     cluster.ENGINE = f"{HERE}:{kind.__name__}"
     settings = {"engine": {"threads": machine.cores()}} | changes
-    with cluster.start(validate(CONFIG | settings), task, POLICY, learn=learn) as (learner, fleet, _):
+    with cluster.start([cluster.Served(POLICY, validate(CONFIG | settings), task)], learn=learn) as (learner, fleet, _):
         yield learner, fleet
 
 

@@ -13,7 +13,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +21,7 @@ from typing import Any
 
 from upath import UPath
 
+import rlora.run.run
 import rlora.train
 from rlora import cluster, store
 from rlora.cli import main
@@ -28,6 +29,7 @@ from rlora.records import Cursor, Episode, Group, Prompt, Version
 from rlora.rollout.requests import FleetStats
 from rlora.rollout.stream import Collection
 from rlora.run import checkpoint
+from rlora.run.run import Run
 from rlora.settings import Config
 
 RECORD: UPath | None = None
@@ -56,6 +58,9 @@ class Recorded:
     def __init__(self, config: Config, prompts: Any, fleet: Any, loop: Any, cursor: Cursor) -> None:
         self.cursor = cursor
 
+    def send(self, version: int) -> None:
+        pass
+
     def take(self, version: int) -> Collection:
         assert self.cursor.next == PROMPTS * version, (self.cursor, version)
         self.cursor = Cursor(self.cursor.next + PROMPTS)
@@ -72,14 +77,17 @@ class NoFleet:
     def resize(self, engines: int) -> None:
         pass
 
+    def leave(self, policy: str) -> None:
+        pass
+
     def stats(self) -> FleetStats:
         return FleetStats(0, 0.0, {}, 0, 0)
 
 
 @contextmanager
-def learner_alone(config: Config, task: Any, run: str, version: int) -> Iterator[tuple[Any, Any, Any]]:
-    with cluster.learning(config, task.base) as learner:
-        yield learner, NoFleet(), None
+def learner_alone(runs: Sequence[Run]) -> Iterator[tuple[Any, Any, Any]]:
+    with cluster.learning(runs[0].config, runs[0].task.base) as learner:
+        yield learner, NoFleet(), {run.policy: None for run in runs}
 
 
 def die_at(count: int) -> None:
@@ -116,7 +124,7 @@ def die_at(count: int) -> None:
 if __name__ == "__main__":
     config, run, record, *fault = sys.argv[1:]
     RECORD = None if record == "-" else UPath(record)
-    rlora.train.Rollouts = Recorded  # type: ignore[attr-defined, misc, assignment]
+    rlora.run.run.Rollouts = Recorded  # type: ignore[attr-defined, misc, assignment]
     rlora.train.cluster = SimpleNamespace(start=learner_alone)  # type: ignore[attr-defined, assignment]
     if fault:
         die_at(int(fault[0]))

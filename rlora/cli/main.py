@@ -107,10 +107,11 @@ def _eval(arguments: list[str]) -> None:
         )
     greedy = given.samples == 1 and given.temperature is None
     sampling = sampling_of(config, given.samples, 0.0 if greedy else given.temperature)
-    with cluster.start(config, task, adapter.policy, learn=False) as (_, fleet, loop):
+    served = cluster.Served(adapter.policy, config, task)
+    with cluster.start([served], learn=False) as (_, fleet, loops):
         fleet.swap(adapter)
         try:
-            groups = answer(config, task.held_out, sampling, fleet, loop)
+            groups = answer(config, task.held_out, sampling, fleet, loops[adapter.policy])
         except RewardError as error:
             write_rows(out, rows(error.groups))
             raise RloraError(f"{error}\nThe completions are kept in {out}") from error

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 def train_command(arguments: list[str]) -> None:
     given = parse_train(arguments)
     from rlora.run import directory
-    from rlora.train import train
+    from rlora.run.run import Run
+    from rlora.train import drive
 
     with ExitStack() as stack:  # no other process is at the run meanwhile
         if given.resume:
@@ -42,7 +43,7 @@ def train_command(arguments: list[str]) -> None:
         print(f"run: {run}" + (f", from version {start.version} on" if start else ""), flush=True)
         try:
             if not _finished(run, config, start):  # else who restarts what ended is told the same again
-                train(config, task, run, start)
+                drive([Run(config, task, run, start)])
         except BaseException:
             print(f"`rlora train --resume {run}` goes on from what is saved there", file=sys.stderr)
             raise

@@ -3,10 +3,12 @@
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import cast
+from operator import attrgetter
+from typing import Any, Protocol, cast
 
 import ray
 
@@ -22,41 +24,69 @@ from rlora.rollout.task import Task, setup_of
 from rlora.scoring.scoring import Scoring
 from rlora.settings import Config
 
+_SHARED = (  # settings that a process has once
+    "model", "dtype", "engine", "restarts", "learner.adapter", "learner.quantise", "learner.shard", "learner.replicas",
+    "learner.checkpointing", "learner.deterministic", "learner.threads", "learner.cpus", "learner.gpus",
+)  # fmt: skip
 ENGINE = "rlora.engine.vllm_engine:Engine"
 _START = 1800.0  # seconds in which an engine that replaces another has to be ready
 
 
-class _Crew:
-    """The actors of a run: makes engines and learners as the config says, and ends them all."""
+@dataclass(frozen=True)
+class Served:
+    """A policy that engines sample, and what for. A run is one."""
 
-    def __init__(self, config: Config, base: str) -> None:
+    policy: str  # unique in the job
+    config: Config
+    task: Task
+    number: int = 0  # of the first version that will be served
+
+
+class Serves(Protocol):
+    """What a job has to know of each of its policies: `Served` has it, and so has a run."""
+
+    @property
+    def policy(self) -> str: ...
+    @property
+    def config(self) -> Config: ...
+    @property
+    def task(self) -> Task: ...
+    @property
+    def number(self) -> int: ...
+
+
+class _Crew:
+    """The actors of a job: makes engines and learners as the shared settings say, and ends them all."""
+
+    def __init__(self, config: Config, base: str, versions: int) -> None:
         self.config, self.base = config, base
         self.remotes: list[Remote] = []
         self.over = False
         self.cuda = ray.cluster_resources().get("GPU", 0) > 0
         at_once = config.engine.replicas + (config.max_staleness > 0)  # processes that compute at the same time
         self.share = max(1, machine.cores() // at_once)
-        self.put = lru_cache(maxsize=config.max_staleness + 2)(ray.put)
+        self.put = lru_cache(maxsize=versions)(ray.put)
 
     def wait(self) -> None:
         """Until all are built."""
         results_of({remote.built: remote for remote in self.remotes}, still_starting)
 
-    def engine(self, task: Task, number: int, version: int) -> RemoteEngine:
+    def engine(self, served: Sequence[Serves], number: int) -> RemoteEngine:
         settings = self.config.engine
         environment = machine.engine_environment(settings.threads or self.share, settings.kv_cache_gib, self.cuda)
         reserved = settings.cpus, settings.gpus * settings.tensor_parallel_size * self.cuda, environment
-        slots = self.config.max_staleness + 2  # versions that are served at a time
+        slots = _versions(served)
+        task, version = served[0].task, max(each.number for each in served)
         made_of = self.config, self.base, task.chat.stop_token_ids, task.stop, slots, number, version
         made = RemoteEngine(self.put, f"engine {number}", *reserved, ENGINE, *made_of)
         self.remotes.append(made)
         return made
 
-    def another_engine(self, task: Task, version: int, number: int) -> Engine:
+    def another_engine(self, served: Sequence[Serves], number: int) -> Engine:
         """One that is ready, in place of one that died. Raises RloraError where it is not in time."""
         if self.over:
             raise RloraError("engine: the run is over")
-        made, deadline = self.engine(task, number, version), time.monotonic() + _START
+        made, deadline = self.engine(served, number), time.monotonic() + _START
 
         def late(remotes: list[Remote]) -> None:
             still_starting(remotes)
@@ -87,12 +117,18 @@ class _Crew:
         self.remotes += made
         return made
 
-    def pools(self, task: Task) -> list[RemotePool]:
-        scoring = self.config.scoring
-        made_of = setup_of(self.config, task.agent), scoring.workers
-        made = [RemotePool(scoring.cpus, *made_of) for _ in range(scoring.replicas)]
-        self.remotes += made
-        return made
+    def pools(self, served: Sequence[Serves]) -> dict[str, list[RemotePool]]:
+        """What scores each policy's episodes: the same processes for those whose reward functions are set up alike."""
+        made: dict[Any, list[RemotePool]] = {}
+        found = {}
+        for each in served:
+            scoring, setup = each.config.scoring, setup_of(each.config, each.task.agent)
+            alike = setup, scoring.workers, scoring.cpus, scoring.replicas
+            if (key := repr(alike)) not in made:
+                made[key] = [RemotePool(scoring.cpus, setup, scoring.workers) for _ in range(scoring.replicas)]
+                self.remotes += made[key]
+            found[each.policy] = made[key]
+        return found
 
     def end(self) -> None:
         self.over = True
@@ -103,31 +139,76 @@ class _Crew:
         end_actors([remote for remote in self.remotes if remote not in closing])
 
 
+def _versions(served: Sequence[Serves]) -> int:
+    """Those that are served at a time: of each policy the newest, as many before it as may be learned from, and one
+    that is on its way."""
+    return sum(each.config.max_staleness + 2 for each in served)
+
+
 @contextmanager
-def start(
-    config: Config, task: Task, run: str, version: int = 0, learn: bool = True
-) -> Iterator[tuple[Learner, Fleet, AgentLoop]]:
-    """The learner of `run` (none, unless `learn`), a fleet of `engine.replicas` engines, and what has them scored.
+def start(served: Sequence[Serves], learn: bool = True) -> Iterator[tuple[Learner, Fleet, Mapping[str, AgentLoop]]]:
+    """The learner of all policies (none, unless `learn`), a fleet of `engine.replicas` engines, and by policy what has
+    its prompts sampled and scored.
 
-    Ray places them all. `learner.replicas` learners are seen as one. `version` is the first one that will be served.
-
-    Joins the Ray cluster of this job or machine, or starts one that ends with it. On leaving, however that comes
-    about, every process is gone and so are its files in RAM.
+    Ray places them all. `learner.replicas` learners are seen as one. Joins the Ray cluster of this job or machine, or
+    starts one that ends with it. On leaving, however that comes about, every process is gone and so are its files in
+    RAM.
+    Raises RloraError where the policies differ in a setting that they share.
     """
     machine.check_ram_directory()
-    with _crew(config, task.base) as crew:
+    config = shared(served)
+    with _crew(config, served[0].task.base, _versions(served)) as crew:
         learners = crew.learners() if learn else []
-        engines = [crew.engine(task, number, version) for number in range(config.engine.replicas)]
-        pools = crew.pools(task)
+        engines = [crew.engine(served, number) for number in range(config.engine.replicas)]
+        pools = crew.pools(served)
         crew.wait()
-        room, engine = 2 * config.engine.max_num_seqs, partial(crew.another_engine, task, version)
+        room, engine = 2 * config.engine.max_num_seqs, partial(crew.another_engine, served)
         fleet = Fleet(engine, cast(list[Engine], engines), room, config.engine.patience, config.restarts)
-        loop = AgentLoop(task, fleet, Scoring(config, pools, len(task.prompts)), run)
+        loops = {
+            each.policy: AgentLoop(
+                each.task, fleet, Scoring(each.config, pools[each.policy], len(each.task.prompts)), each.policy
+            )
+            for each in served
+        }
         try:
-            yield cast(Learner, Ranks(crew.learners, learners, config.restarts)), fleet, loop
+            yield cast(Learner, Ranks(crew.learners, learners, config.restarts)), fleet, loops
         finally:
             fleet.stop()
-            loop.close()
+            for loop in loops.values():
+                loop.close()
+
+
+def shared(served: Sequence[Serves]) -> Config:
+    """The settings of the job's processes: what all policies have in common, and the largest of what they need.
+
+    Raises RloraError, naming the field, where two policies differ in what a process has once.
+    """
+    first, *others = served
+    for other in others:
+        for name in _SHARED:
+            ours, theirs = (attrgetter(name)(each.config) for each in (first, other))
+            if ours != theirs:
+                raise RloraError(
+                    f"{name} = {theirs!r} of {other.policy}: {first.policy} has {ours!r}, and policies that train "
+                    "together share it; give them the same, or train them one after the other"
+                )
+        if (names := [each.policy for each in served]).count(other.policy) > 1:
+            raise RloraError(f"policy {other.policy}: there are two of {names}; give each a name of its own")
+        if other.task.stop != first.task.stop:
+            raise RloraError(
+                f"{other.policy}: its env or chat.stop ends a message with {list(other.task.stop)}, that of "
+                f"{first.policy} with {list(first.task.stop)}; policies that train together share it"
+            )
+    configs = [each.config for each in served]
+    learner = replace(
+        first.config.learner,
+        rank=max(config.learner.rank for config in configs),
+        head=any(config.learner.head for config in configs),
+        start_from=next((config.learner.start_from for config in configs if config.learner.start_from), ""),
+    )
+    longest = max(configs, key=lambda config: config.max_model_len)
+    staleness = max(config.max_staleness for config in configs)
+    return replace(first.config, learner=learner, sampling=longest.sampling, max_staleness=staleness)
 
 
 @contextmanager
@@ -140,13 +221,13 @@ def learning(config: Config, base: str) -> Iterator[Learner]:
 
 
 @contextmanager
-def _crew(config: Config, base: str) -> Iterator[_Crew]:
+def _crew(config: Config, base: str, versions: int = 1) -> Iterator[_Crew]:
     """A crew on a Ray cluster; on leaving all of it ends."""
     join_ray()
     machine.on_signal(
         signal.SIGTERM, lambda *_: sys.exit(143)
     )  # `ray job stop` sends it; Ray's own handler cleans nothing up
-    crew = _Crew(config, base)
+    crew = _Crew(config, base, versions)
     try:
         yield crew
     finally:

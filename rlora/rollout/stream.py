@@ -5,7 +5,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -62,11 +62,40 @@ class Rollouts:
         self._again = deque(cursor.again)
         self._before = cursor.in_flight  # another's, until the fleet has an adapter
         self._sent: list[_Sent] = []  # in their order
+        self._stale = 0  # that were given up since the last step
+        self._half_since: float | None = None  # when half of the next step's groups were there
 
     @property
     def cursor(self) -> Cursor:
         """Where another can go on."""
         return Cursor(self._next, tuple(self._again), (*(each.record for each in self._sent), *self._before))
+
+    def send(self, version: int) -> None:
+        """Have prompts sampled for the step that learns from `version` on, and for as many after it as may be stale.
+
+        Those that are too stale by then are given up; their prompts come first again.
+        """
+        self._stale += self._drop_stale(version - self.config.max_staleness)
+        self._take_over()
+        self._fill(version, self.config.prompts_per_step)
+
+    @property
+    def coming(self) -> list[Future[Group]]:
+        """The groups of the next step that are not there yet."""
+        step = self._sent[: self.config.prompts_per_step]
+        return [each.flight.scored for each in step if not each.flight.scored.done()]
+
+    @property
+    def due(self) -> bool:
+        """Whether `take` would not wait: all groups of the next step are there, or half and the stragglers' time is
+        over, or one has failed."""
+        step = [each.flight.scored for each in self._sent[: self.config.prompts_per_step]]
+        there = [each for each in step if each.done()]
+        if len(there) == len(step) or any(each.exception() for each in there):
+            return True
+        half = len(there) >= math.ceil(len(step) / 2)
+        self._half_since = (self._half_since or time.monotonic()) if half else None
+        return half and time.monotonic() - (self._half_since or 0.0) > self.config.engine.straggler_seconds
 
     def take(self, version: int) -> Collection:
         """The groups of `prompts_per_step` prompts, for the step that learns from `version` on.
@@ -77,8 +106,8 @@ class Rollouts:
         Raises RewardError, which keeps what was sampled, where the reward functions fail.
         """
         count, refills = self.config.prompts_per_step, self.config.algorithm.refills
-        stale = self._drop_stale(version - self.config.max_staleness)
-        self._take_over()
+        self.send(version)
+        stale, self._stale, self._half_since = self._stale, 0, None
         began = time.monotonic()
         taken, late = self._next_ones(version, count)
         took = time.monotonic() - began
@@ -98,16 +127,20 @@ class Rollouts:
 
     def _next_ones(self, version: int, count: int, took: float = math.inf) -> tuple[list[_Sent], int]:
         """Of the next `count` that were sent those that are there in time, and how many are not; others follow them."""
-        steps_ahead = min(self.config.max_staleness, self.config.steps - version - 1)
-        while len(self._sent) < count + steps_ahead * self.config.prompts_per_step:
-            place = self._again.popleft() if self._again else self._new_place()
-            self._sent.append(_Sent(place, version, self.loop.start(self._prompt(place), self.sampling, version)))
+        self._fill(version, count)  # more, where groups are made up for
         step = self._sent[:count]
         self._await(step, math.ceil(count / 2), took)
         self._await(step, count, self.config.engine.straggler_seconds)
         there = [each for each in step if each.flight.scored.done()]
         self._sent = [each for each in self._sent if each not in there]
         return there, len(step) - len(there)
+
+    def _fill(self, version: int, count: int) -> None:
+        """Have `count` prompts in flight, and those of the steps ahead."""
+        steps_ahead = min(self.config.max_staleness, self.config.steps - version - 1)
+        while len(self._sent) < count + steps_ahead * self.config.prompts_per_step:
+            place = self._again.popleft() if self._again else self._new_place()
+            self._sent.append(_Sent(place, version, self.loop.start(self._prompt(place), self.sampling, version)))
 
     def _prompt(self, place: int) -> Prompt:
         return prompt_at(self.prompts, place, self.config.seed)

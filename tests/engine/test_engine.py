@@ -40,7 +40,7 @@ def setup(request: pytest.FixtureRequest) -> Iterator[Setup]:
     config = make(dtype=request.param, sampling={"temperature": 0.8, "max_tokens": 16, "max_prompt_tokens": 48})
     task = load_task(config)
     fresh = Solo(config, task.base).adapter()
-    with cluster.start(config, task, "run", learn=False) as (_, fleet, _):
+    with cluster.start([cluster.Served("run", config, task)], learn=False) as (_, fleet, _):
         yield Setup(config, task, fleet.engines[0], fresh, perturbed(fresh))
 
 

@@ -26,7 +26,7 @@ def test_learner_and_engine_see_the_same_ids_over_turns(config: Callable[..., Co
     task = load_task(settings)
     learner = Solo(settings, task.base)
     asked: list[Prompt] = []
-    with cluster.start(settings, task, "run", learn=False) as (_, fleet, loop):
+    with cluster.start([cluster.Served("run", settings, task)], learn=False) as (_, fleet, loops):
         fleet.swap(learner.adapter())
         generate: Any = fleet.generate
 
@@ -35,7 +35,7 @@ def test_learner_and_engine_see_the_same_ids_over_turns(config: Callable[..., Co
             return generate(prompt, *others)
 
         fleet.generate = watched  # type: ignore[method-assign]
-        flights = [loop.start(prompt, sampling_of(settings, 4)) for prompt in task.prompts[:4]]
+        flights = [loops["run"].start(prompt, sampling_of(settings, 4)) for prompt in task.prompts[:4]]
         groups: list[Group] = [flight.scored.result(timeout=300) for flight in flights]
 
     chat = task.chat

@@ -1,0 +1,188 @@
+"""A run: everything that belongs to one policy, and what a step of the loop does with it."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Protocol
+
+from upath import UPath
+
+from rlora.core.learner import Learner
+from rlora.core.setup import Setup
+from rlora.records import Adapter, Cursor, Proof, RloraError, UpdateStats
+from rlora.rollout.evaluate import evaluate
+from rlora.rollout.fleet import Fleet
+from rlora.rollout.player import AgentLoop
+from rlora.rollout.stream import Collection, Rollouts
+from rlora.rollout.task import Task
+from rlora.run import directory
+from rlora.run.checkpoint import Bundle
+from rlora.run.directory import warn
+from rlora.run.health import refuse_to_go_on
+from rlora.run.resume import cursor_for, describe
+from rlora.run.start import read_start
+from rlora.run.writer import Saver
+from rlora.settings import Config
+from rlora.telemetry.metrics import Metrics
+
+
+class Observer(Protocol):
+    """Is told of each step of a run: a tracker, a report, a callback. Its errors cost a warning, never a step."""
+
+    def on_step(self, run: "Run", figures: Mapping[str, Any]) -> None:
+        """`figures` is the step's line of metrics.jsonl."""
+        ...
+
+
+class Run:
+    """One policy's training: its config, task, directory, stream of groups, bundles, figures and failure.
+
+    `place` is the directory that `directory.create` made; its name is the policy's, and unique in the job. `start` is
+    the bundle to go on from. What a run leaves in its directory: bundles/<number>/, all that a run goes on from, with
+    the adapter in PEFT's format; metrics.jsonl, a line a step; summary.json.
+    """
+
+    def __init__(
+        self, config: Config, task: Task, place: UPath, start: Bundle | None = None, observers: Sequence[Observer] = ()
+    ) -> None:
+        self.config, self.task, self.place, self.observers = config, task, place, tuple(observers)
+        self.policy, self.start = place.name, start
+        self.failure: BaseException | None = None
+        self.adapter: Adapter | None = None  # the current version, once the run has begun
+        self._open = ExitStack()
+        self._proofs: list[Proof] = []
+
+    @property
+    def number(self) -> int:
+        """Of the current version: the steps that are done."""
+        if self.adapter is None:
+            return self.start.version if self.start else 0
+        return self.adapter.number
+
+    @property
+    def going(self) -> bool:
+        """Whether there are steps left, and nothing has failed."""
+        return self.failure is None and self.number < self.config.steps
+
+    @property
+    def due(self) -> bool:
+        """Whether `learn` would not wait: its groups are there."""
+        return self.stream.due
+
+    def begin(self, learner: Learner, fleet: Fleet, loop: AgentLoop) -> None:
+        """Open the policy, from its bundle or fresh; measure its accuracy before; have the first prompts sampled."""
+        self.learner, self.fleet, self.loop = learner, fleet, loop
+        config, start, place = self.config, self.start, self.place
+        origin = directory.Origin.here(place, self.task)
+        self.saver = self._open.enter_context(Saver(place, config, origin, start))
+        self.metrics = self._open.enter_context(Metrics(config.steps))
+        setup = Setup.of(config, read_start(config))
+        self.adapter = learner.open(self.policy, setup, start.state if start else None)
+        directory.keep_config(place, config)  # now that all of it is found to work
+        if not start:
+            self.saver.save(self.adapter, learner.state(self.policy), Cursor())
+        if self.number == origin.first and "accuracy/before" not in directory.summary(place):
+            self._measure("before")
+        cursor = cursor_for(config, start, origin) if start else Cursor()
+        self.stream = Rollouts(config, self.task.prompts, fleet, loop, cursor)
+        self.metrics.start(self.number, fleet.stats())
+        if self.going:
+            self.serve()
+
+    def take(self) -> Collection:
+        """The groups of a step, in the order in which their prompts were sent."""
+        with self.metrics.timed("wait"):
+            return self.stream.take(self.number)
+
+    def serve(self) -> None:
+        """Deliver the current version to every engine, proven, and have the next prompts sampled under it."""
+        if engines := directory.wanted_engines(self.place):
+            self.fleet.resize(engines)
+        with self.metrics.timed("swap"):
+            self._proofs = self.fleet.swap(self.current, oldest=self.number - self.config.max_staleness)
+        self.stream.send(self.number)
+
+    def keep(self, adapter: Adapter, collection: Collection, update: UpdateStats) -> None:
+        """The version that an update has made: a line of figures and a bundle, which is written meanwhile."""
+        step, metrics, saver, self.adapter = self.number, self.metrics, self.saver, adapter
+        line = metrics.log(step, self._proofs, collection, update, self.fleet.stats(), saver.saved, adapter)
+        with metrics.timed("save"):
+            saver.save(adapter, self.learner.state(self.policy), self.stream.cursor, collection, line)
+        refuse_to_go_on(self.config, update)
+        for observer in self.observers:
+            self._tell(observer, json.loads(line))
+
+    def end(self) -> None:
+        """Measure the accuracy after, write the summary, and leave the learner and the engines to others."""
+        self._measure("after")
+        directory.summarise(self.place, describe(self.place, self.current) | self.metrics.totals())
+        self.leave()
+
+    def timed(self, phase: str) -> AbstractContextManager[None]:
+        """Count the time within as `time/<phase>` of the step under way."""
+        return self.metrics.timed(phase)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """What fails within ends this run, and no other."""
+        try:
+            with directory.keeping_unscored(self.place):
+                yield
+        except Exception as error:
+            self.failure = error
+            self.leave()
+
+    def leave(self, error: BaseException | None = None) -> None:
+        """Write what is not written yet, and let go of the engines."""
+        error = error or self.failure
+        try:
+            self._open.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
+        except Exception as another:
+            self.failure = self.failure or another
+        if self.adapter:
+            self.fleet.leave(self.policy)
+
+    @property
+    def current(self) -> Adapter:
+        """The current version, once the run has begun."""
+        assert self.adapter
+        return self.adapter
+
+    def _tell(self, observer: Observer, figures: Mapping[str, Any]) -> None:
+        try:
+            observer.on_step(self, figures)
+        except Exception as error:
+            what = f"{type(observer).__name__}.on_step raised {type(error).__name__}: {error}"
+            warn(f"{self.policy}: {what}; training goes on")
+
+    def _measure(self, when: str) -> None:
+        if not self.task.held_out:
+            return
+        self.fleet.swap(self.current)
+        result = evaluate(self.config, self.task.held_out, self.fleet, self.loop)
+        figures = {f"accuracy/{when}": result.accuracy, f"reward/{when}": result.reward}
+        directory.summarise(self.place, figures | {"accuracy/prompts": len(self.task.held_out)})
+
+
+@contextmanager
+def kept(runs: Sequence[Run]) -> Iterator[None]:
+    """Whatever ends the job, each run's last bundle is written. What ended a run is raised at the end."""
+    try:
+        yield
+    except BaseException as error:
+        for run in runs:
+            run.leave(error)
+        raise
+    _raise_failures(runs)
+
+
+def _raise_failures(runs: Sequence[Run]) -> None:
+    """What ended a lone run; of several which failed, and why."""
+    failed = [run for run in runs if run.failure is not None]
+    if not failed:
+        return
+    if len(runs) == 1:
+        assert failed[0].failure
+        raise failed[0].failure
+    reasons = "\n".join(f"{run.policy}, after {run.number} steps: {run.failure}" for run in failed)
+    raise RloraError(f"{len(failed)} of {len(runs)} runs failed:\n{reasons}") from failed[0].failure

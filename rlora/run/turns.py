@@ -1,0 +1,36 @@
+"""Which runs are due: the order in which several share the learner."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
+
+from rlora.run.run import Run
+
+Turns = Callable[[Sequence[Run]], Iterator[Sequence[Run]]]
+
+
+def rounds(runs: Sequence[Run]) -> Iterator[Sequence[Run]]:
+    """All that are going, together: engines have every run's prompts at once, then the learner has the machine."""
+    while going := [run for run in runs if run.going]:
+        yield going
+
+
+def first(runs: Sequence[Run]) -> Iterator[Sequence[Run]]:
+    """Whoever's groups are there, one at a time, the run with the fewest steps first.
+
+    Engines sample for the others while the learner has one: the throughput of asynchronous training, on policy.
+    """
+    heard = time.monotonic()
+    while going := [run for run in runs if run.going]:
+        due = [run for run in going if run.due]
+        if due:
+            yield [min(due, key=lambda run: run.number)]
+            heard = time.monotonic()
+            continue
+        came, _ = wait([each for run in going for each in run.stream.coming], timeout=1.0, return_when=FIRST_COMPLETED)
+        now = time.monotonic()
+        if came:
+            heard = now
+        elif now - heard > going[0].config.engine.patience:
+            going[0].fleet.check()  # an engine may hang
+            heard = now
