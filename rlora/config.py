@@ -210,3 +210,35 @@ def _doc(loc: tuple[int | str, ...]) -> str:
         properties = schema["$defs"].get(section, {}).get("properties", {})
         doc = properties.get(part, {}).get("description", doc)
     return str(doc)
+
+
+_FIXED = (
+    "model", "learner.adapter", "learner.rank", "learner.alpha", "learner.targets", "learner.head", "learner.rslora",
+    "learner.start_from",
+)  # fmt: skip
+
+
+def refuse_another_policy(before: Config, after: Config, option: str) -> None:
+    """Raise RloraError where a saved adapter would be of another base, rank, scale or set of matrices."""
+    critics = [config.critic.rank if config.algorithm.advantage == "gae" else 0 for config in (before, after)]
+    for name, (was, now) in differences(before, after).items():
+        if name in _FIXED or (critics[0] != critics[1] and name in ("critic.rank", "algorithm.advantage")):
+            raise RloraError(
+                f"{name} = {now!r}: {option} goes on with an adapter that was trained with {was!r}, and what was saved "
+                "of it fits nothing else; leave it out, or start a new run"
+            )
+
+
+def differences(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
+    """The fields that differ, by their full names: before and after."""
+    return _differences(json.loads(json.dumps(asdict(before))), json.loads(json.dumps(asdict(after))), "")
+
+
+def _differences(before: Any, after: Any, name: str) -> dict[str, tuple[Any, Any]]:
+    if not (isinstance(before, dict) and isinstance(after, dict)):
+        return {name: (before, after)} if before != after else {}
+    return {
+        path: values
+        for key in before | after
+        for path, values in _differences(before.get(key), after.get(key), f"{name}.{key}".strip(".")).items()
+    }

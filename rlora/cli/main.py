@@ -13,17 +13,15 @@ from upath import UPath
 import rlora
 from rlora.cli.arguments import Check, Eval, Export, Grade, Replay, Runs, Scale, Show, Train
 from rlora.cli.overrides import (
-    differences,
     parse_check,
     parse_eval,
     parse_replay,
     parse_show,
     read_run,
-    refuse_another_policy,
     split,
 )
-from rlora.cli.train import tell_changes, tell_checked, train_command
-from rlora.config import validate
+from rlora.cli.train import tell_checked, train_command
+from rlora.config import differences, refuse_another_policy, validate
 from rlora.records import BASE, STATUSES, Adapter, RewardError, RloraError
 from rlora.settings import CheckConfig
 from rlora.store import Place, write_rows
@@ -210,6 +208,7 @@ def _replay(arguments: list[str]) -> None:
     from rlora.core.setup import Setup
     from rlora.model.base import locate
     from rlora.run import checkpoint, resume
+    from rlora.run.prepare import tell_changes
     from rlora.run.replay import pairs, replay, updates
     from rlora.run.start import read_start
 
@@ -223,7 +222,7 @@ def _replay(arguments: list[str]) -> None:
     done, changed = [], False
     for made_under, of in groupby(pairs(run, steps), key=lambda pair: pair[1].config):
         asked = parse_replay(arguments, made_under).config
-        tell_changes(changes := differences(made_under, asked))
+        tell_changes(changes := differences(made_under, asked), print)
         changed |= bool(changes)
         config = resume.with_own_start(run, asked)
         setup = Setup.of(config, read_start(config))

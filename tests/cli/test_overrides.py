@@ -9,8 +9,8 @@ import tomli_w
 from conftest import ROOT
 from upath import UPath
 
-from rlora.cli.overrides import differences, parse_eval, parse_replay, parse_show, parse_train, split, with_changes
-from rlora.config import read, validate
+from rlora.cli.overrides import parse_eval, parse_replay, parse_show, parse_train, split, with_changes
+from rlora.config import differences, read, validate
 from rlora.records import RloraError
 from rlora.run.checkpoint import Bundle, bundle_path
 from rlora.settings import Config

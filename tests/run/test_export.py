@@ -11,7 +11,7 @@ from conftest import ORIGIN, ROOT, adapted, save_words, stir, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from upath import UPath
 
-from rlora.cli import overrides, train
+from rlora.cli import overrides
 from rlora.config import read
 from rlora.core.lora import Spec
 from rlora.core.peft_format import encode
@@ -19,6 +19,7 @@ from rlora.records import WHOLE_FILES, Adapter, RloraError
 from rlora.run import directory
 from rlora.run.checkpoint import Bundle
 from rlora.run.export import card, export
+from rlora.run.prepare import begin, go_on
 from rlora.settings import Config
 
 IDS = torch.tensor([[5, 6, 7]])
@@ -191,13 +192,14 @@ def test_a_run_keeps_the_text_of_its_template(tmp_path: Path, monkeypatch: pytes
     file.write_text(TEMPLATE)
     run = tmp_path / "run"
     arguments = ["launch/arithmetic.toml", "--run-dir", str(run), "--chat.template", str(file)]
-    config, *_ = train._begun(overrides.parse_train(arguments))
+    given = overrides.parse_train(arguments)
+    config = begin(given.config, given.run_dir).config
     file.unlink()
     assert config.chat.template == TEMPLATE
     assert read(run / "config.toml").chat.template == TEMPLATE
     other = TEMPLATE.replace("policy", "answer")
     file.write_text(other)
-    resumed, *_ = train._resumed(overrides.parse_train(["--resume", str(run)]), UPath(run))
+    resumed = go_on(overrides.parse_train(["--resume", str(run)]).config, UPath(run)).config
     assert resumed.chat.template == TEMPLATE
     changed = overrides.parse_train(["--resume", str(run), "--set", f'chat.template="{file}"'])
-    assert train._resumed(changed, UPath(run))[0].chat.template == other
+    assert go_on(changed.config, UPath(run)).config.chat.template == other

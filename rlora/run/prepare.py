@@ -1,0 +1,105 @@
+"""Makes a run ready for the loop: a new one, one that goes on, or a fork. All that can be wrong is found here."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from transformers import AutoConfig
+from upath import UPath
+
+from rlora.config import differences, refuse_another_policy
+from rlora.core.objectives import objective_of
+from rlora.core.optimizer import auto_lr
+from rlora.records import RloraError
+from rlora.rollout.task import Task, load_task
+from rlora.run import checkpoint, directory, resume
+from rlora.run.checkpoint import Bundle
+from rlora.run.run import Observer, Run
+from rlora.run.start import read_start
+from rlora.settings import Config
+from rlora.store import holds
+
+Tell = Callable[[str], object]  # is given a line for the user
+
+_log = logging.getLogger(__name__)
+
+
+def begin(
+    config: Config, place: UPath | None = None, overwrite: bool = False, fork: tuple[UPath, int | None] | None = None,
+    observers: Sequence[Observer] = (), tell: Tell = _log.info,
+) -> Run:  # fmt: skip
+    """A new run, in a directory that is made for it: under runs/ where `place` is None.
+
+    With `fork`, a run and a version or its newest, it starts from that one. Raises RloraError.
+    """
+    as_given, start = config, None
+    if fork:
+        of, step = fork
+        name = f"{of}@{step}" if step is not None else str(of)
+        if overwrite and place and holds(place, of):
+            raise RloraError(f"--fork {name}: --overwrite would remove it; name another --run-dir")
+        config, start = resume.with_own_start(of, config), checkpoint.read_version(of, step)
+        before = resume.with_own_start(of, start.config)
+        refuse_another_policy(before, config, "--fork")
+        tell_changes(differences(before, config), tell)
+        if start.version >= config.steps:
+            raise RloraError(f"steps = {config.steps}: {name} has done them all; give more by --steps N")
+    task = checked(config, tell)
+    what = config.env.rpartition(":")[2].lower()
+    place = place or UPath("runs") / f"{what}-{time.strftime('%Y%m%d-%H%M%S')}"
+    as_given, config = (resume.with_template(each, task.chat) for each in (as_given, config))
+    directory.create(place, as_given, task, overwrite, resume.lineage(start) if start else None)
+    config = resume.keep_start(place, config)
+    return Run(config, task, place, resume.adopt(start, place) if start else None, observers)
+
+
+def go_on(config: Config, place: UPath, observers: Sequence[Observer] = (), tell: Tell = _log.info) -> Run:
+    """A run that goes on from its newest whole bundle, under `config`. Raises RloraError."""
+    origin = directory.Origin.of(place)
+    config, start = resume.with_own_start(place, config), checkpoint.newest(place, origin)
+    if start:
+        before = resume.with_own_start(place, start.config)
+        refuse_another_policy(before, config, "--resume")
+        tell_changes(changes := differences(before, config), tell)
+        if changes and is_finished(place, config, start):
+            raise RloraError(f"steps = {config.steps}: {place} has done them all; give more by --set steps=N")
+    elif origin.forked_from:
+        raise RloraError(f"{place}: its first bundle was never written; fork {origin.forked_from['run']} again")
+    task = checked(config, tell)
+    measured = directory.summary(place).get("accuracy/prompts", 0)
+    if measured and len(task.held_out) != measured:
+        raise RloraError(
+            f"evaluate.prompts = {config.evaluate.prompts}: the run's accuracy before was measured on {measured} "
+            f"held-out prompts, and these are {len(task.held_out)}; leave it as it was: `rlora eval --prompts` "
+            "measures on others"
+        )
+    if not start or config.chat.template != start.config.chat.template:
+        config = resume.with_template(config, task.chat)
+    return Run(config, task, place, start, observers)
+
+
+def is_finished(place: UPath, config: Config, start: Bundle | None) -> bool:
+    """Whether all steps are done, and the summary that comes after them is written."""
+    return bool(start and start.version >= config.steps and directory.summary(place).get("steps") == start.version)
+
+
+def checked(config: Config, tell: Tell = _log.info) -> Task:
+    """The task, once all that can be wrong with config and data has been looked at."""
+    task = load_task(config)
+    if text := str(task.checked):
+        tell(text.encode("utf-8", "backslashreplace").decode())
+    read_start(config), objective_of(config.algorithm, config.sampling.max_tokens)  # only checked here
+    if config.learner.lr == "auto":
+        base = AutoConfig.from_pretrained(task.base)
+        kind, size = base.model_type, base.get_text_config().hidden_size
+        tell(
+            f"learner.lr = auto: {auto_lr(config.learner, base):.2g}, by a rule that was fitted on supervised runs, of "
+            f"the base's kind ({kind}) and hidden size ({size})"
+        )
+    return task
+
+
+def tell_changes(changes: Mapping[str, tuple[Any, Any]], tell: Tell) -> None:
+    for name, (was, now) in changes.items():
+        tell(f"{name}: {was!r} -> {now!r}")
