@@ -110,7 +110,7 @@ def _checked(config: Config) -> "Task":
     from transformers import AutoConfig
 
     from rlora.core.objectives import objective_of
-    from rlora.core.optimizer import auto_lr
+    from rlora.model.base import auto_lr
     from rlora.rollout.task import load_task
     from rlora.run.start import read_start
 
