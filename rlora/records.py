@@ -216,7 +216,7 @@ class Adapter:
         return str(self.version)
 
 
-OFF = -1  # the number of a version, and the adapter of tokens, that is none: the base, which is the reference policy
+OFF = -1  # the number of a version that is none: the base, which is the reference policy
 BASE = Adapter("base", OFF, b"", b"")
 
 

@@ -24,6 +24,7 @@ class Ranks:
 
     def __init__(self, make: Callable[[], list[Remote]], remotes: list[Remote], restarts: int) -> None:
         self._make, self._remotes, self._restarts = make, remotes, restarts
+        self._out_of_step = False  # an error of one learner may have left others in the midst of a call
         self._held: dict[str, tuple[Setup, bytes | None]] = {}  # each policy's last state; None while it is fresh
         self._join()
 
@@ -60,11 +61,12 @@ class Ranks:
         deaths = 0
         while True:
             try:
-                if deaths:
+                if deaths or self._out_of_step:
                     self._make_anew()
                 return call()
             except Exception as error:
                 if not (isinstance(error, LostError) or self._one_died()):
+                    self._out_of_step = len(self._remotes) > 1
                     raise
                 deaths += 1
                 if deaths > self._restarts:
@@ -85,7 +87,7 @@ class Ranks:
 
     def _make_anew(self) -> None:
         end_actors(self._remotes)
-        self._remotes = self._make()
+        self._remotes, self._out_of_step = self._make(), False
         results_of({remote.built: remote for remote in self._remotes}, still_starting)
         self._join()
         for policy, (setup, saved) in self._held.items():

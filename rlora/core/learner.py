@@ -1,5 +1,7 @@
 """The learner: K policies over one resident base, each with masters, Adam and random state of its own."""
 
+import hashlib
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,19 +19,18 @@ from rlora.core import peft_format, state
 from rlora.core.batch import Microbatch, Sample, alone, idle, microbatches
 from rlora.core.objectives import objective_of
 from rlora.core.objectives.objective import Loss, Need, Objective
-from rlora.core.optimizer import Adam, Optimizer, StepStats, auto_lr
+from rlora.core.optimizer import Adam, Optimizer, StepStats
 from rlora.core.policy import Outputs, Policies
 from rlora.core.setup import Setup
 from rlora.core.sharding import shard
 from rlora.core.update import update
-from rlora.model.base import load_base, load_quantised
+from rlora.model.base import auto_lr, load_base, load_quantised
 from rlora.plugin import at
 from rlora.records import WHOLE_FILES, Adapter, Canary, Group, RloraError, UpdateStats
 from rlora.settings import Config
 
 _CANARY = 24  # tokens: one short prompt, and enough logprobs for a mean
 _OTHER_BASE = 0.2  # nats that a base's canary may move, mean over its tokens, between machines and kernels
-
 Groups = Sequence[Sequence[Sample]]  # the samples of each group have one prompt, which is computed once
 
 
@@ -47,6 +48,12 @@ class Trained:
     number: int = 0  # of its version
     skipped_in_a_row: int = 0  # updates whose loss or gradient was not finite
     canary: Canary | None = None
+
+    def zero_grad(self) -> None:
+        """Drop the gradients of the policy and its critic."""
+        self.optimizer.zero_grad()
+        if self.critic:
+            self.critic.zero_grad()
 
 
 class Learner:
@@ -69,8 +76,10 @@ class Learner:
         self.policies = Policies(model, learner.checkpointing, learner.whole)
         self.held: dict[str, Trained] = {}  # critics too
         self.rank, self.ranks = 0, 1
-        self._at_work = False
-        self._of_base: dict[int, tuple[float, ...]] = {}  # the base's logprobs of canaries, by their tokens
+        self._at_work = self._trained_base = False
+        self._of_base: dict[
+            int, tuple[float, ...]
+        ] = {}  # the base's logprobs of canaries, by how many tokens they have
 
     def join(self, address: str, rank: int, ranks: int) -> None:
         """Become one of `ranks` learners that share each update; the first listens at `address` (host:port)."""
@@ -99,10 +108,14 @@ class Learner:
         Raises RloraError, and leaves the others as they are, where the name is taken, the adapter does not fit the
         base, or `saved` is of another base, rank or set of matrices.
         """
-        whole = self.policies.whole
+        whole, critic = self.policies.whole, state.critic_of(policy)
         if policy in self.held or (whole and self.held):
             beside = 'with learner.adapter = "none" a learner has one policy' if whole else "it is open already"
             raise RloraError(f"policy {policy}: {beside}; close the one before")
+        if policy.endswith(state.critic_of("")):
+            raise RloraError(f"policy {policy}: a name that ends like this is a critic's; give another")
+        if self._trained_base and saved is None:
+            raise RloraError(f"policy {policy}: all weights were trained by one before; start another learner")
         try:
             if not whole:
                 spec, tensors = peft_format.decode(*setup.start) if setup.start else (setup.spec, None)
@@ -111,11 +124,11 @@ class Learner:
                     peft_format.fill(self.policies.bank, policy, tensors)
             auto = setup.learner.lr == "auto"
             lr = auto_lr(setup.learner, self.policies.base.config) if auto else float(setup.learner.lr)
-            opened = self._hold(policy, setup, lr)
+            opened = self._hold(policy, setup, objective_of(setup.algorithm, setup.max_tokens), lr)
+            self._trained_base = whole
             if setup.critic_spec:
-                critic = state.critic_of(policy)
                 self.policies.add(critic, setup.critic_spec, setup.seed + 1, values=True)
-                opened.critic = self._hold(critic, setup, setup.critic.lr)
+                opened.critic = self._hold(critic, setup, opened.objective, setup.critic.lr)
             opened.canary = self.canary_of(opened)
             if saved is not None:
                 self._go_on(opened, saved)
@@ -183,7 +196,7 @@ class Learner:
             if not row.samples:  # it is there for the other learners' sake
                 value = (outputs if isinstance(outputs, Tensor) else outputs.logprobs).sum()
             value.backward()
-            counted = {"loss": value, "tokens": torch.ones_like(row.targets), **figures}
+            counted = {**figures, "loss": value, "tokens": torch.ones_like(row.targets)}
             for name, figure in counted.items():
                 sums[name] = sums.get(name, zero) + figure.detach().sum()
 
@@ -193,6 +206,7 @@ class Learner:
             if self.ranks > 1 and len(sums) == 2:  # this learner had no row: the figures' names are not known yet
                 learn(self._idle(held))
         names = sorted(sums)
+        self._agree(held, names)
         return dict(zip(names, self.add_up(torch.stack([sums[name] for name in names])).tolist(), strict=True))
 
     def optim_step(self, policy: str, adam: Adam) -> StepStats:
@@ -206,9 +220,10 @@ class Learner:
     def update(self, policy: str, groups: Sequence[Group]) -> tuple[Adapter, UpdateStats]:
         """One step: what the policy's objective makes of `groups`, an Adam step a minibatch, and version + 1.
 
-        A minibatch with a non-finite loss or gradient leaves adapter and optimizer as they were; the version goes up
-        all the same. Where several learners share the update, each is given all groups and computes its part; the
-        gradients are added up, and all take the same steps.
+        A minibatch with a non-finite loss or gradient leaves adapter and optimizer as they were, and so does a critic's
+        its own; the version goes up all the same. Gradients that were added up before are dropped. Where several
+        learners share the update, each is given all groups and computes its part; the gradients are added up, and all
+        take the same steps.
         """
         held = self.held[policy]
         with self._alone(held):
@@ -218,19 +233,30 @@ class Learner:
     # --- below, for those above ---
 
     def add_up(self, sums: Tensor) -> Tensor:
-        """The sum over all learners, on the CPU."""
+        """The sum over all learners."""
         if self.ranks == 1:
             return sums
         sums = sums.to(self.device)
         torch.distributed.all_reduce(sums)
         return sums.cpu()
 
-    def _hold(self, name: str, setup: Setup, lr: float) -> Trained:
+    def _hold(self, name: str, setup: Setup, objective: Objective, lr: float) -> Trained:
         machine.seed(setup.seed)  # for what a user's loss may draw; rlora's own draws are all seeded by themselves
-        objective = objective_of(setup.algorithm, setup.max_tokens)
         optimizer = Optimizer(self.policies.parameters_of(name))
         self.held[name] = held = Trained(name, setup, objective, optimizer, lr, machine.random_state())
         return held
+
+    def _agree(self, held: Trained, names: list[str]) -> None:
+        """Raise RloraError, on all learners, where they have other figures: what would be added up is not the same."""
+        if self.ranks > 1:
+            digest = int.from_bytes(hashlib.sha256(" ".join(names).encode()).digest()[:4])
+            ends = torch.tensor([digest, -digest], device=self.device)
+            torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MIN)
+            if int(ends.sum()) != 0:
+                raise RloraError(
+                    f"algorithm.name = {held.setup.algorithm.name!r}: its figures, here {names}, differ between "
+                    "microbatches; return the same ones each time, where several learners share an update"
+                )
 
     @contextmanager
     def _alone(self, held: Trained) -> Iterator[None]:
@@ -243,10 +269,11 @@ class Learner:
         try:
             yield
         except Exception as error:
-            file, own, _ = (name := held.setup.algorithm.name).rpartition(":")
-            if not own or isinstance(error, RloraError):
+            name = held.setup.algorithm.name
+            line = at(error, name.rpartition(":")[0], inspect.getfile(type(held.objective)))
+            if ":" not in name or not line or isinstance(error, RloraError):
                 raise
-            raise RloraError(f"{at(error, file)}algorithm.name = {name!r}: {type(error).__name__}: {error}") from error
+            raise RloraError(f"{line}algorithm.name = {name!r}: {type(error).__name__}: {error}") from error
         finally:
             self._at_work = False
             held.random = machine.random_state()

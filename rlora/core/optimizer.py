@@ -8,7 +8,6 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedConfig
 
 from rlora.records import RloraError
 from rlora.settings import LearnerConfig
@@ -51,12 +50,15 @@ class Optimizer:
         self.adam.zero_grad()
 
     def add_over_ranks(self) -> None:
-        """Add up the gradients over all ranks, in one message."""
-        masters = self.masters.values()
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in masters])
+        """Add up the gradients over all ranks, in one message. Where no rank has one, none has one after."""
+        masters = list(self.masters.values())
+        gradients = [torch.zeros_like(master) if master.grad is None else master.grad for master in masters]
+        some = gradients[0].new_tensor([float(any(master.grad is not None for master in masters))])
+        flat = torch.cat([some, *(gradient.flatten() for gradient in gradients)])
         torch.distributed.all_reduce(flat)
-        for master, part in zip(masters, flat.split([master.numel() for master in masters]), strict=True):
-            master.grad = part.view_as(master)
+        some, *parts = flat.split([1, *(master.numel() for master in masters)])
+        for master, part in zip(masters, parts, strict=True):
+            master.grad = part.view_as(master) if some else None
 
     def step(self, settings: Adam) -> StepStats:
         """A step along the gradient, which is gone then. One that is not finite steps nothing."""
@@ -124,12 +126,3 @@ def scheduled_lr(learner: LearnerConfig, lr: float, step: int, steps: int) -> fl
     done = step / steps
     left = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[learner.lr_schedule]
     return lr * (learner.lr_floor + (1 - learner.lr_floor) * left)
-
-
-def auto_lr(learner: LearnerConfig, base: PreTrainedConfig) -> float:
-    """What `learner.lr = "auto"` is: 5e-5 (2000 / hidden size)^p, ten times that for an adapter; p is 0.781 for Llama
-    and 0.0775 for Qwen ("LoRA Without Regret", Thinking Machines 2025). Fitted on supervised runs; other models are
-    taken for Llamas."""
-    power = 0.0775 if "qwen" in base.model_type else 0.781
-    lr = 5e-5 if learner.whole else 5e-4
-    return float(lr * (2000 / base.get_text_config().hidden_size) ** power)

@@ -107,12 +107,6 @@ def decode(config: bytes, weights: bytes) -> tuple[Spec, dict[str, Tensor]]:
     return spec, tensors
 
 
-def largest_rank(config: bytes) -> int:
-    """Of the ranks that an adapter has over its matrices."""
-    settings = json.loads(config)
-    return int(max([settings["r"], *settings.get("rank_pattern", {}).values()]))
-
-
 def _keys(modules: set[str], parameters: list[str]) -> frozenset[str]:
     """The keys of the matrices that PEFT has wrapped in `modules`, where it was told to adapt `parameters` too."""
     keys = set()

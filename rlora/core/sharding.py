@@ -25,6 +25,6 @@ def shard(body: nn.Module, device: torch.device) -> None:
     ranks = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     layers = cast(nn.ModuleList, body.layers)
     for layer in layers:
-        fully_shard(layer, mesh=ranks, ignored_params={p for p in layer.parameters() if p.requires_grad})
+        fully_shard(layer, mesh=ranks)
     # the root fetches the next layer while one runs; it holds no weights of its own
     fully_shard(body, mesh=ranks, ignored_params=set(body.parameters()))

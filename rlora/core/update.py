@@ -33,29 +33,31 @@ def update(learner: "Learner", held: "Trained", groups: Sequence[Group]) -> Upda
     if held.critic and held.number < setup.critic.warmup:
         lr = 0.0
     samples, explained_variance = _samples(learner, held, groups)
+    held.zero_grad()
     sums: Counter[str] = Counter()
     losses: list[float] = []  # of the minibatches that had anything to learn
     norms: list[float] = []
     for chosen in _minibatches(setup, held.number, len(groups), algorithm.epochs):
         weight = objective.weights([groups[i] for i in chosen])
         weighted = [[_weighted(sample, weight) for sample in samples[i]] for i in chosen]
-        held.optimizer.zero_grad()
         figures = learner.forward_backward(held.name, weighted, objective.loss)
+        if not figures["tokens"]:
+            continue
         if held.critic:
-            held.critic.optimizer.zero_grad()
             of_critic = learner.forward_backward(held.critic.name, weighted, _critics_loss(setup.critic.clip))
             figures["value_loss"] = of_critic["value_loss"]
         sums.update(figures)
-        if not figures["tokens"]:
-            continue
         if 0 < algorithm.target_kl < figures.get("kl_update", 0.0) / figures["tokens"]:
             break
         losses.append(figures["loss"])
-        finite = math.isfinite(losses[-1])
-        norms.append(learner.optim_step(held.name, _adam(setup, lr)).grad_norm if finite else math.nan)
+        if not math.isfinite(losses[-1]):
+            held.optimizer.zero_grad()
+        stepped = [learner.optim_step(held.name, _adam(setup, lr))]
         if held.critic:
             lr_of_critic = scheduled_lr(setup.learner, held.critic.lr, held.number, setup.steps)
-            learner.optim_step(held.critic.name, _adam(setup, lr_of_critic))
+            stepped.append(learner.optim_step(held.critic.name, _adam(setup, lr_of_critic)))
+        norms.append(stepped[0].grad_norm if all(each.stepped for each in stepped) else math.nan)
+    held.zero_grad()
     steps = [norm for norm in norms if math.isfinite(norm)]
     if norms:
         held.canary = learner.canary_of(held)

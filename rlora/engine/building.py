@@ -1,5 +1,6 @@
 """Makes vLLM's engine from the config, and has it read adapters."""
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from rlora import machine
-from rlora.core import peft_format
 from rlora.engine.cpu import patches
 from rlora.records import Adapter, DeliveryError, RloraError
 from rlora.settings import Config
@@ -79,8 +79,14 @@ def put(llm: LLMEngine, adapter: Adapter, path: Path, lora_id: int, experts: boo
         raise RloraError(f"adapter {adapter.name}: vLLM can't serve it: {error}") from error
     if not loaded:
         raise RloraError(f"adapter {adapter.name}: vLLM did not load it")
-    llm.apply_model(partial(patches.tell_rank, lora_id=lora_id, rank=peft_format.largest_rank(adapter.config)))
+    llm.apply_model(partial(patches.tell_rank, lora_id=lora_id, rank=_largest_rank(adapter)))
     return request
+
+
+def _largest_rank(adapter: Adapter) -> int:
+    """Of the ranks that it has over its matrices."""
+    settings = json.loads(adapter.config)
+    return int(max([settings["r"], *settings.get("rank_pattern", {}).values()]))
 
 
 def _pack_head(model: Any) -> None:

@@ -15,6 +15,7 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -22,6 +23,7 @@ from transformers import (
 from rlora import machine
 from rlora.model.model_files import check_config_file, check_kind, check_weights, is_pointer, reason_of
 from rlora.records import RloraError
+from rlora.settings import LearnerConfig
 
 DEMO = "demo:smollm2-135m"
 _NF4_BLOCK = 64  # weights that share a scale
@@ -207,3 +209,12 @@ def _demo() -> Path:
     finally:
         shutil.rmtree(half, ignore_errors=True)
     return home
+
+
+def auto_lr(learner: LearnerConfig, base: PreTrainedConfig) -> float:
+    """What `learner.lr = "auto"` is: 5e-5 (2000 / hidden size)^p, ten times that for an adapter; p is 0.781 for Llama
+    and 0.0775 for Qwen ("LoRA Without Regret", Thinking Machines 2025). Fitted on supervised runs; other models are
+    taken for Llamas."""
+    power = 0.0775 if "qwen" in base.model_type else 0.781
+    lr = 5e-5 if learner.whole else 5e-4
+    return float(lr * (2000 / base.get_text_config().hidden_size) ** power)

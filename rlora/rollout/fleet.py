@@ -71,7 +71,14 @@ class Fleet:
             self._left.discard(adapter.policy)
             self._newest[adapter.policy] = adapter
             loads = {member: member.engine.load(adapter, oldest) for member in self._members}
-        proofs = self._confirmed(adapter, loads)
+        try:
+            proofs = self._confirmed(adapter, loads)
+        except RloraError:
+            with self._changed:
+                self._newest.pop(adapter.policy, None)  # no engine that joins is to be given it
+                if before := self._adapters.get(adapter.policy):
+                    self._newest[adapter.policy] = before
+            raise
         with self._changed:
             self._adapters[adapter.policy] = adapter
             self._send()
@@ -137,6 +144,8 @@ class Fleet:
             for request in asked:
                 if request.policy == policy:
                     request.group.set_exception(left(policy))
+            for member in list(self._members):
+                self._let_go(member)
             self._send()
 
     def check(self) -> None:

@@ -210,7 +210,9 @@ def keeping_unscored(run: UPath) -> Iterator[None]:
         yield
     except RewardError as error:
         rows = [
-            asdict(episode) | {"prompt": asdict(group.prompt)} for group in error.groups for episode in group.episodes
+            asdict(episode) | {"version": episode.version.number, "prompt": asdict(group.prompt)}
+            for group in error.groups
+            for episode in group.episodes
         ]
         path = run / "unscored.jsonl"
         write_rows(path, rows)

@@ -10,7 +10,7 @@ from upath import UPath
 
 from rlora.config import differences, refuse_another_policy
 from rlora.core.objectives import objective_of
-from rlora.core.optimizer import auto_lr
+from rlora.model.base import auto_lr
 from rlora.records import RloraError
 from rlora.rollout.task import Task, load_task
 from rlora.run import checkpoint, directory, resume

@@ -47,21 +47,22 @@ def replay(learner: Learner, setup: Setup, before: Bundle, after: Bundle) -> Rep
     policy = before.adapter.policy
     learner.open(policy, setup, before.state)
     adapter, stats = learner.update(policy, after.groups)
-    made_state = learner.state(policy)
+    made_state, kept_state = safetensors.torch.load(learner.state(policy)), safetensors.torch.load(after.state)
     learner.close(policy)
-    learner.open(policy, setup, after.state)
-    kept_state = learner.state(policy)  # as tensors are named today
-    learner.close(policy)
+    by_position = is_by_position(kept_state)
+    if by_position:  # an older release wrote it: as its tensors are named today
+        learner.open(policy, setup, after.state)
+        kept_state = safetensors.torch.load(learner.state(policy))
+        learner.close(policy)
     was, made, kept = (safetensors.torch.load(each.weights) for each in (before.adapter, adapter, after.adapter))
-    states = (safetensors.torch.load(state) for state in (made_state, kept_state))
     return Replayed(
         step=before.version,
         stats=stats,
         exact=_alike(made, kept),
-        exact_state=_alike(*states),
+        exact_state=_alike(made_state, kept_state),
         off=_farthest(made, kept),
         moved=_farthest(was, kept),
-        rows_were_shared=setup.critic_spec is not None and is_by_position(safetensors.torch.load(after.state)),
+        rows_were_shared=setup.critic_spec is not None and by_position,
     )
 
 

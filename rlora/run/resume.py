@@ -24,7 +24,7 @@ _OF_EPISODES = (
 
 def cursor_for(config: Config, bundle: Bundle, origin: Origin) -> Cursor:
     """Where `bundle` goes on under `config`, with what it had in flight if that is still what the config asks for."""
-    cursor = bundle.cursor
+    cursor = _of_policy(bundle.cursor, origin.run)
     if origin.prompts != bundle.origin.prompts:
         warn(
             f"env = {config.env!r}: its training prompts are others than they were at version {bundle.version}; what "
@@ -38,15 +38,19 @@ def cursor_for(config: Config, bundle: Bundle, origin: Origin) -> Cursor:
     return cursor
 
 
+def _of_policy(cursor: Cursor, policy: str) -> Cursor:
+    """The cursor with adapters in flight known as that policy's: a run's directory may have been renamed."""
+    in_flight = [
+        replace(each, adapter=each.adapter and replace(each.adapter, policy=policy)) for each in cursor.in_flight
+    ]
+    return replace(cursor, in_flight=tuple(in_flight))
+
+
 def adopt(start: Bundle, run: UPath) -> Bundle:
     """Make another run's bundle the first one of `run`, which `runs.create` made."""
     origin = replace(Origin.of(run), prompts=start.origin.prompts)  # those of what was in flight
-    policy = run.name
-    in_flight = [
-        replace(each, adapter=each.adapter and replace(each.adapter, policy=policy)) for each in start.cursor.in_flight
-    ]
-    cursor = replace(start.cursor, in_flight=tuple(in_flight))
-    bundle = replace(start, origin=origin, adapter=replace(start.adapter, policy=policy), cursor=cursor)
+    adapter, cursor = replace(start.adapter, policy=run.name), _of_policy(start.cursor, run.name)
+    bundle = replace(start, origin=origin, adapter=adapter, cursor=cursor)
     path = bundle_path(run, bundle.version)
     write_directory(path, bundle.files)
     return read(path)

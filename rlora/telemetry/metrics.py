@@ -102,6 +102,7 @@ class Metrics:
             "ratio/truncated": update.ratio_truncated,
             "ratio/clipped": update.clipped,
             "entropy": update.entropy,
+            **{f"objective/{name}": value for name, value in update.others.items()},
             "critic/loss": update.value_loss,
             "critic/explained_variance": update.explained_variance,
             "update/minibatches": update.minibatches,

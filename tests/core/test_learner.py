@@ -14,9 +14,10 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from rlora.core.learner import Learner
-from rlora.core.optimizer import auto_lr, scheduled_lr
+from rlora.core.optimizer import scheduled_lr
 from rlora.core.peft_format import masters
 from rlora.core.setup import Setup
+from rlora.model.base import auto_lr
 from rlora.records import Group, RloraError
 from rlora.run.health import refuse_to_go_on
 from rlora.settings import Config
@@ -299,6 +300,8 @@ def test_16_bit_weights_are_rounded_from_masters_that_keep_small_steps(
     other = Solo(settings, str(tmp_path))
     other.resume(state)
     assert other.update(groups)[0] == straight
+    with pytest.raises(RloraError, match="all weights were trained by one before"):
+        other.resume()
     path = write_adapter(straight, tmp_path / "1")
     loaded = AutoModelForCausalLM.from_pretrained(str(path))
     for name, weight in learner.policies.base.named_parameters():

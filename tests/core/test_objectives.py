@@ -43,7 +43,7 @@ class BestOfGroup:
 
     def loss(self, now, batch):
         learned = batch.tokens.advantages
-        return -(learned * now.logprobs * batch.tokens.weights).sum(), {"share_learned": learned}
+        return -(learned * now.logprobs * batch.tokens.weights).sum(), {"share_learned": learned, "loss": learned * 7}
 """
 # On what is there: the surrogate alone is another.
 SMALL = """
@@ -99,17 +99,22 @@ def test_an_objective_of_fewer_than_50_lines_plugs_in(
         (OWN.replace("return [torch.full_like", "return samples and [torch.zeros(99)] or [torch.full_like"),
          r".*mine\.py:BestOfGroup.: its advantages have the shapes \[\(99,\)\]; there are \[3, 2\]"),
         (OWN.replace("-(learned", "-(undefined"), r"mine\.py:27: algorithm\.name = .*NameError: name .undefined."),
-        (OWN.replace(".sum(), {", ", {"), r"algorithm\.name = .*mine\.py:BestOfGroup.: RuntimeError: grad can be"),
+        (OWN.replace(".sum(), {", ", {"), "grad can be implicitly created only for scalar outputs"),
         (OWN.replace("BestOfGroup:", "Other:"), "mine.py has no 'BestOfGroup'"),
+        (OWN.replace("(self, algorithm, max_tokens)", "(self)"), "mine.py:BestOfGroup.: building it raised TypeError"),
+        (OWN.replace("skips_zeros", "skips"), r"mine.py:BestOfGroup.: it has no skips_zeros; see rlora\.core\.obj"),
+        (OWN.replace("frozenset()", "frozenset([Need.VALUES])").replace(
+            "import torch", "import torch\nfrom rlora.core.objectives.objective import Need"
+        ), 'a critic\'s values are there with algorithm.advantage = "gae" and only then'),
     ],
-    ids=["shapes", "error", "no sum", "name"],
+    ids=["shapes", "error", "no sum", "name", "init", "member", "values"],
 )  # fmt: skip
 def test_what_is_wrong_with_one_is_told_with_its_file_and_line(
     text: str, message: str, tiny: str, config: MakeConfig, groups: list[Group], tmp_path: Path
 ) -> None:
     (tmp_path / "mine.py").write_text(text)
     settings = config(algorithm={"name": f"{tmp_path}/mine.py:BestOfGroup"})
-    with pytest.raises(RloraError, match=message):
+    with pytest.raises((RloraError, RuntimeError), match=message):
         Solo(settings, tiny).update(groups)
 
 

@@ -191,3 +191,34 @@ def test_a_run_with_a_critic_resumes_bit_for_bit(make: Callable[..., Solo], grou
     learner.update(groups)
     other.resume(learner.state())
     assert other.update(groups)[0] == learner.update(groups)[0]
+
+
+def test_a_minibatch_without_samples_is_passed_over(make: Callable[..., Solo], groups: list[Group]) -> None:
+    """All of its completions were cut off, and those are dropped."""
+    cut = [
+        replace(g, episodes=tuple(replace(e, finish_reason="length") for e in g.episodes)) if number else g
+        for number, g in enumerate(groups)
+    ]
+    stats = make(name="ppo", minibatches=3, drop_truncated=True).update(cut)[1]
+    assert (stats.minibatches, stats.skipped_in_a_row) == (1, 0)
+    assert stats.value_loss is not None
+    nothing = make(name="ppo", minibatches=3, drop_truncated=True).update(cut[1:])[1]
+    assert (nothing.minibatches, nothing.tokens, nothing.value_loss) == (0, 0, None)
+
+
+def test_a_critic_that_can_not_step_is_told_of(make: Callable[..., Solo], groups: list[Group]) -> None:
+    learner = make(name="ppo", minibatches=1)
+    learner.policies.value_heads["run/critic"].bias.data.fill_(float("nan"))
+    for number in (1, 2):
+        stats = learner.update(groups)[1]
+        assert (stats.minibatches, stats.skipped_in_a_row) == (0, number)
+
+
+def test_no_gradient_is_left_behind(make: Callable[..., Solo], groups: list[Group]) -> None:
+    learner = make(name="ppo", epochs=4, target_kl=1e-6, minibatches=1)
+    assert learner.update(groups)[1].minibatches < 4
+    for name in ("run", "run/critic"):
+        assert all(master.grad is None for master in learner.learner.held[name].optimizer.masters.values())
+    broken = [group([5, 6], episode([7], 1.0, [float("nan")]), episode([8], 0.0))]
+    learner.update(broken)
+    assert all(master.grad is None for master in learner.held.optimizer.masters.values())

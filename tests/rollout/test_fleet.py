@@ -540,3 +540,31 @@ def test_canaries_are_each_policys_farthest() -> None:
     first, second = stage.engines
     first.canaries, second.canaries = {"run": 0.1, "other": 0.3}, {"run": 0.2, "other": 0.2, "third": 0.0}
     assert stage.fleet.stats().canaries == {"run": 0.2, "other": 0.3, "third": 0.0}
+
+
+def test_an_engine_that_is_leaving_ends_with_the_policy_that_it_last_served() -> None:
+    stage = Stage(2, room=2)
+    for policy in ("run", "other"):
+        stage.fleet.swap(adapter(3, policy))
+    stage.ask(0)
+    (last,) = stage.ask(1, policy="other")
+    stage.fleet.resize(1)
+    (going,) = [engine for engine in stage.engines if any(answer == 1 for answer, _, _ in engine.asked)]
+    assert len(stage.fleet.engines) == 2
+    stage.fleet.leave("other")
+    assert stage.fleet.engines == [engine for engine in stage.engines if engine is not going]
+    assert last.group.done()
+
+
+def test_a_version_that_was_refused_is_given_to_no_other_engine() -> None:
+    stage = Stage(1)
+    for policy in ("run", "other"):
+        stage.fleet.swap(adapter(3, policy))
+    stage.engines[0].lies = True
+    with pytest.raises(DeliveryError):
+        stage.fleet.swap(adapter(4, "other"))
+    stage.engines[0].lies = False
+    stage.fleet.check()
+    stage.fleet.resize(2)
+    until(lambda: len(stage.fleet.engines) == 2)
+    assert sorted(map(str, stage.engines[1].held)) == sorted(map(str, (version(3), version(3, "other"))))

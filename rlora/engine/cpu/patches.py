@@ -60,8 +60,9 @@ def lay_out(model: Any) -> None:
 
 def tell_rank(model: Any, lora_id: int, rank: int) -> None:
     """Have products read no more of a slot than the adapter in it has: vLLM pads each to the largest rank."""
-    if ThinProducts.add:
-        ThinProducts.ranks[model.lora_manager.lora_index_to_id.index(lora_id)] = rank
+    slots = model.lora_manager.lora_index_to_id
+    if ThinProducts.add and lora_id in slots:  # else the proof says that it is not there
+        ThinProducts.ranks[slots.index(lora_id)] = rank
 
 
 class ThinProducts(PunicaWrapperCPU):
