@@ -154,7 +154,7 @@ def test_opening_says_what_does_not_fit_and_leaves_the_others(together: Learner,
         together.open("new", setups["a"], together.state("b"))
     with pytest.raises(RloraError, match="another model or rank"):  # it has a critic
         together.open("new", setups["a"], together.state("d"))
-    with pytest.raises(RloraError, match="policy d/critic: a name that ends like this is a critic's"):
-        together.open("d/critic", setups["a"])
+    with pytest.raises(RloraError, match="policy new/critic: a name that ends like this is a critic's"):
+        together.open("new/critic", setups["a"])
     assert set(together.held) == {*POLICIES, "d/critic", "h/critic"}
     assert {name: bits(together, name) for name in POLICIES} == before

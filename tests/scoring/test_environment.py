@@ -119,7 +119,7 @@ from rlora.config import validate
 from rlora.rollout.task import setup_of
 
 config = validate({{"model": "m", "env": "e:E", "reward": {reward!r}, "scoring": {{"environment": {names!r}}}}})
-with cluster._crew(config, "", "run") as crew:
+with cluster._crew(config, "") as crew:
     (pool,) = crew.pools(SimpleNamespace(agent=False))
     crew.wait()
     scores = pool.do(case("secret-7f3a", "guessed", answer=1)).result(timeout=120)[0]
