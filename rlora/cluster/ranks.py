@@ -114,7 +114,10 @@ class Ranks:
 
 
 def results_of(calls: Mapping[Any, Remote], late: Callable[[list[Remote]], None] = lambda _: None) -> dict[Any, Any]:
-    """What each call gives. The first error is raised at once; `late` is told now and then whom we still wait for."""
+    """Return the result of each call. The first error is raised immediately.
+
+    After each `_PATIENCE` seconds without a result, `late` is called with the remotes that have not answered.
+    """
     results: dict[Any, Any] = {}
     while waiting := [call for call in calls if call not in results]:
         ended, _ = ray.wait(waiting, timeout=_PATIENCE)

@@ -94,7 +94,7 @@ class Policies:
         return self.value_heads[critic](self._hidden(row, critic).float())[:, 0]  # type: ignore[no-any-return]
 
     def adapts_head(self, name: str) -> bool:
-        return self._over_head(name, self.base.dtype) is not None
+        return any(matrix.kind == "head" for matrix in self.bank.over(name))
 
     def _hidden(self, row: Microbatch, under: str | None) -> Tensor:
         """The base's last hidden states at the row's predictors: (C, hidden size)."""
