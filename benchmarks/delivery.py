@@ -51,6 +51,7 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
 
 from rlora import cluster, machine
+from rlora.cluster.ranks import Ranks
 from rlora.config import validate
 from rlora.core import peft_format
 from rlora.core.learner import Learner
@@ -179,12 +180,16 @@ class StockOp(Probe):
 
 
 @contextmanager
-def engines(task: Task, kind: type[Probe], learn: bool = False, **changes: Any) -> Iterator[tuple[Learner, Fleet]]:
+def engines(task: Task, kind: type[Probe], learn: bool = False, **changes: Any) -> Iterator[tuple[Ranks, Fleet]]:
     """A fleet of `kind`, whose engines have all cores each, and a learner."""
     cluster.ENGINE = f"{HERE}:{kind.__name__}"
     settings = {"engine": {"threads": machine.cores()}} | changes
-    with cluster.start([cluster.Served(POLICY, validate(CONFIG | settings), task)], learn=learn) as (learner, fleet, _):
-        yield learner, fleet
+    with cluster.start([cluster.Served(POLICY, validate(CONFIG | settings), task)], learn=learn) as (
+        learners,
+        fleet,
+        _,
+    ):
+        yield learners.get(POLICY), fleet
 
 
 # --- what is measured ---

@@ -3,7 +3,8 @@
 import json
 import re
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict
 from difflib import get_close_matches
 from operator import attrgetter
@@ -14,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from upath import UPath
 
 from rlora.records import RloraError
-from rlora.settings import PRESETS, Config, LearnerConfig
+from rlora.settings import PRESETS, AlgorithmConfig, Config, LearnerConfig
 
 # A token's probability would depend on which others were cut off or penalised; the learner could not know it.
 _UNLEARNABLE = {"top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
@@ -81,7 +82,7 @@ def _refuse_what_makes_no_sense(config: Config, source: str) -> None:
     senseless = [
         (len(config.reward_weights) not in (0, len(functions)), "reward_weights",
          f"there are {len(functions)} reward functions; give as many weights, or leave them out"),
-        (not functions or len(set(functions)) < len(functions), "reward",
+        ((config.env and not functions) or len(set(functions)) < len(functions), "reward",
          "name one reward function or more, each once"),
         (keeps.keep_best and keeps.keep_last <= config.max_staleness and not config.learner.whole,
          "checkpoint.keep_last", f"with max_staleness = {config.max_staleness} a version is gone before it is known to "
@@ -210,6 +211,56 @@ def _doc(loc: tuple[int | str, ...]) -> str:
         properties = schema["$defs"].get(section, {}).get("properties", {})
         doc = properties.get(part, {}).get("description", doc)
     return str(doc)
+
+
+_ARGUMENTS = {"env_args": "env", "reward_args": "reward"}  # and what they are arguments of
+
+
+def changed(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The tables of a config with fields changed, which `changes` has by their full names, such as learner.rank.
+
+    Where another plug-in is named the arguments of the one before go, and where another algorithm is what its name set.
+    """
+    merged = deepcopy(dict(table))
+    for arguments, plug_in in _ARGUMENTS.items():
+        if plug_in in changes and plug_in in table and _listed(table[plug_in]) != _listed(changes[plug_in]):
+            merged[arguments] = {}
+    for name, value in changes.items():
+        of: Any = merged
+        *sections, last = name.split(".")
+        for section in sections:
+            of = of.setdefault(section, {}) if isinstance(of, dict) else None
+        if isinstance(of, dict):  # else what is in the way is at fault, and the check tells of it
+            of[last] = value
+    before = table.get("algorithm")
+    if "algorithm.name" in changes and isinstance(merged["algorithm"], dict):
+        name = str(before.get("name", "")) if isinstance(before, dict) else ""
+        _leave_preset(merged["algorithm"], PRESETS.get(name, {}), changes.keys())
+    return merged
+
+
+def flattened(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of some tables by their full names."""
+    sections = {name for name, value in asdict(Config(model="", env="", reward="")).items() if isinstance(value, dict)}
+    flat: dict[str, Any] = {}
+    for name, value in tables.items():
+        if isinstance(value, Mapping) and name in sections:
+            flat |= {f"{name}.{key}": each for key, each in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def _listed(plug_in: Any) -> Any:
+    return list(plug_in) if isinstance(plug_in, tuple) else [plug_in] if isinstance(plug_in, str) else plug_in
+
+
+def _leave_preset(algorithm: dict[str, Any], was: dict[str, Any], given: Iterable[str]) -> None:
+    """Take out what the name before set, so that the new one can; what was given beside it stays."""
+    kept = {name.removeprefix("algorithm.") for name in given}
+    for name in (PRESETS.get(algorithm["name"], {}) | was).keys() - kept:
+        if name in algorithm and algorithm[name] == was.get(name, getattr(AlgorithmConfig(), name)):
+            del algorithm[name]
 
 
 _FIXED = (

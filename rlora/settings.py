@@ -161,6 +161,8 @@ class LearnerConfig:
     """Updates in a row that may be skipped for a non-finite loss or gradient before the run stops."""
     replicas: Count = 1
     """How many learners share each update (data-parallel); Ray places each by its resources."""
+    concurrent: Count = 1
+    """How many of the policies that train together are updated at the same time, each by `replicas` learners."""
     shard: bool = False
     """Divide the base's layers among the `replicas`, 2 or more; embeddings and output head stay whole on each."""
     cpus: Annotated[float, Field(ge=0)] = 0.5
@@ -360,4 +362,4 @@ class Config:
     @property
     def rewards(self) -> tuple[str, ...]:
         """Each reward function."""
-        return (self.reward,) if isinstance(self.reward, str) else self.reward
+        return (self.reward,) * bool(self.reward) if isinstance(self.reward, str) else self.reward

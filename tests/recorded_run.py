@@ -87,7 +87,7 @@ class NoFleet:
 @contextmanager
 def learner_alone(runs: Sequence[Run]) -> Iterator[tuple[Any, Any, Any]]:
     with cluster.learning(runs[0].config, runs[0].task.base) as learner:
-        yield learner, NoFleet(), {run.policy: None for run in runs}
+        yield {run.policy: learner for run in runs}, NoFleet(), {run.policy: None for run in runs}
 
 
 def die_at(count: int) -> None:

@@ -339,8 +339,8 @@ def test_a_run_outlives_its_engines_its_learners_and_its_scorers(
         timer.start()
 
     trained: list[Group] = []
-    with cluster.start([cluster.Served("run", small, task)]) as (learner, fleet, loops):
-        loop = loops["run"]
+    with cluster.start([cluster.Served("run", small, task)]) as (learners, fleet, loops):
+        learner, loop = learners["run"], loops["run"]
         ranks: Any = learner
         adapter = learner.open("run", Setup.of(small))
         rollouts = Rollouts(small, task.prompts, fleet, loop, Cursor())

@@ -11,7 +11,7 @@ from rlora.core.objectives import READY
 
 FLOORS = [
     {"records"}, {"plugin", "machine", "settings"}, {"config", "store"}, {"model"}, {"core", "scoring"},
-    {"engine", "rollout"}, {"telemetry"}, {"run"}, {"cluster"}, {"train"}, {"cli"}, {"__main__"},
+    {"engine", "rollout"}, {"telemetry"}, {"run"}, {"cluster"}, {"train"}, {"__init__"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 HOMES = {"vllm": {"engine"}, "ray": {"cluster"}, "numba": {"engine"}, "tyro": {"cli"}, "rich": {"cli", "telemetry"}}

@@ -17,12 +17,11 @@ from rlora.cli.overrides import (
     parse_eval,
     parse_replay,
     parse_show,
-    read_run,
-    split,
 )
-from rlora.cli.train import tell_checked, train_command
+from rlora.cli.train import train_command
 from rlora.config import differences, refuse_another_policy, validate
 from rlora.records import BASE, STATUSES, Adapter, RewardError, RloraError
+from rlora.run.source import read_run, split
 from rlora.settings import CheckConfig
 from rlora.store import Place, write_rows
 
@@ -95,9 +94,10 @@ def _eval(arguments: list[str]) -> None:
     from rlora.rollout.evaluate import answer, pass_at, rows, summarise
     from rlora.rollout.stream import sampling_of
     from rlora.rollout.task import load_task
+    from rlora.run.prepare import tell_checked
 
     task = load_task(config)
-    tell_checked(task)
+    tell_checked(task, print)
     if not task.held_out:
         raise RloraError(
             f"env = {config.env!r}: none of its first evaluate.prompts = {config.evaluate.prompts} held-out prompts "
@@ -175,12 +175,13 @@ def _check(arguments: list[str]) -> None:
     if not given.config.check.prompts:
         raise RloraError("check.prompts = 0: that tries nothing; give 1 or more")
     from rlora.rollout.task import load_task
+    from rlora.run.prepare import tell_checked
 
     task = load_task(given.config)
     report = task.checked
     print(f"{report.prompts} prompts tried in {report.seconds:.1f} s with {', '.join(given.config.rewards)}: "
           f"{len(report.faults) or 'no'} {'fault' if len(report.faults) == 1 else 'faults'}")  # fmt: skip
-    tell_checked(task)
+    tell_checked(task, print)
     if report.faults:
         sys.exit(1)
 

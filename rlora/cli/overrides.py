@@ -4,19 +4,18 @@ import json
 import re
 import shlex
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import tyro
-from upath import UPath
 
 from rlora.cli.arguments import Check, Eval, Given, Replay, Show, Train
-from rlora.config import differences, like, read, read_table, refuse_another_policy, refuse_unlearnable, validate
+from rlora.config import changed, differences, like, read_table, refuse_another_policy, refuse_unlearnable, validate
 from rlora.records import RloraError
-from rlora.settings import PRESETS, AlgorithmConfig, Config
-from rlora.store import names, read_file
+from rlora.run.source import config_at, reachable, read_run, split
+from rlora.settings import Config
+from rlora.store import names
 
 
 def parse_train(arguments: list[str]) -> Train:
@@ -66,10 +65,11 @@ def _resumed(given: Train, before: Config) -> Train:
 
 def with_changes(config: Config, changes: Sequence[str]) -> Config:
     """The config with fields changed, each given as NAME=VALUE. Raises RloraError for names that there are not."""
-    table = asdict(config)
+    table, values = asdict(config), {}
     for change in changes:
         name, equals, text = change.partition("=")
-        section, _, last = name.replace("-", "_").rpartition(".")
+        name = name.replace("-", "_")
+        section, _, last = name.rpartition(".")
         of: Any = table
         for part in section.split(".") if section else ():
             of = of.get(part) if isinstance(of, dict) else None
@@ -77,25 +77,8 @@ def with_changes(config: Config, changes: Sequence[str]) -> Config:
             raise RloraError(f"--set {change}: no value; give NAME=VALUE, such as learner.lr=1e-4")
         if not isinstance(of, dict) or (last not in of and not section.endswith("_args")):
             raise RloraError(f"--set {change}: no such field; {like(name)}")
-        of[last] = _value(text)
-    names = [change.partition("=")[0] for change in changes]
-    return validate(_under_its_preset(table, names, config.algorithm.name))
-
-
-def split(source: str) -> tuple[UPath, int | None]:
-    """RUN or RUN@STEP."""
-    run, _, step = source.rpartition("@")
-    return (reachable(run), int(step)) if run and step.isdigit() else (reachable(source), None)
-
-
-def reachable(place: str | UPath) -> UPath:
-    """The path. Raises RloraError where fsspec does not know its protocol, or needs another package for it."""
-    try:
-        path = UPath(place)
-        _ = path.fs
-    except (ImportError, ValueError) as error:
-        raise RloraError(f"{place}: {error}; install what that names, or give a local directory") from None
-    return path
+        values[name] = _value(text)
+    return validate(changed(table, values))
 
 
 def parse_eval(arguments: list[str]) -> Eval:
@@ -118,19 +101,8 @@ def parse_replay(arguments: list[str], over: Config | None = None) -> Replay:
     return _parse(Replay, Replay(_NOTHING, ""), "rlora replay", arguments, over)
 
 
-def read_run(run: UPath) -> Config:
-    """The config of a run. Raises RloraError where no run is."""
-    path = reachable(run) / "config.toml"
-    if read_file(path) is None:
-        raise RloraError(
-            f"{run}: no run is there (it has no config.toml); name a directory that `rlora train` made, "
-            "under runs/ or where --run-dir said"
-        )
-    return read(path)
-
-
 _NOTHING = Config(model="", env="", reward="")
-_ARGUMENTS = {"env_args": "env", "reward_args": "reward", "chat.template_args": ""}  # and the plug-in they are for
+_ARGUMENTS = ("env_args", "reward_args", "chat.template_args")  # tables whose names only a plug-in knows
 
 
 def _parse(kind: type[Given], default: Given, program: str, arguments: list[str], over: Config | None = None) -> Given:
@@ -146,12 +118,12 @@ def _parse(kind: type[Given], default: Given, program: str, arguments: list[str]
     table, file = (asdict(over), None) if over else _source(parsed)
     if table is None:
         parsed = tyro.cli(kind, args=others, prog=program)  # which tells what is missing
-        table = _under_its_preset(asdict(parsed.config), options, "")
-    else:
-        table = _merged(table, asdict(parsed.config), options)
-    for field_name, values in named.items():
-        _put(table, {f"{field_name}.{name}": value for name, value in values.items()})
-        options += [f"{field_name}.{name}" for name in values]
+        table = asdict(_NOTHING)
+    changes = _given(asdict(parsed.config), options) | {
+        f"{field_name}.{name}": value for field_name, values in named.items() for name, value in values.items()
+    }
+    table = changed(table, changes)
+    options += changes
     try:
         return replace(parsed, config=validate(table))
     except RloraError as error:
@@ -159,45 +131,16 @@ def _parse(kind: type[Given], default: Given, program: str, arguments: list[str]
         raise error if at_fault in options or not file else RloraError(f"{file}: {error}") from None
 
 
-def _put(table: dict[str, Any], values: dict[str, Any]) -> None:
-    """Set fields by their full names, where a table is in the way to each; else the check tells of it."""
-    for name, value in values.items():
-        of: Any = table
-        *sections, last = name.split(".")
-        for section in sections:
-            of = of.setdefault(section, {}) if isinstance(of, dict) else None
-        if isinstance(of, dict):
-            of[last] = value
-
-
-def _merged(table: dict[str, Any], given: dict[str, Any], options: Sequence[str]) -> dict[str, Any]:
-    """The tables of a config, with each of `options` as `given` has it. Arguments of a plug-in go where it changes."""
-    merged = deepcopy(table)
+def _given(table: dict[str, Any], options: Sequence[str]) -> dict[str, Any]:
+    """The fields that options give, by their full names, as the table has them."""
+    given = {}
     for option in options:
-        section, _, name = option.replace(".no_", ".").rpartition(".")
-        of = given.get(section) if section else given
-        if isinstance(of, dict) and name in of:
-            _put(merged, {f"{section}.{name}".strip("."): of[name]})
-    for arguments, plug_in in _ARGUMENTS.items():
-        if plug_in in options and plug_in in table and _plain(table[plug_in]) != _plain(given[plug_in]):
-            merged[arguments] = given[arguments]
-    before = table.get("algorithm")
-    return _under_its_preset(merged, options, str(before.get("name", "")) if isinstance(before, dict) else "")
-
-
-def _plain(plug_in: Any) -> Any:
-    return list(plug_in) if isinstance(plug_in, tuple) else [plug_in] if isinstance(plug_in, str) else plug_in
-
-
-def _under_its_preset(table: dict[str, Any], given: Sequence[str], before: str) -> dict[str, Any]:
-    """A config where, if `algorithm.name` is given, all that the name before set goes; what was given beside stays."""
-    algorithm, was = table.get("algorithm"), PRESETS.get(before, {})
-    if "algorithm.name" in given and isinstance(algorithm, dict):
-        kept = {option.removeprefix("algorithm.").removeprefix("no_") for option in given}
-        for name in (PRESETS.get(algorithm["name"], {}) | was).keys() - kept:
-            if name in algorithm and algorithm[name] == was.get(name, getattr(AlgorithmConfig(), name)):
-                del algorithm[name]
-    return table
+        name = option.replace(".no_", ".")
+        section, _, last = name.rpartition(".")
+        of = table.get(section) if section else table
+        if isinstance(of, dict) and last in of:
+            given[name] = of[last]
+    return given
 
 
 def _source(given: Train | Eval | Check | Show | Replay) -> tuple[dict[str, Any] | None, Path | None]:
@@ -216,17 +159,7 @@ def _source(given: Train | Eval | Check | Show | Replay) -> tuple[dict[str, Any]
         return read_table(given.file), given.file
     if given.resume:
         return asdict(read_run(given.resume)), None
-    return (asdict(_config_at(*split(given.fork))) if given.fork else None), None
-
-
-def _config_at(run: UPath, step: int | None) -> Config:
-    """That of a version, or of the newest."""
-    newest = read_run(run)  # or it says that no run is there
-    if step is None:
-        return newest
-    from rlora.run.checkpoint import read_config  # which imports torch
-
-    return read_config(run, step)
+    return (asdict(config_at(*split(given.fork))) if given.fork else None), None
 
 
 def _named(field: str, arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

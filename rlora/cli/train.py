@@ -1,39 +1,22 @@
 """`rlora train`: what a run starts with or goes on from, and the table at its end."""
 
 import sys
-from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING
 
 from upath import UPath
 
-from rlora.cli.overrides import parse_train, split
-
-if TYPE_CHECKING:
-    from rlora.rollout.task import Task
+from rlora.cli.overrides import parse_train
 
 # torch, transformers and Ray take seconds to import: that waits until the command line is understood
 
 
 def train_command(arguments: list[str]) -> None:
     given = parse_train(arguments)
-    from rlora.run import directory
-    from rlora.run.prepare import begin, go_on, is_finished
+    from rlora.run.prepare import is_finished, prepared
     from rlora.train import drive
 
     tell = partial(print, flush=True)
-    with ExitStack() as stack:  # no other process is at the run meanwhile
-        if given.resume:
-            stack.enter_context(directory.held(given.resume))
-            run = go_on(given.config, given.resume, tell=tell)
-        else:
-            run = begin(
-                given.config, given.run_dir, given.overwrite, split(given.fork) if given.fork else None, tell=tell
-            )
-            stack.enter_context(directory.held(run.place))
-        if run.task.dropped:
-            tell(f"{run.task.dropped} prompts are longer than sampling.max_prompt_tokens and left out")
-        tell(f"run: {run.place}" + (f", from version {run.start.version} on" if run.start else ""))
+    with prepared(given.config, given.run_dir, given.resume, given.fork, given.overwrite, tell=tell) as run:
         try:
             if not is_finished(run.place, run.config, run.start):  # else who restarts what ended is told the same again
                 drive([run])
@@ -72,8 +55,3 @@ def _report(run: UPath, base: str, whole: bool) -> None:
         return
     print(f"Load it with PEFT:\n  base = AutoModelForCausalLM.from_pretrained({base!r})")
     print(f"  policy = PeftModel.from_pretrained(base, {summary['adapter/path']!r})")
-
-
-def tell_checked(task: "Task") -> None:
-    if text := str(task.checked):
-        print(text.encode("utf-8", "backslashreplace").decode(), flush=True)

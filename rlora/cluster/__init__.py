@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from operator import attrgetter
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import ray
 
@@ -20,13 +20,14 @@ from rlora.core.learner import Learner
 from rlora.records import Engine, RloraError
 from rlora.rollout.fleet import Fleet
 from rlora.rollout.player import AgentLoop
-from rlora.rollout.task import Task, setup_of
+from rlora.rollout.task import Task
 from rlora.scoring.scoring import Scoring
 from rlora.settings import Config
 
 _SHARED = (  # settings that a process has once
     "model", "dtype", "engine", "restarts", "learner.adapter", "learner.quantise", "learner.shard", "learner.replicas",
-    "learner.checkpointing", "learner.deterministic", "learner.threads", "learner.cpus", "learner.gpus",
+    "learner.concurrent", "learner.checkpointing", "learner.deterministic", "learner.threads", "learner.cpus",
+    "learner.gpus",
 )  # fmt: skip
 ENGINE = "rlora.engine.vllm_engine:Engine"
 _START = 1800.0  # seconds in which an engine that replaces another has to be ready
@@ -53,6 +54,14 @@ class Serves(Protocol):
     def task(self) -> Task: ...
     @property
     def number(self) -> int: ...
+
+
+class Started(NamedTuple):
+    """What a job has for its policies, by their names."""
+
+    learners: Mapping[str, Ranks]
+    fleet: Fleet
+    loops: Mapping[str, AgentLoop]  # has prompts sampled and scored
 
 
 class _Crew:
@@ -100,7 +109,8 @@ class _Crew:
             raise
         return cast(Engine, made)
 
-    def learners(self) -> list[Remote]:
+    def learners(self, place: int = 0) -> list[Remote]:
+        """Those that share each update of the policies that are dealt to that place of `learner.concurrent`."""
         learner = self.config.learner
         if self.cuda and learner.replicas > 1 and learner.gpus <= 0.5:
             raise RloraError(
@@ -108,11 +118,12 @@ class _Crew:
                 "for each; set learner.gpus to 1"
             )
         cores = self.share if self.config.max_staleness else machine.cores()
-        environment = machine.learner_environment(learner.threads or max(1, cores // learner.replicas))
+        everyone = learner.replicas * learner.concurrent
+        environment = machine.learner_environment(learner.threads or max(1, cores // everyone))
         reserved = learner.cpus, learner.gpus * self.cuda, environment
         made = []
-        for rank in range(learner.replicas):
-            role = f"learner {rank}" if learner.replicas > 1 else "learner"
+        for number in range(place * learner.replicas, (place + 1) * learner.replicas):
+            role = f"learner {number}" if everyone > 1 else "learner"
             made.append(Remote(role, *reserved, "rlora.core.learner:Learner", self.config, self.base))
         self.remotes += made
         return made
@@ -120,9 +131,12 @@ class _Crew:
     def pools(self, served: Sequence[Serves]) -> dict[str, list[RemotePool]]:
         """What scores each policy's episodes: the same processes for those whose reward functions are set up alike."""
         made: dict[Any, list[RemotePool]] = {}
-        found = {}
+        found: dict[str, list[RemotePool]] = {}
         for each in served:
-            scoring, setup = each.config.scoring, setup_of(each.config, each.task.agent)
+            scoring, setup = each.config.scoring, each.task.scoring
+            if not (setup.rewards or setup.env):
+                found[each.policy] = []
+                continue
             alike = setup, scoring.workers, scoring.cpus, scoring.replicas
             if (key := repr(alike)) not in made:
                 made[key] = [RemotePool(scoring.cpus, setup, scoring.workers) for _ in range(scoring.replicas)]
@@ -146,11 +160,11 @@ def _versions(served: Sequence[Serves]) -> int:
 
 
 @contextmanager
-def start(served: Sequence[Serves], learn: bool = True) -> Iterator[tuple[Learner, Fleet, Mapping[str, AgentLoop]]]:
-    """The learner of all policies (none, unless `learn`), a fleet of `engine.replicas` engines, and by policy what has
-    its prompts sampled and scored.
+def start(served: Sequence[Serves], learn: bool = True) -> Iterator[Started]:
+    """Start the learners (unless not `learn`), a fleet of `engine.replicas` engines, and what scores.
 
-    Ray places them all. `learner.replicas` learners are seen as one. Joins the Ray cluster of this job or machine, or
+    Ray places them all. Policies are dealt out among `learner.concurrent` learners, each of which is
+    `learner.replicas` processes that share every update. Joins the Ray cluster of this job or machine, or
     starts one that ends with it. On leaving, however that comes about, every process is gone and so are its files in
     RAM.
     Raises RloraError where the policies differ in a setting that they share.
@@ -158,7 +172,7 @@ def start(served: Sequence[Serves], learn: bool = True) -> Iterator[tuple[Learne
     machine.check_ram_directory()
     config = shared(served)
     with _crew(config, served[0].task.base, _versions(served)) as crew:
-        learners = crew.learners() if learn else []
+        learners = [crew.learners(place) for place in range(config.learner.concurrent)] if learn else []
         engines = [crew.engine(served, number) for number in range(config.engine.replicas)]
         pools = crew.pools(served)
         crew.wait()
@@ -171,7 +185,9 @@ def start(served: Sequence[Serves], learn: bool = True) -> Iterator[tuple[Learne
             for each in served
         }
         try:
-            yield cast(Learner, Ranks(crew.learners, learners, config.restarts)), fleet, loops
+            ranks = [Ranks(partial(crew.learners, n), remotes, config.restarts) for n, remotes in enumerate(learners)]
+            dealt = {each.policy: ranks[n % len(ranks)] for n, each in enumerate(served) if ranks}
+            yield Started(dealt, fleet, loops)
         finally:
             fleet.stop()
             for loop in loops.values():
@@ -205,6 +221,7 @@ def shared(served: Sequence[Serves]) -> Config:
         rank=max(config.learner.rank for config in configs),
         head=any(config.learner.head for config in configs),
         start_from=next((config.learner.start_from for config in configs if config.learner.start_from), ""),
+        concurrent=min(first.config.learner.concurrent, len(served)),
     )
     longest = max(configs, key=lambda config: config.max_model_len)
     staleness = max(config.max_staleness for config in configs)

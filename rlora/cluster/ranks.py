@@ -2,76 +2,155 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
+from torch import Tensor
 
 from rlora.cluster.actors import LostError, Remote, end_actors
+from rlora.core.batch import shares
+from rlora.core.learner import Computed, Groups
+from rlora.core.objectives.objective import Loss
+from rlora.core.optimizer import Adam, StepStats
 from rlora.core.setup import Setup
-from rlora.records import Adapter, Group
+from rlora.records import Adapter, Group, UpdateStats
 
 _PATIENCE = 30.0  # seconds until we say that Ray has found no place for an actor
 
 
-class Ranks:
-    """The first one answers, and what changes a policy is called on all.
+@dataclass
+class _Held:
+    """What a policy is made of again where a learner dies."""
 
-    Where one dies, all are made anew by `make`, each policy goes on from its last state, and the call is made again;
-    after `restarts` times in a row RloraError is raised.
+    setup: Setup
+    saved: bytes | None  # its last state; None while it is fresh
+    added: list[list[tuple[Any, ...]]] = field(default_factory=list)  # the `forward_backward` calls since
+
+
+class Ranks:
+    """The first one answers, and what changes a policy is called on all. It has the verbs of `Learner`.
+
+    Where one dies, all are made anew by `make`, each policy goes on from its last state, gradients that were added up
+    since are computed again, and the call is made again; after `restarts` times in a row RloraError is raised.
     """
 
     def __init__(self, make: Callable[[], list[Remote]], remotes: list[Remote], restarts: int) -> None:
         self._make, self._remotes, self._restarts = make, remotes, restarts
-        self._out_of_step = False  # an error of one learner may have left others in the midst of a call
-        self._held: dict[str, tuple[Setup, bytes | None]] = {}  # each policy's last state; None while it is fresh
+        self._out_of_step = False  # one has died, or an error of one may have left others in the midst of a call
+        self._held: dict[str, _Held] = {}
         self._join()
 
     def open(self, policy: str, setup: Setup, saved: bytes | None = None) -> Adapter:
-        adapter: Adapter = self._despite_deaths(partial(self._opened, policy, setup, saved))
-        self._held[policy] = setup, saved
+        adapter: Adapter = self._call(partial(self._on_all, "open", policy, ray.put(setup), ray.put(saved)))
+        self._held[policy] = _Held(setup, saved)
         return adapter
 
     def close(self, policy: str) -> None:
+        """`Learner.close` on all. Where that fails they are made anew, without the policy, at the next call."""
         self._held.pop(policy, None)
-        self._despite_deaths(partial(self._on_all, "close", [(policy,)] * len(self._remotes)))
+        try:
+            self._on_all("close", policy)()
+        except Exception:
+            self._out_of_step = True
 
-    def update(self, policy: str, groups: Sequence[Group]) -> Any:
+    def update(self, policy: str, groups: Sequence[Group]) -> tuple[Adapter, UpdateStats]:
         """`Learner.update` on all; the state after it is kept too, so that what is returned is never lost."""
+        return self.begin_update(policy, groups)()
 
-        def updated() -> tuple[Any, bytes]:
-            arguments = [(policy, shared)] * len(self._remotes)
-            return self._on_all("update", arguments), self._on_first("state", policy)
+    def begin_update(self, policy: str, groups: Sequence[Group]) -> Callable[[], tuple[Adapter, UpdateStats]]:
+        """The same, which goes on meanwhile: call what is returned to wait for it."""
+        return self._stepped(policy, "update", ray.put(groups))
 
-        shared = ray.put(groups)
-        result, state = self._despite_deaths(updated)
-        self._held[policy] = self._held[policy][0], state
-        return result
+    def forward(self, policy: str, groups: Groups, reference: bool = False) -> list[list[Tensor]]:
+        """`Learner.forward`, the groups dealt out."""
+        calls = [(policy, part, reference) for part in self._dealt(groups)]
+        return _joined(self._call(partial(self._on_each, "forward", calls)))
+
+    def forward_backward(self, policy: str, groups: Groups, loss: Loss) -> Computed:
+        """`Learner.forward_backward`, the groups dealt out."""
+        calls = [(policy, part, loss) for part in self._dealt(groups)]
+        try:
+            computed = self._call(partial(self._on_each, "forward_backward", calls))
+        except Exception:
+            self._held[policy].added.clear()  # as the learners' own gradients
+            raise
+        self._held[policy].added.append(calls)
+        return Computed(computed[0].sums, _joined([each.outputs for each in computed]))
+
+    def optim_step(self, policy: str, adam: Adam) -> StepStats:
+        """`Learner.optim_step` on all; the state after it is kept too."""
+        stats: StepStats = self._stepped(policy, "optim_step", adam)()
+        return stats
+
+    def next_version(self, policy: str) -> Adapter:
+        """`Learner.next_version` on all; the state after it is kept too."""
+        added = self._held[policy].added
+        adapter: Adapter = self._stepped(policy, "next_version")()
+        self._held[policy].added = added
+        return adapter
 
     def adapter(self, policy: str) -> Adapter:
-        adapter: Adapter = self._despite_deaths(partial(self._on_first, "adapter", policy))
+        adapter: Adapter = self._call(partial(self._on_first, "adapter", policy))
         return adapter
 
     def state(self, policy: str) -> bytes:
-        state: bytes = self._held[policy][1] or self._despite_deaths(partial(self._on_first, "state", policy))
+        saved = self._held[policy].saved
+        state: bytes = saved or self._call(partial(self._on_first, "state", policy))
         return state
 
-    def _despite_deaths(self, call: Callable[[], Any]) -> Any:
-        deaths = 0
-        while True:
-            try:
-                if deaths or self._out_of_step:
-                    self._make_anew()
-                return call()
-            except Exception as error:
-                if not (isinstance(error, LostError) or self._one_died()):
-                    self._out_of_step = len(self._remotes) > 1
-                    raise
-                deaths += 1
-                if deaths > self._restarts:
-                    raise
-                print(f"{error}\nIt is started again, and goes on from its last state.", flush=True)
+    def _stepped(self, policy: str, method: str, *arguments: Any) -> Callable[[], Any]:
+        """The result of a call on all that changes a policy, whose state after it is kept."""
+
+        def send() -> Callable[[], tuple[Any, bytes]]:
+            changed, state = self._on_all(method, policy, *arguments), self._on_first("state", policy)
+            return lambda: (changed(), state())
+
+        waited = self._begin(send)
+
+        def result() -> Any:
+            made, saved = waited()
+            self._held[policy] = _Held(self._held[policy].setup, saved)
+            return made
+
+        return result
+
+    def _dealt(self, groups: Groups) -> list[Any]:
+        """Each learner's part: all groups, without the samples of those that are another's."""
+        sizes = [sum(sample.length for sample in group) for group in groups]
+        return [
+            ray.put([group if place in part else [] for place, group in enumerate(groups)])
+            for part in map(set, shares(sizes, len(self._remotes)))
+        ]
+
+    def _call(self, send: Callable[[], Callable[[], Any]]) -> Any:
+        return self._begin(send)()
+
+    def _begin(self, send: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
+        """Send calls; what is returned waits for their results, and sends them once more where a learner has died."""
+        sent = None if self._out_of_step else (self._remotes, send())
+
+        def result() -> Any:
+            nonlocal sent
+            deaths = 0
+            while True:
+                try:
+                    if self._out_of_step:
+                        self._make_anew()
+                    if sent is None or sent[0] is not self._remotes:
+                        sent = self._remotes, send()
+                    return sent[1]()
+                except Exception as error:
+                    died = isinstance(error, LostError) or self._one_died()
+                    self._out_of_step = died or len(self._remotes) > 1
+                    deaths += died
+                    if not died or deaths > self._restarts:
+                        raise
+                    print(f"{error}\nIt is started again, and goes on from its last state.", flush=True)
+
+        return result
 
     def _one_died(self) -> bool:
         """Whether an error of one learner is that another is gone: it hears of that before Ray does."""
@@ -90,27 +169,41 @@ class Ranks:
         self._remotes, self._out_of_step = self._make(), False
         results_of({remote.built: remote for remote in self._remotes}, still_starting)
         self._join()
-        for policy, (setup, saved) in self._held.items():
-            self._opened(policy, setup, saved)
+        for policy, held in self._held.items():
+            self._on_all("open", policy, ray.put(held.setup), ray.put(held.saved))()
+            for calls in held.added:
+                self._on_each("forward_backward", calls)()
 
     def _join(self) -> None:
         if len(self._remotes) > 1:
             address = self._remotes[0].wait(self._remotes[0].actor.address.remote())
-            self._on_all("join", [(address, rank, len(self._remotes)) for rank, _ in enumerate(self._remotes)])
+            self._on_each("join", [(address, rank, len(self._remotes)) for rank, _ in enumerate(self._remotes)])()
 
-    def _opened(self, policy: str, setup: Setup, saved: bytes | None) -> Any:
-        shared = ray.put(setup), ray.put(saved)
-        return self._on_all("open", [(policy, *shared)] * len(self._remotes))
+    def _on_first(self, method: str, *arguments: Any) -> Callable[[], Any]:
+        first = self._remotes[0]
+        return partial(first.wait, first.actor.call.remote(method, *arguments))
 
-    def _on_first(self, method: str, *arguments: Any) -> Any:
-        return self._remotes[0].wait(self._remotes[0].actor.call.remote(method, *arguments))
+    def _on_all(self, method: str, *arguments: Any) -> Callable[[], Any]:
+        """The first one's result, once it is waited for."""
+        results = self._on_each(method, [arguments] * len(self._remotes))
+        return lambda: results()[0]
 
-    def _on_all(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> Any:
-        """The first one's result. An error of any is raised at once: the others would wait for it for ever."""
+    def _on_each(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> Callable[[], list[Any]]:
+        """Each one's result. An error of any is raised at once: the others would wait for it for ever."""
         calls = {
             remote.actor.call.remote(method, *own): remote for remote, own in zip(self._remotes, arguments, strict=True)
         }
-        return results_of(calls)[next(iter(calls))]
+
+        def wait() -> list[Any]:
+            results = results_of(calls)
+            return [results[call] for call in calls]
+
+        return wait
+
+
+def _joined(parts: Sequence[list[list[Tensor]]]) -> list[list[Tensor]]:
+    """What learners give for the samples of each group, which one of them had."""
+    return [next((each for each in of if each), []) for of in zip(*parts, strict=True)]
 
 
 def results_of(calls: Mapping[Any, Remote], late: Callable[[list[Remote]], None] = lambda _: None) -> dict[Any, Any]:

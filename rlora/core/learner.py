@@ -1,7 +1,6 @@
 """The learner: K policies over one resident base, each with masters, Adam and random state of its own."""
 
 import hashlib
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import Tensor
 from rlora import machine
 from rlora.core import peft_format, state
 from rlora.core.batch import Microbatch, Sample, alone, idle, microbatches
-from rlora.core.objectives import objective_of
+from rlora.core.objectives import objective_of, telling_of
 from rlora.core.objectives.objective import Loss, Need, Objective
 from rlora.core.optimizer import Adam, Optimizer, StepStats
 from rlora.core.policy import Outputs, Policies
@@ -25,7 +24,7 @@ from rlora.core.setup import Setup
 from rlora.core.sharding import shard
 from rlora.core.update import update
 from rlora.model.base import auto_lr, load_base, load_quantised
-from rlora.plugin import at
+from rlora.plugin import receive
 from rlora.records import WHOLE_FILES, Adapter, Canary, Group, RloraError, UpdateStats
 from rlora.settings import Config
 
@@ -48,12 +47,21 @@ class Trained:
     number: int = 0  # of its version
     skipped_in_a_row: int = 0  # updates whose loss or gradient was not finite
     canary: Canary | None = None
+    stepped: bool = False  # since the last version
 
     def zero_grad(self) -> None:
         """Drop the gradients of the policy and its critic."""
         self.optimizer.zero_grad()
         if self.critic:
             self.critic.zero_grad()
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What a forward and backward pass gives: of all learners the sums, of this one's samples the outputs."""
+
+    sums: dict[str, float]  # of the loss's figures over all targets; the targets themselves as `tokens`, the `loss`
+    outputs: list[list[Tensor]]  # of each sample: its targets' logprobs, or values, (C,) float32 on the CPU
 
 
 class Learner:
@@ -77,9 +85,7 @@ class Learner:
         self.held: dict[str, Trained] = {}  # critics too
         self.rank, self.ranks = 0, 1
         self._at_work = self._trained_base = False
-        self._of_base: dict[
-            int, tuple[float, ...]
-        ] = {}  # the base's logprobs of canaries, by how many tokens they have
+        self._of_base: dict[int, tuple[float, ...]] = {}  # the base's logprobs of canaries, by their tokens
 
     def join(self, address: str, rank: int, ranks: int) -> None:
         """Become one of `ranks` learners that share each update; the first listens at `address` (host:port)."""
@@ -116,6 +122,7 @@ class Learner:
             raise RloraError(f"policy {policy}: a name that ends like this is a critic's; give another")
         if self._trained_base and saved is None:
             raise RloraError(f"policy {policy}: all weights were trained by one before; start another learner")
+        receive(setup.given)
         try:
             if not whole:
                 spec, tensors = peft_format.decode(*setup.start) if setup.start else (setup.spec, None)
@@ -176,46 +183,51 @@ class Learner:
         """The logprobs of each sample's targets at the policy's temperature, (C,) float32 on the CPU; a critic's
         values. With `reference` they are the base's."""
         held = self.held[policy]
-        said: dict[int, Tensor] = {}
-        for row in self._rows(held, groups):
-            values = self._outputs(held, row, reference)
-            logprobs = values if isinstance(values, Tensor) else values.logprobs
-            of_samples = logprobs.cpu().split(row.lengths.tolist())
-            said |= {id(sample): of_sample for sample, of_sample in zip(row.samples, of_samples, strict=True)}
-        return [[said[id(sample)] for sample in group] for group in groups]
+        return by_sample(
+            groups, [(row.samples, _values(self._outputs(held, row, reference))) for row in self._rows(held, groups)]
+        )
 
-    def forward_backward(self, policy: str, groups: Groups, loss: Loss) -> dict[str, float]:
-        """Add the gradient of `loss`, summed over microbatches, to the policy's; returns sums of its figures over all
-        targets of all learners, with their count as `tokens` and the loss itself as `loss`."""
+    def forward_backward(self, policy: str, groups: Groups, loss: Loss) -> Computed:
+        """Add the gradient of `loss`, summed over microbatches, to the policy's.
+
+        An error on the way drops what was added up, and so do an update and a step.
+        """
         held, zero = self.held[policy], torch.zeros((), device=self.device)
-        sums = {"loss": zero, "tokens": zero}
+        sums, rows = {"loss": zero, "tokens": zero}, list[tuple[Sequence[Sample], Tensor]]()
 
         def learn(row: Microbatch) -> None:
             outputs = self._outputs(held, row)
             value, figures = loss(outputs, row)
             if not row.samples:  # it is there for the other learners' sake
-                value = (outputs if isinstance(outputs, Tensor) else outputs.logprobs).sum()
+                value = _values(outputs).sum()
             value.backward()
+            rows.append((row.samples, _values(outputs).detach()))
             counted = {**figures, "loss": value, "tokens": torch.ones_like(row.targets)}
             for name, figure in counted.items():
                 sums[name] = sums.get(name, zero) + figure.detach().sum()
 
-        with self._alone(held):
-            for row in self._rows(held, groups):
-                learn(row)
-            if self.ranks > 1 and len(sums) == 2:  # this learner had no row: the figures' names are not known yet
-                learn(self._idle(held))
+        try:
+            with self._alone(held):
+                for row in self._rows(held, groups):
+                    learn(row)
+                if self.ranks > 1 and len(sums) == 2:  # this learner had no row: the figures' names are not known yet
+                    learn(self._idle(held))
+        except BaseException:
+            held.optimizer.zero_grad()
+            raise
         names = sorted(sums)
         self._agree(held, names)
-        return dict(zip(names, self.add_up(torch.stack([sums[name] for name in names])).tolist(), strict=True))
+        totals = self.add_up(torch.stack([sums[name] for name in names])).tolist()
+        return Computed(dict(zip(names, totals, strict=True)), by_sample(groups, rows))
 
     def optim_step(self, policy: str, adam: Adam) -> StepStats:
         """One step along the gradient that `forward_backward` has added up, which is gone then. One that is not finite,
         or was never asked for, steps nothing."""
-        optimizer = self.held[policy].optimizer
+        held = self.held[policy]
         if self.ranks > 1:
-            optimizer.add_over_ranks()
-        return optimizer.step(adam)
+            held.optimizer.add_over_ranks()
+        held.stepped = True
+        return held.optimizer.step(adam)
 
     def update(self, policy: str, groups: Sequence[Group]) -> tuple[Adapter, UpdateStats]:
         """One step: what the policy's objective makes of `groups`, an Adam step a minibatch, and version + 1.
@@ -228,7 +240,15 @@ class Learner:
         held = self.held[policy]
         with self._alone(held):
             stats = update(self, held, groups)
-        return self.adapter(policy), stats
+        return self.next_version(policy), stats
+
+    def next_version(self, policy: str) -> Adapter:
+        """Make what `optim_step` has come to the policy's next version, its number + 1; returns the adapter."""
+        held = self.held[policy]
+        if held.stepped:
+            held.canary, held.stepped = self.canary_of(held), False
+        held.number += 1
+        return self.adapter(policy)
 
     # --- below, for those above ---
 
@@ -267,13 +287,8 @@ class Learner:
         self._at_work = True
         machine.set_random_state(held.random)
         try:
-            yield
-        except Exception as error:
-            name = held.setup.algorithm.name
-            line = at(error, name.rpartition(":")[0], inspect.getfile(type(held.objective)))
-            if ":" not in name or not line or isinstance(error, RloraError):
-                raise
-            raise RloraError(f"{line}algorithm.name = {name!r}: {type(error).__name__}: {error}") from error
+            with telling_of(held.setup.algorithm.name, held.objective):
+                yield
         finally:
             self._at_work = False
             held.random = machine.random_state()
@@ -340,3 +355,16 @@ class Learner:
             if not left:
                 return
             yield batch or self._idle(held)
+
+
+def _values(outputs: Outputs | Tensor) -> Tensor:
+    return outputs if isinstance(outputs, Tensor) else outputs.logprobs
+
+
+def by_sample(groups: Groups, rows: Sequence[tuple[Sequence[Sample], Tensor]]) -> list[list[Tensor]]:
+    """What rows, each its samples and (C,) values, give for each sample: brought to the CPU at once."""
+    joined = torch.cat([values for _, values in rows]).cpu() if rows else torch.zeros(0)
+    samples = [sample for of, _ in rows for sample in of]
+    parts = joined.split([len(sample.targets) for sample in samples])
+    known = {id(sample): part for sample, part in zip(samples, parts, strict=True)}
+    return [[known[id(sample)] for sample in group] for group in groups]

@@ -1,4 +1,4 @@
-"""What losses are made of: ratios, estimators of the KL, and the critic's loss. Pure torch.
+"""What losses are made of: ratios, and estimators of the KL. Pure torch.
 
 Three policies meet here. The *behaviour* policy sampled (the engine's logprobs, of some version); the *start* is the
 learner's own before the update's first minibatch; *now* is the one that is being trained. Two ratios: `importance` is
@@ -74,19 +74,6 @@ def kl(logprobs: Tensor, others: Tensor, estimator: Literal["k1", "k2", "k3"]) -
     if estimator == "k1":
         return d
     return d.square() / 2 if estimator == "k2" else _bounded(-d).expm1() + d
-
-
-# --- the critic ---
-
-
-def value_loss(values: Tensor, before: Tensor, returns: Tensor, clip: float) -> Tensor:
-    """max((V - R)^2, (clip(V, V_before - clip, V_before + clip) - R)^2) / 2 (PPO's own code; "What Matters In
-    On-Policy RL", arXiv:2006.05990, appendix B.2). (C,) -> (C,); a `clip` of 0 clips nothing."""
-    error = (values - returns).square()
-    if clip:
-        near = torch.minimum(torch.maximum(values, before - clip), before + clip)
-        error = torch.maximum(error, (near - returns).square())
-    return error / 2
 
 
 def _bounded(x: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
 """What one policy is trained by, and what it starts from."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rlora.core.lora import Spec
+from rlora.plugin import Pickled, pickled
 from rlora.settings import AlgorithmConfig, Config, CriticConfig, LearnerConfig
 
 
@@ -20,6 +22,7 @@ class Setup:
     max_tokens: int = 256  # of a completion
     max_model_len: int = 2048  # of a prompt and its completion
     start: tuple[bytes, bytes] | None = None  # an adapter to start from, in PEFT's format; None: a fresh one
+    given: Mapping[str, Pickled] = field(default_factory=dict, repr=False)  # what `algorithm.name` names
 
     @classmethod
     def of(cls, config: Config, start: tuple[bytes, bytes] | None = None) -> "Setup":
@@ -29,7 +32,7 @@ class Setup:
             algorithm = replace(algorithm, name=f"{Path(file).absolute()}:{name}")
         return cls(
             config.learner, algorithm, config.critic, config.seed, config.steps, sampling.temperature,
-            sampling.max_tokens, config.max_model_len, start,
+            sampling.max_tokens, config.max_model_len, start, pickled("algorithm.name", [algorithm.name]),
         )  # fmt: skip
 
     @property

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from rlora import machine
 from rlora.core.advantage import SMALL, whitened
-from rlora.core.batch import Microbatch, Sample, sample_of, shares
-from rlora.core.loss import value_loss
-from rlora.core.objectives.objective import Figures, Loss, Need
+from rlora.core.batch import Sample, sample_of, shares
+from rlora.core.objectives.critic import values_loss
+from rlora.core.objectives.objective import Need
 from rlora.core.optimizer import Adam, scheduled_lr
 from rlora.core.setup import Setup
 from rlora.records import Episode, Group, RloraError, UpdateStats
@@ -40,12 +40,12 @@ def update(learner: "Learner", held: "Trained", groups: Sequence[Group]) -> Upda
     for chosen in _minibatches(setup, held.number, len(groups), algorithm.epochs):
         weight = objective.weights([groups[i] for i in chosen])
         weighted = [[_weighted(sample, weight) for sample in samples[i]] for i in chosen]
-        figures = learner.forward_backward(held.name, weighted, objective.loss)
+        figures = learner.forward_backward(held.name, weighted, objective.loss).sums
         if not figures["tokens"]:
             continue
         if held.critic:
-            of_critic = learner.forward_backward(held.critic.name, weighted, _critics_loss(setup.critic.clip))
-            figures["value_loss"] = of_critic["value_loss"]
+            of_critic = learner.forward_backward(held.critic.name, weighted, values_loss(setup.critic.clip))
+            figures["value_loss"] = of_critic.sums["value_loss"]
         sums.update(figures)
         if 0 < algorithm.target_kl < figures.get("kl_update", 0.0) / figures["tokens"]:
             break
@@ -59,9 +59,6 @@ def update(learner: "Learner", held: "Trained", groups: Sequence[Group]) -> Upda
         norms.append(stepped[0].grad_norm if all(each.stepped for each in stepped) else math.nan)
     held.zero_grad()
     steps = [norm for norm in norms if math.isfinite(norm)]
-    if norms:
-        held.canary = learner.canary_of(held)
-    held.number += 1
     held.skipped_in_a_row = held.skipped_in_a_row + 1 if norms and not steps else 0
     means = {name: total / sums["tokens"] for name, total in sums.items() if sums["tokens"]}
     return UpdateStats(
@@ -87,17 +84,6 @@ def _adam(setup: Setup, lr: float) -> Adam:
 def _weighted(sample: Sample, weight: Callable[[Episode], float]) -> Sample:
     assert sample.episode is not None
     return sample.knowing(weights=torch.full_like(sample.tokens.weights, weight(sample.episode)))
-
-
-def _critics_loss(clip: float) -> Loss:
-    def loss(values: Tensor, batch: Microbatch) -> tuple[Tensor, Figures]:
-        before, returns = batch.tokens.values, batch.tokens.returns
-        assert before is not None
-        assert returns is not None
-        losses = value_loss(values, before, returns, clip)
-        return (losses * batch.tokens.weights).sum(), {"value_loss": losses}
-
-    return loss
 
 
 def _samples(learner: "Learner", held: "Trained", groups: Sequence[Group]) -> tuple[list[list[Sample]], float | None]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlora.model.chat import Chat
-from rlora.plugin import at
+from rlora.plugin import at, file_of
 from rlora.records import Prompt, RewardError, RloraError
 from rlora.rollout.golds import (
     FORMS,
@@ -115,7 +115,7 @@ class _Check:
                 solved = self.solution(prompt)
                 return [] if solved is None else [str(solved)]
             except Exception as error:
-                line = at(error, self.config.env.rpartition(":")[0], inspect.getfile(type(self.env)))
+                line = at(error, self.config.env.rpartition(":")[0], file_of(self.env))
                 what = f"its solution raised {type(error).__name__}: {error}; mend it there"
                 self.faults.append(Fault(f"{line}env = {self.config.env!r}: {what}"))
                 self.solution = lambda _: None

@@ -3,7 +3,6 @@
 import inspect
 import os
 import pickle
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,7 @@ from typing import Any
 
 from rlora.model.base import context_length, load_tokenizer, locate, stop_token_ids, vocabulary_size
 from rlora.model.chat import Chat
-from rlora.plugin import at, load
+from rlora.plugin import at, env_of, file_of, load, pickled
 from rlora.records import Messages, Prompt, RloraError, without_surrogates
 from rlora.rollout.check import Report, check
 from rlora.scoring.pool import Pool
@@ -31,19 +30,19 @@ class Task:
     held_out: list[Prompt]  # the first `evaluate.prompts` of them
     dropped: int  # prompts left out because they are too long
     checked: Report = field(default_factory=Report)  # what trying the reward functions came to
+    scoring: Setup = field(default_factory=Setup)  # what the processes run that score, and reply for the env
 
 
 def load_task(config: Config) -> Task:
     """Load env and tokenizer, and try the reward functions. Raises RloraError that names the field at fault."""
-    make_env = load("env", config.env)
+    plugged = load("env", config.env)
     try:
-        env = make_env(**config.env_args)
+        env = env_of(plugged, config.env_args)
         train, held_out = list(env.train()), list(islice(env.held_out(), config.evaluate.prompts))
     except RloraError:
         raise
     except Exception as error:
-        module = getattr(sys.modules[make_env.__module__], "__file__", None) or ""
-        line = at(error, config.env.rpartition(":")[0], module)
+        line = at(error, config.env.rpartition(":")[0], file_of(plugged))
         raise RloraError(
             f"{line}env = {config.env!r} with env_args = {config.env_args!r}: it raised {type(error).__name__}: "
             f"{error}; give the arguments that it takes, and let it have train() and held_out() that return Prompts"
@@ -52,12 +51,34 @@ def load_task(config: Config) -> Task:
         for number, prompt in enumerate(prompts):
             _refuse_what_is_no_prompt(f"env = {config.env!r}: its {method}()", prompt, number)
             prompts[number] = replace(prompt, text=_whole(prompt.text))
-    with closing(Pool(setup_of(config, hasattr(env, "reply")), 1)) as pool:  # as it is in the run, to try it
-        return _task(config, env, train, held_out, pool)
-
-
-def _task(config: Config, env: Any, train: Sequence[Prompt], held_out: Sequence[Prompt], pool: Pool) -> Task:
     agent = hasattr(env, "reply")
+    scoring = setup_of(config, agent)
+    with closing(Pool(scoring, 1)) as pool:  # as it is in the run, to try it
+        task = bare_task(config)
+        if task.chat.template and agent and _may_say_messages(env):
+            task.chat.check_replies()
+        fitting = tokenise(train, task.chat, config.sampling.max_prompt_tokens)
+        fitting_held_out = tokenise(held_out, task.chat, config.sampling.max_prompt_tokens)
+        _refuse_unknown_tokens(config, vocabulary_size(task.base), [*fitting, *fitting_held_out])
+        if not fitting:
+            raise RloraError(
+                f"env = {config.env!r}: none of its {len(train)} training prompts has 1 to "
+                f"{config.sampling.max_prompt_tokens} tokens; raise sampling.max_prompt_tokens or look at the data"
+            )
+        return replace(
+            task,
+            stop=(*getattr(env, "stop", ()), *task.stop),
+            agent=agent,
+            prompts=fitting,
+            held_out=fitting_held_out,
+            dropped=len(train) - len(fitting) + len(held_out) - len(fitting_held_out),
+            checked=check(config, env, task.chat, pool, fitting, fitting_held_out),
+            scoring=scoring,
+        )
+
+
+def bare_task(config: Config) -> Task:
+    """The base and its tokenizer alone: no prompts, and no rewards. Raises RloraError where they don't fit."""
     where = locate(config.model)
     limit = context_length(where)
     if limit is not None and config.max_model_len > limit:
@@ -67,26 +88,7 @@ def _task(config: Config, env: Any, train: Sequence[Prompt], held_out: Sequence[
         )
     tokenizer = load_tokenizer(where)
     chat = Chat(tokenizer, config.chat, stop_token_ids(where, tokenizer))
-    if chat.template and hasattr(env, "reply") and _may_say_messages(env):
-        chat.check_replies()
-    fitting = tokenise(train, chat, config.sampling.max_prompt_tokens)
-    fitting_held_out = tokenise(held_out, chat, config.sampling.max_prompt_tokens)
-    _refuse_unknown_tokens(config, vocabulary_size(where), [*fitting, *fitting_held_out])
-    if not fitting:
-        raise RloraError(
-            f"env = {config.env!r}: none of its {len(train)} training prompts has 1 to "
-            f"{config.sampling.max_prompt_tokens} tokens; raise sampling.max_prompt_tokens or look at the data"
-        )
-    return Task(
-        base=where,
-        chat=chat,
-        stop=(*getattr(env, "stop", ()), *config.chat.stop),
-        agent=agent,
-        prompts=fitting,
-        held_out=fitting_held_out,
-        dropped=len(train) - len(fitting) + len(held_out) - len(fitting_held_out),
-        checked=check(config, env, chat, pool, fitting, fitting_held_out),
-    )
+    return Task(where, chat, config.chat.stop, agent=False, prompts=[], held_out=[], dropped=0)
 
 
 def _refuse_unknown_tokens(config: Config, size: int, prompts: Sequence[Prompt]) -> None:
@@ -114,6 +116,7 @@ def setup_of(config: Config, agent: bool) -> Setup:
         concurrency=config.scoring.concurrency,
         environment=_environment(config.scoring.environment),
         seed=config.seed,
+        given=pickled("reward", config.rewards) | pickled("env", [config.env]),
     )
 
 

@@ -203,6 +203,11 @@ def whole_lines(run: UPath) -> list[str]:
     return [line for line in lines if line.endswith("}")]
 
 
+def figures(run: UPath) -> list[dict[str, Any]]:
+    """What metrics.jsonl says of each step."""
+    return [json.loads(line) for line in whole_lines(run)]
+
+
 @contextmanager
 def keeping_unscored(run: UPath) -> Iterator[None]:
     """Where a reward fails, write what was sampled to `<run>/unscored.jsonl`, a JSON object an episode."""

@@ -84,7 +84,7 @@ def card(run: UPath, bundle: Bundle, merged: str | None = None) -> str:
     `merged` is the dtype of the weights that it was merged into; without one it is of the adapter.
     """
     config = bundle.config
-    before = [line for line in map(json.loads, directory.whole_lines(run)) if line["step"] < bundle.version]
+    before = [line for line in directory.figures(run) if line["step"] < bundle.version]
     curve = [line["reward/mean"] or 0.0 for line in before]
     shown = before[:: max(1, len(before) // 10)]
     tags = ["lora", "reinforcement-learning", "rlora", config.algorithm.name]

@@ -1,6 +1,5 @@
 """What runs there are, and how far each has come."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,7 +8,7 @@ from upath import UPath
 from rlora.config import read
 from rlora.records import RloraError
 from rlora.run.checkpoint import versions
-from rlora.run.directory import CONFIG, Origin, is_held, summary, whole_lines
+from rlora.run.directory import CONFIG, Origin, figures, is_held, summary
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ def _past(run: UPath) -> Past:
         config, origin = read(run / CONFIG), Origin.of(run)
     except RloraError:  # another release wrote it
         return Past(run.name, "not readable", "", "", "", "")
-    lines, told = [json.loads(line) for line in whole_lines(run)], summary(run)
+    lines, told = figures(run), summary(run)
     logged = lines[-1]["step"] + 1 if lines else origin.first
     done = min(logged, max(versions(run), default=0))  # a line may be ahead of its bundle, or a bundle be damaged
     status = "running" if is_held(run) else "finished" if done >= config.steps else "stopped"

@@ -2,7 +2,9 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from os import PathLike
 from typing import Any
 
 from transformers import AutoConfig
@@ -10,19 +12,45 @@ from upath import UPath
 
 from rlora.config import differences, refuse_another_policy
 from rlora.core.objectives import objective_of
+from rlora.core.setup import Setup
 from rlora.model.base import auto_lr
 from rlora.records import RloraError
 from rlora.rollout.task import Task, load_task
 from rlora.run import checkpoint, directory, resume
 from rlora.run.checkpoint import Bundle
 from rlora.run.run import Observer, Run
+from rlora.run.source import reachable, split
 from rlora.run.start import read_start
 from rlora.settings import Config
 from rlora.store import holds
 
+PathOf = str | PathLike[str] | UPath | None
 Tell = Callable[[str], object]  # is given a line for the user
 
 _log = logging.getLogger(__name__)
+
+
+@contextmanager
+def prepared(
+    config: Config, run_dir: PathOf = None, resume: PathOf = None, fork: str | None = None, overwrite: bool = False,
+    observers: Sequence[Observer] = (), tell: Tell = _log.info,
+) -> Iterator[Run]:  # fmt: skip
+    """A run for the loop, which no other process is at meanwhile: a new one, a fork, or with `resume` one that goes on.
+
+    Raises RloraError.
+    """
+    with ExitStack() as stack:
+        if resume is not None:
+            stack.enter_context(directory.held(reachable(str(resume))))
+            run = go_on(config, reachable(str(resume)), observers, tell)
+        else:
+            place = reachable(str(run_dir)) if run_dir is not None else None
+            run = begin(config, place, overwrite, split(fork) if fork else None, observers, tell)
+            stack.enter_context(directory.held(run.place))
+        if run.task.dropped:
+            tell(f"{run.task.dropped} prompts are longer than sampling.max_prompt_tokens and left out")
+        tell(f"run: {run.place}" + (f", from version {run.start.version} on" if run.start else ""))
+        yield run
 
 
 def begin(
@@ -45,13 +73,13 @@ def begin(
         tell_changes(differences(before, config), tell)
         if start.version >= config.steps:
             raise RloraError(f"steps = {config.steps}: {name} has done them all; give more by --steps N")
-    task = checked(config, tell)
+    task, setup = checked(config, tell)
     what = config.env.rpartition(":")[2].lower()
     place = place or UPath("runs") / f"{what}-{time.strftime('%Y%m%d-%H%M%S')}"
     as_given, config = (resume.with_template(each, task.chat) for each in (as_given, config))
     directory.create(place, as_given, task, overwrite, resume.lineage(start) if start else None)
     config = resume.keep_start(place, config)
-    return Run(config, task, place, resume.adopt(start, place) if start else None, observers)
+    return Run(config, task, setup, place, resume.adopt(start, place) if start else None, observers)
 
 
 def go_on(config: Config, place: UPath, observers: Sequence[Observer] = (), tell: Tell = _log.info) -> Run:
@@ -66,7 +94,7 @@ def go_on(config: Config, place: UPath, observers: Sequence[Observer] = (), tell
             raise RloraError(f"steps = {config.steps}: {place} has done them all; give more by --set steps=N")
     elif origin.forked_from:
         raise RloraError(f"{place}: its first bundle was never written; fork {origin.forked_from['run']} again")
-    task = checked(config, tell)
+    task, setup = checked(config, tell)
     measured = directory.summary(place).get("accuracy/prompts", 0)
     if measured and len(task.held_out) != measured:
         raise RloraError(
@@ -76,7 +104,7 @@ def go_on(config: Config, place: UPath, observers: Sequence[Observer] = (), tell
         )
     if not start or config.chat.template != start.config.chat.template:
         config = resume.with_template(config, task.chat)
-    return Run(config, task, place, start, observers)
+    return Run(config, task, setup, place, start, observers)
 
 
 def is_finished(place: UPath, config: Config, start: Bundle | None) -> bool:
@@ -84,12 +112,12 @@ def is_finished(place: UPath, config: Config, start: Bundle | None) -> bool:
     return bool(start and start.version >= config.steps and directory.summary(place).get("steps") == start.version)
 
 
-def checked(config: Config, tell: Tell = _log.info) -> Task:
-    """The task, once all that can be wrong with config and data has been looked at."""
+def checked(config: Config, tell: Tell = _log.info) -> tuple[Task, Setup]:
+    """What is trained on and how, once all that can be wrong with config and data has been looked at."""
     task = load_task(config)
-    if text := str(task.checked):
-        tell(text.encode("utf-8", "backslashreplace").decode())
-    read_start(config), objective_of(config.algorithm, config.sampling.max_tokens)  # only checked here
+    tell_checked(task, tell)
+    setup = Setup.of(config, read_start(config))
+    objective_of(config.algorithm, config.sampling.max_tokens)  # only checked here
     if config.learner.lr == "auto":
         base = AutoConfig.from_pretrained(task.base)
         kind, size = base.model_type, base.get_text_config().hidden_size
@@ -97,7 +125,13 @@ def checked(config: Config, tell: Tell = _log.info) -> Task:
             f"learner.lr = auto: {auto_lr(config.learner, base):.2g}, by a rule that was fitted on supervised runs, of "
             f"the base's kind ({kind}) and hidden size ({size})"
         )
-    return task
+    return task, setup
+
+
+def tell_checked(task: Task, tell: Tell) -> None:
+    """What trying the reward functions came to, where anything did."""
+    if text := str(task.checked):
+        tell(text.encode("utf-8", "backslashreplace").decode())
 
 
 def tell_changes(changes: Mapping[str, tuple[Any, Any]], tell: Tell) -> None:

@@ -1,15 +1,14 @@
 """A run: everything that belongs to one policy, and what a step of the loop does with it."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 from upath import UPath
 
-from rlora.core.learner import Learner
 from rlora.core.setup import Setup
-from rlora.records import Adapter, Cursor, Proof, RloraError, UpdateStats
+from rlora.records import Adapter, Cursor, Group, Proof, RloraError, UpdateStats
 from rlora.rollout.evaluate import evaluate
 from rlora.rollout.fleet import Fleet
 from rlora.rollout.player import AgentLoop
@@ -20,7 +19,6 @@ from rlora.run.checkpoint import Bundle
 from rlora.run.directory import warn
 from rlora.run.health import refuse_to_go_on
 from rlora.run.resume import cursor_for, describe
-from rlora.run.start import read_start
 from rlora.run.writer import Saver
 from rlora.settings import Config
 from rlora.telemetry.metrics import Metrics
@@ -34,6 +32,26 @@ class Observer(Protocol):
         ...
 
 
+class Told:
+    """An observer that hands the figures to a function."""
+
+    def __init__(self, function: Callable[[Mapping[str, Any]], object]) -> None:
+        self.function = function
+
+    def on_step(self, run: "Run", figures: Mapping[str, Any]) -> None:
+        """Call it."""
+        self.function(figures)
+
+
+class RunLearner(Protocol):
+    """What a run asks of its learner."""
+
+    def open(self, policy: str, setup: Setup, saved: bytes | None = None) -> Adapter: ...
+    def begin_update(self, policy: str, groups: Sequence[Group]) -> Callable[[], tuple[Adapter, UpdateStats]]: ...
+    def state(self, policy: str) -> bytes: ...
+    def close(self, policy: str) -> None: ...
+
+
 class Run:
     """One policy's training: its config, task, directory, stream of groups, bundles, figures and failure.
 
@@ -43,14 +61,17 @@ class Run:
     """
 
     def __init__(
-        self, config: Config, task: Task, place: UPath, start: Bundle | None = None, observers: Sequence[Observer] = ()
-    ) -> None:
-        self.config, self.task, self.place, self.observers = config, task, place, tuple(observers)
+        self, config: Config, task: Task, setup: Setup, place: UPath, start: Bundle | None = None,
+        observers: Sequence[Observer] = (),
+    ) -> None:  # fmt: skip
+        self.config, self.task, self.setup, self.place, self.observers = config, task, setup, place, tuple(observers)
         self.policy, self.start = place.name, start
         self.failure: BaseException | None = None
         self.adapter: Adapter | None = None  # the current version, once the run has begun
         self._open = ExitStack()
         self._proofs: list[Proof] = []
+        self._collection: Collection
+        self._updated: Callable[[], tuple[Adapter, UpdateStats]]
 
     @property
     def number(self) -> int:
@@ -69,15 +90,14 @@ class Run:
         """Whether `learn` would not wait: its groups are there."""
         return self.stream.due
 
-    def begin(self, learner: Learner, fleet: Fleet, loop: AgentLoop) -> None:
+    def begin(self, learner: RunLearner, fleet: Fleet, loop: AgentLoop) -> None:
         """Open the policy, from its bundle or fresh; measure its accuracy before; have the first prompts sampled."""
         self.learner, self.fleet, self.loop = learner, fleet, loop
         config, start, place = self.config, self.start, self.place
         origin = directory.Origin.here(place, self.task)
         self.saver = self._open.enter_context(Saver(place, config, origin, start))
         self.metrics = self._open.enter_context(Metrics(config.steps))
-        setup = Setup.of(config, read_start(config))
-        self.adapter = learner.open(self.policy, setup, start.state if start else None)
+        self.adapter = learner.open(self.policy, self.setup, start.state if start else None)
         directory.keep_config(place, config)  # now that all of it is found to work
         if not start:
             self.saver.save(self.adapter, learner.state(self.policy), Cursor())
@@ -89,10 +109,24 @@ class Run:
         if self.going:
             self.serve()
 
-    def take(self) -> Collection:
-        """The groups of a step, in the order in which their prompts were sent."""
+    def learn(self) -> None:
+        """Wait for a step's groups, in the order in which their prompts were sent, and hand them to the learner."""
         with self.metrics.timed("wait"):
-            return self.stream.take(self.number)
+            self._collection = self.stream.take(self.number)
+        self._updated = self.learner.begin_update(self.policy, self._collection.groups)
+
+    def keep(self) -> None:
+        """Wait for the next version, and keep it: a line of figures, and a bundle, which is written meanwhile."""
+        with self.metrics.timed("update"):
+            adapter, update = self._updated()
+        step, metrics, saver, self.adapter = self.number, self.metrics, self.saver, adapter
+        collection, fleet = self._collection, self.fleet.stats()
+        line = metrics.log(step, self._proofs, collection, update, fleet, saver.saved, adapter)
+        with metrics.timed("save"):
+            saver.save(adapter, self.learner.state(self.policy), self.stream.cursor, collection, line)
+        refuse_to_go_on(self.config, update)
+        for observer in self.observers:
+            self._tell(observer, json.loads(line))
 
     def serve(self) -> None:
         """Deliver the current version to every engine, proven, and have the next prompts sampled under it."""
@@ -102,25 +136,11 @@ class Run:
             self._proofs = self.fleet.swap(self.current, oldest=self.number - self.config.max_staleness)
         self.stream.send(self.number)
 
-    def keep(self, adapter: Adapter, collection: Collection, update: UpdateStats) -> None:
-        """The version that an update has made: a line of figures and a bundle, which is written meanwhile."""
-        step, metrics, saver, self.adapter = self.number, self.metrics, self.saver, adapter
-        line = metrics.log(step, self._proofs, collection, update, self.fleet.stats(), saver.saved, adapter)
-        with metrics.timed("save"):
-            saver.save(adapter, self.learner.state(self.policy), self.stream.cursor, collection, line)
-        refuse_to_go_on(self.config, update)
-        for observer in self.observers:
-            self._tell(observer, json.loads(line))
-
     def end(self) -> None:
         """Measure the accuracy after, write the summary, and leave the learner and the engines to others."""
         self._measure("after")
         directory.summarise(self.place, describe(self.place, self.current) | self.metrics.totals())
         self.leave()
-
-    def timed(self, phase: str) -> AbstractContextManager[None]:
-        """Count the time within as `time/<phase>` of the step under way."""
-        return self.metrics.timed(phase)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -132,15 +152,19 @@ class Run:
             self.failure = error
             self.leave()
 
-    def leave(self, error: BaseException | None = None) -> None:
-        """Write what is not written yet, and let go of the engines."""
-        error = error or self.failure
+    def leave(self) -> None:
+        """Write what is not written yet, and leave the learner and the engines to others."""
+        self.close(self.failure)
+        if self.adapter:
+            self.fleet.leave(self.policy)
+            self.learner.close(self.policy)
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Write what is not written yet; `error` is what ends the run, where it is not at its end."""
         try:
             self._open.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
         except Exception as another:
             self.failure = self.failure or another
-        if self.adapter:
-            self.fleet.leave(self.policy)
 
     @property
     def current(self) -> Adapter:
@@ -171,7 +195,7 @@ def kept(runs: Sequence[Run]) -> Iterator[None]:
         yield
     except BaseException as error:
         for run in runs:
-            run.leave(error)
+            run.close(error)
         raise
     _raise_failures(runs)
 

@@ -9,10 +9,15 @@ from rlora.run.run import Run
 Turns = Callable[[Sequence[Run]], Iterator[Sequence[Run]]]
 
 
+def going(runs: Sequence[Run]) -> list[Run]:
+    """Those with steps left."""
+    return [run for run in runs if run.going]
+
+
 def rounds(runs: Sequence[Run]) -> Iterator[Sequence[Run]]:
     """All that are going, together: engines have every run's prompts at once, then the learner has the machine."""
-    while going := [run for run in runs if run.going]:
-        yield going
+    while left := going(runs):
+        yield left
 
 
 def first(runs: Sequence[Run]) -> Iterator[Sequence[Run]]:
@@ -21,16 +26,16 @@ def first(runs: Sequence[Run]) -> Iterator[Sequence[Run]]:
     Engines sample for the others while the learner has one: the throughput of asynchronous training, on policy.
     """
     heard = time.monotonic()
-    while going := [run for run in runs if run.going]:
-        due = [run for run in going if run.due]
+    while left := going(runs):
+        due = [run for run in left if run.due]
         if due:
             yield [min(due, key=lambda run: run.number)]
             heard = time.monotonic()
             continue
-        came, _ = wait([each for run in going for each in run.stream.coming], timeout=1.0, return_when=FIRST_COMPLETED)
+        came, _ = wait([each for run in left for each in run.stream.coming], timeout=1.0, return_when=FIRST_COMPLETED)
         now = time.monotonic()
         if came:
             heard = now
-        elif now - heard > going[0].config.engine.patience:
-            going[0].fleet.check()  # an engine may hang
+        elif now - heard > left[0].config.engine.patience:
+            left[0].fleet.check()  # an engine may hang
             heard = now

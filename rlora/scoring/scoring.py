@@ -33,6 +33,8 @@ class Scoring:
 
     async def score(self, group: Group, chat: Chat, step: int) -> Group:
         """The group with statuses, rewards and their parts; what no reward function speaks of has no reward."""
+        if not self._names:
+            return group
         verdicts: list[list[Score]] = await self._ask(self._case(group, chat, step))
         episodes = zip(group.episodes, zip(*verdicts, strict=True), strict=True)
         return replace(group, episodes=tuple(self._scored(episode, scores) for episode, scores in episodes))

@@ -6,7 +6,6 @@ SIGALRM works, and it is spawned, not forked: it has nothing of its parent's tor
 
 import asyncio
 import ctypes
-import inspect
 import itertools
 import json
 import os
@@ -24,7 +23,7 @@ from mmap import mmap
 from multiprocessing.connection import Connection
 from typing import Any
 
-from rlora.plugin import at, load
+from rlora.plugin import Pickled, at, env_of, file_of, load, receive
 from rlora.records import Case, Prompt, RloraError, Score, Style, without_surrogates
 from rlora.scoring.plug import Plug
 from rlora.scoring.signatures import plug
@@ -55,6 +54,7 @@ class Setup:
     concurrency: int = 16  # calls of a coroutine function at once
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)  # variables set in it, never to be shown
     seed: int = 0  # of the run, in the environment as RLORA_SEED: what is drawn from it repeats itself
+    given: Mapping[str, Pickled] = field(default_factory=dict, repr=False)  # objects that `rewards` and `env` name
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class _Worker:
     def __init__(self, setup: Setup, clock: _Clock) -> None:
         self.setup, self.clock = setup, clock
         self.plugs = load_plugs(setup)
-        self.env = load("env", setup.env)(**setup.env_args) if setup.env else None
+        self.env = env_of(load("env", setup.env), setup.env_args) if setup.env else None
         self.runner = asyncio.Runner()  # one loop for all: a judge's client may hold connections of it
         self.names = names_of(setup.rewards)
         self.coroutines = [place for place, each in enumerate(self.plugs) if each.asynchronous]
@@ -218,7 +218,7 @@ class _Worker:
         except TimeoutError:
             return Answered(None, turn.state, "timeout", f"env = {self.setup.env!r}: its reply took too long")
         except Exception as error:
-            line = at(error, inspect.getfile(type(self.env)))
+            line = at(error, file_of(self.env))
             what = f"its reply raised {type(error).__name__}: {error}; mend it there"
             return Answered(None, turn.state, "error", f"{line}env = {self.setup.env!r}: {what}")
         finally:
@@ -290,6 +290,7 @@ def main() -> None:
     setup: Setup = connection.recv()
     clock = _Clock(int(sys.argv[2]), setup.deadline)
     os.environ["RLORA_SEED"] = str(setup.seed)
+    receive(setup.given)
     if os.path.isdir(setup.directory):
         os.chdir(setup.directory)
     try:

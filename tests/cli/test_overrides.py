@@ -9,10 +9,11 @@ import tomli_w
 from conftest import ROOT
 from upath import UPath
 
-from rlora.cli.overrides import parse_eval, parse_replay, parse_show, parse_train, split, with_changes
+from rlora.cli.overrides import parse_eval, parse_replay, parse_show, parse_train, with_changes
 from rlora.config import differences, read, validate
 from rlora.records import RloraError
 from rlora.run.checkpoint import Bundle, bundle_path
+from rlora.run.source import split
 from rlora.settings import Config
 from rlora.store import write_directory
 

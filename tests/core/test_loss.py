@@ -10,10 +10,10 @@ from rlora.core.loss import (
     kl,
     ratio_of,
     sequence_log_ratio,
-    value_loss,
 )
 from rlora.core.objectives.cispo import clipped_weight
 from rlora.core.objectives.clip import clipped
+from rlora.core.objectives.critic import value_loss
 from rlora.core.objectives.reinforce import reinforce
 
 LENGTHS = torch.tensor([2, 1])

@@ -1,9 +1,11 @@
 """An objective of the user's own plugs in by its name, and says what is wrong with it."""
 
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Solo, group
 
 from rlora.config import validate
@@ -45,6 +47,18 @@ class BestOfGroup:
         learned = batch.tokens.advantages
         return -(learned * now.logprobs * batch.tokens.weights).sum(), {"share_learned": learned, "loss": learned * 7}
 """
+# On the protocol, which has what is usual: supervised learning on what was rewarded.
+SHORT = """
+import torch
+from rlora import Objective
+
+class Rewarded(Objective):
+    def advantages(self, group, samples):
+        return [torch.full_like(s.tokens.weights, s.episode.reward) for s in samples]
+
+    def loss(self, now, batch):
+        return -(batch.tokens.advantages * now.logprobs * batch.tokens.weights).sum(), {}
+"""
 # On what is there: the surrogate alone is another.
 SMALL = """
 from rlora.core.loss import ratio_of
@@ -70,7 +84,7 @@ def logprob(learner: Solo, groups: list[Group], number: int) -> float:
     return float(learner.learner.forward("run", [[sample_of(of.prompt.token_ids, of.episodes[number])]])[0][0].sum())
 
 
-@pytest.mark.parametrize("text", [OWN, SMALL])
+@pytest.mark.parametrize("text", [OWN, SHORT, SMALL])
 def test_an_objective_of_fewer_than_50_lines_plugs_in(
     text: str, tiny: str, config: MakeConfig, groups: list[Group], tmp_path: Path
 ) -> None:
@@ -85,7 +99,7 @@ def test_an_objective_of_fewer_than_50_lines_plugs_in(
     if text is OWN:
         assert stats.others == {"share_learned": 1.0}
         assert stats.kl_behaviour is None
-    else:
+    elif text is SMALL:
         assert stats.kl_behaviour is not None
     state = learner.state()
     straight = learner.update(groups)[0]
@@ -102,7 +116,7 @@ def test_an_objective_of_fewer_than_50_lines_plugs_in(
         (OWN.replace(".sum(), {", ", {"), "grad can be implicitly created only for scalar outputs"),
         (OWN.replace("BestOfGroup:", "Other:"), "mine.py has no 'BestOfGroup'"),
         (OWN.replace("(self, algorithm, max_tokens)", "(self)"), "mine.py:BestOfGroup.: building it raised TypeError"),
-        (OWN.replace("skips_zeros", "skips"), r"mine.py:BestOfGroup.: it has no skips_zeros; see rlora\.core\.obj"),
+        (OWN.replace("skips_zeros", "skips"), r"mine.py:BestOfGroup.: it has no skips_zeros; let it inherit from rlora\.Objective"),
         (OWN.replace("frozenset()", "frozenset([Need.VALUES])").replace(
             "import torch", "import torch\nfrom rlora.core.objectives.objective import Need"
         ), 'a critic\'s values are there with algorithm.advantage = "gae" and only then'),
@@ -140,8 +154,15 @@ def test_gradients_add_up_over_requests_and_each_step_has_its_settings(
         return -(now.logprobs * batch.tokens.weights).sum(), {"logprobs": now.logprobs}  # type: ignore[attr-defined]
 
     samples = [[sample_of(of.prompt.token_ids, each) for each in of.episodes if each.own_tokens] for of in groups]
-    sums = learner.forward_backward("whole", samples, cross_entropy)  # type: ignore[arg-type]
-    in_parts = [learner.forward_backward("parts", [of], cross_entropy) for of in samples]  # type: ignore[arg-type]
+    before = learner.forward("whole", samples)
+    whole = learner.forward_backward("whole", samples, cross_entropy)  # type: ignore[arg-type]
+    sums = whole.sums
+    assert [[each.shape for each in of] for of in whole.outputs] == [[each.shape for each in of] for of in before]
+    assert all(torch.equal(a, b) for a, b in zip(chain(*whole.outputs), chain(*before), strict=True))
+    in_parts = [
+        learner.forward_backward("parts", [of], cross_entropy).sums  # type: ignore[arg-type]
+        for of in samples
+    ]
     assert sum(each["loss"] for each in in_parts) == pytest.approx(sums["loss"], rel=1e-5)
     assert sum(each["tokens"] for each in in_parts) == sums["tokens"] == 15
     steps = [
@@ -153,6 +174,30 @@ def test_gradients_add_up_over_requests_and_each_step_has_its_settings(
     assert said[0] == pytest.approx(said[1], rel=1e-4)
     assert not learner.optim_step("parts", Adam(lr=0.01)).stepped  # there is no gradient any more
     assert learner.optim_step("parts", Adam(lr=0.01)).grad_norm == 0.0
+    adapter = learner.next_version("parts")
+    assert (adapter.number, adapter.version) == (1, learner.adapter("parts").version)
+    assert adapter.canary
+    assert learner.adapter("whole").number == 0
+
+
+def test_an_error_in_a_loss_drops_what_was_added_up(tiny: str, config: MakeConfig, groups: list[Group]) -> None:
+    from rlora.core.batch import sample_of
+
+    learner = Learner(config(learner={"microbatch_tokens": 8}), tiny)
+    learner.open("run", Setup(learner=config(learner={"microbatch_tokens": 8}).learner))
+    samples = [[sample_of(of.prompt.token_ids, each) for each in of.episodes if each.own_tokens] for of in groups]
+    calls = 0
+
+    def faulty(now: object, batch: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            raise ValueError("the second row")
+        return now.logprobs.sum(), {}  # type: ignore[attr-defined]
+
+    with pytest.raises(ValueError, match="the second row"):
+        learner.forward_backward("run", samples, faulty)  # type: ignore[arg-type]
+    assert not learner.optim_step("run", Adam(lr=0.01)).stepped
 
 
 def torch_sum(said: list[list[object]]) -> float:

@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +14,11 @@ import pytest
 from conftest import episode, group
 from upath import UPath
 
+import rlora.cluster
 import rlora.run.run
-import rlora.train
 from rlora.core.learner import Learner
-from rlora.records import Adapter, Cursor, DeliveryError, Group, Prompt, RloraError
+from rlora.core.setup import Setup
+from rlora.records import Adapter, Cursor, DeliveryError, Group, Prompt, RloraError, UpdateStats
 from rlora.rollout.requests import FleetStats
 from rlora.rollout.stream import Collection
 from rlora.run import checkpoint, directory
@@ -51,6 +53,7 @@ class Stage:
     def __init__(self) -> None:
         self.told: list[tuple[str, str, int]] = []
         self.wrong: dict[tuple[str, str, int], Exception] = {}
+        self.learner: Here
 
     def tell(self, what: str, policy: str, number: int) -> None:
         self.told.append((what, policy, number))
@@ -92,16 +95,25 @@ class Recorded:
         return Collection(groups, groups, 0.0, 0, 0)
 
 
+class Here(Learner):
+    """A learner in this process."""
+
+    def begin_update(self, policy: str, groups: Sequence[Group]) -> Callable[[], tuple[Adapter, UpdateStats]]:
+        return partial(self.update, policy, groups)
+
+
 @pytest.fixture
 def stage(monkeypatch: pytest.MonkeyPatch, tiny: str) -> Stage:
     made = Stage()
 
     @contextmanager
-    def start(runs: Sequence[Run]) -> Iterator[tuple[Learner, Stage, dict[str, str]]]:
-        yield Learner(runs[0].config, tiny), made, {run.policy: run.policy for run in runs}
+    def start(runs: Sequence[Run]) -> Iterator[tuple[dict[str, Here], Stage, dict[str, str]]]:
+        learner = Here(runs[0].config, tiny)
+        made.learner = learner
+        yield {run.policy: learner for run in runs}, made, {run.policy: run.policy for run in runs}
 
     monkeypatch.setattr(rlora.run.run, "Rollouts", Recorded)
-    monkeypatch.setattr(rlora.train, "cluster", SimpleNamespace(start=start))
+    monkeypatch.setattr(rlora.cluster, "start", start)
     return made
 
 
@@ -114,7 +126,7 @@ def make(config: Callable[..., Config], tmp_path: Path, tiny: str) -> Callable[.
         own = config(**{"steps": STEPS, "reward": "-"} | SETTINGS[policy] | changes)
         place = UPath(tmp_path / where / policy)
         directory.create(place, own, task)
-        return Run(own, task, place, observers=changes.pop("observers", ()))
+        return Run(own, task, Setup.of(own), place, observers=changes.pop("observers", ()))
 
     return of
 
@@ -165,6 +177,7 @@ def test_what_fails_in_one_run_ends_that_one(stage: Stage, make: Callable[..., R
     assert [run.number for run in runs] == [STEPS, 2, STEPS]
     assert [max(bundles(run)) for run in runs] == [STEPS, 2, STEPS]
     assert ("leave", "two", 0) in stage.told
+    assert not stage.learner.held
     assert "steps" not in directory.summary(runs[1].place)
 
 
@@ -181,7 +194,7 @@ def test_ctrl_c_ends_all_with_everything_saved(stage: Stage, make: Callable[...,
     runs = [make(policy) for policy in SETTINGS]
     with pytest.raises(KeyboardInterrupt):
         drive(runs)
-    assert [max(bundles(run)) for run in runs] == [4, 3, 3]
+    assert [max(bundles(run)) for run in runs] == [3, 3, 3]  # updates that were under way are lost
 
 
 class Notes:

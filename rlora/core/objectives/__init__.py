@@ -1,11 +1,14 @@
 """The ready objectives, a file each, and how a run's is found."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from rlora.core.objectives.cispo import Cispo
 from rlora.core.objectives.clip import Clip
 from rlora.core.objectives.gspo import Gspo
 from rlora.core.objectives.objective import Need, Objective
 from rlora.core.objectives.reinforce import Reinforce
-from rlora.plugin import at, load
+from rlora.plugin import at, file_of, load
 from rlora.records import RloraError
 from rlora.settings import AlgorithmConfig
 
@@ -28,10 +31,22 @@ def objective_of(algorithm: AlgorithmConfig, max_tokens: int) -> Objective:
         raise RloraError(f"{line}{what}: building it raised {type(error).__name__}: {error}") from error
     missing = [name for name in _MEMBERS if not hasattr(made, name)]
     if missing:
-        raise RloraError(f"{what}: it has no {', '.join(missing)}; see rlora.core.objectives.objective.Objective")
+        raise RloraError(f"{what}: it has no {', '.join(missing)}; let it inherit from rlora.Objective, which has them")
     if (Need.VALUES in made.needs) != (algorithm.advantage == "gae"):
         raise RloraError(
             f'{what}: a critic\'s values are there with algorithm.advantage = "gae" and only then, and it is '
             f"{algorithm.advantage!r} where the objective needs {sorted(need.name for need in made.needs)}"
         )
     return made
+
+
+@contextmanager
+def telling_of(name: str, objective: Objective) -> Iterator[None]:
+    """Raise what fails in a user's own objective as RloraError, with its file and line."""
+    try:
+        yield
+    except Exception as error:
+        line = at(error, name.rpartition(":")[0], file_of(objective))
+        if ":" not in name or not line or isinstance(error, RloraError):
+            raise
+        raise RloraError(f"{line}algorithm.name = {name!r}: {type(error).__name__}: {error}") from error
