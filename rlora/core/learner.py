@@ -46,8 +46,7 @@ class Trained:
     critic: "Trained | None" = None
     number: int = 0  # of its version
     skipped_in_a_row: int = 0  # updates whose loss or gradient was not finite
-    canary: Canary | None = None
-    stepped: bool = False  # since the last version
+    canary: Canary | None = None  # of the version; None between a step and the next one
 
     def zero_grad(self) -> None:
         """Drop the gradients of the policy and its critic."""
@@ -173,8 +172,9 @@ class Learner:
         tensors = {name: torch.tensor(count) for name, count in counts.items()}
         if held.canary:
             tensors["canary.base"] = torch.tensor(held.canary.base_logprobs)
-        of_critic = state.prefixed(held.critic.optimizer.state()) if held.critic else {}
-        return safetensors.torch.save(tensors | held.random | held.optimizer.state() | of_critic)
+        if held.critic:
+            tensors |= {f"{state.CRITIC}{name}": each for name, each in held.critic.optimizer.state().items()}
+        return safetensors.torch.save(tensors | held.random | held.optimizer.state())
 
     # --- the parts of an update ---
 
@@ -226,7 +226,7 @@ class Learner:
         held = self.held[policy]
         if self.ranks > 1:
             held.optimizer.add_over_ranks()
-        held.stepped = True
+        held.canary = None
         return held.optimizer.step(adam)
 
     def update(self, policy: str, groups: Sequence[Group]) -> tuple[Adapter, UpdateStats]:
@@ -245,9 +245,7 @@ class Learner:
     def next_version(self, policy: str) -> Adapter:
         """Make what `optim_step` has come to the policy's next version, its number + 1; returns the adapter."""
         held = self.held[policy]
-        if held.stepped:
-            held.canary, held.stepped = self.canary_of(held), False
-        held.number += 1
+        held.number, held.canary = held.number + 1, held.canary or self.canary_of(held)
         return self.adapter(policy)
 
     # --- below, for those above ---

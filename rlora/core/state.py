@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rlora.core.policy import Policies
 
-_CRITIC = "critic/"
+CRITIC = "critic/"
 
 
 def critic_of(policy: str) -> str:
@@ -15,14 +15,10 @@ def critic_of(policy: str) -> str:
     return f"{policy}/critic"
 
 
-def prefixed(of_critic: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{_CRITIC}{name}": tensor for name, tensor in of_critic.items()}
-
-
 def parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What is the policy's own, and its critic's."""
-    of_critic = {name.removeprefix(_CRITIC): each for name, each in tensors.items() if name.startswith(_CRITIC)}
-    return {name: each for name, each in tensors.items() if not name.startswith(_CRITIC)}, of_critic
+    of_critic = {name.removeprefix(CRITIC): each for name, each in tensors.items() if name.startswith(CRITIC)}
+    return {name: each for name, each in tensors.items() if not name.startswith(CRITIC)}, of_critic
 
 
 def is_by_position(tensors: Mapping[str, Tensor]) -> bool:
@@ -37,7 +33,7 @@ def by_name(tensors: Mapping[str, Tensor], policies: Policies, policy: str) -> d
         return dict(tensors)
     names = list(policies.parameters_of(policy))
     if not policies.whole:
-        factors, owners = policies.bank.factors, {policy: "", critic_of(policy): _CRITIC}
+        factors, owners = policies.bank.factors, {policy: "", critic_of(policy): CRITIC}
         over = {owner: policies.bank.over(owner) for owner in owners}
         places = {matrix.place for of in over.values() for matrix in of}
         names = [
@@ -46,7 +42,7 @@ def by_name(tensors: Mapping[str, Tensor], policies: Policies, policy: str) -> d
             for matrix in factors
             for factor in ("lora_A", "lora_B")
             if over[owner] and matrix.place in places
-        ] + [f"{_CRITIC}value_head.{name}" for name in ("weight", "bias")]
+        ] + [f"{CRITIC}value_head.{name}" for name in ("weight", "bias")]
     renamed = {}
     for name, tensor in tensors.items():
         index, _, what = name.partition(".")
