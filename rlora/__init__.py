@@ -1,22 +1,29 @@
 """rlora: reinforcement-learning fine-tuning of language models with low-rank policies."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from rlora.primitives import Policy, policies, policy
 from rlora.records import Episode, Group, Prompt, RloraError
 from rlora.settings import Config
 from rlora.train import Result, train
 
 if TYPE_CHECKING:
+    from rlora.core.batch import Sample
     from rlora.core.objectives.objective import Objective
+    from rlora.core.optimizer import Adam
 
 __version__ = "0.1.0"
-__all__ = ["Config", "Episode", "Group", "Objective", "Prompt", "Result", "RloraError", "train"]
+__all__ = [
+    "Adam", "Config", "Episode", "Group", "Objective", "Policy", "Prompt", "Result", "RloraError", "Sample", "policies",
+    "policy", "train",
+]  # fmt: skip
+_WITH_TORCH = {  # imported where they are asked for: torch takes seconds
+    "Adam": "rlora.core.optimizer", "Objective": "rlora.core.objectives.objective", "Sample": "rlora.core.batch",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    """`Objective`, which imports torch: only where it is asked for."""
-    if name != "Objective":
+    if name not in _WITH_TORCH:
         raise AttributeError(f"module 'rlora' has no attribute {name!r}")
-    from rlora.core.objectives.objective import Objective
-
-    return Objective
+    return getattr(import_module(_WITH_TORCH[name]), name)

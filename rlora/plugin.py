@@ -7,14 +7,17 @@ Processes that were not given the object itself receive it pickled.
 import importlib
 import importlib.util
 import inspect
+import io
 import linecache
 import os
 import sys
 import traceback
-from collections.abc import Collection, Iterable, Mapping
+from collections import ChainMap
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import CodeType
+from typing import Any, ClassVar
 
 import cloudpickle
 
@@ -149,8 +152,9 @@ def _loaded_given(field: str, spec: str) -> Any:
 def _pickle(field: str, spec: str, thing: Any) -> Pickled:
     if isinstance(thing, Pickled):
         return thing
+    data = io.BytesIO()
     try:
-        data = cloudpickle.dumps(thing)
+        _Pickler(data).dump(thing)
     except Exception as error:
         raise RloraError(
             f"{field} = {spec!r}: it can't be sent to the processes that run it ({type(error).__name__}: {error}); let "
@@ -158,4 +162,19 @@ def _pickle(field: str, spec: str, thing: Any) -> Pickled:
         ) from error
     file = file_of(thing)
     lines = linecache.getlines(file) if file and not os.path.exists(file) else []
-    return Pickled(data, {file: lines} if lines else {})
+    return Pickled(data.getvalue(), {file: lines} if lines else {})
+
+
+def _with_its_file(code: CodeType) -> tuple[Any, ...]:
+    make, arguments, *_ = cloudpickle.Pickler.dispatch_table[CodeType](code)
+    return _made_with_its_file, (code.co_filename, make, arguments)
+
+
+def _made_with_its_file(file: str, make: Callable[..., CodeType], arguments: tuple[Any, ...]) -> CodeType:
+    return make(*arguments).replace(co_filename=file)
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """Keeps the files that code stands in, which cloudpickle leaves out: errors and sources are told by them."""
+
+    dispatch_table: ClassVar = ChainMap({CodeType: _with_its_file}, cloudpickle.Pickler.dispatch_table)

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlora.config import changed, flattened, read_table, validate
-from rlora.plugin import give
-from rlora.records import Adapter, RloraError
-from rlora.settings import Config
+from rlora.records import Adapter
+from rlora.run.source import Source, given
 
 if TYPE_CHECKING:  # torch, Ray and what imports them take seconds: `import rlora` does not wait for that
     from upath import UPath
 
     from rlora.run.run import Observer, Run
     from rlora.run.turns import Turns
-
-Source = Config | Mapping[str, Any] | str | PathLike[str] | None
 
 
 def drive(runs: Sequence[Run], turns: Turns | None = None) -> None:
@@ -94,45 +89,3 @@ def train(
     last = newest(run.place, directory.Origin.of(run.place))
     assert last
     return Result(run.place, last.adapter, directory.summary(run.place), directory.figures(run.place))
-
-
-def given(
-    source: Source, changes: Mapping[str, Any], resume: str | PathLike[str] | None = None, fork: str | None = None
-) -> Config:
-    """The config that a call of `train` means. Raises RloraError that names each field at fault."""
-    from rlora.run.source import config_at, reachable, read_run, split
-
-    if bool(source) + bool(resume) + bool(fork) > 1:
-        raise RloraError(
-            "train: give one of a config, resume and fork; a run that goes on, or is forked, has its config"
-        )
-    file = ""
-    if resume or fork:
-        table = asdict(config_at(*split(fork)) if fork else read_run(reachable(str(resume))))
-    elif isinstance(source, str | PathLike):
-        table, file = read_table(Path(source)), f"{source}: "
-    else:
-        table = asdict(source) if isinstance(source, Config) else named(source or {})
-    return validate(changed(table, flattened(named(changes))), file)
-
-
-def named(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields with a spec in place of each object that is plugged in."""
-    taken: list[str] = []
-
-    def spec(field: str, plugged: Any) -> Any:
-        if isinstance(plugged, str):
-            return plugged
-        taken.append(give(field, plugged, taken))
-        return taken[-1]
-
-    told = dict(changes)
-    if "env" in told:
-        told["env"] = spec("env", told["env"])
-    if isinstance(told.get("reward"), list | tuple):
-        told["reward"] = [spec("reward", each) for each in told["reward"]]
-    elif "reward" in told:
-        told["reward"] = spec("reward", told["reward"])
-    if isinstance(algorithm := told.get("algorithm"), Mapping) and "name" in algorithm:
-        told["algorithm"] = {**algorithm, "name": spec("algorithm.name", algorithm["name"])}
-    return told

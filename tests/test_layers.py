@@ -11,7 +11,8 @@ from rlora.core.objectives import READY
 
 FLOORS = [
     {"records"}, {"plugin", "machine", "settings"}, {"config", "store"}, {"model"}, {"core", "scoring"},
-    {"engine", "rollout"}, {"telemetry"}, {"run"}, {"cluster"}, {"train"}, {"__init__"}, {"cli"}, {"__main__"},
+    {"engine", "rollout"}, {"telemetry"}, {"run"}, {"cluster"}, {"train", "primitives"}, {"__init__"},
+    {"cli"}, {"__main__"},
 ]  # fmt: skip
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 HOMES = {"vllm": {"engine"}, "ray": {"cluster"}, "numba": {"engine"}, "tyro": {"cli"}, "rich": {"cli", "telemetry"}}

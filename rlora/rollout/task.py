@@ -78,7 +78,7 @@ def load_task(config: Config) -> Task:
 
 
 def bare_task(config: Config) -> Task:
-    """The base and its tokenizer alone: no prompts, and no rewards. Raises RloraError where they don't fit."""
+    """The base, its tokenizer and the reward functions, without an env. Raises RloraError where they don't fit."""
     where = locate(config.model)
     limit = context_length(where)
     if limit is not None and config.max_model_len > limit:
@@ -88,7 +88,8 @@ def bare_task(config: Config) -> Task:
         )
     tokenizer = load_tokenizer(where)
     chat = Chat(tokenizer, config.chat, stop_token_ids(where, tokenizer))
-    return Task(where, chat, config.chat.stop, agent=False, prompts=[], held_out=[], dropped=0)
+    scoring = setup_of(config, agent=False)
+    return Task(where, chat, config.chat.stop, agent=False, prompts=[], held_out=[], dropped=0, scoring=scoring)
 
 
 def _refuse_unknown_tokens(config: Config, size: int, prompts: Sequence[Prompt]) -> None:

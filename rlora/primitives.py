@@ -1,0 +1,154 @@
+"""The pieces of training one by one: sample, forward_backward, optim_step, save."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from rlora.records import Adapter, Group, Prompt, RloraError, UpdateStats
+from rlora.run.source import Source, given, reachable
+from rlora.settings import Config
+from rlora.store import names, write_directory
+
+if TYPE_CHECKING:  # what imports torch and Ray
+    from torch import Tensor
+
+    from rlora.cluster.ranks import Ranks
+    from rlora.core.batch import Sample
+    from rlora.core.learner import Computed, Groups
+    from rlora.core.objectives.objective import Loss
+    from rlora.core.optimizer import Adam, StepStats
+    from rlora.rollout.fleet import Fleet
+    from rlora.rollout.player import AgentLoop
+    from rlora.rollout.task import Task
+
+_STATE = "state.safetensors"
+
+
+@contextmanager
+def policy(config: Source = None, *, resume: str | PathLike[str] | None = None, **changes: Any) -> Iterator[Policy]:
+    """A policy to sample and train by hand, on a learner and engines that end with the context.
+
+    `config` and `changes` are those of `rlora.train`, of which `model` alone is needed: without an env prompts are
+    whatever `sample` is given, without a reward function episodes have no rewards. With `resume` it goes on from what
+    `Policy.save` wrote. Raises RloraError.
+    """
+    with policies(config, {"policy": changes}, {"policy": resume} if resume else {}) as opened:
+        yield opened["policy"]
+
+
+@contextmanager
+def policies(
+    config: Source, members: Mapping[str, Mapping[str, Any]], resume: Mapping[str, str | PathLike[str]] | None = None
+) -> Iterator[Mapping[str, Policy]]:
+    """Several, over one base, by their names: `members` are the fields in which each differs from `config`."""
+    from rlora import cluster
+    from rlora.rollout.task import bare_task, load_task
+
+    served = []
+    for name, changes in members.items():
+        own = given(config, changes, least={"env": "", "reward": ""})
+        served.append(cluster.Served(name, own, load_task(own) if own.env else bare_task(own)))
+    with cluster.start(served) as (learners, fleet, loops):
+        yield {
+            each.policy: Policy(
+                each.policy, each.config, each.task, learners[each.policy], fleet, loops[each.policy],
+                (resume or {}).get(each.policy),
+            )
+            for each in served
+        }  # fmt: skip
+
+
+class Policy:
+    """The base and one adapter, which is trained."""
+
+    def __init__(
+        self, name: str, config: Config, task: Task, learner: Ranks, fleet: Fleet, loop: AgentLoop,
+        resume: str | PathLike[str] | None = None,
+    ) -> None:  # fmt: skip
+        from rlora.core.setup import Setup
+        from rlora.run.start import read_start
+
+        self.name, self.config, self.task = name, config, task
+        self._learner, self._fleet, self._loop = learner, fleet, loop
+        saved = (reachable(str(resume)) / _STATE).read_bytes() if resume else None
+        self.adapter: Adapter = learner.open(name, Setup.of(config, read_start(config)), saved)
+        self._stepped, self._served = False, False
+
+    def sample(
+        self, prompts: Sequence[Prompt | str], group_size: int | None = None, temperature: float | None = None
+    ) -> list[Group]:
+        """Sample `group_size` completions of each prompt under the adapter as it is now, and score them.
+
+        Where steps have changed the adapter they make a new version, which is proven on every engine first. A
+        `temperature` other than the config's is for evaluation (0 is greedy): the learner computes with the config's.
+        """
+        from rlora.rollout.evaluate import answer
+        from rlora.rollout.stream import sampling_of
+
+        if self._stepped:
+            self.adapter, self._stepped, self._served = self._learner.next_version(self.name), False, False
+        if not self._served:
+            self._fleet.swap(self.adapter, oldest=self.adapter.number)
+            self._served = True
+        sampling = sampling_of(self.config, group_size or self.config.group_size, temperature)
+        return answer(self.config, self._tokenised(prompts), sampling, self._fleet, self._loop)
+
+    def samples(self, group: Group, advantages: Sequence[float]) -> list[Sample]:
+        """The group's episodes as training samples, with an advantage each; without those that have no token."""
+        from rlora.core.batch import sample_of
+
+        pairs = zip(group.episodes, advantages, strict=True)
+        return [
+            sample_of(group.prompt.token_ids, episode, advantage) for episode, advantage in pairs if episode.own_tokens
+        ]
+
+    def forward(self, groups: Groups, reference: bool = False) -> list[list[Tensor]]:
+        """The logprob of each target of each sample, (C,) float32: of the policy, or of the reference policy."""
+        return self._learner.forward(self.name, groups, reference)
+
+    def forward_backward(self, groups: Groups, loss: Loss) -> Computed:
+        """Add the gradient of `loss` over the samples to what was added since the last step.
+
+        `loss(outputs, microbatch)` returns a sum over the microbatch's targets, and figures of (C,) each. The samples
+        of a group have one prompt, which is computed once.
+        """
+        return self._learner.forward_backward(self.name, groups, loss)
+
+    def optim_step(self, adam: Adam) -> StepStats:
+        """One step of Adam, with these settings, along the gradient that was added up."""
+        self._stepped = True
+        return self._learner.optim_step(self.name, adam)
+
+    def update(self, groups: Sequence[Group]) -> UpdateStats:
+        """What the config's algorithm makes of scored groups: one whole step of training, as in `rlora.train`."""
+        self.adapter, stats = self._learner.update(self.name, groups)
+        self._stepped = self._served = False
+        return stats
+
+    def save(self, directory: str | PathLike[str]) -> None:
+        """Write the adapter in PEFT's format, and beside it all that training goes on from.
+
+        Raises RloraError where the directory holds anything else.
+        """
+        path, adapter = reachable(str(directory)), self._learner.adapter(self.name)
+        files = adapter.files | {_STATE: self._learner.state(self.name)}
+        if others := sorted(set(names(path)) - files.keys()):
+            raise RloraError(f"{path}: it holds {', '.join(others[:3])}; name a directory for the adapter alone")
+        write_directory(path, files)
+
+    def _tokenised(self, prompts: Sequence[Prompt | str]) -> list[Prompt]:
+        from rlora.rollout.task import tokenise
+
+        most = self.config.sampling.max_prompt_tokens
+        asked = [prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in prompts]
+        fitting = [tokenise([prompt], self.task.chat, most) for prompt in asked]
+        for prompt, tokenised in zip(asked, fitting, strict=True):
+            if not tokenised:
+                raise RloraError(
+                    f"prompt {prompt.text!r}: it has no token, or more than sampling.max_prompt_tokens = {most}; "
+                    "raise that, or shorten it"
+                )
+        return [prompt for (prompt,) in fitting]

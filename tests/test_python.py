@@ -1,0 +1,242 @@
+"""From Python: objects in place of names, `rlora.train`, and the primitives."""
+
+import json
+import linecache
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, episode, group
+
+import rlora
+from rlora import plugin
+from rlora.core.learner import Learner
+from rlora.core.setup import Setup as Policy
+from rlora.records import Case, Prompt, RloraError
+from rlora.rewards.integer import integer_answer
+from rlora.run.source import given
+from rlora.scoring.pool import Pool
+from rlora.scoring.worker import Setup, load_plugs
+from rlora.settings import Config
+
+TABLE = {"model": "-", "env": "-", "reward": "-"}
+CASE = Case("?", "?", 4, {}, ("4", "44"), ((), ()), ((1,), (2,)), ({}, {}))
+
+
+class Fours:
+    """An env that is ready made."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def train(self) -> list[Prompt]:
+        return [Prompt("What is 2 + 2?", 4)] * self.count
+
+    def held_out(self) -> list[Prompt]:
+        return []
+
+
+def test_fields_are_changed_by_keywords() -> None:
+    config = given(TABLE | {"learner": {"rank": 2, "lr": 1e-3}}, {"learner": {"rank": 4}, "steps": 7})
+    assert (config.learner.rank, config.learner.lr, config.steps) == (4, 1e-3, 7)
+    assert given(config, {"steps": 9}).learner.rank == 4
+    grpo = given(TABLE, {"algorithm": {"name": "grpo", "kl": 0.1}})
+    assert (grpo.algorithm.loss, grpo.algorithm.kl) == ("clip", 0.1)
+    assert given(grpo, {"algorithm": {"name": "rloo"}}).algorithm.loss == "reinforce"
+    file = given(ROOT / "launch" / "arithmetic.toml", {"env_args": {"high": 5}, "reward": "x:y"})
+    assert file.env_args["low"] == 1
+    assert file.env_args["high"] == 5
+    before = given(TABLE, {"reward_args": {"limit": 3}})
+    assert given(before, {"reward": "other:f"}).reward_args == {}  # they were of the function before
+    assert given(before, {"reward": "other:f", "reward_args": {"least": 1}}).reward_args == {"least": 1}
+
+
+@pytest.mark.parametrize(
+    ("source", "changes", "message"),
+    [
+        (TABLE, {"lerner": {"rank": 1}}, r"lerner = .*no such field; did you mean learner or"),
+        (TABLE, {"learner": {"rnak": 1}}, r"learner\.rnak = 1: no such field; did you mean learner\.rank or"),
+        (TABLE, {"learner": 3}, r"learner = 3"),
+        (TABLE, {"steps": {"n": 3}}, r"steps = \{'n': 3\}"),
+        (TABLE, {"reward": []}, r"reward = .*name one reward function"),
+        ({"model": "-"}, {}, r"env: not set"),
+        ("gone.toml", {}, r"gone\.toml: can't be read"),
+    ],
+)
+def test_what_is_wrong_with_a_field_is_told(source: Any, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RloraError, match=message):
+        given(source, changes)
+
+
+def test_a_run_brings_its_own_config() -> None:
+    with pytest.raises(RloraError, match="give one of a config, resume and fork"):
+        given(TABLE, {}, resume="runs/x")
+    with pytest.raises(RloraError, match=r"runs/gone: no run is there"):
+        given(None, {}, resume="runs/gone")
+
+
+def test_objects_are_named() -> None:
+    double = lambda completion: 2.0  # noqa: E731
+    single = lambda completion: 1.0  # noqa: E731
+    config = given(TABLE, {"reward": [integer_answer, double, single], "env": Fours(3)})
+    assert config.reward == ("rlora.rewards.integer:integer_answer", "python:lambda", "python:lambda-2")
+    assert config.env == "python:Fours"
+    assert plugin.load("reward", "python:lambda-2") is single
+    again = lambda completion: 3.0  # noqa: E731
+    assert given(TABLE, {"reward": again}).reward == "python:lambda"  # a cell that was run once more
+    assert plugin.load("reward", "python:lambda") is again
+
+
+def test_what_nobody_can_import_reaches_other_processes() -> None:
+    bonus = 0.25
+
+    def brief(completion: str, answer: int) -> float:
+        return float(str(answer) in completion) - bonus * len(completion)
+
+    spec = plugin.give("reward", brief)
+    assert spec == "python:brief"
+    with closing(Pool(Setup((spec,), given=plugin.pickled("reward", [spec])), 1)) as pool:
+        (scores,) = pool.do(CASE).result()
+    assert [score.value for score in scores] == [0.75, 0.5]
+    with pytest.raises(RloraError, match=r"reward = 'python:gone': it was given from Python, and this process has no"):
+        load_plugs(Setup(("python:gone",)))
+
+
+def test_a_ready_made_env_takes_no_arguments() -> None:
+    assert plugin.env_of(Fours, {"count": 2}).count == 2
+    assert len(plugin.env_of(Fours(5), {}).train()) == 5
+    with pytest.raises(RloraError, match=r"env_args = \{'count': 2\}: the env was given ready-made"):
+        plugin.env_of(Fours(5), {"count": 2})
+
+
+def test_what_cant_be_sent_is_refused_at_once() -> None:
+    lock = threading.Lock()
+
+    def judge(completion: str) -> float:
+        with lock:
+            return 1.0
+
+    with pytest.raises(RloraError, match=r"reward = 'python:judge': it can't be sent .*TypeError"):
+        given(TABLE, {"reward": judge})
+
+
+def test_the_source_of_a_notebooks_cell_goes_along() -> None:
+    """Whether a function reads text or messages is told by its source, which is in no file there."""
+    text = "def polite(completions, **kwargs):\n    return [float('please' in c[0]['content']) for c in completions]\n"
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(text, "<cell 7>", "exec"), names)
+    linecache.cache["<cell 7>"] = len(text), None, text.splitlines(keepends=True), "<cell 7>"
+    spec = plugin.give("reward", names["polite"])
+    with closing(Pool(Setup((spec,), given=plugin.pickled("reward", [spec])), 1)) as pool:
+        (scores,) = pool.do(CASE).result()
+    assert [score.value for score in scores] == [0.0, 0.0]
+    assert not any(score.detail for score in scores)
+
+
+def test_an_objective_from_python_reaches_the_learner(
+    tiny: str, config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = """
+import torch
+from rlora import Objective
+
+class Mine(Objective):
+    def advantages(self, group, samples):
+        return [torch.full_like(s.tokens.weights, s.episode.reward) for s in samples]
+
+    def loss(self, now, batch):
+        return -(batch.tokens.advantages * now.logprobs * batch.tokens.weights).sum(), {"mine": now.logprobs}
+"""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(text, "<cell 1>", "exec"), names)
+    settings = given(config(), {"algorithm": {"name": names["Mine"]}})
+    assert settings.algorithm.name == "python:Mine"
+    setup = Policy.of(settings)
+    monkeypatch.setattr(plugin, "_given", {})  # as in another process
+    learner = Learner(settings, tiny)
+    learner.open("run", setup)
+    stats = learner.update("run", [group([5, 6], episode([7, 8], 1.0, [-1.0, -1.0]), episode([9], 0.0, [-1.0]))])[1]
+    assert set(stats.others) == {"mine"}
+
+
+# --- real ones ---
+
+
+def blocks() -> list[str]:
+    """The Python of docs/python.md."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)
+
+
+def run(script: str, directory: Path) -> str:
+    file = directory / "script.py"
+    file.write_text(script)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, str(file)],
+        cwd=directory,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.vllm
+def test_a_script_of_six_lines_trains_and_goes_on(tmp_path: Path) -> None:
+    first, second, *_ = blocks()
+    assert len([line for line in first.splitlines() if line]) == 6
+    (tmp_path / "launch").symlink_to(ROOT / "launch")
+    small = 'evaluate={"prompts": 4}, prompts_per_step=2, group_size=4, run_dir="run", steps=2, '
+    script = first.replace("steps=50, ", small) + second.replace("steps=80", "steps=3")
+    script += "import json\nprint(json.dumps([len(result.steps), result.adapter.number, result.summary['steps']]))\n"
+    lines = run(script, tmp_path).splitlines()
+    assert json.loads(lines[-1]) == [3, 3, 3]
+    assert sum("reward/brief" in line for line in lines if line.startswith("{")) == 2  # on_step prints two steps
+    assert 'reward = "python:brief"' in (tmp_path / "run" / "config.toml").read_text()
+    resumed = subprocess.run(
+        [sys.executable, "-m", "rlora", "train", "--resume", "run", "--set", "steps=4"],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
+        check=False,
+    )  # fmt: skip
+    assert resumed.returncode == 1
+    assert "reward = 'python:brief': it was given from Python" in resumed.stderr
+
+
+@pytest.mark.vllm
+def test_the_primitives_train_in_twenty_lines(tmp_path: Path) -> None:
+    *_, loop, several = blocks()
+    assert len([line for line in loop.splitlines() if line]) <= 24
+    body = loop.replace("    policy.save", "    print(json.dumps([g.rewards for g in groups]))\n    policy.save")
+    out = run("import json\n" + body, tmp_path)
+    assert len(re.findall(r"^\d ", out, re.MULTILINE)) == 6
+    saved = tmp_path / "adapters" / "sevens"
+    assert sorted(path.name for path in saved.iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors", "state.safetensors"
+    ]  # fmt: skip
+    again = """
+import rlora
+with rlora.policy(model="demo:smollm2-135m", learner={"rank": 1}, resume="adapters/sevens") as policy:
+    policy.save("adapters/again")
+"""
+    run(again + several.replace("import rlora\n", "") + "    print(groups[0].episodes[0].version.policy)\n", tmp_path)
+    for name in ("adapter_model.safetensors", "state.safetensors"):
+        assert (saved.parent / "again" / name).read_bytes() == (saved / name).read_bytes()
+
+
+def test_import_is_light() -> None:
+    heavy = "torch", "ray", "vllm", "transformers"
+    script = f"import sys, rlora; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert callable(rlora.train)
+    assert rlora.Objective.__name__ == "Objective"
