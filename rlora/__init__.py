@@ -12,14 +12,16 @@ if TYPE_CHECKING:
     from rlora.core.batch import Sample
     from rlora.core.objectives.objective import Objective
     from rlora.core.optimizer import Adam
+    from rlora.run.run import Observer
 
 __version__ = "0.1.0"
 __all__ = [
-    "Adam", "Config", "Episode", "Group", "Objective", "Policy", "Prompt", "Result", "RloraError", "Sample", "policies",
-    "policy", "train",
+    "Adam", "Config", "Episode", "Group", "Objective", "Observer", "Policy", "Prompt", "Result", "RloraError", "Sample",
+    "policies", "policy", "train",
 ]  # fmt: skip
 _WITH_TORCH = {  # imported where they are asked for: torch takes seconds
-    "Adam": "rlora.core.optimizer", "Objective": "rlora.core.objectives.objective", "Sample": "rlora.core.batch",
+    "Adam": "rlora.core.optimizer", "Objective": "rlora.core.objectives.objective", "Observer": "rlora.run.run",
+    "Sample": "rlora.core.batch",
 }  # fmt: skip
 
 

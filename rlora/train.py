@@ -18,32 +18,36 @@ if TYPE_CHECKING:  # torch, Ray and what imports them take seconds: `import rlor
 
 
 def drive(runs: Sequence[Run], turns: Turns | None = None) -> None:
-    """prompts -> groups -> rewards -> advantages -> adapter -> swap. That is the whole framework.
+    """prompts -> groups of episodes -> rewards -> advantages -> adapter v + 1 -> engines -> prompts ...
 
-    Each run has a policy of its own. Several share the base, the engines and the turns (by default `rounds`), and
-    nothing else: what fails in one ends that one, and is raised once the others are at their end.
+    Train runs, each with a policy of its own, until all have done their steps. They share the frozen base, the engines
+    and the learner's process (several, by `learner.concurrent`). Adapters, optimizers and random states are separate.
+    `turns` decides which runs take the next step; by default all do, in `rounds`.
+
+    A run that fails ends, and the others go on. Its error is raised at the end.
     """
     from rlora import cluster
     from rlora.run.run import kept
     from rlora.run.turns import going, rounds
 
-    with kept(runs), cluster.start(runs) as (learners, fleet, loops):
+    # The learners, the engines and what scores are processes; a fleet of engines samples, an agent loop plays a prompt.
+    with kept(runs), cluster.start(runs) as (learners, fleet, agent_loops):
         for run in runs:
-            with run.alone():
-                run.begin(learners[run.policy], fleet, loops[run.policy])
-        for due in (turns or rounds)(runs):  # of one run: that one, every time
+            with run.alone():  # opens the policy, evaluates it, loads version 0 and sends the first prompts
+                run.begin(learners[run.policy], fleet, agent_loops[run.policy])
+        for due in (turns or rounds)(runs):  # with a single run, every iteration yields that run
             for run in due:
-                with run.alone():
-                    run.learn()  # its groups go to its learner, which computes meanwhile
+                with run.alone():  # waits for the step's scored groups, and starts the update without waiting for it
+                    run.learn()
             for run in going(due):
-                with run.alone():
-                    run.keep()  # the adapter v + 1: a line of figures, and a bundle that is written meanwhile
+                with run.alone():  # waits for the update, writes a line of metrics, and starts writing a bundle
+                    run.keep()
             for run in going(due):
-                with run.alone():
-                    run.serve()  # swapped in on every engine, proven; then the next prompts are sampled under it
+                with run.alone():  # loads the new version on every engine, proven, and sends the next prompts
+                    run.serve()
         for run in runs:
             if not run.failure:
-                with run.alone():
+                with run.alone():  # evaluates the policy, and writes the summary
                     run.end()
 
 
@@ -78,10 +82,10 @@ def train(
     from rlora.run import directory
     from rlora.run.checkpoint import newest
     from rlora.run.prepare import is_finished, prepared
-    from rlora.run.run import Told
+    from rlora.run.run import Callback
 
     if on_step:
-        observers = (*observers, Told(on_step))
+        observers = (*observers, Callback(on_step))
     whole = given(config, changes, resume, fork)
     with prepared(whole, run_dir, resume, fork, overwrite, observers) as run:
         if not is_finished(run.place, run.config, run.start):

@@ -1,4 +1,4 @@
-"""Ray's home: the learner and the engines as actors, and nothing left behind when they end."""
+"""Starts the learners, the engines and the processes that score as Ray actors, and ends them all."""
 
 import signal
 import sys

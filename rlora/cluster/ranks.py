@@ -31,10 +31,11 @@ class _Held:
 
 
 class Ranks:
-    """The first one answers, and what changes a policy is called on all. It has the verbs of `Learner`.
+    """A group of data-parallel learner processes with the interface of `Learner`.
 
-    Where one dies, all are made anew by `make`, each policy goes on from its last state, gradients that were added up
-    since are computed again, and the call is made again; after `restarts` times in a row RloraError is raised.
+    Calls that change a policy go to every process, and the result of the first is returned. Where one dies, all are
+    made anew by `make`, each policy goes on from its last state, gradients that were added up since are computed again,
+    and the call is made again; after `restarts` times in a row its error is raised.
     """
 
     def __init__(self, make: Callable[[], list[Remote]], remotes: list[Remote], restarts: int) -> None:

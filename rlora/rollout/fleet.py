@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from typing import Any
@@ -70,9 +70,9 @@ class Fleet:
         with self._changed:
             self._left.discard(adapter.policy)
             self._newest[adapter.policy] = adapter
-            loads = {member: member.engine.load(adapter, oldest) for member in self._members}
+            loads = [(adapter, member, member.engine.load(adapter, oldest)) for member in self._members]
         try:
-            proofs = self._confirmed(adapter, loads)
+            proofs = self._confirmed(loads)
         except RloraError:
             with self._changed:
                 self._newest.pop(adapter.policy, None)  # no engine that joins is to be given it
@@ -84,11 +84,11 @@ class Fleet:
             self._send()
         return proofs
 
-    def _confirmed(self, adapter: Adapter, loads: Mapping[Member, Future[Proof]]) -> list[Proof]:
+    def _confirmed(self, loads: Sequence[tuple[Adapter, Member, Future[Proof]]]) -> list[Proof]:
         """Each engine's proof; one that gives none is lost. Raises RloraError where no engine is left."""
         deadline = time.monotonic() + self._patience
         proofs = []
-        for member, load in loads.items():
+        for adapter, member, load in loads:
             try:
                 proofs.append(checked(adapter, load.result(max(0.0, deadline - time.monotonic()))))
             except (EngineLostError, TimeoutError) as error:
@@ -151,9 +151,8 @@ class Fleet:
     def check(self) -> None:
         """Find out which engines answer no more: each has to do so between two of its steps."""
         with self._changed:
-            asked = [(each, {m: m.engine.load(each) for m in self._members}) for each in self._newest.values()]
-        for adapter, loads in asked:
-            self._confirmed(adapter, loads)
+            loads = [(each, m, m.engine.load(each)) for each in self._newest.values() for m in self._members]
+        self._confirmed(loads)
 
     @property
     def engines(self) -> list[Engine]:

@@ -32,7 +32,7 @@ class Flight:
 
 
 class AgentLoop:
-    """Prompts of one policy go on side by side, as coroutines on one thread.
+    """Plays the prompts of one policy, as coroutines on one thread: sampling, the env's replies, and scoring.
 
     An episode of several turns stays with the adapter that it began with. Tokens are appended and never made again from
     text: what the env says comes after the policy's own, and is marked as not its own.

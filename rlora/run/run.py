@@ -25,15 +25,18 @@ from rlora.telemetry.metrics import Metrics
 
 
 class Observer(Protocol):
-    """Is told of each step of a run: a tracker, a report, a callback. Its errors cost a warning, never a step."""
+    """A tracker, a report or a callback, which is told of each step of a run.
+
+    An exception that it raises becomes a warning and does not end the run.
+    """
 
     def on_step(self, run: "Run", figures: Mapping[str, Any]) -> None:
         """`figures` is the step's line of metrics.jsonl."""
         ...
 
 
-class Told:
-    """An observer that hands the figures to a function."""
+class Callback:
+    """An observer that calls a function with the figures of each step."""
 
     def __init__(self, function: Callable[[Mapping[str, Any]], object]) -> None:
         self.function = function

@@ -13,7 +13,7 @@ from rlora.settings import Config
 
 
 class Pool(Protocol):
-    """Processes that score and answer: an `isolation.Pool`, here or in a Ray actor."""
+    """Processes that score and answer: a `scoring.pool.Pool`, here or in a Ray actor."""
 
     def do(self, of: Case | Turn) -> Future[Any]:
         """Of a Case the scores by reward function and episode, of a Turn an Answered."""

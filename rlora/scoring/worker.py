@@ -1,6 +1,6 @@
 """The process that runs a user's reward functions, and an env's replies, on a model's text.
 
-`isolation.Pool` starts it, gives it jobs, and kills it where a call overruns. Calls are on its main thread, where
+`scoring.pool.Pool` starts it, gives it jobs, and kills it where a call overruns. Calls are on its main thread, where
 SIGALRM works, and it is spawned, not forked: it has nothing of its parent's torch and Ray.
 """
 

@@ -1,4 +1,4 @@
-"""The ready objectives, a file each, and how a run's is found."""
+"""The ready objectives, one file for each `algorithm.loss`, and how the objective of a run is found."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
