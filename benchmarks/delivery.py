@@ -63,7 +63,7 @@ from rlora.model.base import DEMO
 from rlora.records import BASE, OFF, Adapter, Sampling
 from rlora.rollout.fleet import Fleet, wait_for
 from rlora.rollout.requests import Request
-from rlora.rollout.task import Task, load_task
+from rlora.rollout.task import Served, Task, load_task
 from rlora.run.start import read
 from rlora.store import write_adapter
 
@@ -184,7 +184,7 @@ def engines(task: Task, kind: type[Probe], learn: bool = False, **changes: Any) 
     """A fleet of `kind`, whose engines have all cores each, and a learner."""
     cluster.ENGINE = f"{HERE}:{kind.__name__}"
     settings = {"engine": {"threads": machine.cores()}} | changes
-    with cluster.start([cluster.Served(POLICY, validate(CONFIG | settings), task)], learn=learn) as (
+    with cluster.start([Served(POLICY, validate(CONFIG | settings), task)], learn=learn) as (
         learners,
         fleet,
         _,

@@ -10,20 +10,22 @@ import inspect
 import io
 import linecache
 import os
+import re
 import sys
 import traceback
 from collections import ChainMap
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from types import CodeType
-from typing import Any, ClassVar
+from typing import Any
 
 import cloudpickle
 
 from rlora.records import RloraError
 
-_PYTHON = "python:"  # where the spec of an object begins that nobody else can import
+PYTHON = "python:"  # where the spec of an object begins that nobody else can import
 
 
 @dataclass(frozen=True)
@@ -37,24 +39,28 @@ class Pickled:
 _given: dict[str, Any] = {}  # the objects, or how they were received, by spec
 
 
-def give(field: str, thing: Any, taken: Collection[str] = ()) -> str:
-    """Return the spec that names an object from now on, none of those that are `taken`.
-
-    A later object of the same name takes its place. Raises RloraError where it can't be sent to other processes.
-    """
+def give(thing: Any, spec: str = "") -> str:
+    """Return the spec that names an object from now on: `spec`, where a run has known it by that, or one of its own."""
     name, module = getattr(thing, "__qualname__", ""), getattr(thing, "__module__", "")
-    if name.isidentifier() and module != "__main__" and getattr(sys.modules.get(module), name, None) is thing:
+    if not spec and name.isidentifier() and module != "__main__" and _found(module, name) is thing:
         return f"{module}:{name}"
-    name = (name or type(thing).__name__).rpartition(".")[2].strip("<>")
-    names = (f"{_PYTHON}{name}" + (f"-{number}" if number > 1 else "") for number in range(1, len(taken) + 2))
-    spec = next(each for each in names if each not in taken)
+    if not spec:
+        name = re.sub(r"\W", "", (name or type(thing).__name__).rpartition(".")[2])
+        specs = (f"{PYTHON}{name}" + (f"_{number}" if number > 1 else "") for number in count(1))
+        spec = next(each for each in specs if _given.get(each, thing) is thing)
     _given[spec] = thing
-    pickled(field, [spec])  # only checked here
     return spec
 
 
+def _found(module: str, name: str) -> Any:
+    return getattr(sys.modules.get(module), name, None)
+
+
 def pickled(field: str, specs: Iterable[str]) -> dict[str, Pickled]:
-    """Those of the specs that name an object given from Python, for another process to `receive`."""
+    """Return those of the specs that name an object given from Python, for another process to `receive`.
+
+    Raises RloraError where an object can't be pickled.
+    """
     return {spec: _pickle(field, spec, _given[spec]) for spec in specs if spec in _given}
 
 
@@ -71,7 +77,7 @@ def load(field: str, spec: str) -> Any:
 
     A module may lie in the working directory; a file may import what lies beside it.
     """
-    if spec.startswith(_PYTHON):
+    if spec.startswith(PYTHON):
         return _loaded_given(field, spec)
     where, _, name = spec.rpartition(":")
     if not where:
@@ -124,10 +130,14 @@ def env_of(plugged: Any, args: Mapping[str, Any]) -> Any:
 
 
 def file_of(thing: Any) -> str:
-    """The file that an object's class, function or module stands in; "" for one that stands in none."""
+    """Return the file that a function, a class or an object's class stands in; "" where there is none."""
+    kind = thing if inspect.isclass(thing) or inspect.isroutine(thing) else type(thing)
+    if inspect.isclass(kind):  # one that was unpickled names a module of another process, but not its functions
+        functions = (each for each in vars(kind).values() if inspect.isfunction(each))
+        kind = next((each for each in functions if each.__code__.co_filename != "<string>"), kind)
     try:
-        return inspect.getfile(thing if inspect.isclass(thing) or inspect.isroutine(thing) else type(thing))
-    except (OSError, TypeError):  # of a notebook's cell, or written in C
+        return inspect.getfile(kind)
+    except (OSError, TypeError):  # written in C
         return ""
 
 
@@ -153,28 +163,31 @@ def _pickle(field: str, spec: str, thing: Any) -> Pickled:
     if isinstance(thing, Pickled):
         return thing
     data = io.BytesIO()
+    pickler = _Pickler(data)
     try:
-        _Pickler(data).dump(thing)
+        pickler.dump(thing)
     except Exception as error:
         raise RloraError(
             f"{field} = {spec!r}: it can't be sent to the processes that run it ({type(error).__name__}: {error}); let "
             "it build what it holds when it is called first, or name it as path/to/file.py:name"
         ) from error
-    file = file_of(thing)
-    lines = linecache.getlines(file) if file and not os.path.exists(file) else []
-    return Pickled(data.getvalue(), {file: lines} if lines else {})
+    sources = {file: linecache.getlines(file) for file in sorted(pickler.files) if not os.path.exists(file)}
+    return Pickled(data.getvalue(), {file: lines for file, lines in sources.items() if lines})
 
 
-def _with_its_file(code: CodeType) -> tuple[Any, ...]:
-    make, arguments, *_ = cloudpickle.Pickler.dispatch_table[CodeType](code)
-    return _made_with_its_file, (code.co_filename, make, arguments)
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """Keeps the names of the files that code stands in, which cloudpickle leaves out: errors and sources need them."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        self.files: set[str] = set()
+        self.dispatch_table = ChainMap({CodeType: self._code}, cloudpickle.Pickler.dispatch_table)
+        super().__init__(file)
+
+    def _code(self, code: CodeType) -> tuple[Any, ...]:
+        self.files.add(code.co_filename)
+        make, arguments, *_ = cloudpickle.Pickler.dispatch_table[CodeType](code)
+        return _made_with_its_file, (code.co_filename, make, arguments)
 
 
 def _made_with_its_file(file: str, make: Callable[..., CodeType], arguments: tuple[Any, ...]) -> CodeType:
     return make(*arguments).replace(co_filename=file)
-
-
-class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    """Keeps the files that code stands in, which cloudpickle leaves out: errors and sources are told by them."""
-
-    dispatch_table: ClassVar = ChainMap({CodeType: _with_its_file}, cloudpickle.Pickler.dispatch_table)

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlora.records import Adapter, Group, Prompt, RloraError, UpdateStats
 from rlora.run.source import Source, given, reachable
-from rlora.settings import Config
-from rlora.store import names, write_directory
+from rlora.store import names, read_file, write_directory
 
 if TYPE_CHECKING:  # what imports torch and Ray
     from torch import Tensor
@@ -20,9 +19,10 @@ if TYPE_CHECKING:  # what imports torch and Ray
     from rlora.core.learner import Computed, Groups
     from rlora.core.objectives.objective import Loss
     from rlora.core.optimizer import Adam, StepStats
+    from rlora.core.setup import Setup
     from rlora.rollout.fleet import Fleet
     from rlora.rollout.player import AgentLoop
-    from rlora.rollout.task import Task
+    from rlora.rollout.task import Served
 
 _STATE = "state.safetensors"
 
@@ -45,37 +45,43 @@ def policies(
 ) -> Iterator[Mapping[str, Policy]]:
     """Several, over one base, by their names: `members` are the fields in which each differs from `config`."""
     from rlora import cluster
-    from rlora.rollout.task import bare_task, load_task
+    from rlora.rollout.task import Served
+    from rlora.run.prepare import checked
 
-    served = []
+    resume = resume or {}
+    if unknown := resume.keys() - members.keys():
+        raise RloraError(f"resume = {sorted(unknown)}: the policies are {', '.join(members)}; name one of those")
+    made: list[tuple[Served, Setup, bytes | None]] = []
     for name, changes in members.items():
         own = given(config, changes, least={"env": "", "reward": ""})
-        served.append(cluster.Served(name, own, load_task(own) if own.env else bare_task(own)))
-    with cluster.start(served) as (learners, fleet, loops):
+        task, setup = checked(own)
+        saved = _saved(resume[name], setup) if name in resume else None
+        made.append((Served(name, own, task), setup, saved))
+    with cluster.start([served for served, *_ in made]) as (learners, fleet, agent_loops):
         yield {
-            each.policy: Policy(
-                each.policy, each.config, each.task, learners[each.policy], fleet, loops[each.policy],
-                (resume or {}).get(each.policy),
-            )
-            for each in served
-        }  # fmt: skip
+            served.policy: Policy(served, learners[served.policy], fleet, agent_loops[served.policy], setup, saved)
+            for served, setup, saved in made
+        }
 
 
 class Policy:
     """The base and one adapter, which is trained."""
 
     def __init__(
-        self, name: str, config: Config, task: Task, learner: Ranks, fleet: Fleet, loop: AgentLoop,
-        resume: str | PathLike[str] | None = None,
-    ) -> None:  # fmt: skip
-        from rlora.core.setup import Setup
-        from rlora.run.start import read_start
-
-        self.name, self.config, self.task = name, config, task
+        self, served: Served, learner: Ranks, fleet: Fleet, loop: AgentLoop, setup: Setup, saved: bytes | None = None
+    ) -> None:
+        self.name, self.config, self.task = served.policy, served.config, served.task
         self._learner, self._fleet, self._loop = learner, fleet, loop
-        saved = (reachable(str(resume)) / _STATE).read_bytes() if resume else None
-        self.adapter: Adapter = learner.open(name, Setup.of(config, read_start(config)), saved)
-        self._stepped, self._served = False, False
+        self._adapter: Adapter = learner.open(self.name, setup, saved)
+        self._stepped = False  # since the adapter was a version
+        self._delivered: Adapter | None = None
+
+    @property
+    def adapter(self) -> Adapter:
+        """The policy's newest version, which is a new one where steps have changed it."""
+        if self._stepped:
+            self._adapter, self._stepped = self._learner.next_version(self.name), False
+        return self._adapter
 
     def sample(
         self, prompts: Sequence[Prompt | str], group_size: int | None = None, temperature: float | None = None
@@ -88,13 +94,12 @@ class Policy:
         from rlora.rollout.evaluate import answer
         from rlora.rollout.stream import sampling_of
 
-        if self._stepped:
-            self.adapter, self._stepped, self._served = self._learner.next_version(self.name), False, False
-        if not self._served:
-            self._fleet.swap(self.adapter, oldest=self.adapter.number)
-            self._served = True
+        adapter, asked = self.adapter, self._tokenised(prompts)
+        if adapter is not self._delivered:
+            self._fleet.swap(adapter, oldest=adapter.number)
+            self._delivered = adapter
         sampling = sampling_of(self.config, group_size or self.config.group_size, temperature)
-        return answer(self.config, self._tokenised(prompts), sampling, self._fleet, self._loop)
+        return answer(self.config, asked, sampling, self._fleet, self._loop)
 
     def samples(self, group: Group, advantages: Sequence[float]) -> list[Sample]:
         """The group's episodes as training samples, with an advantage each; without those that have no token."""
@@ -124,8 +129,10 @@ class Policy:
 
     def update(self, groups: Sequence[Group]) -> UpdateStats:
         """What the config's algorithm makes of scored groups: one whole step of training, as in `rlora.train`."""
-        self.adapter, stats = self._learner.update(self.name, groups)
-        self._stepped = self._served = False
+        if any(episode.reward is None for group in groups for episode in group.episodes):
+            raise RloraError("update: an episode has no reward; give the config a `reward`, or Group.with_rewards")
+        self._adapter, stats = self._learner.update(self.name, groups)
+        self._stepped = False
         return stats
 
     def save(self, directory: str | PathLike[str]) -> None:
@@ -133,8 +140,8 @@ class Policy:
 
         Raises RloraError where the directory holds anything else.
         """
-        path, adapter = reachable(str(directory)), self._learner.adapter(self.name)
-        files = adapter.files | {_STATE: self._learner.state(self.name)}
+        path = reachable(str(directory))
+        files = self.adapter.files | {_STATE: self._learner.state(self.name)}
         if others := sorted(set(names(path)) - files.keys()):
             raise RloraError(f"{path}: it holds {', '.join(others[:3])}; name a directory for the adapter alone")
         write_directory(path, files)
@@ -142,6 +149,8 @@ class Policy:
     def _tokenised(self, prompts: Sequence[Prompt | str]) -> list[Prompt]:
         from rlora.rollout.task import tokenise
 
+        if isinstance(prompts, str):
+            raise RloraError(f"prompts = {prompts!r}: give a list of prompts")
         most = self.config.sampling.max_prompt_tokens
         asked = [prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in prompts]
         fitting = [tokenise([prompt], self.task.chat, most) for prompt in asked]
@@ -152,3 +161,16 @@ class Policy:
                     "raise that, or shorten it"
                 )
         return [prompt for (prompt,) in fitting]
+
+
+def _saved(directory: str | PathLike[str], setup: Setup) -> bytes:
+    """What `Policy.save` wrote for a policy to go on from. Raises RloraError where it isn't there, or of another."""
+    from rlora.core.peft_format import decode
+    from rlora.run.start import read, refuse_another_adapter
+
+    path = reachable(str(directory))
+    state = read_file(path / _STATE)
+    if state is None:
+        raise RloraError(f"resume = {str(path)!r}: it has no {_STATE}; name a directory that Policy.save wrote")
+    refuse_another_adapter(f"resume = {str(path)!r}", decode(*read(path))[0], setup.learner)
+    return state

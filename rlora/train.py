@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from rlora.records import Adapter
+from rlora.records import Adapter, RloraError
 from rlora.run.source import Source, given
 
 if TYPE_CHECKING:  # torch, Ray and what imports them take seconds: `import rlora` does not wait for that
@@ -28,27 +28,29 @@ def drive(runs: Sequence[Run], turns: Turns | None = None) -> None:
     """
     from rlora import cluster
     from rlora.run.run import kept
-    from rlora.run.turns import going, rounds
+    from rlora.run.turns import ended, going, rounds
 
-    # The learners, the engines and what scores are processes; a fleet of engines samples, an agent loop plays a prompt.
-    with kept(runs), cluster.start(runs) as (learners, fleet, agent_loops):
+    # Learners, engines and what scores are processes. The fleet samples on all engines; an agent loop plays prompts.
+    with kept(runs), cluster.start([run.served for run in runs]) as (learners, fleet, agent_loops):
         for run in runs:
             with run.alone():  # opens the policy, evaluates it, loads version 0 and sends the first prompts
                 run.begin(learners[run.policy], fleet, agent_loops[run.policy])
         for due in (turns or rounds)(runs):  # with a single run, every iteration yields that run
-            for run in due:
+            for run in going(due):
                 with run.alone():  # waits for the step's scored groups, and starts the update without waiting for it
-                    run.learn()
+                    run.start_update()
             for run in going(due):
                 with run.alone():  # waits for the update, writes a line of metrics, and starts writing a bundle
-                    run.keep()
+                    run.finish_update()
             for run in going(due):
                 with run.alone():  # loads the new version on every engine, proven, and sends the next prompts
-                    run.serve()
-        for run in runs:
-            if not run.failure:
+                    run.deliver()
+            for run in ended(due):
                 with run.alone():  # evaluates the policy, and writes the summary
                     run.end()
+        for run in ended(runs):  # that had no step left
+            with run.alone():
+                run.end()
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ def train(
     from rlora.run.prepare import is_finished, prepared
     from rlora.run.run import Callback
 
+    if resume and (run_dir or overwrite):
+        raise RloraError(f"train: resume = {str(resume)!r} goes on where the run is; leave out run_dir and overwrite")
     if on_step:
         observers = (*observers, Callback(on_step))
     whole = given(config, changes, resume, fork)

@@ -22,14 +22,13 @@ from typing import Any
 from upath import UPath
 
 import rlora.run.run
-import rlora.train
 from rlora import cluster, store
 from rlora.cli import main
 from rlora.records import Cursor, Episode, Group, Prompt, Version
 from rlora.rollout.requests import FleetStats
 from rlora.rollout.stream import Collection
+from rlora.rollout.task import Served
 from rlora.run import checkpoint
-from rlora.run.run import Run
 from rlora.settings import Config
 
 RECORD: UPath | None = None
@@ -85,9 +84,9 @@ class NoFleet:
 
 
 @contextmanager
-def learner_alone(runs: Sequence[Run]) -> Iterator[tuple[Any, Any, Any]]:
-    with cluster.learning(runs[0].config, runs[0].task.base) as learner:
-        yield {run.policy: learner for run in runs}, NoFleet(), {run.policy: None for run in runs}
+def learner_alone(served: Sequence[Served]) -> Iterator[tuple[Any, Any, Any]]:
+    with cluster.learning(served[0].config, served[0].task.base) as learner:
+        yield {each.policy: learner for each in served}, NoFleet(), {each.policy: None for each in served}
 
 
 def die_at(count: int) -> None:
@@ -125,7 +124,7 @@ if __name__ == "__main__":
     config, run, record, *fault = sys.argv[1:]
     RECORD = None if record == "-" else UPath(record)
     rlora.run.run.Rollouts = Recorded  # type: ignore[attr-defined, misc, assignment]
-    rlora.train.cluster = SimpleNamespace(start=learner_alone)  # type: ignore[attr-defined, assignment]
+    cluster.start = learner_alone  # type: ignore[assignment]
     if fault:
         die_at(int(fault[0]))
     sys.argv = ["rlora", "train", config, "--resume", run]

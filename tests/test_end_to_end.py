@@ -30,7 +30,7 @@ from rlora.config import read
 from rlora.core.setup import Setup
 from rlora.records import Cursor, EngineLostError, Group
 from rlora.rollout.stream import Rollouts, prompt_at
-from rlora.rollout.task import load_task
+from rlora.rollout.task import Served, load_task
 from rlora.run import checkpoint
 from rlora.settings import Config
 
@@ -339,7 +339,7 @@ def test_a_run_outlives_its_engines_its_learners_and_its_scorers(
         timer.start()
 
     trained: list[Group] = []
-    with cluster.start([cluster.Served("run", small, task)]) as (learners, fleet, loops):
+    with cluster.start([Served("run", small, task)]) as (learners, fleet, loops):
         learner, loop = learners["run"], loops["run"]
         ranks: Any = learner
         adapter = learner.open("run", Setup.of(small))

@@ -9,10 +9,14 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import tomli_w
 from conftest import ROOT, episode, group
 
 import rlora
@@ -21,6 +25,7 @@ from rlora.core.learner import Learner
 from rlora.core.setup import Setup as Policy
 from rlora.records import Case, Prompt, RloraError
 from rlora.rewards.integer import integer_answer
+from rlora.rollout.task import load_task, setup_of
 from rlora.run.source import given
 from rlora.scoring.pool import Pool
 from rlora.scoring.worker import Setup, load_plugs
@@ -86,12 +91,52 @@ def test_objects_are_named() -> None:
     double = lambda completion: 2.0  # noqa: E731
     single = lambda completion: 1.0  # noqa: E731
     config = given(TABLE, {"reward": [integer_answer, double, single], "env": Fours(3)})
-    assert config.reward == ("rlora.rewards.integer:integer_answer", "python:lambda", "python:lambda-2")
-    assert config.env == "python:Fours"
-    assert plugin.load("reward", "python:lambda-2") is single
-    again = lambda completion: 3.0  # noqa: E731
-    assert given(TABLE, {"reward": again}).reward == "python:lambda"  # a cell that was run once more
-    assert plugin.load("reward", "python:lambda") is again
+    assert config.reward[0] == "rlora.rewards.integer:integer_answer"
+    assert all(re.fullmatch(r"python:lambda(_\d+)?", spec) for spec in config.reward[1:])
+    assert [plugin.load("reward", spec) for spec in config.reward[1:]] == [double, single]
+    assert plugin.load("env", config.env).count == 3
+    assert given(TABLE, {"reward": double}).reward == config.reward[1]  # the same object
+    assert given({**TABLE, "reward": single}, {}).reward == config.reward[2]
+    both = given({**TABLE, "env": partial(Fours, 2)}, {"reward": partial(integer_answer)})
+    assert both.env != both.reward
+    mine = given(TABLE, {"algorithm": {"name": partial(Fours)}})
+    assert mine.algorithm.name.startswith("python:partial")
+
+
+def test_a_run_that_goes_on_wants_its_objects_again(tmp_path: Path) -> None:
+    first = lambda completion: 2.0  # noqa: E731
+    again = lambda completion: 2.5  # noqa: E731
+    config = given(TABLE, {"reward": first, "reward_args": {"least": 3}})
+    (tmp_path / "config.toml").write_text(tomli_w.dumps(asdict(config)))
+    with pytest.raises(
+        RloraError, match=r"reward = 'python:lambda\w*': the run was given this object from Python; give"
+    ):
+        given(None, {"steps": 3}, resume=tmp_path)
+    resumed = given(None, {"reward": again}, resume=tmp_path)
+    assert (resumed.reward, resumed.reward_args) == (config.reward, {"least": 3})  # known by the same name
+    assert plugin.load("reward", str(resumed.reward)) is again
+    assert given(None, {"reward": integer_answer}, resume=tmp_path).reward == config.reward
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reward_args": {"scorer": Fours(1)}}, r"reward_args\.scorer = .*Fours object.*: use text, a number"),
+        ({"learner": {"lr": object()}}, r"learner\.lr = .*object.*: use text, a number"),
+        ({"env": None}, r"env = None"),
+        ({"env": 3}, r"env = 3|env = 'python:int"),
+    ],
+)
+def test_what_is_no_plain_data_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RloraError, match=message):
+        load_task(given(TABLE, changes))
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    config = given(
+        TABLE, {"steps": np.int64(7), "learner": {"lr": np.float32(0.5)}, "env_args": {"count": np.int64(3)}}
+    )
+    assert (config.steps, config.learner.lr, config.env_args) == (7, 0.5, {"count": 3})
 
 
 def test_what_nobody_can_import_reaches_other_processes() -> None:
@@ -100,7 +145,7 @@ def test_what_nobody_can_import_reaches_other_processes() -> None:
     def brief(completion: str, answer: int) -> float:
         return float(str(answer) in completion) - bonus * len(completion)
 
-    spec = plugin.give("reward", brief)
+    spec = plugin.give(brief)
     assert spec == "python:brief"
     with closing(Pool(Setup((spec,), given=plugin.pickled("reward", [spec])), 1)) as pool:
         (scores,) = pool.do(CASE).result()
@@ -116,7 +161,7 @@ def test_a_ready_made_env_takes_no_arguments() -> None:
         plugin.env_of(Fours(5), {"count": 2})
 
 
-def test_what_cant_be_sent_is_refused_at_once() -> None:
+def test_what_cant_be_sent_is_refused_before_a_run() -> None:
     lock = threading.Lock()
 
     def judge(completion: str) -> float:
@@ -124,20 +169,65 @@ def test_what_cant_be_sent_is_refused_at_once() -> None:
             return 1.0
 
     with pytest.raises(RloraError, match=r"reward = 'python:judge': it can't be sent .*TypeError"):
-        given(TABLE, {"reward": judge})
+        setup_of(given(TABLE, {"reward": judge}), agent=False)
+    env = Fours(1)
+    env.lock = lock  # type: ignore[attr-defined]
+    setup_of(given(TABLE, {"env": env}), agent=False)  # it stays here
+    with pytest.raises(RloraError, match=r"env = 'python:Fours\w*': it can't be sent"):
+        setup_of(given(TABLE, {"env": env}), agent=True)
 
 
-def test_the_source_of_a_notebooks_cell_goes_along() -> None:
-    """Whether a function reads text or messages is told by its source, which is in no file there."""
-    text = "def polite(completions, **kwargs):\n    return [float('please' in c[0]['content']) for c in completions]\n"
+def cells(*texts: str) -> dict[str, Any]:
+    """The names that the cells of a notebook leave."""
     names: dict[str, Any] = {"__name__": "__main__"}
-    exec(compile(text, "<cell 7>", "exec"), names)
-    linecache.cache["<cell 7>"] = len(text), None, text.splitlines(keepends=True), "<cell 7>"
-    spec = plugin.give("reward", names["polite"])
+    for number, text in enumerate(texts):
+        file = f"<cell {number} of {hash(texts)}>"
+        linecache.cache[file] = len(text), None, text.splitlines(keepends=True), file
+        exec(compile(text, file, "exec"), names)
+    return names
+
+
+POLITE = """
+def polite(completions, **kwargs):
+    return [float("please" in c[0]["content"]) for c in completions]
+"""
+LAST = """
+def last(completion):
+    return completion[-1]["content"]
+"""
+JUDGE = """
+class Judge:
+    def __call__(self, completion, state):
+        return float(len(last(completion)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("texts", "make"),
+    [
+        ((POLITE,), lambda names: names["polite"]),
+        ((LAST, JUDGE), lambda names: names["Judge"]),
+        ((LAST, JUDGE), lambda names: names["Judge"]()),
+        ((LAST, JUDGE), lambda names: partial(names["Judge"]())),
+    ],
+)
+def test_the_source_of_a_notebooks_cells_goes_along(
+    texts: tuple[str, ...], make: Callable[[dict[str, Any]], Any]
+) -> None:
+    """Whether a function reads text or messages is told by its source, which is in no file there."""
+    spec = plugin.give(make(cells(*texts)))
     with closing(Pool(Setup((spec,), given=plugin.pickled("reward", [spec])), 1)) as pool:
         (scores,) = pool.do(CASE).result()
-    assert [score.value for score in scores] == [0.0, 0.0]
     assert not any(score.detail for score in scores)
+    assert [score.value for score in scores] == ([0.0, 0.0] if texts == (POLITE,) else [1.0, 2.0])
+
+
+def test_an_error_names_the_cell_and_the_line() -> None:
+    names = cells("class Bad:\n    def __call__(self, completion):\n        return 1 / 0\n")
+    spec = plugin.give(names["Bad"])
+    with closing(Pool(Setup((spec,), given=plugin.pickled("reward", [spec])), 1)) as pool:
+        (scores,) = pool.do(CASE).result()
+    assert re.match(r"<cell 0 of -?\d+>:3: Bad raised ZeroDivisionError", scores[0].detail)
 
 
 def test_an_objective_from_python_reaches_the_learner(
@@ -154,16 +244,19 @@ class Mine(Objective):
     def loss(self, now, batch):
         return -(batch.tokens.advantages * now.logprobs * batch.tokens.weights).sum(), {"mine": now.logprobs}
 """
-    names: dict[str, Any] = {"__name__": "__main__"}
-    exec(compile(text, "<cell 1>", "exec"), names)
-    settings = given(config(), {"algorithm": {"name": names["Mine"]}})
+    settings = given(config(), {"algorithm": {"name": cells(text)["Mine"]}})
     assert settings.algorithm.name == "python:Mine"
     setup = Policy.of(settings)
+    faulty = cells(text.replace("now.logprobs *", "gone *"))["Mine"]
+    bad = Policy.of(given(config(), {"algorithm": {"name": faulty}}))
     monkeypatch.setattr(plugin, "_given", {})  # as in another process
     learner = Learner(settings, tiny)
     learner.open("run", setup)
-    stats = learner.update("run", [group([5, 6], episode([7, 8], 1.0, [-1.0, -1.0]), episode([9], 0.0, [-1.0]))])[1]
-    assert set(stats.others) == {"mine"}
+    groups = [group([5, 6], episode([7, 8], 1.0, [-1.0, -1.0]), episode([9], 0.0, [-1.0]))]
+    assert set(learner.update("run", groups)[1].others) == {"mine"}
+    learner.open("bad", bad)
+    with pytest.raises(RloraError, match=r"<cell 0 of -?\d+>:10: algorithm\.name = 'python:Mine_2': NameError"):
+        learner.update("bad", groups)
 
 
 # --- real ones ---
@@ -226,9 +319,25 @@ def test_the_primitives_train_in_twenty_lines(tmp_path: Path) -> None:
     again = """
 import rlora
 with rlora.policy(model="demo:smollm2-135m", learner={"rank": 1}, resume="adapters/sevens") as policy:
+    assert policy.adapter.number == 6
     policy.save("adapters/again")
+    groups = policy.sample(["Name a number."], group_size=2)
+    policy.forward_backward([policy.samples(groups[0], [1.0, -1.0])], lambda now, batch: (now.logprobs.sum(), {}))
+    policy.optim_step(rlora.Adam(lr=1e-4))
+    assert policy.adapter.number == 7
+    try:
+        policy.save(".")
+    except rlora.RloraError as error:
+        print(error)
 """
-    run(again + several.replace("import rlora\n", "") + "    print(groups[0].episodes[0].version.policy)\n", tmp_path)
+    wrong = again.replace('"rank": 1', '"rank": 1, "alpha": 16.0').partition("    assert")[0] + "    pass\n"
+    (tmp_path / "wrong.py").write_text(wrong)
+    refused = subprocess.run([sys.executable, "wrong.py"], cwd=tmp_path, capture_output=True, text=True, check=False,
+                             env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=300)  # fmt: skip
+    assert "its alpha is 32.0, learner.alpha is 16.0; set learner.alpha to 32.0" in refused.stderr
+    told = run(again + several + "    print(groups[0].episodes[0].version.policy)\n", tmp_path)
+    assert told.endswith("low\n")
+    assert "name a directory for the adapter alone" in told
     for name in ("adapter_model.safetensors", "state.safetensors"):
         assert (saved.parent / "again" / name).read_bytes() == (saved / name).read_bytes()
 

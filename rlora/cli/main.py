@@ -93,7 +93,7 @@ def _eval(arguments: list[str]) -> None:
     from rlora import cluster
     from rlora.rollout.evaluate import answer, pass_at, rows, summarise
     from rlora.rollout.stream import sampling_of
-    from rlora.rollout.task import load_task
+    from rlora.rollout.task import Served, load_task
     from rlora.run.prepare import tell_checked
 
     task = load_task(config)
@@ -105,7 +105,7 @@ def _eval(arguments: list[str]) -> None:
         )
     greedy = given.samples == 1 and given.temperature is None
     sampling = sampling_of(config, given.samples, 0.0 if greedy else given.temperature)
-    served = cluster.Served(adapter.policy, config, task)
+    served = Served(adapter.policy, config, task)
     with cluster.start([served], learn=False) as (_, fleet, loops):
         fleet.swap(adapter)
         try:

@@ -1,7 +1,6 @@
 """`rlora train`: what a run starts with or goes on from, and the table at its end."""
 
 import sys
-from functools import partial
 
 from upath import UPath
 
@@ -15,8 +14,7 @@ def train_command(arguments: list[str]) -> None:
     from rlora.run.prepare import is_finished, prepared
     from rlora.train import drive
 
-    tell = partial(print, flush=True)
-    with prepared(given.config, given.run_dir, given.resume, given.fork, given.overwrite, tell=tell) as run:
+    with prepared(given.config, given.run_dir, given.resume, given.fork, given.overwrite) as run:
         try:
             if not is_finished(run.place, run.config, run.start):  # else who restarts what ended is told the same again
                 drive([run])

@@ -5,10 +5,10 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache, partial
 from operator import attrgetter
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import ray
 
@@ -20,7 +20,7 @@ from rlora.core.learner import Learner
 from rlora.records import Engine, RloraError
 from rlora.rollout.fleet import Fleet
 from rlora.rollout.player import AgentLoop
-from rlora.rollout.task import Task
+from rlora.rollout.task import Served
 from rlora.scoring.scoring import Scoring
 from rlora.settings import Config
 
@@ -31,29 +31,6 @@ _SHARED = (  # settings that a process has once
 )  # fmt: skip
 ENGINE = "rlora.engine.vllm_engine:Engine"
 _START = 1800.0  # seconds in which an engine that replaces another has to be ready
-
-
-@dataclass(frozen=True)
-class Served:
-    """A policy that engines sample, and what for. A run is one."""
-
-    policy: str  # unique in the job
-    config: Config
-    task: Task
-    number: int = 0  # of the first version that will be served
-
-
-class Serves(Protocol):
-    """What a job has to know of each of its policies: `Served` has it, and so has a run."""
-
-    @property
-    def policy(self) -> str: ...
-    @property
-    def config(self) -> Config: ...
-    @property
-    def task(self) -> Task: ...
-    @property
-    def number(self) -> int: ...
 
 
 class Started(NamedTuple):
@@ -80,7 +57,7 @@ class _Crew:
         """Until all are built."""
         results_of({remote.built: remote for remote in self.remotes}, still_starting)
 
-    def engine(self, served: Sequence[Serves], number: int) -> RemoteEngine:
+    def engine(self, served: Sequence[Served], number: int) -> RemoteEngine:
         settings = self.config.engine
         environment = machine.engine_environment(settings.threads or self.share, settings.kv_cache_gib, self.cuda)
         reserved = settings.cpus, settings.gpus * settings.tensor_parallel_size * self.cuda, environment
@@ -91,7 +68,7 @@ class _Crew:
         self.remotes.append(made)
         return made
 
-    def another_engine(self, served: Sequence[Serves], number: int) -> Engine:
+    def another_engine(self, served: Sequence[Served], number: int) -> Engine:
         """One that is ready, in place of one that died. Raises RloraError where it is not in time."""
         if self.over:
             raise RloraError("engine: the run is over")
@@ -128,9 +105,9 @@ class _Crew:
         self.remotes += made
         return made
 
-    def pools(self, served: Sequence[Serves]) -> dict[str, list[RemotePool]]:
+    def pools(self, served: Sequence[Served]) -> dict[str, list[RemotePool]]:
         """What scores each policy's episodes: the same processes for those whose reward functions are set up alike."""
-        made: dict[Any, list[RemotePool]] = {}
+        made: list[tuple[Any, list[RemotePool]]] = []
         found: dict[str, list[RemotePool]] = {}
         for each in served:
             scoring, setup = each.config.scoring, each.task.scoring
@@ -138,10 +115,12 @@ class _Crew:
                 found[each.policy] = []
                 continue
             alike = setup, scoring.workers, scoring.cpus, scoring.replicas
-            if (key := repr(alike)) not in made:
-                made[key] = [RemotePool(scoring.cpus, setup, scoring.workers) for _ in range(scoring.replicas)]
-                self.remotes += made[key]
-            found[each.policy] = made[key]
+            pools = next((pools for another, pools in made if another == alike), None)
+            if pools is None:
+                pools = [RemotePool(scoring.cpus, setup, scoring.workers) for _ in range(scoring.replicas)]
+                made.append((alike, pools))
+                self.remotes += pools
+            found[each.policy] = pools
         return found
 
     def end(self) -> None:
@@ -153,14 +132,14 @@ class _Crew:
         end_actors([remote for remote in self.remotes if remote not in closing])
 
 
-def _versions(served: Sequence[Serves]) -> int:
+def _versions(served: Sequence[Served]) -> int:
     """Those that are served at a time: of each policy the newest, as many before it as may be learned from, and one
     that is on its way."""
     return sum(each.config.max_staleness + 2 for each in served)
 
 
 @contextmanager
-def start(served: Sequence[Serves], learn: bool = True) -> Iterator[Started]:
+def start(served: Sequence[Served], learn: bool = True) -> Iterator[Started]:
     """Start the learners (unless not `learn`), a fleet of `engine.replicas` engines, and what scores.
 
     Ray places them all. Policies are dealt out among `learner.concurrent` learners, each of which is
@@ -194,7 +173,7 @@ def start(served: Sequence[Serves], learn: bool = True) -> Iterator[Started]:
                 loop.close()
 
 
-def shared(served: Sequence[Serves]) -> Config:
+def shared(served: Sequence[Served]) -> Config:
     """The settings of the job's processes: what all policies have in common, and the largest of what they need.
 
     Raises RloraError, naming the field, where two policies differ in what a process has once.
@@ -208,6 +187,11 @@ def shared(served: Sequence[Serves]) -> Config:
                     f"{name} = {theirs!r} of {other.policy}: {first.policy} has {ours!r}, and policies that train "
                     "together share it; give them the same, or train them one after the other"
                 )
+        if first.config.learner.whole:
+            raise RloraError(
+                f'learner.adapter = "none": a learner has one policy then, and {first.policy} and {other.policy} are '
+                "two; train them one after the other"
+            )
         if (names := [each.policy for each in served]).count(other.policy) > 1:
             raise RloraError(f"policy {other.policy}: there are two of {names}; give each a name of its own")
         if other.task.stop != first.task.stop:
@@ -231,6 +215,7 @@ def shared(served: Sequence[Serves]) -> Config:
 @contextmanager
 def learning(config: Config, base: str) -> Iterator[Learner]:
     """The learner alone, in the environment that it has beside engines."""
+    config = replace(config, learner=replace(config.learner, concurrent=1))
     with _crew(config, base) as crew:
         learners = crew.learners()
         crew.wait()

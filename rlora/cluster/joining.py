@@ -20,6 +20,11 @@ _GONE = "if that cluster has ended, `ray stop` forgets it; RAY_ADDRESS=local sta
 
 def join_ray() -> None:
     """Join the Ray cluster of this job or machine, or start one. Raises RloraError, in a sentence, where it can't."""
+    if ray.is_initialized():
+        raise RloraError(
+            "Ray: this process is connected already, by ray.init() or by another job of rlora; end that job first, or "
+            "call ray.shutdown()"
+        )
     asked = os.environ.get("RAY_ADDRESS", "")
     address = asked or ray._private.utils.read_ray_address() or "local"  # what `ray start` has left word of
     where = f"RAY_ADDRESS = {asked!r}" if asked else f"the cluster at {address} that `ray start` began"

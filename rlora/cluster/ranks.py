@@ -50,18 +50,16 @@ class Ranks:
         return adapter
 
     def close(self, policy: str) -> None:
-        """`Learner.close` on all. Where that fails they are made anew, without the policy, at the next call."""
+        """`Learner.close` on all, which is not waited for: calls reach them in their order."""
         self._held.pop(policy, None)
-        try:
-            self._on_all("close", policy)()
-        except Exception:
-            self._out_of_step = True
+        if not self._out_of_step:  # else they are made anew without it
+            self._on_all("close", policy)
 
     def update(self, policy: str, groups: Sequence[Group]) -> tuple[Adapter, UpdateStats]:
         """`Learner.update` on all; the state after it is kept too, so that what is returned is never lost."""
-        return self.begin_update(policy, groups)()
+        return self.start_update(policy, groups)()
 
-    def begin_update(self, policy: str, groups: Sequence[Group]) -> Callable[[], tuple[Adapter, UpdateStats]]:
+    def start_update(self, policy: str, groups: Sequence[Group]) -> Callable[[], tuple[Adapter, UpdateStats]]:
         """The same, which goes on meanwhile: call what is returned to wait for it."""
         return self._stepped(policy, "update", ray.put(groups))
 
@@ -72,7 +70,8 @@ class Ranks:
 
     def forward_backward(self, policy: str, groups: Groups, loss: Loss) -> Computed:
         """`Learner.forward_backward`, the groups dealt out."""
-        calls = [(policy, part, loss) for part in self._dealt(groups)]
+        shared = ray.put(loss)  # as it is now, should it have to be sent once more
+        calls = [(policy, part, shared) for part in self._dealt(groups)]
         try:
             computed = self._call(partial(self._on_each, "forward_backward", calls))
         except Exception:
@@ -112,7 +111,11 @@ class Ranks:
         waited = self._begin(send)
 
         def result() -> Any:
-            made, saved = waited()
+            try:
+                made, saved = waited()
+            except Exception:
+                self._out_of_step = True  # it may have changed the policy before it failed
+                raise
             self._held[policy] = _Held(self._held[policy].setup, saved)
             return made
 
@@ -145,7 +148,7 @@ class Ranks:
                     return sent[1]()
                 except Exception as error:
                     died = isinstance(error, LostError) or self._one_died()
-                    self._out_of_step = died or len(self._remotes) > 1
+                    self._out_of_step |= died or len(self._remotes) > 1
                     deaths += died
                     if not died or deaths > self._restarts:
                         raise
@@ -167,13 +170,14 @@ class Ranks:
 
     def _make_anew(self) -> None:
         end_actors(self._remotes)
-        self._remotes, self._out_of_step = self._make(), False
+        self._remotes = self._make()
         results_of({remote.built: remote for remote in self._remotes}, still_starting)
         self._join()
         for policy, held in self._held.items():
             self._on_all("open", policy, ray.put(held.setup), ray.put(held.saved))()
             for calls in held.added:
                 self._on_each("forward_backward", calls)()
+        self._out_of_step = False
 
     def _join(self) -> None:
         if len(self._remotes) > 1:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlora.model.chat import Chat
-from rlora.plugin import at, file_of
+from rlora.plugin import at, file_of, load
 from rlora.records import Prompt, RewardError, RloraError
 from rlora.rollout.golds import (
     FORMS,
@@ -87,7 +87,8 @@ class _Check:
         self.trials: list[list[Trial]] = []  # by prompt, of those that were tried to the end
         self.faults: list[Fault] = []
         self.notes: list[str] = []
-        parameters = inspect.signature(type(env)).parameters
+        made = callable(load("env", config.env))  # of env_args, and not given ready-made
+        parameters = inspect.signature(type(env)).parameters if made else {}
         self.column = config.env_args.get("answer", parameters["answer"].default) if "answer" in parameters else None
         self.answers = f"env = {config.env!r}" if self.column is None else f"env_args.answer = {self.column!r}"
 

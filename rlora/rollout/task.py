@@ -33,8 +33,23 @@ class Task:
     scoring: Setup = field(default_factory=Setup)  # what the processes run that score, and reply for the env
 
 
+@dataclass(frozen=True)
+class Served:
+    """A policy that engines sample, and what for."""
+
+    policy: str  # unique in the job
+    config: Config
+    task: Task
+    number: int = 0  # of the first version that will be served
+
+
 def load_task(config: Config) -> Task:
-    """Load env and tokenizer, and try the reward functions. Raises RloraError that names the field at fault."""
+    """Load env and tokenizer, and try the reward functions. Raises RloraError that names the field at fault.
+
+    Without an env there are no prompts of its own.
+    """
+    if not config.env:
+        return bare_task(config)
     plugged = load("env", config.env)
     try:
         env = env_of(plugged, config.env_args)
@@ -117,7 +132,7 @@ def setup_of(config: Config, agent: bool) -> Setup:
         concurrency=config.scoring.concurrency,
         environment=_environment(config.scoring.environment),
         seed=config.seed,
-        given=pickled("reward", config.rewards) | pickled("env", [config.env]),
+        given=pickled("reward", config.rewards) | (pickled("env", [config.env]) if agent else {}),
     )
 
 

@@ -1,9 +1,9 @@
 """Makes a run ready for the loop: a new one, one that goes on, or a fork. All that can be wrong is found here."""
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -27,18 +27,20 @@ from rlora.store import holds
 PathOf = str | PathLike[str] | UPath | None
 Tell = Callable[[str], object]  # is given a line for the user
 
-_log = logging.getLogger(__name__)
+_say = partial(print, flush=True)
 
 
 @contextmanager
 def prepared(
     config: Config, run_dir: PathOf = None, resume: PathOf = None, fork: str | None = None, overwrite: bool = False,
-    observers: Sequence[Observer] = (), tell: Tell = _log.info,
+    observers: Sequence[Observer] = (), tell: Tell = _say,
 ) -> Iterator[Run]:  # fmt: skip
     """A run for the loop, which no other process is at meanwhile: a new one, a fork, or with `resume` one that goes on.
 
     Raises RloraError.
     """
+    if not config.env:
+        raise RloraError("env = '': a run needs one; write module:name or path/to/file.py:name")
     with ExitStack() as stack:
         if resume is not None:
             stack.enter_context(directory.held(reachable(str(resume))))
@@ -55,7 +57,7 @@ def prepared(
 
 def begin(
     config: Config, place: UPath | None = None, overwrite: bool = False, fork: tuple[UPath, int | None] | None = None,
-    observers: Sequence[Observer] = (), tell: Tell = _log.info,
+    observers: Sequence[Observer] = (), tell: Tell = _say,
 ) -> Run:  # fmt: skip
     """A new run, in a directory that is made for it: under runs/ where `place` is None.
 
@@ -82,7 +84,7 @@ def begin(
     return Run(config, task, setup, place, resume.adopt(start, place) if start else None, observers)
 
 
-def go_on(config: Config, place: UPath, observers: Sequence[Observer] = (), tell: Tell = _log.info) -> Run:
+def go_on(config: Config, place: UPath, observers: Sequence[Observer] = (), tell: Tell = _say) -> Run:
     """A run that goes on from its newest whole bundle, under `config`. Raises RloraError."""
     origin = directory.Origin.of(place)
     config, start = resume.with_own_start(place, config), checkpoint.newest(place, origin)
@@ -112,7 +114,7 @@ def is_finished(place: UPath, config: Config, start: Bundle | None) -> bool:
     return bool(start and start.version >= config.steps and directory.summary(place).get("steps") == start.version)
 
 
-def checked(config: Config, tell: Tell = _log.info) -> tuple[Task, Setup]:
+def checked(config: Config, tell: Tell = _say) -> tuple[Task, Setup]:
     """What is trained on and how, once all that can be wrong with config and data has been looked at."""
     task = load_task(config)
     tell_checked(task, tell)

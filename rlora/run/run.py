@@ -1,6 +1,7 @@
 """A run: everything that belongs to one policy, and what a step of the loop does with it."""
 
 import json
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from rlora.rollout.evaluate import evaluate
 from rlora.rollout.fleet import Fleet
 from rlora.rollout.player import AgentLoop
 from rlora.rollout.stream import Collection, Rollouts
-from rlora.rollout.task import Task
+from rlora.rollout.task import Served, Task
 from rlora.run import directory
 from rlora.run.checkpoint import Bundle
 from rlora.run.directory import warn
@@ -50,7 +51,7 @@ class RunLearner(Protocol):
     """What a run asks of its learner."""
 
     def open(self, policy: str, setup: Setup, saved: bytes | None = None) -> Adapter: ...
-    def begin_update(self, policy: str, groups: Sequence[Group]) -> Callable[[], tuple[Adapter, UpdateStats]]: ...
+    def start_update(self, policy: str, groups: Sequence[Group]) -> Callable[[], tuple[Adapter, UpdateStats]]: ...
     def state(self, policy: str) -> bytes: ...
     def close(self, policy: str) -> None: ...
 
@@ -72,9 +73,17 @@ class Run:
         self.failure: BaseException | None = None
         self.adapter: Adapter | None = None  # the current version, once the run has begun
         self._open = ExitStack()
+        self.together = False  # whether others train beside it
+        self._left = False
+        self._engines: int | None = None  # that it has asked for
         self._proofs: list[Proof] = []
         self._collection: Collection
         self._updated: Callable[[], tuple[Adapter, UpdateStats]]
+
+    @property
+    def served(self) -> Served:
+        """What engines sample for it."""
+        return Served(self.policy, self.config, self.task, self.number)
 
     @property
     def number(self) -> int:
@@ -89,6 +98,11 @@ class Run:
         return self.failure is None and self.number < self.config.steps
 
     @property
+    def is_done(self) -> bool:
+        """Whether it has done its last step, and is not at its end yet."""
+        return not (self.failure or self._left or self.going)
+
+    @property
     def due(self) -> bool:
         """Whether `learn` would not wait: its groups are there."""
         return self.stream.due
@@ -99,7 +113,7 @@ class Run:
         config, start, place = self.config, self.start, self.place
         origin = directory.Origin.here(place, self.task)
         self.saver = self._open.enter_context(Saver(place, config, origin, start))
-        self.metrics = self._open.enter_context(Metrics(config.steps))
+        self.metrics = self._open.enter_context(Metrics(config.steps, self.policy if self.together else ""))
         self.adapter = learner.open(self.policy, self.setup, start.state if start else None)
         directory.keep_config(place, config)  # now that all of it is found to work
         if not start:
@@ -110,16 +124,16 @@ class Run:
         self.stream = Rollouts(config, self.task.prompts, fleet, loop, cursor)
         self.metrics.start(self.number, fleet.stats())
         if self.going:
-            self.serve()
+            self.deliver()
 
-    def learn(self) -> None:
-        """Wait for a step's groups, in the order in which their prompts were sent, and hand them to the learner."""
+    def start_update(self) -> None:
+        """Wait for the step's groups, in the order in which their prompts were sent, and hand them to the learner."""
         with self.metrics.timed("wait"):
             self._collection = self.stream.take(self.number)
-        self._updated = self.learner.begin_update(self.policy, self._collection.groups)
+        self._updated = self.learner.start_update(self.policy, self._collection.groups)
 
-    def keep(self) -> None:
-        """Wait for the next version, and keep it: a line of figures, and a bundle, which is written meanwhile."""
+    def finish_update(self) -> None:
+        """Wait for the next version. Log a line of figures, and have a bundle written in the background."""
         with self.metrics.timed("update"):
             adapter, update = self._updated()
         step, metrics, saver, self.adapter = self.number, self.metrics, self.saver, adapter
@@ -131,10 +145,11 @@ class Run:
         for observer in self.observers:
             self._tell(observer, json.loads(line))
 
-    def serve(self) -> None:
+    def deliver(self) -> None:
         """Deliver the current version to every engine, proven, and have the next prompts sampled under it."""
-        if engines := directory.wanted_engines(self.place):
+        if (engines := directory.wanted_engines(self.place)) and engines != self._engines:
             self.fleet.resize(engines)
+            self._engines = engines
         with self.metrics.timed("swap"):
             self._proofs = self.fleet.swap(self.current, oldest=self.number - self.config.max_staleness)
         self.stream.send(self.number)
@@ -153,10 +168,13 @@ class Run:
                 yield
         except Exception as error:
             self.failure = error
+            if self.together:  # alone, it raises the error at once
+                warn(f"{self.policy} failed after {self.number} steps, and the others go on\n{_told(error)}")
             self.leave()
 
     def leave(self) -> None:
         """Write what is not written yet, and leave the learner and the engines to others."""
+        self._left = True
         self.close(self.failure)
         if self.adapter:
             self.fleet.leave(self.policy)
@@ -193,23 +211,35 @@ class Run:
 
 @contextmanager
 def kept(runs: Sequence[Run]) -> Iterator[None]:
-    """Whatever ends the job, each run's last bundle is written. What ended a run is raised at the end."""
+    """Have each run's last bundle written, whatever ends the job. What ended a run is raised at the end."""
+    for run in runs:
+        run.together = len(runs) > 1
     try:
         yield
     except BaseException as error:
-        for run in runs:
-            run.close(error)
+        with ExitStack() as stack:  # all of them, also where one is interrupted
+            for run in runs:
+                stack.callback(run.close, error)
         raise
     _raise_failures(runs)
 
 
 def _raise_failures(runs: Sequence[Run]) -> None:
-    """What ended a lone run; of several which failed, and why."""
+    """Raise what ended a lone run; of several which failed, and why."""
     failed = [run for run in runs if run.failure is not None]
     if not failed:
         return
     if len(runs) == 1:
         assert failed[0].failure
         raise failed[0].failure
-    reasons = "\n".join(f"{run.policy}, after {run.number} steps: {run.failure}" for run in failed)
+    reasons = "\n".join(f"{run.policy}, after {run.number} steps: {_reason(run.failure)}" for run in failed)
     raise RloraError(f"{len(failed)} of {len(runs)} runs failed:\n{reasons}") from failed[0].failure
+
+
+def _reason(error: BaseException | None) -> str:
+    return str(error) if isinstance(error, RloraError) else f"{type(error).__name__}: {error}"
+
+
+def _told(error: Exception) -> str:
+    """An error that its message explains, or a traceback."""
+    return str(error) if isinstance(error, RloraError) else "".join(traceback.format_exception(error))

@@ -9,7 +9,7 @@ from typing import Any
 from upath import UPath
 
 from rlora.config import changed, flattened, read, read_table, validate
-from rlora.plugin import give
+from rlora.plugin import PYTHON, give
 from rlora.records import RloraError
 from rlora.settings import Config
 from rlora.store import read_file
@@ -58,43 +58,80 @@ def given(
     source: Source, changes: Mapping[str, Any], resume: str | PathLike[str] | None = None, fork: str | None = None,
     least: Mapping[str, Any] | None = None,
 ) -> Config:  # fmt: skip
-    """The config that a call from Python means: a TOML file's, a mapping's, or that of a run, with `changes`.
+    """The config that a call from Python means: that of a TOML file, a mapping or a run, with `changes`.
 
-    `least` is what it has where nothing else is said. Raises RloraError that names each field at fault.
+    `least` holds the values of fields that are set nowhere else. Raises RloraError that names each field at fault.
     """
-    from rlora.run.source import config_at, reachable, read_run, split
-
     if bool(source) + bool(resume) + bool(fork) > 1:
-        raise RloraError(
-            "train: give one of a config, resume and fork; a run that goes on, or is forked, has its config"
-        )
-    file = ""
+        raise RloraError("train: give one of a config, resume and fork; a run that exists brings its own config")
+    file, before = "", dict[str, Any]()
     if resume or fork:
-        table = asdict(config_at(*split(fork)) if fork else read_run(reachable(str(resume))))
+        table = before = asdict(config_at(*split(fork)) if fork else read_run(reachable(str(resume))))
     elif isinstance(source, str | PathLike):
         table, file = read_table(Path(source)), f"{source}: "
     else:
-        table = asdict(source) if isinstance(source, Config) else named(source or {})
-    return validate(changed({**(least or {}), **table}, flattened(named(changes))), file)
+        table = plain(named(asdict(source) if isinstance(source, Config) else source or {}))
+    changes = named(changes, before)
+    if before:
+        _refuse_what_is_gone(before, changes)
+    return validate(changed({**(least or {}), **table}, flattened(plain(changes))), file)
 
 
-def named(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields with a spec in place of each object that is plugged in."""
-    taken: list[str] = []
+def named(table: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The fields with a spec in place of each object; the one that it had `before`, in a run that goes on."""
+    known = plugged(before or {})
 
-    def spec(field: str, plugged: Any) -> Any:
-        if isinstance(plugged, str):
-            return plugged
-        taken.append(give(field, plugged, taken))
-        return taken[-1]
+    def spec(name: str, thing: Any) -> Any:
+        if thing is None or isinstance(thing, str):
+            return thing
+        return give(thing, known[name] if known.get(name, "").startswith(PYTHON) else "")
 
-    told = dict(changes)
+    told = dict(table)
     if "env" in told:
         told["env"] = spec("env", told["env"])
     if isinstance(told.get("reward"), list | tuple):
-        told["reward"] = [spec("reward", each) for each in told["reward"]]
+        told["reward"] = [spec(f"reward.{number}", each) for number, each in enumerate(told["reward"])]
     elif "reward" in told:
-        told["reward"] = spec("reward", told["reward"])
+        told["reward"] = spec("reward.0", told["reward"])
     if isinstance(algorithm := told.get("algorithm"), Mapping) and "name" in algorithm:
         told["algorithm"] = {**algorithm, "name": spec("algorithm.name", algorithm["name"])}
     return told
+
+
+def plugged(table: Mapping[str, Any]) -> dict[str, str]:
+    """What is plugged in by a config: the spec of each, by its field."""
+    rewards = table.get("reward", ())
+    rewards = [rewards] if isinstance(rewards, str) else rewards
+    fields = {"env": table.get("env"), "algorithm.name": (table.get("algorithm") or {}).get("name")}
+    fields |= {f"reward.{number}": each for number, each in enumerate(rewards)}
+    return {name: spec for name, spec in fields.items() if isinstance(spec, str)}
+
+
+def _refuse_what_is_gone(before: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
+    """Raise RloraError where a run was given an object that is not given again."""
+    given_now = plugged(changes)
+    for name, spec in plugged(before).items():
+        field = name.partition(".")[0]
+        if spec.startswith(PYTHON) and field not in {each.partition(".")[0] for each in given_now}:
+            raise RloraError(
+                f"{field} = {spec!r}: the run was given this object from Python; give it again, by {field}=..."
+            )
+
+
+def plain(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields as plain data. Raises RloraError for what is none, such as an object that is no plug-in."""
+    return {name: _plain(name, value) for name, value in table.items()}
+
+
+def _plain(name: str, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(f"{name}.{key}", each) for key, each in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(name, each) for each in value]
+    if isinstance(value, PathLike):
+        return str(value)
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # a number of NumPy or torch
+        return value.item()
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    raise RloraError(f"{name} = {value!r}: use text, a number, true or false, or a list of them")

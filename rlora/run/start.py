@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from upath import UPath
 
+from rlora.core.lora import Spec
 from rlora.core.peft_format import PREFIX, decode
 from rlora.machine import DTYPES
 from rlora.model.base import load_base, locate
@@ -45,14 +46,18 @@ def checked_start(learner: LearnerConfig, base: Callable[[], PreTrainedModel]) -
         spec, _ = decode(*files)
     except RloraError as error:
         raise RloraError(f"learner.start_from = {learner.start_from!r}: {error}") from error
+    refuse_another_adapter(f"learner.start_from = {learner.start_from!r}", spec, learner)
+    return files
+
+
+def refuse_another_adapter(source: str, spec: Spec, learner: LearnerConfig) -> None:
+    """Raise RloraError where a saved adapter has another rank or scale than the config says."""
     for name in ("rank", "alpha", "rslora"):
         ours, theirs = getattr(learner, name), getattr(spec, name)
         if ours != theirs:
             raise RloraError(
-                f"learner.start_from = {learner.start_from!r}: its {name} is {theirs}, learner.{name} is {ours}; "
-                f"set learner.{name} to {theirs}"
+                f"{source}: its {name} is {theirs}, learner.{name} is {ours}; set learner.{name} to {theirs}"
             )
-    return files
 
 
 def base_in_ram(config: Config) -> PreTrainedModel:

@@ -10,8 +10,13 @@ Turns = Callable[[Sequence[Run]], Iterator[Sequence[Run]]]
 
 
 def going(runs: Sequence[Run]) -> list[Run]:
-    """Those with steps left."""
+    """Return the runs that have steps left and have not failed."""
     return [run for run in runs if run.going]
+
+
+def ended(runs: Sequence[Run]) -> list[Run]:
+    """Return the runs that have done their last step, and are not ended yet."""
+    return [run for run in runs if run.is_done]
 
 
 def rounds(runs: Sequence[Run]) -> Iterator[Sequence[Run]]:
@@ -21,7 +26,7 @@ def rounds(runs: Sequence[Run]) -> Iterator[Sequence[Run]]:
 
 
 def first(runs: Sequence[Run]) -> Iterator[Sequence[Run]]:
-    """Whoever's groups are there, one at a time, the run with the fewest steps first.
+    """Those whose groups are there, as many as learners work at the same time; the run with the fewest steps first.
 
     Engines sample for the others while the learner has one: the throughput of asynchronous training, on policy.
     """
@@ -29,7 +34,8 @@ def first(runs: Sequence[Run]) -> Iterator[Sequence[Run]]:
     while left := going(runs):
         due = [run for run in left if run.due]
         if due:
-            yield [min(due, key=lambda run: run.number)]
+            at_once = due[0].config.learner.concurrent
+            yield sorted(due, key=lambda run: run.number)[:at_once]
             heard = time.monotonic()
             continue
         came, _ = wait([each for run in left for each in run.stream.coming], timeout=1.0, return_when=FIRST_COMPLETED)
@@ -37,5 +43,6 @@ def first(runs: Sequence[Run]) -> Iterator[Sequence[Run]]:
         if came:
             heard = now
         elif now - heard > left[0].config.engine.patience:
-            left[0].fleet.check()  # an engine may hang
+            with left[0].alone():
+                left[0].fleet.check()  # an engine may hang
             heard = now

@@ -48,10 +48,13 @@ def summarise(groups: Sequence[Group], version: int) -> dict[str, float | None]:
 
 
 class Metrics:
-    """Makes a line a step, and shows progress: live on a terminal, one plain line a step elsewhere."""
+    """Makes one line per step, and shows progress: live on a terminal, as plain lines elsewhere.
 
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
+    With a `name`, which tells several runs apart, progress is plain lines.
+    """
+
+    def __init__(self, steps: int, name: str = "") -> None:
+        self.steps, self.name = steps, name
         self.console = Console()
         self.live = Live(console=self.console, transient=True)
         self.seconds: dict[str, float] = {}  # by phase, of the step under way
@@ -59,12 +62,17 @@ class Metrics:
         self.entered = time.perf_counter()
 
     def __enter__(self) -> "Metrics":
-        if self.console.is_terminal:
+        if self.is_live:
             self.live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.live.stop()
+
+    @property
+    def is_live(self) -> bool:
+        """Whether figures are shown in place."""
+        return self.console.is_terminal and not self.name
 
     def start(self, step: int, fleet: FleetStats) -> None:
         """Begin at `step`, with what the fleet has done so far."""
@@ -146,11 +154,12 @@ class Metrics:
             for name, (label, form) in _SHOWN.items()
             if (value := figures.get(name)) is not None
         } | {"time left": f"{left:.0f} s"}
-        if self.console.is_terminal:
+        if self.is_live:
             self.live.update(self._table(step, shown))
         else:
             line = ", ".join(f"{label} {value}" for label, value in shown.items())
-            print(f"step {step + 1}/{self.steps}: {line}", flush=True)
+            name = f"{self.name}: " if self.name else ""
+            print(f"{name}step {step + 1}/{self.steps}: {line}", flush=True)
 
     def _table(self, step: int, shown: Mapping[str, str]) -> Table:
         table = Table(title=f"step {step + 1} of {self.steps}", show_header=False)

@@ -12,7 +12,7 @@ from rlora import cluster
 from rlora.core.batch import microbatches
 from rlora.records import Episode, Group, Prompt
 from rlora.rollout.stream import sampling_of
-from rlora.rollout.task import load_task
+from rlora.rollout.task import Served, load_task
 from rlora.settings import Config
 
 pytestmark = pytest.mark.vllm
@@ -26,7 +26,7 @@ def test_learner_and_engine_see_the_same_ids_over_turns(config: Callable[..., Co
     task = load_task(settings)
     learner = Solo(settings, task.base)
     asked: list[Prompt] = []
-    with cluster.start([cluster.Served("run", settings, task)], learn=False) as (_, fleet, loops):
+    with cluster.start([Served("run", settings, task)], learn=False) as (_, fleet, loops):
         fleet.swap(learner.adapter())
         generate: Any = fleet.generate
 

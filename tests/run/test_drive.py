@@ -21,6 +21,7 @@ from rlora.core.setup import Setup
 from rlora.records import Adapter, Cursor, DeliveryError, Group, Prompt, RloraError, UpdateStats
 from rlora.rollout.requests import FleetStats
 from rlora.rollout.stream import Collection
+from rlora.rollout.task import Served
 from rlora.run import checkpoint, directory
 from rlora.run.run import Run
 from rlora.run.turns import first, rounds
@@ -98,7 +99,7 @@ class Recorded:
 class Here(Learner):
     """A learner in this process."""
 
-    def begin_update(self, policy: str, groups: Sequence[Group]) -> Callable[[], tuple[Adapter, UpdateStats]]:
+    def start_update(self, policy: str, groups: Sequence[Group]) -> Callable[[], tuple[Adapter, UpdateStats]]:
         return partial(self.update, policy, groups)
 
 
@@ -107,10 +108,10 @@ def stage(monkeypatch: pytest.MonkeyPatch, tiny: str) -> Stage:
     made = Stage()
 
     @contextmanager
-    def start(runs: Sequence[Run]) -> Iterator[tuple[dict[str, Here], Stage, dict[str, str]]]:
-        learner = Here(runs[0].config, tiny)
-        made.learner = learner
-        yield {run.policy: learner for run in runs}, made, {run.policy: run.policy for run in runs}
+    def start(served: Sequence[Served]) -> Iterator[tuple[dict[str, Here], Stage, dict[str, str]]]:
+        made.learner = Here(served[0].config, tiny)
+        names = [each.policy for each in served]
+        yield dict.fromkeys(names, made.learner), made, {name: name for name in names}
 
     monkeypatch.setattr(rlora.run.run, "Rollouts", Recorded)
     monkeypatch.setattr(rlora.cluster, "start", start)

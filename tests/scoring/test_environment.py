@@ -116,11 +116,12 @@ sys.path[:0] = [{tests!r}]
 from conftest import case
 from rlora import cluster
 from rlora.config import validate
-from rlora.rollout.task import setup_of
+from rlora.rollout.task import Served, setup_of
 
 config = validate({{"model": "m", "env": "e:E", "reward": {reward!r}, "scoring": {{"environment": {names!r}}}}})
 with cluster._crew(config, "") as crew:
-    (pool,) = crew.pools(SimpleNamespace(agent=False))
+    task = SimpleNamespace(scoring=setup_of(config, agent=False))
+    (pool,) = crew.pools([Served("run", config, task)])["run"]
     crew.wait()
     scores = pool.do(case("secret-7f3a", "guessed", answer=1)).result(timeout=120)[0]
     print(json.dumps({{"values": [score.value for score in scores], "details": [score.detail for score in scores]}}))

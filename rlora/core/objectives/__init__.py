@@ -29,9 +29,12 @@ def objective_of(algorithm: AlgorithmConfig, max_tokens: int) -> Objective:
     except Exception as error:
         line = at(error, algorithm.name.rpartition(":")[0])
         raise RloraError(f"{line}{what}: building it raised {type(error).__name__}: {error}") from error
-    missing = [name for name in _MEMBERS if not hasattr(made, name)]
+    bare = [name for name in ("advantages", "loss") if getattr(type(made), name, None) is getattr(Objective, name)]
+    missing = bare or [name for name in _MEMBERS if not hasattr(made, name)]
     if missing:
-        raise RloraError(f"{what}: it has no {', '.join(missing)}; let it inherit from rlora.Objective, which has them")
+        raise RloraError(
+            f"{what}: it has no {', '.join(missing)}; write it; rlora.Objective, to inherit from, has the others"
+        )
     if (Need.VALUES in made.needs) != (algorithm.advantage == "gae"):
         raise RloraError(
             f'{what}: a critic\'s values are there with algorithm.advantage = "gae" and only then, and it is '
