@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,15 @@ from upath import UPath
 from rlora import cluster
 from rlora.config import read
 from rlora.core.setup import Setup
-from rlora.records import Cursor, EngineLostError, Group
+from rlora.records import Cursor, EngineLostError, Group, RloraError
 from rlora.rollout.stream import Rollouts, prompt_at
 from rlora.rollout.task import Served, load_task
 from rlora.run import checkpoint
+from rlora.run.prepare import prepared
+from rlora.run.source import given
+from rlora.run.turns import Turns, first, rounds
 from rlora.settings import Config
+from rlora.train import drive
 
 pytestmark = pytest.mark.vllm
 TOML = "launch/arithmetic.toml"
@@ -206,6 +210,34 @@ def test_an_interrupt_keeps_the_last_version_and_ends_everything(
     assert f"rlora train --resume {run}" in error
     last = max(int(path.name) for path in (run / "bundles").iterdir() if path.name.isdigit())
     assert len(metrics(run)) == last  # the step that was being saved is saved whole, its line with it
+
+
+@pytest.mark.parametrize("turns", [rounds, first])
+def test_runs_that_train_together_are_runs_like_any_other(turns: Turns, tmp_path: Path) -> None:
+    """Two policies of other ranks and algorithms on one engine, each with a learner of its own; one fails."""
+    members: dict[str, dict[str, Any]] = {
+        "low": {"learner": {"rank": 1, "concurrent": 2}, "steps": 3},
+        "high": {"learner": {"rank": 8, "concurrent": 2}, "steps": 2, "algorithm": {"name": "grpo", "kl": 0.01}},
+        "failing": {"learner": {"concurrent": 2}, "steps": 3, "reward": lambda completion, step: 1 / (1 - step)},
+    }
+    small = {"prompts_per_step": 2, "group_size": 4, "evaluate": {"prompts": 4}}
+    with ExitStack() as stack:
+        configs = {name: given(ROOT / TOML, small | changes) for name, changes in members.items()}
+        runs = [stack.enter_context(prepared(config, tmp_path / name)) for name, config in configs.items()]
+        with pytest.raises(RloraError, match=r"1 of 3 runs failed:\nfailing, after 1 steps: .*ZeroDivisionError"):
+            drive(runs, turns)
+    for name, steps in (("low", 3), ("high", 2), ("failing", 1)):
+        run = tmp_path / name
+        assert [line["step"] for line in metrics(run)] == list(range(steps))
+        assert checkpoint.versions(UPath(run)) == list(range(steps + 1))
+        assert ("accuracy/after" in json.loads((run / "summary.json").read_text())) == (name != "failing")
+    assert len((tmp_path / "failing" / "unscored.jsonl").read_text().splitlines()) == 8
+    if turns is rounds:
+        replayed = rlora("replay", str(tmp_path / "high"))
+        assert "2 of 2 updates bit for bit" in replayed.stdout, replayed.stdout + replayed.stderr
+        alone = rlora("train", "--resume", str(tmp_path / "low"), "--set", "steps=4")
+        assert alone.returncode == 0, alone.stderr
+        assert [line["step"] for line in metrics(tmp_path / "low")] == [0, 1, 2, 3]
 
 
 def sampled_ahead(run: Path) -> bool:

@@ -287,7 +287,7 @@ def run(script: str, directory: Path) -> str:
 @pytest.mark.vllm
 def test_a_script_of_six_lines_trains_and_goes_on(tmp_path: Path) -> None:
     first, second, *_ = blocks()
-    assert len([line for line in first.splitlines() if line]) == 6
+    assert len([line for line in first.splitlines() if line]) <= 6
     (tmp_path / "launch").symlink_to(ROOT / "launch")
     small = 'evaluate={"prompts": 4}, prompts_per_step=2, group_size=4, run_dir="run", steps=2, '
     script = first.replace("steps=50, ", small) + second.replace("steps=80", "steps=3")

@@ -151,7 +151,8 @@ def start(served: Sequence[Served], learn: bool = True) -> Iterator[Started]:
     machine.check_ram_directory()
     config = shared(served)
     with _crew(config, served[0].task.base, _versions(served)) as crew:
-        learners = [crew.learners(place) for place in range(config.learner.concurrent)] if learn else []
+        count = min(config.learner.concurrent, len(served)) if learn else 0
+        learners = [crew.learners(place) for place in range(count)]
         engines = [crew.engine(served, number) for number in range(config.engine.replicas)]
         pools = crew.pools(served)
         crew.wait()
@@ -187,6 +188,12 @@ def shared(served: Sequence[Served]) -> Config:
                     f"{name} = {theirs!r} of {other.policy}: {first.policy} has {ours!r}, and policies that train "
                     "together share it; give them the same, or train them one after the other"
                 )
+        if bool(other.config.max_staleness) != bool(first.config.max_staleness) and not first.config.learner.threads:
+            raise RloraError(
+                f"max_staleness = {other.config.max_staleness} of {other.policy}: {first.policy} has "
+                f"{first.config.max_staleness}, and by it the learner's threads are chosen, on which roundings depend; "
+                "set learner.threads for both"
+            )
         if first.config.learner.whole:
             raise RloraError(
                 f'learner.adapter = "none": a learner has one policy then, and {first.policy} and {other.policy} are '
@@ -205,7 +212,6 @@ def shared(served: Sequence[Served]) -> Config:
         rank=max(config.learner.rank for config in configs),
         head=any(config.learner.head for config in configs),
         start_from=next((config.learner.start_from for config in configs if config.learner.start_from), ""),
-        concurrent=min(first.config.learner.concurrent, len(served)),
     )
     longest = max(configs, key=lambda config: config.max_model_len)
     staleness = max(config.max_staleness for config in configs)
@@ -215,7 +221,6 @@ def shared(served: Sequence[Served]) -> Config:
 @contextmanager
 def learning(config: Config, base: str) -> Iterator[Learner]:
     """The learner alone, in the environment that it has beside engines."""
-    config = replace(config, learner=replace(config.learner, concurrent=1))
     with _crew(config, base) as crew:
         learners = crew.learners()
         crew.wait()
