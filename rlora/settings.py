@@ -162,8 +162,8 @@ class LearnerConfig:
     replicas: Count = 1
     """How many learners share each update (data-parallel); Ray places each by its resources."""
     concurrent: Count = 1
-    """Policies that are updated at the same time where several train together, each by `replicas` learners. Each learner
-    has its share of the cores, also where there are fewer policies."""
+    """Policies to update at the same time where several train together, each by `replicas` learners. Each learner has
+    its share of the cores, also where there are fewer policies."""
     shard: bool = False
     """Divide the base's layers among the `replicas`, 2 or more; embeddings and output head stay whole on each."""
     cpus: Annotated[float, Field(ge=0)] = 0.5
