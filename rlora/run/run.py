@@ -104,7 +104,7 @@ class Run:
 
     @property
     def due(self) -> bool:
-        """Whether `learn` would not wait: its groups are there."""
+        """Whether `start_update` would not wait: the step's groups are there."""
         return self.stream.due
 
     def begin(self, learner: RunLearner, fleet: Fleet, loop: AgentLoop) -> None:
@@ -141,9 +141,9 @@ class Run:
         line = metrics.log(step, self._proofs, collection, update, fleet, saver.saved, adapter)
         with metrics.timed("save"):
             saver.save(adapter, self.learner.state(self.policy), self.stream.cursor, collection, line)
-        refuse_to_go_on(self.config, update)
         for observer in self.observers:
             self._tell(observer, json.loads(line))
+        refuse_to_go_on(self.config, update)
 
     def deliver(self) -> None:
         """Deliver the current version to every engine, proven, and have the next prompts sampled under it."""
