@@ -21,6 +21,9 @@ from rlora.settings import PRESETS, AlgorithmConfig, Config, LearnerConfig
 _UNLEARNABLE = {"top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
 _ARGUMENT = re.compile(r"(env_args|reward_args|chat\.template_args)\.[^.]+")
 
+_SETS = ("evaluate", "sets")
+_TAKEN = ("held_out", "before", "after", "prompts", "version")  # what accuracy/NAME has already
+
 _ADAPTER = TypeAdapter(Config)
 
 
@@ -87,6 +90,13 @@ def _refuse_what_makes_no_sense(config: Config, source: str) -> None:
         (keeps.keep_best and keeps.keep_last <= config.max_staleness and not config.learner.whole,
          "checkpoint.keep_last", f"with max_staleness = {config.max_staleness} a version is gone before it is known to "
          f"be the best; set it to {config.max_staleness + 1} or more, or checkpoint.keep_best to 0"),
+        (keeps.best_by == "accuracy" and not (config.evaluate.every and config.evaluate.prompts), "checkpoint.best_by",
+         "held-out accuracy is only known where evaluate.every and evaluate.prompts are set; set both, or use reward"),
+        (keeps.keep_best and keeps.best_by == "accuracy" and 0 < config.evaluate.every >= keeps.keep_last > 0,
+         "checkpoint.keep_last", f"with evaluate.every = {config.evaluate.every} a version may be gone before its "
+         "accuracy is known; set it above that"),
+        (bool(names := [name for name in config.evaluate.sets if not re.fullmatch(r"\w+", name) or name in _TAKEN]),
+         "evaluate.sets", f"{', '.join(names)}: use letters, digits and _, and none of {', '.join(_TAKEN)}"),
         (not all(config.chat.think), "chat.think", "both tags have to be something; leave it out for the usual ones"),
         (not all(config.chat.stop), "chat.stop", "an empty string would end every message; leave it out"),
         (a.of_group and config.group_size == 1, "group_size",
@@ -175,7 +185,8 @@ def explain(error: ValidationError) -> str:
     """One line a field at fault: its name, its value, what it must be, and what it means."""
     lines: dict[str, str] = {}  # by the field: one that may be of several types has a fault for each
     for fault in error.errors():
-        name = ".".join(str(part) for i, part in enumerate(fault["loc"]) if i < 2 or isinstance(part, int))
+        depth = 4 if fault["loc"][:2] == _SETS else 2  # below that stand the types that a field may have
+        name = ".".join(str(part) for i, part in enumerate(fault["loc"]) if i < depth or isinstance(part, int))
         if argument := _ARGUMENT.match(".".join(map(str, fault["loc"]))):
             name, value = argument[0], fault["input"]
             line = f"{name} = {value!r}: use text, a number, true or false, or a list of them"
@@ -206,6 +217,8 @@ def _doc(loc: tuple[int | str, ...]) -> str:
     schema = _ADAPTER.json_schema()
     properties = schema["properties"]
     doc = properties.get(loc[0], {}).get("description", "")
+    if loc[:2] == _SETS and len(loc) > 3:
+        return str(schema["$defs"]["SetConfig"]["properties"].get(loc[3], {}).get("description", ""))
     for part in loc[1:]:
         section = str(loc[0]).capitalize() + "Config"
         properties = schema["$defs"].get(section, {}).get("properties", {})

@@ -289,6 +289,9 @@ class CheckpointConfig:
     keep_best: Annotated[int, Field(ge=0)] = 1
     """Beside them so many of those whose episodes had the highest mean reward. That is known `max_staleness` + 1 steps
     later, so `keep_last` has to be above `max_staleness`."""
+    best_by: Literal["reward", "accuracy"] = "reward"
+    """What `keep_best` goes by: the mean reward of training episodes, or the accuracy on held-out prompts that
+    `evaluate.every` measures."""
     episodes_mib: Annotated[int, Field(ge=0)] = 64
     """The most MiB of episodes, compressed, that a bundle holds for `rlora replay`; 0 keeps none."""
     patience: Positive = 600.0
@@ -296,11 +299,31 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class SetConfig:
+    """A set of held-out prompts to evaluate on, beside those of the run's own env."""
+
+    __pydantic_config__ = _STRICT
+
+    env: str = ""
+    """Where its prompts come from, as in `env`; by default the env of the run."""
+    env_args: Arguments = field(default_factory=dict)
+    """Arguments of its env; without `env` they are added to those of the run."""
+    prompts: Count = 100
+    """The number of prompts, the first that its held_out() gives."""
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     __pydantic_config__ = _STRICT
 
     prompts: Annotated[int, Field(ge=0)] = 100
-    """Held-out prompts, the first that the env gives, to answer greedily before and after training; 0 is none."""
+    """Held-out prompts, the first that the env gives, to answer before and after training; 0 is none."""
+    every: Annotated[int, Field(ge=0)] = 0
+    """Evaluate after every so many steps too, beside training; 0: before and after training only."""
+    samples: Count = 1
+    """Completions per held-out prompt: one is greedy, several are sampled at `sampling.temperature`."""
+    sets: dict[str, SetConfig] = field(default_factory=dict)
+    """Other sets of held-out prompts by name, each a table [evaluate.sets.NAME]."""
     threshold: float = 1.0
     """A completion counts as correct from this reward on."""
 

@@ -133,9 +133,9 @@ class _Crew:
 
 
 def _versions(served: Sequence[Served]) -> int:
-    """Those that are served at a time: of each policy the newest, as many before it as may be learned from, and one
-    that is on its way."""
-    return sum(each.config.max_staleness + 2 for each in served)
+    """Those that are served at a time: of each policy the newest, as many before it as may be learned from, one that is
+    on its way, and one that is evaluated meanwhile."""
+    return sum(each.config.max_staleness + 2 + (each.config.evaluate.every > 0) for each in served)
 
 
 @contextmanager

@@ -2,13 +2,13 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from rlora.records import Group, Prompt, RewardError, Sampling
+from rlora.records import Adapter, Group, Prompt, RewardError, Sampling
 from rlora.rollout.fleet import Fleet, wait_for
-from rlora.rollout.player import AgentLoop
+from rlora.rollout.player import AgentLoop, Flight
 from rlora.rollout.stream import sampling_of
 from rlora.settings import Config
 
@@ -27,22 +27,53 @@ class Interval:
 
 @dataclass(frozen=True)
 class Evaluation:
-    accuracy: float  # share of completions whose status is correct; of one greedy completion a prompt, pass@1
+    accuracy: Interval  # share of completions whose status is correct; of one greedy completion per prompt, pass@1
     reward: float  # mean
     statuses: dict[str, int]  # how many completions have each
 
 
-def evaluate(config: Config, prompts: Sequence[Prompt], fleet: Fleet, loop: AgentLoop) -> Evaluation:
-    """Answer each prompt once, greedily, under the version that was swapped in last.
+class Evaluations:
+    """Answers sets of held-out prompts under one version at a time, while training goes on."""
 
-    Raises RewardError, which keeps what was sampled, where the reward functions fail.
-    """
-    return summarise(answer(config, prompts, sampling_of(config, 1, temperature=0.0), fleet, loop))
+    def __init__(self, config: Config, sets: Mapping[str, Sequence[Prompt]], fleet: Fleet, loop: AgentLoop) -> None:
+        self.config, self.sets, self.fleet, self.loop = config, sets, fleet, loop
+        samples = config.evaluate.samples
+        self.sampling = sampling_of(config, samples, 0.0 if samples == 1 else None)
+        self.version: int | None = None  # that is being evaluated
+        self._flights: dict[str, list[Flight]] = {}
+
+    def start(self, adapter: Adapter, background: bool = True) -> None:
+        """Send all prompts, to be sampled under `adapter` where engines have room beside training."""
+        self.version = adapter.number
+        self._flights = {
+            name: [self.loop.start(prompt, self.sampling, adapter.number, adapter, background) for prompt in prompts]
+            for name, prompts in self.sets.items()
+        }
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `result` would not wait."""
+        return all(flight.scored.done() for flights in self._flights.values() for flight in flights)
+
+    def result(self) -> "dict[str, Evaluation]":
+        """Wait for the version that was started last, and return what each set came to.
+
+        Raises RewardError, which keeps what was sampled, where the reward functions fail.
+        """
+        flights, self._flights, self.version = self._flights, {}, None
+        return {
+            name: summarise(scored_groups(self.config, of_set, self.fleet, self.loop))
+            for name, of_set in flights.items()
+        }
 
 
 def answer(config: Config, prompts: Sequence[Prompt], sampling: Sampling, fleet: Fleet, loop: AgentLoop) -> list[Group]:
-    """The scored groups of all prompts. Raises RewardError like `evaluate`."""
-    flights = [loop.start(prompt, sampling) for prompt in prompts]
+    """The scored groups of all prompts, under the version that was swapped in last. Raises RewardError."""
+    return scored_groups(config, [loop.start(prompt, sampling) for prompt in prompts], fleet, loop)
+
+
+def scored_groups(config: Config, flights: Sequence[Flight], fleet: Fleet, loop: AgentLoop) -> list[Group]:
+    """Wait for the groups. Raises RewardError, which keeps what was sampled, where the reward functions fail."""
     scored = [flight.scored for flight in flights]
     wait_for(scored, len(scored), math.inf, config.engine.patience, fleet.check)
     try:
@@ -58,7 +89,7 @@ def summarise(groups: Sequence[Group]) -> Evaluation:
     episodes = [episode for group in groups for episode in group.episodes]
     statuses = dict(Counter(episode.status or "skipped" for episode in episodes).most_common())
     reward = fmean(episode.reward or 0.0 for episode in episodes)
-    return Evaluation(statuses.get("correct", 0) / len(episodes), reward, statuses)
+    return Evaluation(pass_at(1, groups), reward, statuses)
 
 
 def pass_at(k: int, groups: Sequence[Group]) -> Interval:

@@ -100,17 +100,20 @@ class Fleet:
                 raise self._given_up
         return proofs
 
-    def generate(self, prompt: Prompt, sampling: Sampling, policy: str, adapter: Adapter | None = None) -> Request:
+    def generate(
+        self, prompt: Prompt, sampling: Sampling, policy: str, adapter: Adapter | None = None, background: bool = False
+    ) -> Request:
         """Sample `sampling.group_size` episodes under the policy's version that is swapped in when an engine has room.
 
-        With an `adapter` under that one, wherever it has to be loaded for it, and before all that waits: it is the
-        next turn of an episode, or was in flight before.
+        With an `adapter` the request is sampled under it, which is loaded on the engine if needed, and goes before
+        those that wait: it is a later turn of an episode, or was in flight before a resume. In the `background` it goes
+        after them.
         """
-        request = Request(prompt, sampling, policy, adapter=adapter)
+        request = Request(prompt, sampling, policy, adapter=adapter, background=background)
         with self._changed:
             if policy in self._left:
                 request.group.set_exception(left(policy))
-            elif adapter:
+            elif adapter and not background:
                 self._queue.appendleft(request)
             else:
                 self._queue.append(request)
@@ -195,7 +198,7 @@ class Fleet:
             ready = [request for request in self._queue if request.adapter or request.policy in self._adapters]
             if not ready:
                 break
-            request = min(ready, key=lambda each: (each.adapter is None, in_flight[each.policy]))
+            request = min(ready, key=lambda each: (each.background, each.adapter is None, in_flight[each.policy]))
             self._queue.remove(request)
             if not request.cancelled:
                 request.adapter = request.adapter or self._adapters[request.policy]

@@ -44,9 +44,16 @@ class AgentLoop:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
 
-    def start(self, prompt: Prompt, sampling: Sampling, step: int = 0, adapter: Adapter | None = None) -> Flight:
-        """Begin with a prompt; its group is scored as one of `step`. With an `adapter`, it is sampled under that."""
-        flight = Flight(self.fleet.generate(prompt, sampling, self.policy, adapter))
+    def start(
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        step: int = 0,
+        adapter: Adapter | None = None,
+        background: bool = False,
+    ) -> Flight:
+        """Begin with a prompt, whose group is scored as one of `step`; `adapter` and `background` are the fleet's."""
+        flight = Flight(self.fleet.generate(prompt, sampling, self.policy, adapter, background))
         asyncio.run_coroutine_threadsafe(self._fly(flight, step), self._loop)
         return flight
 

@@ -18,6 +18,7 @@ class Request:
     adapter: Adapter | None = None  # it is sampled under, wherever it has to be sent again; None while it waits
     attempts: int = 0
     cancelled: bool = False  # nobody waits for it any more: it is not sent again
+    background: bool = False  # it goes after all that is not
 
     @property
     def version(self) -> Version | None:

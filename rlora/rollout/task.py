@@ -19,6 +19,8 @@ from rlora.scoring.pool import Pool
 from rlora.scoring.worker import Setup
 from rlora.settings import Config
 
+HELD_OUT = "held_out"  # the name of the run's own held-out prompts among the sets
+
 
 @dataclass(frozen=True)
 class Task:
@@ -31,6 +33,7 @@ class Task:
     dropped: int  # prompts left out because they are too long
     checked: Report = field(default_factory=Report)  # what trying the reward functions came to
     scoring: Setup = field(default_factory=Setup)  # what the processes run that score, and reply for the env
+    sets: Mapping[str, list[Prompt]] = field(default_factory=dict)  # to evaluate on, `held_out` among them
 
 
 @dataclass(frozen=True)
@@ -50,22 +53,7 @@ def load_task(config: Config) -> Task:
     """
     if not config.env:
         return bare_task(config)
-    plugged = load("env", config.env)
-    try:
-        env = env_of(plugged, config.env_args)
-        train, held_out = list(env.train()), list(islice(env.held_out(), config.evaluate.prompts))
-    except RloraError:
-        raise
-    except Exception as error:
-        line = at(error, config.env.rpartition(":")[0], file_of(plugged))
-        raise RloraError(
-            f"{line}env = {config.env!r} with env_args = {config.env_args!r}: it raised {type(error).__name__}: "
-            f"{error}; give the arguments that it takes, and let it have train() and held_out() that return Prompts"
-        ) from error
-    for method, prompts in (("train", train), ("held_out", held_out)):
-        for number, prompt in enumerate(prompts):
-            _refuse_what_is_no_prompt(f"env = {config.env!r}: its {method}()", prompt, number)
-            prompts[number] = replace(prompt, text=_whole(prompt.text))
+    env, train, held_out = _prompts_of("env", config.env, config.env_args, config.evaluate.prompts)
     agent = hasattr(env, "reply")
     scoring = setup_of(config, agent)
     with closing(Pool(scoring, 1)) as pool:  # as it is in the run, to try it
@@ -89,7 +77,50 @@ def load_task(config: Config) -> Task:
             dropped=len(train) - len(fitting) + len(held_out) - len(fitting_held_out),
             checked=check(config, env, task.chat, pool, fitting, fitting_held_out),
             scoring=scoring,
+            sets=({HELD_OUT: fitting_held_out} if fitting_held_out else {}) | _sets(config, task, env),
         )
+
+
+def _sets(config: Config, task: Task, own: Any) -> dict[str, list[Prompt]]:
+    """The prompts of `evaluate.sets`. Raises RloraError for one that has none, or whose env replies in another way."""
+    sets = {}
+    for name, each in config.evaluate.sets.items():
+        field, args = f"evaluate.sets.{name}", each.env_args if each.env else {**config.env_args, **each.env_args}
+        env, _, held_out = _prompts_of(f"{field}.env", each.env or config.env, args, each.prompts)
+        if hasattr(env, "reply") != hasattr(own, "reply") or (hasattr(env, "reply") and type(env) is not type(own)):
+            raise RloraError(
+                f"{field}.env = {each.env!r}: the env of the run, {config.env!r}, replies in all sets or in none; use "
+                "its class with other arguments, or evaluate on this env by `rlora eval`"
+            )
+        sets[name] = tokenise(held_out, task.chat, config.sampling.max_prompt_tokens)
+        _refuse_unknown_tokens(config, vocabulary_size(task.base), sets[name])
+        if not sets[name]:
+            raise RloraError(
+                f"{field}: none of the {len(held_out)} prompts that its held_out() gives has 1 to "
+                f"{config.sampling.max_prompt_tokens} tokens; name an env that has some, or leave the set out"
+            )
+    return sets
+
+
+def _prompts_of(field: str, spec: str, args: Mapping[str, Any], count: int) -> tuple[Any, list[Prompt], list[Prompt]]:
+    """An env, its training prompts, and the first `count` held-out ones. Raises RloraError that names the field."""
+    plugged = load(field, spec)
+    try:
+        env = env_of(plugged, args)
+        train, held_out = list(env.train()), list(islice(env.held_out(), count))
+    except RloraError:
+        raise
+    except Exception as error:
+        line = at(error, spec.rpartition(":")[0], file_of(plugged))
+        raise RloraError(
+            f"{line}{field} = {spec!r} with env_args = {args!r}: it raised {type(error).__name__}: "
+            f"{error}; give the arguments that it takes, and let it have train() and held_out() that return Prompts"
+        ) from error
+    for method, prompts in (("train", train), ("held_out", held_out)):
+        for number, prompt in enumerate(prompts):
+            _refuse_what_is_no_prompt(f"{field} = {spec!r}: its {method}()", prompt, number)
+            prompts[number] = replace(prompt, text=_whole(prompt.text))
+    return env, train, held_out
 
 
 def bare_task(config: Config) -> Task:

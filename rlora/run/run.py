@@ -10,7 +10,6 @@ from upath import UPath
 
 from rlora.core.setup import Setup
 from rlora.records import Adapter, Cursor, Group, Proof, RloraError, UpdateStats
-from rlora.rollout.evaluate import evaluate
 from rlora.rollout.fleet import Fleet
 from rlora.rollout.player import AgentLoop
 from rlora.rollout.stream import Collection, Rollouts
@@ -18,6 +17,7 @@ from rlora.rollout.task import Served, Task
 from rlora.run import directory
 from rlora.run.checkpoint import Bundle
 from rlora.run.directory import warn
+from rlora.run.evaluation import HeldOut
 from rlora.run.health import refuse_to_go_on
 from rlora.run.resume import cursor_for, describe
 from rlora.run.writer import Saver
@@ -118,12 +118,14 @@ class Run:
         directory.keep_config(place, config)  # now that all of it is found to work
         if not start:
             self.saver.save(self.adapter, learner.state(self.policy), Cursor())
+        self.held_out = HeldOut(config, place, self.task, fleet, loop)
         if self.number == origin.first and "accuracy/before" not in directory.summary(place):
-            self._measure("before")
+            self.held_out.measure("before", self.adapter)
         cursor = cursor_for(config, start, origin) if start else Cursor()
         self.stream = Rollouts(config, self.task.prompts, fleet, loop, cursor)
         self.metrics.start(self.number, fleet.stats())
         if self.going:
+            self.held_out.resume(self.number)
             self.deliver()
 
     def start_update(self) -> None:
@@ -138,7 +140,8 @@ class Run:
             adapter, update = self._updated()
         step, metrics, saver, self.adapter = self.number, self.metrics, self.saver, adapter
         collection, fleet = self._collection, self.fleet.stats()
-        line = metrics.log(step, self._proofs, collection, update, fleet, saver.saved, adapter)
+        others = self.held_out.figures()
+        line = metrics.log(step, self._proofs, collection, update, fleet, saver.saved, adapter, others)
         with metrics.timed("save"):
             saver.save(adapter, self.learner.state(self.policy), self.stream.cursor, collection, line)
         for observer in self.observers:
@@ -150,13 +153,16 @@ class Run:
         if (engines := directory.wanted_engines(self.place)) and engines != self._engines:
             self.fleet.resize(engines)
             self._engines = engines
+        oldest = self.number - self.config.max_staleness
         with self.metrics.timed("swap"):
-            self._proofs = self.fleet.swap(self.current, oldest=self.number - self.config.max_staleness)
+            self._proofs = self.fleet.swap(self.current, min(oldest, self.held_out.version or oldest))
         self.stream.send(self.number)
+        self.held_out.start(self.current)
 
     def end(self) -> None:
         """Measure the accuracy after, write the summary, and leave the learner and the engines to others."""
-        self._measure("after")
+        self.held_out.end()
+        self.held_out.measure("after", self.current)
         directory.summarise(self.place, describe(self.place, self.current) | self.metrics.totals())
         self.leave()
 
@@ -199,14 +205,6 @@ class Run:
         except Exception as error:
             what = f"{type(observer).__name__}.on_step raised {type(error).__name__}: {error}"
             warn(f"{self.policy}: {what}; training goes on")
-
-    def _measure(self, when: str) -> None:
-        if not self.task.held_out:
-            return
-        self.fleet.swap(self.current)
-        result = evaluate(self.config, self.task.held_out, self.fleet, self.loop)
-        figures = {f"accuracy/{when}": result.accuracy, f"reward/{when}": result.reward}
-        directory.summarise(self.place, figures | {"accuracy/prompts": len(self.task.held_out)})
 
 
 @contextmanager

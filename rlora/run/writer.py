@@ -16,6 +16,7 @@ from upath import UPath
 from rlora import machine
 from rlora.records import Adapter, Cursor, Group, RloraError, Saved
 from rlora.rollout.stream import Collection
+from rlora.rollout.task import HELD_OUT
 from rlora.run import episodes
 from rlora.run.checkpoint import BUNDLES, Bundle, Rewards, bundle_path, versions
 from rlora.run.directory import METRICS, Origin, warn, whole_lines
@@ -44,6 +45,9 @@ class Saver:
         remove_halves(run / BUNDLES)
         self._logged = self._keep_lines_before(start.version if start else 0)  # bytes
         self._unlogged = b""
+        self._accuracies: dict[int, float] = {}  # on the held-out prompts, of the versions that were evaluated
+        for line in whole_lines(run):
+            self._count_accuracy(line)
         self._ended = False
 
     def __enter__(self) -> "Saver":
@@ -85,6 +89,7 @@ class Saver:
         groups = collection.groups if collection else None
         self._parent = adapter.digest
         self._unlogged += f"{line}\n".encode() if line else b""
+        self._count_accuracy(line or "{}")
         if not in_time:
             raise self._put_elsewhere(self._with_episodes(bundle, groups))
         failing = time.monotonic() - self._failing_since if self._failing_since else 0.0
@@ -120,6 +125,11 @@ class Saver:
                 number = episode.version.number
                 total, count = self._rewards.get(number, (0.0, 0))
                 self._rewards[number] = total + episode.reward, count + 1
+
+    def _count_accuracy(self, line: str) -> None:
+        figures = json.loads(line)
+        if (accuracy := figures.get(f"accuracy/{HELD_OUT}")) is not None:
+            self._accuracies[figures["accuracy/version"]] = accuracy
 
     # --- on the thread ---
 
@@ -167,7 +177,8 @@ class Saver:
         if self.config.learner.whole:  # each is a whole model and three times that
             settings = replace(settings, keep_last=min(2, settings.keep_last), keep_every=0, keep_best=0)
         means = {version: total / count for version, (total, count) in self._rewards.items()}
-        best = sorted(means.keys() & set(there), key=lambda version: means[version])
+        worth = self._accuracies if settings.best_by == "accuracy" else means
+        best = sorted(worth.keys() & set(there), key=lambda version: worth[version])
         kept = {*there[-settings.keep_last :], *(best[-settings.keep_best :] if settings.keep_best else ())}
         if settings.keep_every:
             kept |= {version for version in there if version % settings.keep_every == 0}

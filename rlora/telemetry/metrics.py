@@ -95,8 +95,9 @@ class Metrics:
         fleet: FleetStats,
         saved: Saved | None,
         made: Adapter,
+        others: Mapping[str, float | None],
     ) -> str:
-        """Show the figures of a step that made an adapter; returns them as JSON. docs/metrics.md has their meanings."""
+        """Show the figures of a step that made an adapter; return them and `others` as JSON (docs/metrics.md)."""
         now = time.perf_counter()
         whole, sampling = now - self.lapped, fleet.busy_seconds - self.busy_seconds
         self.lapped, self.busy_seconds = now, fleet.busy_seconds
@@ -133,6 +134,7 @@ class Metrics:
             "memory/driver": machine.own_bytes(),
             "memory/learner": update.own_bytes,
             "time/step": whole,
+            **others,
         }
         tokens = figures["completion/tokens"] or 0
         figures["rollout/tokens_per_second"] = tokens / sampling if sampling > 0 else None

@@ -41,7 +41,7 @@ def test_a_completion_that_no_reward_speaks_of_counts_as_not_right() -> None:
     given = answered(True, False, False)
     skipped = replace(given.episodes[2], reward=None, status="")
     result = summarise([replace(given, episodes=(*given.episodes[:2], skipped))])
-    assert result.accuracy == pytest.approx(1 / 3)
+    assert result.accuracy.estimate == pytest.approx(1 / 3)
     assert result.statuses == {"correct": 1, "wrong": 1, "skipped": 1}
 
 

@@ -35,7 +35,9 @@ class FakeFleet:
         self.held: set[int] = set()
         self.requests: list[Request] = []
 
-    def generate(self, prompt: Prompt, sampling: Sampling, policy: str, adapter: Adapter | None = None) -> Request:
+    def generate(
+        self, prompt: Prompt, sampling: Sampling, policy: str, adapter: Adapter | None = None, background: bool = False
+    ) -> Request:
         request = Request(prompt, sampling, policy, adapter=adapter or Adapter(policy, self.version, b"{}", b""))
         self.requests.append(request)
         if prompt.answer not in self.held:
@@ -345,7 +347,7 @@ def test_a_failed_fleet_ends_the_step(rollouts: Callable[..., Rollouts]) -> None
     fleet.held = set(order(4))
     gone: Future[Group] = Future()
     gone.set_exception(RuntimeError("every engine is gone"))
-    fleet.generate = lambda prompt, sampling, policy, adapter=None: Request(prompt, sampling, policy, gone)  # type: ignore[method-assign]
+    fleet.generate = lambda prompt, sampling, policy, *_: Request(prompt, sampling, policy, gone)  # type: ignore
     with pytest.raises(RuntimeError, match="every engine is gone"):
         made.take(0)
 

@@ -121,7 +121,9 @@ def stage(monkeypatch: pytest.MonkeyPatch, tiny: str) -> Stage:
 @pytest.fixture
 def make(config: Callable[..., Config], tmp_path: Path, tiny: str) -> Callable[..., Run]:
     prompts, chat = [Prompt("?", 0, (5,))], SimpleNamespace(template=None)
-    task: Any = SimpleNamespace(base=tiny, prompts=prompts, held_out=[], stop=(), agent=False, chat=chat, dropped=0)
+    task: Any = SimpleNamespace(
+        base=tiny, prompts=prompts, held_out=[], sets={}, stop=(), agent=False, chat=chat, dropped=0
+    )
 
     def of(policy: str, where: str = "", **changes: Any) -> Run:
         own = config(**{"steps": STEPS, "reward": "-"} | SETTINGS[policy] | changes)

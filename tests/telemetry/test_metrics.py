@@ -42,7 +42,7 @@ def log(*steps: int, update: UpdateStats = UPDATE) -> list[dict[str, Any]]:
             canaries = {"run": 0.1, "other": 0.2}
             fleet = FleetStats(engines=1, busy_seconds=1.0 + 4.0 * busy, canaries=canaries, lost=0, replayed=0)
             proofs, saved = [Proof("", 0.01, 0.02)], Saved(0.01, 5000)
-            lines.append(metrics.log(step, proofs, collection, update, fleet, saved, MADE))
+            lines.append(metrics.log(step, proofs, collection, update, fleet, saved, MADE, {"accuracy/held_out": 0.5}))
     return [json.loads(line) for line in lines]
 
 

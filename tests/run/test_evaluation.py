@@ -1,0 +1,194 @@
+"""Evaluation beside training: what is due, what engines are asked, and what a death costs."""
+
+import json
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from upath import UPath
+
+from rlora.config import validate
+from rlora.records import Adapter, Group, Prompt, RewardError, RloraError, Sampling
+from rlora.rollout.task import load_task
+from rlora.run import directory
+from rlora.run.evaluation import HeldOut
+from rlora.settings import Config
+
+PROMPTS = [Prompt("?", number, (number,)) for number in (1, 2, 3, 4)]
+
+
+class Loop:
+    """In place of the agent loop: keeps what it was asked, and answers when it is told to."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, Sampling, int, bool, Future[Group]]] = []
+        self.scoring = SimpleNamespace(refuse_errors=lambda groups: None)
+
+    def start(
+        self, prompt: Prompt, sampling: Sampling, step: int, adapter: Adapter, background: bool
+    ) -> SimpleNamespace:
+        scored: Future[Group] = Future()
+        self.asked.append((prompt.answer, sampling, adapter.number, background, scored))
+        return SimpleNamespace(scored=scored, played=None)
+
+    def answer(self, right: int) -> None:
+        """Answer all that was asked, so many of each set of four rightly."""
+        for number, sampling, _, _, scored in self.asked:
+            status = "correct" if number <= right else "wrong"
+            episodes = [
+                SimpleNamespace(status=status, reward=float(number <= right)) for _ in range(sampling.group_size)
+            ]
+            if not scored.done():
+                scored.set_result(SimpleNamespace(episodes=episodes))  # type: ignore[arg-type]
+
+
+class Fleet:
+    def __init__(self) -> None:
+        self.swapped: list[int] = []
+
+    def swap(self, adapter: Adapter, oldest: int = 0) -> list[Any]:
+        self.swapped.append(adapter.number)
+        return []
+
+    def check(self) -> None:
+        raise AssertionError("nothing hangs")
+
+
+@pytest.fixture
+def made(config: Callable[..., Config], tmp_path: Path) -> Callable[..., tuple[HeldOut, Loop, Fleet]]:
+    def make(lines: list[dict[str, Any]] | None = None, **evaluate: Any) -> tuple[HeldOut, Loop, Fleet]:
+        (tmp_path / directory.METRICS).write_text("".join(f"{json.dumps(line)}\n" for line in lines or []))
+        settings = config(steps=10, evaluate={"every": 2} | evaluate)
+        task: Any = SimpleNamespace(sets={"held_out": PROMPTS, "hard": PROMPTS})
+        loop, fleet = Loop(), Fleet()
+        return HeldOut(settings, UPath(tmp_path), task, fleet, loop), loop, fleet  # type: ignore[arg-type]
+
+    return make
+
+
+def adapter(number: int) -> Adapter:
+    return Adapter("run", number, b"{}", b"")
+
+
+def test_versions_that_are_due_are_evaluated_beside_training(made: Any, tmp_path: Path) -> None:
+    held_out, loop, fleet = made()
+    for number in (0, 1):
+        held_out.start(adapter(number))
+    assert loop.asked == []
+    held_out.start(adapter(2))
+    held_out.start(adapter(2))  # a run that goes on at 2
+    assert [asked[:4] for asked in loop.asked] == [
+        (n, Sampling(8, 0.0, 1), 2, True) for _ in ("held_out", "hard") for n in (1, 2, 3, 4)
+    ]
+    assert fleet.swapped == []
+    assert held_out.version == 2
+    assert held_out.figures() == {}
+    loop.answer(3)
+    figures = held_out.figures()
+    assert figures["accuracy/version"] == 2
+    assert figures["accuracy/held_out"] == figures["accuracy/hard"] == 0.75
+    assert 0.3 < figures["accuracy/hard/low"] < 0.75 < figures["accuracy/hard/high"] < 1.0
+    assert held_out.figures() == {}
+    assert held_out.version is None
+    assert directory.summary(UPath(tmp_path))["accuracy/hard"] == 0.75
+    held_out.start(adapter(10))  # the last one: the accuracy after is measured of it
+    assert held_out.version is None
+
+
+def test_one_that_is_not_ready_is_waited_for_by_the_next(made: Any) -> None:
+    held_out, loop, _ = made()
+    held_out.start(adapter(2))
+    loop.answer(1)
+    held_out.start(adapter(4))
+    assert held_out.version == 4
+    assert held_out.figures()["accuracy/version"] == 2
+    loop.answer(4)
+    held_out.end()
+    assert held_out.figures()["accuracy/version"] == 4
+
+
+def test_a_resume_does_not_evaluate_twice(made: Any) -> None:
+    known = [{"step": 3, "accuracy/version": 2}, {"step": 4, "accuracy/version": 4}]
+    held_out, loop, _ = made(known)
+    held_out.resume(4)
+    held_out.start(adapter(4))
+    assert loop.asked == []
+    held_out, loop, _ = made(known[:1])
+    held_out.start(adapter(4))  # which was under way
+    assert {asked[2] for asked in loop.asked} == {4}
+
+
+def test_before_and_after_are_waited_for(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held_out, loop, fleet = made(every=0, samples=2)
+    start = loop.start
+
+    def at_once(*arguments: Any) -> Any:
+        flight = start(*arguments)
+        loop.answer(2)
+        return flight
+
+    monkeypatch.setattr(loop, "start", at_once)
+    held_out.measure("before", adapter(0))
+    assert fleet.swapped == [0]
+    assert loop.asked[0][1:4] == (Sampling(8, 1.0, 2), 0, False)
+    summary = directory.summary(UPath(tmp_path))
+    assert summary["accuracy/before"] == summary["accuracy/hard/before"] == summary["reward/before"] == 0.5
+    assert summary["accuracy/prompts"] == 4
+
+
+def test_rewards_that_fail_end_the_run(made: Any) -> None:
+    held_out, loop, _ = made()
+
+    def refuse(groups: Any) -> None:
+        raise RewardError("8 of 8 episodes are in error")
+
+    loop.scoring.refuse_errors = refuse
+    held_out.start(adapter(2))
+    loop.answer(0)
+    with pytest.raises(RewardError, match="8 of 8"):
+        held_out.figures()
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "checkpoint", "message"),
+    [
+        ({"sets": {"before": {}}}, {}, r"evaluate\.sets = .*before: use letters, digits and _, and none of held_out"),
+        ({"sets": {"a/b": {}}}, {}, r"evaluate\.sets = .*a/b: use letters"),
+        ({"sets": {"hard": {"prompts": 0}}}, {}, r"evaluate\.sets\.hard\.prompts = 0: .*The number of prompts"),
+        ({"sets": {"hard": {"promts": 3}}}, {}, r"evaluate\.sets\.hard\.promts = 3: no such field"),
+        ({"every": -1}, {}, r"evaluate\.every = -1"),
+        ({}, {"best_by": "accuracy"}, r"checkpoint\.best_by = 'accuracy': .*evaluate\.every"),
+        ({"every": 20}, {"best_by": "accuracy"}, r"checkpoint\.keep_last = 20: with evaluate\.every = 20"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    evaluate: dict[str, Any], checkpoint: dict[str, Any], message: str, config: Callable[..., Config]
+) -> None:
+    with pytest.raises(RloraError, match=message):
+        config(evaluate=evaluate, checkpoint=checkpoint)
+
+
+def test_sets_have_prompts_of_their_own(config: Callable[..., Config]) -> None:
+    sets: dict[str, Any] = {
+        "times": {"env_args": {"operator": "*"}, "prompts": 5},
+        "same": {"env": "rlora.envs.arithmetic:Arithmetic"},
+    }
+    settings = config(env_args={"high": 6}, evaluate={"sets": sets, "prompts": 3})
+    task = load_task(settings)
+    assert {name: len(prompts) for name, prompts in task.sets.items()} == {"held_out": 3, "times": 5, "same": 98}
+    assert all("*" in str(prompt.text) for prompt in task.sets["times"])
+    assert max(int(str(word)) for word in str(task.sets["times"][0].text).rstrip("?").split() if word.isdigit()) <= 6
+    for wrong, message in (
+        ({"env": "gone.py:Env"}, r"evaluate\.sets\.bad\.env = 'gone\.py:Env': there is no file gone\.py"),
+        (
+            {"env_args": {"held_out_share": 0.0}},
+            r"evaluate\.sets\.bad: none of the 0 prompts that its held_out\(\) gives",
+        ),
+        ({"env": "rlora.envs.calculator:Calculator"}, r"evaluate\.sets\.bad\.env = .*replies in all sets or in none"),
+    ):
+        with pytest.raises(RloraError, match=message):
+            load_task(validate({**asdict(settings), "evaluate": {"sets": {"bad": wrong}}}))
