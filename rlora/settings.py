@@ -328,6 +328,24 @@ class EvaluateConfig:
     """A completion counts as correct from this reward on."""
 
 
+HealthRule = Literal[
+    "floor", "solved", "truncated", "failing_rewards", "dead_part", "engine_learner_apart", "entropy_collapsed",
+    "overfitting", "no_signal", "skipped",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class HealthConfig:
+    __pydantic_config__ = _STRICT
+
+    stop: tuple[HealthRule, ...] = ()
+    """Rules that stop the run, with everything saved; docs/metrics.md has them. The others are warnings."""
+    steps: Annotated[int, Field(ge=2)] = 5
+    """The number of steps in a row for which a rule has to hold."""
+    errors: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """The share of episodes whose reward function may time out or fail before the rule failing_rewards holds."""
+
+
 @dataclass(frozen=True)
 class CheckConfig:
     __pydantic_config__ = _STRICT
@@ -378,6 +396,7 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     check: CheckConfig = CheckConfig()
+    health: HealthConfig = HealthConfig()
 
     @property
     def max_model_len(self) -> int:

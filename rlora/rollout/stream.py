@@ -24,6 +24,7 @@ class Collection:
     reward_seconds: float
     late: int  # prompts that were not waited for; their groups may still come in time for a later step
     stale: int  # prompts whose groups came too late to learn from, and that are sampled again
+    straggler_seconds: float = 0.0  # of the wait for the last quarter of the groups
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +64,7 @@ class Rollouts:
         self._before = cursor.in_flight  # another's, until the fleet has an adapter
         self._sent: list[_Sent] = []  # in their order
         self._stale = 0  # that were given up since the last step
+        self._straggling = 0.0  # seconds of the step under way, once three quarters of its groups were there
         self._half_since: float | None = None  # when half of the next step's groups were there
 
     @property
@@ -108,7 +110,7 @@ class Rollouts:
         count, refills = self.config.prompts_per_step, self.config.algorithm.refills
         self.send(version)
         stale, self._stale, self._half_since = self._stale, 0, None
-        began = time.monotonic()
+        began, self._straggling = time.monotonic(), 0.0
         taken, late = self._next_ones(version, count)
         took = time.monotonic() - began
         sampled = self._groups(taken)
@@ -123,14 +125,19 @@ class Rollouts:
         groups = tuple(group.scored for group in sampled if len(group.rewards) >= least)
         if refills:
             groups = tuple(group for group in groups if group.informative)
-        return Collection(groups, sampled, sum(each.flight.reward_seconds for each in taken), late, stale)
+        reward_seconds = sum(each.flight.reward_seconds for each in taken)
+        return Collection(groups, sampled, reward_seconds, late, stale, self._straggling)
 
     def _next_ones(self, version: int, count: int, took: float = math.inf) -> tuple[list[_Sent], int]:
         """Of the next `count` that were sent those that are there in time, and how many are not; others follow them."""
         self._fill(version, count)  # more, where groups are made up for
         step = self._sent[:count]
         self._await(step, math.ceil(count / 2), took)
-        self._await(step, count, self.config.engine.straggler_seconds)
+        half_at, longest = time.monotonic(), self.config.engine.straggler_seconds
+        self._await(step, math.ceil(count * 3 / 4), longest)
+        most_at = time.monotonic()
+        self._await(step, count, half_at + longest - most_at)
+        self._straggling += time.monotonic() - most_at
         there = [each for each in step if each.flight.scored.done()]
         self._sent = [each for each in self._sent if each not in there]
         return there, len(step) - len(there)

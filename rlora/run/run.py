@@ -18,7 +18,7 @@ from rlora.run import directory
 from rlora.run.checkpoint import Bundle
 from rlora.run.directory import warn
 from rlora.run.evaluation import HeldOut
-from rlora.run.health import refuse_to_go_on
+from rlora.run.health import Health, refuse_to_go_on
 from rlora.run.resume import cursor_for, describe
 from rlora.run.writer import Saver
 from rlora.settings import Config
@@ -118,6 +118,7 @@ class Run:
         directory.keep_config(place, config)  # now that all of it is found to work
         if not start:
             self.saver.save(self.adapter, learner.state(self.policy), Cursor())
+        self.health = Health(config, directory.figures(place))
         self.held_out = HeldOut(config, place, self.task, fleet, loop)
         if self.number == origin.first and "accuracy/before" not in directory.summary(place):
             self.held_out.measure("before", self.adapter)
@@ -141,12 +142,15 @@ class Run:
         step, metrics, saver, self.adapter = self.number, self.metrics, self.saver, adapter
         collection, fleet = self._collection, self.fleet.stats()
         others = self.held_out.figures()
-        line = metrics.log(step, self._proofs, collection, update, fleet, saver.saved, adapter, others)
+        figures = metrics.log(step, self._proofs, collection, update, fleet, saver.saved, adapter, others)
+        ills = self._look_after(figures)
+        line = json.dumps(figures | {f"health/{name}": self.health.holding[name] for name in ills})
         with metrics.timed("save"):
             saver.save(adapter, self.learner.state(self.policy), self.stream.cursor, collection, line)
         for observer in self.observers:
             self._tell(observer, json.loads(line))
         refuse_to_go_on(self.config, update)
+        self.health.refuse(ills)
 
     def deliver(self) -> None:
         """Deliver the current version to every engine, proven, and have the next prompts sampled under it."""
@@ -198,6 +202,16 @@ class Run:
         """The current version, once the run has begun."""
         assert self.adapter
         return self.adapter
+
+    def _look_after(self, figures: Mapping[str, Any]) -> dict[str, str]:
+        """Return the rules of health that hold now. What holds since this step is told, and noted in the summary."""
+        before = set(self.health.holding)
+        ills = self.health.look(figures)
+        for name in ills.keys() - before:
+            warn(f"{self.policy}, step {self.number}: {name}: {ills[name]}")
+        if ills.keys() - before:
+            directory.summarise(self.place, {"health": self.health.fired})
+        return ills
 
     def _tell(self, observer: Observer, figures: Mapping[str, Any]) -> None:
         try:

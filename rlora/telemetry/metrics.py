@@ -1,11 +1,11 @@
 """What a run tells: one JSON object a step in metrics.jsonl, and a live display of the same figures."""
 
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import fmean
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -15,6 +15,7 @@ from rlora import machine
 from rlora.records import STATUSES, Adapter, Group, Proof, Saved, UpdateStats
 from rlora.rollout.requests import FleetStats
 from rlora.rollout.stream import Collection
+from rlora.telemetry.bottleneck import advice, bottleneck
 
 _SHOWN = {  # in the live display: label and format
     "reward/mean": ("reward", "{:.3f}"),
@@ -36,6 +37,7 @@ def summarise(groups: Sequence[Group], version: int) -> dict[str, float | None]:
     return {
         "reward/mean": fmean(rewards) if rewards else None,
         "reward/max": max(rewards, default=None),
+        "reward/min": min(rewards, default=None),
         **{f"status/{name}": fmean(episode.status == name for episode in episodes) for name in STATUSES},
         **{f"reward/{name}": fmean(e.parts[name] for e in episodes if name in e.parts) for name in parts},
         "reward/informative_groups": fmean(group.informative for group in groups),
@@ -96,8 +98,8 @@ class Metrics:
         saved: Saved | None,
         made: Adapter,
         others: Mapping[str, float | None],
-    ) -> str:
-        """Show the figures of a step that made an adapter; return them and `others` as JSON (docs/metrics.md)."""
+    ) -> dict[str, Any]:
+        """Show the figures of a step that made an adapter, and return them and `others` (docs/metrics.md)."""
         now = time.perf_counter()
         whole, sampling = now - self.lapped, fleet.busy_seconds - self.busy_seconds
         self.lapped, self.busy_seconds = now, fleet.busy_seconds
@@ -129,6 +131,7 @@ class Metrics:
             **{f"time/{phase}": seconds for phase, seconds in self.seconds.items()},
             "time/sampling": sampling if sampling > 0 else None,  # 0: no engine answered
             "time/reward": collection.reward_seconds,
+            "time/stragglers": collection.straggler_seconds,
             "checkpoint/seconds": saved.seconds if saved else None,
             "checkpoint/bytes": saved.bytes if saved else None,
             "memory/driver": machine.own_bytes(),
@@ -139,16 +142,21 @@ class Metrics:
         tokens = figures["completion/tokens"] or 0
         figures["rollout/tokens_per_second"] = tokens / sampling if sampling > 0 else None
         figures["learner/tokens_per_second"] = update.tokens / update.seconds if update.tokens else None
-        finite = {name: value if value is None or math.isfinite(value) else None for name, value in figures.items()}
-        self._show(step, finite)
-        return json.dumps({"step": step, "adapter": made.digest, **finite})
+        finite: dict[str, Any] = {
+            name: value if value is None or math.isfinite(value) else None for name, value in figures.items()
+        }
+        slowest = bottleneck(finite)
+        self._show(step, finite, slowest)
+        if slowest:
+            finite["bottleneck"], finite["bottleneck/share"] = slowest
+        return {"step": step, "adapter": made.digest, **finite}
 
     def totals(self) -> dict[str, float]:
         """Seconds of this process's training and of all of it so far, start of the actors and evaluation included."""
         now = time.perf_counter()
         return {"time/train": self.lapped - self.began, "time/total": now - self.entered}
 
-    def _show(self, step: int, figures: Mapping[str, float | None]) -> None:
+    def _show(self, step: int, figures: Mapping[str, float | None], slowest: tuple[str, float] | None) -> None:
         self.rewards.append(figures["reward/mean"] or 0.0)
         left = (time.perf_counter() - self.began) / (step + 1 - self.first_step) * (self.steps - step - 1)
         shown = {
@@ -156,6 +164,9 @@ class Metrics:
             for name, (label, form) in _SHOWN.items()
             if (value := figures.get(name)) is not None
         } | {"time left": f"{left:.0f} s"}
+        if slowest:
+            name, share = slowest
+            shown["bottleneck"] = f"{name} {share:.0%} ({advice(name)})"
         if self.is_live:
             self.live.update(self._table(step, shown))
         else:

@@ -21,6 +21,7 @@ def test_figures_by_hand() -> None:
     assert summarise(GROUPS, version=3) == {
         "reward/mean": 0.25,
         "reward/max": 1.0,
+        "reward/min": 0.0,
         "reward/informative_groups": 0.5,
         "completion/length": 2.0,
         "completion/truncated": 0.0,
@@ -32,7 +33,7 @@ def test_figures_by_hand() -> None:
 
 
 def log(*steps: int, update: UpdateStats = UPDATE) -> list[dict[str, Any]]:
-    lines: list[str] = []
+    lines: list[dict[str, Any]] = []
     with Metrics(10) as metrics:
         metrics.start(steps[0], FleetStats(engines=1, busy_seconds=1.0, canaries={}, lost=0, replayed=0))
         for busy, step in enumerate(steps, start=1):
@@ -43,7 +44,7 @@ def log(*steps: int, update: UpdateStats = UPDATE) -> list[dict[str, Any]]:
             fleet = FleetStats(engines=1, busy_seconds=1.0 + 4.0 * busy, canaries=canaries, lost=0, replayed=0)
             proofs, saved = [Proof("", 0.01, 0.02)], Saved(0.01, 5000)
             lines.append(metrics.log(step, proofs, collection, update, fleet, saved, MADE, {"accuracy/held_out": 0.5}))
-    return [json.loads(line) for line in lines]
+    return [json.loads(json.dumps(line)) for line in lines]
 
 
 def test_a_line_a_step(capsys: pytest.CaptureFixture[str]) -> None:
