@@ -347,6 +347,24 @@ class HealthConfig:
 
 
 @dataclass(frozen=True)
+class TrackersConfig:
+    __pydantic_config__ = _STRICT
+
+    use: tuple[
+        Literal["wandb", "tensorboard", "trackio", "mlflow"] | Annotated[str, Field(pattern=r".:\w+$")], ...
+    ] = ()
+    """Trackers to send figures to: wandb, tensorboard, trackio, mlflow, or a class of your own as file.py:Name."""
+    project: str = "rlora"
+    """The project of W&B and trackio, and the experiment of MLflow."""
+    samples_every: Annotated[int, Field(ge=0)] = 10
+    """Send a table of sampled completions every so many steps; 0: none."""
+    patience: Positive = 60.0
+    """Seconds that a tracker may take for its last figures at the end of a run."""
+    strict: bool = False
+    """Stop before the run where a tracker can't start, in place of a warning."""
+
+
+@dataclass(frozen=True)
 class CheckConfig:
     __pydantic_config__ = _STRICT
 
@@ -397,6 +415,7 @@ class Config:
     evaluate: EvaluateConfig = EvaluateConfig()
     check: CheckConfig = CheckConfig()
     health: HealthConfig = HealthConfig()
+    trackers: TrackersConfig = TrackersConfig()
 
     @property
     def max_model_len(self) -> int:

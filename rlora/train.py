@@ -85,6 +85,7 @@ def train(
     from rlora.run.checkpoint import newest
     from rlora.run.prepare import is_finished, prepared
     from rlora.run.run import Callback
+    from rlora.trackers.tracking import tracked
 
     if resume and (run_dir or overwrite):
         raise RloraError(f"train: resume = {str(resume)!r} goes on where the run is; leave out run_dir and overwrite")
@@ -93,7 +94,8 @@ def train(
     whole = given(config, changes, resume, fork)
     with prepared(whole, run_dir, resume, fork, overwrite, observers) as run:
         if not is_finished(run.place, run.config, run.start):
-            drive([run])
+            with tracked(run):
+                drive([run])
     last = newest(run.place, directory.Origin.of(run.place))
     assert last
     return Result(run.place, last.adapter, directory.summary(run.place), directory.figures(run.place))

@@ -11,7 +11,7 @@ from rlora.core.objectives import READY
 
 FLOORS = [
     {"records"}, {"plugin", "machine", "settings"}, {"config", "store"}, {"model"}, {"core", "scoring"},
-    {"engine", "rollout"}, {"telemetry"}, {"run"}, {"cluster"}, {"train", "primitives"}, {"__init__"},
+    {"engine", "rollout"}, {"telemetry"}, {"run"}, {"cluster", "trackers"}, {"train", "primitives"}, {"__init__"},
     {"cli"}, {"__main__"},
 ]  # fmt: skip
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

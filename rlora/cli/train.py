@@ -12,12 +12,14 @@ from rlora.cli.overrides import parse_train
 def train_command(arguments: list[str]) -> None:
     given = parse_train(arguments)
     from rlora.run.prepare import is_finished, prepared
+    from rlora.trackers.tracking import tracked
     from rlora.train import drive
 
     with prepared(given.config, given.run_dir, given.resume, given.fork, given.overwrite) as run:
         try:
             if not is_finished(run.place, run.config, run.start):  # else who restarts what ended is told the same again
-                drive([run])
+                with tracked(run):
+                    drive([run])
         except BaseException:
             print(f"`rlora train --resume {run.place}` goes on from what is saved there", file=sys.stderr)
             raise

@@ -1,0 +1,36 @@
+"""TensorBoard, in the run's own directory."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from rlora.trackers.tracker import Tracked
+
+
+class TensorBoard:
+    """Event files in <run>/tensorboard. A resume has TensorBoard leave out what a death made come twice."""
+
+    def __init__(self, tracked: Tracked, last: int) -> None:
+        self.writer = SummaryWriter(str(Path(tracked.directory) / "tensorboard"), purge_step=last + 1)
+        if last < 0:
+            table = "\n".join(f"| {name} | {value} |" for name, value in tracked.flat.items())
+            self.writer.add_text("config", f"| field | value |\n|---|---|\n{table}", 0)
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        for name, value in figures.items():
+            self.writer.add_scalar(name, value, step)
+
+    def samples(self, step: int, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+        lines += [
+            "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows
+        ]
+        self.writer.add_text("samples", "\n".join(lines), step)
+
+    def flush(self) -> None:
+        self.writer.flush()
+
+    def finish(self, failed: bool, summary: Mapping[str, Any]) -> None:
+        self.writer.close()

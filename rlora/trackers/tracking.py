@@ -1,0 +1,96 @@
+"""Has a run tracked: a process for each tracker, which costs a warning and never a step."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+from rlora.records import RloraError
+from rlora.run.directory import warn
+from rlora.run.run import Run
+
+_START = 60.0  # seconds in which a tracker has to be ready, with `trackers.strict`
+
+
+class _Process:
+    """A tracker's process. What goes wrong in it is told as a warning."""
+
+    def __init__(self, name: str, run: Run) -> None:
+        self.name, self.settings = name, run.config.trackers
+        self.ready, self.error = threading.Event(), ""
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "rlora.trackers.process"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(each or os.getcwd() for each in sys.path)},
+            start_new_session=True,  # Ctrl-C is for the run, which ends it
+        )  # fmt: skip
+        asked = {"name": name, "directory": str(run.place), "project": self.settings.project}
+        self.say(json.dumps(asked | {"samples_every": self.settings.samples_every}))
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def require(self) -> None:
+        """Wait until it is ready. Raises RloraError where it can't be."""
+        deadline = time.monotonic() + _START
+        while not self.ready.wait(0.1):
+            if self.error or self.process.poll() is not None or time.monotonic() > deadline:
+                self.process.kill()
+                reason = self.error or f"it was not ready after {_START:.0f} s"
+                raise RloraError(f"trackers.strict = true: {self.name}: {reason}")
+
+    def wait(self) -> None:
+        """Wait until it has handed on the rest. One that hangs is ended after `trackers.patience` seconds."""
+        try:
+            self.process.wait(self.settings.patience)
+        except subprocess.TimeoutExpired:
+            warn(
+                f"trackers.use = {self.name!r}: it has not ended after trackers.patience = {self.settings.patience:g} "
+                "s and is left; all figures stand in metrics.jsonl"
+            )
+            self.process.kill()
+            self.process.wait()
+
+    def say(self, word: str) -> None:
+        """Send a line."""
+        assert self.process.stdin
+        with suppress(OSError):  # it is gone, and has said why
+            self.process.stdin.write(f"{word}\n")
+            self.process.stdin.flush()
+
+    def _read(self) -> None:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            message = json.loads(line)
+            if message.get("ready"):
+                self.ready.set()
+            else:
+                self.error = message["error"]
+                warn(f"tracker {self.name}: {self.error}; training goes on")
+
+
+@contextmanager
+def tracked(run: Run) -> Iterator[None]:
+    """Have the run tracked within by what `trackers.use` names.
+
+    Raises RloraError, with `trackers.strict`, where a tracker can't start.
+    """
+    processes = [_Process(name, run) for name in run.config.trackers.use]
+    try:
+        if run.config.trackers.strict:
+            for each in processes:
+                each.require()
+        yield
+    except BaseException:
+        _end(processes, "failed")
+        raise
+    _end(processes, "end")
+
+
+def _end(processes: Sequence[_Process], word: str) -> None:
+    for each in processes:
+        each.say(word)
+    for each in processes:
+        each.wait()
