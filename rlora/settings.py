@@ -1,32 +1,18 @@
 """The settings of a run: one frozen dataclass, a docstring for each field."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import Field
 
+from rlora.fields import STRICT, Arguments, Count, Decay, Directory, Positive
 from rlora.records import MAX_RANK, Style
-
-
-def _absolute(directory: str) -> str:
-    """A local directory from the root, for an actor's working directory is another; anything else as it is."""
-    return str(Path(directory).absolute()) if directory and Path(directory).is_dir() else directory
-
-
-Directory = Annotated[str, AfterValidator(_absolute)]
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-Value = bool | int | float | str
-Arguments = dict[str, Value | list[Value]]  # of a plug-in or a template, by name
-
-_STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
+from rlora.watch_settings import CheckConfig, EvaluateConfig, HealthConfig, TrackersConfig
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     temperature: Annotated[float, Field(ge=0.01)] = 1.0
     """Temperature of training rollouts; the learner's logprobs use it too."""
@@ -38,7 +24,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class ChatConfig:
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     system: str = ""
     """System message of every prompt that has none."""
@@ -57,7 +43,7 @@ class ChatConfig:
 
 @dataclass(frozen=True)
 class ScoringConfig:
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     style: Style = "auto"
     """The form of the reward functions, where their parameters' names do not tell it; docs/rewards.md has them."""
@@ -93,7 +79,7 @@ class ScoringConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     replicas: Count = 1
     """How many engines sample; Ray places each by its resources."""
@@ -121,7 +107,7 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class LearnerConfig:
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     adapter: Literal["lora", "none"] = "lora"
     """What is trained: a low-rank adapter, or, with `none`, all weights: the baseline, whose lr is a tenth or less."""
@@ -186,7 +172,7 @@ ReadyAlgorithm = Literal["reinforce", "grpo", "dr-grpo", "dapo", "gspo", "cispo"
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     name: ReadyAlgorithm | Annotated[str, Field(pattern=r".:\w+$")] = "reinforce"
     """Sets what the fields below are unless they are given (docs/algorithms.md has the table), or names an objective of
@@ -250,7 +236,7 @@ class AlgorithmConfig:
 
 @dataclass(frozen=True)
 class CriticConfig:
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     rank: Annotated[int, Field(ge=1, le=MAX_RANK)] = 1
     """Rank of the critic's own adapter, over all matrices of the same base; its scale is `learner.alpha`."""
@@ -280,7 +266,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     keep_last: Count = 20
     """Bundles to keep, the newest ones; one is written after each step. Of all weights two at most, and no others."""
@@ -299,84 +285,8 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
-class SetConfig:
-    """A set of held-out prompts to evaluate on, beside those of the run's own env."""
-
-    __pydantic_config__ = _STRICT
-
-    env: str = ""
-    """Where its prompts come from, as in `env`; by default the env of the run."""
-    env_args: Arguments = field(default_factory=dict)
-    """Arguments of its env; without `env` they are added to those of the run."""
-    prompts: Count = 100
-    """The number of prompts, the first that its held_out() gives."""
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    __pydantic_config__ = _STRICT
-
-    prompts: Annotated[int, Field(ge=0)] = 100
-    """Held-out prompts, the first that the env gives, to answer before and after training; 0 is none."""
-    every: Annotated[int, Field(ge=0)] = 0
-    """Evaluate after every so many steps too, beside training; 0: before and after training only."""
-    samples: Count = 1
-    """Completions per held-out prompt: one is greedy, several are sampled at `sampling.temperature`."""
-    sets: dict[str, SetConfig] = field(default_factory=dict)
-    """Other sets of held-out prompts by name, each a table [evaluate.sets.NAME]."""
-    threshold: float = 1.0
-    """A completion counts as correct from this reward on."""
-
-
-HealthRule = Literal[
-    "floor", "solved", "truncated", "failing_rewards", "dead_part", "engine_learner_apart", "entropy_collapsed",
-    "overfitting", "no_signal", "skipped",
-]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class HealthConfig:
-    __pydantic_config__ = _STRICT
-
-    stop: tuple[HealthRule, ...] = ()
-    """Rules that stop the run, with everything saved; docs/metrics.md has them. The others are warnings."""
-    steps: Annotated[int, Field(ge=2)] = 5
-    """The number of steps in a row for which a rule has to hold."""
-    errors: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """The share of episodes whose reward function may time out or fail before the rule failing_rewards holds."""
-
-
-@dataclass(frozen=True)
-class TrackersConfig:
-    __pydantic_config__ = _STRICT
-
-    use: tuple[
-        Literal["wandb", "tensorboard", "trackio", "mlflow"] | Annotated[str, Field(pattern=r".:\w+$")], ...
-    ] = ()
-    """Trackers to send figures to: wandb, tensorboard, trackio, mlflow, or a class of your own as file.py:Name."""
-    project: str = "rlora"
-    """The project of W&B and trackio, and the experiment of MLflow."""
-    samples_every: Annotated[int, Field(ge=0)] = 10
-    """Send a table of sampled completions every so many steps; 0: none."""
-    patience: Positive = 60.0
-    """Seconds that a tracker may take for its last figures at the end of a run."""
-    strict: bool = False
-    """Stop before the run where a tracker can't start, in place of a warning."""
-
-
-@dataclass(frozen=True)
-class CheckConfig:
-    __pydantic_config__ = _STRICT
-
-    prompts: Annotated[int, Field(ge=0)] = 16
-    """Prompts on which the reward functions are tried before a run: with the gold, with another's, and with no text."""
-    strict: bool = False
-    """Stop where that finds a fault, in place of a warning."""
-
-
-@dataclass(frozen=True)
 class Config:
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     model: Directory
     """The frozen base: a hub id, a local directory, or demo:smollm2-135m."""

@@ -10,8 +10,8 @@ from conftest import ROOT
 from rlora.core.objectives import READY
 
 FLOORS = [
-    {"records"}, {"plugin", "machine", "settings"}, {"config", "store"}, {"model"}, {"core", "scoring"},
-    {"engine", "rollout"}, {"telemetry"}, {"run"}, {"cluster", "trackers"}, {"train", "primitives"}, {"__init__"},
+    {"records", "fields"}, {"plugin", "machine", "watch_settings"}, {"settings"}, {"config", "store"}, {"model"},
+    {"core", "scoring"}, {"engine", "rollout"}, {"telemetry"}, {"run"}, {"cluster", "trackers"}, {"train", "primitives"}, {"__init__"},
     {"cli"}, {"__main__"},
 ]  # fmt: skip
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

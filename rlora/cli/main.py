@@ -22,8 +22,8 @@ from rlora.cli.train import train_command
 from rlora.config import differences, refuse_another_policy, validate
 from rlora.records import BASE, STATUSES, Adapter, RewardError, RloraError
 from rlora.run.source import read_run, split
-from rlora.settings import CheckConfig
 from rlora.store import Place, write_rows
+from rlora.watch_settings import CheckConfig
 
 if TYPE_CHECKING:
     from rlora.run.replay import Replayed

@@ -6,7 +6,8 @@ from statistics import fmean, median
 from typing import Any
 
 from rlora.records import RloraError, UpdateStats
-from rlora.settings import Config, HealthRule
+from rlora.settings import Config
+from rlora.watch_settings import HealthRule
 
 Line = Mapping[str, Any]  # the figures of a step
 Lines = Sequence[Line]  # of a run so far, the step under way last

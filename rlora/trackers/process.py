@@ -7,7 +7,6 @@ was handed on is noted in <run>/trackers/<name>.json. The next line of stdin, "e
 """
 
 import json
-import math
 import os
 import queue
 import sys
@@ -53,9 +52,9 @@ class Follower:
         """Start the tracker. Raises RloraError where it is not installed, and whatever its library raises."""
         self.tracker = self.tracker or make(self.name, self._tracked(), self.last)
 
-    def catch_up(self, everything: bool = False) -> None:
-        """Hand on the steps that are there to stay, or all of them."""
-        newest = math.inf if everything else max(self._bundles(), default=0)
+    def catch_up(self) -> None:
+        """Hand on the steps that are there to stay."""
+        newest = max(self._bundles(), default=0)
         for line in self._lines():
             if self.last < line["step"] < newest:
                 self._hand_on(line)
@@ -66,7 +65,7 @@ class Follower:
 
     def end(self, failed: bool) -> None:
         """Hand on the rest, and end the tracker's run."""
-        self.catch_up(everything=True)
+        self.catch_up()
         if self.tracker:
             self.tracker.finish(failed, json.loads(read_file(self.run / "summary.json") or b"{}"))
 

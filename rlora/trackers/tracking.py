@@ -29,8 +29,9 @@ class _Process:
             start_new_session=True,  # Ctrl-C is for the run, which ends it
         )  # fmt: skip
         asked = {"name": name, "directory": str(run.place), "project": self.settings.project}
-        self.say(json.dumps(asked | {"samples_every": self.settings.samples_every}))
-        threading.Thread(target=self._read, daemon=True).start()
+        self.say(json.dumps(asked | {"samples_every": self.settings.samples_every}), last=False)
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def require(self) -> None:
         """Wait until it is ready. Raises RloraError where it can't be."""
@@ -52,23 +53,28 @@ class _Process:
             )
             self.process.kill()
             self.process.wait()
+        self._reader.join(timeout=1.0)
 
-    def say(self, word: str) -> None:
-        """Send a line."""
+    def say(self, word: str, last: bool = True) -> None:
+        """Send a line, after which none comes where it is the last."""
         assert self.process.stdin
         with suppress(OSError):  # it is gone, and has said why
             self.process.stdin.write(f"{word}\n")
             self.process.stdin.flush()
+        if last:
+            with suppress(OSError):
+                self.process.stdin.close()
 
     def _read(self) -> None:
         assert self.process.stdout
-        for line in self.process.stdout:
-            message = json.loads(line)
-            if message.get("ready"):
-                self.ready.set()
-            else:
-                self.error = message["error"]
-                warn(f"tracker {self.name}: {self.error}; training goes on")
+        with self.process.stdout as lines:
+            for line in lines:
+                message = json.loads(line)
+                if message.get("ready"):
+                    self.ready.set()
+                else:
+                    self.error = message["error"]
+                    warn(f"tracker {self.name}: {self.error}; training goes on")
 
 
 @contextmanager

@@ -8,7 +8,8 @@ import pytest
 
 from rlora.records import RloraError
 from rlora.run.health import RULES, Health
-from rlora.settings import Config, HealthRule
+from rlora.settings import Config
+from rlora.watch_settings import HealthRule
 
 STEPS = 5
 
