@@ -11,7 +11,8 @@ from rlora.core.objectives import READY
 
 FLOORS = [
     {"records", "fields"}, {"plugin", "machine", "watch_settings"}, {"settings"}, {"config", "store"}, {"model"},
-    {"core", "scoring"}, {"engine", "rollout"}, {"telemetry"}, {"run"}, {"cluster", "trackers"}, {"train", "primitives"}, {"__init__"},
+    {"core", "scoring"}, {"engine", "rollout"}, {"telemetry"}, {"run"}, {"cluster", "trackers"},
+    {"train", "primitives"}, {"__init__"},
     {"cli"}, {"__main__"},
 ]  # fmt: skip
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
