@@ -142,4 +142,39 @@ class Runs:
     """Where they lie side by side."""
 
 
+@dataclass(frozen=True)
+class Submit:
+    """Train on a Ray cluster, as a job of it. What `rlora train` takes may follow FILE.
+
+    It sends the working directory, follows the job, and exits as the job does. Ctrl-C asks whether to stop it.
+    """
+
+    file: tyro.conf.Positional[Path | None] = None
+    """A TOML config in the working directory."""
+    address: str | None = None
+    """The dashboard of the head node, http://HOST:8265; by default RAY_ADDRESS, or the cluster of this machine."""
+    working_dir: Path = Path()
+    """The directory to send, at most 500 MiB without what its .gitignore names; the job runs in a copy of it."""
+    entrypoint_cpus: float = 1.0
+    """Ray CPUs for the process of `rlora train` itself; engines and learners reserve their own."""
+    entrypoint_gpus: float = 0.0
+    """Ray GPUs for that process, which computes nothing."""
+    name: str | None = None
+    """The job's id; Ray makes one by default."""
+    detach: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Return once the job is submitted."""
+    follow: str | None = None
+    """Follow this job, which was submitted before, in place of submitting one."""
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """List the jobs that rlora has submitted to a Ray cluster."""
+
+    address: str | None = None
+    """The dashboard of the head node, http://HOST:8265; by default RAY_ADDRESS, or the cluster of this machine."""
+    stop: str | None = None
+    """Ask this job to stop, in place of listing."""
+
+
 Given = TypeVar("Given", Train, Eval, Check, Show, Replay)

@@ -1,4 +1,4 @@
-"""The command line: rlora train | eval | check | replay | runs | export | grade | show | scale."""
+"""The command line: rlora train | eval | check | replay | runs | export | grade | show | scale | submit | jobs."""
 
 import sys
 import time
@@ -11,13 +11,14 @@ import tyro
 from upath import UPath
 
 import rlora
-from rlora.cli.arguments import Check, Eval, Export, Grade, Replay, Runs, Scale, Show, Train
+from rlora.cli.arguments import Check, Eval, Export, Grade, Jobs, Replay, Runs, Scale, Show, Train
 from rlora.cli.overrides import (
     parse_check,
     parse_eval,
     parse_replay,
     parse_show,
 )
+from rlora.cli.submit import jobs_command, submit_command
 from rlora.cli.train import train_command
 from rlora.config import differences, refuse_another_policy, validate
 from rlora.records import BASE, STATUSES, Adapter, RewardError, RloraError
@@ -41,6 +42,8 @@ _USAGE = f"""usage: rlora COMMAND ...
   grade     {Grade.__doc__}
   show      {Show.__doc__}
   scale     {Scale.__doc__}
+  submit    Train on a Ray cluster, as a job of it, and follow it.
+  jobs      {Jobs.__doc__}
 
 `rlora COMMAND --help` documents every option, `rlora --version` prints the version."""
 
@@ -49,7 +52,7 @@ def main() -> None:
     """Run the command in sys.argv; exits with 0, 1 (an error that its message explains), 2 (usage) or 130 (Ctrl-C)."""
     commands = {
         "train": train_command, "eval": _eval, "check": _check, "replay": _replay, "runs": _runs, "export": _export,
-        "grade": _grade, "show": _show, "scale": _scale,
+        "grade": _grade, "show": _show, "scale": _scale, "submit": submit_command, "jobs": jobs_command,
     }  # fmt: skip
     command, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
     if command in ("-h", "--help", "--version"):

@@ -36,7 +36,7 @@ def join_ray() -> None:
     except Exception as error:
         ray.shutdown()
         if address == "local":
-            raise RloraError(f"Ray: no cluster could be started: {_first_sentence(error)}") from error
+            raise RloraError(f"Ray: no cluster could be started: {first_sentence(error)}") from error
         raise RloraError(f"Ray: {where}: {_reason(error)}") from error
 
 
@@ -85,9 +85,9 @@ def _reason(error: BaseException) -> str:
         )
     if "Failed to connect" in told:
         return f"what answers there is no head node that Ray {ray.__version__} can speak with; {_GONE}"
-    return f"{_first_sentence(error)}; {_GONE}"
+    return f"{first_sentence(error)}; {_GONE}"
 
 
-def _first_sentence(error: BaseException) -> str:
+def first_sentence(error: BaseException) -> str:
     first = re.split(r"\.\s|\n", str(error).strip(), maxsplit=1)[0].rstrip(".")
     return first or type(error).__name__
