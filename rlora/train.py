@@ -81,6 +81,7 @@ def train(
 
     Raises RloraError for whatever a message can explain, before anything is trained where that is possible.
     """
+    from rlora.cluster.gauges import Gauges
     from rlora.run import directory
     from rlora.run.checkpoint import newest
     from rlora.run.prepare import is_finished, prepared
@@ -89,8 +90,7 @@ def train(
 
     if resume and (run_dir or overwrite):
         raise RloraError(f"train: resume = {str(resume)!r} goes on where the run is; leave out run_dir and overwrite")
-    if on_step:
-        observers = (*observers, Callback(on_step))
+    observers = (*observers, Gauges(), *([Callback(on_step)] if on_step else []))
     whole = given(config, changes, resume, fork)
     with prepared(whole, run_dir, resume, fork, overwrite, observers) as run:
         if not is_finished(run.place, run.config, run.start):

@@ -11,11 +11,12 @@ from rlora.cli.overrides import parse_train
 
 def train_command(arguments: list[str]) -> None:
     given = parse_train(arguments)
+    from rlora.cluster.gauges import Gauges
     from rlora.run.prepare import is_finished, prepared
     from rlora.trackers.tracking import tracked
     from rlora.train import drive
 
-    with prepared(given.config, given.run_dir, given.resume, given.fork, given.overwrite) as run:
+    with prepared(given.config, given.run_dir, given.resume, given.fork, given.overwrite, observers=[Gauges()]) as run:
         try:
             if not is_finished(run.place, run.config, run.start):  # else who restarts what ended is told the same again
                 with tracked(run):

@@ -1,0 +1,72 @@
+"""The files of launch/cluster, as far as a machine without a cluster can check them."""
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from rlora.cli.overrides import parse_train
+
+CLUSTER = ROOT / "launch" / "cluster"
+
+
+def containers(node: dict[str, Any]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = node["template"]["spec"]["containers"]
+    return found
+
+
+def test_the_ray_job_fits_its_schema() -> None:
+    """The fields of RayJob v1 that it uses, and that each volume and resource is there."""
+    job = yaml.safe_load((CLUSTER / "rayjob.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    known = {
+        "entrypoint", "entrypointNumCpus", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "backoffLimit",
+        "rayClusterSpec",
+    }  # fmt: skip
+    assert set(job["spec"]) == known
+    cluster = job["spec"]["rayClusterSpec"]
+    for node in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        assert isinstance(node["rayStartParams"], dict)
+        volumes = {volume["name"] for volume in node["template"]["spec"]["volumes"]}
+        (container,) = containers(node)
+        assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+        assert container["resources"]["requests"].keys() == container["resources"]["limits"].keys()
+        assert "/dev/shm" in {mount["mountPath"] for mount in container["volumeMounts"]}
+    (gpu,) = cluster["workerGroupSpecs"]
+    assert containers(gpu)[0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+
+
+def test_the_ray_job_runs_a_command_that_there_is() -> None:
+    job = yaml.safe_load((CLUSTER / "rayjob.yaml").read_text())
+    python, module, name, command, *arguments = job["spec"]["entrypoint"].split()
+    assert [python, module, name, command] == ["python", "-m", "rlora", "train"]
+    given = parse_train(arguments)
+    config = given.config
+    assert given.run_dir is not None
+    used = config.engine.replicas * config.engine.gpus + config.learner.replicas * config.learner.gpus
+    (gpu,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert used <= gpu["replicas"]
+
+
+def test_the_cluster_of_ray_up_has_the_nodes_that_it_names() -> None:
+    cluster = yaml.safe_load((CLUSTER / "ray-up.yaml").read_text())
+    types = cluster["available_node_types"]
+    assert cluster["head_node_type"] in types
+    assert cluster["max_workers"] >= sum(each.get("max_workers", 0) for each in types.values())
+    assert any("ray start --head" in each for each in cluster["head_start_ray_commands"])
+    assert any("--address=$RAY_HEAD_IP" in each for each in cluster["worker_start_ray_commands"])
+
+
+@pytest.mark.parametrize("script", sorted(CLUSTER.glob("*.sh")), ids=lambda path: path.name)
+def test_scripts_are_valid(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+def test_the_image_has_all_that_the_package_needs() -> None:
+    copied = [
+        line.split()[1:-1] for line in (CLUSTER / "Containerfile").read_text().splitlines() if line[:5] == "COPY "
+    ]
+    assert {"rlora", "envs", "rewards", "launch", "pyproject.toml"} <= {each for line in copied for each in line}
