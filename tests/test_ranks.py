@@ -10,15 +10,21 @@ from typing import Any
 
 import pytest
 import ray
+import safetensors.torch
 from conftest import episode, group
+from upath import UPath
+from witness import HOME, base
 
-from rlora import cluster
+from rlora import cluster, machine
 from rlora.cluster.ranks import Ranks
 from rlora.core.batch import Sample, sample_of
 from rlora.core.learner import Learner
 from rlora.core.optimizer import Adam
 from rlora.core.setup import Setup
+from rlora.core.state import is_by_position
 from rlora.records import Group, RloraError
+from rlora.run import checkpoint
+from rlora.run.replay import replay
 from rlora.settings import Config
 
 pytestmark = pytest.mark.vllm
@@ -86,6 +92,17 @@ def test_a_death_changes_no_bit(tiny: str, config: Callable[..., Config]) -> Non
         forward = [each.forward("two", samples(GROUPS)) for each in (there, here)]
         assert all(a.equal(b) for a, b in zip(*(chain(*each) for each in forward), strict=True))
         assert there.adapter("two") == here.adapter("two")
+
+
+def test_an_older_bundle_replays_by_a_process_of_its_own() -> None:
+    """Its state names tensors by position, and is compared with what the learner says of it."""
+    before, after = (checkpoint.read(UPath(HOME / "grpo-kl" / str(version))) for version in range(2))
+    assert is_by_position(safetensors.torch.load(after.state))
+    with base() as path, ranks(before.config, path) as there:
+        replayed = replay(there, Setup.of(before.config), before, after)  # type: ignore[arg-type]
+    if before.origin.machine == machine.name():
+        assert (replayed.exact, replayed.exact_state) == (True, True)
+    assert replayed.off < 1e-2 * replayed.moved
 
 
 FAULTY = """

@@ -26,7 +26,8 @@ class _Held:
     """What a policy is made of again where a learner dies."""
 
     setup: Setup
-    saved: bytes | None  # its last state; None while it is fresh
+    saved: bytes | None  # its last state, or what it was opened with; None while it is fresh
+    is_own: bool = False  # the state is what the learner says today: another release may name its tensors otherwise
     added: list[list[tuple[Any, ...]]] = field(default_factory=list)  # the `forward_backward` calls since
 
 
@@ -97,9 +98,10 @@ class Ranks:
         return adapter
 
     def state(self, policy: str) -> bytes:
-        saved = self._held[policy].saved
-        state: bytes = saved or self._call(partial(self._on_first, "state", policy))
-        return state
+        held = self._held[policy]
+        if held.saved is None or not held.is_own:
+            held.saved, held.is_own = self._call(partial(self._on_first, "state", policy)), True
+        return held.saved
 
     def _stepped(self, policy: str, method: str, *arguments: Any) -> Callable[[], Any]:
         """The result of a call on all that changes a policy, whose state after it is kept."""
@@ -116,7 +118,7 @@ class Ranks:
             except Exception:
                 self._out_of_step = True  # it may have changed the policy before it failed
                 raise
-            self._held[policy] = _Held(self._held[policy].setup, saved)
+            self._held[policy] = _Held(self._held[policy].setup, saved, is_own=True)
             return made
 
         return result
