@@ -314,7 +314,9 @@ def test_a_bare_checkout_runs_as_a_ray_job_with_two_replicas(tmp_path: Path) -> 
     shutil.copytree(ROOT, checkout, ignore=ignore, symlinks=True)  # rlora/envs is envs/
     source = (checkout / "envs" / "arithmetic.py").read_text()
     (checkout / "envs" / "only_here.py").write_text(source)  # so that no other rlora can run the job
-    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # a job's `python` is that of the cluster
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    environment = {**os.environ, **token, "PATH": path}
     home = tempfile.mkdtemp(prefix="ray-")  # of its own: no later ray.init finds this cluster; short for its sockets
     head = [ray, "start", "--head", "--port=0", "--dashboard-port=8299", "--disable-usage-stats", "--block"]
     head.append(f"--temp-dir={home}")
@@ -335,6 +337,7 @@ def test_a_bare_checkout_runs_as_a_ray_job_with_two_replicas(tmp_path: Path) -> 
         done = subprocess.run(
             submit, cwd=checkout, env=environment, capture_output=True, text=True, check=False, timeout=600
         )
+        ours = submitted(checkout, environment, tmp_path)
     finally:
         cluster.terminate()
         cluster.wait(timeout=60)
@@ -342,6 +345,36 @@ def test_a_bare_checkout_runs_as_a_ray_job_with_two_replicas(tmp_path: Path) -> 
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 2/2" in done.stdout  # its metrics are streamed
     assert len(metrics(run)) == 2
+    good, bad, listed, nobody = ours
+    assert good.returncode == 0, good.stdout + good.stderr
+    assert "step 1/1" in good.stdout
+    assert bad.returncode == 1
+    assert "no judge today" in (bad.stdout + bad.stderr)[-2000:]
+    assert re.search(r"good +succeeded", listed.stdout), listed.stdout
+    assert re.search(r"bad +failed", listed.stdout), listed.stdout
+    assert nobody.returncode == 1
+    assert "--address http://127.0.0.1:1: " in nobody.stderr
+    assert "Traceback" not in nobody.stderr
+
+
+def submitted(checkout: Path, environment: dict[str, str], place: Path) -> list[subprocess.CompletedProcess[str]]:
+    """`rlora submit` of a run that ends and of one whose reward fails, `rlora jobs`, and an address where nobody is."""
+    (checkout / "bad.py").write_text("def bad(completion, answer):\n    raise ValueError('no judge today')\n")
+    address = "--address", "http://127.0.0.1:8299"
+    small = TOML, "--steps", "1", *SMALL
+    commands: list[tuple[str, ...]] = [
+        ("submit", *small, *address, "--name", "good", "--run-dir", str(place / "good")),
+        ("submit", *small, *address, "--name", "bad", "--reward", "bad.py:bad", "--run-dir", str(place / "bad")),
+        ("jobs", *address),
+        ("submit", *small, "--address", "http://127.0.0.1:1"),
+    ]
+    return [
+        subprocess.run(
+            [sys.executable, "-m", "rlora", *command], cwd=checkout, env=environment,
+            capture_output=True, text=True, check=False, timeout=600,
+        )
+        for command in commands
+    ]  # fmt: skip
 
 
 PHASES = ("idle", "loading", "canary", "sampling", "learning", "scoring")
