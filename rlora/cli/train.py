@@ -16,7 +16,8 @@ def train_command(arguments: list[str]) -> None:
 
     with prepared(given.config, given.run_dir, given.resume, given.fork, given.overwrite) as run:
         try:
-            if not is_finished(run.place, run.config, run.start):  # else who restarts what ended is told the same again
+            # A finished run is not trained: its summary is printed again.
+            if not is_finished(run.place, run.config, run.start):
                 drive([run])
         except BaseException:
             print(f"`rlora train --resume {run.place}` goes on from what is saved there", file=sys.stderr)
