@@ -288,8 +288,8 @@ def refuse_another_policy(before: Config, after: Config, option: str) -> None:
     for name, (was, now) in differences(before, after).items():
         if name in _FIXED or (critics[0] != critics[1] and name in ("critic.rank", "algorithm.advantage")):
             raise RloraError(
-                f"{name} = {now!r}: {option} goes on with an adapter that was trained with {was!r}, and what was saved "
-                "of it fits nothing else; leave it out, or start a new run"
+                f"{name} = {now!r}: {option} goes on with an adapter that was trained with {was!r}, and the saved "
+                "adapter cannot be used with another value; leave it out, or start a new run"
             )
 
 

@@ -214,7 +214,7 @@ class Judge:
 def test_the_source_of_a_notebooks_cells_goes_along(
     texts: tuple[str, ...], make: Callable[[dict[str, Any]], Any]
 ) -> None:
-    """Whether a function reads text or messages is told by its source, which is in no file there."""
+    """The source decides whether a function is passed text or chat messages. Another process has no file with it."""
     spec = plugin.give(make(cells(*texts)))
     with closing(Pool(Setup((spec,), given=plugin.pickled("reward", [spec])), 1)) as pool:
         (scores,) = pool.do(CASE).result()

@@ -18,7 +18,8 @@ def train_command(arguments: list[str]) -> None:
 
     with prepared(given.config, given.run_dir, given.resume, given.fork, given.overwrite, observers=[Gauges()]) as run:
         try:
-            if not is_finished(run.place, run.config, run.start):  # else who restarts what ended is told the same again
+            # A finished run is not trained: its summary is printed again.
+            if not is_finished(run.place, run.config, run.start):
                 with tracked(run):
                     drive([run])
         except BaseException:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlora.model.chat import Chat
-from rlora.plugin import at, file_of, load
+from rlora.plugin import at, file_of
 from rlora.records import Prompt, RewardError, RloraError
 from rlora.rollout.golds import (
     FORMS,
@@ -59,13 +59,17 @@ class Report:
 
 
 def check(
-    config: Config, env: Any, chat: Chat, pool: Pool, prompts: Sequence[Prompt], held_out: Sequence[Prompt]
-) -> Report:
-    """Try the reward functions that `pool` runs. Raises RloraError where there is a fault, with `check.strict`."""
+    config: Config, env: Any, chat: Chat, pool: Pool, prompts: Sequence[Prompt], held_out: Sequence[Prompt],
+    ready_made: bool = False,
+) -> Report:  # fmt: skip
+    """Try the reward functions that `pool` runs. Raises RloraError where there is a fault, with `check.strict`.
+
+    `ready_made` says that the env was given as an object, and not built from `env_args`.
+    """
     if not config.check.prompts:
         return Report()
     start = time.monotonic()
-    made = _Check(config, env, chat, pool)
+    made = _Check(config, env, chat, pool, ready_made)
     try:
         made.run(prompts, held_out)
     except RewardError as error:  # its processes can't be started again
@@ -77,7 +81,7 @@ def check(
 
 
 class _Check:
-    def __init__(self, config: Config, env: Any, chat: Chat, pool: Pool) -> None:
+    def __init__(self, config: Config, env: Any, chat: Chat, pool: Pool, ready_made: bool) -> None:
         self.config, self.env, self.chat = config, env, chat
         self.agent = hasattr(env, "reply")
         self.bench = Bench(config, chat, pool, self.agent)
@@ -87,8 +91,7 @@ class _Check:
         self.trials: list[list[Trial]] = []  # by prompt, of those that were tried to the end
         self.faults: list[Fault] = []
         self.notes: list[str] = []
-        made = callable(load("env", config.env))  # of env_args, and not given ready-made
-        parameters = inspect.signature(type(env)).parameters if made else {}
+        parameters = {} if ready_made else inspect.signature(type(env)).parameters
         self.column = config.env_args.get("answer", parameters["answer"].default) if "answer" in parameters else None
         self.answers = f"env = {config.env!r}" if self.column is None else f"env_args.answer = {self.column!r}"
 

@@ -75,7 +75,7 @@ def load_task(config: Config) -> Task:
             prompts=fitting,
             held_out=fitting_held_out,
             dropped=len(train) - len(fitting) + len(held_out) - len(fitting_held_out),
-            checked=check(config, env, task.chat, pool, fitting, fitting_held_out),
+            checked=check(config, env, task.chat, pool, fitting, fitting_held_out, ready_made=env is plugged),
             scoring=scoring,
             sets=({HELD_OUT: fitting_held_out} if fitting_held_out else {}) | _sets(config, task, env),
         )

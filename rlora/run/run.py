@@ -26,9 +26,9 @@ from rlora.telemetry.metrics import Metrics
 
 
 class Observer(Protocol):
-    """A tracker, a report or a callback, which is told of each step of a run.
+    """Receives the figures of each training step, for example to forward them to a tracker.
 
-    An exception that it raises becomes a warning and does not end the run.
+    An exception raised by an observer is reported as a warning and does not end the run.
     """
 
     def on_step(self, run: "Run", figures: Mapping[str, Any]) -> None:
