@@ -25,6 +25,7 @@ _SETS = ("evaluate", "sets")
 _TAKEN = ("held_out", "before", "after", "prompts", "version")  # what accuracy/NAME has already
 
 _ADAPTER = TypeAdapter(Config)
+_PACKAGE = Path(__file__).parent
 
 
 def read(path: Path | UPath) -> Config:
@@ -33,12 +34,21 @@ def read(path: Path | UPath) -> Config:
 
 
 def read_table(path: Path | UPath) -> dict[str, Any]:
-    """The tables of such a file, before any of their values is checked. Raises RloraError where it is not TOML."""
+    """The tables of such a file, before any of their values is checked. Raises RloraError where it is not TOML.
+
+    Where there is no launch/NAME.toml in the working directory, it is the recipe of that name in the installed package.
+    """
+    if path.parts[:-1] == ("launch",) and not path.is_file() and (recipe := _PACKAGE / path).is_file():
+        path = recipe
     try:
         data = path.read_bytes()
         table = tomllib.loads(data.decode("utf-8-sig").replace("\r\n", "\n"))
     except OSError as error:
-        raise RloraError(f"{path}: can't be read ({error.strerror}); name a TOML file with a config") from None
+        recipes = ", ".join(f"launch/{recipe.name}" for recipe in sorted(_PACKAGE.glob("launch/*.toml")))
+        raise RloraError(
+            f"{path}: can't be read ({error.strerror}); name a TOML file with a config, or one that comes with rlora: "
+            f"{recipes}"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         if data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data:
             raise RloraError(f"{path}: not valid TOML: it looks like UTF-16; save it as UTF-8") from None

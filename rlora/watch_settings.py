@@ -24,6 +24,9 @@ class SetConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
+    """Evaluation on held-out prompts. Each set beside the run's own is a table [evaluate.sets.NAME], or
+    --evaluate.sets.NAME.prompts 50 and so on."""
+
     __pydantic_config__ = STRICT
 
     prompts: Annotated[int, Field(ge=0)] = 100

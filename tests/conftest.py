@@ -49,23 +49,31 @@ NEEDS_SHARED = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
 @contextmanager
 def ray_head(files: Path, environment: Mapping[str, str]) -> Iterator[str]:
     """The address of a Ray cluster that `ray start` began in an environment. It keeps its files in `files`."""
-    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--port=0", "--num-cpus=1", "--block",
-               f"--temp-dir={files}", "--include-dashboard=false", "--disable-usage-stats"]  # fmt: skip
-    log = files / "head.log"
+    options = "--head", "--port=0", "--num-cpus=1", f"--temp-dir={files}", "--include-dashboard=false"
+    try:
+        with ray_node(files / "head.log", environment, *options) as told:
+            (address,) = set(re.findall(r"--address='([^']+)'", told))
+            yield address
+    finally:
+        shutil.rmtree(files, ignore_errors=True)
+
+
+@contextmanager
+def ray_node(log: Path, environment: Mapping[str, str], *options: str) -> Iterator[str]:
+    """A node that `ray start` begins, and what it printed until it ran."""
+    command = [str(Path(sys.executable).with_name("ray")), "start", *options, "--block", "--disable-usage-stats"]
     with log.open("w") as output:
-        head = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+        node = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
     try:
         deadline = time.monotonic() + 120
         while "Ray runtime started" not in log.read_text():
-            assert head.poll() is None, log.read_text()
+            assert node.poll() is None, log.read_text()
             assert time.monotonic() < deadline
             time.sleep(0.2)
-        (address,) = set(re.findall(r"--address='([^']+)'", log.read_text()))
-        yield address
+        yield log.read_text()
     finally:
-        head.terminate()
-        head.wait(timeout=60)
-        shutil.rmtree(files, ignore_errors=True)
+        node.terminate()
+        node.wait(timeout=60)
 
 
 @pytest.fixture(scope="session")

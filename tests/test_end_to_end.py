@@ -12,7 +12,7 @@ import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import ray
 import torch
-from conftest import NEEDS_SHARED, ROOT, SHARED
+from conftest import NEEDS_SHARED, ROOT, SHARED, ray_head, ray_node
 from transformers import AutoConfig
 from upath import UPath
 
@@ -40,6 +40,7 @@ from rlora.train import drive
 
 pytestmark = pytest.mark.vllm
 TOML = "launch/arithmetic.toml"
+ADDRESS = ("--address", "http://127.0.0.1:8299")
 SMALL = ("--prompts-per-step", "4", "--group-size", "4", "--evaluate.prompts", "4")
 
 
@@ -318,29 +319,21 @@ def test_a_bare_checkout_runs_as_a_ray_job_with_two_replicas(tmp_path: Path) -> 
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     environment = {**os.environ, **token, "PATH": path}
     home = tempfile.mkdtemp(prefix="ray-")  # of its own: no later ray.init finds this cluster; short for its sockets
-    head = [ray, "start", "--head", "--port=0", "--dashboard-port=8299", "--disable-usage-stats", "--block"]
-    head.append(f"--temp-dir={home}")
+    head = "--head", "--port=0", "--dashboard-port=8299", f"--temp-dir={home}"
     job = [
         *("env", f"PYTHONPATH={sysconfig.get_path('purelib')}", sys.executable, "-S"),  # without the editable install
         *("-m", "rlora", "train", TOML, "--steps", "2", "--env", "rlora.envs.only_here:Arithmetic"),
         *("--engine.replicas", "2", "--engine.kv-cache-gib", "1", "--run-dir", str(run), *SMALL),
     ]
-    submit = [ray, "job", "submit", "--address", "http://127.0.0.1:8299", "--working-dir", ".", "--", *job]
-    with (tmp_path / "head.log").open("w") as log:
-        cluster = subprocess.Popen(head, env=environment, stdout=log, stderr=log)
+    submit = [ray, "job", "submit", *ADDRESS, "--working-dir", ".", "--", *job]
     try:
-        deadline = time.monotonic() + 120
-        while "Ray runtime started" not in (tmp_path / "head.log").read_text():
-            assert cluster.poll() is None, (tmp_path / "head.log").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
-        done = subprocess.run(
-            submit, cwd=checkout, env=environment, capture_output=True, text=True, check=False, timeout=600
-        )
-        ours = submitted(checkout, environment, tmp_path)
+        with ray_node(tmp_path / "head.log", environment, *head):
+            done = subprocess.run(
+                submit, cwd=checkout, env=environment, capture_output=True, text=True, check=False, timeout=600
+            )
+            ours = submitted(checkout, environment, tmp_path)
+            left, stopped, ended = let_go(checkout, environment, tmp_path)
     finally:
-        cluster.terminate()
-        cluster.wait(timeout=60)
         shutil.rmtree(home, ignore_errors=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 2/2" in done.stdout  # its metrics are streamed
@@ -355,26 +348,102 @@ def test_a_bare_checkout_runs_as_a_ray_job_with_two_replicas(tmp_path: Path) -> 
     assert nobody.returncode == 1
     assert "--address http://127.0.0.1:1: " in nobody.stderr
     assert "Traceback" not in nobody.stderr
+    assert left.returncode == 130
+    assert f"rlora submit --follow long {' '.join(ADDRESS)}" in left.stdout
+    assert "asked to stop" in stopped.stdout
+    assert ended.returncode == 1
+    assert "job long: stopped" in ended.stderr
+    kept = sorted(int(bundle.name) for bundle in (tmp_path / "long" / "bundles").iterdir())
+    assert kept[-1] == len(metrics(tmp_path / "long")) > 1  # `rlora train --resume` goes on from it
 
 
 def submitted(checkout: Path, environment: dict[str, str], place: Path) -> list[subprocess.CompletedProcess[str]]:
     """`rlora submit` of a run that ends and of one whose reward fails, `rlora jobs`, and an address where nobody is."""
     (checkout / "bad.py").write_text("def bad(completion, answer):\n    raise ValueError('no judge today')\n")
-    address = "--address", "http://127.0.0.1:8299"
     small = TOML, "--steps", "1", *SMALL
     commands: list[tuple[str, ...]] = [
-        ("submit", *small, *address, "--name", "good", "--run-dir", str(place / "good")),
-        ("submit", *small, *address, "--name", "bad", "--reward", "bad.py:bad", "--run-dir", str(place / "bad")),
-        ("jobs", *address),
+        ("submit", *small, *ADDRESS, "--name", "good", "--run-dir", str(place / "good")),
+        ("submit", *small, *ADDRESS, "--name", "bad", "--reward", "bad.py:bad", "--run-dir", str(place / "bad")),
+        ("jobs", *ADDRESS),
         ("submit", *small, "--address", "http://127.0.0.1:1"),
     ]
-    return [
-        subprocess.run(
-            [sys.executable, "-m", "rlora", *command], cwd=checkout, env=environment,
-            capture_output=True, text=True, check=False, timeout=600,
-        )
-        for command in commands
-    ]  # fmt: skip
+    return [called(command, checkout, environment) for command in commands]
+
+
+def called(command: Sequence[str], checkout: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """`rlora COMMAND` in a checkout, to its end."""
+    line = [sys.executable, "-m", "rlora", *command]
+    return subprocess.run(line, cwd=checkout, env=environment, capture_output=True, text=True, check=False, timeout=600)
+
+
+def let_go(
+    checkout: Path, environment: dict[str, str], place: Path
+) -> tuple[subprocess.CompletedProcess[str], subprocess.CompletedProcess[str], subprocess.CompletedProcess[str]]:
+    """A long job that is left by Ctrl-C, stopped from elsewhere, and followed again to its end."""
+    long = "submit", TOML, "--steps", "1000", *SMALL, *ADDRESS, "--name", "long", "--run-dir", str(place / "long")
+    line = [sys.executable, "-m", "rlora", *long]
+    process = subprocess.Popen(
+        line, cwd=checkout, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    seen = ""
+    while "step 2/1000" not in seen:
+        text = process.stdout.readline()
+        assert text, seen
+        seen += text
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    left = subprocess.CompletedProcess(line, process.returncode, seen + out, err)
+    stopped = called(("jobs", "--stop", "long", *ADDRESS), checkout, environment)
+    return left, stopped, called(("submit", "--follow", "long", *ADDRESS), checkout, environment)
+
+
+def test_a_run_on_two_nodes_goes_on_where_one_dies(tmp_path: Path) -> None:
+    """An engine is on either node. Their processes are told apart by the raylet that started them."""
+    home, run = Path(tempfile.mkdtemp(prefix="ray-")), tmp_path / "run"
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    with ray_head(home, environment) as address, ExitStack() as second:
+        second.enter_context(ray_node(tmp_path / "node.log", environment, f"--address={address}", "--num-cpus=1"))
+        before = raylets()
+        line = [sys.executable, "-m", "rlora", "train", TOML, "--steps", "6", "--run-dir", str(run), *SMALL,
+                "--engine.replicas", "2", "--engine.kv-cache-gib", "1", "--restarts", "1"]  # fmt: skip
+        with (tmp_path / "out.txt").open("w") as out:
+            training = subprocess.Popen(
+                line, cwd=ROOT, env=environment | {"RAY_ADDRESS": address}, stdout=out, stderr=out
+            )
+        told = (tmp_path / "out.txt").read_text
+        try:
+            while "step 2/6" not in told():
+                assert training.poll() is None, told()
+                time.sleep(0.2)
+            over = engines_by_raylet()
+            assert sorted(len(pids) for pids in over.values()) == [1, 1], over
+            head = min(before, key=lambda raylet: raylet)  # the first that was started
+            (other,) = over.keys() - {head}
+            os.kill(other, signal.SIGKILL)
+            assert training.wait(timeout=400) == 0, told()
+        finally:
+            training.kill()
+    assert "step 6/6" in told()
+    assert len(metrics(run)) == 6
+
+
+def raylets() -> set[int]:
+    """Those of this test."""
+    found = (path for path in Path("/proc").glob("[0-9]*") if own(path))
+    return {int(path.name) for path in found if b"raylet/raylet" in (path / "cmdline").read_bytes()}
+
+
+def engines_by_raylet() -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for raylet in raylets():
+        children = Path(f"/proc/{raylet}/task/{raylet}/children").read_text().split()
+        titles = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
+        engines = [pid for pid, title in titles.items() if b"_EngineActor" in title]
+        if engines:
+            found[raylet] = engines
+    return found
 
 
 PHASES = ("idle", "loading", "canary", "sampling", "learning", "scoring")

@@ -75,7 +75,8 @@ def with_changes(config: Config, changes: Sequence[str]) -> Config:
             of = of.get(part) if isinstance(of, dict) else None
         if not equals:
             raise RloraError(f"--set {change}: no value; give NAME=VALUE, such as learner.lr=1e-4")
-        if not isinstance(of, dict) or (last not in of and not section.endswith("_args")):
+        chosen = name.startswith(tuple(f"{field}." for field in _ARGUMENTS))
+        if not chosen and (not isinstance(of, dict) or last not in of):
             raise RloraError(f"--set {change}: no such field; {like(name)}")
         values[name] = _value(text)
     return validate(changed(table, values))
@@ -102,7 +103,7 @@ def parse_replay(arguments: list[str], over: Config | None = None) -> Replay:
 
 
 _NOTHING = Config(model="", env="", reward="")
-_ARGUMENTS = ("env_args", "reward_args", "chat.template_args")  # tables whose names only a plug-in knows
+_ARGUMENTS = ("env_args", "reward_args", "chat.template_args", "evaluate.sets")  # tables whose names the user chooses
 
 
 def _parse(kind: type[Given], default: Given, program: str, arguments: list[str], over: Config | None = None) -> Given:
@@ -163,7 +164,7 @@ def _source(given: Train | Eval | Check | Show | Replay) -> tuple[dict[str, Any]
 
 
 def _named(field: str, arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """What `--<field>.NAME VALUE` gives, and the other arguments. Which names there are only the plug-in knows."""
+    """What `--<field>.NAME VALUE` gives, and the other arguments."""
     found, others = {}, []
     rest = iter(arguments)
     for argument in rest:

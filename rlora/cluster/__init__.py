@@ -11,6 +11,8 @@ from operator import attrgetter
 from typing import Any, NamedTuple, cast
 
 import ray
+from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlora import machine
 from rlora.cluster.actors import Remote, RemoteEngine, RemotePool, end_actors
@@ -47,6 +49,7 @@ class _Crew:
     def __init__(self, config: Config, base: str, versions: int) -> None:
         self.config, self.base = config, base
         self.remotes: list[Remote] = []
+        self.packed: dict[int, PlacementGroup] = {}  # of learners, by their place; Ray removes them with the driver
         self.over = False
         self.cuda = ray.cluster_resources().get("GPU", 0) > 0
         at_once = config.engine.replicas + (config.max_staleness > 0)  # processes that compute at the same time
@@ -60,11 +63,12 @@ class _Crew:
     def engine(self, served: Sequence[Served], number: int) -> RemoteEngine:
         settings = self.config.engine
         environment = machine.engine_environment(settings.threads or self.share, settings.kv_cache_gib, self.cuda)
-        reserved = settings.cpus, settings.gpus * settings.tensor_parallel_size * self.cuda, environment
+        gpus = settings.gpus * settings.tensor_parallel_size * self.cuda
+        options = _options(settings.cpus, gpus, environment, "SPREAD")
         slots = _versions(served)
         task, version = served[0].task, max(each.number for each in served)
         made_of = self.config, self.base, task.chat.stop_token_ids, task.stop, slots, number, version
-        made = RemoteEngine(self.put, f"engine {number}", *reserved, ENGINE, *made_of)
+        made = RemoteEngine(self.put, f"engine {number}", options, ENGINE, *made_of)
         self.remotes.append(made)
         return made
 
@@ -97,13 +101,26 @@ class _Crew:
         cores = self.share if self.config.max_staleness else machine.cores()
         everyone = learner.replicas * learner.concurrent
         environment = machine.learner_environment(learner.threads or max(1, cores // everyone))
-        reserved = learner.cpus, learner.gpus * self.cuda, environment
+        gpus = learner.gpus * self.cuda
+        options = _options(learner.cpus, gpus, environment, self._packed(place, learner.cpus, gpus))
         made = []
         for number in range(place * learner.replicas, (place + 1) * learner.replicas):
             role = f"learner {number}" if everyone > 1 else "learner"
-            made.append(Remote(role, *reserved, "rlora.core.learner:Learner", self.config, self.base))
+            made.append(Remote(role, options, "rlora.core.learner:Learner", self.config, self.base))
         self.remotes += made
         return made
+
+    def _packed(self, place: int, cpus: float, gpus: float) -> str | PlacementGroupSchedulingStrategy:
+        """What puts the learners that share each update on as few nodes as possible: they speak all the time.
+
+        Engines get no placement group, for they come and go one by one.
+        """
+        reserved = {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
+        if self.config.learner.replicas == 1 or not reserved:
+            return "DEFAULT"
+        if place not in self.packed:
+            self.packed[place] = placement_group([reserved] * self.config.learner.replicas, strategy="PACK")
+        return PlacementGroupSchedulingStrategy(self.packed[place])
 
     def pools(self, served: Sequence[Served]) -> dict[str, list[RemotePool]]:
         """What scores each policy's episodes: the same processes for those whose reward functions are set up alike."""
@@ -130,6 +147,16 @@ class _Crew:
         for thread in closing.values():
             thread.join(timeout=15)
         end_actors([remote for remote in self.remotes if remote not in closing])
+
+
+def _options(cpus: float, gpus: float, environment: Mapping[str, str], strategy: Any) -> dict[str, Any]:
+    """Those of a Ray actor."""
+    return {
+        "num_cpus": cpus,
+        "num_gpus": gpus,
+        "runtime_env": {"env_vars": environment},
+        "scheduling_strategy": strategy,
+    }
 
 
 def _versions(served: Sequence[Served]) -> int:

@@ -5,7 +5,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -68,8 +68,7 @@ class Remote:
     kind: type[_Actor] = _Actor
     lost: type[RloraError] = LostError
 
-    def __init__(self, role: str, cpus: float, gpus: float, environment: dict[str, str], spec: str, *arguments: Any):
-        options = {"num_cpus": cpus, "num_gpus": gpus, "runtime_env": {"env_vars": environment}}
+    def __init__(self, role: str, options: Mapping[str, Any], spec: str, *arguments: Any):
         self.role: str = role
         self.actor = cast(Any, ray.remote(self.kind).options(**options).remote())
         self.placed = self.actor.place.remote()

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from packaging.version import Version
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from rlora.cluster.joining import first_sentence
 from rlora.records import RloraError
 
+OLDEST_RAY = "2.50"  # as in pyproject.toml
 _EXCLUDED = [".git", ".venv", "runs", "**/__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache"]
 _KIND = {"made_by": "rlora"}  # in the metadata of each job, by which they are listed
 
@@ -111,11 +113,19 @@ def jobs(address: str | None) -> list[Listed]:
 
 
 def _client(address: str | None) -> JobSubmissionClient:
+    """A connection to the cluster. Raises RloraError where it does not answer, or where its Ray is too old."""
     try:
-        return JobSubmissionClient(address)
+        client = JobSubmissionClient(address)
     except Exception as error:
         where = f"--address {address}" if address else "no --address is given, and no cluster runs here"
         raise RloraError(
             f"{where}: {first_sentence(error)}; give http://HOST:8265 of the head node's dashboard (this is Ray "
             f"{ray.__version__}; a cluster of an older release may not speak with it)"
         ) from error
+    there = getattr(client, "_server_ray_version", None)
+    if there and Version(there) < Version(OLDEST_RAY):
+        raise RloraError(
+            f"--address {address}: the cluster runs Ray {there}, and rlora needs {OLDEST_RAY} or later; install Ray "
+            f"{ray.__version__}, as here, on its nodes"
+        )
+    return client

@@ -53,7 +53,8 @@ def load_task(config: Config) -> Task:
     """
     if not config.env:
         return bare_task(config)
-    env, train, held_out = _prompts_of("env", config.env, config.env_args, config.evaluate.prompts)
+    plugged = load("env", config.env)
+    env, train, held_out = _prompts_of("env", config.env, plugged, config.env_args, config.evaluate.prompts)
     agent = hasattr(env, "reply")
     scoring = setup_of(config, agent)
     with closing(Pool(scoring, 1)) as pool:  # as it is in the run, to try it
@@ -77,16 +78,17 @@ def load_task(config: Config) -> Task:
             dropped=len(train) - len(fitting) + len(held_out) - len(fitting_held_out),
             checked=check(config, env, task.chat, pool, fitting, fitting_held_out, ready_made=env is plugged),
             scoring=scoring,
-            sets=({HELD_OUT: fitting_held_out} if fitting_held_out else {}) | _sets(config, task, env),
+            sets=({HELD_OUT: fitting_held_out} if fitting_held_out else {}) | _sets_of(config, task, env),
         )
 
 
-def _sets(config: Config, task: Task, own: Any) -> dict[str, list[Prompt]]:
+def _sets_of(config: Config, task: Task, own: Any) -> dict[str, list[Prompt]]:
     """The prompts of `evaluate.sets`. Raises RloraError for one that has none, or whose env replies in another way."""
     sets = {}
     for name, each in config.evaluate.sets.items():
         field, args = f"evaluate.sets.{name}", each.env_args if each.env else {**config.env_args, **each.env_args}
-        env, _, held_out = _prompts_of(f"{field}.env", each.env or config.env, args, each.prompts)
+        spec = each.env or config.env
+        env, _, held_out = _prompts_of(f"{field}.env", spec, load(f"{field}.env", spec), args, each.prompts)
         if hasattr(env, "reply") != hasattr(own, "reply") or (hasattr(env, "reply") and type(env) is not type(own)):
             raise RloraError(
                 f"{field}.env = {each.env!r}: the env of the run, {config.env!r}, replies in all sets or in none; use "
@@ -102,9 +104,10 @@ def _sets(config: Config, task: Task, own: Any) -> dict[str, list[Prompt]]:
     return sets
 
 
-def _prompts_of(field: str, spec: str, args: Mapping[str, Any], count: int) -> tuple[Any, list[Prompt], list[Prompt]]:
-    """An env, its training prompts, and the first `count` held-out ones. Raises RloraError that names the field."""
-    plugged = load(field, spec)
+def _prompts_of(
+    field: str, spec: str, plugged: Any, args: Mapping[str, Any], count: int
+) -> tuple[Any, list[Prompt], list[Prompt]]:
+    """The env, its training prompts, and the first `count` held-out ones. Raises RloraError that names the field."""
     try:
         env = env_of(plugged, args)
         train, held_out = list(env.train()), list(islice(env.held_out(), count))

@@ -49,7 +49,8 @@ def names(section: type, prefix: str = "") -> list[str]:
 def test_help_documents_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("train", "--help") == 0
     text = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
-    for name in [*names(Config), "run_dir", "overwrite", "resume"]:
+    assert "--evaluate.sets.NAME.prompts" in text
+    for name in {*names(Config), "run_dir", "overwrite", "resume"} - {"evaluate.sets"}:
         option = "--" + name.replace("_", "-")
         assert re.search(rf"{re.escape(option)}(, --\S+)?(?![\w.-])( \{{[^}}]*\}})?[^-]* [A-Z]\w+", text), (
             f"{option} has no help"

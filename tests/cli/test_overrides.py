@@ -77,6 +77,21 @@ def test_nothing_else_is_taken(arguments: tuple[str, ...], message: str, run: st
     assert re.search(message, str(refused.value))
 
 
+def test_sets_to_evaluate_on_are_given_by_name(run: str) -> None:
+    hard = ["--evaluate.sets.hard.prompts", "7", "--evaluate.sets.hard.env-args.operator=*"]
+    sets = parse_train([TOML, "--evaluate.sets.easy.prompts=3", *hard]).config.evaluate.sets
+    assert {name: given.prompts for name, given in sets.items()} == {"easy": 3, "hard": 7}
+    assert sets["hard"].env_args == {"operator": "*"}
+    assert (
+        parse_train(["--resume", run, "--set", "evaluate.sets.hard.prompts=7"]).config.evaluate.sets["hard"].prompts
+        == 7
+    )
+    with pytest.raises(RloraError, match=r"evaluate\.sets\.hard\.promts = 7: no such field"):
+        parse_train([TOML, "--evaluate.sets.hard.promts", "7"])
+    with pytest.raises(RloraError, match=r"evaluate\.sets\.hard = 7: .*Other sets of held-out prompts"):
+        parse_train([TOML, "--evaluate.sets.hard", "7"])
+
+
 def test_a_run_is_begun_where_none_is_yet_if_a_file_says_how(tmp_path: Path) -> None:
     given = parse_train([TOML, "--resume", str(tmp_path / "run")])
     assert (given.run_dir, given.resume) == (UPath(tmp_path / "run"), None)
