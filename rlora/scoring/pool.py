@@ -16,12 +16,12 @@ import time
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
-from mmap import mmap
 from multiprocessing import Pipe
 from typing import Any, TypeAlias, overload
 
 from rlora.records import Case, RewardError, RloraError, Score
-from rlora.scoring.worker import CLOCK, COROUTINES, ENV, IDLE, Answered, Job, Setup, Turn, names_of, too_long
+from rlora.scoring.clock import Call, Clock
+from rlora.scoring.worker import COROUTINES, ENV, IDLE, Answered, Job, Setup, Turn, names_of, too_long
 
 _MAIN = "from rlora.scoring.worker import main; main()"
 _GRACE = 1.0  # seconds over its deadline after which a call is ended from outside; a coroutine is cancelled before
@@ -119,9 +119,9 @@ class _Worker:
         """
         self.connection, theirs = Pipe()
         with tempfile.TemporaryFile() as file:
-            file.write(bytes(CLOCK.size))
+            file.write(bytes(Clock.SIZE))
             file.flush()
-            self.clock = mmap(file.fileno(), CLOCK.size)
+            self.clock = Clock(file.fileno())
             descriptors = theirs.fileno(), file.fileno()
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-c", _MAIN, *map(str, descriptors)],
@@ -178,27 +178,28 @@ class _Worker:
 
     def _run(self, work: "list[tuple[Job, Future[Result]]]") -> None:
         """Have the process do the jobs. Raises _OverrunError where it does not get through."""
-        CLOCK.pack_into(self.clock, 0, *IDLE, time.monotonic(), self.setup.deadline)
+        self.clock.write(*IDLE, self.setup.deadline)
         left = len(work)
         try:
             self.connection.send([job for job, _ in work])
             while left:
-                job, call, function, since, deadline = CLOCK.unpack_from(self.clock)
-                if self.connection.poll(max(0.0, since + deadline + _GRACE - time.monotonic())):
+                at = self.clock.read()
+                left_for_it = at.since + at.deadline + _GRACE - time.monotonic() if at else _GRACE
+                if self.connection.poll(max(0.0, left_for_it)):
                     results = json.loads(self.connection.recv_bytes())
                     left -= len(results)
                     for number, result in results:
                         work[number][1].set_result(_result(work[number][0], result))
-                elif CLOCK.unpack_from(self.clock) == (job, call, function, since, deadline):
+                elif at and self.clock.read() == at:
                     self._end()
-                    what = too_long(self.setup, deadline, self._name(call, function))
-                    self._note_slowness(deadline)
-                    raise _OverrunError(job, call, Score("timeout", detail=what))
+                    what = too_long(self.setup, at.deadline, self._name(at.call, at.function))
+                    self._note_slowness(at.deadline)
+                    raise _OverrunError(at.job, at.call, Score("timeout", detail=what))
         except (EOFError, ConnectionError):
-            job, call, function, *_ = CLOCK.unpack_from(self.clock)
-            how, name = self._end(patience=1.0), self._name(call, function)
+            at = self.clock.read() or Call(*IDLE, 0.0, 0.0)
+            how, name = self._end(patience=1.0), self._name(at.call, at.function)
             what = f"the process of a call ended ({how})" + (f" (of {name})" if name else "")
-            raise _OverrunError(job, call, Score("error", detail=what + self._remedy(how))) from None
+            raise _OverrunError(at.job, at.call, Score("error", detail=what + self._remedy(how))) from None
 
     def _name(self, call: int, function: int) -> str:
         """Of which function a call was; of coroutines that are awaited at once, of which it may have been."""

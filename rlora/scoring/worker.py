@@ -11,7 +11,6 @@ import json
 import os
 import resource
 import signal
-import struct
 import sys
 import time
 from collections import Counter
@@ -19,17 +18,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict, astuple, dataclass, field, replace
-from mmap import mmap
 from multiprocessing.connection import Connection
 from typing import Any
 
 from rlora.plugin import Pickled, at, env_of, file_of, load, receive
 from rlora.records import Case, Prompt, RloraError, Score, Style, without_surrogates
+from rlora.scoring.clock import Clock
 from rlora.scoring.plug import Plug
 from rlora.scoring.signatures import plug
 
-CLOCK = struct.Struct("qqqdd")  # a call: number of its job, its own, its function's; its start, and its deadline in s
-IDLE = (-1, -1, -1)
+IDLE = (-1, -1, -1)  # the job, the call and the function between two jobs
 COROUTINES = -2  # in place of a call's number: all those that are awaited at once
 ENV = -1  # in place of a function's number
 _SHORTEST = 5  # characters of a value that is no secret
@@ -86,19 +84,6 @@ class Job:
     )  # calls that are not made again, and what is said of them
 
 
-class _Clock:
-    """Which call goes on, since when and how long it may, in memory that the parent reads."""
-
-    def __init__(self, descriptor: int, deadline: float) -> None:
-        self.memory, self.deadline = mmap(descriptor, CLOCK.size), deadline
-
-    def start(self, job: int, call: int, function: int, deadline: float) -> None:
-        CLOCK.pack_into(self.memory, 0, job, call, function, time.monotonic(), deadline)
-
-    def stop(self) -> None:
-        CLOCK.pack_into(self.memory, 0, *IDLE, time.monotonic(), self.deadline)
-
-
 def names_of(rewards: Sequence[str]) -> list[str]:
     """How reward functions are called: each as in its file, and as the config has it where two are alike."""
     names = [spec.rpartition(":")[2] for spec in rewards]
@@ -126,7 +111,7 @@ def load_plugs(setup: Setup) -> list[Plug]:
 
 
 class _Worker:
-    def __init__(self, setup: Setup, clock: _Clock) -> None:
+    def __init__(self, setup: Setup, clock: Clock) -> None:
         self.setup, self.clock = setup, clock
         self.plugs = load_plugs(setup)
         self.env = env_of(load("env", setup.env), setup.env_args) if setup.env else None
@@ -148,7 +133,7 @@ class _Worker:
                 awaited[number, place] if each.asynchronous else self._score(place, number, job, job.of, calls)
                 for place, each in enumerate(self.plugs)
             ]
-            self.clock.stop()
+            self.clock.write(*IDLE, self.setup.deadline)
             yield number, [[self._plain(score) for score in scores] for scores in verdicts]
 
     def _deadline(self, function: int) -> float:
@@ -167,7 +152,7 @@ class _Worker:
             if call in job.overran:
                 scores += [job.overran[call]] * len(episodes)
             else:
-                self.clock.start(number, call, function, self._deadline(function))
+                self.clock.write(number, call, function, self._deadline(function))
                 scores += each(case, episodes)
                 self.called.add(function)
         return scores
@@ -181,7 +166,7 @@ class _Worker:
                 return [job.overran[COROUTINES]] * len(episodes)
             async with free:
                 deadline = self._deadline(function)
-                self.clock.start(0, COROUTINES, function, max(map(self._deadline, self.coroutines)))
+                self.clock.write(0, COROUTINES, function, max(map(self._deadline, self.coroutines)))
                 try:
                     return await asyncio.wait_for(self.plugs[function].acall(case, episodes), deadline)
                 except TimeoutError:
@@ -209,7 +194,7 @@ class _Worker:
         assert self.env
         state = deepcopy(dict(turn.state))
         deadline = self._deadline(ENV)
-        self.clock.start(number, 0, ENV, deadline)
+        self.clock.write(number, 0, ENV, deadline)
         try:
             said = self.env.reply(turn.prompt, turn.message, state)
             if asyncio.iscoroutine(said):
@@ -223,7 +208,7 @@ class _Worker:
             return Answered(None, turn.state, "error", f"{line}env = {self.setup.env!r}: {what}")
         finally:
             self.called.add(ENV)
-            self.clock.stop()
+            self.clock.write(*IDLE, self.setup.deadline)
         return answered
 
 
@@ -288,7 +273,7 @@ def main() -> None:
     connection = Connection(int(sys.argv[1]))
     os.dup2(2, 1)  # what a user's function prints is no answer of ours
     setup: Setup = connection.recv()
-    clock = _Clock(int(sys.argv[2]), setup.deadline)
+    clock = Clock(int(sys.argv[2]))
     os.environ["RLORA_SEED"] = str(setup.seed)
     receive(setup.given)
     if os.path.isdir(setup.directory):
