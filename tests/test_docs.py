@@ -8,27 +8,233 @@ import subprocess
 import sys
 import textwrap
 import tomllib
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
-from functools import partial
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
+import tomli_w
 import tyro
 from conftest import ROOT, case
-from upath import UPath
 
-import rlora
 from rlora.cli.arguments import Export, Grade, Jobs, Runs, Scale, Submit
 from rlora.cli.overrides import parse_check, parse_eval, parse_replay, parse_show, parse_train
-from rlora.config import changed, flattened, read, validate
-from rlora.core.objectives.objective import Objective
+from rlora.config import changed, read, read_table, validate
 from rlora.plugin import load
 from rlora.rollout.task import load_task
 from rlora.run.checkpoint import Bundle, bundle_path
-from rlora.run.source import given
+from rlora.run.source import split
 from rlora.scoring.signatures import plug
 from rlora.store import write_directory
-from rlora.telemetry.metrics import figures_of
 from rlora.train import drive
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RECIPE = ROOT / "launch" / "arithmetic.toml"
+
+
+class Block(NamedTuple):
+    page: Path
+    language: str
+    text: str
+
+    @property
+    def name(self) -> str:
+        """The file that a block is of, which its first line names; empty for others."""
+        named = re.match(r"# (\S+\.(?:py|toml))\n", self.text)
+        return named[1] if named else ""
+
+
+BLOCKS = [
+    Block(page, language, text)
+    for page in PAGES
+    for language, text in re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+]
+
+
+def commands(program: str) -> list[tuple[Path, list[str]]]:
+    """Each line of a block that calls a program: the page, and its arguments."""
+    lines = ((block.page, line) for block in BLOCKS if not block.language for line in block.text.splitlines())
+    return [(page, shlex.split(line, comments=True)[1:]) for page, line in lines if re.match(rf"{program} ", line)]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundle: Callable[..., Bundle]) -> Path:
+    """A working directory with the files of all blocks, and a run wherever a command names one."""
+    write_files(tmp_path)
+    (tmp_path / "path" / "to" / "adapter").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    named = [split(word) for _, words in commands("rlora") for word in words if word.startswith("runs/")]
+    for run, version in named:
+        recipe = ROOT / "launch" / f"{run.name}.toml"
+        config = read(recipe if recipe.is_file() else RECIPE)
+        Path(run).mkdir(parents=True, exist_ok=True)
+        (Path(run) / "config.toml").write_text(tomli_w.dumps(asdict(config)))
+        if version is not None and not bundle_path(run, version).exists():
+            write_directory(bundle_path(run, version), bundle(version, config=config).files)
+    return tmp_path
+
+
+def write_files(directory: Path) -> None:
+    """Those of all blocks that name one."""
+    for block in BLOCKS:
+        if block.name:
+            (directory / block.name).write_text(block.text)
+
+
+def test_the_commands_are_understood(place: Path) -> None:
+    """By what parses them; files, runs and versions that they name are there."""
+    parsers = {
+        "train": parse_train, "submit": parse_submit, "eval": parse_eval, "check": parse_check, "show": parse_show,
+        "replay": parse_replay,
+    }  # fmt: skip
+    others = {"export": Export, "grade": Grade, "jobs": Jobs, "runs": Runs, "scale": Scale}
+    found = commands("rlora")
+    assert len(found) > 30
+    for page, (command, *arguments) in found:
+        try:
+            if command in parsers:
+                parsers[command](arguments)
+            else:
+                tyro.cli(others[command], args=arguments)
+        except (Exception, SystemExit) as error:
+            raise AssertionError(f"{page.name}: rlora {command} {shlex.join(arguments)}: {error}") from error
+
+
+def parse_submit(arguments: list[str]) -> None:
+    given, rest = tyro.cli(Submit, args=arguments, return_unknown_args=True)
+    if given.follow is None:
+        parse_train([str(given.file), *rest])
+
+
+def test_other_commands_name_what_there_is() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for page in PAGES:
+        for names in re.findall(r"(?:rlora|\.)\[([\w,-]+)\]'", page.read_text()):
+            assert set(names.split(",")) <= extras.keys(), page.name
+        for name in re.findall(r"extras? `([\w-]+)`", page.read_text()):
+            assert name in extras, f"{page.name}: {name}"
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {given[0] for _, given in commands("make")} <= targets
+    for _, given in commands("python -m rlora"):
+        parse_train(given[3:])
+
+
+@pytest.mark.parametrize(
+    "block", [block for block in BLOCKS if block.language == "toml"], ids=lambda block: block.page.name
+)
+def test_the_configs_are_valid(block: Block) -> None:
+    table = tomllib.loads(block.text)
+    if "model" in table:
+        validate(table)
+    else:
+        fields = {
+            f"{name}.{key}": value
+            for name, section in table.items()
+            if isinstance(section, dict)
+            for key, value in section.items()
+        }
+        validate(changed(read_table(RECIPE), fields | {k: v for k, v in table.items() if not isinstance(v, dict)}))
+
+
+def test_the_python_is_valid() -> None:
+    assert [ast.parse(block.text) for block in BLOCKS if block.language == "python"]
+    for block in BLOCKS:
+        assert block.language in ("", "python", "toml"), block.page.name
+
+
+def test_the_files_do_what_is_said_of_them(place: Path) -> None:
+    assert {block.name for block in BLOCKS if block.name} == {
+        "brief.py",
+        "doubling.py",
+        "doubling.toml",
+        "echo.py",
+        "mine.py",
+    }
+    task = load_task(read(Path("doubling.toml")))
+    assert (task.prompts[1].text, task.prompts[1].answer) == ("What is twice 2?", 4)
+    brief = plug("brief.py:brief", load("reward", "brief.py:brief"))
+    scores = brief(case("It is 4.", "4", "5", answer=4), range(3))
+    assert [score.value for score in scores] == [0.992, 0.999, -0.001]
+    echo = load("env", "echo.py:Echo")()
+    (prompt,) = echo.train()
+    assert [echo.reply(prompt, message, {}) for message in ("7*8=", "It is 56.")] == ["56", None]
+
+
+def test_the_loop_of_the_readme_is_the_loop() -> None:
+    shown = next(block.text for block in BLOCKS if "cluster.start" in block.text)
+    source = inspect.getsource(drive)
+    assert textwrap.indent(shown.strip(), "    ").strip() in source
+
+
+def test_the_fields_of_other_frameworks_have_ours() -> None:
+    """The columns of rlora in "Coming from" name fields that there are."""
+    table = next(part for part in (ROOT / "README.md").read_text().split("\n\n") if "num_generations" in part)
+    fields = {
+        name
+        for line in table.splitlines()[2:]
+        for cell in (line.split("|")[2], line.split("|")[5])
+        for name in re.findall(r"`([\w.]+)", cell)
+    }
+    config = asdict(read(RECIPE))
+    for name in fields:
+        section, _, last = name.rpartition(".")
+        assert last in (config[section] if section else config | config["algorithm"]), name
+
+
+def test_the_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            if "://" in target:
+                continue
+            file, _, anchor = target.partition("#")
+            other = (page.parent / file).resolve() if file else page
+            assert other.exists(), f"{page.name}: {target}"
+            if anchor:
+                heads = re.findall(r"^#+ (.*)$", other.read_text(), re.MULTILINE)
+                assert anchor in {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}, (
+                    f"{page.name}: {target}"
+                )
+
+
+SMALL = ["--steps", "2", "--prompts-per-step", "4", "--group-size", "4", "--evaluate.prompts", "4",
+         "--engine.kv-cache-gib", "1"]  # fmt: skip
+SHORT = """
+import rlora
+
+train = rlora.train
+small = {"steps": 2, "prompts_per_step": 4, "group_size": 4, "evaluate": {"prompts": 4}}
+rlora.train = lambda *given, **changes: train(*given, **changes | small)
+"""
+
+
+def tried(page: Path, directory: Path) -> list[str]:
+    """Run what a page shows, from top to bottom in a directory, with fewer and smaller steps; what each printed."""
+    write_files(directory)
+    told = []
+    for block in (block for block in BLOCKS if block.page == page and not block.name):
+        if block.language == "python" and "import rlora" in block.text:
+            told.append(called([sys.executable, "-c", SHORT + block.text], directory))
+        lines = block.text.splitlines() if not block.language else []
+        for line in (line for line in lines if line.startswith("rlora ")):
+            _, command, *arguments = shlex.split(re.sub(r"@\d+", "@2", line), comments=True)
+            if command == "train" and "--resume" not in arguments:
+                arguments += SMALL
+            told.append(called([sys.executable, "-m", "rlora", command, *arguments], directory))
+    return told
+
+
+def called(command: list[str], directory: Path) -> str:
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.vllm
+def test_the_readme_from_top_to_bottom(tmp_path: Path) -> None:
+    """In an empty directory, where launch/arithmetic.toml is the package's."""
+    told = "\n".join(tried(ROOT / "README.md", tmp_path))
+    assert "step 2/2" in told
+    assert "bit for bit" in told
+    assert "pass@8" in told
+    assert (tmp_path / "policy" / "model.safetensors").is_file()

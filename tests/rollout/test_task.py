@@ -6,14 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, case
 
-from rlora.config import read
 from rlora.model.base import load_base, load_tokenizer, stop_token_ids
-from rlora.plugin import load
 from rlora.records import RloraError
 from rlora.rollout.task import load_task
-from rlora.scoring.signatures import plug
 from rlora.settings import Config
 
 MakeConfig = Callable[..., Config]
@@ -153,23 +149,6 @@ def write_env(directory: Path, given: str) -> str:
     methods = "".join(f"    def {name}(self):\n        return {given}\n" for name in ("train", "held_out"))
     file.write_text(f"from rlora.records import Prompt\n\n\nclass Mine:\n{methods}")
     return f"{file}:Mine"
-
-
-def test_the_examples_of_the_readme_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every block of the README that starts with a comment that names its file."""
-    blocks = re.findall(r"```\w+\n# (\S+\.\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    for name, text in blocks:
-        (tmp_path / name).write_text(text)
-    monkeypatch.chdir(tmp_path)
-    assert {name for name, _ in blocks} == {"brief.py", "doubling.py", "doubling.toml", "echo.py"}
-    task = load_task(read(Path("doubling.toml")))
-    assert (task.prompts[1].text, task.prompts[1].answer) == ("What is twice 2?", 4)
-    brief = plug("brief.py:brief", load("reward", "brief.py:brief"))
-    scores = brief(case("It is 4.", "4", "5", answer=4), range(3))
-    assert [score.value for score in scores] == [0.992, 0.999, -0.001]
-    echo = load("env", "echo.py:Echo")()
-    (prompt,) = echo.train()
-    assert [echo.reply(prompt, message, {}) for message in ("7*8=", "It is 56.")] == ["56", None]
 
 
 def test_a_local_directory_is_a_model(demo: str, tmp_path: Path, config: MakeConfig) -> None:
