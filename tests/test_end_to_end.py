@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,11 @@ from upath import UPath
 from rlora import cluster
 from rlora.config import read
 from rlora.core.setup import Setup
-from rlora.records import Cursor, EngineLostError, Group, RloraError
+from rlora.records import Cursor, EngineLostError, Group, Prompt, RloraError
 from rlora.rollout.stream import Rollouts, prompt_at
 from rlora.rollout.task import Served, load_task
 from rlora.run import checkpoint
+from rlora.run.health import RULES
 from rlora.run.prepare import prepared
 from rlora.run.source import given
 from rlora.run.turns import Turns, first, rounds
@@ -239,6 +241,72 @@ def test_runs_that_train_together_are_runs_like_any_other(turns: Turns, tmp_path
         alone = rlora("train", "--resume", str(tmp_path / "low"), "--set", "steps=4")
         assert alone.returncode == 0, alone.stderr
         assert [line["step"] for line in metrics(tmp_path / "low")] == [0, 1, 2, 3]
+
+
+class Sums:
+    """Sums to hold out, which the base can do now and then; to train on, prompts that have no answer."""
+
+    def train(self) -> list[Prompt]:
+        return [Prompt(f"What is {a} + {b}?") for a in range(1, 9) for b in range(1, 9)]
+
+    def held_out(self) -> list[Prompt]:
+        return [replace(prompt, answer=sum(map(int, re.findall(r"\d+", str(prompt.text))))) for prompt in self.train()]
+
+
+def test_each_rule_of_health_holds_in_a_run_that_is_ill_in_its_way(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of them over one engine and one learner; each also says what to do."""
+
+    def right(completion: str, answer: Any) -> float:
+        return float(str(answer) in completion)
+
+    def terse(completion: str, answer: Any) -> float:  # of prompts without an answer
+        return 0.9 / (1 + len(completion)) if answer is None else right(completion, answer)
+
+    ill: dict[str, dict[str, Any]] = {
+        "floor": {"reward": lambda completion: 0.0, "steps": 9, "health": {"steps": 2, "stop": ["floor"]}},
+        "solved": {"reward": lambda completion: 1.0, "steps": 3},
+        "truncated": {"sampling": {"max_tokens": 2}, "steps": 3},
+        "failing_rewards": {
+            "reward": lambda completion: 1 / (len(completion) % 2), "scoring": {"max_errors": 1.0}, "steps": 3,
+        },
+        "dead_part": {"reward": [right, "rlora.rewards.shaping:boxed"], "steps": 3},
+        "no_signal": {"reward": lambda completion, answer: answer / 100, "steps": 3},
+        "skipped": {"algorithm": {"name": f"{ROOT}/tests/ill_objectives.py:Broken"}, "learner": {"max_bad_updates": 9}, "steps": 3},
+        "entropy_collapsed": {
+            "reward": lambda completion: 0.9 / (1 + len(completion)), "learner": {"lr": 5e-3}, "steps": 7,
+            "algorithm": {"kl": 1e-6},
+        },
+        "overfitting": {
+            "env": Sums, "env_args": {}, "reward": terse, "learner": {"lr": 5e-3}, "steps": 5,
+            "evaluate": {"every": 1, "prompts": 64},
+        },
+        "engine_learner_apart": {
+            "algorithm": {"name": f"{ROOT}/tests/ill_objectives.py:Late"}, "max_staleness": 1, "steps": 8,
+            "learner": {"lr": 2e-2, "lr_schedule": "constant"},
+        },
+    }  # fmt: skip
+    small: dict[str, Any] = {
+        "prompts_per_step": 4, "group_size": 4, "evaluate": {"prompts": 0}, "health": {"steps": 2},
+        "check": {"prompts": 0},
+    }  # fmt: skip
+    assert ill.keys() == RULES.keys()
+    with ExitStack() as stack:
+        for name, changes in ill.items():
+            learner = {"threads": 2} | changes.get("learner", {})
+            config = given(ROOT / TOML, small | changes | {"learner": learner})
+            ill[name]["run"] = stack.enter_context(prepared(config, tmp_path / name))
+        with pytest.raises(RloraError, match=r"1 of 10 runs failed:\nfloor, after 2 steps: health\.stop = \['floor'\]"):
+            drive([changes["run"] for changes in ill.values()])
+    told = capsys.readouterr().err
+    for name in ill:
+        lines = metrics(tmp_path / name)
+        held = [line["step"] for line in lines if f"health/{name}" in line]
+        assert held, f"{name}: {lines[-1]}"
+        assert json.loads((tmp_path / name / "summary.json").read_text())["health"][name] == held[0]
+        assert f"{name}, step {held[0] + 1}: {name}: {RULES[name].remedy[:40]}" in told  # type: ignore[index]
+    assert checkpoint.versions(UPath(tmp_path / "floor")) == [0, 1, 2]
 
 
 def sampled_ahead(run: Path) -> bool:
