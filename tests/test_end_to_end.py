@@ -273,7 +273,10 @@ def test_each_rule_of_health_holds_in_a_run_that_is_ill_in_its_way(
         },
         "dead_part": {"reward": [right, "rlora.rewards.shaping:boxed"], "steps": 3},
         "no_signal": {"reward": lambda completion, answer: answer / 100, "steps": 3},
-        "skipped": {"algorithm": {"name": f"{ROOT}/tests/ill_objectives.py:Broken"}, "learner": {"max_bad_updates": 9}, "steps": 3},
+        "skipped": {
+            "algorithm": {"name": f"{ROOT}/tests/ill_objectives.py:Broken"}, "learner": {"max_bad_updates": 9},
+            "steps": 3,
+        },
         "entropy_collapsed": {
             "reward": lambda completion: 0.9 / (1 + len(completion)), "learner": {"lr": 5e-3}, "steps": 7,
             "algorithm": {"kl": 1e-6},
