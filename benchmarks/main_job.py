@@ -2,9 +2,11 @@
 
     python benchmarks/main_job.py [--quick] [--plot docs/curve.png]
     python benchmarks/main_job.py launch/calculator.toml --title "..." --seeds 1 --plot docs/calculator.png
+    python benchmarks/main_job.py launch/arithmetic.toml --evaluate.every 8       # any field of the config
 
 Prints a table and, as its last line, a JSON object: `accuracy_before`, `accuracy_after`, `train_seconds` (lists, one
-value a seed) and `gain_min`. `--quick` runs one seed for three steps. The runs are made one after the other.
+value a seed) and `gain_min`. `--quick` runs one seed for three steps. The runs are made one after the other. The
+picture has the mean reward of each step and, with its 95% interval, the held-out accuracy of each version evaluated.
 """
 
 import argparse
@@ -28,19 +30,22 @@ def main() -> None:
     parser.add_argument("--title", default="SmolLM2-135M, rank 1: “What is a + b?”, a and b from 1 to 11")
     parser.add_argument("--quick", action="store_true", help="one seed, three steps")
     parser.add_argument("--plot", type=Path, help="draw the rewards to this PNG file")
-    options = parser.parse_args()
-    seeds, extra = ([0], ["--steps", "3"]) if options.quick else (list(range(options.seeds)), [])
+    options, extra = parser.parse_known_args()
+    seeds, extra = ([0], [*extra, "--steps", "3"]) if options.quick else (list(range(options.seeds)), extra)
     with tempfile.TemporaryDirectory() as directory:
         runs = [train(options.config, seed, Path(directory) / str(seed), extra) for seed in seeds]
-    table = Table("seed", "accuracy before", "after", "steps", "training", "reward by step")
+    table = Table("seed", "accuracy before (95%)", "after", "steps", "training", "reward by step")
     curves = [[line["reward/mean"] for line in lines] for _, lines in runs]
     for seed, (summary, _), rewards in zip(seeds, runs, curves, strict=True):
-        before, after = (f"{summary[f'accuracy/{when}']:.3f}" for when in ("before", "after"))
+        before, after = (
+            "{:.3f} ({:.3f} to {:.3f})".format(*(summary[f"accuracy/{when}{end}"] for end in ("", "/low", "/high")))
+            for when in ("before", "after")
+        )
         curve = " ".join(f"{reward:.2f}" for reward in rewards)
         table.add_row(str(seed), before, after, str(summary["steps"]), f"{summary['time/train']:.0f} s", curve)
     Console().print(table)
     if options.plot:
-        _plot(curves, options.title, options.plot)
+        _plot(curves, [evaluated(*run) for run in runs], options.title, options.plot)
     before, after = ([summary[f"accuracy/{when}"] for summary, _ in runs] for when in ("before", "after"))
     figures = {
         "accuracy_before": before,
@@ -59,16 +64,35 @@ def train(config: str, seed: int, run: Path, options: list[str]) -> tuple[dict[s
     return json.loads((run / "summary.json").read_text()), lines
 
 
-def _plot(curves: list[list[float]], title: str, path: Path) -> None:
+def evaluated(summary: dict[str, Any], lines: list[dict[str, Any]]) -> list[list[float]]:
+    """Of each version that was evaluated: its number, the held-out accuracy, and the ends of its interval."""
+    ends = ("", "/low", "/high")
+    between = [line for line in lines if "accuracy/version" in line]
+    return [
+        [0, *(summary[f"accuracy/before{end}"] for end in ends)],
+        *([line["accuracy/version"], *(line[f"accuracy/held_out{end}"] for end in ends)] for line in between),
+        [summary["steps"], *(summary[f"accuracy/after{end}"] for end in ends)],
+    ]
+
+
+def _plot(curves: list[list[float]], held_out: list[list[list[float]]], title: str, path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
-    for seed, rewards in enumerate(curves):
-        axes.plot(range(len(rewards)), rewards, label=f"seed {seed}")
-    axes.set(xlabel="step", ylabel="mean reward of a step", ylim=(0, 1.02), title=title)
+    for seed, (rewards, points) in enumerate(zip(curves, held_out, strict=True)):
+        axes.plot(
+            range(len(rewards)), rewards, color=f"C{seed}", alpha=0.5, label=f"seed {seed}: mean reward of a step"
+        )
+        versions, accuracy, low, high = zip(*points, strict=True)
+        below, above = ([abs(a - b) for a, b in zip(accuracy, end, strict=True)] for end in (low, high))
+        shifted = [version + 0.4 * seed for version in versions]
+        axes.errorbar(
+            shifted, accuracy, [below, above], color=f"C{seed}", fmt="o", capsize=3, label="held-out accuracy, 95%"
+        )
+    axes.set(xlabel="step", ylim=(0, 1.02), title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=130)

@@ -12,6 +12,7 @@ import sysconfig
 import tempfile
 import threading
 import time
+import venv
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
 from contextlib import ExitStack, suppress
@@ -367,6 +368,40 @@ def test_what_was_sampled_before_a_kill_is_learned_from_after_it(tmp_path: Path)
     assert all([episode.completion_ids for episode in group.episodes] in ids for group in played)
 
 
+def test_an_evaluation_that_a_kill_ended_is_done_again_and_once(tmp_path: Path) -> None:
+    """kill -9 after version 2 was saved, while it answers the held-out prompts beside step 3."""
+    run, there = tmp_path / "run", leftovers()
+    evaluate = "--evaluate.every", "2", "--evaluate.samples", "8", "--evaluate.prompts", "42"
+    evaluate += "--evaluate.sets.easy.env-args.high", "3", "--evaluate.sets.easy.prompts", "5"
+    command = [sys.executable, "-m", "rlora", "train", TOML, "--run-dir", str(run), "--steps", "5", *SMALL, *evaluate]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+    deadline = time.monotonic() + 300
+    while not (run / "bundles" / "2").exists():
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.5)  # some of the 336 completions are there
+    process.kill()
+    process.wait()
+    while any(what.startswith("process") for what in leftovers() - there):  # Ray ends them
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    assert not any("accuracy/version" in line for line in metrics(run))
+    done = rlora("train", "--resume", str(run))
+    assert done.returncode == 0, done.stderr
+    evaluated = [line for line in metrics(run) if "accuracy/version" in line]
+    assert [line["accuracy/version"] for line in evaluated] == [2, 4][: len(evaluated)]
+    assert evaluated, "version 2 was not evaluated"
+    for line in evaluated:
+        for name in ("held_out", "easy"):
+            low, accuracy, high = (line[f"accuracy/{name}{end}"] for end in ("/low", "", "/high"))
+            assert low <= accuracy <= high
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["accuracy/version"] == 4
+    assert summary["accuracy/easy/after"] <= 1
+
+
 @NEEDS_SHARED
 def test_gsm8k_runs_three_steps(tmp_path: Path) -> None:
     run = tmp_path / "run"
@@ -426,6 +461,46 @@ def test_a_bare_checkout_runs_as_a_ray_job_with_two_replicas(tmp_path: Path) -> 
     assert "job long: stopped" in ended.stderr
     kept = sorted(int(bundle.name) for bundle in (tmp_path / "long" / "bundles").iterdir())
     assert kept[-1] == len(metrics(tmp_path / "long")) > 1  # `rlora train --resume` goes on from it
+
+
+def test_a_wheel_runs_a_recipe_that_comes_with_it(tmp_path: Path) -> None:
+    """Built from the checkout, installed into an environment that has what rlora needs and not rlora, run elsewhere."""
+    checkout, elsewhere, environment = tmp_path / "checkout", tmp_path / "elsewhere", tmp_path / "venv"
+    ignore = shutil.ignore_patterns(".*", "runs", "build", "*.egg-info", "__pycache__", "tests")
+    shutil.copytree(ROOT, checkout, ignore=ignore, symlinks=True)
+    elsewhere.mkdir()
+    venv.create(environment, with_pip=True)
+    packages = Path(sysconfig.get_path("purelib", vars={"base": str(environment)}))
+    (packages / "needed.pth").write_text(
+        sysconfig.get_path("purelib")
+    )  # whose own .pth files, as of rlora, don't count
+    python = str(environment / "bin" / "python")
+    for command in (
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "-q",
+            "--no-deps",
+            "--no-build-isolation",
+            "-w",
+            str(tmp_path),
+            str(checkout),
+        ],
+        [python, "-m", "pip", "install", "-q", "--no-deps", str(tmp_path / "rlora-0.1.0-py3-none-any.whl")],
+    ):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stderr
+    shutil.rmtree(checkout)
+    train = [str(environment / "bin" / "rlora"), "train", "launch/arithmetic.toml", "--steps", "2", *SMALL]
+    done = subprocess.run(train, cwd=elsewhere, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = (elsewhere / "runs").iterdir()
+    assert len(metrics(run)) == 2
+    where = "import rlora; print(rlora.__file__)"
+    found = subprocess.run([python, "-c", where], cwd=elsewhere, capture_output=True, text=True, check=True)
+    assert found.stdout.startswith(str(environment))
 
 
 def submitted(checkout: Path, environment: dict[str, str], place: Path) -> list[subprocess.CompletedProcess[str]]:
