@@ -11,6 +11,7 @@ picture has the mean reward of each step and, with its 95% interval, the held-ou
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -34,16 +35,22 @@ def main() -> None:
     seeds, extra = ([0], [*extra, "--steps", "3"]) if options.quick else (list(range(options.seeds)), extra)
     with tempfile.TemporaryDirectory() as directory:
         runs = [train(options.config, seed, Path(directory) / str(seed), extra) for seed in seeds]
-    table = Table("seed", "accuracy before (95%)", "after", "steps", "training", "reward by step")
+    named = (re.fullmatch(r"accuracy/(\w+/)before", name) for name in runs[0][0])
+    sets = ["", *(match[1] for match in named if match)]
+    columns = [f"{name}accuracy {when}" for name in sets for when in ("before", "after")]
+    table = Table("seed", *columns, "steps", "training", "reward by step")
     curves = [[line["reward/mean"] for line in lines] for _, lines in runs]
     for seed, (summary, _), rewards in zip(seeds, runs, curves, strict=True):
-        before, after = (
-            "{:.3f} ({:.3f} to {:.3f})".format(*(summary[f"accuracy/{when}{end}"] for end in ("", "/low", "/high")))
+        accuracies = [
+            "{:.3f} ({:.3f} to {:.3f})".format(
+                *(summary[f"accuracy/{name}{when}{end}"] for end in ("", "/low", "/high"))
+            )
+            for name in sets
             for when in ("before", "after")
-        )
+        ]
         curve = " ".join(f"{reward:.2f}" for reward in rewards)
-        table.add_row(str(seed), before, after, str(summary["steps"]), f"{summary['time/train']:.0f} s", curve)
-    Console().print(table)
+        table.add_row(str(seed), *accuracies, str(summary["steps"]), f"{summary['time/train']:.0f} s", curve)
+    Console(width=200).print(table)
     if options.plot:
         _plot(curves, [evaluated(*run) for run in runs], options.title, options.plot)
     before, after = ([summary[f"accuracy/{when}"] for summary, _ in runs] for when in ("before", "after"))

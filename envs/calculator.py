@@ -12,12 +12,10 @@ import ast
 import operator
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
-from rlora.plugin import load
 from rlora.records import Prompt
 
 from .arithmetic import expression
@@ -49,8 +47,7 @@ _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.m
 
 
 class Calculator(Generated):
-    """`size` problems that a small model can't do in its head, made from `seed`, and `held_out_size` others. Or, where
-    `env` is given, the problems of that env, built with the other arguments: word problems of a data set, for example.
+    """`size` problems that a small model can't do in its head, made from `seed`, and `held_out_size` others.
 
     `levels` are some of 1 (one operator), 2 (two operators), 3 (a story with one) and 4 (a story with two); the numbers
     have two or three digits. `shots` of 3 examples stand before each problem. A message that does not end with a call,
@@ -68,21 +65,10 @@ class Calculator(Generated):
         size: int = 2000,
         held_out_size: int = 200,
         seed: int = 0,
-        env: str = "",
-        **env_args: Any,
     ) -> None:
-        if env_args and not env:
-            raise TypeError(f"Calculator got an unexpected keyword argument {next(iter(env_args))!r}")
-        self._env, self._env_args = env, env_args
         self._levels, self._shots = counts("levels", levels, 1, 4), counts("shots", shots, 0, len(_SHOTS))[0]
         self._max_calls, self._seed = counts("max_calls", max_calls, 1, 100)[0], seed
         self._size, self._held_out_size = size, held_out_size
-
-    def train(self) -> Sequence[Prompt]:
-        return [self._shown(problem) for problem in (self._other().train() if self._env else super().train())]
-
-    def held_out(self) -> Sequence[Prompt]:
-        return [self._shown(problem) for problem in (self._other().held_out() if self._env else super().held_out())]
 
     def reply(self, prompt: Prompt, message: str, state: dict[str, Any]) -> str | None:
         """The result of the call that the message ends with; "error" where it can't be computed."""
@@ -95,21 +81,12 @@ class Calculator(Generated):
         while True:
             level = rng.choice(self._levels)
             question, answer = _problem(rng, level)
-            yield Prompt(question, answer=answer, columns={"level": level, "question": question})
-
-    def _other(self) -> Any:
-        return load("env_args.env", self._env)(**self._env_args)
-
-    def _shown(self, problem: Prompt) -> Prompt:
-        """The problem after a system message and the examples."""
-        turns: list[Mapping[str, str]] = [{"role": "system", "content": SYSTEM}]
-        for asked, call, result in _SHOTS[: self._shots]:
-            said = f"<<{call}={result}>> The answer is {result}."
-            turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
-        text = problem.text
-        return replace(
-            problem, text=[*turns, *([{"role": "user", "content": text}] if isinstance(text, str) else text)]
-        )
+            turns = [{"role": "system", "content": SYSTEM}]
+            for asked, call, result in _SHOTS[: self._shots]:
+                said = f"<<{call}={result}>> The answer is {result}."
+                turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+            turns.append({"role": "user", "content": question})
+            yield Prompt(turns, answer=answer, columns={"level": level, "question": question})
 
 
 def _problem(rng: random.Random, level: int) -> tuple[str, int]:

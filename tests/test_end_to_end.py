@@ -24,6 +24,7 @@ import pytest
 import ray
 import torch
 from conftest import NEEDS_SHARED, ROOT, SHARED, ray_head, ray_node
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoConfig
 from upath import UPath
 
@@ -369,10 +370,11 @@ def test_what_was_sampled_before_a_kill_is_learned_from_after_it(tmp_path: Path)
 
 
 def test_an_evaluation_that_a_kill_ended_is_done_again_and_once(tmp_path: Path) -> None:
-    """kill -9 after version 2 was saved, while it answers the held-out prompts beside step 3."""
+    """kill -9 after version 2 was saved, while it answers the held-out prompts beside step 3. A tracker goes on too."""
     run, there = tmp_path / "run", leftovers()
     evaluate = "--evaluate.every", "2", "--evaluate.samples", "8", "--evaluate.prompts", "42"
     evaluate += "--evaluate.sets.easy.env-args.high", "3", "--evaluate.sets.easy.prompts", "5"
+    evaluate += "--trackers.use", "tensorboard"
     command = [sys.executable, "-m", "rlora", "train", TOML, "--run-dir", str(run), "--steps", "5", *SMALL, *evaluate]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
@@ -400,6 +402,10 @@ def test_an_evaluation_that_a_kill_ended_is_done_again_and_once(tmp_path: Path) 
     summary = json.loads((run / "summary.json").read_text())
     assert summary["accuracy/version"] == 4
     assert summary["accuracy/easy/after"] <= 1
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    for name in ("reward/mean", "accuracy/held_out"):
+        told = [(event.step, pytest.approx(event.value)) for event in events.Scalars(name)]
+        assert told == [(line["step"], line[name]) for line in metrics(run) if name in line]
 
 
 @NEEDS_SHARED

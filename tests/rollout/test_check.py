@@ -450,7 +450,7 @@ def test_an_env_may_show_what_should_be_paid(
     assert re.search(found or r"\A\Z", str(report)), str(report)
 
 
-@pytest.mark.parametrize("name", ["arithmetic", "arithmetic-ppo", "calculator", "countdown"])
+@pytest.mark.parametrize("name", ["arithmetic", "arithmetic-ppo", "calculator", "stories", "countdown"])
 def test_launch_files_have_no_fault(name: str) -> None:
     report = task.load_task(read(ROOT / "launch" / f"{name}.toml")).checked
     enough(report)
