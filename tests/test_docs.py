@@ -24,6 +24,7 @@ from rlora.config import changed, read, read_table, validate
 from rlora.plugin import load
 from rlora.rollout.task import load_task
 from rlora.run.checkpoint import Bundle, bundle_path
+from rlora.run.health import RULES
 from rlora.run.source import split
 from rlora.scoring.signatures import plug
 from rlora.store import write_directory
@@ -180,6 +181,20 @@ def test_the_fields_of_other_frameworks_have_ours() -> None:
     for name in fields:
         section, _, last = name.rpartition(".")
         assert last in (config[section] if section else config | config["algorithm"]), name
+
+
+def test_messages_of_troubleshooting_are_messages_of_rlora() -> None:
+    """What stands between "..." in the first column is in the source, and rules of health are rules."""
+    files = sorted(path for path in (ROOT / "rlora").rglob("*.py"))
+    source = re.sub(r'"\s*\n\s*f?r?"', "", "\n".join(path.read_text() for path in files))
+    messages = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(messages) > 20
+    for message in messages:
+        if rule := re.fullmatch(r"step \.\.\.: (\w+): \.\.\.", message):
+            assert rule[1] in RULES
+            continue
+        for part in (part.strip(" :=") for part in message.split("...")):
+            assert part in source, f"{message}: {part!r}"
 
 
 def test_the_links_lead_somewhere() -> None:
