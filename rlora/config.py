@@ -107,6 +107,8 @@ def _refuse_what_makes_no_sense(config: Config, source: str) -> None:
          "accuracy is known; set it above that"),
         (bool(names := [name for name in config.evaluate.sets if not re.fullmatch(r"\w+", name) or name in _TAKEN]),
          "evaluate.sets", f"{', '.join(names)}: use letters, digits and _, and none of {', '.join(_TAKEN)}"),
+        (len(set(config.trackers.use)) < len(config.trackers.use), "trackers.use",
+         "one is named twice; name each once"),
         (not all(config.chat.think), "chat.think", "both tags have to be something; leave it out for the usual ones"),
         (not all(config.chat.stop), "chat.stop", "an empty string would end every message; leave it out"),
         (a.of_group and config.group_size == 1, "group_size",
@@ -160,6 +162,11 @@ def _refuse_beside_all_weights(config: Config, source: str) -> None:
             raise RloraError(
                 f'{source}learner.{name} = {value!r}: there is no adapter (learner.adapter = "none"); leave it out'
             )
+    if config.evaluate.every:
+        raise RloraError(
+            f'{source}evaluate.every = {config.evaluate.every}: with learner.adapter = "none" an engine holds one '
+            "version at a time, and training would wait for each evaluation; set it to 0"
+        )
     if config.max_staleness:
         raise RloraError(
             f'{source}max_staleness = {config.max_staleness}: with learner.adapter = "none" an engine holds one '

@@ -330,9 +330,9 @@ class Agent(Env, Protocol):
 class Engine(Protocol):
     """Samples under exact adapter versions. A call returns at once; its future may raise EngineLostError."""
 
-    def load(self, adapter: Adapter, oldest: int = 0) -> Future[Proof]:
-        """Serve a version beside those it serves. Requests for versions of its policy with numbers below `oldest` are
-        given up. Raises DeliveryError where the engine turns out to serve something else."""
+    def load(self, adapter: Adapter, oldest: int = 0, kept: int | None = None) -> Future[Proof]:
+        """Serve a version beside those it serves. Requests for versions of its policy with numbers below `oldest`,
+        other than `kept`, are given up. Raises DeliveryError where the engine turns out to serve something else."""
         ...
 
     def generate(self, prompt: Prompt, sampling: Sampling, version: Version) -> Future[Group]:

@@ -70,7 +70,7 @@ class Recorded:
 
 
 class NoFleet:
-    def swap(self, adapter: Any, oldest: int = 0) -> list[Any]:
+    def swap(self, adapter: Any, oldest: int = 0, kept: int | None = None) -> list[Any]:
         return []
 
     def resize(self, engines: int) -> None:

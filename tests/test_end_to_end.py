@@ -531,11 +531,12 @@ def called(command: Sequence[str], checkout: Path, environment: dict[str, str]) 
 def let_go(
     checkout: Path, environment: dict[str, str], place: Path
 ) -> tuple[subprocess.CompletedProcess[str], subprocess.CompletedProcess[str], subprocess.CompletedProcess[str]]:
-    """A long job that is left by Ctrl-C, stopped from elsewhere, and followed again to its end."""
+    """A long job that is left by Ctrl-C and "n", stopped from elsewhere, and followed again to its end."""
     long = "submit", TOML, "--steps", "1000", *SMALL, *ADDRESS, "--name", "long", "--run-dir", str(place / "long")
     line = [sys.executable, "-m", "rlora", *long]
+    terminal, stdin = os.openpty()
     process = subprocess.Popen(
-        line, cwd=checkout, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        line, cwd=checkout, env=environment, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True,
     )  # fmt: skip
     assert process.stdout is not None
@@ -545,7 +546,10 @@ def let_go(
         assert text, seen
         seen += text
     process.send_signal(signal.SIGINT)
+    os.write(terminal, b"n\n")
     out, err = process.communicate(timeout=60)
+    os.close(terminal)
+    os.close(stdin)
     left = subprocess.CompletedProcess(line, process.returncode, seen + out, err)
     stopped = called(("jobs", "--stop", "long", *ADDRESS), checkout, environment)
     return left, stopped, called(("submit", "--follow", "long", *ADDRESS), checkout, environment)

@@ -27,6 +27,8 @@ def test_the_ray_job_fits_its_schema() -> None:
         "rayClusterSpec",
     }  # fmt: skip
     assert set(job["spec"]) == known
+    image = (CLUSTER / "Containerfile").read_text()
+    assert f"ray[default]=={job['spec']['rayClusterSpec']['rayVersion']}'" in image
     cluster = job["spec"]["rayClusterSpec"]
     for node in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         assert isinstance(node["rayStartParams"], dict)
@@ -58,6 +60,8 @@ def test_the_cluster_of_ray_up_has_the_nodes_that_it_names() -> None:
     assert cluster["max_workers"] >= sum(each.get("max_workers", 0) for each in types.values())
     assert any("ray start --head" in each for each in cluster["head_start_ray_commands"])
     assert any("--address=$RAY_HEAD_IP" in each for each in cluster["worker_start_ray_commands"])
+    for each in (*cluster["head_start_ray_commands"], *cluster["worker_start_ray_commands"]):
+        subprocess.run(["bash", "-n", "-c", each], check=True)
 
 
 @pytest.mark.parametrize("script", sorted(CLUSTER.glob("*.sh")), ids=lambda path: path.name)

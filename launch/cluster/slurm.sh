@@ -18,6 +18,7 @@ nodes=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))
 head_address="$(srun --nodes=1 --ntasks=1 -w "${nodes[0]}" hostname --ip-address | awk '{print $1}')"
 port=$((20000 + SLURM_JOB_ID % 20000)) # two jobs may share a node
 
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-16}" # srun does not take it from sbatch
 export RAY_AUTH_MODE=token
 export RAY_AUTH_TOKEN="${RAY_AUTH_TOKEN:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')}"
 
@@ -33,7 +34,7 @@ for _ in $(seq 60); do
   "$bin/ray" status > /dev/null 2>&1 && break
   sleep 2
 done
-trap 'kill -TERM "$driver"; wait "$driver"' TERM # Slurm's warning before the end: the run saves what it has
 "$bin/rlora" train "$@" --resume "$run" & # which begins the run where there is none yet
 driver=$!
+trap 'kill -TERM "$driver"; wait "$driver"' TERM # Slurm's warning before the end: the run saves what it has
 wait "$driver"

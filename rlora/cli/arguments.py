@@ -154,7 +154,7 @@ class Submit:
     address: str | None = None
     """The dashboard of the head node, http://HOST:8265; by default RAY_ADDRESS, or the cluster of this machine."""
     working_dir: Path = Path()
-    """The directory to send, at most 500 MiB without what its .gitignore names; the job runs in a copy of it."""
+    """The directory to send, at most 100 MiB without what its .gitignore names; the job runs in a copy of it."""
     entrypoint_cpus: float = 1.0
     """Ray CPUs for the process of `rlora train` itself; engines and learners reserve their own."""
     entrypoint_gpus: float = 0.0

@@ -1,11 +1,15 @@
 """`rlora submit` and `rlora jobs`: runs as jobs of a Ray cluster."""
 
 import sys
+from typing import TYPE_CHECKING
 
 import tyro
 
 from rlora.cli.arguments import Jobs, Submit
 from rlora.cli.overrides import parse_train
+
+if TYPE_CHECKING:
+    from rlora.cluster.jobs import Job
 
 
 def submit_command(arguments: list[str]) -> None:
@@ -30,16 +34,15 @@ def submit_command(arguments: list[str]) -> None:
         print(f"Follow it: {follow}")
         return
     try:
-        succeeded = made.follow(lambda text: print(text, end="", flush=True))
+        failure = made.follow(lambda text: print(text, end="", flush=True))
     except KeyboardInterrupt:
         if sys.stdin.isatty() and input("\nStop the job? [y/N] ").strip().lower().startswith("y"):
-            made.stop()
-            print(f"{made.id} is asked to stop; it saves what it has")
+            _stop(made)
             sys.exit(130)
         print(f"\n{made.id} goes on. Follow it: {follow}")
         sys.exit(130)
-    if not succeeded:
-        print(f"rlora: job {made.id}: {made.status.value.lower()}", file=sys.stderr)
+    if failure:
+        print(f"rlora: job {made.id}: {failure}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -51,10 +54,14 @@ def jobs_command(arguments: list[str]) -> None:
     from rlora.cluster.jobs import job, jobs
 
     if given.stop:
-        job(given.stop, given.address).stop()
-        print(f"{given.stop} is asked to stop; it saves what it has")
+        _stop(job(given.stop, given.address))
         return
     table = Table("job", "status", "started", "command", box=None)
     for each in jobs(given.address):
         table.add_row(each.id, each.status.lower(), each.started, each.command)
     Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def _stop(job: "Job") -> None:
+    stopped = job.stop()
+    print(f"{job.id} is asked to stop; it saves what it has" if stopped else f"{job.id} has ended already")

@@ -127,8 +127,8 @@ class RemoteEngine(Remote):
         self.closing: threading.Thread | None = None
         super().__init__(*made_of)
 
-    def load(self, adapter: Adapter, oldest: int = 0) -> Future[Proof]:
-        return self._call("load", self.share(adapter), oldest)
+    def load(self, adapter: Adapter, oldest: int = 0, kept: int | None = None) -> Future[Proof]:
+        return self._call("load", self.share(adapter), oldest, kept)
 
     def __getattr__(self, method: str) -> Any:
         return partial(self._call, method)

@@ -97,16 +97,16 @@ class Engine:
         self._thread.start()
         self.llm: LLMEngine = built.result()
 
-    def load(self, adapter: Adapter, oldest: int = 0) -> Future[Proof]:
+    def load(self, adapter: Adapter, oldest: int = 0, kept: int | None = None) -> Future[Proof]:
         """Serve `adapter.version` beside those that are served, and prove that it is.
 
-        Requests for versions of its policy with numbers below `oldest` are given up. It waits where all slots are
-        leased. The proof: the file that vLLM read has the adapter's digest, and the slot
+        Requests for versions of its policy with numbers below `oldest`, other than `kept`, are given up. It waits where
+        all slots are leased. The proof: the file that vLLM read has the adapter's digest, and the slot
         holds exactly its tensors. Third, the canary's logprobs have to be the learner's, as closely as the base's are:
         it is sampled beside the version's first prompts, none of which gets out before. Raises DeliveryError where
         something else is served, RloraError where vLLM does not take it.
         """
-        return self._post(lambda: self._load(adapter, oldest))
+        return self._post(lambda: self._load(adapter, oldest, kept))
 
     def generate(self, prompt: Prompt, sampling: Sampling, version: Version) -> Future[Group]:
         """Sample `sampling.group_size` completions under `version`; `records.BASE` is the base, without an adapter.
@@ -272,7 +272,7 @@ class Engine:
 
     # --- delivery ---
 
-    def _load(self, adapter: Adapter, oldest: int) -> Proof:
+    def _load(self, adapter: Adapter, oldest: int, kept: int | None) -> Proof:
         policy = adapter.policy
         if adapter.number == OFF:
             return Proof(adapter.digest, 0.0, 0.0)
@@ -283,7 +283,7 @@ class Engine:
                 self._retire(policy)
                 return held.proof
         start = time.perf_counter()
-        self._give_up(policy, oldest)
+        self._give_up(policy, oldest, kept)
         while len(self.held) >= self.slots:
             if idle := in_the_way(self.held, policy):
                 self._drop(idle)
@@ -348,12 +348,13 @@ class Engine:
     def _send_canary(self, canary: Canary, held: Held | None) -> Future[RequestOutput]:
         return self._submit(canary.token_ids, held, max_tokens=1, prompt_logprobs=0)
 
-    def _give_up(self, policy: str, oldest: float) -> None:
-        """End the requests for versions of a policy with numbers below `oldest`."""
+    def _give_up(self, policy: str, oldest: float, kept: int | None = None) -> None:
+        """End the requests for versions of a policy with numbers below `oldest`, other than `kept`."""
         stale = {
             request_id: asked.version
             for request_id, asked in self._running.items()
             if asked.version and asked.version.policy == policy and asked.version.number < oldest
+            if asked.version.number != kept
         }
         self.llm.abort_request(list(stale))
         why = "its policy has left" if oldest == math.inf else f"those of its policy are given up before {oldest}"

@@ -59,18 +59,18 @@ class Fleet:
         self._calls = ThreadPoolExecutor(1)  # runs what engines' futures call back, one after the other
         self._lost = self._replayed = 0
 
-    def swap(self, adapter: Adapter, oldest: int = 0) -> list[Proof]:
+    def swap(self, adapter: Adapter, oldest: int = 0, kept: int | None = None) -> list[Proof]:
         """Deliver `adapter` to every engine; its policy's prompts are sampled under it from now on. Returns each
         engine's proof.
 
-        Requests in flight go on under their own versions, but for those of the policy's versions before `oldest`, which
-        are given up. Raises DeliveryError where an engine serves something else, and RloraError where no engine is
-        left.
+        Requests in flight go on under their own versions, but for those of the policy's versions before `oldest`, other
+        than `kept`, which are given up. Raises DeliveryError where an engine serves something else, and RloraError
+        where no engine is left.
         """
         with self._changed:
             self._left.discard(adapter.policy)
             self._newest[adapter.policy] = adapter
-            loads = [(adapter, member, member.engine.load(adapter, oldest)) for member in self._members]
+            loads = [(adapter, member, member.engine.load(adapter, oldest, kept)) for member in self._members]
         try:
             proofs = self._confirmed(loads)
         except RloraError:

@@ -129,7 +129,7 @@ class AgentLoop:
             raise StaleError(f"version {request.version}: nobody waits for it any more")
         prompt = replace(request.prompt, token_ids=request.prompt.token_ids + so_far)
         sampling = replace(request.sampling, max_tokens=request.sampling.max_tokens - len(so_far), group_size=1)
-        turn = self.fleet.generate(prompt, sampling, self.policy, request.adapter)
+        turn = self.fleet.generate(prompt, sampling, self.policy, request.adapter, request.background)
         flight.turns.append(turn)
         return (await asyncio.wrap_future(turn.group)).episodes[0]
 

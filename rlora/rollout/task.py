@@ -54,7 +54,7 @@ def load_task(config: Config) -> Task:
     if not config.env:
         return bare_task(config)
     plugged = load("env", config.env)
-    env, train, held_out = _prompts_of("env", config.env, plugged, config.env_args, config.evaluate.prompts)
+    env, (train, held_out) = _prompts_of("env", config.env, plugged, config.env_args, config.evaluate.prompts)
     agent = hasattr(env, "reply")
     scoring = setup_of(config, agent)
     with closing(Pool(scoring, 1)) as pool:  # as it is in the run, to try it
@@ -88,7 +88,8 @@ def _sets_of(config: Config, task: Task, own: Any) -> dict[str, list[Prompt]]:
     for name, each in config.evaluate.sets.items():
         field, args = f"evaluate.sets.{name}", each.env_args if each.env else {**config.env_args, **each.env_args}
         spec = each.env or config.env
-        env, _, held_out = _prompts_of(f"{field}.env", spec, load(f"{field}.env", spec), args, each.prompts)
+        plugged = load(f"{field}.env", spec)
+        env, (held_out,) = _prompts_of(f"{field}.env", spec, plugged, args, each.prompts, ("held_out",))
         if hasattr(env, "reply") != hasattr(own, "reply") or (hasattr(env, "reply") and type(env) is not type(own)):
             raise RloraError(
                 f"{field}.env = {each.env!r}: the env of the run, {config.env!r}, replies in all sets or in none; use "
@@ -105,12 +106,16 @@ def _sets_of(config: Config, task: Task, own: Any) -> dict[str, list[Prompt]]:
 
 
 def _prompts_of(
-    field: str, spec: str, plugged: Any, args: Mapping[str, Any], count: int
-) -> tuple[Any, list[Prompt], list[Prompt]]:
-    """The env, its training prompts, and the first `count` held-out ones. Raises RloraError that names the field."""
+    field: str, spec: str, plugged: Any, args: Mapping[str, Any], count: int,
+    methods: Sequence[str] = ("train", "held_out"),
+) -> tuple[Any, list[list[Prompt]]]:  # fmt: skip
+    """The env, and what its methods give: all training prompts, the first `count` held-out ones.
+
+    Raises RloraError that names the field.
+    """
     try:
         env = env_of(plugged, args)
-        train, held_out = list(env.train()), list(islice(env.held_out(), count))
+        given = [list(islice(getattr(env, name)(), count if name == "held_out" else None)) for name in methods]
     except RloraError:
         raise
     except Exception as error:
@@ -119,11 +124,11 @@ def _prompts_of(
             f"{line}{field} = {spec!r} with env_args = {args!r}: it raised {type(error).__name__}: "
             f"{error}; give the arguments that it takes, and let it have train() and held_out() that return Prompts"
         ) from error
-    for method, prompts in (("train", train), ("held_out", held_out)):
+    for method, prompts in zip(methods, given, strict=True):
         for number, prompt in enumerate(prompts):
             _refuse_what_is_no_prompt(f"{field} = {spec!r}: its {method}()", prompt, number)
             prompts[number] = replace(prompt, text=_whole(prompt.text))
-    return env, train, held_out
+    return env, given
 
 
 def bare_task(config: Config) -> Task:

@@ -2,7 +2,7 @@
 
 from upath import UPath
 
-from rlora.records import Adapter
+from rlora.records import Adapter, RewardError, RloraError
 from rlora.rollout.evaluate import Evaluation, Evaluations
 from rlora.rollout.fleet import Fleet
 from rlora.rollout.player import AgentLoop
@@ -24,7 +24,7 @@ class HeldOut:
         self.config, self.place, self.sets, self.fleet = config, place, task.sets, fleet
         self._evaluations = Evaluations(config, task.sets, fleet, loop)
         self._known = {line.get("accuracy/version") for line in directory.figures(place)}
-        self._figures: Figures = {}  # that no line has yet
+        self._failure: RewardError | None = None
 
     @property
     def version(self) -> int | None:
@@ -39,56 +39,63 @@ class HeldOut:
         self._evaluations.start(adapter, background=False)
         found: Figures = {}
         for name, evaluation in self._evaluations.result().items():
-            found |= _figures(when if name == HELD_OUT else f"{name}/{when}", evaluation)
+            of_set = when if name == HELD_OUT else f"{name}/{when}"
+            found |= _accuracy(of_set, evaluation) | {f"reward/{of_set}": evaluation.reward}
         prompts = {"accuracy/prompts": len(self.sets[HELD_OUT])} if HELD_OUT in self.sets else {}
         directory.summarise(self.place, found | prompts)
 
     def resume(self, number: int) -> None:
         """Start again what a death ended: the evaluation of the newest version up to `number` that is due for one."""
         due = number // self.config.evaluate.every * self.config.evaluate.every if self.config.evaluate.every else 0
-        if due < number and self._is_due(due) and due in versions(self.place):
-            self._evaluations.start(read(bundle_path(self.place, due)).adapter)
+        if not (due < number and self._is_due(due) and due in versions(self.place)):
+            return
+        try:
+            adapter = read(bundle_path(self.place, due)).adapter
+        except RloraError as error:  # the newest bundle is whole, and what is damaged here is no reason to stop
+            directory.warn(f"version {due} is not evaluated: {error}")
+            return
+        self._evaluations.start(adapter)
 
     def start(self, adapter: Adapter) -> None:
-        """Have a version evaluated beside training, if one is due. It waits for the evaluation before."""
+        """Have a version evaluated beside training, if one is due."""
         if self._is_due(adapter.number):
-            self._take()
             self._evaluations.start(adapter)
 
-    def figures(self) -> Figures:
-        """Return what an evaluation that has ended since came to; nothing where none has."""
-        if self._evaluations.is_ready:
-            self._take()
-        found, self._figures = self._figures, {}
+    def figures(self, number: int) -> Figures:
+        """Return what an evaluation came to that has ended since; nothing where none has.
+
+        It waits for one that has not, where `number`, the version that was just made, is due or the last one.
+        """
+        version = self.version
+        waits = self._is_due(number) or number >= self.config.steps
+        if version is None or not (waits or self._evaluations.is_ready):
+            return {}
+        found: Figures = {"accuracy/version": version}
+        try:
+            for name, evaluation in self._evaluations.result().items():
+                found |= _accuracy(name, evaluation) | {f"accuracy/{name}/reward": evaluation.reward}
+        except RewardError as error:
+            self._failure = error
+            return {}
+        self._known.add(version)
+        directory.summarise(self.place, found)
         return found
 
-    def end(self) -> None:
-        """Wait for what is being evaluated."""
-        self._take()
+    def refuse(self) -> None:
+        """Raise RewardError where the reward functions have failed in an evaluation."""
+        if self._failure:
+            raise self._failure
 
     def _is_due(self, number: int) -> bool:
         every = self.config.evaluate.every
         is_due = every > 0 and number % every == 0 and 0 < number < self.config.steps
         return bool(is_due and self.sets and number not in self._known and number != self.version)
 
-    def _take(self) -> None:
-        """Wait for the evaluation that is under way."""
-        version = self.version
-        if version is None:
-            return
-        found: Figures = {"accuracy/version": version}
-        for name, evaluation in self._evaluations.result().items():
-            found |= _figures(name, evaluation)
-        self._known.add(version)
-        self._figures = found
-        directory.summarise(self.place, found)
 
-
-def _figures(name: str, evaluation: Evaluation) -> Figures:
+def _accuracy(name: str, evaluation: Evaluation) -> Figures:
     accuracy = evaluation.accuracy
     return {
         f"accuracy/{name}": accuracy.estimate,
         f"accuracy/{name}/low": accuracy.low,
         f"accuracy/{name}/high": accuracy.high,
-        f"reward/{name}": evaluation.reward,
     }

@@ -6,6 +6,7 @@ from statistics import fmean, median
 from typing import Any
 
 from rlora.records import RloraError, UpdateStats
+from rlora.scoring.worker import names_of
 from rlora.settings import Config
 from rlora.watch_settings import HealthRule
 
@@ -104,7 +105,7 @@ def _failing(lines: Lines, config: Config) -> bool:
 def _dead_part(lines: Lines, config: Config) -> bool:
     """One of several reward functions has given 0 throughout."""
     last = _last(lines, config)
-    names = [spec.rpartition(":")[2] for spec in config.rewards]
+    names = names_of(config.rewards)
     return (
         bool(last) and len(names) > 1 and any(all(line.get(f"reward/{name}") == 0 for line in last) for name in names)
     )
@@ -133,10 +134,13 @@ def _overfits(lines: Lines, config: Config) -> bool:
     if len(known) < 2:
         return False
     best_at, best = max(known, key=lambda each: each[1]["accuracy/held_out"])
-    rewards = [line["reward/mean"] for line in lines if line["reward/mean"] is not None]
     count = min(config.health.steps, max(1, best_at))
-    rising = fmean(rewards[-count:]) > fmean(rewards[max(0, best_at - count) : best_at + 1])
-    return bool(known[-1][1]["accuracy/held_out"] < best["accuracy/held_out/low"] and rising)
+    then, now = (
+        [line["reward/mean"] for line in part if line["reward/mean"] is not None]
+        for part in (lines[max(0, best_at - count) : best_at + 1], lines[-count:])
+    )
+    falls = known[-1][1]["accuracy/held_out"] < best["accuracy/held_out/low"]
+    return bool(then and now and falls and fmean(now) > fmean(then))
 
 
 def _truncated(lines: Lines, config: Config) -> bool:

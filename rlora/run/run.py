@@ -141,7 +141,7 @@ class Run:
             adapter, update = self._updated()
         step, metrics, saver, self.adapter = self.number, self.metrics, self.saver, adapter
         collection, fleet = self._collection, self.fleet.stats()
-        others = self.held_out.figures()
+        others = self.held_out.figures(adapter.number)
         figures = metrics.log(step, self._proofs, collection, update, fleet, saver.saved, adapter, others)
         ills = self._look_after(figures)
         line = json.dumps(figures | {f"health/{name}": self.health.holding[name] for name in ills})
@@ -149,6 +149,7 @@ class Run:
             saver.save(adapter, self.learner.state(self.policy), self.stream.cursor, collection, line)
         for observer in self.observers:
             self._tell(observer, json.loads(line))
+        self.held_out.refuse()
         refuse_to_go_on(self.config, update)
         self.health.refuse(ills)
 
@@ -159,13 +160,12 @@ class Run:
             self._engines = engines
         oldest = self.number - self.config.max_staleness
         with self.metrics.timed("swap"):
-            self._proofs = self.fleet.swap(self.current, min(oldest, self.held_out.version or oldest))
+            self._proofs = self.fleet.swap(self.current, oldest, self.held_out.version)
         self.stream.send(self.number)
         self.held_out.start(self.current)
 
     def end(self) -> None:
         """Measure the accuracy after, write the summary, and leave the learner and the engines to others."""
-        self.held_out.end()
         self.held_out.measure("after", self.current)
         directory.summarise(self.place, describe(self.place, self.current) | self.metrics.totals())
         self.leave()

@@ -23,10 +23,14 @@ class MLflow:
         tags = {"rlora.id": tracked.id}
         self.id = (found[0] if found else self.client.create_run(where, run_name=tracked.name, tags=tags)).info.run_id
         self.client.set_terminated(self.id, "RUNNING")
-        if not found:
-            params = [Param(name, str(value)[:6000]) for name, value in tracked.flat.items()]
-            for start in range(0, len(params), _AT_ONCE):
-                self.client.log_batch(self.id, params=params[start : start + _AT_ONCE])
+        flat = {name: str(value)[:6000] for name, value in tracked.flat.items()}
+        before = found[0].data.params if found else {}
+        params = [Param(name, value) for name, value in flat.items() if name not in before]
+        for start in range(0, len(params), _AT_ONCE):
+            self.client.log_batch(self.id, params=params[start : start + _AT_ONCE])
+        for name, value in flat.items():  # a parameter never changes in MLflow, and a resume may change a field
+            if before.get(name, value) != value:
+                self.client.set_tag(self.id, f"changed.{name}", value)
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         now = get_current_time_millis()

@@ -1,16 +1,20 @@
 """The process of one tracker: follows the directory of a run, and hands on the steps that are there to stay.
 
-    python -m rlora.trackers.process    reads a JSON line from stdin: name, directory, project, samples_every
+    python -m rlora.trackers.process    reads a JSON line from stdin: what it is `Asked`
 
 A line of metrics.jsonl is handed on once a later bundle is on the disk: then no resume makes the step come again. What
 was handed on is noted in <run>/trackers/<name>.json. The next line of stdin, "end" or "failed", or its end, ends it.
+SIGTERM does not: `ray job stop` sends it to all processes of a job, and the run still has something to say.
 """
 
 import json
 import os
 import queue
+import re
+import signal
 import sys
 import threading
+import time
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -25,32 +29,36 @@ from rlora.store import names, read_file, write_file
 from rlora.trackers.tracker import Tracked, Tracker, make
 
 _PAUSE = 1.0  # seconds between two looks at the run
-_LAST_WORDS = 60.0  # seconds after the end of the run's own process in which this one ends too
+_FAR_PAUSE = 20.0  # of a run at a URL, where each look is a few requests
 _COLUMNS = ("step", "prompt", "completion", "answer", "reward", "status")
 _ROWS = 8  # completions in a table
 
 
 @dataclass
+class Asked:
+    """What a process is to do."""
+
+    name: str  # of the tracker
+    directory: str  # of the run
+    config: dict[str, Any]  # of the run, as it is from now on
+    project: str
+    samples_every: int
+    patience: float  # seconds after the end of the run in which this process ends too
+
+
 class Follower:
     """What a tracker was told, and what there is to tell."""
 
-    name: str
-    run: UPath
-    project: str
-    samples_every: int
-    tracker: Tracker | None = None
-    last: int = -1  # the step that was handed on last
-
-    def __post_init__(self) -> None:
-        self.last = json.loads(read_file(self._state) or b"{}").get("step", -1)
-
-    @property
-    def _state(self) -> UPath:
-        return self.run / "trackers" / f"{self.name.rpartition(':')[2]}.json"
+    def __init__(self, asked: Asked) -> None:
+        self.asked, self.run = asked, UPath(asked.directory)
+        self._state = self.run / "trackers" / f"{re.sub(r'[^a-zA-Z0-9]+', '-', asked.name).strip('-')}.json"
+        self.last: int = json.loads(read_file(self._state) or b"{}").get("step", -1)  # the step handed on last
+        self._noted = self.last
+        self.tracker: Tracker | None = None
 
     def start(self) -> None:
         """Start the tracker. Raises RloraError where it is not installed, and whatever its library raises."""
-        self.tracker = self.tracker or make(self.name, self._tracked(), self.last)
+        self.tracker = self.tracker or make(self.asked.name, self._tracked(), self.last)
 
     def catch_up(self) -> None:
         """Hand on the steps that are there to stay."""
@@ -60,6 +68,8 @@ class Follower:
                 self._hand_on(line)
         if self.tracker:
             self.tracker.flush()
+        if self.last != self._noted:
+            self._noted = self.last
             (self.run / "trackers").mkdir(parents=True, exist_ok=True)
             write_file(self._state, json.dumps({"step": self.last}).encode())
 
@@ -77,15 +87,15 @@ class Follower:
         figures.pop("step")
         self.tracker.log(step, figures)
         self.last = step
-        if self.samples_every and step % self.samples_every == 0:
+        if self.asked.samples_every and step % self.asked.samples_every == 0:
             rows = list(self._samples(step))
             if rows:
                 self.tracker.samples(step, _COLUMNS, rows)
 
     def _tracked(self) -> Tracked:
         table = tomllib.loads((read_file(self.run / "config.toml") or b"").decode())
-        provenance = table.pop("provenance", {})
-        return Tracked(self.run.name, provenance.get("id", self.run.name), str(self.run), self.project, table)
+        id = table.get("provenance", {}).get("id", self.run.name)
+        return Tracked(self.run.name, id, str(self.run), self.asked.project, self.asked.config)
 
     def _lines(self) -> list[dict[str, Any]]:
         lines = (read_file(self.run / "metrics.jsonl") or b"").decode(errors="replace").splitlines()
@@ -115,29 +125,32 @@ def main() -> None:
             told.add(text)
             os.write(messages, json.dumps({"error": text}).encode() + b"\n")
 
+    def listen() -> None:
+        """Wait for the word that ends it; from then on its time is limited, whatever it is at."""
+        words.put(sys.stdin.readline().strip())
+        time.sleep(asked.patience)
+        os._exit(1)
+
     told: set[str] = set()
-    asked = json.loads(sys.stdin.readline())
-    follower = Follower(asked["name"], UPath(asked["directory"]), asked["project"], asked["samples_every"])
-    words: queue.Queue[str] = queue.Queue()
-    threading.Thread(target=lambda: words.put(sys.stdin.readline().strip()), daemon=True).start()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    asked = Asked(**json.loads(sys.stdin.readline()))
+    follower, words = Follower(asked), queue.Queue[str]()
+    threading.Thread(target=listen, daemon=True).start()
     try:
         follower.start()
         os.write(messages, b'{"ready": true}\n')
     except Exception as error:
         tell(error)
-        if isinstance(error, RloraError):  # it is not installed
-            os._exit(1)
+        if isinstance(error, RloraError):  # it is not installed, or can't track this run
+            os._exit(0)
     word = None
     while word is None:
         with suppress(queue.Empty):
-            word = words.get(timeout=_PAUSE)
+            word = words.get(timeout=_FAR_PAUSE if "://" in asked.directory else _PAUSE)
         try:
             follower.catch_up()
         except Exception as error:
             tell(error)
-    last_words = threading.Timer(_LAST_WORDS, lambda: os._exit(1))
-    last_words.daemon = True
-    last_words.start()
     try:
         follower.end(failed=word != "end")
     except Exception as error:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from rlora.records import RloraError
 from rlora.trackers.tracker import Tracked
 
 
@@ -13,10 +14,14 @@ class TensorBoard:
     """Event files in <run>/tensorboard. A resume has TensorBoard leave out what a death made come twice."""
 
     def __init__(self, tracked: Tracked, last: int) -> None:
+        if tracked.is_far:
+            raise RloraError(
+                f"trackers.use = 'tensorboard': it writes to a local directory, and the run is at {tracked.directory}; "
+                "use another tracker, or a local --run-dir"
+            )
         self.writer = SummaryWriter(str(Path(tracked.directory) / "tensorboard"), purge_step=last + 1)
-        if last < 0:
-            table = "\n".join(f"| {name} | {value} |" for name, value in tracked.flat.items())
-            self.writer.add_text("config", f"| field | value |\n|---|---|\n{table}", 0)
+        table = "\n".join(f"| {name} | {value} |" for name, value in tracked.flat.items())
+        self.writer.add_text("config", f"| field | value |\n|---|---|\n{table}", last + 1)
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         for name, value in figures.items():

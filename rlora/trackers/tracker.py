@@ -20,7 +20,12 @@ class Tracked:
     id: str  # that no other run has
     directory: str  # of the run, where a tracker may keep files
     project: str
-    config: Mapping[str, Any] = field(default_factory=dict)  # the tables of config.toml
+    config: Mapping[str, Any] = field(default_factory=dict)  # the run's tables of settings
+
+    @property
+    def is_far(self) -> bool:
+        """Whether the run is at a URL."""
+        return "://" in self.directory
 
     @property
     def flat(self) -> dict[str, Any]:

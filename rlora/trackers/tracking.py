@@ -8,11 +8,14 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 
 from rlora.records import RloraError
 from rlora.run.directory import warn
 from rlora.run.run import Run
+from rlora.trackers.process import Asked
 
+_GRACE = 5.0  # seconds in which a process is gone that has ended itself
 _START = 60.0  # seconds in which a tracker has to be ready, with `trackers.strict`
 
 
@@ -21,15 +24,15 @@ class _Process:
 
     def __init__(self, name: str, run: Run) -> None:
         self.name, self.settings = name, run.config.trackers
-        self.ready, self.error = threading.Event(), ""
+        self.ready, self.error, self._ending = threading.Event(), "", False
         self.process = subprocess.Popen(
             [sys.executable, "-m", "rlora.trackers.process"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(each or os.getcwd() for each in sys.path)},
             start_new_session=True,  # Ctrl-C is for the run, which ends it
         )  # fmt: skip
-        asked = {"name": name, "directory": str(run.place), "project": self.settings.project}
-        self.say(json.dumps(asked | {"samples_every": self.settings.samples_every}), last=False)
+        given = self.settings.project, self.settings.samples_every, self.settings.patience
+        self.say(json.dumps(asdict(Asked(name, str(run.place), asdict(run.config), *given))), last=False)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -39,25 +42,22 @@ class _Process:
         while not self.ready.wait(0.1):
             if self.error or self.process.poll() is not None or time.monotonic() > deadline:
                 self.process.kill()
+                self._reader.join(timeout=5.0)  # which may have read why just now
                 reason = self.error or f"it was not ready after {_START:.0f} s"
                 raise RloraError(f"trackers.strict = true: {self.name}: {reason}")
 
     def wait(self) -> None:
-        """Wait until it has handed on the rest. One that hangs is ended after `trackers.patience` seconds."""
+        """Wait until it has handed on the rest. One that hangs ends itself after `trackers.patience` seconds."""
         try:
-            self.process.wait(self.settings.patience)
+            self.process.wait(self.settings.patience + _GRACE)
         except subprocess.TimeoutExpired:
-            warn(
-                f"trackers.use = {self.name!r}: it has not ended after trackers.patience = {self.settings.patience:g} "
-                "s and is left; all figures stand in metrics.jsonl"
-            )
             self.process.kill()
-            self.process.wait()
-        self._reader.join(timeout=1.0)
+        self._reader.join(timeout=_GRACE)
 
     def say(self, word: str, last: bool = True) -> None:
         """Send a line, after which none comes where it is the last."""
         assert self.process.stdin
+        self._ending = last
         with suppress(OSError):  # it is gone, and has said why
             self.process.stdin.write(f"{word}\n")
             self.process.stdin.flush()
@@ -73,8 +73,18 @@ class _Process:
                 if message.get("ready"):
                     self.ready.set()
                 else:
-                    self.error = message["error"]
-                    warn(f"tracker {self.name}: {self.error}; training goes on")
+                    self._note(message["error"])
+        status = self.process.wait()
+        if status and self._ending:
+            patience = f"trackers.patience = {self.settings.patience:g} s"
+            warn(f"tracker {self.name}: it has not ended after {patience}; all figures stand in metrics.jsonl")
+        elif status and not self.error:
+            self._note(f"its process ended with status {status}")
+
+    def _note(self, error: str) -> None:
+        self.error = error
+        if self.ready.is_set() or not self.settings.strict:  # else it is raised
+            warn(f"tracker {self.name}: {error}; training goes on")
 
 
 @contextmanager

@@ -12,9 +12,10 @@ class Wandb:
     """A run of W&B with the id of the run: a resume continues it, and it takes no step twice."""
 
     def __init__(self, tracked: Tracked, last: int) -> None:
+        directory = None if tracked.is_far else tracked.directory  # None: W&B's own choice
         self.run = wandb.init(
-            project=tracked.project, name=tracked.name, id=tracked.id, resume="allow", dir=tracked.directory,
-            config=dict(tracked.config), settings=wandb.Settings(silent=True, console="off"),
+            project=tracked.project, name=tracked.name, id=tracked.id, resume="allow", dir=directory,
+            config=dict(tracked.config), allow_val_change=True, settings=wandb.Settings(silent=True, console="off"),
         )  # fmt: skip
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:

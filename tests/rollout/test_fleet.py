@@ -50,7 +50,7 @@ class FakeEngine:
         self.dead: EngineLostError | None = None
         self.hangs = self.lies = False
 
-    def load(self, adapter: Adapter, oldest: int = 0) -> Future[Proof]:
+    def load(self, adapter: Adapter, oldest: int = 0, kept: int | None = None) -> Future[Proof]:
         loaded: Future[Proof] = Future()
         self.oldest.append(oldest)
         if self.dead:
@@ -450,7 +450,7 @@ def test_an_engine_that_joins_has_every_policys_newest() -> None:
 
 def test_an_engine_that_joins_has_what_was_swapped_in_while_it_loaded() -> None:
     class Slow(FakeEngine):
-        def load(self, adapter: Adapter, oldest: int = 0) -> Future[Proof]:
+        def load(self, adapter: Adapter, oldest: int = 0, kept: int | None = None) -> Future[Proof]:
             for newer in meanwhile[:1]:
                 meanwhile.remove(newer)
                 stage.fleet.swap(newer)

@@ -61,7 +61,7 @@ class Stage:
         if error := self.wrong.get((what, policy, number)):
             raise error
 
-    def swap(self, adapter: Adapter, oldest: int = 0) -> list[Any]:
+    def swap(self, adapter: Adapter, oldest: int = 0, kept: int | None = None) -> list[Any]:
         self.tell("swap", adapter.policy, adapter.number)
         return []
 

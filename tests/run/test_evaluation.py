@@ -1,6 +1,7 @@
 """Evaluation beside training: what is due, what engines are asked, and what a death costs."""
 
 import json
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict
@@ -50,7 +51,7 @@ class Fleet:
     def __init__(self) -> None:
         self.swapped: list[int] = []
 
-    def swap(self, adapter: Adapter, oldest: int = 0) -> list[Any]:
+    def swap(self, adapter: Adapter, oldest: int = 0, kept: int | None = None) -> list[Any]:
         self.swapped.append(adapter.number)
         return []
 
@@ -86,29 +87,33 @@ def test_versions_that_are_due_are_evaluated_beside_training(made: Any, tmp_path
     ]
     assert fleet.swapped == []
     assert held_out.version == 2
-    assert held_out.figures() == {}
+    assert held_out.figures(3) == {}
     loop.answer(3)
-    figures = held_out.figures()
+    figures = held_out.figures(3)
     assert figures["accuracy/version"] == 2
     assert figures["accuracy/held_out"] == figures["accuracy/hard"] == 0.75
     assert 0.3 < figures["accuracy/hard/low"] < 0.75 < figures["accuracy/hard/high"] < 1.0
-    assert held_out.figures() == {}
+    assert held_out.figures(3) == {}
     assert held_out.version is None
     assert directory.summary(UPath(tmp_path))["accuracy/hard"] == 0.75
     held_out.start(adapter(10))  # the last one: the accuracy after is measured of it
     assert held_out.version is None
 
 
-def test_one_that_is_not_ready_is_waited_for_by_the_next(made: Any) -> None:
-    held_out, loop, _ = made()
-    held_out.start(adapter(2))
-    loop.answer(1)
-    held_out.start(adapter(4))
-    assert held_out.version == 4
-    assert held_out.figures()["accuracy/version"] == 2
-    loop.answer(4)
-    held_out.end()
-    assert held_out.figures()["accuracy/version"] == 4
+@pytest.mark.parametrize("every", [1, 2])
+def test_each_evaluation_is_told_in_one_line(every: int, made: Any) -> None:
+    """Also where it is slow: a line waits for it before the next is due, and before the end."""
+    held_out, loop, _ = made(every=every)
+    told = []
+    for number in range(1, 11):
+        answering = threading.Timer(0.02, loop.answer, [2])
+        answering.start()
+        told.append(held_out.figures(number).get("accuracy/version"))
+        answering.join()
+        loop.asked.clear()
+        held_out.start(adapter(number))
+    assert [version for version in told if version] == list(range(every, 10, every))
+    assert held_out.version is None
 
 
 def test_a_resume_does_not_evaluate_twice(made: Any) -> None:
@@ -149,8 +154,17 @@ def test_rewards_that_fail_end_the_run(made: Any) -> None:
     loop.scoring.refuse_errors = refuse
     held_out.start(adapter(2))
     loop.answer(0)
+    assert held_out.figures(3) == {}  # the step's own figures and its bundle are saved first
     with pytest.raises(RewardError, match="8 of 8"):
-        held_out.figures()
+        held_out.refuse()
+
+
+def test_a_damaged_bundle_is_not_evaluated(made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    held_out, loop, _ = made()
+    (tmp_path / "bundles" / "2").mkdir(parents=True)
+    held_out.resume(3)
+    assert loop.asked == []
+    assert "version 2 is not evaluated: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """Trackers, each by its own library: they have what metrics.jsonl has, after a death and a resume too."""
 
 import json
+import os
 import struct
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,7 +76,7 @@ class Directory:
 
 
 OWN = """
-import json, time
+import json, os, time
 from pathlib import Path
 
 class Notes:
@@ -106,6 +108,10 @@ class Failing(Notes):
     def log(self, step, figures):
         raise ConnectionError("nobody there")
 
+class Dying(Notes):
+    def log(self, step, figures):
+        os.kill(os.getpid(), 9)
+
 class Unmade:
     def __init__(self, tracked, last):
         raise ConnectionError("no key")
@@ -134,7 +140,7 @@ def test_a_tracker_is_told_each_step_once(own: str, tmp_path: Path) -> None:
     with tracked(made.run):
         made.step()
         made.step(bundle=False)  # a resume would make it come again
-        wait_for((made.place / "trackers" / "Notes.json").exists)
+        wait_for(lambda: any((made.place / "trackers").glob("*-Notes.json")))
     told = notes(made)
     assert told[0] == ["start", "run", "abc123", -1, "-"]
     figures = {name: value for name, value in FIGURES.items() if value is not None} | {"update/skipped": 0.0}
@@ -161,14 +167,15 @@ from test_trackers import *
 made = Directory(Path({place!r}), use=[{name!r}])
 with tracked(made.run):
     made.step(), made.step(), made.step(bundle=False)
-    wait_for(lambda: (made.place / "trackers" / "Notes.json").exists())
+    wait_for(lambda: {done})
     os.kill(os.getpid(), 9)
 """
 
 
 def test_after_a_death_nothing_comes_twice(own: str, tmp_path: Path) -> None:
     name = f"{own}:Notes"
-    code = KILLED.format(tests=str(ROOT / "tests"), here=str(Path(__file__).parent), place=str(tmp_path), name=name)
+    code = KILLED.format(tests=str(ROOT / "tests"), here=str(Path(__file__).parent), place=str(tmp_path), name=name,
+                         done='any((made.place / "trackers").glob("*-Notes.json"))')  # fmt: skip
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, timeout=120)
     made = Directory.__new__(Directory)
     made.place, made.config = tmp_path / "run", validate(TABLE | {"trackers": {"use": [name]}})
@@ -193,15 +200,42 @@ def test_one_that_hangs_or_fails_holds_nothing_up(own: str, tmp_path: Path, capf
     told = capfd.readouterr().err
     assert f"tracker {own}:Failing: ConnectionError: nobody there; training goes on" in told
     assert f"tracker {own}:Unmade: ConnectionError: no key; training goes on" in told
-    assert f"trackers.use = '{own}:Hanging': it has not ended after trackers.patience = 8 s" in told
+    assert f"tracker {own}:Hanging: it has not ended after trackers.patience = 8 s" in told
     assert told.count("nobody there") == 1
 
 
-def test_strict_stops_before_the_run(own: str, tmp_path: Path) -> None:
+def test_one_whose_process_dies_is_told_of(own: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    made = Directory(tmp_path, use=[f"{own}:Dying"])
+    with tracked(made.run):
+        made.step(), made.step()
+        wait_for(lambda: "Dying" in capfd.readouterr().err)
+
+
+def test_one_that_hangs_ends_after_the_death_of_its_run(own: str, tmp_path: Path) -> None:
+    """Also where its run was killed, and nobody waits for it."""
+    code = KILLED.format(tests=str(ROOT / "tests"), here=str(Path(__file__).parent), place=str(tmp_path),
+                         name=f"{own}:Hanging", done='(made.place / "notes.jsonl").exists()')  # fmt: skip
+    code = code.replace("use=[", "patience=2.0, use=[")
+    marked = os.environ | {"RLORA_TEST": str(tmp_path)}  # by which its process is known
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, timeout=120, env=marked)
+
+    def there() -> bool:
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with suppress(OSError):
+                if str(tmp_path).encode() in path.read_bytes():
+                    return True
+        return False
+
+    assert there()
+    wait_for(lambda: not there())
+
+
+def test_strict_stops_before_the_run(own: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     made = Directory(tmp_path, use=[f"{own}:Unmade"], strict=True)
     message = r"trackers\.strict = true: .*mine\.py:Unmade: ConnectionError: no key"
     with pytest.raises(RloraError, match=message), tracked(made.run):
         raise AssertionError("the run has begun")
+    assert "training goes on" not in capfd.readouterr().err
 
 
 def test_a_package_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,6 +245,26 @@ def test_a_package_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytes
         make("wandb", Tracked("run", "id", str(tmp_path), "rlora"), -1)
     with pytest.raises(RloraError, match=r"trackers\.use.* = 'wandbb'"):
         validate(TABLE | {"trackers": {"use": ["wandbb"]}})
+
+
+def test_two_of_one_name_are_told_each(own: str, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    other = tmp_path / "other" / "mine.py"
+    other.write_text(OWN.replace("notes.jsonl", "others.jsonl"))
+    made = Directory(tmp_path, use=[f"{own}:Notes", f"{other}:Notes"])
+    with tracked(made.run):
+        made.step()
+    told = [(made.place / name).read_text().count('"log"') for name in ("notes.jsonl", "others.jsonl")]
+    assert told == [1, 1]
+    with pytest.raises(RloraError, match=r"trackers\.use = .*one is named twice"):
+        validate(TABLE | {"trackers": {"use": ["wandb", "wandb"]}})
+
+
+def test_what_a_tracker_can_not_do_at_a_url_is_told(tmp_path: Path) -> None:
+    with pytest.raises(
+        RloraError, match=r"'tensorboard': it writes to a local directory, and the run is at s3://b/run"
+    ):
+        make("tensorboard", Tracked("run", "id", "s3://b/run", "rlora"), -1)
 
 
 def trained(place: Path, name: str) -> Directory:
