@@ -32,14 +32,14 @@ class FaultyEngine(Engine):
 
         return self._post(set_up)
 
-    def _load(self, adapter: Adapter, oldest: int) -> Any:
+    def _load(self, adapter: Adapter, *others: Any) -> Any:
         differences, write = rlora.engine.slots.differences, rlora.engine.vllm_engine.write_adapter
         if "slots" not in self.checks:
             rlora.engine.slots.differences = lambda model, lora_id, adapter: []
         if self.kind and "file" in self.checks:  # what lies there is wrong
             rlora.engine.vllm_engine.write_adapter = lambda adapter, path: write(self._spoilt(adapter), path)
         try:
-            proof = super()._load(adapter, oldest)
+            proof = super()._load(adapter, *others)
         finally:
             rlora.engine.slots.differences, rlora.engine.vllm_engine.write_adapter = differences, write
             self.kind, self.checks = "", ("file", "slots", "canary")
