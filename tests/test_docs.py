@@ -232,7 +232,7 @@ def tried(page: Path, directory: Path) -> list[str]:
             told.append(called([sys.executable, "-c", SHORT + block.text], directory))
         lines = block.text.splitlines() if not block.language else []
         for line in (line for line in lines if line.startswith("rlora ")):
-            _, command, *arguments = shlex.split(re.sub(r"@\d+", "@2", line), comments=True)
+            _, command, *arguments = shlex.split(re.sub(r"@\d+", "@1", line), comments=True)
             if command == "train" and "--resume" not in arguments:
                 arguments += SMALL
             told.append(called([sys.executable, "-m", "rlora", command, *arguments], directory))

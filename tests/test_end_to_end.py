@@ -289,7 +289,7 @@ def test_each_rule_of_health_holds_in_a_run_that_is_ill_in_its_way(
         },
         "engine_learner_apart": {
             "algorithm": {"name": f"{ROOT}/tests/ill_objectives.py:Late"}, "max_staleness": 1, "steps": 8,
-            "learner": {"lr": 2e-2, "lr_schedule": "constant"},
+            "learner": {"lr": 5e-3, "lr_schedule": "constant"},
         },
     }  # fmt: skip
     small: dict[str, Any] = {
