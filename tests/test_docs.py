@@ -163,9 +163,8 @@ def test_the_files_do_what_is_said_of_them(place: Path) -> None:
 
 
 def test_the_loop_of_the_readme_is_the_loop() -> None:
-    shown = next(block.text for block in BLOCKS if "cluster.start" in block.text)
-    source = inspect.getsource(drive)
-    assert textwrap.indent(shown.strip(), "    ").strip() in source
+    shown = next(block.text for block in BLOCKS if "run.deliver()" in block.text)
+    assert textwrap.indent(shown, " " * 8).strip() in inspect.getsource(drive)
 
 
 def test_the_fields_of_other_frameworks_have_ours() -> None:
