@@ -74,7 +74,7 @@ def train(config: str, seed: int, run: Path, options: list[str]) -> tuple[dict[s
 def evaluated(summary: dict[str, Any], lines: list[dict[str, Any]]) -> list[list[float]]:
     """Of each version that was evaluated: its number, the held-out accuracy, and the ends of its interval."""
     ends = ("", "/low", "/high")
-    between = [line for line in lines if "accuracy/version" in line]
+    between = [line for line in lines if line.get("accuracy/version")]
     return [
         [0, *(summary[f"accuracy/before{end}"] for end in ends)],
         *([line["accuracy/version"], *(line[f"accuracy/held_out{end}"] for end in ends)] for line in between),

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -41,6 +42,8 @@ from rlora.run.directory import Origin
 from rlora.run.start import read_start
 from rlora.settings import Config
 
+# Tests interrupt commands; these would inherit that a shell's background job ignores SIGINT.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 NEEDS_SHARED = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")

@@ -24,6 +24,7 @@ class HeldOut:
         self.config, self.place, self.sets, self.fleet = config, place, task.sets, fleet
         self._evaluations = Evaluations(config, task.sets, fleet, loop)
         self._known = {line.get("accuracy/version") for line in directory.figures(place)}
+        self._before: Figures = {}  # of the version that training begins with, for the line of the first step
         self._failure: RewardError | None = None
 
     @property
@@ -31,18 +32,23 @@ class HeldOut:
         """The number of the version that is being evaluated; engines have to hold it."""
         return self._evaluations.version
 
-    def measure(self, when: str, adapter: Adapter) -> None:
-        """Evaluate `adapter` and wait for it; `when` is before or after."""
-        if not self.sets:
-            return
-        self.fleet.swap(adapter)
-        self._evaluations.start(adapter, background=False)
-        found: Figures = {}
-        for name, evaluation in self._evaluations.result().items():
-            of_set = when if name == HELD_OUT else f"{name}/{when}"
-            found |= _accuracy(of_set, evaluation) | {f"reward/{of_set}": evaluation.reward}
-        prompts = {"accuracy/prompts": len(self.sets[HELD_OUT])} if HELD_OUT in self.sets else {}
-        directory.summarise(self.place, found | prompts)
+    def begin(self, adapter: Adapter) -> None:
+        """Evaluate the version that training begins with, and wait for it. A resume takes it from the summary."""
+        known = directory.summary(self.place)
+        if any(f"accuracy/{_at(name, 'before')}/low" not in known for name in self.sets):
+            self._measure("before", adapter)
+            known = directory.summary(self.place)
+        if self.config.evaluate.every and self.sets:
+            self._before = {"accuracy/version": adapter.number}
+            for name in self.sets:
+                of_set = _at(name, "before")
+                accuracy = {f"accuracy/{name}{end}": known[f"accuracy/{of_set}{end}"] for end in ("", "/low", "/high")}
+                self._before |= accuracy | {f"accuracy/{name}/reward": known[f"reward/{of_set}"]}
+
+    def end(self, adapter: Adapter) -> None:
+        """Evaluate the last version, and wait for it."""
+        if self.sets:
+            self._measure("after", adapter)
 
     def resume(self, number: int) -> None:
         """Start again what a death ended: the evaluation of the newest version up to `number` that is due for one."""
@@ -62,14 +68,15 @@ class HeldOut:
             self._evaluations.start(adapter)
 
     def figures(self, number: int) -> Figures:
-        """Return what an evaluation came to that has ended since; nothing where none has.
+        """Return what an evaluation came to that has ended since, that of `begin` first; nothing where none has.
 
         It waits for one that has not, where `number`, the version that was just made, is due or the last one.
         """
         version = self.version
         waits = self._is_due(number) or number >= self.config.steps
         if version is None or not (waits or self._evaluations.is_ready):
-            return {}
+            before, self._before = self._before, {}
+            return before
         found: Figures = {"accuracy/version": version}
         try:
             for name, evaluation in self._evaluations.result().items():
@@ -86,10 +93,24 @@ class HeldOut:
         if self._failure:
             raise self._failure
 
+    def _measure(self, when: str, adapter: Adapter) -> None:
+        self.fleet.swap(adapter)
+        self._evaluations.start(adapter, background=False)
+        found: Figures = {}
+        for name, evaluation in self._evaluations.result().items():
+            found |= _accuracy(_at(name, when), evaluation) | {f"reward/{_at(name, when)}": evaluation.reward}
+        prompts = {"accuracy/prompts": len(self.sets[HELD_OUT])} if HELD_OUT in self.sets else {}
+        directory.summarise(self.place, found | prompts)
+
     def _is_due(self, number: int) -> bool:
         every = self.config.evaluate.every
         is_due = every > 0 and number % every == 0 and 0 < number < self.config.steps
         return bool(is_due and self.sets and number not in self._known and number != self.version)
+
+
+def _at(name: str, when: str) -> str:
+    """What the summary calls a set before or after training."""
+    return when if name == HELD_OUT else f"{name}/{when}"
 
 
 def _accuracy(name: str, evaluation: Evaluation) -> Figures:

@@ -120,8 +120,8 @@ class Run:
             self.saver.save(self.adapter, learner.state(self.policy), Cursor())
         self.health = Health(config, directory.figures(place))
         self.held_out = HeldOut(config, place, self.task, fleet, loop)
-        if self.number == origin.first and "accuracy/before" not in directory.summary(place):
-            self.held_out.measure("before", self.adapter)
+        if self.number == origin.first:
+            self.held_out.begin(self.adapter)
         cursor = cursor_for(config, start, origin) if start else Cursor()
         self.stream = Rollouts(config, self.task.prompts, fleet, loop, cursor)
         self.metrics.start(self.number, fleet.stats())
@@ -166,7 +166,7 @@ class Run:
 
     def end(self) -> None:
         """Measure the accuracy after, write the summary, and leave the learner and the engines to others."""
-        self.held_out.measure("after", self.current)
+        self.held_out.end(self.current)
         directory.summarise(self.place, describe(self.place, self.current) | self.metrics.totals())
         self.leave()
 

@@ -137,12 +137,31 @@ def test_before_and_after_are_waited_for(made: Any, tmp_path: Path, monkeypatch:
         return flight
 
     monkeypatch.setattr(loop, "start", at_once)
-    held_out.measure("before", adapter(0))
+    held_out.begin(adapter(0))
     assert fleet.swapped == [0]
     assert loop.asked[0][1:4] == (Sampling(8, 1.0, 2), 0, False)
     summary = directory.summary(UPath(tmp_path))
     assert summary["accuracy/before"] == summary["accuracy/hard/before"] == summary["reward/before"] == 0.5
     assert summary["accuracy/prompts"] == 4
+    assert held_out.figures(1) == {}
+    held_out.begin(adapter(0))  # a run that was killed in its first step and goes on
+    held_out.end(adapter(10))
+    assert fleet.swapped == [0, 10]
+    assert directory.summary(UPath(tmp_path))["accuracy/hard/after"] == 0.5
+
+
+def test_the_first_line_has_the_accuracy_before(made: Any, tmp_path: Path) -> None:
+    """Where versions are evaluated beside training; also of a run that was killed before it had that line."""
+    held_out, _, fleet = made()
+    before = {f"accuracy/{name}{end}": 0.5 for name in ("before", "hard/before") for end in ("", "/low", "/high")}
+    directory.summarise(UPath(tmp_path), before | {"reward/before": 0.25, "reward/hard/before": 0.75})
+    held_out.begin(adapter(0))
+    assert fleet.swapped == []
+    figures = held_out.figures(1)
+    assert figures["accuracy/version"] == 0
+    assert (figures["accuracy/held_out/low"], figures["accuracy/hard/high"]) == (0.5, 0.5)
+    assert (figures["accuracy/held_out/reward"], figures["accuracy/hard/reward"]) == (0.25, 0.75)
+    assert held_out.figures(2) == {}
 
 
 def test_rewards_that_fail_end_the_run(made: Any) -> None:
