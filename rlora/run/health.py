@@ -12,6 +12,7 @@ from rlora.watch_settings import HealthRule
 
 Line = Mapping[str, Any]  # the figures of a step
 Lines = Sequence[Line]  # of a run so far, the step under way last
+_MOST = 0.5  # share of right completions from which on entropy and length are no matter of health
 _FAR = 0.02  # nats per token: below it engine and learner agree as well as they do in bf16
 
 
@@ -123,7 +124,7 @@ def _collapsed(lines: Lines, config: Config) -> bool:
     """The entropy is a tenth of what it was at first, and answers are not right for that."""
     count = config.health.steps
     known = [line["entropy"] for line in lines if line["entropy"] is not None]
-    if len(known) < 2 * count or lines[-1]["status/correct"] > 0.5:
+    if len(known) < 2 * count or lines[-1]["status/correct"] > _MOST:
         return False
     return bool(max(known[-count:]) < 0.1 * fmean(known[:count]))
 
@@ -144,7 +145,8 @@ def _overfits(lines: Lines, config: Config) -> bool:
 
 
 def _truncated(lines: Lines, config: Config) -> bool:
-    return _all(lines, config, lambda line: line["completion/truncated"] == 1)
+    """Every completion is cut off, and most are not right: an answer may stand before the end."""
+    return _all(lines, config, lambda line: line["completion/truncated"] == 1 and line["status/correct"] <= _MOST)
 
 
 def _skipped(lines: Lines, config: Config) -> bool:

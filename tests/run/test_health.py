@@ -44,7 +44,7 @@ ALIKE = {"reward__informative_groups": 0.0}
 ILL: dict[str, Callable[[int], dict[str, Any]]] = {
     "floor": lambda step: healthy(step, reward__max=0.0, reward__mean=0.0, status__correct=0.0, **ALIKE),
     "solved": lambda step: healthy(step, reward__min=1.0, reward__mean=1.0, status__correct=1.0, **ALIKE),
-    "truncated": lambda step: healthy(step, completion__truncated=1.0),
+    "truncated": lambda step: healthy(step, completion__truncated=1.0, status__correct=0.4),
     "failing_rewards": lambda step: healthy(step, status__timeout=0.1, status__error=0.05),
     "dead_part": lambda step: healthy(step, reward__right=0.4, reward__form=0.0),
     "engine_learner_apart": lambda step: healthy(step, kl__behaviour=0.002 if step < 20 else 0.09),
@@ -87,6 +87,12 @@ def test_a_healthy_run_is_left_alone(settings: Config) -> None:
             line |= {"accuracy/held_out": 0.5 + step / 300, "accuracy/held_out/low": 0.4 + step / 300}
         assert health.look(line) == {}
     assert health.fired == {}
+
+
+def test_completions_that_are_cut_off_after_a_right_answer_are_no_illness(settings: Config) -> None:
+    """As in launch/arithmetic.toml, where the policy learns to say the sum first."""
+    lines = [healthy(step, completion__truncated=1.0, status__correct=0.9) for step in range(STEPS)]
+    assert looked_at(settings, lines) == {}
 
 
 def test_rewards_that_are_negative_have_a_floor_too(settings: Config) -> None:
