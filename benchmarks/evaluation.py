@@ -1,17 +1,18 @@
-"""What evaluation beside training costs: the time of a step with and without it, on one engine and on two.
+"""What evaluation beside training costs: the time of the steps that it is beside, against their neighbours'.
 
-    python benchmarks/evaluation.py [--steps 24] [--every 8]
+    python benchmarks/evaluation.py [--steps 48] [--every 6]
 
-Trains launch/arithmetic.toml four times, one after the other. Prints a table and, as its last line, a JSON object:
-`seconds`, the mean time of a step without the first one, by engines and with or without, and `ratios`, with over
-without, by engines.
+Trains launch/arithmetic.toml over one engine and over two. The held-out prompts of version v are sampled beside steps v
+and v + 1; the two steps before and the two after these are what a step takes without, on the same machine, in the same
+minute and with updates of the same size. Prints a table and, as its last line, a JSON object, by engines: `seconds` per
+evaluation, with its standard error, and `ratios`, the time of training with evaluation over that without.
 """
 
 import argparse
 import json
 import tempfile
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 
 from main_job import train
 from rich.console import Console
@@ -20,27 +21,26 @@ from rich.table import Table
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--every", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--every", type=int, default=6)
     options = parser.parse_args()
-    seconds: dict[str, float] = {}
-    table = Table("engines", "evaluate.every", "seconds a step", "evaluated versions", "all of training")
+    seconds: dict[int, list[float]] = {}
+    ratios: dict[int, float] = {}
+    table = Table("engines", "evaluations", "seconds per step without", "seconds per evaluation", "ratio")
     with tempfile.TemporaryDirectory() as directory:
         for engines in (1, 2):
-            for every in (0, options.every):
-                name = f"{engines} engines, every {every}"
-                given = ["--steps", str(options.steps), "--engine.replicas", str(engines), "--engine.kv-cache-gib", "1"]
-                given += ["--evaluate.every", str(every), "--evaluate.prompts", "42"]
-                summary, lines = train("launch/arithmetic.toml", 0, Path(directory) / name, given)
-                seconds[name] = fmean(line["time/step"] for line in lines[1:])
-                versions = [str(line["accuracy/version"]) for line in lines if "accuracy/version" in line]
-                cells = f"{seconds[name]:.2f}", " ".join(versions) or "none", f"{summary['time/train']:.0f} s"
-                table.add_row(str(engines), str(every), *cells)
+            given = ["--steps", str(options.steps), "--engine.replicas", str(engines), "--engine.kv-cache-gib", "1"]
+            given += ["--evaluate.every", str(options.every)]
+            _, lines = train("launch/arithmetic.toml", 0, Path(directory) / f"{engines}-engines", given)
+            times = [line["time/step"] for line in lines]
+            versions = [line["accuracy/version"] for line in lines if line.get("accuracy/version")]
+            without = [fmean([*times[v - 2 : v], *times[v + 2 : v + 4]]) for v in versions]
+            extra = [times[v] + times[v + 1] - 2 * step for v, step in zip(versions, without, strict=True)]
+            seconds[engines] = [fmean(extra), stdev(extra) / len(extra) ** 0.5]
+            ratios[engines] = 1 + fmean(extra) / (options.every * fmean(without))
+            cells = f"{fmean(without):.2f}", "{:.2f} ± {:.2f}".format(*seconds[engines]), f"{ratios[engines]:.3f}"
+            table.add_row(str(engines), str(len(versions)), *cells)
     Console().print(table)
-    ratios = {
-        engines: seconds[f"{engines} engines, every {options.every}"] / seconds[f"{engines} engines, every 0"]
-        for engines in (1, 2)
-    }
     print(json.dumps({"seconds": seconds, "ratios": ratios}))
 
 
