@@ -289,8 +289,9 @@ def test_a_script_of_six_lines_trains_and_goes_on(tmp_path: Path) -> None:
     first, second, *_ = blocks()
     assert len([line for line in first.splitlines() if line]) <= 6
     (tmp_path / "launch").symlink_to(ROOT / "launch")
-    small = 'evaluate={"prompts": 4}, prompts_per_step=2, group_size=4, run_dir="run", steps=2, '
-    script = first.replace("steps=50, ", small) + second.replace("steps=80", "steps=3")
+    small = '"steps": 2, "prompts_per_step": 2, "group_size": 4, "run_dir": "run", "evaluate": {"prompts": 4, '
+    script = first.replace('"steps": 50, "evaluate": {', small) + second.replace("steps=80", "steps=3")
+    assert small in script
     script += "import json\nprint(json.dumps([len(result.steps), result.adapter.number, result.summary['steps']]))\n"
     lines = run(script, tmp_path).splitlines()
     assert json.loads(lines[-1]) == [3, 3, 3]
