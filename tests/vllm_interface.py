@@ -1,0 +1,206 @@
+"""Each name and signature of vLLM that rlora uses, looked up in vLLM's sources without importing them.
+
+    python tests/vllm_interface.py vllm-0.33.0-cp38-abi3-manylinux_2_28_x86_64.whl
+
+Takes a wheel, or a directory that has the folder `vllm`; prints a line for each thing that is not there, and exits
+with 1 if there is one. To move the range of versions in pyproject.toml, run it on the wheel of the next version.
+"""
+
+import ast
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+# What is used of a class (its members), and of a function or a class that is called (its parameters). Those before "/"
+# are given by position, so they have to be the first.
+MEMBERS = {
+    "vllm:LLMEngine": "from_engine_args add_request step abort_request add_lora remove_lora list_loras apply_model "
+    "collective_rpc reset_prefix_cache",
+    "vllm:RequestOutput": "",
+    "vllm.outputs:RequestOutput": "request_id prompt_token_ids prompt_logprobs outputs finished",
+    "vllm.outputs:CompletionOutput": "token_ids logprobs finish_reason",
+    "vllm.logprobs:Logprob": "logprob",
+    "vllm.lora.request:LoRARequest": "lora_int_id",
+    "vllm.sampling_params:RequestOutputKind": "FINAL_ONLY",
+    "vllm.model_executor.layers.vocab_parallel_embedding:ParallelLMHead": "quant_method",
+    "vllm.model_executor.models.utils:WeightsMapper": "get_rename_mapper",
+    "vllm.lora.model_manager:LoRAModelManager": "modules packed_modules lora_index_to_id lora_config",
+    "vllm.config.lora:LoRAConfig": "lora_dtype",
+    "vllm.lora.layers.column_parallel_linear:MergedColumnParallelLinearWithLoRA": "lora_a_stacked lora_b_stacked "
+    "expand_packed_lora slice_lora_a slice_lora_b tp_size",
+    "vllm.lora.layers.row_parallel_linear:RowParallelLinearWithLoRA": "lora_a_stacked lora_b_stacked slice_lora_a "
+    "slice_lora_b tp_size",
+    "vllm.lora.layers.logits_processor:LogitsProcessorWithLoRA": "lora_a_stacked lora_b_stacked",
+    "vllm.v1.worker.gpu_worker:Worker": "reload_weights",
+}
+PARAMETERS = {
+    "vllm:EngineArgs": "model dtype max_model_len max_num_seqs seed logprobs_mode generation_config "
+    "tensor_parallel_size gpu_memory_utilization disable_log_stats use_tqdm_on_load enable_lora max_lora_rank "
+    "enable_mixed_moe_lora_format max_loras max_cpu_loras enforce_eager block_size distributed_executor_backend",
+    "vllm:LLMEngine.from_engine_args": "cls engine_args /",
+    "vllm:LLMEngine.add_request": "self request_id prompt params / lora_request",
+    "vllm:LLMEngine.abort_request": "self request_ids /",
+    "vllm:LLMEngine.add_lora": "self lora_request /",
+    "vllm:LLMEngine.remove_lora": "self lora_id /",
+    "vllm:LLMEngine.apply_model": "self func /",
+    "vllm:LLMEngine.collective_rpc": "self method / kwargs",
+    "vllm:SamplingParams": "n temperature max_tokens stop_token_ids stop detokenize skip_special_tokens logprobs "
+    "prompt_logprobs output_kind",
+    "vllm.inputs:TokensPrompt": "prompt_token_ids",
+    "vllm.lora.request:LoRARequest": "lora_name lora_int_id lora_path / is_3d_lora_weight",
+    "vllm.lora.utils:parse_fine_tuned_lora_name": "name weights_mapper /",
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.reload_weights": "weights_path",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.reload_weights": "weights_path",
+}
+ON_CPU = {  # imported there alone, so missing from no GPU's vLLM
+    "vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU": "update_metadata add_lora_linear add_lora_logits "
+    "token_lora_indices sampler_indices",
+    "vllm.platforms.cpu:CpuPlatform": "get_punica_wrapper",
+    "vllm.v1.sample.ops.topk_topp_sampler:TopKTopPSampler": "forward_cpu logprobs_mode",
+}
+_Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+class Found(NamedTuple):
+    module: str
+    node: ast.stmt
+
+
+class Sources:
+    """The modules of vLLM, parsed; `read` gives a file's text by its path, or None."""
+
+    def __init__(self, read: Callable[[str], str | None]) -> None:
+        self.module = cache(lambda name: self._parsed(read, name))
+
+    @staticmethod
+    def _parsed(read: Callable[[str], str | None], name: str) -> tuple[ast.Module, bool] | None:
+        path = name.replace(".", "/")
+        for file, is_package in ((f"{path}/__init__.py", True), (f"{path}.py", False)):
+            if (text := read(file)) is not None:
+                return ast.parse(text), is_package
+        return None
+
+    def find(self, module: str, name: str) -> Found | None:
+        """Where a name of a module is defined, also if it is imported there from elsewhere in vLLM."""
+        parsed = self.module(module)
+        if not parsed:
+            return None
+        tree, is_package = parsed
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef | _Function) and node.name == name:
+                return Found(module, node)
+            if isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    if (alias.asname or alias.name) == name:
+                        return self.find(_absolute(module, is_package, node), alias.name)
+            if isinstance(node, ast.Assign) and any(_is_name(target, name) for target in node.targets):
+                if isinstance(node.value, ast.Name) and node.value.id != name:  # another name for a class
+                    return self.find(module, node.value.id)
+                return Found(module, node)
+            if isinstance(node, ast.Assign) and any(_is_name(target, "MODULE_ATTRS") for target in node.targets):
+                lazy: dict[str, str] = ast.literal_eval(node.value)  # vllm/__init__.py imports when it is asked
+                if name in lazy:
+                    other, _, attribute = lazy[name].partition(":")
+                    return self.find(module + other, attribute)
+        return None
+
+    def lineage(self, found: Found) -> Iterator[tuple[str, ast.ClassDef]]:
+        """A class and the classes in vLLM that it is made from."""
+        if isinstance(found.node, ast.ClassDef):
+            yield found.module, found.node
+            for base in found.node.bases:
+                name = base.value if isinstance(base, ast.Subscript) else base
+                if isinstance(name, ast.Name) and (parent := self.find(found.module, name.id)):
+                    yield from self.lineage(parent)
+
+    def members(self, found: Found) -> set[str]:
+        """Methods, fields, and what any method of the class sets on `self`."""
+        names = set()
+        for _, node in self.lineage(found):
+            for each in ast.walk(node):
+                if isinstance(each, _Function):
+                    names.add(each.name)
+                target = each.targets[0] if isinstance(each, ast.Assign) else getattr(each, "target", None)
+                if isinstance(target, ast.Name):
+                    names.add(target.id)
+                elif isinstance(target, ast.Attribute) and _is_name(target.value, "self"):
+                    names.add(target.attr)
+        return names
+
+    def parameters(self, found: Found) -> list[str]:
+        """Of a function, or of a class's __init__; of a class without one, its fields."""
+        if isinstance(found.node, _Function):
+            given = found.node.args
+            return [argument.arg for argument in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+        fields: list[str] = []
+        for _, node in self.lineage(found):
+            for each in node.body:
+                if isinstance(each, _Function) and each.name == "__init__":
+                    return [argument.arg for argument in (*each.args.args, *each.args.kwonlyargs)][1:]
+            fields = [_named(each) for each in node.body if isinstance(each, ast.AnnAssign)] + fields
+        return fields
+
+    def missing(self) -> list[str]:
+        """What rlora uses and vLLM does not have."""
+        lines = []
+        for place, names in (MEMBERS | ON_CPU).items():
+            if found := self.find(*place.split(":")):
+                lines += [f"{place}.{name} is not there" for name in names.split() if name not in self.members(found)]
+            else:
+                lines.append(f"{place} is not there")
+        for place, names in PARAMETERS.items():
+            module, _, name = place.partition(":")
+            name, _, method = name.partition(".")
+            found = self.find(module, name)
+            if found and method:
+                found = self._method(found, method)
+            if not found:
+                lines.append(f"{place} is not there")
+                continue
+            there, wanted = self.parameters(found), names.split()
+            first = wanted.index("/") if "/" in wanted else 0
+            if there[:first] != wanted[:first]:
+                lines.append(f"{place}: its first parameters are {there[:first]}, and were {wanted[:first]}")
+            lines += [f"{place}: no parameter {name}" for name in wanted if name not in [*there, "/"]]
+        return lines
+
+    def _method(self, found: Found, name: str) -> Found | None:
+        for module, node in self.lineage(found):
+            for each in node.body:
+                if isinstance(each, _Function) and each.name == name:
+                    return Found(module, each)
+        return None
+
+
+def of_path(path: Path) -> Sources:
+    """Of a wheel, or of a directory like site-packages."""
+    if path.is_dir():
+        return Sources(lambda file: (path / file).read_text() if (path / file).is_file() else None)
+    wheel = zipfile.ZipFile(path)
+    names = set(wheel.namelist())
+    return Sources(lambda file: wheel.read(file).decode() if file in names else None)
+
+
+def _absolute(module: str, is_package: bool, node: ast.ImportFrom) -> str:
+    if not node.level:
+        return node.module or ""
+    parts = module.split(".")
+    parts = parts[: len(parts) - node.level + is_package]
+    return ".".join([*parts, *([node.module] if node.module else [])])
+
+
+def _is_name(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.Name) and node.id == name
+
+
+def _named(node: ast.AnnAssign) -> str:
+    return node.target.id if isinstance(node.target, ast.Name) else ""
+
+
+if __name__ == "__main__":
+    lines = of_path(Path(sys.argv[1])).missing()
+    print("\n".join(lines) or "all there")
+    sys.exit(bool(lines))
