@@ -28,6 +28,11 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def send(tensor: Tensor, to: torch.device) -> Tensor:
+    """A tensor of the CPU on `to`; a GPU takes it when it gets there, and nobody waits for that."""
+    return tensor.pin_memory().to(to, non_blocking=True) if to.type == "cuda" else tensor.to(to)
+
+
 def cores() -> int:
     """CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

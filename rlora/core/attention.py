@@ -1,7 +1,8 @@
 """Attention over a packed row: each completion sees its prompt and itself, its siblings never."""
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -9,11 +10,32 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from rlora.core.flash import Lengths, Segments
+from rlora.machine import send
 from rlora.records import RloraError
 
 NAME = "rlora_tree"  # of this attention among those of transformers
 
 _SCORES = 2**20  # held at a time in the backward pass
+
+
+class Layout(Protocol):
+    """Which tokens of a row see which: a token of a completion sees its prompt and what stands before it in its own."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a prompt and its completion, of which no attention window may be shorter."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """softmax(q k^T * scale) v, each token over what it sees. q (N, H, D); k, v (N, K, D) with H a multiple of K
+        -> (N, H, D)"""
+
+
+def layout_of(lengths: Lengths, dtype: torch.dtype, device: torch.device) -> Layout:
+    """For a row of prompts, each followed by its completions: on a GPU in 16 bits for kernels without masks."""
+    if device.type == "cuda" and dtype != torch.float32:
+        return Segments.of(lengths, device)
+    return Tree.of(lengths, dtype, device)
 
 
 @dataclass(frozen=True)
@@ -31,6 +53,61 @@ class Tree:
     # 0 where a token may look, -inf elsewhere; in the base's dtype
     causal: Tensor  # (1, 1, L, L), of a prompt's tokens
     bias: Tensor  # (P G, 1, T, L + T), of a completion's; the same for all where no prompt is shorter: (1, 1, T, L + T)
+
+    @classmethod
+    def of(cls, lengths: Lengths, dtype: torch.dtype, device: torch.device) -> "Tree":
+        """For prompts of such lengths, each with completions of such lengths; `dtype` is that of the masks."""
+        P, L = len(lengths), max(prompt for prompt, _ in lengths)
+        G = max(len(completions) for _, completions in lengths)
+        T = max(length for _, completions in lengths for length in completions)
+        places = torch.arange(P * (L + G * T))
+        place_of_prompt, place_of_completion = places[: P * L].view(P, L), places[P * L :].view(P, G, T)
+        place = torch.cat(
+            [
+                part
+                for p, (prompt, completions) in enumerate(lengths)
+                for part in (
+                    place_of_prompt[p, :prompt],
+                    *(place_of_completion[p, g, :length] for g, length in enumerate(completions)),
+                )
+            ]
+        )
+        seen_PL = torch.arange(L) < torch.tensor([[prompt] for prompt, _ in lengths])
+        seen_PL = seen_PL[:1] if seen_PL.all() else seen_PL.repeat_interleave(G, 0)
+        may_look = torch.cat(
+            [seen_PL[:, None].expand(-1, T, L), torch.ones(T, T).tril().bool().expand(len(seen_PL), T, T)], dim=-1
+        )
+        bias = torch.zeros(may_look.shape, dtype=dtype).masked_fill_(~may_look, -math.inf)[:, None]
+        causal = torch.full((1, 1, L, L), -math.inf, dtype=dtype).triu(1)
+        token_of_place = torch.zeros_like(places).index_put_((place,), torch.arange(len(place)))
+        empty = torch.ones_like(places, dtype=torch.bool).index_fill_(0, place, value=False).nonzero()[:, 0]
+        return cls((P, L, G, T), *(send(tensor, device) for tensor in (token_of_place, place, empty, causal, bias)))
+
+    @property
+    def longest(self) -> int:
+        return self.shape[1] + self.shape[3]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """A completion's keys are its prompt's, which are computed once and copied to each, and its own: no two
+        siblings' tokens meet."""
+        (P, L, G, T), (_, H, D), K = self.shape, q.shape, k.shape[1]
+        q, k, v = (_lay(x, self.token_of_place, self.place_of_token) for x in (q, k, v))
+        (q_p, q_c), (k_p, k_c), (v_p, v_c) = (
+            (
+                prompts.view(P, L, x.shape[1], D).transpose(1, 2),
+                completions.view(P * G, T, x.shape[1], D).transpose(1, 2),
+            )
+            for x in (q, k, v)
+            for prompts, completions in [x.split([P * L, P * G * T])]
+        )  # (P, heads, L, D) and (P G, heads, T, D)
+        out_p = _attention(q_p, k_p, v_p, self.causal, scale)
+        k_c, v_c = (
+            torch.cat([prompt[:, None].expand(P, G, K, L, D).flatten(0, 1), own], dim=2)
+            for prompt, own in ((k_p, k_c), (v_p, v_c))
+        )  # (P G, K, L + T, D)
+        out_c = _attention(q_c, k_c, v_c, self.bias, scale)
+        out = torch.cat([out_p.transpose(1, 2).reshape(-1, H, D), out_c.transpose(1, 2).reshape(-1, H, D)])
+        return _lay(out, self.place_of_token, self.token_of_place, self.empty_places)
 
 
 class _Lay(torch.autograd.Function):
@@ -107,47 +184,24 @@ def _slices(length: int, step: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, length, step)]
 
 
-def tree_attention(q: Tensor, k: Tensor, v: Tensor, tree: Tree, scale: float) -> Tensor:
-    """softmax(q k^T * scale) v along the tree. q (N, H, D); k, v (N, K, D) with H a multiple of K -> (N, H, D)
-
-    A completion's keys are its prompt's, which are computed once and copied to each, and its own: no two siblings'
-    tokens meet.
-    """
-    (P, L, G, T), (_, H, D), K = tree.shape, q.shape, k.shape[1]
-    q, k, v = (_lay(x, tree.token_of_place, tree.place_of_token) for x in (q, k, v))
-    (q_p, q_c), (k_p, k_c), (v_p, v_c) = (
-        (prompts.view(P, L, x.shape[1], D).transpose(1, 2), completions.view(P * G, T, x.shape[1], D).transpose(1, 2))
-        for x in (q, k, v)
-        for prompts, completions in [x.split([P * L, P * G * T])]
-    )  # (P, heads, L, D) and (P G, heads, T, D)
-    out_p = _attention(q_p, k_p, v_p, tree.causal, scale)
-    k_c, v_c = (
-        torch.cat([prompt[:, None].expand(P, G, K, L, D).flatten(0, 1), own], dim=2)
-        for prompt, own in ((k_p, k_c), (v_p, v_c))
-    )  # (P G, K, L + T, D)
-    out_c = _attention(q_c, k_c, v_c, tree.bias, scale)
-    out = torch.cat([out_p.transpose(1, 2).reshape(-1, H, D), out_c.transpose(1, 2).reshape(-1, H, D)])
-    return _lay(out, tree.place_of_token, tree.token_of_place, tree.empty_places)
-
-
 def _attend(
     module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, scaling: float,
-    tree: Tree | None = None, **options: Any,
+    layout: Layout | None = None, **options: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """What transformers calls: q (1, H, N, D), k and v (1, K, N, D) -> (1, N, H, D). Without a tree: causal."""
-    if tree is None:
+    """What transformers calls: q (1, H, N, D), k and v (1, K, N, D) -> (1, N, H, D). Without a layout: causal."""
+    if layout is None:
         out, _ = sdpa_attention_forward(module, q, k, v, attention_mask, scaling=scaling, **options)
         return out, None
     for option in ("softcap", "s_aux"):
         if options.get(option) is not None:
             raise RloraError(f"model: its attention uses {option}, which can't be trained here yet; use another model")
-    window, longest = options.get("sliding_window"), tree.shape[1] + tree.shape[3]
-    if window is not None and longest > window:
+    window = options.get("sliding_window")
+    if window is not None and layout.longest > window:
         raise RloraError(
             f"sampling.max_prompt_tokens + sampling.max_tokens: the model's attention sees {window} tokens, and a "
-            f"prompt and completion have {longest}; lower one of them"
+            f"prompt and completion have {layout.longest}; lower one of them"
         )
-    return tree_attention(q[0].transpose(0, 1), k[0].transpose(0, 1), v[0].transpose(0, 1), tree, scaling)[None], None
+    return layout.attend(q[0].transpose(0, 1), k[0].transpose(0, 1), v[0].transpose(0, 1), scaling)[None], None
 
 
 AttentionInterface.register(NAME, _attend)

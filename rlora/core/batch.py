@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlora.core.attention import Tree
+from rlora.core.attention import Layout, layout_of
 from rlora.core.loss import Tokens
+from rlora.machine import send
 from rlora.records import Episode
 
 
@@ -58,7 +59,7 @@ class Microbatch:
 
     input_ids: Tensor  # (N,) int64
     position_ids: Tensor  # (N,) int64, of each token in its own prompt + completion
-    tree: Tree
+    layout: Layout
     predictors: Tensor  # (C,) int64, places in the row
     targets: Tensor  # (C,) int64
     lengths: Tensor  # (S,) int64, how many of the C are of each sample
@@ -157,7 +158,7 @@ def _joined(samples: Sequence[Sample], device: torch.device) -> Tokens:
     """What is known of all their tokens; None where it is not known of each."""
     columns = {field.name: [getattr(sample.tokens, field.name) for sample in samples] for field in fields(Tokens)}
     joined: dict[str, Any] = {
-        name: None if any(of is None for of in column) else torch.cat(column).to(device)
+        name: None if any(of is None for of in column) else send(torch.cat(column), device)
         for name, column in columns.items()
     }
     return Tokens(**joined)
@@ -166,46 +167,28 @@ def _joined(samples: Sequence[Sample], device: torch.device) -> Tokens:
 def _pack(branches: Sequence[_Branch], dtype: torch.dtype, device: torch.device) -> Microbatch:
     """One row: each prompt, followed by its completions."""
     completions = [completion for branch in branches for completion in branch.completions]
-    P, L = len(branches), max(len(branch.prompt) for branch in branches)
-    G, T = max(len(branch.completions) for branch in branches), max(len(each.inputs) for each in completions)
-    places = torch.arange(P * (L + G * T))
-    place_of_prompt, place_of_completion = places[: P * L].view(P, L), places[P * L :].view(P, G, T)
-    seen_PL = torch.zeros(P, L, dtype=torch.bool)
+    lengths = [(len(branch.prompt), [len(each.inputs) for each in branch.completions]) for branch in branches]
     ids: list[int] = []
     positions: list[int] = []
-    place_of_token: list[Tensor] = []
     predictors: list[int] = []
     targets: list[int] = []
-    for p, branch in enumerate(branches):
+    for branch in branches:
         start, length = len(ids), len(branch.prompt)
-        seen_PL[p, :length] = True
-        place_of_token.append(place_of_prompt[p, :length])
         ids += branch.prompt
         positions += range(length)
-        for g, completion in enumerate(branch.completions):
+        for completion in branch.completions:
             inputs, after = completion.inputs, len(ids) - length  # what a place after the prompt is moved by
             predictors += [place + (start if place < length else after) for place in completion.predictors]
             targets += completion.targets
-            place_of_token.append(place_of_completion[p, g, : len(inputs)])
             ids += inputs
             positions += range(length, length + len(inputs))
-    seen_PL = seen_PL[:1] if seen_PL.all() else seen_PL.repeat_interleave(G, 0)
-    may_look = torch.cat(
-        [seen_PL[:, None].expand(-1, T, L), torch.ones(T, T).tril().bool().expand(len(seen_PL), T, T)], dim=-1
-    )
-    bias = torch.zeros(may_look.shape, dtype=dtype).masked_fill_(~may_look, -math.inf)[:, None]
-    causal = torch.full((1, 1, L, L), -math.inf, dtype=dtype).triu(1)
-    place = torch.cat(place_of_token)
-    token_of_place = torch.zeros_like(places).index_put_((place,), torch.arange(len(ids)))
-    empty = torch.ones_like(places, dtype=torch.bool).index_fill_(0, place, value=False).nonzero()[:, 0]
-    tree = Tree((P, L, G, T), *(tensor.to(device) for tensor in (token_of_place, place, empty, causal, bias)))
     return Microbatch(
-        input_ids=torch.tensor(ids).to(device),
-        position_ids=torch.tensor(positions).to(device),
-        tree=tree,
-        predictors=torch.tensor(predictors, dtype=torch.int64).to(device),
-        targets=torch.tensor(targets, dtype=torch.int64).to(device),
-        lengths=torch.tensor([len(each.targets) for each in completions]).to(device),
+        input_ids=send(torch.tensor(ids), device),
+        position_ids=send(torch.tensor(positions), device),
+        layout=layout_of(lengths, dtype, device),
+        predictors=send(torch.tensor(predictors, dtype=torch.int64), device),
+        targets=send(torch.tensor(targets, dtype=torch.int64), device),
+        lengths=send(torch.tensor([len(each.targets) for each in completions]), device),
         tokens=_joined(completions, device),
         samples=tuple(completions),
     )

@@ -100,7 +100,7 @@ class Policies:
         """The base's last hidden states at the row's predictors: (C, hidden size)."""
         with self.bank.serving(under):
             hidden: Tensor = self.body(
-                input_ids=row.input_ids[None], position_ids=row.position_ids[None], use_cache=False, tree=row.tree
+                input_ids=row.input_ids[None], position_ids=row.position_ids[None], use_cache=False, layout=row.layout
             ).last_hidden_state[0]
         return hidden[row.predictors]
 

@@ -21,13 +21,13 @@ def test_one_microbatch_by_hand(groups: list[Group]) -> None:
     assert batch.input_ids[batch.predictors].tolist() == [7, 8, 9, 7, 10, 24, 25, 24, 26, 27]
     assert batch.tokens.advantages.tolist() == [0.5] * 3 + [-0.5] * 2 + [0.0] * 2 + [-0.5] * 3  # the empty one had 1.0
     assert batch.tokens.behaviour_logprobs.tolist() == [-1.0] * 10
-    assert batch.tree.shape == (2, 5, 2, 2)
-    assert batch.tree.token_of_place.tolist() == [0, 1, 2, 0, 0, 6, 7, 8, 9, 10, 3, 4, 5, 0, 11, 0, 12, 13]
-    assert batch.tree.empty_places.tolist() == [3, 4, 13, 15]
-    assert batch.tree.token_of_place[batch.tree.place_of_token].tolist() == list(range(14))
+    assert batch.layout.shape == (2, 5, 2, 2)
+    assert batch.layout.token_of_place.tolist() == [0, 1, 2, 0, 0, 6, 7, 8, 9, 10, 3, 4, 5, 0, 11, 0, 12, 13]
+    assert batch.layout.empty_places.tolist() == [3, 4, 13, 15]
+    assert batch.layout.token_of_place[batch.layout.place_of_token].tolist() == list(range(14))
     x = -math.inf  # a token sees its prompt (3 tokens of 5 places, and 5 of 5) and its own completion up to itself
-    assert batch.tree.causal[0, 0, :2, :3].tolist() == [[0, x, x], [0, 0, x]]
-    assert batch.tree.bias[::2, 0].tolist() == [
+    assert batch.layout.causal[0, 0, :2, :3].tolist() == [[0, x, x], [0, 0, x]]
+    assert batch.layout.bias[::2, 0].tolist() == [
         [[0, 0, 0, x, x, 0, x], [0, 0, 0, x, x, 0, 0]],
         [[0, 0, 0, 0, 0, 0, x], [0, 0, 0, 0, 0, 0, 0]],
     ]
@@ -43,7 +43,7 @@ def test_microbatches_keep_to_the_budget_and_lose_nothing(groups: list[Group], b
     batches = pack(groups, budget)
     assert len(batches) > 1
     assert all(
-        len(batch.input_ids) <= budget or (batch.tree.shape[0], batch.tree.shape[2]) == (1, 1) for batch in batches
+        len(batch.input_ids) <= budget or (batch.layout.shape[0], batch.layout.shape[2]) == (1, 1) for batch in batches
     )
     assert sorted(token for batch in batches for token in batch.targets.tolist()) == whole
 
