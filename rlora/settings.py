@@ -86,13 +86,17 @@ class EngineConfig:
     cpus: Annotated[float, Field(ge=0)] = 0.5
     """Ray CPUs that a replica reserves. Below 1 by default: engine and learner take turns."""
     gpus: Annotated[float, Field(ge=0)] = 0.5
-    """Ray GPUs that a replica reserves for each of its `tensor_parallel_size`, where the cluster has GPUs."""
+    """Ray GPUs that a replica reserves, where the cluster has GPUs. With `tensor_parallel_size` it takes whole ones."""
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads of a replica; 0 shares the cores out over all that compute at once."""
-    kv_cache_gib: Count = 2
-    """Memory for keys and values of a replica on CPU, in GiB."""
-    max_num_seqs: Count = 128
-    """Completions that a replica samples at a time."""
+    kv_cache_gib: Annotated[int, Field(ge=0)] = 0
+    """Memory for keys and values of a replica, in GiB. 0: 2 on CPU, on a GPU what `gpu_memory_utilization` leaves."""
+    max_num_seqs: Annotated[int, Field(ge=0)] = 0
+    """Completions that a replica samples at a time. 0: 128 on CPU, 256 on a GPU."""
+    max_num_batched_tokens: Annotated[int, Field(ge=0)] = 0
+    """Tokens that a replica computes at a time, most of them of prompts. 0 is vLLM's default for the device."""
+    eager: bool = False
+    """On a GPU: neither compile nor capture CUDA graphs. The start takes a minute less, each token longer."""
     tensor_parallel_size: Count = 1
     """GPUs of a replica."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.5
@@ -101,8 +105,13 @@ class EngineConfig:
     """The most engines that `rlora scale` may ask for while a run goes on."""
     patience: Positive = 120.0
     """Seconds in which an engine has to take a swap; one that does not is replaced."""
-    straggler_seconds: Positive = 120.0
-    """Seconds that a step waits for its last groups once half are there; later ones count for later steps, or not."""
+    straggler_seconds: Annotated[float, Field(ge=0)] = 0.0
+    """Seconds that a step waits for its last groups once half are there; later ones count for later steps, or not.
+    0: 120 and a tenth for each of `sampling.max_tokens`, for groups that are late have the longest completions."""
+
+    def sequences(self, on_gpu: bool) -> int:
+        """Completions that a replica samples at a time."""
+        return self.max_num_seqs or (256 if on_gpu else 128)
 
 
 @dataclass(frozen=True)
@@ -330,6 +339,11 @@ class Config:
     @property
     def max_model_len(self) -> int:
         return self.sampling.max_prompt_tokens + self.sampling.max_tokens
+
+    @property
+    def straggler_seconds(self) -> float:
+        """Seconds that a step waits for its last groups once half are there."""
+        return self.engine.straggler_seconds or 120.0 + self.sampling.max_tokens / 10
 
     @property
     def rewards(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from vllm.lora.request import LoRARequest
 
 import rlora.engine.vllm_engine
 from rlora.engine.vllm_engine import Engine
-from rlora.records import Adapter, Canary
+from rlora.records import Adapter, Canary, DeliveryError
 from rlora.store import write_adapter
 
 
@@ -24,6 +24,7 @@ class FaultyEngine(Engine):
     def __init__(self, *made_of: Any) -> None:
         self.kind, self.checks = "", ("file", "slots", "canary")
         self.before: Adapter | None = None
+        self.is_shy, self.judged = False, 0
         super().__init__(*made_of)
 
     def fail(self, kind: str, checks: tuple[str, ...]) -> Future[None]:
@@ -31,6 +32,21 @@ class FaultyEngine(Engine):
             self.kind, self.checks = kind, checks
 
         return self._post(set_up)
+
+    def be_shy(self, shy: bool) -> Future[int]:
+        """From now on canaries are off while others are in flight, or not; returns how many were judged before."""
+
+        def set_up() -> int:
+            self.is_shy = shy
+            return self.judged
+
+        return self._post(set_up)
+
+    def _judge(self, *of: Any) -> None:
+        self.judged += 1
+        if self.is_shy and self._running:
+            raise DeliveryError("the canary is off in company")
+        super()._judge(*of)
 
     def _load(self, adapter: Adapter, *others: Any) -> Any:
         differences, write = rlora.engine.slots.differences, rlora.engine.vllm_engine.write_adapter

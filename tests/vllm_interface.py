@@ -25,6 +25,7 @@ MEMBERS = {
     "vllm.logprobs:Logprob": "logprob",
     "vllm.lora.request:LoRARequest": "lora_int_id",
     "vllm.sampling_params:RequestOutputKind": "FINAL_ONLY",
+    "vllm.usage.usage_lib:UsageContext": "LLM_CLASS ENGINE_CONTEXT",
     "vllm.model_executor.layers.vocab_parallel_embedding:ParallelLMHead": "quant_method",
     "vllm.model_executor.models.utils:WeightsMapper": "get_rename_mapper",
     "vllm.lora.model_manager:LoRAModelManager": "modules packed_modules lora_index_to_id lora_config",
@@ -39,8 +40,9 @@ MEMBERS = {
 PARAMETERS = {
     "vllm:EngineArgs": "model dtype max_model_len max_num_seqs seed logprobs_mode generation_config "
     "tensor_parallel_size gpu_memory_utilization disable_log_stats use_tqdm_on_load enable_lora max_lora_rank "
-    "enable_mixed_moe_lora_format max_loras max_cpu_loras enforce_eager block_size distributed_executor_backend",
-    "vllm:LLMEngine.from_engine_args": "cls engine_args /",
+    "enable_mixed_moe_lora_format lora_target_modules kv_cache_memory_bytes max_num_batched_tokens "
+    "max_loras max_cpu_loras enforce_eager block_size distributed_executor_backend",
+    "vllm:LLMEngine.from_engine_args": "cls engine_args / usage_context",
     "vllm:LLMEngine.add_request": "self request_id prompt params / lora_request",
     "vllm:LLMEngine.abort_request": "self request_ids /",
     "vllm:LLMEngine.add_lora": "self lora_request /",

@@ -62,8 +62,8 @@ class _Crew:
 
     def engine(self, served: Sequence[Served], number: int) -> RemoteEngine:
         settings = self.config.engine
-        environment = machine.engine_environment(settings.threads or self.share, settings.kv_cache_gib, self.cuda)
-        gpus = settings.gpus * settings.tensor_parallel_size * self.cuda
+        environment = machine.engine_environment(settings.threads or self.share, settings.kv_cache_gib or 2, self.cuda)
+        gpus = (settings.gpus if settings.tensor_parallel_size == 1 else settings.tensor_parallel_size) * self.cuda
         options = _options(settings.cpus, gpus, environment, "SPREAD")
         slots = _versions(served)
         task, version = served[0].task, max(each.number for each in served)
@@ -183,7 +183,7 @@ def start(served: Sequence[Served], learn: bool = True) -> Iterator[Started]:
         engines = [crew.engine(served, number) for number in range(config.engine.replicas)]
         pools = crew.pools(served)
         crew.wait()
-        room, engine = 2 * config.engine.max_num_seqs, partial(crew.another_engine, served)
+        room, engine = 2 * config.engine.sequences(crew.cuda), partial(crew.another_engine, served)
         fleet = Fleet(engine, cast(list[Engine], engines), room, config.engine.patience, config.restarts)
         loops = {
             each.policy: AgentLoop(

@@ -49,6 +49,7 @@ from rlora.settings import Config
 from rlora.store import write_adapter
 
 _Result = TypeVar("_Result")
+_COMPANY = 4  # canaries at a time, to see how far the base's own logprobs move
 
 
 @dataclass(eq=False)
@@ -247,14 +248,30 @@ class Engine:
         held.verdict = verdict
 
         def judge(answer: Future[RequestOutput]) -> None:
-            with errors_to(verdict):
+            try:
                 self._judge(held.adapter, prompt_logprobs(answer.result()))
+            except DeliveryError:
+                self._posted.put(partial(self._judge_alone, held, verdict))
+                return
+            except Exception as error:
+                verdict.set_exception(error)
+            else:
                 verdict.set_result(None)
             self._release(held)
 
         held.leases += 1
         self._send_canary(held.adapter.canary, held).add_done_callback(judge)
         return verdict
+
+    def _judge_alone(self, held: Held, verdict: Future[None]) -> None:
+        """Ask a canary that failed once more when nothing else is in flight: in company roundings differ on a GPU."""
+        with errors_to(verdict):
+            while self._running:
+                self._step()
+            assert held.adapter.canary
+            self._judge(held.adapter, self._ask(held.adapter.canary, held))
+            verdict.set_result(None)
+        self._release(held)
 
     def _release(self, held: Held) -> None:
         held.leases -= 1
@@ -291,13 +308,14 @@ class Engine:
                 self._step()
         canary = adapter.canary if self.noise is None else None  # the first is asked at once, after the base's own
         base = self._ask(canary, None) if canary else []
+        in_company = self._ask_at_once(canary) if canary else []
         path = self.scratch.write(adapter, 1 if self.held else self.slots, write_adapter)
         held = Held(adapter, self._put(adapter, path))
         loaded = time.perf_counter()
         try:
             digest = self._compare(held, path)
             if canary:
-                self.noise = distance(base, canary.base_logprobs)
+                self.noise = max(distance(logprobs, canary.base_logprobs) for logprobs in (base, *in_company))
                 self._judge(adapter, self._ask(canary, held), base)
                 held.verdict = known(None)
         except DeliveryError:
@@ -344,6 +362,13 @@ class Engine:
         while not answer.done():
             self._step()
         return prompt_logprobs(answer.result())
+
+    def _ask_at_once(self, canary: Canary) -> list[list[float]]:
+        """What the base gives where several ask at a time."""
+        answers = [self._send_canary(canary, None) for _ in range(_COMPANY)]
+        while not all(answer.done() for answer in answers):
+            self._step()
+        return [prompt_logprobs(answer.result()) for answer in answers]
 
     def _send_canary(self, canary: Canary, held: Held | None) -> Future[RequestOutput]:
         return self._submit(canary.token_ids, held, max_tokens=1, prompt_logprobs=0)

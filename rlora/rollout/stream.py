@@ -97,7 +97,7 @@ class Rollouts:
             return True
         half = len(there) >= math.ceil(len(step) / 2)
         self._half_since = (self._half_since or time.monotonic()) if half else None
-        return half and time.monotonic() - (self._half_since or 0.0) > self.config.engine.straggler_seconds
+        return half and time.monotonic() - (self._half_since or 0.0) > self.config.straggler_seconds
 
     def take(self, version: int) -> Collection:
         """The groups of `prompts_per_step` prompts, for the step that learns from `version` on.
@@ -133,7 +133,7 @@ class Rollouts:
         self._fill(version, count)  # more, where groups are made up for
         step = self._sent[:count]
         self._await(step, math.ceil(count / 2), took)
-        half_at, longest = time.monotonic(), self.config.engine.straggler_seconds
+        half_at, longest = time.monotonic(), self.config.straggler_seconds
         self._await(step, math.ceil(count * 3 / 4), longest)
         most_at = time.monotonic()
         self._await(step, count, half_at + longest - most_at)
@@ -186,7 +186,7 @@ class Rollouts:
             self.loop.scoring.refuse_errors(groups)
         except RewardError as error:
             flights = [each.flight for each in (*sent, *self._sent)]
-            wait([flight.request.group for flight in flights], self.config.engine.straggler_seconds)
+            wait([flight.request.group for flight in flights], self.config.straggler_seconds)
             raise RewardError(str(error), [flight.played for flight in flights if flight.played]) from error
         return groups
 
