@@ -9,7 +9,9 @@ from torch.utils.checkpoint import checkpoint
 
 from rlora.core.lora import low_rank
 
-_LOGITS = 3 * 2**21  # held at a time: few enough that malloc reuses their memory (below 32 MiB in fp32)
+# Logits held at a time. On a CPU few enough that malloc reuses their memory (below 32 MiB in fp32); on a GPU so many
+# that the weights of the head are read for hundreds of tokens at once, not for dozens.
+_LOGITS = {"cpu": 3 * 2**21, "cuda": 2**28}
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -25,7 +27,7 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> Tensor:
         logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
         slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for part in _chunks(len(hidden), len(weight)):
+        for part in _chunks(hidden, len(weight)):
             logits = linear(hidden[part], weight, bias)
             target_id = targets[part, None]
             target, top = logits.gather(1, target_id).float(), logits.amax(1, keepdim=True)
@@ -72,12 +74,12 @@ def logprobs_and_entropies(
         logprobs = (logits.float() / temperature).log_softmax(1)
         return torch.stack([logprobs.gather(1, targets[part, None])[:, 0], -(logprobs.exp() * logprobs).sum(1)])
 
-    parts = _chunks(len(hidden), len(weight))
+    parts = _chunks(hidden, len(weight))
     both = torch.cat([checkpoint(of, part, use_reentrant=False) for part in parts], dim=1)
     return both[0], both[1]
 
 
-def _chunks(tokens: int, vocabulary: int) -> list[slice]:
+def _chunks(hidden: Tensor, vocabulary: int) -> list[slice]:
     """The tokens whose logits are held at a time; one slice at least, also of no tokens."""
-    chunk = max(1, _LOGITS // vocabulary)
-    return [slice(start, start + chunk) for start in range(0, max(1, tokens), chunk)]
+    chunk = max(1, _LOGITS[hidden.device.type] // vocabulary)
+    return [slice(start, start + chunk) for start in range(0, max(1, len(hidden)), chunk)]
