@@ -1,7 +1,7 @@
 """The types that fields of the config have."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field
 
@@ -19,3 +19,4 @@ Value = bool | int | float | str
 Arguments = dict[str, Value | list[Value]]  # of a plug-in or a template, by name
 
 STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
+Gpus = Annotated[float, Field(ge=0)] | Literal["auto"]

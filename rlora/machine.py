@@ -18,6 +18,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from rlora import cards
 from rlora.records import RloraError
 
 _SHM_NEEDED = 256 * 1024  # bytes; an engine takes a few pages
@@ -41,7 +42,10 @@ def cores() -> int:
 def name() -> str:
     """What the bits of a result depend on: processor, its vector instructions, and how many cores share the work."""
     cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {cores()} cores"
-    return f"{cpu}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else cpu
+    if not torch.cuda.is_available():
+        return cpu
+    gpus = cards.of_node()  # torch would take a context of CUDA's to say it, half a GiB of a card
+    return f"{cpu}, {gpus[0].name}" if gpus else cpu
 
 
 def engine_environment(threads: int, kv_cache_gib: int, cuda: bool) -> dict[str, str]:
@@ -63,9 +67,12 @@ def engine_environment(threads: int, kv_cache_gib: int, cuda: bool) -> dict[str,
     return environment
 
 
-def learner_environment(threads: int) -> dict[str, str]:
+def learner_environment(threads: int, cuda: bool) -> dict[str, str]:
     """Environment variables of the learner's process."""
-    return {"OMP_NUM_THREADS": str(threads), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # that cuBLAS may be deterministic
+    environment = {"OMP_NUM_THREADS": str(threads), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # for deterministic kernels
+    if cuda:  # rows differ in length, and fixed segments would be left in pieces
+        environment["PYTORCH_CUDA_ALLOC_CONF"] = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    return environment
 
 
 def seed(number: int) -> None:
@@ -97,6 +104,12 @@ def set_random_state(states: Mapping[str, Tensor]) -> None:
 def _torch_states() -> dict[str, Tensor]:
     of_gpus = {f"cuda{index}": torch.cuda.get_rng_state(index) for index in range(torch.cuda.device_count())}
     return {"cpu": torch.get_rng_state()} | of_gpus
+
+
+def release() -> None:
+    """Give the memory that torch's allocator keeps on a GPU back: an engine may start there."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def own_bytes() -> int | None:

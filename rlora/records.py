@@ -298,6 +298,14 @@ class EngineStats:
     # learner's, nats
 
 
+@dataclass(frozen=True)
+class About:
+    """What an engine runs on and with."""
+
+    words: str
+    kv_cache: int  # bytes
+
+
 class Env(Protocol):
     """Where prompts come from: built as `Env(**config.env_args)`.
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from rlora.fields import STRICT, Arguments, Count, Decay, Directory, Positive
+from rlora.fields import STRICT, Arguments, Count, Decay, Directory, Gpus, Positive
 from rlora.records import MAX_RANK, Style
 from rlora.watch_settings import CheckConfig, EvaluateConfig, HealthConfig, TrackersConfig
 
@@ -85,12 +85,14 @@ class EngineConfig:
     """How many engines sample; Ray places each by its resources."""
     cpus: Annotated[float, Field(ge=0)] = 0.5
     """Ray CPUs that a replica reserves. Below 1 by default: engine and learner take turns."""
-    gpus: Annotated[float, Field(ge=0)] = 0.5
-    """Ray GPUs that a replica reserves, where the cluster has GPUs. With `tensor_parallel_size` it takes whole ones."""
+    gpus: Gpus = "auto"
+    """Ray GPUs that a replica reserves, where the cluster has GPUs; 0 keeps it on the CPU. `auto` is 1 where there is
+    one for each engine and learner, else 0.5: an engine and a learner share a card. With `tensor_parallel_size` it is
+    of each part, and 1."""
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads of a replica; 0 shares the cores out over all that compute at once."""
     kv_cache_gib: Annotated[int, Field(ge=0)] = 0
-    """Memory for keys and values of a replica, in GiB. 0: 2 on CPU, on a GPU what `gpu_memory_utilization` leaves."""
+    """Memory for keys and values of a replica, in GiB. 0: 2 on CPU, on a GPU what is left."""
     max_num_seqs: Annotated[int, Field(ge=0)] = 0
     """Completions that a replica samples at a time. 0: 128 on CPU, 256 on a GPU."""
     max_num_batched_tokens: Annotated[int, Field(ge=0)] = 0
@@ -99,8 +101,8 @@ class EngineConfig:
     """On a GPU: neither compile nor capture CUDA graphs. The start takes a minute less, each token longer."""
     tensor_parallel_size: Count = 1
     """GPUs of a replica."""
-    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Share of a GPU's memory that a replica may use."""
+    gpu_memory_utilization: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of a GPU's memory that a replica may use. 0: what the learner leaves there, by its `gpus`."""
     max_replicas: Count = 8
     """The most engines that `rlora scale` may ask for while a run goes on."""
     patience: Positive = 120.0
@@ -146,10 +148,12 @@ class LearnerConfig:
     """Adam's epsilon; small, because gradients of an adapter can be tiny."""
     max_grad_norm: Positive = 1.0
     """The gradient is scaled down to this norm where it is longer."""
-    microbatch_tokens: Count = 2048
-    """Tokens in one forward pass, each prompt's once; lower it where memory is short."""
-    checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: less memory, up to half more time."""
+    microbatch_tokens: Annotated[int, Field(ge=0)] = 0
+    """Tokens in one forward pass, each prompt's once; lower it where memory is short. 0: 2048 on CPU, on a GPU as many,
+    up to 16384, as fit in the learner's part of its memory."""
+    checkpointing: bool | Literal["auto"] = "auto"
+    """Compute activations again in the backward pass instead of keeping them: less memory, up to half more time.
+    `auto`: on a GPU where the longest row needs it."""
     quantise: Literal["none", "int8", "nf4"] = "none"
     """Hold the learner's base in 8 or 4 bit; engines keep `dtype`, and the importance ratio bridges the gap."""
     max_bad_updates: Count = 3
@@ -163,8 +167,9 @@ class LearnerConfig:
     """Divide the base's layers among the `replicas`, 2 or more; embeddings and output head stay whole on each."""
     cpus: Annotated[float, Field(ge=0)] = 0.5
     """Ray CPUs that a learner reserves."""
-    gpus: Annotated[float, Field(ge=0)] = 0.5
-    """Ray GPUs that a learner reserves, where the cluster has GPUs."""
+    gpus: Gpus = "auto"
+    """Ray GPUs that a learner reserves, where the cluster has GPUs, and its part of a card's memory; 0 keeps it on the
+    CPU. `auto` is as `engine.gpus`."""
     deterministic: bool = False
     """Take only kernels that give the same bits each time, so that updates can be replayed on a GPU too."""
     threads: Annotated[int, Field(ge=0)] = 0

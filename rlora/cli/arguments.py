@@ -108,6 +108,19 @@ class Show:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """Say what a run would take of memory, about how long a step, and what to change where it does not fit."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    source: tyro.conf.Positional[str]
+    """A TOML config, or the directory of a run."""
+    gpu: str | None = None
+    """A kind of card, such as h100-80; by default what this machine has."""
+    gpus: int = 1
+    """How many of them."""
+
+
+@dataclass(frozen=True)
 class Export:
     """Write an adapter of a run in PEFT's format, or the whole model with it merged in, and a model card."""
 
@@ -177,4 +190,4 @@ class Jobs:
     """Ask this job to stop, in place of listing."""
 
 
-Given = TypeVar("Given", Train, Eval, Check, Show, Replay)
+Given = TypeVar("Given", Train, Eval, Check, Show, Plan, Replay)

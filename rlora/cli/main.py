@@ -1,4 +1,4 @@
-"""The command line: rlora train | eval | check | replay | runs | export | grade | show | scale | submit | jobs."""
+"""The command line: rlora train | eval | check | plan | replay | runs | export | grade | show | scale | submit ..."""
 
 import sys
 import time
@@ -11,13 +11,14 @@ import tyro
 from upath import UPath
 
 import rlora
-from rlora.cli.arguments import Check, Eval, Export, Grade, Jobs, Replay, Runs, Scale, Show, Train
+from rlora.cli.arguments import Check, Eval, Export, Grade, Jobs, Plan, Replay, Runs, Scale, Show, Train
 from rlora.cli.overrides import (
     parse_check,
     parse_eval,
     parse_replay,
     parse_show,
 )
+from rlora.cli.plan import plan_command
 from rlora.cli.submit import jobs_command, submit_command
 from rlora.cli.train import train_command
 from rlora.config import differences, refuse_another_policy, validate
@@ -36,6 +37,7 @@ _USAGE = f"""usage: rlora COMMAND ...
   train     {Train.__doc__}
   eval      {Eval.__doc__}
   check     {Check.__doc__}
+  plan      {Plan.__doc__}
   replay    {Replay.__doc__}
   runs      {Runs.__doc__}
   export    {Export.__doc__}
@@ -51,8 +53,9 @@ _USAGE = f"""usage: rlora COMMAND ...
 def main() -> None:
     """Run the command in sys.argv; exits with 0, 1 (an error that its message explains), 2 (usage) or 130 (Ctrl-C)."""
     commands = {
-        "train": train_command, "eval": _eval, "check": _check, "replay": _replay, "runs": _runs, "export": _export,
-        "grade": _grade, "show": _show, "scale": _scale, "submit": submit_command, "jobs": jobs_command,
+        "train": train_command, "eval": _eval, "check": _check, "plan": plan_command, "replay": _replay, "runs": _runs,
+        "export": _export, "grade": _grade, "show": _show, "scale": _scale, "submit": submit_command,
+        "jobs": jobs_command,
     }  # fmt: skip
     command, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
     if command in ("-h", "--help", "--version"):

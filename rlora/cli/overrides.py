@@ -10,7 +10,7 @@ from typing import Any
 
 import tyro
 
-from rlora.cli.arguments import Check, Eval, Given, Replay, Show, Train
+from rlora.cli.arguments import Check, Eval, Given, Plan, Replay, Show, Train
 from rlora.config import changed, differences, like, read_table, refuse_another_policy, refuse_unlearnable, validate
 from rlora.records import RloraError
 from rlora.run.source import config_at, reachable, read_run, split
@@ -97,6 +97,11 @@ def parse_show(arguments: list[str]) -> Show:
     return _parse(Show, Show(_NOTHING, "prompt", ""), "rlora show", arguments)
 
 
+def parse_plan(arguments: list[str]) -> Plan:
+    """The same."""
+    return _parse(Plan, Plan(_NOTHING, ""), "rlora plan", arguments)
+
+
 def parse_replay(arguments: list[str], over: Config | None = None) -> Replay:
     """The same; over the config `over` of one of its versions, where that is given."""
     return _parse(Replay, Replay(_NOTHING, ""), "rlora replay", arguments, over)
@@ -144,7 +149,7 @@ def _given(table: dict[str, Any], options: Sequence[str]) -> dict[str, Any]:
     return given
 
 
-def _source(given: Train | Eval | Check | Show | Replay) -> tuple[dict[str, Any] | None, Path | None]:
+def _source(given: Train | Eval | Check | Show | Plan | Replay) -> tuple[dict[str, Any] | None, Path | None]:
     """The tables that a command line starts from, of a run or of a TOML file, which is named; None where it names
     neither."""
     if not isinstance(given, Train):

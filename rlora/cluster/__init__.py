@@ -14,7 +14,8 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rlora import machine
+from rlora import cards, machine
+from rlora.cards import Beside, Held
 from rlora.cluster.actors import Remote, RemoteEngine, RemotePool, end_actors
 from rlora.cluster.joining import join_ray
 from rlora.cluster.ranks import Ranks, results_of, still_starting
@@ -47,11 +48,15 @@ class _Crew:
     """The actors of a job: makes engines and learners as the shared settings say, and ends them all."""
 
     def __init__(self, config: Config, base: str, versions: int) -> None:
-        self.config, self.base = config, base
+        self.base = base
         self.remotes: list[Remote] = []
         self.packed: dict[int, PlacementGroup] = {}  # of learners, by their place; Ray removes them with the driver
         self.over = False
-        self.cuda = ray.cluster_resources().get("GPU", 0) > 0
+        gpus = ray.cluster_resources().get("GPU", 0)
+        cards.refuse_silent_cpu(gpus, wanted=config.engine.gpus != 0 or config.learner.gpus != 0)
+        self.config = placed(config, gpus)
+        self.cuda = max(float(self.config.engine.gpus), float(self.config.learner.gpus)) > 0
+        self.beside = Beside()
         at_once = config.engine.replicas + (config.max_staleness > 0)  # processes that compute at the same time
         self.share = max(1, machine.cores() // at_once)
         self.put = lru_cache(maxsize=versions)(ray.put)
@@ -60,14 +65,33 @@ class _Crew:
         """Until all are built."""
         results_of({remote.built: remote for remote in self.remotes}, still_starting)
 
+    def engines(self, served: Sequence[Served]) -> list[RemoteEngine]:
+        return [self.engine(served, number) for number in range(self.config.engine.replicas)]
+
+    def look_at_cards(self, learners: Sequence[Ranks]) -> None:
+        """Have the learners compute their largest row, that engines know what is left of their cards."""
+        held: dict[str, Held] = {}
+        for uuid, size in (each for ranks in learners for each in ranks.rehearse()):
+            before = held.get(uuid, Held())
+            held[uuid] = Held(before.bytes + size, before.gpus + float(self.config.learner.gpus))
+        self.beside = Beside(held)
+
+    def tell(self, learners: Sequence[Ranks], engines: Sequence[RemoteEngine]) -> None:
+        """Say what runs where; an engine that starts later gets as large a KV cache."""
+        about = [engine.about().result() for engine in engines]
+        if self.cuda:
+            self.beside = replace(self.beside, kv_cache=min(each.kv_cache for each in about))
+        words = [*(ranks.about() for ranks in learners[:1]), *sorted({each.words for each in about})]
+        print("; ".join(words), flush=True)
+
     def engine(self, served: Sequence[Served], number: int) -> RemoteEngine:
         settings = self.config.engine
         environment = machine.engine_environment(settings.threads or self.share, settings.kv_cache_gib or 2, self.cuda)
-        gpus = (settings.gpus if settings.tensor_parallel_size == 1 else settings.tensor_parallel_size) * self.cuda
+        gpus = float(settings.gpus) * settings.tensor_parallel_size
         options = _options(settings.cpus, gpus, environment, "SPREAD")
         slots = _versions(served)
         task, version = served[0].task, max(each.number for each in served)
-        made_of = self.config, self.base, task.chat.stop_token_ids, task.stop, slots, number, version
+        made_of = self.config, self.base, task.chat.stop_token_ids, task.stop, slots, number, version, self.beside
         made = RemoteEngine(self.put, f"engine {number}", options, ENGINE, *made_of)
         self.remotes.append(made)
         return made
@@ -93,15 +117,10 @@ class _Crew:
     def learners(self, place: int = 0) -> list[Remote]:
         """Those that share each update of the policies that are dealt to that place of `learner.concurrent`."""
         learner = self.config.learner
-        if self.cuda and learner.replicas > 1 and learner.gpus <= 0.5:
-            raise RloraError(
-                f"learner.gpus = {learner.gpus}: {learner.replicas} learners might share a GPU, and NCCL needs one "
-                "for each; set learner.gpus to 1"
-            )
         cores = self.share if self.config.max_staleness else machine.cores()
         everyone = learner.replicas * learner.concurrent
-        environment = machine.learner_environment(learner.threads or max(1, cores // everyone))
-        gpus = learner.gpus * self.cuda
+        gpus = float(learner.gpus)
+        environment = machine.learner_environment(learner.threads or max(1, cores // everyone), gpus > 0)
         options = _options(learner.cpus, gpus, environment, self._packed(place, learner.cpus, gpus))
         made = []
         for number in range(place * learner.replicas, (place + 1) * learner.replicas):
@@ -179,10 +198,16 @@ def start(served: Sequence[Served], learn: bool = True) -> Iterator[Started]:
     config = shared(served)
     with _crew(config, served[0].task.base, _versions(served)) as crew:
         count = min(config.learner.concurrent, len(served)) if learn else 0
-        learners = [crew.learners(place) for place in range(count)]
-        engines = [crew.engine(served, number) for number in range(config.engine.replicas)]
+        made = [crew.learners(place) for place in range(count)]
+        engines = [] if crew.cuda else crew.engines(served)
         pools = crew.pools(served)
         crew.wait()
+        ranks = [Ranks(partial(crew.learners, n), remotes, config.restarts) for n, remotes in enumerate(made)]
+        if crew.cuda:  # after the learners: vLLM takes for its own what a card loses while it starts
+            crew.look_at_cards(ranks)
+            engines = crew.engines(served)
+            crew.wait()
+        crew.tell(ranks, engines)
         room, engine = 2 * config.engine.sequences(crew.cuda), partial(crew.another_engine, served)
         fleet = Fleet(engine, cast(list[Engine], engines), room, config.engine.patience, config.restarts)
         loops = {
@@ -192,7 +217,6 @@ def start(served: Sequence[Served], learn: bool = True) -> Iterator[Started]:
             for each in served
         }
         try:
-            ranks = [Ranks(partial(crew.learners, n), remotes, config.restarts) for n, remotes in enumerate(learners)]
             dealt = {each.policy: ranks[n % len(ranks)] for n, each in enumerate(served) if ranks}
             yield Started(dealt, fleet, loops)
         finally:
@@ -243,6 +267,38 @@ def shared(served: Sequence[Served]) -> Config:
     longest = max(configs, key=lambda config: config.max_model_len)
     staleness = max(config.max_staleness for config in configs)
     return replace(first.config, learner=learner, sampling=longest.sampling, max_staleness=staleness)
+
+
+def placed(config: Config, cluster_gpus: float) -> Config:
+    """With the GPUs that each engine and learner reserves, where the cluster has so many. Raises RloraError where that
+    can't be."""
+    engine, learner = config.engine, config.learner
+    learners, parts = learner.replicas * learner.concurrent, engine.tensor_parallel_size
+    if not cluster_gpus:
+        return replace(config, engine=replace(engine, gpus=0.0), learner=replace(learner, gpus=0.0))
+    enough = engine.replicas * parts + learners <= cluster_gpus
+    of_learner = (1.0 if enough or learner.replicas > 1 else 0.5) if learner.gpus == "auto" else learner.gpus
+    of_engine = (1.0 if enough or parts > 1 else 0.5) if engine.gpus == "auto" else engine.gpus
+    if parts > 1 and of_engine < 1:
+        raise RloraError(
+            f"engine.gpus = {of_engine}: with engine.tensor_parallel_size = {parts} an engine takes whole cards; leave "
+            "engine.gpus out"
+        )
+    if learner.replicas > 1 and 0 < of_learner < 1:
+        raise RloraError(
+            f"learner.gpus = {of_learner}: {learner.replicas} learners might share a GPU, and NCCL needs one for each; "
+            "leave learner.gpus out"
+        )
+    needed = engine.replicas * parts * of_engine + learners * of_learner
+    if needed > cluster_gpus:
+        raise RloraError(
+            f"GPU: {engine.replicas} engines of {parts * of_engine:g} and {learners} learners of {of_learner:g} GPUs "
+            f"are {needed:g} in all, and Ray has {cluster_gpus:g}; lower engine.replicas, "
+            "engine.tensor_parallel_size or learner.replicas, or let them share cards by engine.gpus and learner.gpus"
+        )
+    return replace(
+        config, engine=replace(engine, gpus=float(of_engine)), learner=replace(learner, gpus=float(of_learner))
+    )
 
 
 @contextmanager

@@ -5,16 +5,19 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import ray
+import torch
 from ray.exceptions import RayError, RayTaskError
 
+from rlora import cards
+from rlora.cluster.joining import first_sentence
 from rlora.engine.scratch import remove_leftovers
 from rlora.plugin import load
 from rlora.records import Adapter, Case, EngineLostError, Proof, RloraError
@@ -28,7 +31,10 @@ class _Actor:
 
     def build(self, spec: str, *arguments: Any) -> None:
         remove_leftovers()  # on each node where anything of a run is built
-        self.object = load("actor", spec)(*arguments)
+        if ray.get_runtime_context().get_accelerator_ids().get("GPU"):
+            cards.check_usable()  # before anything goes to the CPU in its place
+        with _told_out_of_memory():
+            self.object = load("actor", spec)(*arguments)
 
     def place(self) -> tuple[str, int]:
         """The node and the process this is."""
@@ -41,7 +47,21 @@ class _Actor:
             return f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
 
     def call(self, method: str, *arguments: Any) -> Any:
-        return getattr(self.object, method)(*arguments)
+        with _told_out_of_memory():
+            return getattr(self.object, method)(*arguments)
+
+
+@contextmanager
+def _told_out_of_memory() -> Iterator[None]:
+    """Name the settings that help where a card's memory is not enough."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RloraError(
+            f"GPU: out of memory ({first_sentence(error)}). Lower learner.microbatch_tokens or sampling.max_tokens, "
+            "set learner.checkpointing = true, or give the engine less (engine.gpu_memory_utilization, "
+            "engine.kv_cache_gib); `rlora plan` says what each takes"
+        ) from error
 
 
 class _EngineActor(_Actor):

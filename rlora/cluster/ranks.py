@@ -56,6 +56,16 @@ class Ranks:
         if not self._out_of_step:  # else they are made anew without it
             self._on_all("close", policy)
 
+    def rehearse(self) -> list[tuple[str, int]]:
+        """`Learner.rehearse` on each."""
+        held: list[tuple[str, int]] = self._call(partial(self._on_each, "rehearse", [()] * len(self._remotes)))
+        return held
+
+    def about(self) -> str:
+        """`Learner.about`, of the first."""
+        words: str = self._call(partial(self._on_first, "about"))
+        return words
+
     def update(self, policy: str, groups: Sequence[Group]) -> tuple[Adapter, UpdateStats]:
         """`Learner.update` on all; the state after it is kept too, so that what is returned is never lost."""
         return self.start_update(policy, groups)()

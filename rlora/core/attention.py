@@ -138,7 +138,10 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-        out = scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=True)
+        if q.is_meta:  # only the memory is asked for, and the CPU's kernel holds no scores
+            out = torch.empty_like(q)
+        else:
+            out = scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=True)
         ctx.save_for_backward(q, k, v, bias, out)
         ctx.scale = scale
         return out

@@ -14,10 +14,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from rlora.machine import send
+from rlora.records import RloraError
 
+_LARGEST_HEAD = 256
 Lengths = Sequence[tuple[int, Sequence[int]]]  # of each prompt, and of each of its completions
+
+
+def refuse_heads(base: PreTrainedConfig) -> None:
+    """Raise RloraError where no kernel takes the model's heads."""
+    text = base.get_text_config()
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if size > _LARGEST_HEAD or size % 8:
+        raise RloraError(
+            f"model: its attention heads have {size} dimensions, and a GPU's kernels take multiples of 8 up to "
+            f"{_LARGEST_HEAD}; use another model, or set engine.gpus and learner.gpus to 0"
+        )
 
 
 @dataclass(frozen=True)
@@ -119,6 +133,8 @@ def _weight(lse: Tensor, lse_both: Tensor) -> Tensor:
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float) -> tuple[Tensor, Tensor, Any]:
     """The output (N, H, D), the log-sum-exp of each query's scores (H, N), and what the backward pass wants."""
+    if q.is_meta:  # only the memory is asked for
+        return torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=torch.float32), None
     if not q.is_cuda:
         return *_reference_forward(q, k, v, spans, scale), None
     out, lse, *extra, _ = torch.ops.aten._flash_attention_forward(
@@ -131,6 +147,8 @@ def _backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spans: Spans, scale: float, extra: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients that queries, keys and values get through these scores; `out` and `lse` are the merged ones."""
+    if q.is_meta:
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     if not q.is_cuda:
         return _reference_backward(d_out, q, k, v, out, lse, spans, scale)
     return torch.ops.aten._flash_attention_backward(  # type: ignore[no-any-return]

@@ -12,10 +12,13 @@ import safetensors.torch
 import torch
 import torch.distributed
 from torch import Tensor
+from transformers import AutoConfig
 
-from rlora import machine
+from rlora import cards, machine
 from rlora.core import peft_format, state
 from rlora.core.batch import Microbatch, Sample, alone, idle, microbatches
+from rlora.core.flash import refuse_heads
+from rlora.core.footprint import largest_row, pass_over, rows_for
 from rlora.core.objectives import objective_of, telling_of
 from rlora.core.objectives.objective import Loss, Need, Objective
 from rlora.core.optimizer import Adam, Optimizer, StepStats
@@ -29,6 +32,7 @@ from rlora.records import WHOLE_FILES, Adapter, Canary, Group, RloraError, Updat
 from rlora.settings import Config
 
 _CANARY = 24  # tokens: one short prompt, and enough logprobs for a mean
+_REHEARSED = "rehearsed"
 _OTHER_BASE = 0.2  # nats that a base's canary may move, mean over its tokens, between machines and kernels
 Groups = Sequence[Sequence[Sample]]  # the samples of each group have one prompt, which is computed once
 
@@ -79,8 +83,12 @@ class Learner:
             torch.use_deterministic_algorithms(True)
         place = torch.device("cpu") if learner.shard else self.device  # `join` moves it, a layer at a time
         quantise = learner.quantise
+        config_of_base = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        if self.device.type == "cuda":
+            refuse_heads(config_of_base)
+        self.rows = rows_for(config, config_of_base, self.device)  # before the base is loaded
         model = load_base(base, dtype, place) if quantise == "none" else load_quantised(base, dtype, quantise)
-        self.policies = Policies(model, learner.checkpointing, learner.whole)
+        self.policies = Policies(model, self.rows.checkpointing, learner.whole)
         self.held: dict[str, Trained] = {}  # critics too
         self.rank, self.ranks = 0, 1
         self._at_work = self._trained_base = False
@@ -104,6 +112,33 @@ class Learner:
         if self.config.learner.shard:
             shard(self.policies.body, self.device)
             self.policies.base.to(self.device)  # what is not sharded
+
+    def rehearse(self) -> tuple[str, int]:
+        """Compute the largest row once, under an adapter that is gone then; returns the card, and the bytes that this
+        process took of it at most. An engine may start beside it in what is left."""
+        if not self.policies.whole:
+            self.policies.add(_REHEARSED, Setup(self.config.learner).spec, seed=0)
+        try:
+            row = largest_row(self.config, self.rows.tokens, self.device, on_gpu=True)
+            pass_over(self.policies, _REHEARSED, row, self.config.algorithm.entropy > 0)
+        finally:
+            for weight in self.policies.parameters_of(_REHEARSED).values():
+                weight.grad = None
+            self.policies.remove(_REHEARSED)
+        peak = torch.cuda.max_memory_reserved() if self.device.type == "cuda" else 0
+        machine.release()
+        return cards.uuid(), peak
+
+    def about(self) -> str:
+        """What computes where, in words."""
+        on_gpu = self.device.type == "cuda"
+        where = torch.cuda.get_device_name() if on_gpu else f"CPU ({torch.get_num_threads()} threads)"
+        attention = "by varlen kernels" if on_gpu and self.config.dtype != "float32" else "under masks"
+        tokens = self.config.learner.microbatch_tokens or self.rows.tokens
+        return (
+            f"learner on {where}: {self.config.dtype}, attention {attention}, rows of {tokens} tokens, checkpointing "
+            f"{'on' if self.rows.checkpointing else 'off'}"
+        )
 
     # --- policies come and go ---
 
@@ -240,7 +275,9 @@ class Learner:
         held = self.held[policy]
         with self._alone(held):
             stats = update(self, held, groups)
-        return self.next_version(policy), stats
+        updated = self.next_version(policy)
+        machine.release()
+        return updated, stats
 
     def next_version(self, policy: str) -> Adapter:
         """Make what `optim_step` has come to the policy's next version, its number + 1; returns the adapter."""
@@ -336,7 +373,7 @@ class Learner:
         return self.policies.outputs(row, under, held.setup.temperature, held.objective.entropies)
 
     def _rows(self, held: Trained, groups: Groups) -> Iterator[Microbatch]:
-        dtype, tokens = self.policies.base.dtype, held.setup.learner.microbatch_tokens
+        dtype, tokens = self.policies.base.dtype, held.setup.learner.microbatch_tokens or self.rows.tokens
         rows = microbatches(groups, tokens, dtype, self.device, held.objective.whole_groups)
         return self._in_step(rows, held) if self.config.learner.shard else rows
 

@@ -11,7 +11,7 @@ from rlora.core.lora import low_rank
 
 # Logits held at a time. On a CPU few enough that malloc reuses their memory (below 32 MiB in fp32); on a GPU so many
 # that the weights of the head are read for hundreds of tokens at once, not for dozens.
-_LOGITS = {"cpu": 3 * 2**21, "cuda": 2**28}
+LOGITS = {"cpu": 3 * 2**21, "cuda": 2**28, "meta": 2**21}
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -81,5 +81,5 @@ def logprobs_and_entropies(
 
 def _chunks(hidden: Tensor, vocabulary: int) -> list[slice]:
     """The tokens whose logits are held at a time; one slice at least, also of no tokens."""
-    chunk = max(1, _LOGITS[hidden.device.type] // vocabulary)
+    chunk = max(1, LOGITS[hidden.device.type] // vocabulary)
     return [slice(start, start + chunk) for start in range(0, max(1, len(hidden)), chunk)]

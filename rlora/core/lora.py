@@ -170,11 +170,23 @@ class LoRAExperts(nn.Module):
             return self.base(x, top_k_index, top_k_weights)  # type: ignore[no-any-return]
         gate_up, down = _product(self.base.gate_up_proj, served_gate_up), _product(self.base.down_proj, served_down)
         y = torch.zeros_like(x)
-        for expert in top_k_index.unique().tolist():
-            tokens, choice = torch.where(top_k_index == expert)
+        for expert, tokens, choice in _routes(top_k_index):
             h: Tensor = self.base._apply_gate(gate_up(x[tokens], expert))  # type: ignore[operator]
             y.index_add_(0, tokens, (down(h, expert) * top_k_weights[tokens, choice, None]).to(y.dtype))
         return y
+
+
+def _routes(top_k_index: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The experts that are met, the tokens that meet each, and as which of their choices: (rows,) int64 each.
+
+    On the meta device, where only the memory is asked for, as many rows in as few experts as can be.
+    """
+    if top_k_index.is_meta:
+        tokens = torch.arange(len(top_k_index), device="meta")
+        yield from ((expert, tokens, tokens) for expert in range(top_k_index.shape[1]))
+        return
+    for expert in top_k_index.unique().tolist():
+        yield expert, *torch.where(top_k_index == expert)
 
 
 def _product(weight: Any, served: tuple[Tensor, Tensor] | None) -> Callable[[Tensor, int], Tensor]:

@@ -36,11 +36,7 @@ class Policies:
         self.base = base.eval()  # no dropout: the learner's policy has to be the engine's
         self.body, self.head = base.base_model, base.get_output_embeddings()
         base.set_attn_implementation(attention.NAME)
-        with torch.no_grad():  # some models cap or scale their logits
-            probe = torch.tensor([[1, 2]], device=base.device)
-            if self.head is None or not base(probe).logits.equal(self.head(self.body(probe).last_hidden_state)):
-                raise RloraError(f"model: {type(base).__name__} does more with its logits than its output head; "
-                                 "such models can't be trained yet, use another one")  # fmt: skip
+        self._check_logits()
         self.whole = whole
         self.bank = Bank(base, [] if whole else None)
         base.requires_grad_(whole)
@@ -52,6 +48,18 @@ class Policies:
                 )
             for layer in cast(nn.ModuleList, self.body.layers):
                 layer.forward = self._computed_again(layer.forward)
+
+    @torch.no_grad()
+    def _check_logits(self) -> None:
+        """Raise RloraError where the model caps or scales its logits. Without memory for its weights it has none."""
+        if self.base.device.type == "meta":
+            return
+        probe = torch.tensor([[1, 2]], device=self.base.device)
+        if self.head is None or not self.base(probe).logits.equal(self.head(self.body(probe).last_hidden_state)):
+            raise RloraError(
+                f"model: {type(self.base).__name__} does more with its logits than its output head; such models can't "
+                "be trained yet, use another one"
+            )
 
     def add(self, name: str, spec: Spec, seed: int, values: bool = False) -> None:
         """A new adapter, whose policy is the base; with `values` it is a critic's, whose values are 0."""

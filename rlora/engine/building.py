@@ -6,21 +6,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+import vllm
+from transformers import AutoConfig
 from vllm import EngineArgs, LLMEngine
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 
-from rlora import machine
+from rlora import cards, machine
+from rlora.cards import Beside
+from rlora.core.footprint import bytes_of
 from rlora.core.lora import Spec, matrices
-from rlora.records import Adapter, DeliveryError, RloraError
+from rlora.model.base import kv_bytes_of_token, vocabulary_size, without_memory
+from rlora.records import About, Adapter, DeliveryError, RloraError
 from rlora.settings import Config
 
+_LARGEST_VOCABULARY = 258048  # that vLLM's LoRA takes over a head
 
-def build(config: Config, base: str, seed: int, slots: int, whole: bool, experts: bool) -> LLMEngine:
-    """vLLM as the config asks for it, with `slots` adapters, or none where it serves `whole` weights."""
+
+def build(config: Config, base: str, seed: int, slots: int, whole: bool, experts: bool, beside: Beside) -> LLMEngine:
+    """vLLM as the config asks for it, with `slots` adapters, or none where it serves `whole` weights.
+
+    On a GPU it takes what learners leave there, as `beside` says. Raises RloraError where that is too little.
+    """
     settings, on_gpu = config.engine, machine.device().type == "cuda"
+    _check_kind(on_gpu)
     ours = False  # the parts for vLLM's CPU build
     ranks_are_1 = config.learner.rank == 1 and not config.learner.start_from  # which may have a rank pattern
     options: dict[str, Any] = {}
@@ -35,9 +46,11 @@ def build(config: Config, base: str, seed: int, slots: int, whole: bool, experts
         if experts:
             options["enable_mixed_moe_lora_format"] = True  # PEFT's: experts fused, as transformers has them
     if on_gpu:
+        _check_shapes(config, base)
         options["enforce_eager"] = settings.eager
-        if settings.kv_cache_gib:
-            options["kv_cache_memory_bytes"] = settings.kv_cache_gib << 30
+        options["gpu_memory_utilization"] = _share(config, base, beside)
+        if kv_cache := settings.kv_cache_gib * cards.GIB or beside.kv_cache:
+            options["kv_cache_memory_bytes"] = kv_cache
     else:
         if experts:
             raise RloraError(
@@ -46,6 +59,7 @@ def build(config: Config, base: str, seed: int, slots: int, whole: bool, experts
             )
         from rlora.engine.cpu import patches
 
+        options["gpu_memory_utilization"] = 0.5  # of RAM, which vLLM looks at before it starts
         ours = patches.install(config.learner.head or bool(config.learner.start_from))
         options["enforce_eager"] = True  # as vLLM does by itself with adapters; compiling takes minutes
         options["block_size"] = 32  # its smallest; with 128 the completions of a short prompt share nothing
@@ -63,7 +77,6 @@ def build(config: Config, base: str, seed: int, slots: int, whole: bool, experts
             logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
             generation_config="vllm",  # the model's own sampling defaults stay out
             tensor_parallel_size=settings.tensor_parallel_size,
-            gpu_memory_utilization=settings.gpu_memory_utilization,
             disable_log_stats=True,
             use_tqdm_on_load=False,
             **options,
@@ -74,6 +87,22 @@ def build(config: Config, base: str, seed: int, slots: int, whole: bool, experts
     if ours and not whole:
         llm.apply_model(patches.lay_out)
     return llm
+
+
+def about(llm: LLMEngine, config: Config) -> About:
+    """What the engine runs on and with."""
+    on_gpu = machine.device().type == "cuda"
+    cache = llm.vllm_config.cache_config
+    tokens = (cache.num_gpu_blocks or 0) * (cache.block_size or 0)
+    kv_cache = tokens * kv_bytes_of_token(llm.model_config.hf_config, config.engine.tensor_parallel_size)
+    where = torch.cuda.get_device_name() if on_gpu else f"CPU ({torch.get_num_threads()} threads)"
+    graphs = "eager" if llm.model_config.enforce_eager else "CUDA graphs"
+    words = (
+        f"engine on {where}: vLLM {vllm.__version__}, {config.dtype}, attention "
+        f"{', '.join(sorted(_attentions(llm)))}, {graphs}, KV cache of {kv_cache / cards.GIB:.1f} GiB ({tokens:,} "
+        f"tokens), {config.engine.sequences(on_gpu)} completions at a time"
+    )
+    return About(words, kv_cache)
 
 
 def put(llm: LLMEngine, adapter: Adapter, path: Path, lora_id: int, experts: bool) -> LoRARequest | None:
@@ -106,8 +135,7 @@ def adapted(base: str, config: Config) -> list[str]:
 
     Known from the base's config alone: a model without memory for its weights is asked, as the learner asks its own.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base, trust_remote_code=False))
+    model = without_memory(AutoConfig.from_pretrained(base, trust_remote_code=False), machine.DTYPES[config.dtype])
     learner = config.learner
     spec = Spec(targets=learner.targets, head=learner.head)
     return sorted(
@@ -117,6 +145,64 @@ def adapted(base: str, config: Config) -> list[str]:
             if learner.start_from or spec.rank_of(matrix)  # an adapter from elsewhere may be over any
         }
     )
+
+
+def _check_kind(on_gpu: bool) -> None:
+    """Raise RloraError where the vLLM that is installed is built for something else."""
+    for_cpu = current_platform.is_cpu()
+    if on_gpu and for_cpu:
+        raise RloraError(
+            "vLLM: its CPU build is installed, and this process was given a GPU; install rlora with the extra cuda in "
+            "an environment of its own, or set engine.gpus and learner.gpus to 0"
+        )
+    if not on_gpu and not for_cpu:
+        raise RloraError(
+            "vLLM: it is built for GPUs, and Ray gave this process none; see that Ray sees the cards, or install rlora "
+            "with the extra cpu in an environment of its own"
+        )
+
+
+def _check_shapes(config: Config, base: str) -> None:
+    """Raise RloraError for what vLLM's kernels for adapters on a GPU do not take."""
+    if config.learner.whole:
+        return
+    if config.dtype == "float32":
+        raise RloraError(
+            'dtype = "float32": on a GPU vLLM\'s kernels for adapters take 16 bits alone; use bfloat16 (the adapter, '
+            "its gradients and Adam are in fp32 all the same)"
+        )
+    if (config.learner.head or config.learner.start_from) and (size := vocabulary_size(base)) > _LARGEST_VOCABULARY:
+        raise RloraError(
+            f"learner.head: the model has a vocabulary of {size:,}, and vLLM adapts a head of up to "
+            f"{_LARGEST_VOCABULARY:,} on a GPU; leave learner.head off"
+        )
+
+
+def _share(config: Config, base: str, beside: Beside) -> float:
+    """The share of the card's memory that vLLM may take. Raises RloraError where it can't be enough."""
+    settings, (free, total) = config.engine, torch.cuda.mem_get_info()
+    name = torch.cuda.get_device_name()
+    if settings.gpu_memory_utilization:
+        budget = int(settings.gpu_memory_utilization * total)
+    else:
+        held = beside.learners.get(cards.uuid(), cards.Held())
+        budget = cards.budget_of_engine(free, total, float(settings.gpus), held, settings.eager, name)
+    model, parts = AutoConfig.from_pretrained(base, trust_remote_code=False), settings.tensor_parallel_size
+    weights = sum(map(bytes_of, without_memory(model, machine.DTYPES[config.dtype]).parameters())) // parts
+    of_token = kv_bytes_of_token(model, parts)
+    cards.check_fits(budget, weights, of_token, config.max_model_len, name)
+    return budget / total
+
+
+def _attentions(llm: LLMEngine) -> set[str]:
+    """The names of vLLM's attention backends that the model's layers take."""
+    named = llm.apply_model(_backends_of)
+    return set().union(*named)
+
+
+def _backends_of(model: Any) -> set[str]:
+    layers = (getattr(module, "attn_backend", None) for module in model.modules())
+    return {backend.get_name() for backend in layers if backend is not None}
 
 
 def _largest_rank(adapter: Adapter) -> int:

@@ -22,8 +22,9 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
 from rlora import machine
+from rlora.cards import Beside
 from rlora.engine import slots
-from rlora.engine.building import build, put
+from rlora.engine.building import about, build, put
 from rlora.engine.canary import distance, judged
 from rlora.engine.futures import errors_to, known
 from rlora.engine.held import Held, in_the_way, unused
@@ -32,6 +33,7 @@ from rlora.engine.scratch import Scratch
 from rlora.model.base import has_experts
 from rlora.records import (
     OFF,
+    About,
     Adapter,
     Canary,
     DeliveryError,
@@ -49,6 +51,7 @@ from rlora.settings import Config
 from rlora.store import write_adapter
 
 _Result = TypeVar("_Result")
+_ALONE = Beside()
 _COMPANY = 4  # canaries at a time, to see how far the base's own logprobs move
 
 
@@ -69,14 +72,15 @@ class Engine:
 
     `base` is where the base is loaded from, and `slots` how many versions fit at a time. No two engines draw the same
     samples: `number` counts all starts of engines in a job, and `version` is the number of the first version that is
-    served. A completion ends with one of `stop_token_ids`, or of the strings `stop`. Start the process with
-    `machine.engine_environment`.
+    served. A completion ends with one of `stop_token_ids`, or of the strings `stop`. `beside` says what learners hold
+    of GPUs. Start the process with `machine.engine_environment`.
     """
 
     def __init__(
         self, config: Config, base: str, stop_token_ids: Sequence[int], stop: Sequence[str], slots: int, number: int,
-        version: int,
+        version: int, beside: Beside = _ALONE,
     ) -> None:  # fmt: skip
+        self.config, self.beside = config, beside
         self.stop_token_ids, self.stop = list(stop_token_ids), list(stop)
         machine.check_ram_directory()  # of this node
         self.scratch = Scratch(os.getpid())
@@ -124,6 +128,10 @@ class Engine:
         """Known at once, also in a step."""
         return known(EngineStats(self.busy, dict(self.canaries)))
 
+    def about(self) -> Future[About]:
+        """What it runs on and with."""
+        return self._post(lambda: about(self.llm, self.config))
+
     def leave(self, policy: str) -> Future[None]:
         """Give up the requests of `policy`, and serve none of its versions any more."""
         return self._post(lambda: self._leave(policy))
@@ -143,7 +151,7 @@ class Engine:
         return known(None)
 
     def _build(self, config: Config, base: str, seed: int) -> LLMEngine:
-        return build(config, base, seed, self.slots, self.whole, self.experts)
+        return build(config, base, seed, self.slots, self.whole, self.experts, self.beside)
 
     # --- what callers promise, and the thread that keeps it ---
 

@@ -26,6 +26,7 @@ from rlora.records import RloraError
 from rlora.settings import LearnerConfig
 
 DEMO = "demo:smollm2-135m"
+META = torch.device("meta")
 _NF4_BLOCK = 64  # weights that share a scale
 
 
@@ -38,13 +39,25 @@ def locate(model: str) -> str:
         return str(_demo())
     if model.startswith("demo:"):
         raise RloraError(f"model = {model!r}: no such demo model; there is {DEMO}")
+    config = read_config(model)
+    check_kind(model, config)
+    if os.path.isdir(model):
+        check_weights(Path(model))
+    return model
+
+
+def read_config(model: str) -> PreTrainedConfig:
+    """The config of a model, whose weights need not be there. Raises RloraError where there is no such model."""
+    if model == DEMO:
+        model = locate(model)
     directory = Path(model) if os.path.isdir(model) else None
     if Path(model).is_file():
         raise RloraError(f"model = {model!r}: it is a file; name the directory of a model, a hub id, or {DEMO}")
     if directory:
         check_config_file(directory)
     try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        return config
     except Exception as error:  # a hub, a file system and a parser are behind it
         if "trust_remote_code" in str(error):
             raise RloraError(
@@ -56,10 +69,6 @@ def locate(model: str) -> str:
             f"model = {model!r}: {what}{reason_of(error)}; give a directory with config.json and safetensors, "
             f"a hub id, or {DEMO}"
         ) from error
-    check_kind(model, config)
-    if directory:
-        check_weights(directory)
-    return model
 
 
 def load_base(path: str, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
@@ -75,6 +84,13 @@ def load_base(path: str, dtype: torch.dtype, device: torch.device | None = None)
         ) from error
     base.to(device or machine.device())  # type: ignore[arg-type]  # transformers wraps Module.to
     return base
+
+
+def without_memory(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of that shape on torch's meta device, whose weights have no values and take no memory."""
+    with META:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model
 
 
 def load_quantised(path: str, dtype: torch.dtype, quantise: Literal["int8", "nf4"]) -> PreTrainedModel:
@@ -157,6 +173,15 @@ def vocabulary_size(path: str) -> int:
     """How many tokens the model has embeddings of."""
     size: int = _text_config(path).vocab_size
     return size
+
+
+def kv_bytes_of_token(config: PreTrainedConfig, parts: int = 1) -> int:
+    """Bytes of a token's keys and values in 16 bits, on each of so many GPUs that share a base. Every layer counts, as
+    with full attention."""
+    base: Any = config.get_text_config()
+    heads = getattr(base, "num_key_value_heads", None) or base.num_attention_heads
+    size = getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
+    return int(2 * base.num_hidden_layers * max(1, heads // parts) * size * 2)
 
 
 def has_experts(path: str) -> bool:

@@ -13,7 +13,7 @@ def test_chunks_give_the_plain_logprobs_and_gradients(
     torch.manual_seed(0)
     hidden, weight, targets = torch.randn(10, 6, requires_grad=True), torch.randn(50, 6), torch.randint(50, (10,))
     bias = torch.randn(50) if biased else None
-    monkeypatch.setattr(head, "_LOGITS", {"cpu": 150})  # three tokens at a time, and one at the end
+    monkeypatch.setattr(head, "LOGITS", {"cpu": 150})  # three tokens at a time, and one at the end
     ours = token_logprobs(hidden, weight, bias, targets, temperature)
     plain = (torch.nn.functional.linear(hidden, weight, bias) / temperature).log_softmax(-1)[range(10), targets]
     torch.testing.assert_close(ours, plain)
@@ -59,7 +59,7 @@ def test_a_sure_token_keeps_its_gradient_in_16_bits() -> None:
 def test_entropies_and_their_gradients_are_the_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     hidden, weight, targets = torch.randn(10, 6, requires_grad=True), torch.randn(50, 6), torch.randint(50, (10,))
-    monkeypatch.setattr(head, "_LOGITS", {"cpu": 150})
+    monkeypatch.setattr(head, "LOGITS", {"cpu": 150})
     logprobs, entropies = logprobs_and_entropies(hidden, weight, None, None, targets, 0.7)
     torch.testing.assert_close(logprobs, token_logprobs(hidden, weight, None, targets, 0.7))
     plain = torch.distributions.Categorical(logits=torch.nn.functional.linear(hidden, weight) / 0.7).entropy()

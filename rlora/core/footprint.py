@@ -1,0 +1,217 @@
+"""How much memory a pass of the learner takes, counted on a model that has none.
+
+On torch's meta device a tensor has a shape and no data. So a forward and backward pass over the largest row runs there
+in seconds for any model, by the very code that trains, and what it would hold at a time is counted.
+"""
+
+import weakref
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from rlora import cards
+from rlora.core.batch import Microbatch, Sample, microbatches
+from rlora.core.flash import Segments
+from rlora.core.logprobs import LOGITS
+from rlora.core.lora import matrices
+from rlora.core.loss import Tokens
+from rlora.core.policy import Policies
+from rlora.core.setup import Setup
+from rlora.machine import DTYPES
+from rlora.model.base import META, without_memory
+from rlora.records import RloraError
+from rlora.settings import Config, LearnerConfig
+
+CPU_TOKENS = 2048  # of a row: two cost what one of twice the size does, once they have a thousand
+GPU_TOKENS = (16384, 8192, 4096, 2048)  # the more, the less a GPU waits for Python between kernels
+FRAGMENTED = 1.1  # what an allocator takes for rows, over what they hold
+_POLICY, _CRITIC = "footprint", "footprint/critic"
+_QUANTISED = {"none": 1.0, "int8": 0.5, "nf4": 0.28}  # of 16 bits, with the scales
+
+
+class Rows(NamedTuple):
+    """The tokens of a forward pass, and whether its activations are computed again in the backward pass."""
+
+    tokens: int
+    checkpointing: bool
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that a learner holds."""
+
+    base: int  # the frozen weights
+    adapter: (
+        int  # masters, their gradient and Adam's moments, the critic's too; of all weights, where those are trained
+    )
+    activations: int  # the most at a time in a pass over the largest row, without logits
+    head: int  # logits at a time
+
+    @property
+    def fixed(self) -> int:
+        """What does not depend on the rows."""
+        return self.base + self.adapter
+
+    @property
+    def of_rows(self) -> int:
+        return self.activations + self.head
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of tensors that are made within it and still held: `now`, and the most at a time, `peak`."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._held = set[int]()
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
+    ) -> Any:
+        given = {_storage(tensor)._cdata for tensor in _tensors((arguments, options))}  # what was made before stays out
+        made = operation(*arguments, **(options or {}))
+        for tensor in _tensors(made):
+            storage = _storage(tensor)
+            if storage._cdata not in given and storage._cdata not in self._held:
+                self._hold(storage, storage.nbytes())
+        return made
+
+    def _hold(self, storage: Any, size: int) -> None:
+        self._held.add(storage._cdata)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._drop, storage._cdata, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._held.discard(key)
+        self.now -= size
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _storage(tensor: Tensor) -> Any:
+    return tensor.untyped_storage()
+
+
+def footprint(config: Config, base: PreTrainedConfig, rows: Rows, on_gpu: bool) -> Footprint:
+    """Of a learner of one policy over a base with that config of transformers'."""
+    model, learner = without_memory(base, DTYPES[config.dtype]), config.learner
+    held = _held_of(model, learner)
+    policies, setup = Policies(model, rows.checkpointing, learner.whole), _setup(config)
+    specs = {} if learner.whole else {_POLICY: setup.spec, _CRITIC: setup.critic_spec}
+    trained = list(model.parameters()) if learner.whole else []
+    for name, spec in specs.items():
+        if spec:
+            policies.add(name, spec, seed=0, values=name == _CRITIC)
+            trained += policies.parameters_of(name).values()
+    row = largest_row(config, rows.tokens, META, on_gpu)
+    by_autograd = (
+        config.algorithm.entropy > 0 or learner.whole or learner.head
+    )  # then the head's logits are in fp32 too
+    with Live() as live:
+        pass_over(policies, _POLICY, row, entropies=config.algorithm.entropy > 0)
+    gradients = sum(bytes_of(weight.grad) for weight in trained if weight.grad is not None)
+    masters = 0 if learner.whole and config.dtype == "float32" else 4  # beside weights that are in 16 bits
+    logits = min(len(row.targets), max(1, LOGITS["cuda" if on_gpu else "cpu"] // _vocabulary(base))) * _vocabulary(base)
+    return Footprint(
+        base=held,
+        adapter=sum(weight.numel() for weight in trained) * (masters + 4 + 8),
+        activations=live.peak - gradients,
+        head=logits * (2 * model.dtype.itemsize + 4 * 4 if by_autograd else model.dtype.itemsize),
+    )
+
+
+def rows_for(config: Config, base: PreTrainedConfig, device: torch.device) -> Rows:
+    """What `learner.microbatch_tokens` = 0 and `learner.checkpointing` = "auto" are on this machine.
+
+    On a GPU the largest rows that fit in the learner's part of the card, without checkpointing where that is possible.
+    Raises RloraError, with what would fit, where nothing does.
+    """
+    if device.type != "cuda":
+        return given_rows(config)
+    room, part = cards.room_of_learner(float(config.learner.gpus))
+    return fitting_rows(config, base, room, part)
+
+
+def given_rows(config: Config) -> Rows:
+    """On a CPU."""
+    return Rows(config.learner.microbatch_tokens or CPU_TOKENS, config.learner.checkpointing is True)
+
+
+def fitting_rows(config: Config, base: PreTrainedConfig, room: int, part: str) -> Rows:
+    """The largest that fit in `room` bytes of a GPU; `part` says in words of what they are a part."""
+    given, asked = config.learner.microbatch_tokens, config.learner.checkpointing
+    shortest = config.max_model_len  # a row has one completion at least
+    sizes = [given] if given else [size for size in GPU_TOKENS if size > shortest] + [min(shortest, GPU_TOKENS[0])]
+    tried = [
+        Rows(size, checkpointing) for checkpointing in ([False, True] if asked == "auto" else [asked]) for size in sizes
+    ]
+    for rows in tried:
+        taken = footprint(config, base, rows, on_gpu=True)
+        if taken.fixed + FRAGMENTED * taken.of_rows <= room:
+            return rows
+    if given and asked != "auto" and taken.fixed <= room:
+        return tried[0]  # as was asked for
+    longest, gib = max(rows.tokens, shortest), cards.GIB
+    fits = int(max(0, room - taken.fixed) / (FRAGMENTED * taken.of_rows) * longest)
+    instead = (
+        f"rows of about {fits} tokens would fit: lower sampling.max_tokens or sampling.max_prompt_tokens, for a row "
+        "holds a prompt with a completion at least"
+        if fits
+        else "use a smaller model, a larger card, learner.quantise, or learner.shard over several cards"
+    )
+    raise RloraError(
+        f"GPU: the learner needs {(taken.fixed + FRAGMENTED * taken.of_rows) / gib:.1f} GiB and has {room / gib:.1f}, "
+        f"{part}: {taken.base / gib:.1f} for the base, {taken.adapter / gib:.2f} for adapter and Adam, "
+        f"{FRAGMENTED * taken.of_rows / gib:.1f} for a row of {longest} tokens"
+        f"{' with checkpointing' * rows.checkpointing}; {instead}"
+    )
+
+
+def largest_row(config: Config, tokens: int, device: torch.device, on_gpu: bool) -> Microbatch:
+    """The largest of up to `tokens` tokens: groups of the longest prompts, each with the longest completions."""
+    completion, prompt = config.sampling.max_tokens, config.sampling.max_prompt_tokens
+    groups, left = list[int](), max(tokens, config.max_model_len)  # completions of each, and tokens
+    while (fit := min(config.group_size, (left - prompt) // completion)) > 0:
+        groups.append(fit)
+        left -= prompt + fit * completion
+    none, places = torch.zeros(completion), tuple(range(prompt - 1, prompt - 1 + completion))
+    sample = Sample((0,) * prompt, (0,) * completion, places, (0,) * completion, Tokens(none, none, none))
+    most = 2 * max(tokens, config.max_model_len)  # all in one row
+    (row,) = microbatches([[sample] * fit for fit in groups], most, DTYPES[config.dtype], device)
+    if on_gpu and device == META:  # elsewhere the layout follows from the device
+        row = replace(row, layout=Segments.of([(prompt, [completion - 1] * fit) for fit in groups], device))
+    return row
+
+
+def pass_over(policies: Policies, policy: str, row: Microbatch, entropies: bool = False) -> None:
+    """A forward and backward pass, whose gradients are added to the policy's."""
+    outputs = policies.outputs(row, policy, entropies=entropies)
+    (outputs.logprobs if outputs.entropies is None else outputs.logprobs + outputs.entropies).sum().backward()
+
+
+def bytes_of(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _setup(config: Config) -> Setup:
+    return Setup(config.learner, config.algorithm, config.critic)
+
+
+def _vocabulary(base: PreTrainedConfig) -> int:
+    return int(base.get_text_config().vocab_size)
+
+
+def _held_of(model: PreTrainedModel, learner: LearnerConfig) -> int:
+    """Bytes of the base as the learner holds it: in 8 or 4 bit but for embeddings and head, or divided."""
+    own = sum(map(bytes_of, [*model.parameters(), *model.buffers()]))
+    inner = sum(bytes_of(matrix.weight) for matrix in matrices(model) if matrix.kind != "head")
+    share = _QUANTISED[learner.quantise] / (learner.replicas if learner.shard else 1)
+    return int(own - inner + inner * share)
