@@ -1,11 +1,12 @@
-"""The learner on one GPU: whether it is right, where it waits, which kernels it runs, how fast it is and what it holds.
+"""rlora on one GPU: whether it is right, where it waits, which kernels it runs, how fast it is and what it holds.
 
     python benchmarks/gpu.py                           all parts at Qwen3-0.6B's and 8B's shapes
     python benchmarks/gpu.py --device cpu              the same parts with a tiny model, in seconds
     python benchmarks/gpu.py --parts correct speed --sizes 0.6b --seconds 200
 
-Neither vLLM nor Ray is needed, nor a network: the models have random weights. Beside torch, transformers, safetensors
-and PEFT it needs what `rlora.core.learner` imports (pydantic, universal-pathlib). No part begins after `--seconds`.
+The first five parts need neither vLLM nor Ray, and none but `whole` a network: the models have random weights. Beside
+torch, transformers, safetensors and PEFT they need what `rlora.core.learner` imports (pydantic, universal-pathlib). A
+part that lacks something says so and is left out. No part begins after `--seconds`.
 
 - correct: one update on the CPU in fp32 (the reference) and bf16, and on the device in fp32, in bf16, and with
   checkpointing: logprobs, loss and gradients. In bf16 a device may be about as far off as the CPU's bf16 is.
@@ -15,6 +16,8 @@ and PEFT it needs what `rlora.core.learner` imports (pydantic, universal-pathlib
 - speed: tokens/s and peak memory of updates with many short completions (GSM8K) and with few long ones, by ours with
   and without checkpointing, and by PEFT over padded rows without a mask, which torch gives to its flash kernel.
   `again` repeats the same groups; `fresh` has other lengths in each update, as training has.
+- engine: vLLM alone, at rank 1 and 8: its start, tokens/s with an adapter and without, swaps under load, canaries.
+- whole: seconds of a step by phase, and memory, of a recipe (`--recipe`): Ray, vLLM and the learner together.
 
 The last line printed is one JSON object with a key per part; the tables before it are Markdown.
 """
@@ -32,7 +35,9 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
@@ -47,6 +52,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 from rlora.config import validate
 from rlora.core import attention
 from rlora.core.batch import sample_of
+from rlora.core.flash import Segments
+from rlora.core.footprint import fitting_rows, given_rows
 from rlora.core.learner import Learner
 from rlora.core.setup import Setup
 from rlora.records import Episode, Group, Prompt, Version
@@ -79,6 +86,8 @@ SHAPES = {
     "few": Shape(2, 3, 150, 60, 90),  # that a CPU computes in fp32
     "tiny": Shape(2, 3, 9, 3, 12),
 }
+LAUNCH = Path(__file__).resolve().parent.parent / "launch"
+QWEN, SUMS = LAUNCH / "gpu" / "qwen3-1.7b-24gb.toml", LAUNCH / "arithmetic.toml"
 PADDED_ROW = 16384  # tokens of one forward pass of PEFT's
 KINDS = {  # of kernels, by what their names hold; the first that fits
     "attention": ("flash", "fmha", "sdpa", "cudnn", "attention"),
@@ -96,12 +105,15 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), help="of the part speed; profile takes the last one")
     parser.add_argument("--rank", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=540, help="after which no part and no row of speed begins")
+    parser.add_argument("--recipe", type=Path, help="of the part whole")
     parser.add_argument("--out", type=Path, help="a file for the JSON object")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU (torch.cuda.is_available() is false); use --device cpu")
     sizes = options.sizes or (["0.6b", "8b"] if options.device == "cuda" else ["tiny"])
-    bench = Bench(torch.device(options.device), sizes, options.rank, time.monotonic() + options.seconds)
+    recipe = options.recipe or (QWEN if options.device == "cuda" else SUMS)
+    deadline = time.monotonic() + options.seconds
+    bench = Bench(torch.device(options.device), sizes, options.rank, deadline, recipe)
     found: dict[str, Any] = {"environment": environment(bench.device)}
     print(json.dumps(found["environment"]), flush=True)
     for name in options.parts:
@@ -121,6 +133,7 @@ class Bench:
     sizes: Sequence[str]
     rank: int
     deadline: float  # on the clock of time.monotonic
+    recipe: Path
 
     @property
     def on_gpu(self) -> bool:
@@ -223,8 +236,14 @@ def learner_over(model: PreTrainedModel, bench: Bench, **settings: Any) -> Learn
             "sampling": {"max_tokens": 4096, "max_prompt_tokens": 1024},
         }
     )  # fmt: skip
+    rows = given_rows(config)
+    if model.device.type == "cuda":
+        total = torch.cuda.get_device_properties(model.device).total_memory
+        rows = fitting_rows(config, model.config, int(0.9 * total), "nine tenths of the card")
     with (
         mock.patch("rlora.core.learner.load_base", return_value=model),
+        mock.patch("rlora.core.learner.AutoConfig.from_pretrained", return_value=model.config),
+        mock.patch("rlora.core.learner.rows_for", return_value=rows),
         mock.patch("rlora.machine.device", return_value=model.device),
     ):
         learner = Learner(config, "random weights")
@@ -370,8 +389,27 @@ def attention_part(bench: Bench) -> dict[str, Any]:
             except RuntimeError as error:  # a backend that does not take it, or no memory
                 row["error"] = str(error).splitlines()[0][:80]
             release()
+    rows += [by_segments(bench, heads, kv_heads, dim, prompt, length) for length in lengths]
     table(rows)
     return {"kernels": kernels, "rows": rows}
+
+
+def by_segments(bench: Bench, heads: int, kv_heads: int, dim: int, prompt: int, length: int) -> dict[str, Any]:
+    """The same by the kernels that the learner takes on a GPU."""
+    tokens, row = prompt + 2 * length, dict[str, Any](backend="by segments, as the learner does", completion=length)
+    segments = Segments.of([(prompt, [length] * 2)], bench.device)
+    q, k, v = (
+        torch.randn(tokens, n, dim, device=bench.device, dtype=torch.bfloat16, requires_grad=True)
+        for n in (heads, kv_heads, kv_heads)
+    )
+
+    def call() -> None:
+        segments.attend(q, k, v, dim**-0.5).sum().backward()
+
+    with bench.peak(row):
+        row["first, ms"] = 1e3 * bench.timed(call)
+        row["then, ms"] = 1e3 * min(bench.timed(call) for _ in range(3))
+    return row
 
 
 # --- profile ---
@@ -510,8 +548,43 @@ def peft_step(model: PreTrainedModel, bench: Bench) -> Callable[[Sequence[Group]
     return step
 
 
+# --- engine and whole ---
+
+
+def engine_part(bench: Bench) -> dict[str, Any]:
+    if missing := lacking("vllm"):
+        return missing
+    import gpu_engine
+
+    with TemporaryDirectory() as directory:
+        gpu_engine.save(build(bench.sizes[-1], torch.bfloat16, bench.device), Path(directory))
+        release()
+        found = gpu_engine.engine(Path(directory), (1, 8), bench.on_gpu)
+    table([{name: value for name, value in row.items() if name != "about"} for row in found["rows"]])
+    return found
+
+
+def whole_part(bench: Bench) -> dict[str, Any]:
+    if missing := lacking("vllm", "ray", "datasets"):
+        return missing
+    import gpu_engine
+
+    found = gpu_engine.whole(
+        bench.recipe, 6 if bench.on_gpu else 2, [] if bench.on_gpu else ["--evaluate.prompts", "0"]
+    )
+    table(found.get("rows", []))
+    return found
+
+
+def lacking(*packages: str) -> dict[str, Any]:
+    """What is not installed, as the part's result; empty where all is."""
+    missing = [package for package in packages if find_spec(package) is None]
+    return {"left_out": f"needs {', '.join(missing)}"} if missing else {}
+
+
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "correct": correct, "waits": waits, "attention": attention_part, "profile": profile_part, "speed": speed,
+    "engine": engine_part, "whole": whole_part,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _LEARNER, _SAMPLER = 0.35, 0.6  # of a card's products that an update reaches, and of its bandwidth that decoding does
 _STEP = 0.008  # seconds of an engine's step beside the GPU's work: vLLM's scheduling and Python
 _COMPUTE = GIB  # that an engine takes on a GPU for activations and its sampler
+_HEAP = (0.1, 0.23 * GIB)  # of what rows hold, and beside it
 _PROCESS = GIB  # of a process on a CPU: Python, torch, vLLM
 _OF_COMPLETION = 0.5  # of sampling.max_tokens, the mean length that is reckoned with
 
@@ -78,7 +79,9 @@ class Plan:
 
     @property
     def slack(self) -> int:
-        return int(cards.CONTEXT + (FRAGMENTED - 1) * self.learner.of_rows) if self.on_gpu else 0
+        """Bytes that an allocator keeps beside what is held: on a CPU, pieces of glibc's heap, as measured."""
+        share, fixed = (FRAGMENTED - 1, cards.CONTEXT) if self.on_gpu else _HEAP
+        return int(share * self.learner.of_rows + fixed)
 
     @property
     def taken(self) -> int:
@@ -103,7 +106,7 @@ class Plan:
             ("learner", "adapter, its gradient, Adam", gib(self.learner.adapter)),
             ("learner", rows, gib(self.learner.activations)),
             ("learner", "output head, logits at a time", gib(self.learner.head)),
-            *([("learner", "CUDA context, the allocator's slack", gib(self.slack))] if self.on_gpu else []),
+            ("learner", "CUDA context, " * self.on_gpu + "the allocator's slack", gib(self.slack)),
             ("engine", "base", gib(self.weights)),
             ("engine", "to compute" + ", CUDA context and graphs" * self.on_gpu, gib(self.overhead)),
             (
@@ -198,7 +201,7 @@ def _on_cpu(config: Config, base: PreTrainedConfig, weights: int, products: int,
     taken = footprint(config, base, rows, on_gpu=False)
     engines, name = config.engine.replicas, f"CPU ({cores()} cores)"
     made = Plan(name, total, False, True, taken, rows, weights, kv_cache, of_token, config.max_model_len, _PROCESS)
-    needed = _PROCESS + taken.fixed + taken.of_rows + engines * (weights + kv_cache + _PROCESS)
+    needed = _PROCESS + taken.fixed + taken.of_rows + made.slack + engines * (weights + kv_cache + _PROCESS)
     too_much = f"RAM: {gib(needed)} are needed and the machine has {gib(total)}; lower engine.kv_cache_gib"
     faults = (too_much,) if needed > total else ()
     return replace(made, seconds=_seconds(config, _this_cpu(config), made, products, on_gpu=False), faults=faults)

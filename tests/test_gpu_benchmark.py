@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 BENCHMARK = ROOT / "benchmarks" / "gpu.py"
 
 
+@pytest.mark.vllm
 def test_each_part_runs_on_a_cpu():
     command = [sys.executable, str(BENCHMARK), "--device", "cpu"]
     out = subprocess.run(command, check=True, capture_output=True, text=True, timeout=600).stdout
@@ -19,6 +21,10 @@ def test_each_part_runs_on_a_cpu():
     assert found["profile"]["launches"] > 0
     assert {row["side"] for row in found["speed"]["rows"]} == {"rlora", "rlora, checkpointing", "peft"}
     assert all(row["fresh, tokens/s"] > 0 for row in found["speed"]["rows"])
+    assert [row["rank"] for row in found["engine"]["rows"]] == [1, 8]
+    assert all(row["swap_median_s"] > 0 and row["canary_furthest_nats"] < 0.1 for row in found["engine"]["rows"])
+    assert found["whole"]["rows"][0]["time/step"] > 0
+    assert "learner on CPU" in found["whole"]["placed"]
 
 
 def test_a_machine_without_a_gpu_is_told_so():

@@ -136,7 +136,8 @@ def rows_for(config: Config, base: PreTrainedConfig, device: torch.device) -> Ro
     """
     if device.type != "cuda":
         return given_rows(config)
-    room, part = cards.room_of_learner(float(config.learner.gpus))
+    gpus = config.learner.gpus
+    room, part = cards.room_of_learner(1.0 if gpus == "auto" else gpus)
     return fitting_rows(config, base, room, part)
 
 
@@ -146,21 +147,23 @@ def given_rows(config: Config) -> Rows:
 
 
 def fitting_rows(config: Config, base: PreTrainedConfig, room: int, part: str) -> Rows:
-    """The largest that fit in `room` bytes of a GPU; `part` says in words of what they are a part."""
-    given, asked = config.learner.microbatch_tokens, config.learner.checkpointing
-    shortest = config.max_model_len  # a row has one completion at least
-    sizes = [given] if given else [size for size in GPU_TOKENS if size > shortest] + [min(shortest, GPU_TOKENS[0])]
-    tried = [
-        Rows(size, checkpointing) for checkpointing in ([False, True] if asked == "auto" else [asked]) for size in sizes
-    ]
-    for rows in tried:
-        taken = footprint(config, base, rows, on_gpu=True)
-        if taken.fixed + FRAGMENTED * taken.of_rows <= room:
-            return rows
+    """The largest that fit in `room` bytes of a GPU; `part` says in words of what they are a part.
+
+    One row is counted, of the longest prompt and completion, without checkpointing and with; what others hold grows
+    with their tokens.
+    """
+    given, asked, least = config.learner.microbatch_tokens, config.learner.checkpointing, config.max_model_len
+    sizes = [given] if given else [*(size for size in GPU_TOKENS if size > least), least]
+    for checkpointing in [False, True] if asked == "auto" else [asked]:
+        taken = footprint(config, base, Rows(least, checkpointing), on_gpu=True)
+        left = (room - taken.fixed) / FRAGMENTED - taken.head
+        fits = max(0, int(left * least / taken.activations))
+        for size in sizes:
+            if max(size, least) <= fits:
+                return Rows(size, checkpointing)
     if given and asked != "auto" and taken.fixed <= room:
-        return tried[0]  # as was asked for
-    longest, gib = max(rows.tokens, shortest), cards.GIB
-    fits = int(max(0, room - taken.fixed) / (FRAGMENTED * taken.of_rows) * longest)
+        return Rows(given, asked)  # as was asked for
+    gib, needed = cards.GIB, taken.fixed + FRAGMENTED * taken.of_rows
     instead = (
         f"rows of about {fits} tokens would fit: lower sampling.max_tokens or sampling.max_prompt_tokens, for a row "
         "holds a prompt with a completion at least"
@@ -168,10 +171,9 @@ def fitting_rows(config: Config, base: PreTrainedConfig, room: int, part: str) -
         else "use a smaller model, a larger card, learner.quantise, or learner.shard over several cards"
     )
     raise RloraError(
-        f"GPU: the learner needs {(taken.fixed + FRAGMENTED * taken.of_rows) / gib:.1f} GiB and has {room / gib:.1f}, "
-        f"{part}: {taken.base / gib:.1f} for the base, {taken.adapter / gib:.2f} for adapter and Adam, "
-        f"{FRAGMENTED * taken.of_rows / gib:.1f} for a row of {longest} tokens"
-        f"{' with checkpointing' * rows.checkpointing}; {instead}"
+        f"GPU: the learner needs {needed / gib:.1f} GiB and has {room / gib:.1f}, {part}: {taken.base / gib:.1f} for "
+        f"the base, {taken.adapter / gib:.2f} for adapter and Adam, {FRAGMENTED * taken.of_rows / gib:.1f} for a row "
+        f"of {least} tokens{' with checkpointing' * bool(asked)}; {instead}"
     )
 
 

@@ -43,7 +43,7 @@ def beyond(ratio: Tensor, low: float, high: float) -> Tensor:
 
 def sequence_log_ratio(log_ratio: Tensor, lengths: Tensor) -> Tensor:
     """Each token gets its episode's mean: log s_i of GSPO (arXiv:2507.18071, eq. 7). (C,), (E,) int64 -> (C,)"""
-    return (_of_episodes(log_ratio, lengths) / lengths.clamp(min=1)).repeat_interleave(lengths)
+    return _to_tokens(_of_episodes(log_ratio, lengths) / lengths.clamp(min=1), lengths, len(log_ratio))
 
 
 # --- what corrects for who sampled ---
@@ -57,7 +57,7 @@ def importance(start: Tensor, behaviour: Tensor, lengths: Tensor, of_episode: bo
     """
     log_ratio = (start - behaviour).detach()
     if of_episode:
-        log_ratio = _of_episodes(log_ratio, lengths).repeat_interleave(lengths)
+        log_ratio = _to_tokens(_of_episodes(log_ratio, lengths), lengths, len(log_ratio))
     return log_ratio.clamp(max=FAR).exp()
 
 
@@ -84,5 +84,11 @@ def _bounded(x: Tensor) -> Tensor:
 
 def _of_episodes(x: Tensor, lengths: Tensor) -> Tensor:
     """The sum over each episode's tokens: (C,), (E,) int64 -> (E,)"""
-    episodes = torch.arange(len(lengths), device=x.device).repeat_interleave(lengths)
+    episodes = _to_tokens(torch.arange(len(lengths), device=x.device), lengths, len(x))
     return x.new_zeros(len(lengths)).index_add(0, episodes, x)
+
+
+def _to_tokens(x: Tensor, lengths: Tensor, tokens: int) -> Tensor:
+    """What each episode has, for each of its tokens: (E,), (E,) int64 -> (tokens,). Their number is given, for a GPU
+    would be waited for to tell it."""
+    return x.repeat_interleave(lengths, output_size=tokens)

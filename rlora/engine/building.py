@@ -186,7 +186,8 @@ def _share(config: Config, base: str, beside: Beside) -> float:
         budget = int(settings.gpu_memory_utilization * total)
     else:
         held = beside.learners.get(cards.uuid(), cards.Held())
-        budget = cards.budget_of_engine(free, total, float(settings.gpus), held, settings.eager, name)
+        gpus = 1.0 if settings.gpus == "auto" else settings.gpus
+        budget = cards.budget_of_engine(free, total, gpus, held, settings.eager, name)
     model, parts = AutoConfig.from_pretrained(base, trust_remote_code=False), settings.tensor_parallel_size
     weights = sum(map(bytes_of, without_memory(model, machine.DTYPES[config.dtype]).parameters())) // parts
     of_token = kv_bytes_of_token(model, parts)

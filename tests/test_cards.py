@@ -1,0 +1,176 @@
+"""GPUs as nvidia-smi tells of them, and how the memory of one is shared out: with faked cards."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlora import cards, machine
+from rlora.cards import GIB, Card, Held
+from rlora.cluster import placed
+from rlora.records import RloraError
+from rlora.settings import Config
+
+MakeConfig = Callable[..., Config]
+H100 = "NVIDIA H100 80GB HBM3, GPU-1, 81559, 80994, 580.65.06, 9.0, Disabled"
+
+
+@pytest.fixture
+def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Puts a program nvidia-smi on the path that says this."""
+
+    def say(*lines: str, code: int = 0) -> None:
+        program = tmp_path / "nvidia-smi"
+        program.write_text("\n".join(["#!/bin/sh", *(f"echo '{line}'" for line in lines), f"exit {code}"]))
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+    return say
+
+
+def test_cards_are_what_nvidia_smi_lists(smi: Callable[..., None]) -> None:
+    smi(
+        H100,
+        "NVIDIA A100, with a comma, GPU-2, 40960, 40000, 535.54, 8.0, Enabled",
+        "GB10, GPU-3, [N/A], [N/A], 580, 12.1, [N/A]",
+    )
+    one, two, three = cards.of_node()
+    assert one == Card("NVIDIA H100 80GB HBM3", "GPU-1", 81559 * 2**20, 80994 * 2**20, "580.65.06", (9, 0), False)
+    assert (two.name, two.is_divided, two.capability) == ("NVIDIA A100, with a comma", True, (8, 0))
+    assert (three.total, three.capability) == (0, (12, 1))
+
+
+def test_a_node_without_nvidia_smi_has_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cards.of_node() == []
+    cards.refuse_silent_cpu(0, wanted=True)
+
+
+def test_a_driver_that_fails_is_told_of(smi: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    smi("Failed to initialize NVML: Driver/library version mismatch", code=18)
+    assert cards.of_node() == []  # no card is in this machine
+    monkeypatch.setattr("rlora.cards.Path.exists", lambda _: True)
+    with pytest.raises(RloraError, match=r"nvidia-smi fails .*version mismatch.*driver works"):
+        cards.of_node()
+
+
+@pytest.mark.parametrize(
+    ("visible", "remedy"),
+    [(None, "--num-gpus"), ("", r"CUDA_VISIBLE_DEVICES is '' here; unset it"), ("-1", "CUDA_VISIBLE_DEVICES is '-1'")],
+)
+def test_no_run_goes_to_the_cpu_in_silence(
+    smi: Callable[..., None], monkeypatch: pytest.MonkeyPatch, visible: str | None, remedy: str
+) -> None:
+    smi(H100)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(RloraError, match=f"this machine has 1 .*H100.* Ray sees none: .*{remedy}"):
+        cards.refuse_silent_cpu(0, wanted=True)
+    cards.refuse_silent_cpu(0, wanted=False)  # it was asked for
+    cards.refuse_silent_cpu(1, wanted=True)
+
+
+@pytest.mark.parametrize(
+    ("built_for", "driver", "reason"),
+    [
+        (None, "580.65", "built for CPUs; install rlora with the extra cuda"),
+        ("13.0", "535.54.03", "CUDA 13.0, which needs driver 580 or later, and this is 535.54.03"),
+        ("12.9", "470.1", "needs driver 525 or later"),
+        ("13.0", "580.65", "torch.cuda.init"),
+    ],
+)
+def test_a_card_that_torch_cannot_use(
+    smi: Callable[..., None], monkeypatch: pytest.MonkeyPatch, built_for: str | None, driver: str, reason: str
+) -> None:
+    smi(H100.replace("580.65.06", driver))
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    with pytest.raises(RloraError, match=f"Ray gave this process a card.*{reason}"):
+        cards.check_usable()
+
+
+def test_a_card_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(RloraError, match=r"Tesla T4 has compute capability 7\.5; bfloat16 needs 8\.0"):
+        cards.check_usable()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    cards.check_usable()
+
+
+def test_the_driver_names_a_card_without_a_context(smi: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    smi(H100)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: pytest.fail("a context was taken"))
+    assert machine.name().endswith(", NVIDIA H100 80GB HBM3")
+
+
+def test_the_learners_part_is_what_it_reserved() -> None:
+    share, words = cards.share_of_learner(79 * GIB, 79 * GIB, 0.5, "H100")
+    assert share == 79 * GIB // 2 - GIB
+    assert words == "0.5 (learner.gpus) of H100 with 79.0 GiB"
+    assert cards.share_of_learner(79 * GIB, 79 * GIB, 2.0, "H100")[0] == 78 * GIB
+    with pytest.raises(RloraError, match=r"only 20\.0 GiB are free: another process holds memory"):
+        cards.share_of_learner(20 * GIB, 79 * GIB, 0.5, "H100")  # two runs on one card
+
+
+def test_an_engine_takes_what_the_learner_leaves() -> None:
+    def budget(total: int, gpus: float, beside: Held, free: int | None = None, eager: bool = True) -> float:
+        return cards.budget_of_engine((free or total) * GIB, total * GIB, gpus, beside, eager, "H100") / GIB
+
+    learner = Held(30 * GIB, 0.5)
+    assert budget(80, 0.5, learner, free=50) == 80 - 30 - 2  # two contexts
+    assert budget(80, 0.5, learner, free=50, eager=False) == 80 - 30 - 3.5
+    assert budget(80, 0.25, learner, free=50) == (80 - 31) / 2 - 1  # two engines beside it
+    assert budget(80, 1.0, Held()) == 79
+    assert budget(80, 0.5, Held()) == 39  # another may come
+    with pytest.raises(RloraError, match="nothing is left for an engine"):
+        budget(24, 0.5, Held(23 * GIB, 0.5))
+    with pytest.raises(RloraError, match=r"part of H100 is 48\.0 GiB, and only 10\.0 are free"):
+        budget(80, 0.5, learner, free=10)
+
+
+def test_a_base_that_does_not_fit_is_refused_with_what_would() -> None:
+    cards.check_fits(20 * GIB, 15 * GIB, 2**17, 4096, "L4")
+    with pytest.raises(RloraError, match="a context of 32768 tokens would fit"):
+        cards.check_fits(20 * GIB, 15 * GIB, 2**17, 40_960, "L4")
+    with pytest.raises(RloraError, match=r"needs 16\.5: 15\.0 for the base.*use a smaller model"):
+        cards.check_fits(12 * GIB, 15 * GIB, 2**17, 4096, "L4")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "changes", "engine", "learner"),
+    [
+        (0, {}, 0.0, 0.0),
+        (1, {}, 0.5, 0.5),
+        (2, {}, 1.0, 1.0),  # a card each
+        (2, {"engine": {"replicas": 3}}, 0.5, 0.5),
+        (8, {"engine": {"tensor_parallel_size": 4}}, 1.0, 1.0),
+        (3, {"learner": {"replicas": 2}}, 1.0, 1.0),
+        (1, {"engine": {"gpus": 0.25}, "learner": {"gpus": 0.75}}, 0.25, 0.75),
+        (1, {"engine": {"gpus": 0.0}, "learner": {"gpus": 0.0}}, 0.0, 0.0),
+    ],
+)
+def test_who_reserves_how_much(
+    config: MakeConfig, gpus: int, changes: dict[str, object], engine: float, learner: float
+) -> None:
+    made = placed(config(**changes), gpus)
+    assert (made.engine.gpus, made.learner.gpus) == (engine, learner)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "changes", "message"),
+    [
+        (2, {"engine": {"tensor_parallel_size": 2, "gpus": 0.5}}, r"engine.gpus = 0\.5: .*takes whole cards"),
+        (4, {"learner": {"replicas": 2, "gpus": 0.5}}, r"learner.gpus = 0\.5: .*NCCL needs one for each"),
+        (2, {"engine": {"tensor_parallel_size": 4}}, "4.5 in all, and Ray has 2; lower engine.replicas"),
+        (1, {"engine": {"replicas": 3}}, "2 in all, and Ray has 1"),
+    ],
+)
+def test_what_the_cards_are_too_few_for(
+    config: MakeConfig, gpus: int, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(RloraError, match=message):
+        placed(config(**changes), gpus)
