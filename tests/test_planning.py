@@ -83,8 +83,8 @@ def test_each_recipe_fits_on_its_card(tmp_path: Path, name: str) -> None:
     text = (ROOT / "launch" / "gpu" / f"{name}.toml").read_text()
     assert "Not yet run." in text
     assert f"--gpu {gpu}" in text
-    for _, what, size in made.lines:  # its comment has the budget
-        assert f"# {size.removesuffix(' GiB'):>7}  {what.split(':')[0]}" in text
+    for who, what, size in made.lines:  # its comment has the budget
+        assert f"# {size.removesuffix(' GiB'):>7}  {who}: {what.split(':')[0]}" in text
 
 
 def test_what_does_not_fit_is_said(
