@@ -50,9 +50,9 @@ NEEDS_SHARED = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
 
 
 @contextmanager
-def ray_head(files: Path, environment: Mapping[str, str]) -> Iterator[str]:
+def ray_head(files: Path, environment: Mapping[str, str], *more: str) -> Iterator[str]:
     """The address of a Ray cluster that `ray start` began in an environment. It keeps its files in `files`."""
-    options = "--head", "--port=0", "--num-cpus=1", f"--temp-dir={files}", "--include-dashboard=false"
+    options = "--head", "--port=0", "--num-cpus=1", f"--temp-dir={files}", "--include-dashboard=false", *more
     try:
         with ray_node(files / "head.log", environment, *options) as told:
             (address,) = set(re.findall(r"--address='([^']+)'", told))

@@ -1,10 +1,15 @@
 """GPUs as nvidia-smi tells of them, and how the memory of one is shared out: with faked cards."""
 
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, ray_head
 
 from rlora import cards, machine
 from rlora.cards import GIB, Card, Held
@@ -158,6 +163,34 @@ def test_who_reserves_how_much(
 ) -> None:
     made = placed(config(**changes), gpus)
     assert (made.engine.gpus, made.learner.gpus) == (engine, learner)
+
+
+@pytest.mark.vllm
+def test_a_run_on_a_card_that_cannot_be_used_ends_before_anything_is_loaded(
+    smi: Callable[..., None], tmp_path: Path
+) -> None:
+    """Real Ray: without a GPU, though the machine has one; and with one that torch, built for CPUs, can't use."""
+    smi(H100)
+    home = Path(tempfile.mkdtemp(prefix="ray-"))  # short, for Ray's sockets
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"HOME": str(home), "XDG_CACHE_HOME": str(Path.home() / ".cache"), "PYTHONPATH": str(ROOT)}
+
+    def train(name: str, *options: str, **more: str) -> tuple[int, str]:
+        command = [sys.executable, "-m", "rlora", "train", str(ROOT / "launch" / "arithmetic.toml"), *options]
+        done = subprocess.run(
+            [*command, "--run-dir", str(tmp_path / name)], env=environment | more, capture_output=True, text=True,
+            check=False, timeout=300,
+        )  # fmt: skip
+        return done.returncode, done.stderr
+
+    code, said = train("hidden", RAY_ADDRESS="local", CUDA_VISIBLE_DEVICES="")
+    assert code == 1
+    assert "this machine has 1 (NVIDIA H100 80GB HBM3), and Ray sees none: CUDA_VISIBLE_DEVICES is '' here" in said
+    with ray_head(home, environment, "--num-gpus=1") as address:
+        code, said = train("no-cuda", RAY_ADDRESS=address)
+    assert code == 1
+    assert "Ray gave this process a card, and torch" in said
+    assert "it is built for CPUs; install rlora with the extra cuda" in said
 
 
 @pytest.mark.parametrize(

@@ -115,14 +115,11 @@ def test_a_request_too_stale_to_learn_from_is_given_up(line: Line) -> None:
 def test_a_canary_that_is_off_in_company_is_asked_again_alone(line: Line) -> None:
     """Where roundings depend on the batch, that ends no run: its version is served after the second answer."""
     engine, prompts = line.engine, line.task.prompts
-    engine.load(line.versions[3]).result()
-    assert engine.generate(prompts[0], Sampling(4, 1.0, 1), line.version(3)).result()
     before = engine.be_shy(True).result()
-    engine.load(line.versions[4]).result()
-    asked = [engine.generate(prompt, Sampling(24, 1.0, 4), line.version(4)) for prompt in prompts[:4]]
+    engine.load(line.versions[2]).result()
+    asked = [engine.generate(prompt, Sampling(24, 1.0, 4), line.version(2)) for prompt in prompts[:4]]
     assert all(len(each.result().episodes) == 4 for each in asked)
     assert engine.be_shy(False).result() == before + 2
-    assert len(engine.loaded().result()) == 1
 
 
 @pytest.mark.parametrize(
