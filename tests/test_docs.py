@@ -19,7 +19,7 @@ import tyro
 from conftest import ROOT, case
 
 from rlora.cli.arguments import Export, Grade, Jobs, Runs, Scale, Submit
-from rlora.cli.overrides import parse_check, parse_eval, parse_replay, parse_show, parse_train
+from rlora.cli.overrides import parse_check, parse_eval, parse_plan, parse_replay, parse_show, parse_train
 from rlora.config import changed, read, read_table, validate
 from rlora.plugin import load
 from rlora.rollout.task import load_task
@@ -87,7 +87,7 @@ def test_the_commands_are_understood(place: Path) -> None:
     """By what parses them; files, runs and versions that they name are there."""
     parsers = {
         "train": parse_train, "submit": parse_submit, "eval": parse_eval, "check": parse_check, "show": parse_show,
-        "replay": parse_replay,
+        "replay": parse_replay, "plan": parse_plan,
     }  # fmt: skip
     others = {"export": Export, "grade": Grade, "jobs": Jobs, "runs": Runs, "scale": Scale}
     found = commands("rlora")

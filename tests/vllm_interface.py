@@ -18,7 +18,7 @@ from typing import NamedTuple
 # are given by position, so they have to be the first.
 MEMBERS = {
     "vllm:LLMEngine": "from_engine_args add_request step abort_request add_lora remove_lora list_loras apply_model "
-    "collective_rpc reset_prefix_cache",
+    "collective_rpc reset_prefix_cache model_config vllm_config",
     "vllm:RequestOutput": "",
     "vllm.outputs:RequestOutput": "request_id prompt_token_ids prompt_logprobs outputs finished",
     "vllm.outputs:CompletionOutput": "token_ids logprobs finish_reason",
@@ -30,6 +30,10 @@ MEMBERS = {
     "vllm.model_executor.models.utils:WeightsMapper": "get_rename_mapper",
     "vllm.lora.model_manager:LoRAModelManager": "modules packed_modules lora_index_to_id lora_config",
     "vllm.config.lora:LoRAConfig": "lora_dtype",
+    "vllm.config.cache:CacheConfig": "num_gpu_blocks block_size",
+    "vllm.config.model:ModelConfig": "hf_config enforce_eager",
+    "vllm.model_executor.layers.attention.attention:Attention": "attn_backend",
+    "vllm.v1.attention.backend:AttentionBackend": "get_name",
     "vllm.lora.layers.column_parallel_linear:MergedColumnParallelLinearWithLoRA": "lora_a_stacked lora_b_stacked "
     "expand_packed_lora slice_lora_a slice_lora_b tp_size",
     "vllm.lora.layers.row_parallel_linear:RowParallelLinearWithLoRA": "lora_a_stacked lora_b_stacked slice_lora_a "

@@ -11,7 +11,6 @@ from transformers import AutoConfig
 from vllm import EngineArgs, LLMEngine
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 
 from rlora import cards, machine
@@ -31,7 +30,6 @@ def build(config: Config, base: str, seed: int, slots: int, whole: bool, experts
     On a GPU it takes what learners leave there, as `beside` says. Raises RloraError where that is too little.
     """
     settings, on_gpu = config.engine, machine.device().type == "cuda"
-    _check_kind(on_gpu)
     ours = False  # the parts for vLLM's CPU build
     ranks_are_1 = config.learner.rank == 1 and not config.learner.start_from  # which may have a rank pattern
     options: dict[str, Any] = {}
@@ -56,6 +54,11 @@ def build(config: Config, base: str, seed: int, slots: int, whole: bool, experts
             raise RloraError(
                 f"model = {config.model!r}: vLLM's CPU build can't serve adapters over experts (its only backend "
                 "for them has none), nor is it sure to reload their weights; use a dense model here, or a GPU"
+            )
+        if torch.version.cuda:
+            raise RloraError(
+                "vLLM: it is built for GPUs, and Ray gave this process none; see that Ray sees the cards, or install "
+                "rlora with the extra cpu in an environment of its own"
             )
         from rlora.engine.cpu import patches
 
@@ -145,21 +148,6 @@ def adapted(base: str, config: Config) -> list[str]:
             if learner.start_from or spec.rank_of(matrix)  # an adapter from elsewhere may be over any
         }
     )
-
-
-def _check_kind(on_gpu: bool) -> None:
-    """Raise RloraError where the vLLM that is installed is built for something else."""
-    for_cpu = current_platform.is_cpu()
-    if on_gpu and for_cpu:
-        raise RloraError(
-            "vLLM: its CPU build is installed, and this process was given a GPU; install rlora with the extra cuda in "
-            "an environment of its own, or set engine.gpus and learner.gpus to 0"
-        )
-    if not on_gpu and not for_cpu:
-        raise RloraError(
-            "vLLM: it is built for GPUs, and Ray gave this process none; see that Ray sees the cards, or install rlora "
-            "with the extra cpu in an environment of its own"
-        )
 
 
 def _check_shapes(config: Config, base: str) -> None:
