@@ -170,13 +170,13 @@ class Probe(vllm_engine.Engine):
 class StockOp(Probe):
     """The same engine with vLLM's own low-rank product; tokens are drawn as in ours."""
 
-    def _build(self, *made_of: Any) -> Any:
+    def __init__(self, *made_of: Any) -> None:
         def without_the_product(head: bool) -> bool:
             TopKTopPSampler.forward_cpu = patches.draw
             return False
 
         patches.install = without_the_product
-        return super()._build(*made_of)
+        super().__init__(*made_of)
 
 
 @contextmanager

@@ -15,6 +15,10 @@ import torch
 from rlora.records import RloraError
 
 GIB = 2**30
+LESS = (  # what to do where memory is short
+    "Lower learner.microbatch_tokens or sampling.max_tokens, set learner.checkpointing = true, or give the engine less "
+    "(engine.gpu_memory_utilization, engine.kv_cache_gib); `rlora plan` says what each takes"
+)
 _FIELDS = ("name", "uuid", "memory.total", "memory.free", "driver_version", "compute_cap", "mig.mode.current")
 _OLDEST = (8, 0)  # compute capability: Ampere, the first with bf16
 _DRIVERS = {"12": "525", "13": "580"}  # the oldest that runs a version of CUDA
@@ -49,6 +53,12 @@ class Beside:
 
     learners: Mapping[str, Held] = field(default_factory=dict)  # by the card's uuid
     kv_cache: int = 0  # bytes that an engine before it found room for; 0: none was started yet
+
+
+def told(error: Exception) -> str:
+    """An error in words, with what to do where it is one of memory."""
+    words = f"{type(error).__name__}: {error}"
+    return f"{words}. {LESS}" if isinstance(error, torch.OutOfMemoryError) else words
 
 
 def of_node() -> list[Card]:

@@ -10,15 +10,16 @@ from conftest import ROOT
 from rlora.core.objectives import READY
 
 FLOORS = [
-    {"records", "fields"}, {"plugin", "machine", "watch_settings"}, {"settings"}, {"config", "store"}, {"model"},
+    {"records", "fields"}, {"cards"}, {"plugin", "machine", "watch_settings"}, {"settings"}, {"config", "store"},
+    {"model"},
     {"core", "scoring"}, {"engine", "rollout"}, {"telemetry"}, {"run"}, {"cluster", "trackers"},
-    {"train", "primitives"}, {"__init__"},
+    {"train", "primitives"}, {"__init__", "planning"},
     {"cli"}, {"__main__"},
 ]  # fmt: skip
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 HOMES = {"vllm": {"engine"}, "ray": {"cluster"}, "numba": {"engine"}, "tyro": {"cli"}, "rich": {"cli", "telemetry"}}
 OF_CORE = {"torch", "transformers", "safetensors", "upath", "rlora"}  # what the mathematics may import
-MOST_LINES_OF_CORE = 2000  # without objectives/
+MOST_LINES_OF_CORE = 2600  # without objectives/; kernels and what counts memory are 420 of them
 MOST_LINES_OF_AN_OBJECTIVE = 50
 MOST_LINES_OF_A_FILE = 400
 PLUGINS = ("envs", "rewards")

@@ -47,14 +47,14 @@ class Started(NamedTuple):
 class _Crew:
     """The actors of a job: makes engines and learners as the shared settings say, and ends them all."""
 
-    def __init__(self, config: Config, base: str, versions: int) -> None:
+    def __init__(self, config: Config, base: str, versions: int, grows: bool) -> None:
         self.base = base
         self.remotes: list[Remote] = []
         self.packed: dict[int, PlacementGroup] = {}  # of learners, by their place; Ray removes them with the driver
         self.over = False
         gpus = ray.cluster_resources().get("GPU", 0)
         cards.refuse_silent_cpu(gpus, wanted=config.engine.gpus != 0 or config.learner.gpus != 0)
-        self.config = placed(config, gpus)
+        self.config = placed(config, gpus, grows)
         self.cuda = max(float(self.config.engine.gpus), float(self.config.learner.gpus)) > 0
         self.beside = Beside()
         at_once = config.engine.replicas + (config.max_staleness > 0)  # processes that compute at the same time
@@ -170,10 +170,11 @@ class _Crew:
 
 def _options(cpus: float, gpus: float, environment: Mapping[str, str], strategy: Any) -> dict[str, Any]:
     """Those of a Ray actor."""
+    hidden = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}  # some versions of Ray leave the cards in sight
     return {
         "num_cpus": cpus,
         "num_gpus": gpus,
-        "runtime_env": {"env_vars": environment},
+        "runtime_env": {"env_vars": {**environment, **hidden}},
         "scheduling_strategy": strategy,
     }
 
@@ -269,9 +270,9 @@ def shared(served: Sequence[Served]) -> Config:
     return replace(first.config, learner=learner, sampling=longest.sampling, max_staleness=staleness)
 
 
-def placed(config: Config, cluster_gpus: float) -> Config:
-    """With the GPUs that each engine and learner reserves, where the cluster has so many. Raises RloraError where that
-    can't be."""
+def placed(config: Config, cluster_gpus: float, grows: bool = False) -> Config:
+    """With the GPUs that each engine and learner reserves. Raises RloraError for what can't be, such as more than there
+    are, unless the cluster `grows`."""
     engine, learner = config.engine, config.learner
     learners, parts = learner.replicas * learner.concurrent, engine.tensor_parallel_size
     if not cluster_gpus:
@@ -290,7 +291,7 @@ def placed(config: Config, cluster_gpus: float) -> Config:
             "leave learner.gpus out"
         )
     needed = engine.replicas * parts * of_engine + learners * of_learner
-    if needed > cluster_gpus:
+    if needed > cluster_gpus and not grows:
         raise RloraError(
             f"GPU: {engine.replicas} engines of {parts * of_engine:g} and {learners} learners of {of_learner:g} GPUs "
             f"are {needed:g} in all, and Ray has {cluster_gpus:g}; lower engine.replicas, "
@@ -313,11 +314,11 @@ def learning(config: Config, base: str) -> Iterator[Learner]:
 @contextmanager
 def _crew(config: Config, base: str, versions: int = 1) -> Iterator[_Crew]:
     """A crew on a Ray cluster; on leaving all of it ends."""
-    join_ray()
+    ours = join_ray()
     machine.on_signal(
         signal.SIGTERM, lambda *_: sys.exit(143)
     )  # `ray job stop` sends it; Ray's own handler cleans nothing up
-    crew = _Crew(config, base, versions)
+    crew = _Crew(config, base, versions, grows=not ours)  # others may have an autoscaler
     try:
         yield crew
     finally:

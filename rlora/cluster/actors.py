@@ -57,11 +57,7 @@ def _told_out_of_memory() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise RloraError(
-            f"GPU: out of memory ({first_sentence(error)}). Lower learner.microbatch_tokens or sampling.max_tokens, "
-            "set learner.checkpointing = true, or give the engine less (engine.gpu_memory_utilization, "
-            "engine.kv_cache_gib); `rlora plan` says what each takes"
-        ) from error
+        raise RloraError(f"GPU: out of memory ({first_sentence(error)}). {cards.LESS}") from error
 
 
 class _EngineActor(_Actor):

@@ -18,8 +18,9 @@ _ADDRESS = "give HOST:PORT of the head node, as `ray start --head` prints it, or
 _GONE = "if that cluster has ended, `ray stop` forgets it; RAY_ADDRESS=local starts one for this run"
 
 
-def join_ray() -> None:
-    """Join the Ray cluster of this job or machine, or start one. Raises RloraError, in a sentence, where it can't."""
+def join_ray() -> bool:
+    """Join the Ray cluster of this job or machine, or start one; returns whether it is this process's own. Raises
+    RloraError, in a sentence, where it can't."""
     if ray.is_initialized():
         raise RloraError(
             "Ray: this process is connected already, by ray.init() or by another job of rlora; end that job first, or "
@@ -38,6 +39,7 @@ def join_ray() -> None:
         if address == "local":
             raise RloraError(f"Ray: no cluster could be started: {first_sentence(error)}") from error
         raise RloraError(f"Ray: {where}: {_reason(error)}") from error
+    return address == "local"
 
 
 def _check_answers(address: str, where: str) -> None:

@@ -22,7 +22,7 @@ from rlora.core.lora import matrices
 from rlora.core.loss import Tokens
 from rlora.core.policy import Policies
 from rlora.core.setup import Setup
-from rlora.machine import DTYPES
+from rlora.machine import DTYPES, release
 from rlora.model.base import META, without_memory
 from rlora.records import RloraError
 from rlora.settings import Config, LearnerConfig
@@ -191,6 +191,23 @@ def largest_row(config: Config, tokens: int, device: torch.device, on_gpu: bool)
     if on_gpu and device == META:  # elsewhere the layout follows from the device
         row = replace(row, layout=Segments.of([(prompt, [completion - 1] * fit) for fit in groups], device))
     return row
+
+
+def rehearsed(policies: Policies, config: Config, tokens: int, device: torch.device) -> int:
+    """Compute the largest row once; returns the bytes that torch took of a GPU at most, of which it gives all back that
+    are free then."""
+    if not policies.whole:
+        policies.add(_POLICY, _setup(config).spec, seed=0)
+    try:
+        row = largest_row(config, tokens, device, on_gpu=device.type == "cuda")
+        pass_over(policies, _POLICY, row, config.algorithm.entropy > 0)
+    finally:
+        for weight in policies.parameters_of(_POLICY).values():
+            weight.grad = None
+        policies.remove(_POLICY)
+    peak = torch.cuda.max_memory_reserved() if device.type == "cuda" else 0
+    release()
+    return peak
 
 
 def pass_over(policies: Policies, policy: str, row: Microbatch, entropies: bool = False) -> None:

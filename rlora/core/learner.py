@@ -18,7 +18,7 @@ from rlora import cards, machine
 from rlora.core import peft_format, state
 from rlora.core.batch import Microbatch, Sample, alone, idle, microbatches
 from rlora.core.flash import refuse_heads
-from rlora.core.footprint import largest_row, pass_over, rows_for
+from rlora.core.footprint import rehearsed, rows_for
 from rlora.core.objectives import objective_of, telling_of
 from rlora.core.objectives.objective import Loss, Need, Objective
 from rlora.core.optimizer import Adam, Optimizer, StepStats
@@ -32,7 +32,6 @@ from rlora.records import WHOLE_FILES, Adapter, Canary, Group, RloraError, Updat
 from rlora.settings import Config
 
 _CANARY = 24  # tokens: one short prompt, and enough logprobs for a mean
-_REHEARSED = "rehearsed"
 _OTHER_BASE = 0.2  # nats that a base's canary may move, mean over its tokens, between machines and kernels
 Groups = Sequence[Sequence[Sample]]  # the samples of each group have one prompt, which is computed once
 
@@ -116,18 +115,7 @@ class Learner:
     def rehearse(self) -> tuple[str, int]:
         """Compute the largest row once, under an adapter that is gone then; returns the card, and the bytes that this
         process took of it at most. An engine may start beside it in what is left."""
-        if not self.policies.whole:
-            self.policies.add(_REHEARSED, Setup(self.config.learner).spec, seed=0)
-        try:
-            row = largest_row(self.config, self.rows.tokens, self.device, on_gpu=True)
-            pass_over(self.policies, _REHEARSED, row, self.config.algorithm.entropy > 0)
-        finally:
-            for weight in self.policies.parameters_of(_REHEARSED).values():
-                weight.grad = None
-            self.policies.remove(_REHEARSED)
-        peak = torch.cuda.max_memory_reserved() if self.device.type == "cuda" else 0
-        machine.release()
-        return cards.uuid(), peak
+        return cards.uuid(), rehearsed(self.policies, self.config, self.rows.tokens, self.device)
 
     def about(self) -> str:
         """What computes where, in words."""

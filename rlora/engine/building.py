@@ -1,5 +1,6 @@
 """Makes vLLM's engine from the config, and has it read adapters."""
 
+import hashlib
 import json
 from functools import partial
 from pathlib import Path
@@ -90,6 +91,11 @@ def build(config: Config, base: str, seed: int, slots: int, whole: bool, experts
     if ours and not whole:
         llm.apply_model(patches.lay_out)
     return llm
+
+
+def seed_of(*identity: int) -> int:
+    """A seed for vLLM; two replicas, or two starts of one, never sample alike."""
+    return int.from_bytes(hashlib.sha256(repr(identity).encode()).digest()[:4])
 
 
 def about(llm: LLMEngine, config: Config) -> About:

@@ -1,6 +1,5 @@
 """The rollout engine: vLLM, which samples under exact adapter versions. The only file that builds an engine of it."""
 
-import hashlib
 import itertools
 import math
 import os
@@ -21,10 +20,9 @@ from vllm.inputs import TokensPrompt
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
-from rlora import machine
-from rlora.cards import Beside
+from rlora import cards, machine
 from rlora.engine import slots
-from rlora.engine.building import about, build, put
+from rlora.engine.building import about, build, put, seed_of
 from rlora.engine.canary import distance, judged
 from rlora.engine.futures import errors_to, known
 from rlora.engine.held import Held, in_the_way, unused
@@ -51,7 +49,7 @@ from rlora.settings import Config
 from rlora.store import write_adapter
 
 _Result = TypeVar("_Result")
-_ALONE = Beside()
+_ALONE = cards.Beside()
 _COMPANY = 4  # canaries at a time, to see how far the base's own logprobs move
 
 
@@ -70,22 +68,21 @@ class Engine:
     version is loaded, and a request taken in, while others are in flight, and those go on under the version that they
     were submitted with. A version leaves when it is not the newest of its policy and no request has a lease on it.
 
-    `base` is where the base is loaded from, and `slots` how many versions fit at a time. No two engines draw the same
-    samples: `number` counts all starts of engines in a job, and `version` is the number of the first version that is
-    served. A completion ends with one of `stop_token_ids`, or of the strings `stop`. `beside` says what learners hold
-    of GPUs. Start the process with `machine.engine_environment`.
+    `base` is where the base is loaded from, `slots` how many versions fit at a time, and `beside` what learners hold of
+    GPUs. No two engines draw the same samples: `number` counts all starts of engines in a job, and `version` is the
+    number of the first version that is served. A completion ends with one of `stop_token_ids`, or of the strings
+    `stop`. Start the process with `machine.engine_environment`.
     """
 
     def __init__(
         self, config: Config, base: str, stop_token_ids: Sequence[int], stop: Sequence[str], slots: int, number: int,
-        version: int, beside: Beside = _ALONE,
+        version: int, beside: cards.Beside = _ALONE,
     ) -> None:  # fmt: skip
-        self.config, self.beside = config, beside
+        self.config = config
         self.stop_token_ids, self.stop = list(stop_token_ids), list(stop)
         machine.check_ram_directory()  # of this node
         self.scratch = Scratch(os.getpid())
-        self.whole = config.learner.whole
-        self.experts = has_experts(base)
+        self.whole, self.experts = config.learner.whole, has_experts(base)
         self.slots = 1 if self.whole else slots
         self.held: list[Held] = []  # in the order they were asked for
         self.noise: float | None = None  # of the base's canary, once it was asked
@@ -97,7 +94,8 @@ class Engine:
         self._posted: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._open: set[Future[Any]] = set()  # promised and not settled yet
         self._broken: EngineLostError | None = None
-        built = self._post(lambda: self._build(config, base, seed_of(config.seed, number, version)))
+        made_of = config, base, seed_of(config.seed, number, version), self.slots, self.whole, self.experts, beside
+        built = self._post(lambda: build(*made_of))
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
         self.llm: LLMEngine = built.result()
@@ -106,10 +104,10 @@ class Engine:
         """Serve `adapter.version` beside those that are served, and prove that it is.
 
         Requests for versions of its policy with numbers below `oldest`, other than `kept`, are given up. It waits where
-        all slots are leased. The proof: the file that vLLM read has the adapter's digest, and the slot
-        holds exactly its tensors. Third, the canary's logprobs have to be the learner's, as closely as the base's are:
-        it is sampled beside the version's first prompts, none of which gets out before. Raises DeliveryError where
-        something else is served, RloraError where vLLM does not take it.
+        all slots are leased. The proof: the file that vLLM read has the adapter's digest, and the slot holds its very
+        tensors. Third, the canary's logprobs have to be the learner's, as closely as the base's are: it is sampled with
+        the version's first prompts, none of which gets out before. Raises DeliveryError where something else is served,
+        RloraError where vLLM does not take it.
         """
         return self._post(lambda: self._load(adapter, oldest, kept))
 
@@ -149,9 +147,6 @@ class Engine:
         self._posted.put(None)
         self.scratch.close()
         return known(None)
-
-    def _build(self, config: Config, base: str, seed: int) -> LLMEngine:
-        return build(config, base, seed, self.slots, self.whole, self.experts, self.beside)
 
     # --- what callers promise, and the thread that keeps it ---
 
@@ -193,7 +188,7 @@ class Engine:
         try:
             outputs = self.llm.step()
         except Exception as error:  # what state vLLM is in nobody knows
-            self._broken = EngineLostError(f"vLLM failed in a step: {type(error).__name__}: {error}")
+            self._broken = EngineLostError(f"vLLM failed in a step: {cards.told(error)}")
             raise self._broken from error
         self.busy += time.perf_counter() - start
         for output in outputs:
@@ -277,7 +272,7 @@ class Engine:
             while self._running:
                 self._step()
             assert held.adapter.canary
-            self._judge(held.adapter, self._ask(held.adapter.canary, held))
+            self._judge(held.adapter, self._ask(held.adapter.canary, held)[0])
             verdict.set_result(None)
         self._release(held)
 
@@ -315,16 +310,15 @@ class Engine:
             else:
                 self._step()
         canary = adapter.canary if self.noise is None else None  # the first is asked at once, after the base's own
-        base = self._ask(canary, None) if canary else []
-        in_company = self._ask_at_once(canary) if canary else []
+        base = [*self._ask(canary, None), *self._ask(canary, None, _COMPANY)] if canary else []  # alone, and in company
         path = self.scratch.write(adapter, 1 if self.held else self.slots, write_adapter)
         held = Held(adapter, self._put(adapter, path))
         loaded = time.perf_counter()
         try:
             digest = self._compare(held, path)
             if canary:
-                self.noise = max(distance(logprobs, canary.base_logprobs) for logprobs in (base, *in_company))
-                self._judge(adapter, self._ask(canary, held), base)
+                self.noise = max(distance(logprobs, canary.base_logprobs) for logprobs in base)
+                self._judge(adapter, self._ask(canary, held)[0], base[0])
                 held.verdict = known(None)
         except DeliveryError:
             self._drop(held)
@@ -364,16 +358,9 @@ class Engine:
         if error:
             raise DeliveryError(f"adapter {adapter.name}: the engine does not serve it: {error}")
 
-    def _ask(self, canary: Canary, held: Held | None) -> list[float]:
-        """What the canary gives; whatever else is in flight goes on meanwhile."""
-        answer = self._send_canary(canary, held)
-        while not answer.done():
-            self._step()
-        return prompt_logprobs(answer.result())
-
-    def _ask_at_once(self, canary: Canary) -> list[list[float]]:
-        """What the base gives where several ask at a time."""
-        answers = [self._send_canary(canary, None) for _ in range(_COMPANY)]
+    def _ask(self, canary: Canary, held: Held | None, times: int = 1) -> list[list[float]]:
+        """What the canary gives, asked so often at once; whatever else is in flight goes on meanwhile."""
+        answers = [self._send_canary(canary, held) for _ in range(times)]
         while not all(answer.done() for answer in answers):
             self._step()
         return [prompt_logprobs(answer.result()) for answer in answers]
@@ -411,8 +398,3 @@ class Engine:
         if held.request:
             self.llm.remove_lora(held.request.lora_int_id)
             shutil.rmtree(held.request.lora_path, ignore_errors=True)
-
-
-def seed_of(*identity: int) -> int:
-    """A seed for vLLM; two replicas, or two starts of one, never sample alike."""
-    return int.from_bytes(hashlib.sha256(repr(identity).encode()).digest()[:4])
