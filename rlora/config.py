@@ -36,15 +36,17 @@ def read(path: Path | UPath) -> Config:
 def read_table(path: Path | UPath) -> dict[str, Any]:
     """The tables of such a file, before any of their values is checked. Raises RloraError where it is not TOML.
 
-    Where there is no launch/NAME.toml in the working directory, it is the recipe of that name in the installed package.
+    Where there is no launch/NAME.toml in the working directory, nor launch/gpu/NAME.toml, it is the recipe of that name
+    in the installed package.
     """
-    if path.parts[:-1] == ("launch",) and not path.is_file() and (recipe := _PACKAGE / path).is_file():
+    if path.parts[:1] == ("launch",) and not path.is_file() and (recipe := _PACKAGE / path).is_file():
         path = recipe
     try:
         data = path.read_bytes()
         table = tomllib.loads(data.decode("utf-8-sig").replace("\r\n", "\n"))
     except OSError as error:
-        recipes = ", ".join(f"launch/{recipe.name}" for recipe in sorted(_PACKAGE.glob("launch/*.toml")))
+        found = [*_PACKAGE.glob("launch/*.toml"), *_PACKAGE.glob("launch/gpu/*.toml")]
+        recipes = ", ".join(str(recipe.relative_to(_PACKAGE)) for recipe in sorted(found))
         raise RloraError(
             f"{path}: can't be read ({error.strerror}); name a TOML file with a config, or one that comes with rlora: "
             f"{recipes}"

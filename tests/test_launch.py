@@ -9,6 +9,7 @@ import yaml
 from conftest import ROOT
 
 from rlora.cli.overrides import parse_train
+from rlora.cluster import placed
 
 CLUSTER = ROOT / "launch" / "cluster"
 
@@ -48,8 +49,9 @@ def test_the_ray_job_runs_a_command_that_there_is() -> None:
     given = parse_train(arguments)
     config = given.config
     assert given.run_dir is not None
-    used = config.engine.replicas * config.engine.gpus + config.learner.replicas * config.learner.gpus
     (gpu,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    config = placed(config, gpu["replicas"])
+    used = config.engine.replicas * float(config.engine.gpus) + config.learner.replicas * float(config.learner.gpus)
     assert used <= gpu["replicas"]
 
 
