@@ -60,8 +60,8 @@ from rlora.records import Episode, Group, Prompt, Version
 
 POLICY = "benchmark"
 SIZES: dict[str, dict[str, Any]] = {  # shapes of Qwen3
-    "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-             "head_dim": 16, "intermediate_size": 128, "vocab_size": 512, "tie_word_embeddings": False},
+    "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+             "head_dim": 32, "intermediate_size": 128, "vocab_size": 512, "tie_word_embeddings": False},
     "0.6b": {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
              "head_dim": 128, "intermediate_size": 3072, "vocab_size": 151936, "tie_word_embeddings": True},
     "8b": {"hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,

@@ -1,6 +1,7 @@
 """GPUs as nvidia-smi tells of them, and how the memory of one is shared out: with faked cards."""
 
 import os
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -174,6 +175,7 @@ def test_a_run_on_a_card_that_cannot_be_used_ends_before_anything_is_loaded(
     home = Path(tempfile.mkdtemp(prefix="ray-"))  # short, for Ray's sockets
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"HOME": str(home), "XDG_CACHE_HOME": str(Path.home() / ".cache"), "PYTHONPATH": str(ROOT)}
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
     def train(name: str, *options: str, **more: str) -> tuple[int, str]:
         command = [sys.executable, "-m", "rlora", "train", str(ROOT / "launch" / "arithmetic.toml"), *options]
