@@ -222,8 +222,27 @@ def explain(error: ValidationError) -> str:
     return "\n".join(lines.values())
 
 
+ELSEWHERE = {  # names of TRL's and verl's, and ours
+    "learning_rate": "learner.lr", "num_generations": "group_size", "train_batch_size": "prompts_per_step",
+    "generation_batch_size": "prompts_per_step", "per_device_train_batch_size": "prompts_per_step",
+    "max_completion_length": "sampling.max_tokens", "max_response_length": "sampling.max_tokens",
+    "max_new_tokens": "sampling.max_tokens", "max_prompt_length": "sampling.max_prompt_tokens", "beta": "algorithm.kl",
+    "kl_loss_coef": "algorithm.kl", "epsilon": "algorithm.clip_low", "epsilon_high": "algorithm.clip_high",
+    "loss_type": "algorithm.name", "adv_estimator": "algorithm.name", "reward_funcs": "reward",
+    "report_to": "trackers.use", "logger": "trackers.use", "test_freq": "evaluate.every",
+    "eval_steps": "evaluate.every",
+    "max_steps": "steps", "lora_r": "learner.rank", "lora_rank": "learner.rank", "lora_alpha": "learner.alpha",
+    "lora_target_modules": "learner.targets", "lr_scheduler_type": "learner.lr_schedule",
+    "gradient_checkpointing": "learner.checkpointing", "model_name_or_path": "model",
+    "tensor_model_parallel_size": "engine.tensor_parallel_size",
+}  # fmt: skip
+
+
 def like(name: str) -> str:
-    """What to do about a field that there is not: the names that are like it, or where all stand."""
+    """What to do about a field that there is not: what it is called here, the names that are like it, or where all
+    stand."""
+    if ours := ELSEWHERE.get(name.rpartition(".")[2]):
+        return f"here it is {ours}"
     table = asdict(Config(model="", env="", reward=""))
     names = [f"{section}.{field}" for section, of in table.items() if isinstance(of, dict) for field in of] + [*table]
     same = [each for each in names if each.rpartition(".")[2] == name.rpartition(".")[2]]

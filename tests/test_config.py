@@ -77,6 +77,11 @@ def test_written_config_reads_back_equal(tmp_path: Path) -> None:
         ),
         ({"nonsense": 3}, r"nonsense = 3: no such field; `rlora train --help` lists them all"),
         ({"engine": {"replica": 2}}, r"engine\.replica = 2: no such field; did you mean engine\.replicas"),
+        ({"num_generations": 8}, r"num_generations = 8: no such field; here it is group_size"),
+        (
+            {"learner": {"learning_rate": 1e-4}},
+            r"learner\.learning_rate = 0\.0001: no such field; here it is learner\.lr",
+        ),
         ({"lr": 1e-4}, r"lr = 0\.0001: no such field; did you mean learner\.lr or critic\.lr\?"),
         ({"model": 7}, r"model = 7: .*valid string"),
         ({"learner": {"shard": True}}, r"learner\.shard = true: there is one learner.*learner\.replicas to 2"),

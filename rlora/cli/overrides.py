@@ -11,7 +11,16 @@ from typing import Any
 import tyro
 
 from rlora.cli.arguments import Check, Eval, Given, Plan, Replay, Show, Train
-from rlora.config import changed, differences, like, read_table, refuse_another_policy, refuse_unlearnable, validate
+from rlora.config import (
+    ELSEWHERE,
+    changed,
+    differences,
+    like,
+    read_table,
+    refuse_another_policy,
+    refuse_unlearnable,
+    validate,
+)
 from rlora.records import RloraError
 from rlora.run.source import config_at, reachable, read_run, split
 from rlora.settings import Config
@@ -118,6 +127,9 @@ def _parse(kind: type[Given], default: Given, program: str, arguments: list[str]
         named[field_name], others = _named(field_name, others)
     options = [argument.split("=")[0].lstrip("-").replace("-", "_") for argument in others if argument[:2] == "--"]
     refuse_unlearnable(option.rpartition(".")[2] for option in options)
+    for option in options:
+        if option in ELSEWHERE and option not in asdict(_NOTHING):
+            raise RloraError(f"--{option}: no such option; here it is --{ELSEWHERE[option].replace('_', '-')}")
     if "-h" in others or "--help" in others:
         tyro.cli(kind, args=["--help"], prog=program)  # ends here
     parsed = tyro.cli(kind, default=default, args=others, prog=program)

@@ -57,6 +57,7 @@ def test_a_resumed_run_has_its_own_config_and_what_is_asked_for_by_name(run: str
         (("--learner.lr", "1e-4"), r"learner\.lr: 0\.0005 -> 0\.0001\n.*--set learner\.lr=0\.0001"),
         (("--steps", "200", "--set", "learner.lr=1e-4"), r"steps: 48 -> 200"),
         (("{other}",), r"learner\.lr: 0\.0005 -> 0\.1\n.*--set learner\.lr=0\.1"),
+        (("--num-generations", "4"), r"--num_generations: no such option; here it is --group-size"),
         (("--set", "learner.rnak=1"), r"--set learner\.rnak=1: no such field; did you mean learner\.rank"),
         (("--set", "steps"), r"--set steps: no value; give NAME=VALUE"),
         (("--set", "steps=0"), r"steps = 0: .*greater than or equal to 1"),
