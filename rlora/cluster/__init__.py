@@ -315,9 +315,7 @@ def learning(config: Config, base: str) -> Iterator[Learner]:
 def _crew(config: Config, base: str, versions: int = 1) -> Iterator[_Crew]:
     """A crew on a Ray cluster; on leaving all of it ends."""
     ours = join_ray()
-    machine.on_signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # `ray job stop` sends it; Ray's own handler cleans nothing up
+    machine.on_signal(signal.SIGTERM, _end)  # `ray job stop` sends it; Ray's own handler cleans nothing up
     crew = _Crew(config, base, versions, grows=not ours)  # others may have an autoscaler
     try:
         yield crew
@@ -325,3 +323,8 @@ def _crew(config: Config, base: str, versions: int = 1) -> Iterator[_Crew]:
         with machine.undisturbed():
             crew.end()
             ray.shutdown()
+
+
+def _end(*_: object) -> None:
+    print("rlora: ended by SIGTERM", file=sys.stderr, flush=True)
+    sys.exit(143)
