@@ -242,7 +242,6 @@ def learner_over(model: PreTrainedModel, bench: Bench, **settings: Any) -> Learn
         rows = fitting_rows(config, model.config, int(0.9 * total), "nine tenths of the card")
     with (
         mock.patch("rlora.core.learner.load_base", return_value=model),
-        mock.patch("rlora.core.learner.AutoConfig.from_pretrained", return_value=model.config),
         mock.patch("rlora.core.learner.rows_for", return_value=rows),
         mock.patch("rlora.machine.device", return_value=model.device),
     ):

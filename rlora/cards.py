@@ -23,6 +23,7 @@ _FIELDS = ("name", "uuid", "memory.total", "memory.free", "driver_version", "com
 _OLDEST = (8, 0)  # compute capability: Ampere, the first with bf16
 _DRIVERS = {"12": "525", "13": "580"}  # the oldest that runs a version of CUDA
 CONTEXT = GIB  # of a process beside what its allocator has: CUDA's context, workspaces of cuBLAS
+COMPUTE = GIB  # of an engine's activations and sampler
 GRAPHS = 3 * GIB // 2  # of an engine's CUDA graphs, which vLLM does not count
 
 
@@ -157,9 +158,13 @@ def share_of_learner(free: int, total: int, gpus: float, name: str) -> tuple[int
     return share, words
 
 
-def budget_of_engine(free: int, total: int, gpus: float, beside: Held, eager: bool, name: str) -> int:
-    """Bytes that an engine which reserved `gpus` of a card may take, with its KV cache: of what learners leave, as much
-    as it reserved of what they left. Raises RloraError where others hold that."""
+def budget_of_engine(
+    free: int, total: int, gpus: float, beside: Held, eager: bool, name: str, share_asked: float = 0.0
+) -> int:
+    """Bytes that an engine which reserved `gpus` of a card may take, with its KV cache: the share that is asked for, or
+    of what learners leave as much as it reserved of what they left. Raises RloraError where others hold that."""
+    if share_asked:
+        return int(share_asked * total)
     left = total - beside.bytes - (CONTEXT if beside.bytes else 0)
     share = min(1.0, gpus / max(1e-6, 1 - beside.gpus)) if beside.gpus < 1 else 0.0
     budget = int(left * share) - CONTEXT - (0 if eager else GRAPHS)
@@ -179,9 +184,9 @@ def budget_of_engine(free: int, total: int, gpus: float, beside: Held, eager: bo
 
 def check_fits(budget: int, weights: int, of_token: int, context: int, name: str) -> None:
     """Raise RloraError where an engine's budget does not hold the base and the keys and values of one completion."""
-    need = weights + of_token * context + GIB
+    need = weights + of_token * context + COMPUTE
     if budget < need:
-        fits = (budget - weights - GIB) // of_token
+        fits = (budget - weights - COMPUTE) // of_token
         instead = (
             f"a context of {fits} tokens would fit (sampling.max_prompt_tokens + sampling.max_tokens)"
             if fits > 0
@@ -190,5 +195,5 @@ def check_fits(budget: int, weights: int, of_token: int, context: int, name: str
         raise RloraError(
             f"GPU: the engine may take {budget / GIB:.1f} GiB of {name}, and needs {need / GIB:.1f}: "
             f"{weights / GIB:.1f} for the base, {of_token * context / GIB:.1f} for the keys and values of a completion "
-            f"of {context} tokens, 1.0 to compute; {instead}"
+            f"of {context} tokens, {COMPUTE / GIB:.1f} to compute; {instead}"
         )

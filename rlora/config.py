@@ -230,9 +230,8 @@ ELSEWHERE = {  # names of TRL's and verl's, and ours
     "kl_loss_coef": "algorithm.kl", "epsilon": "algorithm.clip_low", "epsilon_high": "algorithm.clip_high",
     "loss_type": "algorithm.name", "adv_estimator": "algorithm.name", "reward_funcs": "reward",
     "report_to": "trackers.use", "logger": "trackers.use", "test_freq": "evaluate.every",
-    "eval_steps": "evaluate.every",
-    "max_steps": "steps", "lora_r": "learner.rank", "lora_rank": "learner.rank", "lora_alpha": "learner.alpha",
-    "lora_target_modules": "learner.targets", "lr_scheduler_type": "learner.lr_schedule",
+    "eval_steps": "evaluate.every", "max_steps": "steps", "lora_r": "learner.rank", "lora_rank": "learner.rank",
+    "lora_alpha": "learner.alpha", "lora_target_modules": "learner.targets", "lr_scheduler_type": "learner.lr_schedule",
     "gradient_checkpointing": "learner.checkpointing", "model_name_or_path": "model",
     "tensor_model_parallel_size": "engine.tensor_parallel_size",
 }  # fmt: skip

@@ -48,6 +48,11 @@ def name() -> str:
     return f"{cpu}, {gpus[0].name}" if gpus else cpu
 
 
+def here() -> str:
+    """What this process computes on, in words. On a GPU it takes a context of CUDA's."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({torch.get_num_threads()} threads)"
+
+
 def engine_environment(threads: int, kv_cache_gib: int, cuda: bool) -> dict[str, str]:
     """Environment variables of an engine's process.
 

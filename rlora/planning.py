@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 _LEARNER, _SAMPLER = 0.35, 0.6  # of a card's products that an update reaches, and of its bandwidth that decoding does
 _STEP = 0.008  # seconds of an engine's step beside the GPU's work: vLLM's scheduling and Python
-_COMPUTE = GIB  # that an engine takes on a GPU for activations and its sampler
 _HEAP = (0.1, 0.23 * GIB)  # of what rows hold, and beside it
 _PROCESS = GIB  # of a process on a CPU: Python, torch, vLLM
 _OF_COMPLETION = 0.5  # of sampling.max_tokens, the mean length that is reckoned with
@@ -87,20 +86,20 @@ class Plan:
     def taken(self) -> int:
         """Bytes of the card that they share, or of that of the fuller one, or of RAM."""
         learner = self.learner.fixed + self.learner.of_rows + self.slack
-        engine = self.weights + self.overhead + max(0, self.kv_cache)
+        engine = self.weights + self.overhead + self.kv_cache
         return learner + engine if self.shared else max(learner, engine)
 
     @property
     def sequences(self) -> int:
         """Completions of the longest context that the KV cache holds."""
-        return max(0, self.kv_cache) // (self.of_token * self.context)
+        return self.kv_cache // (self.of_token * self.context)
 
     @property
     def lines(self) -> list[tuple[str, str, str]]:
         """What takes memory: who, what, and how much in words."""
         rows = f"activations, rows of {max(self.rows.tokens, self.context):,} tokens"
         rows += ", checkpointing" * self.rows.checkpointing
-        tokens = max(0, self.kv_cache) // self.of_token
+        tokens = self.kv_cache // self.of_token
         return [
             ("learner", "frozen base", gib(self.learner.base)),
             ("learner", "adapter, its gradient, Adam", gib(self.learner.adapter)),
@@ -143,21 +142,20 @@ def plan(config: Config, gpu: str | None = None, gpus: int = 1) -> Plan:
         faults.append(str(error))
         rows = Rows(config.learner.microbatch_tokens or config.max_model_len, config.learner.checkpointing is not False)
     taken = footprint(config, base, rows, on_gpu=True)
-    held = Held(int(taken.fixed + FRAGMENTED * taken.of_rows), of_learner) if shared else Held()
+    held = Held(taken.on_gpu, of_learner) if shared else Held()
     kv_cache = 0
     try:
-        budget = cards.budget_of_engine(total, total, of_engine, held, config.engine.eager, where)
-        if config.engine.gpu_memory_utilization:
-            budget = int(config.engine.gpu_memory_utilization * total)
+        asked = config.engine.gpu_memory_utilization
+        budget = cards.budget_of_engine(total, total, of_engine, held, config.engine.eager, where, asked)
         cards.check_fits(budget, weights // parts, of_token, config.max_model_len, where)
-        kv_cache = config.engine.kv_cache_gib * GIB or budget - weights // parts - _COMPUTE
+        kv_cache = config.engine.kv_cache_gib * GIB or budget - weights // parts - cards.COMPUTE
     except RloraError as error:
         faults.append(str(error))
-    overhead = _COMPUTE + cards.CONTEXT + (0 if config.engine.eager else cards.GRAPHS)
+    overhead = cards.COMPUTE + cards.CONTEXT + (0 if config.engine.eager else cards.GRAPHS)
     made = Plan(
         where, total, True, shared, taken, rows, weights // parts, kv_cache, of_token, config.max_model_len, overhead
     )
-    seconds = _seconds(config, kind, made, products, on_gpu=True)
+    seconds = _seconds(config, kind, made, products)
     return replace(made, seconds=seconds, faults=tuple(faults))
 
 
@@ -204,7 +202,7 @@ def _on_cpu(config: Config, base: PreTrainedConfig, weights: int, products: int,
     needed = _PROCESS + taken.fixed + taken.of_rows + made.slack + engines * (weights + kv_cache + _PROCESS)
     too_much = f"RAM: {gib(needed)} are needed and the machine has {gib(total)}; lower engine.kv_cache_gib"
     faults = (too_much,) if needed > total else ()
-    return replace(made, seconds=_seconds(config, _this_cpu(config), made, products, on_gpu=False), faults=faults)
+    return replace(made, seconds=_seconds(config, _this_cpu(config), made, products), faults=faults)
 
 
 def _this_cpu(config: Config) -> Kind:
@@ -223,14 +221,14 @@ def _this_cpu(config: Config) -> Kind:
     return Kind(0, rate(lambda: x @ y, 2 * 768**3), rate(copied.clone, 2 * 4 * 2**25))
 
 
-def _seconds(config: Config, kind: Kind, made: Plan, products: int, on_gpu: bool) -> dict[str, float]:
+def _seconds(config: Config, kind: Kind, made: Plan, products: int) -> dict[str, float]:
     """Of a step by phase, where completions are half of sampling.max_tokens long on average."""
     completions = config.prompts_per_step * config.group_size
     length = _OF_COMPLETION * config.sampling.max_tokens
     prompts = config.prompts_per_step * config.sampling.max_prompt_tokens / 2
     engines, parts = config.engine.replicas, config.engine.tensor_parallel_size
     context = made.context - config.sampling.max_tokens / 2 - length / 2  # tokens of one that is half done
-    most = min(config.engine.sequences(on_gpu), max(1, int(made.kv_cache / (made.of_token * context))))
+    most = min(config.engine.sequences(made.on_gpu), max(1, int(made.kv_cache / (made.of_token * context))))
     together = max(1, min(most, math.ceil(completions / engines)))
     turns = math.ceil(completions / (engines * together))
 

@@ -128,7 +128,7 @@ def _parse(kind: type[Given], default: Given, program: str, arguments: list[str]
     options = [argument.split("=")[0].lstrip("-").replace("-", "_") for argument in others if argument[:2] == "--"]
     refuse_unlearnable(option.rpartition(".")[2] for option in options)
     for option in options:
-        if option in ELSEWHERE and option not in asdict(_NOTHING):
+        if option in ELSEWHERE:
             raise RloraError(f"--{option}: no such option; here it is --{ELSEWHERE[option].replace('_', '-')}")
     if "-h" in others or "--help" in others:
         tyro.cli(kind, args=["--help"], prog=program)  # ends here

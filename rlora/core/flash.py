@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from rlora.machine import send
+from rlora.model.base import head_size
 from rlora.records import RloraError
 
 _LARGEST_HEAD = 256
@@ -25,8 +26,7 @@ Lengths = Sequence[tuple[int, Sequence[int]]]  # of each prompt, and of each of 
 
 def refuse_heads(base: PreTrainedConfig) -> None:
     """Raise RloraError where no kernel takes the model's heads."""
-    text = base.get_text_config()
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    size = head_size(base)
     if size > _LARGEST_HEAD or size % 8:
         raise RloraError(
             f"model: its attention heads have {size} dimensions, and a GPU's kernels take multiples of 8 up to "

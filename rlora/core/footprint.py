@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from rlora import cards
 from rlora.core.batch import Microbatch, Sample, microbatches
-from rlora.core.flash import Segments
+from rlora.core.flash import Segments, refuse_heads
 from rlora.core.logprobs import LOGITS
 from rlora.core.lora import matrices
 from rlora.core.loss import Tokens
@@ -46,9 +46,7 @@ class Footprint:
     """Bytes that a learner holds."""
 
     base: int  # the frozen weights
-    adapter: (
-        int  # masters, their gradient and Adam's moments, the critic's too; of all weights, where those are trained
-    )
+    adapter: int  # masters, their gradient and Adam's moments, of all that is trained
     activations: int  # the most at a time in a pass over the largest row, without logits
     head: int  # logits at a time
 
@@ -60,6 +58,11 @@ class Footprint:
     @property
     def of_rows(self) -> int:
         return self.activations + self.head
+
+    @property
+    def on_gpu(self) -> int:
+        """What it takes of a card, with what torch's allocator leaves between rows."""
+        return int(self.fixed + FRAGMENTED * self.of_rows)
 
 
 class Live(TorchDispatchMode):
@@ -112,9 +115,7 @@ def footprint(config: Config, base: PreTrainedConfig, rows: Rows, on_gpu: bool) 
             policies.add(name, spec, seed=0, values=name == _CRITIC)
             trained += policies.parameters_of(name).values()
     row = largest_row(config, rows.tokens, META, on_gpu)
-    by_autograd = (
-        config.algorithm.entropy > 0 or learner.whole or learner.head
-    )  # then the head's logits are in fp32 too
+    by_autograd = config.algorithm.entropy > 0 or learner.whole or learner.head  # it has logits in fp32 too
     with Live() as live:
         pass_over(policies, _POLICY, row, entropies=config.algorithm.entropy > 0)
     gradients = sum(bytes_of(weight.grad) for weight in trained if weight.grad is not None)
@@ -128,17 +129,20 @@ def footprint(config: Config, base: PreTrainedConfig, rows: Rows, on_gpu: bool) 
     )
 
 
-def rows_for(config: Config, base: PreTrainedConfig, device: torch.device) -> Rows:
-    """What `learner.microbatch_tokens` = 0 and `learner.checkpointing` = "auto" are on this machine.
+def rows_for(config: Config, base: str, device: torch.device) -> Rows:
+    """What `learner.microbatch_tokens` = 0 and `learner.checkpointing` = "auto" are on this machine, for the base that
+    is loaded from `base`.
 
     On a GPU the largest rows that fit in the learner's part of the card, without checkpointing where that is possible.
-    Raises RloraError, with what would fit, where nothing does.
+    Raises RloraError, with what would fit, where nothing does, and for a base that no kernel takes.
     """
     if device.type != "cuda":
         return given_rows(config)
+    model = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    refuse_heads(model)
     gpus = config.learner.gpus
     room, part = cards.room_of_learner(1.0 if gpus == "auto" else gpus)
-    return fitting_rows(config, base, room, part)
+    return fitting_rows(config, model, room, part)
 
 
 def given_rows(config: Config) -> Rows:
@@ -163,7 +167,7 @@ def fitting_rows(config: Config, base: PreTrainedConfig, room: int, part: str) -
                 return Rows(size, checkpointing)
     if given and asked != "auto" and taken.fixed <= room:
         return Rows(given, asked)  # as was asked for
-    gib, needed = cards.GIB, taken.fixed + FRAGMENTED * taken.of_rows
+    gib = cards.GIB
     instead = (
         f"rows of about {fits} tokens would fit: lower sampling.max_tokens or sampling.max_prompt_tokens, for a row "
         "holds a prompt with a completion at least"
@@ -171,9 +175,9 @@ def fitting_rows(config: Config, base: PreTrainedConfig, room: int, part: str) -
         else "use a smaller model, a larger card, learner.quantise, or learner.shard over several cards"
     )
     raise RloraError(
-        f"GPU: the learner needs {needed / gib:.1f} GiB and has {room / gib:.1f}, {part}: {taken.base / gib:.1f} for "
-        f"the base, {taken.adapter / gib:.2f} for adapter and Adam, {FRAGMENTED * taken.of_rows / gib:.1f} for a row "
-        f"of {least} tokens{' with checkpointing' * bool(asked)}; {instead}"
+        f"GPU: the learner needs {taken.on_gpu / gib:.1f} GiB and has {room / gib:.1f}, {part}: {taken.base / gib:.1f} "
+        f"for the base, {taken.adapter / gib:.2f} for adapter and Adam, {FRAGMENTED * taken.of_rows / gib:.1f} for a "
+        f"row of {least} tokens{' with checkpointing' * bool(asked)}; {instead}"
     )
 
 

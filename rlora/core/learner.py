@@ -12,12 +12,10 @@ import safetensors.torch
 import torch
 import torch.distributed
 from torch import Tensor
-from transformers import AutoConfig
 
 from rlora import cards, machine
 from rlora.core import peft_format, state
 from rlora.core.batch import Microbatch, Sample, alone, idle, microbatches
-from rlora.core.flash import refuse_heads
 from rlora.core.footprint import rehearsed, rows_for
 from rlora.core.objectives import objective_of, telling_of
 from rlora.core.objectives.objective import Loss, Need, Objective
@@ -82,10 +80,7 @@ class Learner:
             torch.use_deterministic_algorithms(True)
         place = torch.device("cpu") if learner.shard else self.device  # `join` moves it, a layer at a time
         quantise = learner.quantise
-        config_of_base = AutoConfig.from_pretrained(base, trust_remote_code=False)
-        if self.device.type == "cuda":
-            refuse_heads(config_of_base)
-        self.rows = rows_for(config, config_of_base, self.device)  # before the base is loaded
+        self.rows = rows_for(config, base, self.device)  # before the base is loaded
         model = load_base(base, dtype, place) if quantise == "none" else load_quantised(base, dtype, quantise)
         self.policies = Policies(model, self.rows.checkpointing, learner.whole)
         self.held: dict[str, Trained] = {}  # critics too
@@ -119,13 +114,12 @@ class Learner:
 
     def about(self) -> str:
         """What computes where, in words."""
-        on_gpu = self.device.type == "cuda"
-        where = torch.cuda.get_device_name() if on_gpu else f"CPU ({torch.get_num_threads()} threads)"
-        attention = "by varlen kernels" if on_gpu and self.config.dtype != "float32" else "under masks"
+        by_segments = self.device.type == "cuda" and self.config.dtype != "float32"
+        attention = "by varlen kernels" if by_segments else "under masks"
         tokens = self.config.learner.microbatch_tokens or self.rows.tokens
         return (
-            f"learner on {where}: {self.config.dtype}, attention {attention}, rows of {tokens} tokens, checkpointing "
-            f"{'on' if self.rows.checkpointing else 'off'}"
+            f"learner on {machine.here()}: {self.config.dtype}, attention {attention}, rows of {tokens} tokens, "
+            f"checkpointing {'on' if self.rows.checkpointing else 'off'}"
         )
 
     # --- policies come and go ---

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import vllm
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 from vllm import EngineArgs, LLMEngine
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
@@ -34,11 +34,12 @@ def build(config: Config, base: str, seed: int, slots: int, whole: bool, experts
     ours = False  # the parts for vLLM's CPU build
     ranks_are_1 = config.learner.rank == 1 and not config.learner.start_from  # which may have a rank pattern
     options: dict[str, Any] = {}
+    shape = without_memory(AutoConfig.from_pretrained(base, trust_remote_code=False), machine.DTYPES[config.dtype])
     if not whole:
         options |= {
             "enable_lora": True,
             "max_lora_rank": 1 if ranks_are_1 else 8,  # vLLM's buckets: rank 1, and 2..8 in one of 8
-            "lora_target_modules": adapted(base, config),  # else vLLM wraps the output head too (vllm#51594)
+            "lora_target_modules": adapted(shape, config),  # else vLLM wraps the output head too (vllm#51594)
             "max_loras": slots,
             "max_cpu_loras": slots,
         }
@@ -47,7 +48,7 @@ def build(config: Config, base: str, seed: int, slots: int, whole: bool, experts
     if on_gpu:
         _check_shapes(config, base)
         options["enforce_eager"] = settings.eager
-        options["gpu_memory_utilization"] = _share(config, base, beside)
+        options["gpu_memory_utilization"] = _share(config, shape, beside)
         if kv_cache := settings.kv_cache_gib * cards.GIB or beside.kv_cache:
             options["kv_cache_memory_bytes"] = kv_cache
     else:
@@ -104,10 +105,9 @@ def about(llm: LLMEngine, config: Config) -> About:
     cache = llm.vllm_config.cache_config
     tokens = (cache.num_gpu_blocks or 0) * (cache.block_size or 0)
     kv_cache = tokens * kv_bytes_of_token(llm.model_config.hf_config, config.engine.tensor_parallel_size)
-    where = torch.cuda.get_device_name() if on_gpu else f"CPU ({torch.get_num_threads()} threads)"
     graphs = "eager" if llm.model_config.enforce_eager else "CUDA graphs"
     words = (
-        f"engine on {where}: vLLM {vllm.__version__}, {config.dtype}, attention "
+        f"engine on {machine.here()}: vLLM {vllm.__version__}, {config.dtype}, attention "
         f"{', '.join(sorted(_attentions(llm)))}, {graphs}, KV cache of {kv_cache / cards.GIB:.1f} GiB ({tokens:,} "
         f"tokens), {config.engine.sequences(on_gpu)} completions at a time"
     )
@@ -139,12 +139,8 @@ def put(llm: LLMEngine, adapter: Adapter, path: Path, lora_id: int, experts: boo
     return request
 
 
-def adapted(base: str, config: Config) -> list[str]:
-    """The names of the modules that an adapter of this config may be over, without those that hold them.
-
-    Known from the base's config alone: a model without memory for its weights is asked, as the learner asks its own.
-    """
-    model = without_memory(AutoConfig.from_pretrained(base, trust_remote_code=False), machine.DTYPES[config.dtype])
+def adapted(model: PreTrainedModel, config: Config) -> list[str]:
+    """The names of the modules of the base that an adapter of this config may be over, without those that hold them."""
     learner = config.learner
     spec = Spec(targets=learner.targets, head=learner.head)
     return sorted(
@@ -172,19 +168,14 @@ def _check_shapes(config: Config, base: str) -> None:
         )
 
 
-def _share(config: Config, base: str, beside: Beside) -> float:
+def _share(config: Config, shape: PreTrainedModel, beside: Beside) -> float:
     """The share of the card's memory that vLLM may take. Raises RloraError where it can't be enough."""
-    settings, (free, total) = config.engine, torch.cuda.mem_get_info()
-    name = torch.cuda.get_device_name()
-    if settings.gpu_memory_utilization:
-        budget = int(settings.gpu_memory_utilization * total)
-    else:
-        held = beside.learners.get(cards.uuid(), cards.Held())
-        gpus = 1.0 if settings.gpus == "auto" else settings.gpus
-        budget = cards.budget_of_engine(free, total, gpus, held, settings.eager, name)
-    model, parts = AutoConfig.from_pretrained(base, trust_remote_code=False), settings.tensor_parallel_size
-    weights = sum(map(bytes_of, without_memory(model, machine.DTYPES[config.dtype]).parameters())) // parts
-    of_token = kv_bytes_of_token(model, parts)
+    settings, (free, total), name = config.engine, torch.cuda.mem_get_info(), machine.here()
+    held, parts = beside.learners.get(cards.uuid(), cards.Held()), settings.tensor_parallel_size
+    gpus = 1.0 if settings.gpus == "auto" else settings.gpus
+    asked = settings.gpu_memory_utilization
+    budget = cards.budget_of_engine(free, total, gpus, held, settings.eager, name, asked)
+    weights, of_token = sum(map(bytes_of, shape.parameters())) // parts, kv_bytes_of_token(shape.config, parts)
     cards.check_fits(budget, weights, of_token, config.max_model_len, name)
     return budget / total
 

@@ -180,8 +180,13 @@ def kv_bytes_of_token(config: PreTrainedConfig, parts: int = 1) -> int:
     with full attention."""
     base: Any = config.get_text_config()
     heads = getattr(base, "num_key_value_heads", None) or base.num_attention_heads
-    size = getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
-    return int(2 * base.num_hidden_layers * max(1, heads // parts) * size * 2)
+    return int(2 * base.num_hidden_layers * max(1, heads // parts) * head_size(config) * 2)
+
+
+def head_size(config: PreTrainedConfig) -> int:
+    """Dimensions of one head of attention."""
+    base: Any = config.get_text_config()
+    return int(getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads)
 
 
 def has_experts(path: str) -> bool:
