@@ -1,7 +1,9 @@
 """The command line: rlora train | eval | check | plan | replay | runs | export | grade | show | scale | submit ..."""
 
+import os
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -57,21 +59,36 @@ def main() -> None:
         "export": _export, "grade": _grade, "show": _show, "scale": _scale, "submit": submit_command,
         "jobs": jobs_command,
     }  # fmt: skip
+    try:
+        _run(commands)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of the output has closed it, as in `rlora runs | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (RloraError, OSError) as error:
+        print(f"rlora: {error}", *_notes(error), sep="\n", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt as error:
+        print("rlora: interrupted", *_notes(error), sep="\n", file=sys.stderr)
+        sys.exit(130)
+    except SystemExit as error:  # by a signal, which has been told, or after a usage message
+        for note in _notes(error):
+            print(note, file=sys.stderr)
+        raise
+
+
+def _run(commands: Mapping[str, Callable[[list[str]], None]]) -> None:
     command, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
     if command in ("-h", "--help", "--version"):
         print(f"rlora {rlora.__version__}" if command == "--version" else _USAGE)
-        sys.exit(0)
-    if command not in commands:
+    elif command in commands:
+        commands[command](arguments)
+    else:
         print((f"rlora: {command!r} is no command\n\n" if command else "") + _USAGE, file=sys.stderr)
         sys.exit(2)
-    try:
-        commands[command](arguments)
-    except (RloraError, OSError) as error:
-        print(f"rlora: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("rlora: interrupted", file=sys.stderr)
-        sys.exit(130)
+
+
+def _notes(error: BaseException) -> Sequence[str]:
+    return getattr(error, "__notes__", [])
 
 
 def _scale(arguments: list[str]) -> None:
@@ -145,7 +162,7 @@ def _adapter_to_evaluate(given: Eval) -> tuple[Adapter, str, Place]:
                 adapter = Adapter("given", 0, *plain(*files, partial(base_in_ram, given.config)))
             except RloraError as error:
                 raise RloraError(f"--adapter {given.adapter}: {error}") from error
-        return adapter, str(given.adapter or "base"), given.out or UPath("eval.jsonl")
+        return adapter, str(given.adapter or given.config.model), given.out or UPath("eval.jsonl")
     adapter = checkpoint.read_version(run, step).adapter
     out = given.out or run / f"eval-{adapter.number}.jsonl"
     return adapter, f"{run.name} version {adapter.number}", out
@@ -185,7 +202,7 @@ def _check(arguments: list[str]) -> None:
 
     task = load_task(given.config)
     report = task.checked
-    print(f"{report.prompts} prompts tried in {report.seconds:.1f} s with {', '.join(given.config.rewards)}: "
+    print(f"{report.prompts} prompts tried in {report.seconds:.2g} s with {', '.join(given.config.rewards)}: "
           f"{len(report.faults) or 'no'} {'fault' if len(report.faults) == 1 else 'faults'}")  # fmt: skip
     tell_checked(task, print)
     if report.faults:
@@ -235,7 +252,7 @@ def _replay(arguments: list[str]) -> None:
         setup = Setup.of(config, read_start(config))
         with cluster.learning(config, locate(config.model)) as learner:
             for before, after in of:
-                what, made_on = f"step {before.version}", after.origin.machine
+                what, made_on = f"version {after.version}", after.origin.machine
                 if after.update is None and step is None:
                     print(f"{what}: its episodes were not kept (checkpoint.episodes_mib)")
                     continue
@@ -264,7 +281,8 @@ def _tell_replayed(each: "Replayed") -> None:
     elif not each.exact_state:
         verdict = "the adapter bit for bit, but not the optimizer's state"
     print(
-        f"step {each.step}: {verdict}; " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()),
+        f"version {each.step} -> {each.step + 1}: {verdict}; "
+        + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()),
         flush=True,
     )
 

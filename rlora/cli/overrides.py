@@ -135,6 +135,11 @@ def _parse(kind: type[Given], default: Given, program: str, arguments: list[str]
     parsed = tyro.cli(kind, default=default, args=others, prog=program)
     table, file = (asdict(over), None) if over else _source(parsed)
     if table is None:
+        if not arguments:
+            raise RloraError(
+                "no config is given; name a TOML file, as in `{program} launch/arithmetic.toml`, or give "
+                "at least --model, --env and --reward"
+            )
         parsed = tyro.cli(kind, args=others, prog=program)  # which tells what is missing
         table = asdict(_NOTHING)
     changes = _given(asdict(parsed.config), options) | {

@@ -53,6 +53,8 @@ def read_config(model: str) -> PreTrainedConfig:
     directory = Path(model) if os.path.isdir(model) else None
     if Path(model).is_file():
         raise RloraError(f"model = {model!r}: it is a file; name the directory of a model, a hub id, or {DEMO}")
+    if not directory and (model.startswith(("/", ".", "~")) or model.count("/") > 1):  # hub ids are OWNER/NAME
+        raise RloraError(f"model = {model!r}: there is no such directory; name one with a model, a hub id, or {DEMO}")
     if directory:
         check_config_file(directory)
     try:
@@ -223,6 +225,7 @@ def _demo() -> Path:
         return home
     gguf = next(Path(str(file.locate())) for file in package.files or [] if file.suffix == ".gguf")
     cache.mkdir(parents=True, exist_ok=True)
+    print(f"model = {DEMO!r}: converting it to {home}, once", flush=True)
     half = Path(tempfile.mkdtemp(dir=cache, prefix=".smollm2-"))
     try:
         base: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)

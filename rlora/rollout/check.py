@@ -120,7 +120,7 @@ class _Check:
                 return [] if solved is None else [str(solved)]
             except Exception as error:
                 line = at(error, self.config.env.rpartition(":")[0], file_of(self.env))
-                what = f"its solution raised {type(error).__name__}: {error}; mend it there"
+                what = f"its solution raised {type(error).__name__}: {error}; fix it there"
                 self.faults.append(Fault(f"{line}env = {self.config.env!r}: {what}"))
                 self.solution = lambda _: None
                 return []
@@ -233,6 +233,8 @@ class _Check:
         fields += self._odd_golds(told)
         if not fields:
             fields = [f"{self.answers}, which is not what {reward} compares with ({_types(told)})"]
+        if " raised " in told[0].scores[0][self.bench.judge(told) or 0].detail:
+            fields.insert(0, f"{reward}, which raised an error")
         if self.agent and not self.solution:
             fields.append("the env answers, and its reward needs more than one message: give it a solution(prompt)")
         elif self.column is None and not self.solution and not self.config.env.startswith("rlora."):
@@ -261,9 +263,8 @@ class _Check:
         levels = [self.bench.level(trials[-1].scores[0][self.bench.judge(trials) or 0]) for trials in paid]
         if not any(level and level[0] for level in levels):
             field = f"evaluate.threshold = {self.config.evaluate.threshold:g}"
-            self.notes.append(
-                f"{field}: golds are paid less, so no answer counts as correct ({first[-1].shown(judge)})"
-            )
+            text = f"{field}: golds are paid less, so no answer counts as correct; lower it, or raise the reward"
+            self.faults.append(Fault(text, (first[-1].shown(judge),)))
 
     def _tell_errors(self) -> None:
         """On which texts a function fails that scores others, for how many prompts, and one of the reasons."""

@@ -68,22 +68,16 @@ class Origin:
 def create(
     run: UPath, config: Config, task: "Task", overwrite: bool = False, forked_from: Mapping[str, Any] | None = None
 ) -> None:
-    """Make the directory of a new run, with its `config.toml`. Raises RloraError where something is there already.
+    """Make the directory of a new run, with its `config.toml`. Raises RloraError as `check_free` does.
 
     `overwrite` removes what is there, if it is a run.
     """
     for field, path in {"model": config.model, "learner.start_from": config.learner.start_from}.items():
         if overwrite and path and holds(run, UPath(path)):
             raise RloraError(f"{field} = {path!r}: --overwrite would remove it; name another --run-dir")
-    if overwrite and is_held(run):
-        raise RloraError(f"--run-dir {run}: a process trains the run that is there; end that one first")
+    check_free(run, overwrite)
     if overwrite and CONFIG in names(run):
         remove(run)
-    if any(not name.endswith(HALF) for name in names(run)):  # what a process was killed at is none of it
-        raise RloraError(
-            f"--run-dir {run}: it is not empty; go on with its run by `rlora train --resume {run}`, "
-            "replace it with --overwrite, or name another directory"
-        )
     run.mkdir(parents=True, exist_ok=True)
     provenance = {
         "id": secrets.token_hex(8),
@@ -97,6 +91,20 @@ def create(
     table = asdict(config) | {"provenance": provenance | ({"forked_from": dict(forked_from)} if forked_from else {})}
     write_file(run / CONFIG, tomli_w.dumps(table).encode())
     summarise(run, {"prompts/dropped": task.dropped})
+
+
+def check_free(run: UPath, overwrite: bool = False) -> None:
+    """Raise RloraError where a new run can't be made: the directory is not empty, or a process trains what is there."""
+    if overwrite and is_held(run):
+        raise RloraError(f"--run-dir {run}: a process trains the run that is there; end that one first")
+    there = names(run)
+    if overwrite and CONFIG in there:
+        return
+    if any(not name.endswith(HALF) for name in there):  # a process was killed while it wrote the others
+        raise RloraError(
+            f"--run-dir {run}: it is not empty; go on with its run by `rlora train --resume {run}`, "
+            "replace it with --overwrite, or name another directory"
+        )
 
 
 def keep_config(run: UPath, config: Config) -> None:

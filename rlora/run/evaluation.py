@@ -1,5 +1,7 @@
 """Evaluates a run on held-out prompts: before and after training, and every so many steps beside it."""
 
+from collections.abc import Callable
+
 from upath import UPath
 
 from rlora.records import Adapter, RewardError, RloraError
@@ -20,8 +22,10 @@ class HeldOut:
     What comes of an evaluation stands in the summary, and in the line of the step in which it ended.
     """
 
-    def __init__(self, config: Config, place: UPath, task: Task, fleet: Fleet, loop: AgentLoop) -> None:
-        self.config, self.place, self.sets, self.fleet = config, place, task.sets, fleet
+    def __init__(
+        self, config: Config, place: UPath, task: Task, fleet: Fleet, loop: AgentLoop, tell: Callable[[str], None]
+    ) -> None:
+        self.config, self.place, self.sets, self.fleet, self._tell = config, place, task.sets, fleet, tell
         self._evaluations = Evaluations(config, task.sets, fleet, loop)
         self._known = {line.get("accuracy/version") for line in directory.figures(place)}
         self._before: Figures = {}  # of the version that training begins with, for the line of the first step
@@ -81,6 +85,7 @@ class HeldOut:
         try:
             for name, evaluation in self._evaluations.result().items():
                 found |= _accuracy(name, evaluation) | {f"accuracy/{name}/reward": evaluation.reward}
+                self._tell(f"version {version}: {_told(name, evaluation)}")
         except RewardError as error:
             self._failure = error
             return {}
@@ -99,6 +104,7 @@ class HeldOut:
         found: Figures = {}
         for name, evaluation in self._evaluations.result().items():
             found |= _accuracy(_at(name, when), evaluation) | {f"reward/{_at(name, when)}": evaluation.reward}
+            self._tell(f"{when} training: {_told(name, evaluation)}")
         prompts = {"accuracy/prompts": len(self.sets[HELD_OUT])} if HELD_OUT in self.sets else {}
         directory.summarise(self.place, found | prompts)
 
@@ -111,6 +117,11 @@ class HeldOut:
 def _at(name: str, when: str) -> str:
     """What the summary calls a set before or after training."""
     return when if name == HELD_OUT else f"{name}/{when}"
+
+
+def _told(name: str, evaluation: Evaluation) -> str:
+    what = "held-out prompts" if name == HELD_OUT else f"prompts of evaluate.sets.{name}"
+    return f"accuracy {evaluation.accuracy} on {what}"
 
 
 def _accuracy(name: str, evaluation: Evaluation) -> Figures:

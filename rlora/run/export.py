@@ -39,7 +39,9 @@ def export(run: UPath, bundle: Bundle, to: Path, merged: Literal["bfloat16", "fl
     what = f"version {adapter.number}"
     if merged:
         off = _write_merged(config, adapter, to, merged)
-        said = f"{what} merged in {merged}: {to}; its update is {off:.2%} off the adapter's own"
+        said = f"{what} merged in {merged}: {to}; the merged update is {off:.2%} off the adapter's"
+        if off > 0.01:
+            said += f". Rounding to {merged} loses that part: export with --dtype float32, or serve the adapter itself"
     elif adapter.whole:
         _write_all_weights(config, adapter, to)
         said = f"{what}, all weights: {to}"
@@ -60,6 +62,8 @@ def _write_merged(config: Config, adapter: Adapter, to: Path, dtype: str) -> flo
     off = merge(base, adapter, machine.DTYPES[dtype])
     base.save_pretrained(to)
     tokenizer.save_pretrained(to)
+    for weights in to.glob("*.safetensors"):  # safetensors lets only their owner read them
+        weights.chmod((to / "config.json").stat().st_mode)
     return off
 
 
@@ -106,10 +110,10 @@ def card(run: UPath, bundle: Bundle, merged: str | None = None) -> str:
         "",
         *_prompts(config, merged),
         "",
-        "## Mean reward by step",
+        "## Mean reward by version",
         "",
         *(["```", sparkline(curve, width=len(curve)), "```", ""] if curve else []),
-        "| step | mean reward | completion tokens |",
+        "| version | mean reward | completion tokens |",
         "|---|---|---|",
         *(f"| {line['step']} | {line['reward/mean'] or 0.0:.3f} | {line['completion/length']:.1f} |" for line in shown),
         "",

@@ -18,7 +18,7 @@ class Past:
     name: str
     status: str  # running, finished, stopped or not readable
     steps: str  # done, of all
-    best: str  # mean reward of a step, and which
+    best: str  # mean reward of a step, and the version that it started from
     accuracy: str  # before and after, on held-out prompts
     origin: str  # what it was forked from
 
@@ -46,7 +46,7 @@ def _past(run: UPath) -> Past:
         name=run.name,
         status=status,
         steps=f"{done}/{config.steps}",
-        best="" if best is None else f"{rewards[best]:.3f} in step {best}",
+        best="" if best is None else f"{rewards[best]:.3f} at version {best}",
         accuracy=" -> ".join(accuracy),
         origin="{run}@{version}".format(**origin.forked_from) if origin.forked_from else "",
     )

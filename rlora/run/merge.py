@@ -1,7 +1,5 @@
 """An adapter added into the weights of its base, for those who can't serve one: to export, never to train with."""
 
-import warnings
-
 import torch
 from transformers import PreTrainedModel
 
@@ -14,8 +12,8 @@ def merge(base: PreTrainedModel, adapter: Adapter, dtype: torch.dtype) -> float:
     """W + scale B A in fp32, then rounded to `dtype`, for every matrix of `base` in place.
 
     `base` is the pristine base in fp32. Returns how far the merged update, rounded(W + scale B A) - rounded(W), is from
-    the adapter's, as a share of ||scale B A|| over all matrices, and warns with it where rounding takes part of the
-    update. Raises RloraError where the adapter does not fit the base.
+    the adapter's, as a share of ||scale B A|| over all matrices: what rounding takes of the update. Raises RloraError
+    where the adapter does not fit the base.
     """
     if base.dtype != torch.float32:
         raise RloraError(f"merge: the base is in {base.dtype}; load it in float32, or its own rounding is added twice")
@@ -36,10 +34,4 @@ def merge(base: PreTrainedModel, adapter: Adapter, dtype: torch.dtype) -> float:
             update += float(delta.square().sum())
     share = (lost / update) ** 0.5 if update else 0.0
     base.to(dtype)  # type: ignore[arg-type]  # transformers wraps Module.to
-    if share > 0.01:
-        warnings.warn(
-            f"merging adapter {adapter.name} into {dtype} loses part of it: the merged update is {share:.0%} off the "
-            "adapter's own. Serve the adapter itself, or merge into float32",
-            stacklevel=2,
-        )
     return share

@@ -119,7 +119,7 @@ class Run:
         if not start:
             self.saver.save(self.adapter, learner.state(self.policy), Cursor())
         self.health = Health(config, directory.figures(place))
-        self.held_out = HeldOut(config, place, self.task, fleet, loop)
+        self.held_out = HeldOut(config, place, self.task, fleet, loop, self.metrics.tell)
         if self.number == origin.first:
             self.held_out.begin(self.adapter)
         cursor = cursor_for(config, start, origin) if start else Cursor()

@@ -176,7 +176,7 @@ class Plug:
             return Score("error", detail=f"{self.name}: {error}")
         else:
             file, line = where(error, file, self.spec.rpartition(":")[0]) or (file, line)
-            what = f"raised {said(error)}; mend it there"
+            what = f"raised {said(error)}; fix it there"
             if isinstance(error, MemoryError):
                 what += ", or raise scoring.memory_mib, which bounds a call"
             if self.style == "trl":

@@ -1,6 +1,7 @@
 """Scores groups and gets an env's replies, in processes where a bad call can take nothing else down with it."""
 
 import asyncio
+import re
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -10,6 +11,8 @@ from rlora.model.chat import Chat
 from rlora.records import Case, Episode, Group, RewardError, Score
 from rlora.scoring.worker import Answered, Turn, names_of
 from rlora.settings import Config
+
+_KIND = re.compile(r".*?( raised \w+| returned )", re.DOTALL)
 
 
 class Pool(Protocol):
@@ -26,7 +29,8 @@ class Scoring:
     def __init__(self, config: Config, pools: Sequence[Pool], prompts: int = 0) -> None:
         self.config, self.pools = config, pools
         self._prompts = prompts  # that there are to train on, where it is known
-        self.last_error = ""  # what the last one was
+        self.last_error = ""
+        self._told: set[str] = set()  # kinds of errors that were shown
         self._flying = [0] * len(pools)
         self._names = names_of(config.rewards)
         self._weights = config.reward_weights or (1.0,) * len(self._names)
@@ -90,10 +94,14 @@ class Scoring:
         return replace(episode, reward=total, status=status, parts=parts)
 
     def _tell(self, detail: str) -> None:
-        """Show an error once."""
-        if detail and detail != self.last_error:
+        """Show an error, and none of its kind again: the same exception on the same line, whatever its message."""
+        if not detail:
+            return
+        self.last_error = detail
+        kind = _KIND.match(detail)
+        if (told := kind[0] if kind else detail) not in self._told:
+            self._told.add(told)
             print(detail.encode("utf-8", "backslashreplace").decode(), flush=True)
-            self.last_error = detail
 
 
 def as_case(group: Group, chat: Chat, step: int, steps: int) -> Case:

@@ -204,7 +204,7 @@ class _Worker:
             return Answered(None, turn.state, "timeout", f"env = {self.setup.env!r}: its reply took too long")
         except Exception as error:
             line = at(error, file_of(self.env))
-            what = f"its reply raised {type(error).__name__}: {error}; mend it there"
+            what = f"its reply raised {type(error).__name__}: {error}; fix it there"
             return Answered(None, turn.state, "error", f"{line}env = {self.setup.env!r}: {what}")
         finally:
             self.called.add(ENV)

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 _SETTINGS = {
-    "sampling": "engine.replicas, sampling.max_tokens or prompts_per_step; max_staleness = 1 samples while it learns",
+    "sampling": "engine.replicas, sampling.max_tokens, prompts_per_step, or max_staleness = 1 (sample during updates)",
     "stragglers": "engine.straggler_seconds, or a lower sampling.max_tokens",
     "rewards": "scoring.workers or scoring.replicas",
     "update": "learner.replicas, learner.microbatch_tokens or learner.threads",
-    "swap": "engine.replicas: each is waited for",
+    "swap": "engine.replicas, for the swap waits for each engine",
     "save": "the disk of --run-dir, or checkpoint.episodes_mib",
 }
 

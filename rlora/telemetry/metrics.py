@@ -17,15 +17,14 @@ from rlora.rollout.requests import FleetStats
 from rlora.rollout.stream import Collection
 from rlora.telemetry.bottleneck import advice, bottleneck
 
-_SHOWN = {  # in the live display: label and format
+_SHOWN = {  # in a line of progress: label and format
     "reward/mean": ("reward", "{:.3f}"),
-    "completion/length": ("completion length", "{:.1f} tokens"),
+    "completion/length": ("length", "{:.1f} tokens"),
     "rollout/tokens_per_second": ("engine", "{:.0f} tokens/s"),
     "learner/tokens_per_second": ("learner", "{:.0f} tokens/s"),
-    "time/swap": ("swap", "{:.3f} s"),
-    "kl/behaviour": ("learner/engine KL", "{:.5f} nats"),
-    "staleness": ("staleness", "{:.1f}"),
+    "kl/behaviour": ("KL", "{:.5f}"),
 }
+_FAILED = {"status/error": "errors", "status/timeout": "timeouts"}  # shown where there are any
 _BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -61,6 +60,7 @@ class Metrics:
         self.live = Live(console=self.console, transient=True)
         self.seconds: dict[str, float] = {}  # by phase, of the step under way
         self.rewards: list[float] = []
+        self._advised: set[str] = set()  # bottlenecks whose settings were named
         self.entered = time.perf_counter()
 
     def __enter__(self) -> "Metrics":
@@ -156,6 +156,10 @@ class Metrics:
         now = time.perf_counter()
         return {"time/train": self.lapped - self.began, "time/total": now - self.entered}
 
+    def tell(self, text: str) -> None:
+        """Print a line, with the run's name where there are several."""
+        print(f"{self.name}: {text}" if self.name else text, flush=True)
+
     def _show(self, step: int, figures: Mapping[str, float | None], slowest: tuple[str, float] | None) -> None:
         self.rewards.append(figures["reward/mean"] or 0.0)
         left = (time.perf_counter() - self.began) / (step + 1 - self.first_step) * (self.steps - step - 1)
@@ -163,16 +167,18 @@ class Metrics:
             label: form.format(value)
             for name, (label, form) in _SHOWN.items()
             if (value := figures.get(name)) is not None
-        } | {"time left": f"{left:.0f} s"}
+        }
+        shown |= {label: f"{share:.0%}" for name, label in _FAILED.items() if (share := figures.get(name))}
+        shown |= {"time": f"{figures['time/step']:.1f} s", "left": f"{left:.0f} s"}
         if slowest:
-            name, share = slowest
-            shown["bottleneck"] = f"{name} {share:.0%} ({advice(name)})"
+            shown["bottleneck"] = "{} {:.0%}".format(*slowest)
         if self.is_live:
             self.live.update(self._table(step, shown))
         else:
-            line = ", ".join(f"{label} {value}" for label, value in shown.items())
-            name = f"{self.name}: " if self.name else ""
-            print(f"{name}step {step + 1}/{self.steps}: {line}", flush=True)
+            self.tell(f"step {step + 1}/{self.steps}: {', '.join(f'{name} {value}' for name, value in shown.items())}")
+        if slowest and slowest[0] not in self._advised:
+            self._advised.add(slowest[0])
+            self.tell(f"bottleneck {slowest[0]}: to shorten the step, change {advice(slowest[0])}")
 
     def _table(self, step: int, shown: Mapping[str, str]) -> Table:
         table = Table(title=f"step {step + 1} of {self.steps}", show_header=False)

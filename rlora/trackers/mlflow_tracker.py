@@ -17,6 +17,7 @@ class MLflow:
 
     def __init__(self, tracked: Tracked, last: int) -> None:
         self.client = MlflowClient()
+        self.where = f"mlflow ui --backend-store-uri {self.client.tracking_uri}"
         experiment = self.client.get_experiment_by_name(tracked.project)
         where = experiment.experiment_id if experiment else self.client.create_experiment(tracked.project)
         found = self.client.search_runs([where], f"tags.`rlora.id` = '{tracked.id}'")

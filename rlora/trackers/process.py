@@ -138,7 +138,8 @@ def main() -> None:
     threading.Thread(target=listen, daemon=True).start()
     try:
         follower.start()
-        os.write(messages, b'{"ready": true}\n')
+        ready = {"ready": True, "where": getattr(follower.tracker, "where", "")}
+        os.write(messages, json.dumps(ready).encode() + b"\n")
     except Exception as error:
         tell(error)
         if isinstance(error, RloraError):  # it is not installed, or can't track this run

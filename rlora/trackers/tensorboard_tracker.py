@@ -19,7 +19,9 @@ class TensorBoard:
                 f"trackers.use = 'tensorboard': it writes to a local directory, and the run is at {tracked.directory}; "
                 "use another tracker, or a local --run-dir"
             )
-        self.writer = SummaryWriter(str(Path(tracked.directory) / "tensorboard"), purge_step=last + 1)
+        directory = Path(tracked.directory) / "tensorboard"
+        self.where = f"tensorboard --logdir {directory}"
+        self.writer = SummaryWriter(str(directory), purge_step=last + 1)
         table = "\n".join(f"| {name} | {value} |" for name, value in tracked.flat.items())
         self.writer.add_text("config", f"| field | value |\n|---|---|\n{table}", last + 1)
 

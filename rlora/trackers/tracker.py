@@ -36,7 +36,8 @@ class Tracked:
 class Tracker(Protocol):
     """Built as `Tracker(tracked, last)`, where `last` is the step that it was told of last, -1 before the first.
 
-    It runs in a process of its own. Where it raises, training goes on, and it is asked again later.
+    It runs in a process of its own. Where it raises, training goes on, and it is asked again later. An attribute
+    `where`, if it has one, is printed at the start of a run: a URL, or the command that shows the figures.
     """
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:

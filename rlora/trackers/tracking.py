@@ -72,6 +72,8 @@ class _Process:
                 message = json.loads(line)
                 if message.get("ready"):
                     self.ready.set()
+                    if message["where"]:
+                        print(f"tracker {self.name}: {message['where']}", flush=True)
                 else:
                     self._note(message["error"])
         status = self.process.wait()

@@ -17,6 +17,7 @@ class Trackio:
             project=tracked.project, name=f"{tracked.name}-{tracked.id[:6]}", config=tracked.flat, resume="allow",
             embed=False, auto_log_gpu=False, auto_log_cpu=False, space_id=os.environ.get("TRACKIO_SPACE_ID"),
         )  # fmt: skip
+        self.where = f"trackio show --project {tracked.project}"
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         self.run.log(dict(figures), step=step)

@@ -1,6 +1,7 @@
 """Weights & Biases. WANDB_MODE, WANDB_ENTITY, WANDB_API_KEY and the like are its own."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import wandb
@@ -17,6 +18,7 @@ class Wandb:
             project=tracked.project, name=tracked.name, id=tracked.id, resume="allow", dir=directory,
             config=dict(tracked.config), allow_val_change=True, settings=wandb.Settings(silent=True, console="off"),
         )  # fmt: skip
+        self.where = self.run.url or f"offline; wandb sync {Path(self.run.dir).parent}"
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         self.run.log(dict(figures), step=step)

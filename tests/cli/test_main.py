@@ -3,11 +3,13 @@
 import json
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import get_type_hints
+from unittest.mock import Mock
 
 import pytest
 from conftest import ROOT
@@ -17,6 +19,7 @@ from rlora import __version__
 from rlora.cli.main import main
 from rlora.cli.overrides import parse_train
 from rlora.config import read
+from rlora.records import RloraError
 from rlora.rollout.task import load_task
 from rlora.run import directory, resume
 from rlora.run.checkpoint import Bundle, bundle_path
@@ -63,7 +66,8 @@ def test_help_documents_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         (("--learner.rank", "9"), r"learner\.rank = 9: .*less than or equal to 8"),
         (("--group_size", "1"), r"group_size = 1: .*2 or more"),
         (("--sampling.top-p", "0.9"), r"sampling\.top_p: .*remove it"),
-        (("--model", "./nowhere"), r"model = './nowhere': neither a local directory"),
+        (("--model", "./nowhere"), r"model = './nowhere': there is no such directory"),
+        (("--model", "nobody/here/this"), r"model = 'nobody/here/this': there is no such directory"),
         (("--reward", "mine.py:f"), r"reward = 'mine.py:f': there is no file mine.py"),
         (("--resume", "runs/none"), r"--resume runs/none: a run goes on where it is; leave out --run-dir"),
         (("--set", "steps=3"), r"--set steps=3: it is for --resume"),
@@ -200,8 +204,40 @@ def test_help_needs_nothing_else(command: str, capsys: pytest.CaptureFixture[str
 
 
 def test_no_config(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("train") == 2
+    assert run("train") == 1
+    assert "no config is given; name a TOML file, as in `rlora train launch/arithmetic.toml`" in capsys.readouterr().err
+    assert run("train", "--steps", "3") == 2
     assert "--model" in capsys.readouterr().err
+
+
+def test_output_that_is_no_longer_read_is_no_error() -> None:
+    for arguments in ("--help", "train --help"):
+        command = f"{sys.executable} -m rlora {arguments} | head -1; exit ${{PIPESTATUS[0]}}"
+        done = subprocess.run(["bash", "-c", command], check=False, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith("usage: rlora")
+
+
+def test_what_a_run_ends_with_says_first_why_and_then_how_to_continue(
+    finished: UPath, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for error, status, why in (
+        (RloraError("reward: it is ill"), 1, "rlora: reward: it is ill\n"),
+        (KeyboardInterrupt(), 130, "rlora: interrupted\n"),
+        (SystemExit(143), 143, ""),  # a signal, which was told
+    ):
+        monkeypatch.setattr("rlora.train.drive", Mock(side_effect=error))
+        assert run("train", "--resume", str(finished), "--set", "steps=4") == status
+        told = capsys.readouterr().err
+        assert told.endswith(f"{why}`rlora train --resume {finished}` continues from the newest saved step\n")
+
+
+def test_a_run_directory_that_is_taken_is_told_before_anything_is_loaded(
+    finished: UPath, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("rlora.run.prepare.prepared", Mock(side_effect=AssertionError))
+    assert run("train", TOML, "--run-dir", str(finished)) == 1
+    assert f"--run-dir {finished}: it is not empty; go on with its run by" in capsys.readouterr().err
 
 
 def test_no_command(capsys: pytest.CaptureFixture[str]) -> None:

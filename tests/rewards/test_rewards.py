@@ -177,7 +177,7 @@ def test_a_gold_that_is_no_integer_is_an_error(gold: object, reward: Callable[..
     (score,) = plug("rlora:f", reward)(case("It is 4.", answer=gold), [0])
     assert score.status == "error"
     assert re.search(r"the gold answer .* is no integer; let the env give one", score.detail), score.detail
-    assert "mend it there" not in score.detail
+    assert "fix it there" not in score.detail
 
 
 HAND = [3, 3, 8, 8]

@@ -218,6 +218,9 @@ SOLUTIONS = [
         (NUMBERS, "number", {}, r"mine\.py:\d+: number raised ValueError"),
         (NUMBERS, [INTEGER, "raises"], {}, r"mine\.py:\d+: raises raised"),
         (NUMBERS, "sleeps", {"scoring": {"deadline": 0.3, "first_deadline": 0}}, r"scoring\.deadline = 0\.3: the first call of sleeps took longer"),
+        (NUMBERS, "raises", {}, r"golds can't be scored by raises. Likely: reward = '.*:raises', which raised an error; or "),
+        # what is paid too little
+        (NUMBERS, "half", {}, r"evaluate\.threshold = 1: golds are paid less, so no answer counts as correct"),
         # how prompts begin and end
         (NUMBERS, INTEGER, {"chat": {"template": "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"}}, r"a prompt ends with the stop token '<\|im_end\|>'"),
         (NUMBERS, INTEGER, {"chat": {"template": "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>\n{% endfor %}"}}, r"a prompt ends with the stop token '<\|im_end\|>'"),
@@ -319,7 +322,6 @@ def test_what_is_right_is_not_warned_of(
         ([row | {"solution": "4"} for row in NUMBERS], "skips", {"env_args": {"answer": ""}}, "skips: it says nothing"),
         (rows_of(*[24] * 12), INTEGER, {}, r"no other prompt's gold could be tried, for .* gives each prompt the same, 24"),
         (rows_of("4"), "short", {"env_args": {"answer": ""}}, "no gold could be tried"),
-        (NUMBERS, "half", {}, r"evaluate\.threshold = 1: golds are paid less"),
         (NUMBERS, "slow", {}, r"the rewards are slow, and were tried on \d+ of 16 prompts"),
     ],
 )  # fmt: skip

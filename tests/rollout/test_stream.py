@@ -280,6 +280,25 @@ def test_the_first_function_says_whether_an_answer_is_right_and_the_sum_is_the_r
     )
 
 
+def test_an_error_is_shown_once_for_each_line_and_kind(capsys: pytest.CaptureFixture[str]) -> None:
+    scoring = Scoring(validate({"model": "-", "env": "-", "reward": "a.py:f"}), [])
+    details = [
+        "a.py:3: f raised ValueError: invalid literal for int(): 'one'; fix it there",
+        "a.py:3: f raised ValueError: invalid literal for int(): 'two'; fix it there",
+        "a.py:3: f raised KeyError: 'two'; fix it there",
+        "a.py:4: f raised ValueError: 'one'; fix it there",
+        "a.py:1: f returned 'a word'; let it return a finite number",
+        "a.py:1: f returned 'another'; let it return a finite number",
+        "scoring.deadline = 1: f took longer",
+        "scoring.deadline = 1: f took longer",
+    ]
+    sampled = Episode((1,), (-1.0,), "stop", version_of(0))
+    for detail in details:
+        scoring._scored(sampled, [Score("error", detail=detail)])
+    assert capsys.readouterr().out.splitlines() == [details[k] for k in (0, 2, 3, 4, 6)]
+    assert scoring.last_error == details[-1]
+
+
 def test_what_a_reward_says_nothing_of_is_not_learned_from(rollouts: Callable[..., Rollouts]) -> None:
     skipped = order(4)[1]
 

@@ -66,7 +66,7 @@ def made(config: Callable[..., Config], tmp_path: Path) -> Callable[..., tuple[H
         settings = config(steps=10, evaluate={"every": 2} | evaluate)
         task: Any = SimpleNamespace(sets={"held_out": PROMPTS, "hard": PROMPTS})
         loop, fleet = Loop(), Fleet()
-        return HeldOut(settings, UPath(tmp_path), task, fleet, loop), loop, fleet  # type: ignore[arg-type]
+        return HeldOut(settings, UPath(tmp_path), task, fleet, loop, print), loop, fleet  # type: ignore[arg-type]
 
     return make
 

@@ -93,7 +93,13 @@ def test_an_adapter_is_exported_as_it_is_or_as_a_model_that_it_is_merged_into(
     assert "# run, version 3" in (tmp_path / "adapter" / "README.md").read_text()
 
     said = export(run, version, tmp_path / "merged", "float32")
-    assert said.startswith(f"version 3 merged in float32: {tmp_path}/merged; its update is 0.00% off")
+    assert said.startswith(f"version 3 merged in float32: {tmp_path}/merged; the merged update is 0.00% off")
+    assert "--dtype float32" not in said
+    assert (tmp_path / "merged" / "model.safetensors").stat().st_mode & 0o077 == (
+        tmp_path / "merged" / "config.json"
+    ).stat().st_mode & 0o077
+    lossy = export(run, version, tmp_path / "rounded", "bfloat16")
+    assert "Rounding to bfloat16 loses that part: export with --dtype float32, or serve the adapter itself" in lossy
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     with torch.no_grad():
         torch.testing.assert_close(loaded(IDS).logits, logits, atol=1e-4, rtol=1e-4)

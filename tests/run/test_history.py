@@ -40,8 +40,8 @@ def test_what_became_of_each_run(tmp_path: Path, config: Callable[..., Config], 
     with directory.held(place / "forked"):
         listed = [(p.name, p.status, p.steps, p.best, p.accuracy, p.origin) for p in past_runs(place)]
     assert listed == [
-        ("done", "finished", "3/3", "0.200 in step 2", "0.250 -> 0.750", ""),
-        ("forked", "running", "5/9", "0.400 in step 4", "", "done@2"),
+        ("done", "finished", "3/3", "0.200 at version 2", "0.250 -> 0.750", ""),
+        ("forked", "running", "5/9", "0.400 at version 4", "", "done@2"),
         ("old", "not readable", "", "", "", ""),
     ]
     assert [past.status for past in past_runs(place)] == ["finished", "stopped", "not readable"]

@@ -92,7 +92,7 @@ def test_secrets_are_veiled_before_a_message_is_cut(value: str, message: Callabl
     (score,) = plug("mine.py:f", raising(message))(case(value), [0])
     detail = worker._veiled(score.detail, setup)
     assert len(detail) < 2100
-    assert "; mend it there" in detail
+    assert "; fix it there" in detail
     assert not [part for part in (value[:6], value[-6:].strip(), repr(value)[1:7], value[6:12]) if part in detail], (
         detail
     )
@@ -152,7 +152,7 @@ def test_a_cluster_that_was_there_before_gets_them_by_name(names: list[str], sta
     said = json.loads(done.stdout.splitlines()[-1])
     if names:
         assert said["values"] == [1.0, None]
-        assert said["details"][1].endswith(f"PermissionError: no access with <{NAME}>; mend it there")
+        assert said["details"][1].endswith(f"PermissionError: no access with <{NAME}>; fix it there")
     else:
         assert all(f"KeyError: '{NAME}'" in detail for detail in said["details"])
     logs = [file for file in files.rglob("*") if file.is_file()]

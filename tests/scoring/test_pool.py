@@ -268,7 +268,7 @@ def test_variables_that_are_handed_on_are_there_and_never_shown(pool: MakePool) 
     made = pool("with_a_key", environment=environment)
     assert values(scores(made, "secret-7f3a")) == [1.0]
     (found,) = scores(made, "guessed")
-    assert "PermissionError: no access with <RLORA_TEST_KEY>; mend it there" in found.detail
+    assert "PermissionError: no access with <RLORA_TEST_KEY>; fix it there" in found.detail
     assert "secret" not in repr(Setup(environment=environment))
     (found,) = scores(pool("with_a_key"), "secret-7f3a")
     assert "KeyError: 'RLORA_TEST_KEY'" in found.detail

@@ -616,7 +616,7 @@ def raises(completion: str, answer: int) -> float:
 @pytest.mark.parametrize(
     ("function", "detail"),
     [
-        (raises, r"test_signatures\.py:\d+: f raised ZeroDivisionError: division by zero; mend it there"),
+        (raises, r"test_signatures\.py:\d+: f raised ZeroDivisionError: division by zero; fix it there"),
         (lambda completion: float("nan"), r"test_signatures\.py:\d+: f returned nan; let it return a finite number"),
         (lambda completion: "right", r"f returned 'right'; let it return .* one of correct, wrong"),
         (lambda completion: {"points": 1}, r"f returned a dict without \"score\""),

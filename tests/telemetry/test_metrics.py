@@ -1,4 +1,6 @@
 import json
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -58,8 +60,19 @@ def test_a_line_a_step(capsys: pytest.CaptureFixture[str]) -> None:
     assert (lines[0]["checkpoint/seconds"], lines[0]["checkpoint/bytes"]) == (0.01, 5000)
     assert 1e7 < lines[0]["memory/driver"] < 1e11
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].startswith("step 1/10: reward 0.250, completion length 2.0 tokens, engine 2 tokens/s")
-    assert "time left" in printed[0]
+    start = "step 1/10: reward 0.250, length 2.0 tokens, engine 2 tokens/s, learner 2 tokens/s, KL 0.00100, time 0.0 s"
+    assert printed[0].startswith(start)
+    assert re.search(r", left \d+ s, bottleneck \w+ \d+%$", printed[0])
+    assert len(printed[0]) < 160
+    advice = [line for line in printed if line.startswith("bottleneck ")]
+    assert len(advice) == len({line.split(":")[0] for line in advice}) >= 1  # once for each
+
+
+def test_failed_episodes_are_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = replace(episode([2], 0.0), status="error")
+    monkeypatch.setitem(globals(), "GROUPS", (group([1], episode([2, 3], 1.0), failed, failed, failed),))
+    log(0)
+    assert ", errors 75%, time" in capsys.readouterr().out
 
 
 def test_what_is_not_a_number_is_null() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -82,6 +83,7 @@ from pathlib import Path
 class Notes:
     def __init__(self, tracked, last):
         self.file = Path(tracked.directory) / "notes.jsonl"
+        self.where = f"at {self.file.name}"
         self.note("start", tracked.name, tracked.id, last, tracked.flat["model"])
 
     def note(self, *what):
@@ -135,12 +137,13 @@ def wait_for(holds: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def test_a_tracker_is_told_each_step_once(own: str, tmp_path: Path) -> None:
+def test_a_tracker_is_told_each_step_once(own: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     made = Directory(tmp_path, use=[f"{own}:Notes"], samples_every=2)
     with tracked(made.run):
         made.step()
         made.step(bundle=False)  # a resume would make it come again
         wait_for(lambda: any((made.place / "trackers").glob("*-Notes.json")))
+    assert re.search(r"^tracker .*mine\.py:Notes: at notes\.jsonl$", capfd.readouterr().out, re.MULTILINE)
     told = notes(made)
     assert told[0] == ["start", "run", "abc123", -1, "-"]
     figures = {name: value for name, value in FIGURES.items() if value is not None} | {"update/skipped": 0.0}
