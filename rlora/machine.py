@@ -40,12 +40,28 @@ def cores() -> int:
 
 
 def name() -> str:
-    """What the bits of a result depend on: processor, its vector instructions, and how many cores share the work."""
-    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {cores()} cores"
+    """What the bits of a result depend on: processor, its vector instructions, and how many cores share the work.
+
+    Libraries choose their kernels by the vendor too, and those for bf16 by AVX512_BF16 and AMX.
+    """
+    told = _cpuinfo()
+    kind = " ".join([platform.machine(), *told.get("vendor_id", "").split(), torch.backends.cpu.get_cpu_capability()])
+    flags = told.get("flags", "").split()
+    extras = [short for flag, short in (("avx512_bf16", "bf16"), ("amx_bf16", "AMX")) if flag in flags]
+    cpu = f"{'+'.join([kind, *extras])}, {cores()} cores"
     if not torch.cuda.is_available():
         return cpu
     gpus = cards.of_node()  # torch would take a context of CUDA's to say it, half a GiB of a card
     return f"{cpu}, {gpus[0].name}" if gpus else cpu
+
+
+def _cpuinfo() -> dict[str, str]:
+    """What Linux says of the first processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+    except OSError:
+        return {}
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 def here() -> str:

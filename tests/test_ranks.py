@@ -13,9 +13,9 @@ import ray
 import safetensors.torch
 from conftest import episode, group
 from upath import UPath
-from witness import HOME, base
+from witness import HOME, base, is_home
 
-from rlora import cluster, machine
+from rlora import cluster
 from rlora.cluster.ranks import Ranks
 from rlora.core.batch import Sample, sample_of
 from rlora.core.learner import Learner
@@ -100,7 +100,7 @@ def test_an_older_bundle_replays_by_a_process_of_its_own() -> None:
     assert is_by_position(safetensors.torch.load(after.state))
     with base() as path, ranks(before.config, path) as there:
         replayed = replay(there, Setup.of(before.config), before, after)  # type: ignore[arg-type]
-    if before.origin.machine == machine.name():
+    if is_home(before.origin.machine):
         assert (replayed.exact, replayed.exact_state) == (True, True)
     assert replayed.off < 1e-2 * replayed.moved
 

@@ -32,6 +32,16 @@ from rlora.run.directory import Origin
 from rlora.settings import Config
 from rlora.store import write_directory
 
+# Recorded on Intel processors, by a release whose name of a machine was without the vendor
+RECORDED_ON = "x86_64 AVX512, 2 cores"
+
+
+def is_home(recorded: str) -> bool:
+    """Whether results come out here bit for bit as on the machine of that name."""
+    here = machine.name()
+    return recorded == here or (recorded == RECORDED_ON and here.startswith("x86_64 GenuineIntel AVX512"))
+
+
 HOME = Path(__file__).with_name("witnesses")
 UPDATES = 3
 PROMPTS, COMPLETIONS = 4, 4

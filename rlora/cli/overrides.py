@@ -137,7 +137,7 @@ def _parse(kind: type[Given], default: Given, program: str, arguments: list[str]
     if table is None:
         if not arguments:
             raise RloraError(
-                "no config is given; name a TOML file, as in `{program} launch/arithmetic.toml`, or give "
+                f"no config is given; name a TOML file, as in `{program} launch/arithmetic.toml`, or give "
                 "at least --model, --env and --reward"
             )
         parsed = tyro.cli(kind, args=others, prog=program)  # which tells what is missing

@@ -226,7 +226,7 @@ def test_what_a_run_ends_with_says_first_why_and_then_how_to_continue(
         (KeyboardInterrupt(), 130, "rlora: interrupted\n"),
         (SystemExit(143), 143, ""),  # a signal, which was told
     ):
-        monkeypatch.setattr("rlora.train.drive", Mock(side_effect=error))
+        monkeypatch.setattr(sys.modules["rlora.train"], "drive", Mock(side_effect=error))
         assert run("train", "--resume", str(finished), "--set", "steps=4") == status
         told = capsys.readouterr().err
         assert told.endswith(f"{why}`rlora train --resume {finished}` continues from the newest saved step\n")

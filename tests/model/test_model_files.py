@@ -108,7 +108,10 @@ def test_what_is_no_directory_says_why(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     with pytest.raises(RloraError, match=r"a\.gguf': it is a file; name the directory"):
         locate(str(tmp_path / "a.gguf"))
-    for name, why in (("org/name", "connect"), ("./no/such/model", "Repo id"), ("", "")):
+    for name in ("./no/such/model", "/no/such", "no/such/model", "~/model"):
+        with pytest.raises(RloraError, match=rf"model = '{name}': there is no such directory"):
+            locate(name)
+    for name, why in (("org/name", "connect"), ("", "")):
         with pytest.raises(RloraError, match=rf"model = '{name}': neither a local directory with a model .*{why}"):
             locate(name)
 

@@ -489,7 +489,7 @@ def test_the_command_prints_faults_and_exits_with_1(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(REWARDS)
     assert run() == 0
-    assert re.search(r"^16 prompts tried in \d\.\d s with .*integer_answer: no faults$", capsys.readouterr().out, re.M)
+    assert re.search(r"^16 prompts tried in [\d.]+ s with .*integer_answer: no faults$", capsys.readouterr().out, re.M)
     assert run("--reward", "mine.py:exact") == 1
     said = capsys.readouterr().out.splitlines()
     assert said[0].endswith("with mine.py:exact: 1 fault")

@@ -41,7 +41,7 @@ def test_every_end_token_of_the_model_stops(demo: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "./no/such/model"}, r"model = './no/such/model': neither a local directory"),
+        ({"model": "./no/such/model"}, r"model = './no/such/model': there is no such directory"),
         ({"model": "demo:gpt-5"}, r"model = 'demo:gpt-5': no such demo model; there is demo:smollm2-135m"),
         (
             {"env_args": {"hihg": 3}},
