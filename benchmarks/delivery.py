@@ -184,11 +184,8 @@ def engines(task: Task, kind: type[Probe], learn: bool = False, **changes: Any) 
     """A fleet of `kind`, whose engines have all cores each, and a learner."""
     cluster.ENGINE = f"{HERE}:{kind.__name__}"
     settings = {"engine": {"threads": machine.cores()}} | changes
-    with cluster.start([Served(POLICY, validate(CONFIG | settings), task)], learn=learn) as (
-        learners,
-        fleet,
-        _,
-    ):
+    with cluster.start([Served(POLICY, validate(CONFIG | settings), task)], learn=learn) as job:
+        learners, fleet = job.learners, job.fleet
         yield learners.get(POLICY), fleet
 
 

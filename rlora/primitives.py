@@ -57,7 +57,8 @@ def policies(
         task, setup = checked(own)
         saved = _saved(resume[name], setup) if name in resume else None
         made.append((Served(name, own, task), setup, saved))
-    with cluster.start([served for served, *_ in made]) as (learners, fleet, agent_loops):
+    with cluster.start([served for served, *_ in made]) as job:
+        learners, fleet, agent_loops = job.learners, job.fleet, job.loops
         yield {
             served.policy: Policy(served, learners[served.policy], fleet, agent_loops[served.policy], setup, saved)
             for served, setup, saved in made

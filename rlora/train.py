@@ -28,13 +28,13 @@ def drive(runs: Sequence[Run], turns: Turns | None = None) -> None:
     """
     from rlora import cluster
     from rlora.run.run import kept
-    from rlora.run.turns import ended, going, rounds
+    from rlora.run.turns import ended, going, rounds, updated
 
     # Learners, engines and what scores are processes. The fleet samples on all engines; an agent loop plays prompts.
-    with kept(runs), cluster.start([run.served for run in runs]) as (learners, fleet, agent_loops):
+    with kept(runs), cluster.start([run.served for run in runs]) as job:
         for run in runs:
-            with run.alone():  # opens the policy, evaluates it, loads version 0 and sends the first prompts
-                run.begin(learners[run.policy], fleet, agent_loops[run.policy])
+            with run.alone():  # opens the policy, loads version 0, and sends the first prompts and the held-out ones
+                run.begin(job)
         for due in (turns or rounds)(runs):  # with a single run, every iteration yields that run
             for run in going(due):
                 with run.alone():  # waits for the step's scored groups, and starts the update without waiting for it
@@ -42,11 +42,11 @@ def drive(runs: Sequence[Run], turns: Turns | None = None) -> None:
             for run in going(due):
                 with run.alone():  # waits for the update, writes a line of metrics, and starts writing a bundle
                     run.finish_update()
-            for run in going(due):
+            for run in updated(due):
                 with run.alone():  # loads the new version on every engine, proven, and sends the next prompts
                     run.deliver()
             for run in ended(due):
-                with run.alone():  # evaluates the policy, and writes the summary
+                with run.alone():  # waits for the accuracy after training, and writes the summary
                     run.end()
         for run in ended(runs):  # that had no step left
             with run.alone():

@@ -628,7 +628,8 @@ def test_a_run_outlives_its_engines_its_learners_and_its_scorers(
         timer.start()
 
     trained: list[Group] = []
-    with cluster.start([Served("run", small, task)]) as (learners, fleet, loops):
+    with cluster.start([Served("run", small, task)]) as job:
+        learners, fleet, loops = job.learners, job.fleet, job.loops
         learner, loop = learners["run"], loops["run"]
         ranks: Any = learner
         adapter = learner.open("run", Setup.of(small))

@@ -129,7 +129,8 @@ def _eval(arguments: list[str]) -> None:
     greedy = given.samples == 1 and given.temperature is None
     sampling = sampling_of(config, given.samples, 0.0 if greedy else given.temperature)
     served = Served(adapter.policy, config, task)
-    with cluster.start([served], learn=False) as (_, fleet, loops):
+    with cluster.start([served], learn=False) as job:
+        fleet, loops = job.fleet, job.loops
         fleet.swap(adapter)
         try:
             groups = answer(config, task.held_out, sampling, fleet, loops[adapter.policy])

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
 from operator import attrgetter
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group
@@ -36,20 +36,13 @@ ENGINE = "rlora.engine.vllm_engine:Engine"
 _START = 1800.0  # seconds in which an engine that replaces another has to be ready
 
 
-class Started(NamedTuple):
-    """What a job has for its policies, by their names."""
-
-    learners: Mapping[str, Ranks]
-    fleet: Fleet
-    loops: Mapping[str, AgentLoop]  # has prompts sampled and scored
-
-
 class _Crew:
     """The actors of a job: makes engines and learners as the shared settings say, and ends them all."""
 
     def __init__(self, config: Config, base: str, versions: int, grows: bool) -> None:
         self.base = base
         self.remotes: list[Remote] = []
+        self.scorers: list[tuple[Any, list[RemotePool]]] = []  # by what they were set up with
         self.packed: dict[int, PlacementGroup] = {}  # of learners, by their place; Ray removes them with the driver
         self.over = False
         gpus = ray.cluster_resources().get("GPU", 0)
@@ -143,7 +136,6 @@ class _Crew:
 
     def pools(self, served: Sequence[Served]) -> dict[str, list[RemotePool]]:
         """What scores each policy's episodes: the same processes for those whose reward functions are set up alike."""
-        made: list[tuple[Any, list[RemotePool]]] = []
         found: dict[str, list[RemotePool]] = {}
         for each in served:
             scoring, setup = each.config.scoring, each.task.scoring
@@ -151,10 +143,10 @@ class _Crew:
                 found[each.policy] = []
                 continue
             alike = setup, scoring.workers, scoring.cpus, scoring.replicas
-            pools = next((pools for another, pools in made if another == alike), None)
+            pools = next((pools for another, pools in self.scorers if another == alike), None)
             if pools is None:
                 pools = [RemotePool(scoring.cpus, setup, scoring.workers) for _ in range(scoring.replicas)]
-                made.append((alike, pools))
+                self.scorers.append((alike, pools))
                 self.remotes += pools
             found[each.policy] = pools
         return found
@@ -185,8 +177,41 @@ def _versions(served: Sequence[Served]) -> int:
     return sum(each.config.max_staleness + 2 + (each.config.evaluate.every > 0) for each in served)
 
 
+class Job:
+    """What a job has for its policies: learners, the fleet of engines, and a loop each that plays and scores prompts.
+
+    Policies may come and go. What is there at the same time has to fit what the job was started for.
+    """
+
+    def __init__(self, crew: _Crew, ranks: Sequence[Ranks], fleet: Fleet, slots: int) -> None:
+        self.fleet, self.slots, self.config = fleet, slots, crew.config
+        self.learners: dict[str, Ranks] = {}  # by policy
+        self.loops: dict[str, AgentLoop] = {}
+        self._crew, self._ranks = crew, ranks
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether each engine and learner has cards of its own, so that they can be busy at the same time."""
+        return self._crew.cuda and min(float(self.config.engine.gpus), float(self.config.learner.gpus)) >= 1
+
+    def join(self, served: Served) -> None:
+        """Have a learner, and a loop, for a policy, which may have been here before."""
+        policy = served.policy
+        scoring = Scoring(served.config, self._crew.pools([served])[policy], len(served.task.prompts))
+        self.loops[policy] = AgentLoop(served.task, self.fleet, scoring, policy)
+        if self._ranks:
+            dealt = list(self.learners.values())
+            self.learners[policy] = self.learners.get(policy) or min(self._ranks, key=dealt.count)
+
+    def leave(self, policy: str) -> None:
+        """End what plays a policy's prompts, and serve none of its versions."""
+        self.fleet.leave(policy)
+        self.learners.pop(policy).close(policy)
+        self.loops.pop(policy).close()
+
+
 @contextmanager
-def start(served: Sequence[Served], learn: bool = True) -> Iterator[Started]:
+def start(served: Sequence[Served], learn: bool = True) -> Iterator[Job]:
     """Start the learners (unless not `learn`), a fleet of `engine.replicas` engines, and what scores.
 
     Ray places them all. Policies are dealt out among `learner.concurrent` learners, each of which is
@@ -201,7 +226,7 @@ def start(served: Sequence[Served], learn: bool = True) -> Iterator[Started]:
         count = min(config.learner.concurrent, len(served)) if learn else 0
         made = [crew.learners(place) for place in range(count)]
         engines = [] if crew.cuda else crew.engines(served)
-        pools = crew.pools(served)
+        crew.pools(served)
         crew.wait()
         ranks = [Ranks(partial(crew.learners, n), remotes, config.restarts) for n, remotes in enumerate(made)]
         if crew.cuda:  # after the learners: vLLM takes for its own what a card loses while it starts
@@ -211,18 +236,14 @@ def start(served: Sequence[Served], learn: bool = True) -> Iterator[Started]:
         crew.tell(ranks, engines)
         room, engine = 2 * config.engine.sequences(crew.cuda), partial(crew.another_engine, served)
         fleet = Fleet(engine, cast(list[Engine], engines), room, config.engine.patience, config.restarts)
-        loops = {
-            each.policy: AgentLoop(
-                each.task, fleet, Scoring(each.config, pools[each.policy], len(each.task.prompts)), each.policy
-            )
-            for each in served
-        }
+        job = Job(crew, ranks, fleet, _versions(served))
         try:
-            dealt = {each.policy: ranks[n % len(ranks)] for n, each in enumerate(served) if ranks}
-            yield Started(dealt, fleet, loops)
+            for each in served:
+                job.join(each)
+            yield job
         finally:
             fleet.stop()
-            for loop in loops.values():
+            for loop in job.loops.values():
                 loop.close()
 
 

@@ -1,11 +1,12 @@
 """Evaluates a run on held-out prompts: before and after training, and every so many steps beside it."""
 
 from collections.abc import Callable
+from functools import partial
 
 from upath import UPath
 
 from rlora.records import Adapter, RewardError, RloraError
-from rlora.rollout.evaluate import Evaluation, Evaluations
+from rlora.rollout.evaluate import Evaluations
 from rlora.rollout.fleet import Fleet
 from rlora.rollout.player import AgentLoop
 from rlora.rollout.task import HELD_OUT, Task
@@ -19,40 +20,24 @@ Figures = dict[str, float | None]
 class HeldOut:
     """The sets of held-out prompts of a run, and which of its versions they were tried on.
 
-    What comes of an evaluation stands in the summary, and in the line of the step in which it ended.
+    Evaluated are the version `first` that training begins with, the last one, and one every `evaluate.every` steps; all
+    of them beside what else the engines do. What comes of it stands in the summary, and in the line of the step in
+    which the evaluation ended.
     """
 
     def __init__(
-        self, config: Config, place: UPath, task: Task, fleet: Fleet, loop: AgentLoop, tell: Callable[[str], None]
-    ) -> None:
-        self.config, self.place, self.sets, self.fleet, self._tell = config, place, task.sets, fleet, tell
+        self, config: Config, place: UPath, task: Task, first: int, fleet: Fleet, loop: AgentLoop,
+        tell: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self.config, self.place, self.sets, self.first, self._tell = config, place, task.sets, first, tell
         self._evaluations = Evaluations(config, task.sets, fleet, loop)
         self._known = {line.get("accuracy/version") for line in directory.figures(place)}
-        self._before: Figures = {}  # of the version that training begins with, for the line of the first step
         self._failure: RewardError | None = None
 
     @property
     def version(self) -> int | None:
         """The number of the version that is being evaluated; engines have to hold it."""
         return self._evaluations.version
-
-    def begin(self, adapter: Adapter) -> None:
-        """Evaluate the version that training begins with, and wait for it. A resume takes it from the summary."""
-        known = directory.summary(self.place)
-        if any(f"accuracy/{_at(name, 'before')}/low" not in known for name in self.sets):
-            self._measure("before", adapter)
-            known = directory.summary(self.place)
-        if self.config.evaluate.every and self.sets:
-            self._before = {"accuracy/version": adapter.number}
-            for name in self.sets:
-                of_set = _at(name, "before")
-                accuracy = {f"accuracy/{name}{end}": known[f"accuracy/{of_set}{end}"] for end in ("", "/low", "/high")}
-                self._before |= accuracy | {f"accuracy/{name}/reward": known[f"reward/{of_set}"]}
-
-    def end(self, adapter: Adapter) -> None:
-        """Evaluate the last version, and wait for it."""
-        if self.sets:
-            self._measure("after", adapter)
 
     def resume(self, number: int) -> None:
         """Start again what a death ended: the evaluation of the newest version up to `number` that is due for one."""
@@ -67,30 +52,34 @@ class HeldOut:
         self._evaluations.start(adapter)
 
     def start(self, adapter: Adapter) -> None:
-        """Have a version evaluated beside training, if one is due."""
-        if self._is_due(adapter.number):
+        """Have a version evaluated, if it is due: the first and the last one before what else is sampled."""
+        number = adapter.number
+        is_first = number == self.first and not self._before()
+        if self.sets and (is_first or number >= self.config.steps):
+            self._evaluations.start(adapter, background=False)
+        elif self._is_due(number):
             self._evaluations.start(adapter)
 
     def figures(self, number: int) -> Figures:
-        """Return what an evaluation came to that has ended since, that of `begin` first; nothing where none has.
+        """Return what an evaluation came to that has ended since; nothing where none has.
 
-        It waits for one that has not, where `number`, the version that was just made, is due or the last one.
+        It waits for one that has not, where `number`, the version that was just made, is due or the last one, and for
+        that of the first version.
         """
         version = self.version
-        waits = self._is_due(number) or number >= self.config.steps
-        if version is None or not (waits or self._evaluations.is_ready):
-            before, self._before = self._before, {}
-            return before
-        found: Figures = {"accuracy/version": version}
-        try:
-            for name, evaluation in self._evaluations.result().items():
-                found |= _accuracy(name, evaluation) | {f"accuracy/{name}/reward": evaluation.reward}
-                self._tell(f"version {version}: {_told(name, evaluation)}")
-        except RewardError as error:
-            self._failure = error
+        if version is None:
+            return self._line_of_first() if number == self.first + 1 else {}
+        waits = self._is_due(number) or number >= self.config.steps or version == self.first
+        if not (waits or self._evaluations.is_ready):
             return {}
-        self._known.add(version)
-        directory.summarise(self.place, found)
+        if version == self.first:
+            self._summarise("before")
+            return self._line_of_first()
+        found = self._result(f"version {version}", str)
+        if found:
+            found = {"accuracy/version": version} | found
+            self._known.add(version)
+            directory.summarise(self.place, found)
         return found
 
     def refuse(self) -> None:
@@ -98,15 +87,53 @@ class HeldOut:
         if self._failure:
             raise self._failure
 
-    def _measure(self, when: str, adapter: Adapter) -> None:
-        self.fleet.swap(adapter)
-        self._evaluations.start(adapter, background=False)
+    def end(self) -> None:
+        """Wait for the evaluation of the last version. Raises RewardError."""
+        if self.version is not None:
+            self._summarise("after" if self.version >= self.config.steps else "before")
+            self.refuse()
+
+    def _summarise(self, when: str) -> None:
+        if found := self._result(f"{when} training", partial(_at, when=when)):
+            prompts = {"accuracy/prompts": len(self.sets[HELD_OUT])} if HELD_OUT in self.sets else {}
+            directory.summarise(self.place, found | prompts)
+
+    def _result(self, what: str, called: Callable[[str], str]) -> Figures:
+        """The figures of each set, `called` by its name; none where the reward functions have failed."""
         found: Figures = {}
-        for name, evaluation in self._evaluations.result().items():
-            found |= _accuracy(_at(name, when), evaluation) | {f"reward/{_at(name, when)}": evaluation.reward}
-            self._tell(f"{when} training: {_told(name, evaluation)}")
-        prompts = {"accuracy/prompts": len(self.sets[HELD_OUT])} if HELD_OUT in self.sets else {}
-        directory.summarise(self.place, found | prompts)
+        try:
+            evaluations = self._evaluations.result()
+        except RewardError as error:
+            self._failure = error
+            return {}
+        for name, evaluation in evaluations.items():
+            accuracy, of = evaluation.accuracy, called(name)
+            found |= {
+                f"accuracy/{of}": accuracy.estimate,
+                f"accuracy/{of}/low": accuracy.low,
+                f"accuracy/{of}/high": accuracy.high,
+                (f"accuracy/{of}/reward" if of == name else f"reward/{of}"): evaluation.reward,
+            }
+            which = "held-out prompts" if name == HELD_OUT else f"prompts of evaluate.sets.{name}"
+            self._tell(f"{what}: accuracy {accuracy} on {which}")
+        return found
+
+    def _line_of_first(self) -> Figures:
+        """The accuracy before training, for the line of the first step; a resume takes it from the summary."""
+        known = self._before()
+        if not (self.config.evaluate.every and self.sets and known):
+            return {}
+        line: Figures = {"accuracy/version": self.first}
+        for name in self.sets:
+            of = _at(name, "before")
+            line |= {f"accuracy/{name}{end}": known[f"accuracy/{of}{end}"] for end in ("", "/low", "/high")}
+            line[f"accuracy/{name}/reward"] = known[f"reward/{of}"]
+        return line
+
+    def _before(self) -> Figures:
+        """The summary, once it has the accuracy before training of every set."""
+        known = directory.summary(self.place)
+        return known if all(f"accuracy/{_at(name, 'before')}/low" in known for name in self.sets) else {}
 
     def _is_due(self, number: int) -> bool:
         every = self.config.evaluate.every
@@ -117,17 +144,3 @@ class HeldOut:
 def _at(name: str, when: str) -> str:
     """What the summary calls a set before or after training."""
     return when if name == HELD_OUT else f"{name}/{when}"
-
-
-def _told(name: str, evaluation: Evaluation) -> str:
-    what = "held-out prompts" if name == HELD_OUT else f"prompts of evaluate.sets.{name}"
-    return f"accuracy {evaluation.accuracy} on {what}"
-
-
-def _accuracy(name: str, evaluation: Evaluation) -> Figures:
-    accuracy = evaluation.accuracy
-    return {
-        f"accuracy/{name}": accuracy.estimate,
-        f"accuracy/{name}/low": accuracy.low,
-        f"accuracy/{name}/high": accuracy.high,
-    }

@@ -56,6 +56,18 @@ class RunLearner(Protocol):
     def close(self, policy: str) -> None: ...
 
 
+class Job(Protocol):
+    """What a run asks of the job that it is in."""
+
+    @property
+    def fleet(self) -> Fleet: ...
+    @property
+    def learners(self) -> Mapping[str, RunLearner]: ...
+    @property
+    def loops(self) -> Mapping[str, AgentLoop]: ...
+    def leave(self, policy: str) -> None: ...
+
+
 class Run:
     """One policy's training: its config, task, directory, stream of groups, bundles, figures and failure.
 
@@ -94,40 +106,43 @@ class Run:
 
     @property
     def going(self) -> bool:
-        """Whether there are steps left, and nothing has failed."""
-        return self.failure is None and self.number < self.config.steps
+        """Whether there are steps left, nothing has failed, and it was not left."""
+        return self.is_here and self.number < self.config.steps
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it has not failed, and was not left."""
+        return not (self.failure or self._left)
 
     @property
     def is_done(self) -> bool:
         """Whether it has done its last step, and is not at its end yet."""
-        return not (self.failure or self._left or self.going)
+        return self.is_here and not self.going
 
     @property
     def due(self) -> bool:
         """Whether `start_update` would not wait: the step's groups are there."""
         return self.stream.due
 
-    def begin(self, learner: RunLearner, fleet: Fleet, loop: AgentLoop) -> None:
-        """Open the policy, from its bundle or fresh; measure its accuracy before; have the first prompts sampled."""
-        self.learner, self.fleet, self.loop = learner, fleet, loop
+    def begin(self, job: Job) -> None:
+        """Open the policy, from its bundle or fresh; have its accuracy measured, and the first prompts sampled."""
+        self.job, self.fleet, self.learner = job, job.fleet, job.learners[self.policy]
         config, start, place = self.config, self.start, self.place
         origin = directory.Origin.here(place, self.task)
         self.saver = self._open.enter_context(Saver(place, config, origin, start))
         self.metrics = self._open.enter_context(Metrics(config.steps, self.policy if self.together else ""))
-        self.adapter = learner.open(self.policy, self.setup, start.state if start else None)
+        self.adapter = self.learner.open(self.policy, self.setup, start.state if start else None)
         directory.keep_config(place, config)  # now that all of it is found to work
         if not start:
-            self.saver.save(self.adapter, learner.state(self.policy), Cursor())
+            self.saver.save(self.adapter, self.learner.state(self.policy), Cursor())
         self.health = Health(config, directory.figures(place))
-        self.held_out = HeldOut(config, place, self.task, fleet, loop, self.metrics.tell)
-        if self.number == origin.first:
-            self.held_out.begin(self.adapter)
+        fleet, loop = job.fleet, job.loops[self.policy]
+        self.held_out = HeldOut(config, place, self.task, origin.first, fleet, loop, self.metrics.tell)
         cursor = cursor_for(config, start, origin) if start else Cursor()
         self.stream = Rollouts(config, self.task.prompts, fleet, loop, cursor)
         self.metrics.start(self.number, fleet.stats())
-        if self.going:
-            self.held_out.resume(self.number)
-            self.deliver()
+        self.held_out.resume(self.number)
+        self.deliver()
 
     def start_update(self) -> None:
         """Wait for the step's groups, in the order in which their prompts were sent, and hand them to the learner."""
@@ -154,19 +169,21 @@ class Run:
         self.health.refuse(ills)
 
     def deliver(self) -> None:
-        """Deliver the current version to every engine, proven, and have the next prompts sampled under it."""
+        """Deliver the current version to every engine, proven; have the next prompts sampled under it, or after the
+        last step the held-out ones."""
         if (engines := directory.wanted_engines(self.place)) and engines != self._engines:
             self.fleet.resize(engines)
             self._engines = engines
         oldest = self.number - self.config.max_staleness
         with self.metrics.timed("swap"):
             self._proofs = self.fleet.swap(self.current, oldest, self.held_out.version)
-        self.stream.send(self.number)
+        if self.going:
+            self.stream.send(self.number)
         self.held_out.start(self.current)
 
     def end(self) -> None:
-        """Measure the accuracy after, write the summary, and leave the learner and the engines to others."""
-        self.held_out.end(self.current)
+        """Wait for the accuracy after training, write the summary, and leave learner and engines to others."""
+        self.held_out.end()
         directory.summarise(self.place, describe(self.place, self.current) | self.metrics.totals())
         self.leave()
 
@@ -187,8 +204,7 @@ class Run:
         self._left = True
         self.close(self.failure)
         if self.adapter:
-            self.fleet.leave(self.policy)
-            self.learner.close(self.policy)
+            self.job.leave(self.policy)
 
     def close(self, error: BaseException | None = None) -> None:
         """Write what is not written yet; `error` is what ends the run, where it is not at its end."""

@@ -14,6 +14,11 @@ def going(runs: Sequence[Run]) -> list[Run]:
     return [run for run in runs if run.going]
 
 
+def updated(runs: Sequence[Run]) -> list[Run]:
+    """Return the runs whose version is to be delivered: all but those that have failed or are left."""
+    return [run for run in runs if run.is_here]
+
+
 def ended(runs: Sequence[Run]) -> list[Run]:
     """Return the runs that have done their last step, and are not ended yet."""
     return [run for run in runs if run.is_done]

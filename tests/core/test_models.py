@@ -98,7 +98,8 @@ def sample(base: str, settings: Config, adapters: list[Adapter], groups: list[Gr
     task = Task(base, chat, (), False, [], [], 0)  # type: ignore[arg-type]
     prompts = [Prompt("", token_ids=group.prompt.token_ids) for group in groups]
     found = []
-    with cluster.start([Served("run", settings, task)], learn=False) as (_, fleet, _):
+    with cluster.start([Served("run", settings, task)], learn=False) as job:
+        fleet = job.fleet
         for adapter in adapters:
             fleet.swap(adapter)
             requests = [fleet.generate(prompt, Sampling(6, 1.0, 4), "run") for prompt in prompts]

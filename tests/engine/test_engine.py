@@ -40,7 +40,8 @@ def setup(request: pytest.FixtureRequest) -> Iterator[Setup]:
     config = make(dtype=request.param, sampling={"temperature": 0.8, "max_tokens": 16, "max_prompt_tokens": 48})
     task = load_task(config)
     fresh = Solo(config, task.base).adapter()
-    with cluster.start([Served("run", config, task)], learn=False) as (_, fleet, _):
+    with cluster.start([Served("run", config, task)], learn=False) as job:
+        fleet = job.fleet
         yield Setup(config, task, fleet.engines[0], fresh, perturbed(fresh))
 
 

@@ -69,7 +69,8 @@ def many(config: Callable[..., Config]) -> Iterator[Many]:
         learner.open(name, Setup.of(own))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cluster, "ENGINE", f"{ROOT / 'tests' / 'faulty_engine.py'}:FaultyEngine")
-        with cluster.start([Served(NAMES[0], shared, task)], learn=False) as (_, fleet, _):
+        with cluster.start([Served(NAMES[0], shared, task)], learn=False) as job:
+            fleet = job.fleet
             yield Many(learner, task, fleet.engines[0], {})
 
 

@@ -54,7 +54,8 @@ def test_swaps_leave_nothing_behind(config: Callable[..., Config], tmp_path: Pat
     learner = Solo(small, base)
     prompts = [Prompt("", token_ids=tuple(range(start, start + 5))) for start in (5, 17, 40)]
     memory, shm = [], []
-    with cluster.start([Served("run", small, task)], learn=False) as (_, fleet, _):
+    with cluster.start([Served("run", small, task)], learn=False) as job:
+        fleet = job.fleet
         engine: Any = fleet.engines[0]
         _, pid = ray.get(engine.placed)
         adapter = learner.adapter()

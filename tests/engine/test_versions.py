@@ -68,7 +68,8 @@ def line() -> Iterator[Line]:
     faulty = f"{ROOT / 'tests' / 'faulty_engine.py'}:FaultyEngine"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cluster, "ENGINE", faulty)
-        with cluster.start([Served("run", config, task)], learn=False) as (_, fleet, _):
+        with cluster.start([Served("run", config, task)], learn=False) as job:
+            fleet = job.fleet
             (engine,) = fleet.engines
             engine.load(versions[0]).result()
             asked = [engine.generate(prompt, Sampling(24, 1.0, 4), versions[0].version) for prompt in task.prompts[:8]]

@@ -26,7 +26,8 @@ def test_learner_and_engine_see_the_same_ids_over_turns(config: Callable[..., Co
     task = load_task(settings)
     learner = Solo(settings, task.base)
     asked: list[Prompt] = []
-    with cluster.start([Served("run", settings, task)], learn=False) as (_, fleet, loops):
+    with cluster.start([Served("run", settings, task)], learn=False) as job:
+        fleet, loops = job.fleet, job.loops
         fleet.swap(learner.adapter())
         generate: Any = fleet.generate
 

@@ -55,6 +55,7 @@ class Stage:
         self.told: list[tuple[str, str, int]] = []
         self.wrong: dict[tuple[str, str, int], Exception] = {}
         self.learner: Here
+        self.job: HereJob
 
     def tell(self, what: str, policy: str, number: int) -> None:
         self.told.append((what, policy, number))
@@ -103,15 +104,31 @@ class Here(Learner):
         return partial(self.update, policy, groups)
 
 
+class HereJob:
+    """In place of cluster.Job."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.fleet, self.learners, self.loops = stage, dict[str, Here](), dict[str, str]()
+
+    def join(self, served: Served) -> None:
+        self.learners[served.policy], self.loops[served.policy] = self.fleet.learner, served.policy
+
+    def leave(self, policy: str) -> None:
+        self.fleet.leave(policy)
+        self.fleet.learner.close(policy)
+
+
 @pytest.fixture
 def stage(monkeypatch: pytest.MonkeyPatch, tiny: str) -> Stage:
     made = Stage()
 
     @contextmanager
-    def start(served: Sequence[Served]) -> Iterator[tuple[dict[str, Here], Stage, dict[str, str]]]:
+    def start(served: Sequence[Served]) -> Iterator[HereJob]:
         made.learner = Here(served[0].config, tiny)
-        names = [each.policy for each in served]
-        yield dict.fromkeys(names, made.learner), made, {name: name for name in names}
+        made.job = job = HereJob(made)
+        for each in served:
+            job.join(each)
+        yield job
 
     monkeypatch.setattr(rlora.run.run, "Rollouts", Recorded)
     monkeypatch.setattr(rlora.cluster, "start", start)
@@ -162,7 +179,8 @@ def test_runs_that_train_together_leave_what_each_would_alone(
     for policy in SETTINGS:  # each version is swapped in before prompts are sent under it
         own = [(what, number) for what, of, number in stage.told if of == policy and what != "leave"]
         assert own[:3] == [("swap", 0), ("send", 0), ("take", 0)]
-        assert own == [(what, n) for n in range(STEPS) for what in ("swap", "send", "take")]
+        steps = [(what, n) for n in range(STEPS) for what in ("swap", "send", "take")]
+        assert own == [*steps, ("swap", STEPS)]  # the last one is evaluated
         assert stage.told.count(("leave", policy, 0)) == 1
 
 

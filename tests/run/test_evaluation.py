@@ -59,6 +59,11 @@ class Fleet:
         raise AssertionError("nothing hangs")
 
 
+BEFORE = {f"accuracy/{name}{end}": 0.5 for name in ("before", "hard/before") for end in ("", "/low", "/high")} | {
+    "reward/before": 0.25, "reward/hard/before": 0.75,
+}  # fmt: skip
+
+
 @pytest.fixture
 def made(config: Callable[..., Config], tmp_path: Path) -> Callable[..., tuple[HeldOut, Loop, Fleet]]:
     def make(lines: list[dict[str, Any]] | None = None, **evaluate: Any) -> tuple[HeldOut, Loop, Fleet]:
@@ -66,7 +71,7 @@ def made(config: Callable[..., Config], tmp_path: Path) -> Callable[..., tuple[H
         settings = config(steps=10, evaluate={"every": 2} | evaluate)
         task: Any = SimpleNamespace(sets={"held_out": PROMPTS, "hard": PROMPTS})
         loop, fleet = Loop(), Fleet()
-        return HeldOut(settings, UPath(tmp_path), task, fleet, loop, print), loop, fleet  # type: ignore[arg-type]
+        return HeldOut(settings, UPath(tmp_path), task, 0, fleet, loop, print), loop, fleet  # type: ignore[arg-type]
 
     return make
 
@@ -76,7 +81,8 @@ def adapter(number: int) -> Adapter:
 
 
 def test_versions_that_are_due_are_evaluated_beside_training(made: Any, tmp_path: Path) -> None:
-    held_out, loop, fleet = made()
+    held_out, loop, _ = made()
+    directory.summarise(UPath(tmp_path), BEFORE)  # a run that goes on
     for number in (0, 1):
         held_out.start(adapter(number))
     assert loop.asked == []
@@ -85,7 +91,6 @@ def test_versions_that_are_due_are_evaluated_beside_training(made: Any, tmp_path
     assert [asked[:4] for asked in loop.asked] == [
         (n, Sampling(8, 0.0, 1), 2, True) for _ in ("held_out", "hard") for n in (1, 2, 3, 4)
     ]
-    assert fleet.swapped == []
     assert held_out.version == 2
     assert held_out.figures(3) == {}
     loop.answer(3)
@@ -96,8 +101,9 @@ def test_versions_that_are_due_are_evaluated_beside_training(made: Any, tmp_path
     assert held_out.figures(3) == {}
     assert held_out.version is None
     assert directory.summary(UPath(tmp_path))["accuracy/hard"] == 0.75
-    held_out.start(adapter(10))  # the last one: the accuracy after is measured of it
-    assert held_out.version is None
+    assert [asked[2] for asked in loop.asked] == [2] * 8
+    held_out.start(adapter(10))  # the last one: before all else
+    assert {asked[2:4] for asked in loop.asked[8:]} == {(10, False)}
 
 
 @pytest.mark.parametrize("every", [1, 2])
@@ -113,7 +119,7 @@ def test_each_evaluation_is_told_in_one_line(every: int, made: Any) -> None:
         loop.asked.clear()
         held_out.start(adapter(number))
     assert [version for version in told if version] == list(range(every, 10, every))
-    assert held_out.version is None
+    assert held_out.version == 10
 
 
 def test_a_resume_does_not_evaluate_twice(made: Any) -> None:
@@ -127,36 +133,38 @@ def test_a_resume_does_not_evaluate_twice(made: Any) -> None:
     assert {asked[2] for asked in loop.asked} == {4}
 
 
-def test_before_and_after_are_waited_for(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    held_out, loop, fleet = made(every=0, samples=2)
-    start = loop.start
-
-    def at_once(*arguments: Any) -> Any:
-        flight = start(*arguments)
-        loop.answer(2)
-        return flight
-
-    monkeypatch.setattr(loop, "start", at_once)
-    held_out.begin(adapter(0))
-    assert fleet.swapped == [0]
-    assert loop.asked[0][1:4] == (Sampling(8, 1.0, 2), 0, False)
+def test_before_and_after_are_waited_for(made: Any, tmp_path: Path) -> None:
+    held_out, loop, _ = made(every=0, samples=2)
+    held_out.start(adapter(0))
+    assert loop.asked[0][1:4] == (Sampling(8, 1.0, 2), 0, False)  # before what training asks for
+    answering = threading.Timer(0.02, loop.answer, [2])
+    answering.start()
+    assert held_out.figures(1) == {}
     summary = directory.summary(UPath(tmp_path))
     assert summary["accuracy/before"] == summary["accuracy/hard/before"] == summary["reward/before"] == 0.5
     assert summary["accuracy/prompts"] == 4
-    assert held_out.figures(1) == {}
-    held_out.begin(adapter(0))  # a run that was killed in its first step and goes on
-    held_out.end(adapter(10))
-    assert fleet.swapped == [0, 10]
+    assert held_out.version is None
+    loop.asked.clear()
+    held_out.start(adapter(0))  # a run that was killed in its first step and goes on
+    assert loop.asked == []
+    held_out.start(adapter(10))
+    assert loop.asked[0][1:4] == (Sampling(8, 1.0, 2), 10, False)
+    loop.answer(2)
+    held_out.end()
     assert directory.summary(UPath(tmp_path))["accuracy/hard/after"] == 0.5
 
 
 def test_the_first_line_has_the_accuracy_before(made: Any, tmp_path: Path) -> None:
     """Where versions are evaluated beside training; also of a run that was killed before it had that line."""
-    held_out, _, fleet = made()
-    before = {f"accuracy/{name}{end}": 0.5 for name in ("before", "hard/before") for end in ("", "/low", "/high")}
-    directory.summarise(UPath(tmp_path), before | {"reward/before": 0.25, "reward/hard/before": 0.75})
-    held_out.begin(adapter(0))
-    assert fleet.swapped == []
+    held_out, loop, _ = made()
+    held_out.start(adapter(0))
+    loop.answer(3)
+    figures = held_out.figures(1)
+    assert (figures["accuracy/version"], figures["accuracy/hard"]) == (0, 0.75)
+    directory.summarise(UPath(tmp_path), BEFORE)
+    held_out, loop, _ = made()
+    held_out.start(adapter(0))
+    assert loop.asked == []
     figures = held_out.figures(1)
     assert figures["accuracy/version"] == 0
     assert (figures["accuracy/held_out/low"], figures["accuracy/hard/high"]) == (0.5, 0.5)

@@ -35,7 +35,8 @@ def running(config: Callable[..., Config]) -> Iterator[Running]:
     """One learner and one engine for all."""
     settings = config(prompts_per_step=2, group_size=6, steps=100, sampling={"max_tokens": 16, "max_prompt_tokens": 64})
     task = load_task(settings)
-    with cluster.start([Served("run", settings, task)]) as (learners, fleet, _):
+    with cluster.start([Served("run", settings, task)]) as job:
+        learners, fleet = job.learners, job.fleet
         learner = learners["run"]
         learner.open("run", Setup.of(settings))
         yield Running(settings, task, learner, fleet)
