@@ -13,11 +13,17 @@ FLOORS = [
     {"records", "fields"}, {"cards"}, {"plugin", "machine", "watch_settings"}, {"settings"}, {"config", "store"},
     {"model"},
     {"core", "scoring"}, {"engine", "rollout"}, {"telemetry"}, {"run"}, {"cluster", "trackers"},
-    {"train", "primitives"}, {"__init__", "planning"},
+    {"train", "primitives"}, {"sweeps"}, {"__init__", "planning"},
     {"cli"}, {"__main__"},
 ]  # fmt: skip
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-HOMES = {"vllm": {"engine"}, "ray": {"cluster"}, "numba": {"engine"}, "tyro": {"cli"}, "rich": {"cli", "telemetry"}}
+HOMES = {
+    "vllm": {"engine"},
+    "ray": {"cluster"},
+    "numba": {"engine"},
+    "tyro": {"cli"},
+    "rich": {"cli", "telemetry", "sweeps"},
+}
 OF_CORE = {"torch", "transformers", "safetensors", "upath", "rlora"}  # what the mathematics may import
 MOST_LINES_OF_CORE = 2600  # without objectives/; kernels and what counts memory are 420 of them
 MOST_LINES_OF_AN_OBJECTIVE = 50

@@ -27,7 +27,7 @@ from rlora.rollout.task import Served
 from rlora.scoring.scoring import Scoring
 from rlora.settings import Config
 
-_SHARED = (  # settings that a process has once
+SHARED = (  # settings that a process has once
     "model", "dtype", "engine", "restarts", "learner.adapter", "learner.quantise", "learner.shard", "learner.replicas",
     "learner.concurrent", "learner.checkpointing", "learner.deterministic", "learner.threads", "learner.cpus",
     "learner.gpus",
@@ -171,10 +171,16 @@ def _options(cpus: float, gpus: float, environment: Mapping[str, str], strategy:
     }
 
 
+def versions_of(config: Config) -> int:
+    """How many versions of a policy are served at a time.
+
+    The newest, as many before it as may be learned from, one that is on its way, and one that is evaluated meanwhile.
+    """
+    return config.max_staleness + 2 + (config.evaluate.every > 0)
+
+
 def _versions(served: Sequence[Served]) -> int:
-    """Those that are served at a time: of each policy the newest, as many before it as may be learned from, one that is
-    on its way, and one that is evaluated meanwhile."""
-    return sum(each.config.max_staleness + 2 + (each.config.evaluate.every > 0) for each in served)
+    return sum(versions_of(each.config) for each in served)
 
 
 class Job:
@@ -254,7 +260,7 @@ def shared(served: Sequence[Served]) -> Config:
     """
     first, *others = served
     for other in others:
-        for name in _SHARED:
+        for name in SHARED:
             ours, theirs = (attrgetter(name)(each.config) for each in (first, other))
             if ours != theirs:
                 raise RloraError(

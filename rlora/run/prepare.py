@@ -26,28 +26,29 @@ from rlora.store import holds
 
 PathOf = str | PathLike[str] | UPath | None
 Tell = Callable[[str], object]  # is given a line for the user
+Load = Callable[[Config], Task]
 
-_say = partial(print, flush=True)
+say = partial(print, flush=True)
 
 
 @contextmanager
 def prepared(
     config: Config, run_dir: PathOf = None, resume: PathOf = None, fork: str | None = None, overwrite: bool = False,
-    observers: Sequence[Observer] = (), tell: Tell = _say,
+    observers: Sequence[Observer] = (), tell: Tell = say, load: Load = load_task,
 ) -> Iterator[Run]:  # fmt: skip
     """A run for the loop, which no other process is at meanwhile: a new one, a fork, or with `resume` one that goes on.
 
-    Raises RloraError.
+    `load` gives what a config trains on. Raises RloraError.
     """
     if not config.env:
         raise RloraError("env = '': a run needs one; write module:name or path/to/file.py:name")
     with ExitStack() as stack:
         if resume is not None:
             stack.enter_context(directory.held(reachable(str(resume))))
-            run = go_on(config, reachable(str(resume)), observers, tell)
+            run = go_on(config, reachable(str(resume)), observers, tell, load)
         else:
             place = reachable(str(run_dir)) if run_dir is not None else None
-            run = begin(config, place, overwrite, split(fork) if fork else None, observers, tell)
+            run = begin(config, place, overwrite, split(fork) if fork else None, observers, tell, load)
             stack.enter_context(directory.held(run.place))
         if run.task.dropped:
             tell(f"{run.task.dropped} prompts are longer than sampling.max_prompt_tokens and left out")
@@ -57,7 +58,7 @@ def prepared(
 
 def begin(
     config: Config, place: UPath | None = None, overwrite: bool = False, fork: tuple[UPath, int | None] | None = None,
-    observers: Sequence[Observer] = (), tell: Tell = _say,
+    observers: Sequence[Observer] = (), tell: Tell = say, load: Load = load_task,
 ) -> Run:  # fmt: skip
     """A new run, in a directory that is made for it: under runs/ where `place` is None.
 
@@ -75,7 +76,7 @@ def begin(
         tell_changes(differences(before, config), tell)
         if start.version >= config.steps:
             raise RloraError(f"steps = {config.steps}: {name} has done them all; give more by --steps N")
-    task, setup = checked(config, tell)
+    task, setup = checked(config, tell, load)
     what = config.env.rpartition(":")[2].lower()
     place = place or UPath("runs") / f"{what}-{time.strftime('%Y%m%d-%H%M%S')}"
     as_given, config = (resume.with_template(each, task.chat) for each in (as_given, config))
@@ -84,7 +85,9 @@ def begin(
     return Run(config, task, setup, place, resume.adopt(start, place) if start else None, observers)
 
 
-def go_on(config: Config, place: UPath, observers: Sequence[Observer] = (), tell: Tell = _say) -> Run:
+def go_on(
+    config: Config, place: UPath, observers: Sequence[Observer] = (), tell: Tell = say, load: Load = load_task
+) -> Run:
     """A run that goes on from its newest whole bundle, under `config`. Raises RloraError."""
     origin = directory.Origin.of(place)
     config, start = resume.with_own_start(place, config), checkpoint.newest(place, origin)
@@ -96,7 +99,7 @@ def go_on(config: Config, place: UPath, observers: Sequence[Observer] = (), tell
             raise RloraError(f"steps = {config.steps}: {place} has done them all; give more by --set steps=N")
     elif origin.forked_from:
         raise RloraError(f"{place}: its first bundle was never written; fork {origin.forked_from['run']} again")
-    task, setup = checked(config, tell)
+    task, setup = checked(config, tell, load)
     measured = directory.summary(place).get("accuracy/prompts", 0)
     if measured and len(task.held_out) != measured:
         raise RloraError(
@@ -114,9 +117,9 @@ def is_finished(place: UPath, config: Config, start: Bundle | None) -> bool:
     return bool(start and start.version >= config.steps and directory.summary(place).get("steps") == start.version)
 
 
-def checked(config: Config, tell: Tell = _say) -> tuple[Task, Setup]:
+def checked(config: Config, tell: Tell = say, load: Load = load_task) -> tuple[Task, Setup]:
     """What is trained on and how, once all that can be wrong with config and data has been looked at."""
-    task = load_task(config)
+    task = load(config)
     tell_checked(task, tell)
     setup = Setup.of(config, read_start(config))
     objective_of(config.algorithm, config.sampling.max_tokens)  # only checked here

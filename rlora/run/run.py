@@ -65,6 +65,11 @@ class Job(Protocol):
     def learners(self) -> Mapping[str, RunLearner]: ...
     @property
     def loops(self) -> Mapping[str, AgentLoop]: ...
+    @property
+    def slots(self) -> int: ...  # versions that engines hold at a time
+    @property
+    def is_apart(self) -> bool: ...  # whether engines and learners have cards of their own
+    def join(self, served: Served) -> None: ...
     def leave(self, policy: str) -> None: ...
 
 
@@ -86,6 +91,7 @@ class Run:
         self.adapter: Adapter | None = None  # the current version, once the run has begun
         self._open = ExitStack()
         self.together = False  # whether others train beside it
+        self.is_quiet = False  # whether something else shows its steps
         self._left = False
         self._engines: int | None = None  # that it has asked for
         self._proofs: list[Proof] = []
@@ -130,7 +136,9 @@ class Run:
         config, start, place = self.config, self.start, self.place
         origin = directory.Origin.here(place, self.task)
         self.saver = self._open.enter_context(Saver(place, config, origin, start))
-        self.metrics = self._open.enter_context(Metrics(config.steps, self.policy if self.together else ""))
+        self.metrics = self._open.enter_context(
+            Metrics(config.steps, self.policy if self.together else "", self.is_quiet)
+        )
         self.adapter = self.learner.open(self.policy, self.setup, start.state if start else None)
         directory.keep_config(place, config)  # now that all of it is found to work
         if not start:
@@ -241,7 +249,7 @@ class Run:
 def kept(runs: Sequence[Run]) -> Iterator[None]:
     """Have each run's last bundle written, whatever ends the job. What ended a run is raised at the end."""
     for run in runs:
-        run.together = len(runs) > 1
+        run.together |= len(runs) > 1
     try:
         yield
     except BaseException as error:

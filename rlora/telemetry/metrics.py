@@ -51,11 +51,11 @@ def summarise(groups: Sequence[Group], version: int) -> dict[str, float | None]:
 class Metrics:
     """Makes one line per step, and shows progress: live on a terminal, as plain lines elsewhere.
 
-    With a `name`, which tells several runs apart, progress is plain lines.
+    With a `name`, which tells several runs apart, progress is plain lines; where it `is_quiet` none are shown.
     """
 
-    def __init__(self, steps: int, name: str = "") -> None:
-        self.steps, self.name = steps, name
+    def __init__(self, steps: int, name: str = "", is_quiet: bool = False) -> None:
+        self.steps, self.name, self.is_quiet = steps, name, is_quiet
         self.console = Console()
         self.live = Live(console=self.console, transient=True)
         self.seconds: dict[str, float] = {}  # by phase, of the step under way
@@ -162,6 +162,8 @@ class Metrics:
 
     def _show(self, step: int, figures: Mapping[str, float | None], slowest: tuple[str, float] | None) -> None:
         self.rewards.append(figures["reward/mean"] or 0.0)
+        if self.is_quiet:
+            return
         left = (time.perf_counter() - self.began) / (step + 1 - self.first_step) * (self.steps - step - 1)
         shown = {
             label: form.format(value)

@@ -1,27 +1,16 @@
 """The loop over several runs: a real learner, and episodes from a record in place of engines."""
 
 import json
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import episode, group
+from loop_stage import Stage, set_stage, task_of
 from upath import UPath
 
-import rlora.cluster
-import rlora.run.run
-from rlora.core.learner import Learner
 from rlora.core.setup import Setup
-from rlora.records import Adapter, Cursor, DeliveryError, Group, Prompt, RloraError, UpdateStats
-from rlora.rollout.requests import FleetStats
-from rlora.rollout.stream import Collection
-from rlora.rollout.task import Served
+from rlora.records import DeliveryError, RloraError
 from rlora.run import checkpoint, directory
 from rlora.run.run import Run
 from rlora.run.turns import first, rounds
@@ -36,111 +25,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def recorded(policy: str, step: int) -> tuple[Group, ...]:
-    draw = random.Random(f"{policy} {step}")
-
-    def made(reward: float) -> Any:
-        tokens = [draw.randrange(2, 97) for _ in range(draw.randint(1, 6))]
-        return episode(tokens, reward, [-4 * draw.random() for _ in tokens])
-
-    return tuple(
-        group([draw.randrange(2, 97) for _ in range(3)], *(made(float(k % 2)) for k in range(4))) for _ in range(2)
-    )
-
-
-class Stage:
-    """What happened, in its order; and what is to go wrong."""
-
-    def __init__(self) -> None:
-        self.told: list[tuple[str, str, int]] = []
-        self.wrong: dict[tuple[str, str, int], Exception] = {}
-        self.learner: Here
-        self.job: HereJob
-
-    def tell(self, what: str, policy: str, number: int) -> None:
-        self.told.append((what, policy, number))
-        if error := self.wrong.get((what, policy, number)):
-            raise error
-
-    def swap(self, adapter: Adapter, oldest: int = 0, kept: int | None = None) -> list[Any]:
-        self.tell("swap", adapter.policy, adapter.number)
-        return []
-
-    def leave(self, policy: str) -> None:
-        self.told.append(("leave", policy, 0))
-
-    def resize(self, engines: int) -> None:
-        pass
-
-    def check(self) -> None:
-        pass
-
-    def stats(self) -> FleetStats:
-        return FleetStats(0, 0.0, {}, 0, 0)
-
-
-class Recorded:
-    """In place of Rollouts."""
-
-    def __init__(self, config: Config, prompts: Any, fleet: Stage, loop: str, cursor: Cursor) -> None:
-        self.stage, self.policy, self.cursor, self.due = fleet, loop, cursor, False
-        self.coming: list[Future[Any]] = []
-
-    def send(self, version: int) -> None:
-        self.stage.tell("send", self.policy, version)
-        self.due = True
-
-    def take(self, version: int) -> Collection:
-        self.stage.tell("take", self.policy, version)
-        self.due = False
-        groups = recorded(self.policy, version)
-        return Collection(groups, groups, 0.0, 0, 0)
-
-
-class Here(Learner):
-    """A learner in this process."""
-
-    def start_update(self, policy: str, groups: Sequence[Group]) -> Callable[[], tuple[Adapter, UpdateStats]]:
-        return partial(self.update, policy, groups)
-
-
-class HereJob:
-    """In place of cluster.Job."""
-
-    def __init__(self, stage: Stage) -> None:
-        self.fleet, self.learners, self.loops = stage, dict[str, Here](), dict[str, str]()
-
-    def join(self, served: Served) -> None:
-        self.learners[served.policy], self.loops[served.policy] = self.fleet.learner, served.policy
-
-    def leave(self, policy: str) -> None:
-        self.fleet.leave(policy)
-        self.fleet.learner.close(policy)
-
-
 @pytest.fixture
 def stage(monkeypatch: pytest.MonkeyPatch, tiny: str) -> Stage:
-    made = Stage()
-
-    @contextmanager
-    def start(served: Sequence[Served]) -> Iterator[HereJob]:
-        made.learner = Here(served[0].config, tiny)
-        made.job = job = HereJob(made)
-        for each in served:
-            job.join(each)
-        yield job
-
-    monkeypatch.setattr(rlora.run.run, "Rollouts", Recorded)
-    monkeypatch.setattr(rlora.cluster, "start", start)
-    return made
+    return set_stage(monkeypatch, tiny)
 
 
 @pytest.fixture
 def make(config: Callable[..., Config], tmp_path: Path, tiny: str) -> Callable[..., Run]:
-    prompts, chat = [Prompt("?", 0, (5,))], SimpleNamespace(template=None)
-    task: Any = SimpleNamespace(
-        base=tiny, prompts=prompts, held_out=[], sets={}, stop=(), agent=False, chat=chat, dropped=0
-    )
+    task = task_of(tiny)
 
     def of(policy: str, where: str = "", **changes: Any) -> Run:
         own = config(**{"steps": STEPS, "reward": "-"} | SETTINGS[policy] | changes)

@@ -1,0 +1,98 @@
+"""Shows how the members of a sweep come along, a row each on a terminal and else a line a turn; logs the turns."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from rlora.run.run import Run
+from rlora.sweeps.diary import append, whole_lines
+from rlora.telemetry.metrics import sparkline
+
+TURNS = "metrics.jsonl"
+
+
+class Display:
+    """An observer of all members' runs. It writes a line a turn to `<sweep>/metrics.jsonl`."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        self.console = Console()
+        self.live = Live(console=self.console, transient=True)
+        self.latest: dict[str, Mapping[str, Any]] = {}  # figures of each member's last step
+        self.rewards: dict[str, list[float]] = {}
+        self.turns = len(whole_lines(place / TURNS))
+        self._busy = 0.0
+
+    def begin(self, runs: Sequence[Run]) -> None:
+        """Show these runs from now on."""
+        if self.console.is_terminal:
+            self.live.start()
+
+    def end(self) -> None:
+        """Show nothing any more."""
+        self.live.stop()
+
+    def on_step(self, run: Run, figures: Mapping[str, Any]) -> None:
+        """Take a member's figures."""
+        self.latest[run.policy] = figures
+        self.rewards.setdefault(run.policy, []).append(figures["reward/mean"] or 0.0)
+
+    def turn(self, runs: Sequence[Run], due: Sequence[Run], seconds: float) -> None:
+        """Log and show a turn in which `due` took a step."""
+        stepped = [self.latest[run.policy] for run in due if run.policy in self.latest]
+        tokens = sum(figures["completion/tokens"] or 0 for figures in stepped)
+        here = [run for run in runs if run.is_here]
+        stats = runs[0].fleet.stats()
+        busy, self._busy = max(0.0, stats.busy_seconds - self._busy), stats.busy_seconds
+        line = {
+            "turn": self.turns,
+            "steps": {run.policy: run.number for run in due},
+            "members": len(here),
+            "time/turn": seconds,
+            "completions": sum(run.config.prompts_per_step * run.config.group_size for run in due),
+            "completion/tokens": tokens,
+            "tokens_per_second": tokens / seconds if seconds > 0 else None,
+            "engine/count": stats.engines,
+            "engine/busy": busy / seconds if seconds > 0 else None,
+            "learner/busy": sum((figures["learner/busy"] or 0.0) * figures["time/step"] for figures in stepped)
+            / seconds
+            if seconds > 0
+            else None,
+        }
+        append(self.place / TURNS, line)
+        self.turns += 1
+        self._show(runs, line)
+
+    def _show(self, runs: Sequence[Run], line: Mapping[str, Any]) -> None:
+        if self.console.is_terminal:
+            self.live.update(self._table(runs))
+            return
+        going = [run for run in runs if run.is_here]
+        steps = sorted({run.number for run in going}) or [0]
+        of = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
+        best = max(self.latest, key=lambda name: self.latest[name]["reward/mean"] or 0.0, default="")
+        left = max((run.config.steps - run.number for run in going), default=0) * line["time/turn"]
+        what = f"{len(line['steps'])} members, {of}, {line['tokens_per_second'] or 0:.0f} tokens/s"
+        reward = f", best {best} {self.latest[best]['reward/mean'] or 0.0:.3f}" if best else ""
+        print(f"turn {line['turn']}: {what}{reward}, time {line['time/turn']:.1f} s, left {left:.0f} s", flush=True)
+
+    def _table(self, runs: Sequence[Run]) -> Table:
+        table = Table("member", "step", "reward", "reward so far", "accuracy", "", box=None)
+        for run in runs:
+            figures = self.latest.get(run.policy, {})
+            reward = figures.get("reward/mean")
+            accuracy = figures.get("accuracy/held_out")
+            ended = "failed" if run.failure else "done" if run.number >= run.config.steps else "left"
+            table.add_row(
+                run.policy,
+                f"{run.number}/{run.config.steps}",
+                "" if reward is None else f"{reward:.3f}",
+                sparkline(self.rewards.get(run.policy, [0.0]), 24),
+                "" if accuracy is None else f"{accuracy:.3f}",
+                "" if run.going else ended,
+            )
+        return table
