@@ -13,15 +13,33 @@ if TYPE_CHECKING:
     from rlora.core.objectives.objective import Objective
     from rlora.core.optimizer import Adam
     from rlora.run.run import Observer
+    from rlora.sweeps.halving import Halving
+    from rlora.sweeps.sweep import Swept, sweep
 
 __version__ = "0.1.0"
 __all__ = [
-    "Adam", "Config", "Episode", "Group", "Objective", "Observer", "Policy", "Prompt", "Result", "RloraError", "Sample",
-    "policies", "policy", "train",
+    "Adam",
+    "Config",
+    "Episode",
+    "Group",
+    "Halving",
+    "Objective",
+    "Observer",
+    "Policy",
+    "Prompt",
+    "Result",
+    "RloraError",
+    "Sample",
+    "Swept",
+    "policies",
+    "policy",
+    "sweep",
+    "train",
 ]  # fmt: skip
 _WITH_TORCH = {  # imported where they are asked for: torch takes seconds
     "Adam": "rlora.core.optimizer", "Objective": "rlora.core.objectives.objective", "Observer": "rlora.run.run",
-    "Sample": "rlora.core.batch",
+    "Sample": "rlora.core.batch", "Halving": "rlora.sweeps.halving", "Swept": "rlora.sweeps.sweep",
+    "sweep": "rlora.sweeps.sweep",
 }  # fmt: skip
 
 

@@ -33,6 +33,47 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Sweep:
+    """Train many policies over one base, as members of a sweep. Every field below is of all of them."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    file: tyro.conf.Positional[Path | None] = None
+    """A TOML config, such as launch/arithmetic.toml, or a file with tables over, members, halving and config."""
+    over: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """An axis, FIELD=VALUE,VALUE,..., such as learner.rank=1,2,4,8; several are combined."""
+    member: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A single member, NAME:FIELD=VALUE,..., beside those of the axes."""
+    run_dir: Path | None = None
+    """Where the sweep goes, a local directory; by default a fresh one under runs/."""
+    resume: Path | None = None
+    """Go on with the sweep that is here: each member from its newest bundle."""
+    halve_at: str = ""
+    """Steps, such as 12,24, at which the better configurations go on and the others are dropped."""
+    keep: float = 0.5
+    """With --halve-at: the share of the configurations that goes on."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Ask a sweep to pause a member, to go on with it, or to drop it; from its next turn on. Nothing is deleted."""
+
+    member: tyro.conf.Positional[Path]
+    """The member's directory, runs/SWEEP/MEMBER."""
+
+
+@dataclass(frozen=True)
+class Fork:
+    """Add a member to a sweep, which begins from a version of another."""
+
+    source: tyro.conf.Positional[str]
+    """The directory of the other, runs/SWEEP/MEMBER, or MEMBER@STEP; its newest version by default."""
+    name: tyro.conf.Positional[str]
+    """The new member's name."""
+    changes: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Fields that differ, each as FIELD=VALUE, such as learner.lr=1e-4."""
+
+
+@dataclass(frozen=True)
 class Scale:
     """Give a run that goes on more engines or fewer, from its next step on."""
 
@@ -190,4 +231,4 @@ class Jobs:
     """Ask this job to stop, in place of listing."""
 
 
-Given = TypeVar("Given", Train, Eval, Check, Show, Plan, Replay)
+Given = TypeVar("Given", Train, Sweep, Eval, Check, Show, Plan, Replay)

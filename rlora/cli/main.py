@@ -1,4 +1,4 @@
-"""The command line: rlora train | eval | check | plan | replay | runs | export | grade | show | scale | submit ..."""
+"""The command line: rlora train | sweep | eval | check | plan | replay | runs | export | grade | show ..."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ import tyro
 from upath import UPath
 
 import rlora
-from rlora.cli.arguments import Check, Eval, Export, Grade, Jobs, Plan, Replay, Runs, Scale, Show, Train
+from rlora.cli.arguments import Check, Eval, Export, Fork, Grade, Jobs, Plan, Replay, Runs, Scale, Show, Sweep, Train
 from rlora.cli.overrides import (
     parse_check,
     parse_eval,
@@ -22,6 +22,7 @@ from rlora.cli.overrides import (
 )
 from rlora.cli.plan import plan_command
 from rlora.cli.submit import jobs_command, submit_command
+from rlora.cli.sweep import ask_command, fork_command, sweep_command
 from rlora.cli.train import train_command
 from rlora.config import differences, refuse_another_policy, validate
 from rlora.records import BASE, STATUSES, Adapter, RewardError, RloraError
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 _USAGE = f"""usage: rlora COMMAND ...
 
   train     {Train.__doc__}
+  sweep     {Sweep.__doc__}
+  pause, go, drop   Ask a sweep to pause a member, to go on with it, or to drop it.
+  fork      {Fork.__doc__}
   eval      {Eval.__doc__}
   check     {Check.__doc__}
   plan      {Plan.__doc__}
@@ -54,10 +58,11 @@ _USAGE = f"""usage: rlora COMMAND ...
 
 def main() -> None:
     """Run the command in sys.argv; exits with 0, 1 (an error that its message explains), 2 (usage) or 130 (Ctrl-C)."""
-    commands = {
+    commands: dict[str, Callable[[list[str]], None]] = {
         "train": train_command, "eval": _eval, "check": _check, "plan": plan_command, "replay": _replay, "runs": _runs,
         "export": _export, "grade": _grade, "show": _show, "scale": _scale, "submit": submit_command,
-        "jobs": jobs_command,
+        "jobs": jobs_command, "sweep": sweep_command, "fork": fork_command,
+        **{what: partial(ask_command, what) for what in ("pause", "go", "drop")},
     }  # fmt: skip
     try:
         _run(commands)

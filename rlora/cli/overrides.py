@@ -10,7 +10,7 @@ from typing import Any
 
 import tyro
 
-from rlora.cli.arguments import Check, Eval, Given, Plan, Replay, Show, Train
+from rlora.cli.arguments import Check, Eval, Given, Plan, Replay, Show, Sweep, Train
 from rlora.config import (
     ELSEWHERE,
     changed,
@@ -33,7 +33,7 @@ def parse_train(arguments: list[str]) -> Train:
     Raises RloraError where a run that is resumed would get another config than was asked for by `--set`, or a run that
     is resumed or forked another policy.
     """
-    given = _parse(Train, Train(_NOTHING), "rlora train", arguments)
+    given = parse(Train, Train(NOTHING), "rlora train", arguments)
     if given.resume and (given.run_dir or given.overwrite or given.fork):
         raise RloraError(
             f"--resume {given.resume}: a run goes on where it is; leave out --run-dir, --overwrite and --fork"
@@ -87,40 +87,40 @@ def with_changes(config: Config, changes: Sequence[str]) -> Config:
         chosen = name.startswith(tuple(f"{field}." for field in _ARGUMENTS))
         if not chosen and (not isinstance(of, dict) or last not in of):
             raise RloraError(f"--set {change}: no such field; {like(name)}")
-        values[name] = _value(text)
+        values[name] = value_of(text)
     return validate(changed(table, values))
 
 
 def parse_eval(arguments: list[str]) -> Eval:
     """The command line over the config of the run, or over the TOML file, that it names."""
-    return _parse(Eval, Eval(_NOTHING, ""), "rlora eval", arguments)
+    return parse(Eval, Eval(NOTHING, ""), "rlora eval", arguments)
 
 
 def parse_check(arguments: list[str]) -> Check:
     """The same."""
-    return _parse(Check, Check(_NOTHING, ""), "rlora check", arguments)
+    return parse(Check, Check(NOTHING, ""), "rlora check", arguments)
 
 
 def parse_show(arguments: list[str]) -> Show:
     """The same."""
-    return _parse(Show, Show(_NOTHING, "prompt", ""), "rlora show", arguments)
+    return parse(Show, Show(NOTHING, "prompt", ""), "rlora show", arguments)
 
 
 def parse_plan(arguments: list[str]) -> Plan:
     """The same."""
-    return _parse(Plan, Plan(_NOTHING, ""), "rlora plan", arguments)
+    return parse(Plan, Plan(NOTHING, ""), "rlora plan", arguments)
 
 
 def parse_replay(arguments: list[str], over: Config | None = None) -> Replay:
     """The same; over the config `over` of one of its versions, where that is given."""
-    return _parse(Replay, Replay(_NOTHING, ""), "rlora replay", arguments, over)
+    return parse(Replay, Replay(NOTHING, ""), "rlora replay", arguments, over)
 
 
-_NOTHING = Config(model="", env="", reward="")
+NOTHING = Config(model="", env="", reward="")
 _ARGUMENTS = ("env_args", "reward_args", "chat.template_args", "evaluate.sets")  # tables whose names the user chooses
 
 
-def _parse(kind: type[Given], default: Given, program: str, arguments: list[str], over: Config | None = None) -> Given:
+def parse(kind: type[Given], default: Given, program: str, arguments: list[str], over: Config | None = None) -> Given:
     """The command line over the config that it names, or over `over`. It may give each field of that too."""
     named, others = {}, arguments
     for field_name in _ARGUMENTS:
@@ -141,7 +141,7 @@ def _parse(kind: type[Given], default: Given, program: str, arguments: list[str]
                 "at least --model, --env and --reward"
             )
         parsed = tyro.cli(kind, args=others, prog=program)  # which tells what is missing
-        table = asdict(_NOTHING)
+        table = asdict(NOTHING)
     changes = _given(asdict(parsed.config), options) | {
         f"{field_name}.{name}": value for field_name, values in named.items() for name, value in values.items()
     }
@@ -166,10 +166,10 @@ def _given(table: dict[str, Any], options: Sequence[str]) -> dict[str, Any]:
     return given
 
 
-def _source(given: Train | Eval | Check | Show | Plan | Replay) -> tuple[dict[str, Any] | None, Path | None]:
+def _source(given: Train | Sweep | Eval | Check | Show | Plan | Replay) -> tuple[dict[str, Any] | None, Path | None]:
     """The tables that a command line starts from, of a run or of a TOML file, which is named; None where it names
     neither."""
-    if not isinstance(given, Train):
+    if not isinstance(given, Train | Sweep):
         source = given.run if isinstance(given, Replay) else given.source
         if not source:
             raise RloraError(
@@ -178,11 +178,32 @@ def _source(given: Train | Eval | Check | Show | Plan | Replay) -> tuple[dict[st
         if source.endswith(".toml") and not isinstance(given, Replay):
             return read_table(Path(source)), Path(source)
         return asdict(read_run(split(source)[0])), None
+    if isinstance(given, Sweep) and given.resume:
+        return asdict(NOTHING), None
     if given.file:
-        return read_table(given.file), given.file
+        table = read_table(given.file)
+        return (swept(table, given.file)[0] if isinstance(given, Sweep) else table), given.file
+    if isinstance(given, Sweep):
+        return None, None
     if given.resume:
         return asdict(read_run(given.resume)), None
     return (asdict(config_at(*split(given.fork))) if given.fork else None), None
+
+
+def swept(table: dict[str, Any], file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tables of the config that members share, and those of the sweep beside them, which a plain config has not.
+
+    `config` names the file of that config, relative to `file`, or is its tables.
+    """
+    own: dict[str, Any] = {name: table[name] for name in ("over", "members", "halving") if name in table}
+    if not own:
+        return table, {}
+    config = table.get("config")
+    if not isinstance(config, str | dict):
+        raise RloraError(
+            f"{file}: config = {config!r}: name the TOML config that the members share, or give its tables"
+        )
+    return (read_table(file.parent / config) if isinstance(config, str) else config), own
 
 
 def _named(field: str, arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -195,11 +216,11 @@ def _named(field: str, arguments: Sequence[str]) -> tuple[dict[str, Any], list[s
         if not argument.startswith("--") or not name.startswith(f"{field}."):
             others.append(argument)
             continue
-        found[name.removeprefix(f"{field}.")] = _value(value if equals else next(rest, ""))
+        found[name.removeprefix(f"{field}.")] = value_of(value if equals else next(rest, ""))
     return found, others
 
 
-def _value(text: str) -> Any:
+def value_of(text: str) -> Any:
     """A number, a boolean, a list; else the text itself."""
     try:
         return json.loads(text)

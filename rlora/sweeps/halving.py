@@ -6,7 +6,7 @@ mean over its seeds, and never single runs: a run's reward scatters by its seed 
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from statistics import fmean
 from typing import Any
 
@@ -23,6 +23,16 @@ class Halving:
     by: str = "reward/mean"  # a figure of metrics.jsonl, the higher the better
     over_last: int = 4  # steps that it is averaged over
     pool: tuple[str, ...] = ("seed",)  # fields by which members are repetitions of one configuration
+
+    @staticmethod
+    def of(table: Mapping[str, Any]) -> "Halving":
+        """Of a table of a TOML file. Raises RloraError for a field that there is not."""
+        given: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
+        try:
+            return Halving(**given)
+        except TypeError as error:
+            there = ", ".join(each.name for each in fields(Halving))
+            raise RloraError(f"halving: {error}; there are {there}") from None
 
     def check(self, members: Sequence[Member]) -> None:
         """Raise RloraError for what can't be done."""

@@ -265,8 +265,7 @@ def read_sweep(place: Path) -> Plan:
     if content is None:
         raise RloraError(f"{place}: no sweep is there (it has no {SWEEP}); name a directory that `rlora sweep` made")
     told = tomllib.loads(content.decode())
-    rule: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in told["halving"].items()}
-    return Plan(told["config"], told["over"], told["members"], Halving(**rule))
+    return Plan(told["config"], told["over"], told["members"], Halving.of(told["halving"]))
 
 
 def of_list(configs: Sequence[Config]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
