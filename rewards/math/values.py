@@ -16,7 +16,7 @@ from itertools import chain, islice
 from types import MappingProxyType
 from typing import Any
 
-import mpmath  # type: ignore[import-untyped]
+import mpmath
 
 from .notation import UnreadableError
 from .tree import Node

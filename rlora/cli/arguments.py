@@ -193,7 +193,9 @@ class Runs:
     """List runs: how far they are, their best mean reward, and what they were forked from."""
 
     directory: tyro.conf.Positional[UPath] = field(default_factory=lambda: UPath("runs"))
-    """Where they lie side by side."""
+    """Where they lie side by side, or a sweep."""
+    plot: Path | None = None
+    """Of a sweep: draw the curves of its members, and their rewards by learning rate and rank, into this file."""
 
 
 @dataclass(frozen=True)

@@ -307,6 +307,21 @@ def _runs(arguments: list[str]) -> None:
     if not table.row_count:
         raise RloraError(f"{given.directory}: no runs lie there; name the directory that they are in")
     Console(width=None if sys.stdout.isatty() else 200).print(table)  # for what reads lines, one a run
+    from rlora.sweeps.diary import SWEEP
+
+    if (given.directory / SWEEP).exists():
+        from rlora.sweeps.results import ended, verdict
+
+        members = ended(Path(str(given.directory)))
+        print(verdict(members))
+        if given.plot:
+            from rlora.sweeps.plot import plot
+
+            plot(members, given.plot)
+    elif given.plot:
+        raise RloraError(
+            f"--plot {given.plot}: {given.directory} is no sweep; name a directory that `rlora sweep` made"
+        )
 
 
 def _export(arguments: list[str]) -> None:

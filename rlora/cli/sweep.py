@@ -35,7 +35,10 @@ def sweep_command(arguments: list[str]) -> None:
         done = sweep(over=over, members=members, resume=given.resume, halving=halving)
     else:
         done = sweep(given.config, over, members, run_dir=given.run_dir, halving=halving)
-    print(f"sweep: {done.directory}")
+    from rlora.sweeps.results import ended, verdict
+
+    print(verdict(ended(done.directory)))
+    print(f"List the members, and draw them:\n  rlora runs {done.directory} --plot {done.directory / 'sweep.png'}")
 
 
 def ask_command(what: str, arguments: list[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from rlora.records import RloraError
 from rlora.store import read_file
 
-DIARY, WANTED = "sweep.jsonl", "wanted.jsonl"
+SWEEP, DIARY, WANTED = "sweep.toml", "sweep.jsonl", "wanted.jsonl"
 
 Status = Literal["waiting", "running", "paused", "dropped", "failed", "finished"]
 _STATUS: dict[str, Status] = {  # that a member has after an event

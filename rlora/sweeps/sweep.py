@@ -4,7 +4,7 @@ import json
 import secrets
 import time
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
@@ -24,7 +24,7 @@ from rlora.run.run import Run
 from rlora.run.source import Source, config_at, given, read_run
 from rlora.settings import Config
 from rlora.store import names, read_file, write_file
-from rlora.sweeps.diary import WANTED, Diary, whole_lines
+from rlora.sweeps.diary import DIARY, SWEEP, WANTED, Diary, whole_lines
 from rlora.sweeps.directed import Directed
 from rlora.sweeps.display import Display
 from rlora.sweeps.halving import Halving
@@ -32,7 +32,6 @@ from rlora.sweeps.members import Member, config_of, groups
 from rlora.sweeps.members import members as members_of
 from rlora.train import drive
 
-SWEEP = "sweep.toml"
 _OVER = ("dropped", "finished")
 
 
@@ -70,9 +69,8 @@ class Sweep:
         self._held: dict[str, ExitStack] = {}  # what each open run holds, its lock among it
         self._tasks: dict[str, Task] = {}
         self._said: set[str] = set()
-        for line in self.diary.lines:
-            if line["event"] == "forked":
-                self.members[line["member"]] = self._fork(line["member"], line["of"], line["version"], line["changes"])
+        for forked in forks(place, self.members, self.diary.lines):
+            self.members[forked.name] = forked
 
     # --- training ---
 
@@ -192,12 +190,7 @@ class Sweep:
         name = asked["name"]
         if name in self.members:
             raise RloraError(f"{name}: there is a member of this name; give another")
-        return self._fork(name, asked["member"], asked["version"], asked["changes"])
-
-    def _fork(self, name: str, of: str, version: int, changes: Mapping[str, Any]) -> Member:
-        source = self.members[of]
-        table = asdict(config_at(UPath(self.place / of), version))
-        return Member(name, {**source.changes, **changes}, config_of(table, name, changes))
+        return fork_of(self.place, self.members[asked["member"]], name, asked["version"], asked["changes"])
 
     def _origin_of(self, name: str) -> tuple[str, int] | None:
         """The member and the version that a member began from."""
@@ -266,6 +259,29 @@ def read_sweep(place: Path) -> Plan:
         raise RloraError(f"{place}: no sweep is there (it has no {SWEEP}); name a directory that `rlora sweep` made")
     told = tomllib.loads(content.decode())
     return Plan(told["config"], told["over"], told["members"], Halving.of(told["halving"]))
+
+
+def read_members(place: Path) -> tuple[list[Member], tuple[str, ...]]:
+    """The members of a sweep, forks too, and the fields by which they are repetitions of one configuration."""
+    plan = read_sweep(place)
+    made = {each.name: each for each in plan.made}
+    return [*made.values(), *forks(place, made, whole_lines(place / DIARY))], plan.halving.pool
+
+
+def forks(place: Path, made: Mapping[str, Member], lines: Iterable[Mapping[str, Any]]) -> list[Member]:
+    """The members that were forked from others, by the lines of the diary."""
+    known = dict(made)
+    for line in lines:
+        if line["event"] == "forked":
+            name = line["member"]
+            known[name] = fork_of(place, known[line["of"]], name, line["version"], line["changes"])
+    return [each for name, each in known.items() if name not in made]
+
+
+def fork_of(place: Path, source: Member, name: str, version: int, changes: Mapping[str, Any]) -> Member:
+    """The member that begins from a version of another, with changes. Raises RloraError where it can't be."""
+    table = asdict(config_at(UPath(place / source.name), version))
+    return Member(name, {**source.changes, **changes}, config_of(table, name, changes))
 
 
 def of_list(configs: Sequence[Config]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
