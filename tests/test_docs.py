@@ -18,8 +18,9 @@ import tomli_w
 import tyro
 from conftest import ROOT, case
 
-from rlora.cli.arguments import Export, Grade, Jobs, Runs, Scale, Submit
+from rlora.cli.arguments import Ask, Export, Fork, Grade, Jobs, Runs, Scale, Submit
 from rlora.cli.overrides import parse_check, parse_eval, parse_plan, parse_replay, parse_show, parse_train
+from rlora.cli.sweep import changes_of, parse_sweep
 from rlora.config import changed, read, read_table, validate
 from rlora.plugin import load
 from rlora.rollout.task import load_task
@@ -28,6 +29,8 @@ from rlora.run.health import RULES
 from rlora.run.source import split
 from rlora.scoring.signatures import plug
 from rlora.store import write_directory
+from rlora.sweeps.halving import Halving
+from rlora.sweeps.members import members
 from rlora.train import drive
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -87,9 +90,10 @@ def test_the_commands_are_understood(place: Path) -> None:
     """By what parses them; files, runs and versions that they name are there."""
     parsers = {
         "train": parse_train, "submit": parse_submit, "eval": parse_eval, "check": parse_check, "show": parse_show,
-        "replay": parse_replay, "plan": parse_plan,
+        "replay": parse_replay, "plan": parse_plan, "sweep": parse_sweep, "fork": parse_fork,
     }  # fmt: skip
     others = {"export": Export, "grade": Grade, "jobs": Jobs, "runs": Runs, "scale": Scale}
+    others |= dict.fromkeys(("pause", "go", "drop"), Ask)
     found = commands("rlora")
     assert len(found) > 30
     for page, (command, *arguments) in found:
@@ -108,6 +112,11 @@ def parse_submit(arguments: list[str]) -> None:
         parse_train([str(given.file), *rest])
 
 
+def parse_fork(arguments: list[str]) -> None:
+    given = tyro.cli(Fork, args=arguments)
+    changes_of(given.changes, "fork")
+
+
 def test_other_commands_name_what_there_is() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for page in PAGES:
@@ -124,9 +133,13 @@ def test_other_commands_name_what_there_is() -> None:
 @pytest.mark.parametrize(
     "block", [block for block in BLOCKS if block.language == "toml"], ids=lambda block: block.page.name
 )
-def test_the_configs_are_valid(block: Block) -> None:
+def test_the_configs_are_valid(block: Block, tmp_path: Path) -> None:
     table = tomllib.loads(block.text)
-    if "model" in table:
+    if "over" in table:
+        (tmp_path / "sweep.toml").write_text(block.text)
+        given, tables = parse_sweep([str(tmp_path / "sweep.toml")])
+        Halving.of(tables["halving"]).check(members(asdict(given.config), tables["over"], tables["members"]))
+    elif "model" in table:
         validate(table)
     else:
         fields = {
@@ -151,6 +164,7 @@ def test_the_files_do_what_is_said_of_them(place: Path) -> None:
         "doubling.toml",
         "echo.py",
         "mine.py",
+        "ranks.toml",
     }
     task = load_task(read(Path("doubling.toml")))
     assert (task.prompts[1].text, task.prompts[1].answer) == ("What is twice 2?", 4)

@@ -13,7 +13,7 @@ FLOORS = [
     {"records", "fields"}, {"cards"}, {"plugin", "machine", "watch_settings"}, {"settings"}, {"config", "store"},
     {"model"},
     {"core", "scoring"}, {"engine", "rollout"}, {"telemetry"}, {"run"}, {"cluster", "trackers"},
-    {"train", "primitives"}, {"sweeps"}, {"__init__", "planning"},
+    {"train", "primitives", "planning"}, {"sweeps"}, {"__init__"},
     {"cli"}, {"__main__"},
 ]  # fmt: skip
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

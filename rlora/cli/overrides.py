@@ -193,7 +193,7 @@ def _source(given: Train | Sweep | Eval | Check | Show | Plan | Replay) -> tuple
 def swept(table: dict[str, Any], file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The tables of the config that members share, and those of the sweep beside them, which a plain config has not.
 
-    `config` names the file of that config, relative to `file`, or is its tables.
+    `config` is its tables, or names its file, beside `file` or as one is named on the command line.
     """
     own: dict[str, Any] = {name: table[name] for name in ("over", "members", "halving") if name in table}
     if not own:
@@ -203,7 +203,10 @@ def swept(table: dict[str, Any], file: Path) -> tuple[dict[str, Any], dict[str, 
         raise RloraError(
             f"{file}: config = {config!r}: name the TOML config that the members share, or give its tables"
         )
-    return (read_table(file.parent / config) if isinstance(config, str) else config), own
+    if isinstance(config, dict):
+        return config, own
+    beside = file.parent / config
+    return read_table(beside if beside.exists() else Path(config)), own
 
 
 def _named(field: str, arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

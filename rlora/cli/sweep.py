@@ -16,25 +16,29 @@ from rlora.records import RloraError
 # torch, transformers and Ray take seconds to import: that waits until the command line is understood
 
 
-def sweep_command(arguments: list[str]) -> None:
-    """Train a sweep, or go on with one."""
+def parse_sweep(arguments: list[str]) -> tuple[Sweep, dict[str, Any]]:
+    """What a command line gives, and the tables over, members and halving that it and its file make."""
     given = parse(Sweep, Sweep(NOTHING), "rlora sweep", arguments)
     own = swept(read_table(given.file), given.file)[1] if given.file else {}
-    over = flat(own.get("over", {})) | dict(axis_of(text) for text in given.over)
-    members = {name: flat(changes) for name, changes in own.get("members", {}).items()}
-    members |= dict(member_of(text) for text in given.member)
+    rule = {"at": _steps(given.halve_at), "keep": given.keep} if given.halve_at else {}
+    return given, {
+        "over": flat(own.get("over", {})) | dict(axis_of(text) for text in given.over),
+        "members": {name: flat(changes) for name, changes in own.get("members", {}).items()}
+        | dict(member_of(text) for text in given.member),
+        "halving": own.get("halving", {}) | rule,
+    }
+
+
+def sweep_command(arguments: list[str]) -> None:
+    """Train a sweep, or go on with one."""
+    given, tables = parse_sweep(arguments)
     if given.resume and differences(NOTHING, given.config):
         raise RloraError(f"--resume {given.resume}: members go on under their own configs; leave out other fields")
     from rlora.sweeps.halving import Halving
     from rlora.sweeps.sweep import sweep
 
-    halving = None
-    if rule := own.get("halving", {}) | ({"at": _steps(given.halve_at), "keep": given.keep} if given.halve_at else {}):
-        halving = Halving.of(rule)
-    if given.resume:
-        done = sweep(over=over, members=members, resume=given.resume, halving=halving)
-    else:
-        done = sweep(given.config, over, members, run_dir=given.run_dir, halving=halving)
+    asked = tables | {"halving": Halving.of(tables["halving"]) if tables["halving"] else None}
+    done = sweep(None if given.resume else given.config, run_dir=given.run_dir, resume=given.resume, **asked)
     from rlora.sweeps.results import ended, verdict
 
     print(verdict(ended(done.directory)))

@@ -5,6 +5,7 @@ in seconds for any model, by the very code that trains, and what it would hold a
 """
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -107,26 +108,43 @@ def footprint(config: Config, base: PreTrainedConfig, rows: Rows, on_gpu: bool) 
     """Of a learner of one policy over a base with that config of transformers'."""
     model, learner = without_memory(base, DTYPES[config.dtype]), config.learner
     held = _held_of(model, learner)
-    policies, setup = Policies(model, rows.checkpointing, learner.whole), _setup(config)
-    specs = {} if learner.whole else {_POLICY: setup.spec, _CRITIC: setup.critic_spec}
-    trained = list(model.parameters()) if learner.whole else []
-    for name, spec in specs.items():
-        if spec:
-            policies.add(name, spec, seed=0, values=name == _CRITIC)
-            trained += policies.parameters_of(name).values()
+    policies = Policies(model, rows.checkpointing, learner.whole)
+    trained = _opened(policies, config)
     row = largest_row(config, rows.tokens, META, on_gpu)
     by_autograd = config.algorithm.entropy > 0 or learner.whole or learner.head  # it has logits in fp32 too
     with Live() as live:
         pass_over(policies, _POLICY, row, entropies=config.algorithm.entropy > 0)
     gradients = sum(bytes_of(weight.grad) for weight in trained if weight.grad is not None)
-    masters = 0 if learner.whole and config.dtype == "float32" else 4  # beside weights that are in 16 bits
     logits = min(len(row.targets), max(1, LOGITS["cuda" if on_gpu else "cpu"] // _vocabulary(base))) * _vocabulary(base)
     return Footprint(
         base=held,
-        adapter=sum(weight.numel() for weight in trained) * (masters + 4 + 8),
+        adapter=_bytes_to_train(trained, config),
         activations=live.peak - gradients,
         head=logits * (2 * model.dtype.itemsize + 4 * 4 if by_autograd else model.dtype.itemsize),
     )
+
+
+def adapter_bytes(config: Config, base: PreTrainedConfig) -> int:
+    """`Footprint.adapter` by itself, of a policy and its critic: what one more of them takes of a learner."""
+    policies = Policies(without_memory(base, DTYPES[config.dtype]), whole=config.learner.whole)
+    return _bytes_to_train(_opened(policies, config), config)
+
+
+def _opened(policies: Policies, config: Config) -> list[Tensor]:
+    """The weights of a policy and its critic, which are opened for that."""
+    if config.learner.whole:
+        return list(policies.base.parameters())
+    setup, trained = _setup(config), list[Tensor]()
+    for name, spec in ((_POLICY, setup.spec), (_CRITIC, setup.critic_spec)):
+        if spec:
+            policies.add(name, spec, seed=0, values=name == _CRITIC)
+            trained += policies.parameters_of(name).values()
+    return trained
+
+
+def _bytes_to_train(weights: Sequence[Tensor], config: Config) -> int:
+    masters = 0 if config.learner.whole and config.dtype == "float32" else 4  # beside weights that are in 16 bits
+    return sum(int(weight.numel()) for weight in weights) * (masters + 4 + 8)
 
 
 def rows_for(config: Config, base: str, device: torch.device) -> Rows:

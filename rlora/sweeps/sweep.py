@@ -24,6 +24,7 @@ from rlora.run.run import Run
 from rlora.run.source import Source, config_at, given, read_run
 from rlora.settings import Config
 from rlora.store import names, read_file, write_file
+from rlora.sweeps.budget import budget
 from rlora.sweeps.diary import DIARY, SWEEP, WANTED, Diary, whole_lines
 from rlora.sweeps.directed import Directed
 from rlora.sweeps.display import Display
@@ -86,6 +87,8 @@ class Sweep:
                 names = "; ".join(", ".join(each.name for each in group) for group in together)
                 self.tell(f"{len(together)} groups train one after the other, for they share no process: {names}")
             for group in together:
+                self._tell_budget(group)
+            for group in together:
                 self._train(group)
         finally:
             for name in list(self._held):
@@ -97,6 +100,12 @@ class Sweep:
                 f"{len(failed)} of {len(self.members)} members failed:\n{reasons}\n"
                 f"`rlora sweep --resume {self.place}` goes on with them"
             )
+
+    def _tell_budget(self, group: Sequence[Member]) -> None:
+        """Say what a group will take. Raises RloraError where it does not fit."""
+        made = budget(group, {each.name: self._task(each.config) for each in group}, self.place)
+        made.check()
+        self.tell("\n".join(f"{what}: {value}" for what, value in made.lines))
 
     def _train(self, group: Sequence[Member]) -> None:
         runs: list[Run] = []

@@ -1,8 +1,10 @@
 """A sweep over recorded episodes: each member leaves the bits that it would leave alone."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -181,9 +183,32 @@ def test_full_fine_tuning_trains_after_the_others(stage: Stage, base: Config, tm
     some: dict[str, dict[str, Any]] = {"one": {}, "full": {"learner.adapter": "none"}, "two": {"learner.rank": 2}}
     swept = sweep(base, members=some, run_dir=place, tell=told.append, steps=2)
     assert set(swept.statuses.values()) == {"finished"}
-    assert told == ["2 groups train one after the other, for they share no process: one, two; full"]
+    assert told[0] == "2 groups train one after the other, for they share no process: one, two; full"
+    assert [text.splitlines()[0] for text in told[1:]] == ["members: 2", "members: 1"]
     began = [line["member"] for line in whole_lines(place / "sweep.jsonl") if line["event"] == "began"]
     assert began == ["one", "two", "full"]
+
+
+def test_what_does_not_fit_is_told_before_anything_is_started(
+    stage: Stage, base: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    sweep(base, over={"learner.rank": [1, 8]}, run_dir=tmp_path / "fits", tell=told.append, steps=1)
+    assert re.search(
+        r"^members: 2\ncompletions in flight: 256; the engines sample 128 at a time\nversions that engines hold: 4, "
+        r"4\.7 MiB each\nmemory: base and processes \d\.\d\d GiB, members 0\.\d\d GiB of .*\ndisk: 0\.\d\d GiB of",
+        told[0],
+    )
+    real = rlora.sweeps.sweep.budget
+    for change, message in (
+        ({"total": 2**30}, r"2 members take 0\.\d+ GiB beside .* has 1\.00 GiB: 0 of them fit; train fewer"),
+        ({"free": 2**20}, r"2 members take 0\.\d+ GiB of disk, and 0\.00 GiB are free; lower checkpoint\.keep_last"),
+    ):
+        small = partial(lambda change, *given: replace(real(*given), **change), change)
+        monkeypatch.setattr(rlora.sweeps.sweep, "budget", small)
+        with pytest.raises(RloraError, match=message):
+            sweep(base, over={"learner.rank": [1, 8]}, run_dir=tmp_path / f"{change}", tell=str)
+    assert not stage.job.learners["rank-1"].held
 
 
 def test_a_fork_waits_until_engines_have_room(stage: Stage, base: Config, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
+import rlora.sweeps.results
 import rlora.sweeps.sweep
 from rlora.cli.main import main
 from rlora.settings import Config
@@ -40,6 +41,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return Swept(Path("-"), {}, {})
 
     monkeypatch.setattr(rlora.sweeps.sweep, "sweep", sweep)
+    monkeypatch.setattr(rlora.sweeps.results, "ended", lambda place: [])
     return found
 
 
