@@ -1,10 +1,10 @@
-"""`rlora train` with a real learner on real Ray, whose episodes come from a record.
+"""`rlora train` and `rlora sweep` with a real learner on real Ray, whose episodes come from a record.
 
     python recorded_run.py CONFIG RUN RECORD [FAULT]
 
-trains RUN, or goes on with it. RECORD is a run whose bundles hold the episodes, or "-": then they are made up, alike
-each time. FAULT is a number: in its so-manieth write or removal, of a file or of a directory's names, the process kills
-itself.
+trains RUN, or goes on with it; a sweep, where CONFIG is a file of one. RECORD is a run whose bundles hold the episodes,
+or "-": then they are made up, alike each time. FAULT is a number: in its so-manieth write or removal, of a file or of a
+directory's names, the process kills itself.
 """
 
 import os
@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,10 +84,28 @@ class NoFleet:
         return FleetStats(0, 0.0, {}, 0, 0)
 
 
+class Job:
+    """In place of cluster.Job."""
+
+    is_apart = False
+
+    def __init__(self, learner: Any, served: Sequence[Served]) -> None:
+        self.learner, self.fleet, self.slots = learner, NoFleet(), 2 * len(served)
+        self.learners, self.loops = dict[str, Any](), dict[str, None]()
+        for each in served:
+            self.join(each)
+
+    def join(self, served: Served) -> None:
+        self.learners[served.policy], self.loops[served.policy] = self.learner, None
+
+    def leave(self, policy: str) -> None:
+        self.learner.close(policy)
+
+
 @contextmanager
-def learner_alone(served: Sequence[Served]) -> Iterator[tuple[Any, Any, Any]]:
-    with cluster.learning(served[0].config, served[0].task.base) as learner:
-        yield {each.policy: learner for each in served}, NoFleet(), {each.policy: None for each in served}
+def learner_alone(served: Sequence[Served]) -> Iterator[Job]:
+    with cluster.learning(cluster.shared(served), served[0].task.base) as learner:
+        yield Job(learner, served)
 
 
 def die_at(count: int) -> None:
@@ -128,4 +147,7 @@ if __name__ == "__main__":
     if fault:
         die_at(int(fault[0]))
     sys.argv = ["rlora", "train", config, "--resume", run]
+    if "over" in tomllib.loads(Path(config).read_text()):
+        there = (Path(run) / "sweep.toml").exists()
+        sys.argv = ["rlora", "sweep", *(["--resume", run] if there else [config, "--run-dir", run])]
     main.main()

@@ -71,11 +71,10 @@ class Display:
         if self.console.is_terminal:
             self.live.update(self._table(runs))
             return
-        going = [run for run in runs if run.is_here]
-        steps = sorted({run.number for run in going}) or [0]
+        steps = sorted(set(line["steps"].values()))
         of = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
         best = max(self.latest, key=lambda name: self.latest[name]["reward/mean"] or 0.0, default="")
-        left = max((run.config.steps - run.number for run in going), default=0) * line["time/turn"]
+        left = max((run.config.steps - run.number for run in runs if run.going), default=0) * line["time/turn"]
         what = f"{len(line['steps'])} members, {of}, {line['tokens_per_second'] or 0:.0f} tokens/s"
         reward = f", best {best} {self.latest[best]['reward/mean'] or 0.0:.3f}" if best else ""
         print(f"turn {line['turn']}: {what}{reward}, time {line['time/turn']:.1f} s, left {left:.0f} s", flush=True)

@@ -23,7 +23,7 @@ from rlora.run.prepare import Tell, prepared, say
 from rlora.run.run import Run
 from rlora.run.source import Source, config_at, given, read_run
 from rlora.settings import Config
-from rlora.store import names, read_file, write_file
+from rlora.store import HALF, names, read_file, write_file
 from rlora.sweeps.budget import budget
 from rlora.sweeps.diary import DIARY, SWEEP, WANTED, Diary, whole_lines
 from rlora.sweeps.directed import Directed
@@ -251,7 +251,7 @@ def sweep(
 
 def create(place: Path, plan: Plan) -> None:
     """Make the directory of a sweep, with its `sweep.toml`. Raises RloraError where something is there already."""
-    if names(place):
+    if any(not name.endswith(HALF) for name in names(place)):  # a process was killed while it wrote the others
         raise RloraError(
             f"--run-dir {place}: it is not empty; go on with its sweep by `rlora sweep --resume {place}`, or name "
             "another directory"

@@ -1,18 +1,14 @@
 import json
 import random
-import re
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
-from conftest import ORIGIN, ROOT, adapter, episode, group, save_words
+from conftest import ORIGIN, adapter, episode, group, save_words
+from killed import DRIVER, LEARNER, RAY, WRITE, Driver
 from recorded_run import made_up
 from upath import UPath
 
@@ -22,55 +18,6 @@ from rlora.run.checkpoint import Bundle
 from rlora.run.directory import Origin
 from rlora.settings import Config
 from rlora.store import write_adapter
-
-SCRIPT = ROOT / "tests" / "recorded_run.py"
-WRITE, LEARNER, RAY, DRIVER = "write", "ray::_Actor", "raylet/raylet", "driver"  # what is killed, by the process's name
-
-
-class Driver:
-    """A process that trains a run, and what it has printed."""
-
-    def __init__(self, run: Path, config: str, record: str, *fault: str) -> None:
-        self.run, self.log = run, run.with_suffix(".log")
-        with self.log.open("w") as output:
-            command = [sys.executable, str(SCRIPT), config, str(run), record, *fault]
-            self.process = subprocess.Popen(command, stdout=output, stderr=output)
-
-    @property
-    def printed(self) -> str:
-        return self.log.read_text()
-
-    @property
-    def start(self) -> int | None:
-        """The version that it went on from, None where it did not come so far."""
-        said = re.search(r"^run: .*, from version (\d+) on$", self.printed, re.MULTILINE)
-        return int(said[1]) if said else None
-
-    @property
-    def done(self) -> int:
-        """Steps that it has done, saved or not."""
-        return max(map(int, re.findall(r"^step (\d+)/", self.printed, re.MULTILINE)), default=self.start or 0)
-
-    def wait_for(self, step: int) -> None:
-        deadline = time.monotonic() + 120
-        while self.done < step:
-            assert self.process.poll() is None, self.printed
-            assert time.monotonic() < deadline, self.printed
-            time.sleep(0.02)
-
-    def kill(self, what: str) -> None:
-        """kill -9 of the driver itself, or of the process of its that has such a name."""
-        while what != DRIVER:
-            for child in psutil.Process(self.process.pid).children(recursive=True):
-                with suppress(psutil.Error):  # it has ended meanwhile
-                    if what in str(child.cmdline()[:1]):
-                        child.kill()
-                        return
-            time.sleep(0.1)  # it is being started again
-        self.process.kill()
-
-    def wait(self) -> int:
-        return self.process.wait(timeout=600)
 
 
 @pytest.fixture

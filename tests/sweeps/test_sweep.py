@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -13,7 +14,8 @@ from loop_stage import Stage, set_stage, task_of
 from upath import UPath
 
 import rlora.sweeps.sweep
-from rlora.records import DeliveryError, RloraError
+from rlora import store
+from rlora.records import DeliveryError, RewardError, RloraError
 from rlora.run import checkpoint, directory
 from rlora.run.prepare import prepared
 from rlora.settings import Config
@@ -137,6 +139,41 @@ def test_a_member_that_fails_is_set_aside_and_goes_on_later(
     assert set(swept.statuses.values()) == {"finished"}
     for name in names:
         assert bits(place / name) == alone(tmp_path / "again", name, config_of(base, MEMBERS[name]), tiny)
+
+
+def test_what_is_wrong_with_a_member_harms_no_other(
+    stage: Stage, base: Config, tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reward that fails, a learning rate at which nothing is finite, a disk that is full."""
+    place = tmp_path / "sweep"
+    some: dict[str, dict[str, Any]] = {
+        "plain": MEMBERS["plain"],
+        "wild": {"learner.lr": 1e30, "learner.max_bad_updates": 2},
+        "ill": {"seed": 3},
+        "full": {"seed": 4, "checkpoint.patience": 0.2},
+        "ppo": MEMBERS["ppo"],
+    }
+    stage.wrong = {("take", "ill", 2): RewardError("9 of 16 episodes are in error")}
+    write = store.write_directory
+
+    def full(path: Path, files: Mapping[str, bytes]) -> None:
+        if "full" in str(path) and int(path.name) >= 2:
+            raise OSError(28, "No space left on device")
+        write(path, files)
+
+    monkeypatch.setattr("rlora.run.writer.write_directory", full)
+    stage.acts = {("take", "plain", number): lambda: time.sleep(0.3) for number in range(STEPS)}
+    with pytest.raises(RloraError, match=r"3 of 5 members failed:\nwild") as failed:
+        sweep(base, members=some, run_dir=place, tell=str)
+    for reason in (
+        r"wild, after \d steps: learner: 2 updates in a row had a non-finite loss or gradient",
+        r"ill, after 2 steps: 9 of 16 episodes are in error",
+        r"full, after \d steps: --run-dir .*full: version \d could not be written there",
+    ):
+        assert re.search(reason, str(failed.value)), str(failed.value)
+    stage.wrong, stage.acts = {}, {}
+    for name in ("plain", "ppo"):
+        assert bits(place / name) == alone(tmp_path / "alone", name, config_of(base, some[name]), tiny)
 
 
 def test_a_sweep_that_is_interrupted_goes_on_from_each_members_newest_bundle(
