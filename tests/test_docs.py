@@ -246,7 +246,7 @@ def tried(page: Path, directory: Path) -> list[str]:
         lines = block.text.splitlines() if not block.language else []
         for line in (line for line in lines if line.startswith("rlora ")):
             _, command, *arguments = shlex.split(re.sub(r"@\d+", "@1", line), comments=True)
-            if command == "train" and "--resume" not in arguments:
+            if command in ("train", "sweep") and "--resume" not in arguments:
                 arguments += SMALL
             told.append(called([sys.executable, "-m", "rlora", command, *arguments], directory))
     return told

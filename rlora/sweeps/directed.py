@@ -60,14 +60,14 @@ class Directed:
                 self.sweep.diary.note("failed", run.policy, run.number, why=told(run.failure))
             elif run.number >= run.config.steps:
                 self.sweep.diary.note("finished", run.policy, run.number)
-            self.sweep.let_go(run.policy)
+            self.sweep.let_go(run.policy, run.failure)
 
     def answer(self) -> None:
         """Do what was asked for since the turn before. What can't be done is refused, with the reason in the diary."""
         for number, asked in self.sweep.asked():
             try:
                 getattr(self, f"_{asked['what']}")(number, asked)
-            except (RloraError, OSError) as error:
+            except (RloraError, OSError, LookupError) as error:
                 self.sweep.diary.note("refused", asked["member"], why=str(error), request=number)
                 directory.warn(f"{asked['what']} {asked['member']}: {error}")
 

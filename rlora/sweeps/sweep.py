@@ -5,7 +5,7 @@ import secrets
 import time
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -14,13 +14,14 @@ from typing import Any
 import tomli_w
 from upath import UPath
 
+from rlora.cluster.gauges import Gauges
 from rlora.config import differences
 from rlora.records import RloraError
 from rlora.rollout.task import Task, load_task
 from rlora.run import directory
 from rlora.run.checkpoint import BUNDLES
-from rlora.run.prepare import Tell, prepared, say
-from rlora.run.run import Run
+from rlora.run.prepare import Tell, is_finished, prepared, say
+from rlora.run.run import Observer, Run
 from rlora.run.source import Source, config_at, given, read_run
 from rlora.settings import Config
 from rlora.store import HALF, names, read_file, write_file
@@ -31,6 +32,7 @@ from rlora.sweeps.display import Display
 from rlora.sweeps.halving import Halving
 from rlora.sweeps.members import Member, config_of, groups
 from rlora.sweeps.members import members as members_of
+from rlora.trackers.tracking import tracked
 from rlora.train import drive
 
 _OVER = ("dropped", "finished")
@@ -67,6 +69,7 @@ class Sweep:
         self.place, self.members, self.halving, self.tell = place, {each.name: each for each in made}, halving, tell
         self.diary = Diary(place)
         self.display = Display(place)
+        self._observers: list[Observer] = [self.display, Gauges()]
         self._held: dict[str, ExitStack] = {}  # what each open run holds, its lock among it
         self._tasks: dict[str, Task] = {}
         self._said: set[str] = set()
@@ -110,8 +113,15 @@ class Sweep:
     def _train(self, group: Sequence[Member]) -> None:
         runs: list[Run] = []
         for member in group:
-            self.diary.note("began", member.name)
-            runs.append(self.opened(member))
+            run = self.opened(member)
+            if is_finished(run.place, run.config, run.start):  # it died before that was noted
+                self.diary.note("finished", member.name, run.number)
+                self.let_go(member.name)
+            else:
+                self.diary.note("began", member.name, run.number)
+                runs.append(run)
+        if not runs:
+            return
         directed = Directed(self, group, runs)
         self.display.begin(runs)
         try:
@@ -134,8 +144,9 @@ class Sweep:
         config = read_run(place) if there else member.config
         try:
             run = stack.enter_context(
-                prepared(config, **begun, observers=[self.display], tell=self._tell_once, load=self._task)
+                prepared(config, **begun, observers=self._observers, tell=self._tell_once, load=self._task)
             )
+            stack.enter_context(tracked(run))
         except RloraError as error:
             stack.close()
             raise RloraError(f"member {member.name}: {error}") from error
@@ -143,10 +154,11 @@ class Sweep:
         self._held[member.name] = stack
         return run
 
-    def let_go(self, name: str) -> None:
-        """Let others have a member's directory."""
+    def let_go(self, name: str, error: BaseException | None = None) -> None:
+        """Let others have a member's directory, and end its trackers; `error` is what ended it."""
         if stack := self._held.pop(name, None):
-            stack.close()
+            with suppress(*([type(error)] if error else ())):
+                stack.__exit__(type(error) if error else None, error, None)
 
     def _is_left(self, member: Member) -> bool:
         """Whether a member has something to train."""
@@ -196,10 +208,13 @@ class Sweep:
 
     def forked(self, asked: Mapping[str, Any]) -> Member:
         """The member that a fork makes. Raises RloraError where it can't be."""
-        name = asked["name"]
+        name, source = asked["name"], self.members[asked["member"]]
         if name in self.members:
             raise RloraError(f"{name}: there is a member of this name; give another")
-        return fork_of(self.place, self.members[asked["member"]], name, asked["version"], asked["changes"])
+        fork = fork_of(self.place, source, name, asked["version"], asked["changes"])
+        if len(groups([source, fork], {each.name: self._task(each.config).stop for each in (source, fork)})) > 1:
+            raise RloraError(f"{name}: it can't share processes with {source.name}; leave out what the job has once")
+        return fork
 
     def _origin_of(self, name: str) -> tuple[str, int] | None:
         """The member and the version that a member began from."""

@@ -263,18 +263,41 @@ def test_what_was_asked_and_can_not_be_done_is_told(
     place = tmp_path / "sweep"
     stage.acts[("take", "one", 1)] = lambda: ask(place, "fork", "one", version=1, name="two", changes={})
     stage.acts[("take", "one", 2)] = lambda: ask(place, "fork", "one", version=1, name="x", changes={"learner.rank": 0})
+    other = {"dtype": "bfloat16"}
+    stage.acts[("take", "two", 2)] = lambda: ask(place, "fork", "two", version=1, name="y", changes=other)
     sweep(base, members={"one": {}, "two": {"learner.rank": 2}}, run_dir=place, tell=str)
     err = capsys.readouterr().err
     assert "fork one: two: there is a member of this name; give another" in err
     assert "fork one: member x: learner.rank = 0: " in err
     refused = [line for line in whole_lines(place / "sweep.jsonl") if line["event"] == "refused"]
-    assert [line["request"] for line in refused] == [0, 1]
+    assert [line["request"] for line in refused] == [0, 1, 2]
+    assert "fork two: y: it can't share processes with two" in err
     for what, member, why in (
         ("pause", "one", r"sweep/one: it is finished, so there is nothing to pause"),
         ("drop", "three", r"there is no member three; there are one, two"),
     ):
         with pytest.raises(RloraError, match=why):
             ask(place, what, member)
+
+
+def test_members_are_tracked(stage: Stage, base: Config, tmp_path: Path) -> None:
+    place = tmp_path / "sweep"
+    stage.wrong = {("take", "rank-2", 1): RloraError("ill")}
+    with pytest.raises(RloraError, match="1 of 2 members failed"):
+        sweep(base, over={"learner.rank": [1, 2]}, run_dir=place, tell=str, steps=2, trackers={"use": ["tensorboard"]})
+    for name, steps in (("rank-1", {"step": 1}), ("rank-2", {"step": 0})):
+        assert json.loads((place / name / "trackers" / "tensorboard.json").read_text()) == steps
+
+
+def test_a_member_whose_end_was_not_noted_is_not_trained_again(stage: Stage, base: Config, tmp_path: Path) -> None:
+    place = tmp_path / "sweep"
+    sweep(base, over={"learner.rank": [1, 2]}, run_dir=place, tell=str, steps=2)
+    lines = [line for line in (place / "sweep.jsonl").read_text().splitlines() if '"finished"' not in line]
+    (place / "sweep.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    stage.told.clear()
+    swept = sweep(resume=place, tell=str)
+    assert set(swept.statuses.values()) == {"finished"}
+    assert stage.told == []
 
 
 @pytest.mark.parametrize(
