@@ -22,7 +22,7 @@ from rlora.cli.overrides import (
 )
 from rlora.cli.plan import plan_command
 from rlora.cli.submit import jobs_command, submit_command
-from rlora.cli.sweep import ask_command, fork_command, sweep_command
+from rlora.cli.sweep import ask_command, fork_command, sweep_command, tell_sweep
 from rlora.cli.train import train_command
 from rlora.config import differences, refuse_another_policy, validate
 from rlora.records import BASE, STATUSES, Adapter, RewardError, RloraError
@@ -299,25 +299,20 @@ def _runs(arguments: list[str]) -> None:
     from rich.table import Column, Table
 
     from rlora.run.history import past_runs
+    from rlora.sweeps.diary import DIARY, SWEEP, fates, whole_lines
 
     columns = Column("run", no_wrap=True), "status", "steps", "best reward", "accuracy", "forked from"
     table = Table(*columns, box=None)
+    is_sweep, known = (given.directory / SWEEP).exists(), fates(whole_lines(Path(str(given.directory)) / DIARY))
     for past in past_runs(given.directory):
-        table.add_row(*asdict(past).values())
+        fate = known.get(past.name)
+        status = fate.status if fate and fate.status not in ("running", "waiting") else past.status
+        table.add_row(*asdict(replace(past, status=status)).values())
     if not table.row_count:
         raise RloraError(f"{given.directory}: no runs lie there; name the directory that they are in")
     Console(width=None if sys.stdout.isatty() else 200).print(table)  # for what reads lines, one a run
-    from rlora.sweeps.diary import SWEEP
-
-    if (given.directory / SWEEP).exists():
-        from rlora.sweeps.results import ended, verdict
-
-        members = ended(Path(str(given.directory)))
-        print(verdict(members))
-        if given.plot:
-            from rlora.sweeps.plot import plot
-
-            plot(members, given.plot)
+    if is_sweep:
+        tell_sweep(Path(str(given.directory)), given.plot)
     elif given.plot:
         raise RloraError(
             f"--plot {given.plot}: {given.directory} is no sweep; name a directory that `rlora sweep` made"

@@ -39,10 +39,19 @@ def sweep_command(arguments: list[str]) -> None:
 
     asked = tables | {"halving": Halving.of(tables["halving"]) if tables["halving"] else None}
     done = sweep(None if given.resume else given.config, run_dir=given.run_dir, resume=given.resume, **asked)
+    tell_sweep(done.directory)
+    print(f"List the members, and draw them:\n  rlora runs {done.directory} --plot {done.directory / 'sweep.png'}")
+
+
+def tell_sweep(place: Path, picture: Path | None = None) -> None:
+    """Say which configuration to take, and draw the members."""
+    from rlora.sweeps.plot import plot
     from rlora.sweeps.results import ended, verdict
 
-    print(verdict(ended(done.directory)))
-    print(f"List the members, and draw them:\n  rlora runs {done.directory} --plot {done.directory / 'sweep.png'}")
+    members = ended(place)
+    print(verdict(members))
+    if picture:
+        plot(members, picture)
 
 
 def ask_command(what: str, arguments: list[str]) -> None:

@@ -1,6 +1,7 @@
 """A sweep on real Ray and vLLM: members pause, go on and fork, one fails, and each replays bit for bit."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -62,9 +63,11 @@ def test_members_come_and_go_and_one_that_fails_harms_no_other(tmp_path: Path) -
         assert replayed.returncode == 0, replayed.stderr
         assert replayed.stdout.endswith(f"{updates} of {updates} updates bit for bit\n")
         assert json.loads((place / name / "summary.json").read_text())["accuracy/after"] >= 0
+    listed_before = rlora("runs", str(place)).stdout
     reward.write_text(ILL.replace("step == 2", "False"))
     resumed = rlora("sweep", "--resume", str(place))
     assert resumed.returncode == 0, resumed.stderr
+    assert re.search(r"^ *ill +failed ", listed_before, re.MULTILINE), listed_before
     assert Diary(place).fates["ill"].status == "finished"
     assert "take " in resumed.stdout
     listed = rlora("runs", str(place), "--plot", str(tmp_path / "sweep.png"))

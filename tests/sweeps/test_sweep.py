@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from loop_stage import Stage, set_stage, task_of
+from loop_stage import HereJob, Stage, set_stage, task_of
 from upath import UPath
 
 import rlora.sweeps.sweep
@@ -74,7 +74,12 @@ def events(place: Path) -> list[tuple[Any, ...]]:
     ]
 
 
-def test_each_member_leaves_the_bits_of_its_solo_run(stage: Stage, base: Config, tmp_path: Path, tiny: str) -> None:
+@pytest.mark.parametrize("is_apart", [False, True])
+def test_each_member_leaves_the_bits_of_its_solo_run(
+    is_apart: bool, stage: Stage, base: Config, tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In rounds, and in turns of those whose groups are there first."""
+    monkeypatch.setattr(HereJob, "is_apart", is_apart)
     swept = sweep(base, members=MEMBERS, run_dir=tmp_path / "sweep", tell=str)
     assert set(swept.statuses.values()) == {"finished"}
     for name, changes in MEMBERS.items():
@@ -84,7 +89,7 @@ def test_each_member_leaves_the_bits_of_its_solo_run(stage: Stage, base: Config,
     assert [event for event in told if event[0] == "began"] == [("began", name, 0) for name in MEMBERS]
     assert ("finished", "stopping", 4) in told
     turns = whole_lines(tmp_path / "sweep" / "metrics.jsonl")
-    assert [len(turn["steps"]) for turn in turns] == [8] * 4 + [7] * 2
+    assert [len(turn["steps"]) for turn in turns] == ([1] * (7 * STEPS + 4) if is_apart else [8] * 4 + [7] * 2)
     assert not any((tmp_path / "sweep").rglob("*.half"))
 
 
