@@ -244,7 +244,8 @@ def test_no_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == run("tarin") == 2
     shown = capsys.readouterr()
     assert "rlora: 'tarin' is no command" in shown.err
-    words = "train Train|sweep Train|pause, go, drop Ask|fork Add|eval Answer|check Try|plan Say|replay Compute|runs List|export Write|grade Grade|show Show"
+    words = "train Train|sweep Train|pause, go, drop Ask|fork Add|eval Answer|check Try|plan Say|replay Compute|"
+    words += "runs List|export Write|grade Grade|show Show"
     listed = ".*\n +".join(words.replace(" ", " +").split("|"))
     assert re.search(listed, shown.err)
     assert run("--help") == run("--version") == 0
