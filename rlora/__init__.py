@@ -18,23 +18,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Adam",
-    "Config",
-    "Episode",
-    "Group",
-    "Halving",
-    "Objective",
-    "Observer",
-    "Policy",
-    "Prompt",
-    "Result",
-    "RloraError",
-    "Sample",
-    "Swept",
-    "policies",
-    "policy",
-    "sweep",
-    "train",
+    "Adam", "Config", "Episode", "Group", "Halving", "Objective", "Observer", "Policy", "Prompt", "Result",
+    "RloraError", "Sample", "Swept", "policies", "policy", "sweep", "train",
 ]  # fmt: skip
 _WITH_TORCH = {  # imported where they are asked for: torch takes seconds
     "Adam": "rlora.core.optimizer", "Objective": "rlora.core.objectives.objective", "Observer": "rlora.run.run",

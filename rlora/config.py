@@ -289,6 +289,15 @@ def changed(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
     return merged
 
 
+def by_full_names(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested tables, of any depth, by their full names."""
+    found: dict[str, Any] = {}
+    for name, value in table.items():
+        inner = isinstance(value, Mapping)
+        found |= by_full_names(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return found
+
+
 def flattened(tables: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of some tables by their full names."""
     sections = {name for name, value in asdict(Config(model="", env="", reward="")).items() if isinstance(value, dict)}

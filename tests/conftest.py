@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from rlora.cli.main import main
 from rlora.config import validate
 from rlora.core.advantage import centred
 from rlora.core.batch import Microbatch, Sample, sample_of
@@ -47,6 +48,17 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 NEEDS_SHARED = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
+
+
+def exit_status(*arguments: str) -> int:
+    """The exit status of `rlora ...`, run in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["rlora", *arguments])
+        try:
+            main()
+        except SystemExit as ended:
+            return int(ended.code or 0)
+    return 0
 
 
 @contextmanager

@@ -2,9 +2,9 @@
 
     python recorded_run.py CONFIG RUN RECORD [FAULT]
 
-trains RUN, or goes on with it; a sweep, where CONFIG is a file of one. RECORD is a run whose bundles hold the episodes,
-or "-": then they are made up, alike each time. FAULT is a number: in its so-manieth write or removal, of a file or of a
-directory's names, the process kills itself.
+trains RUN, or resumes it. If CONFIG is the file of a sweep, RUN is the directory of the sweep. RECORD is a run whose
+bundles contain the episodes; with "-" they are generated, identically each time. FAULT is a number n: the process kills
+itself during its n-th write or removal of a file or of a directory entry.
 """
 
 import os

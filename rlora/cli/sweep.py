@@ -1,7 +1,7 @@
 """`rlora sweep`, and what can be asked of one that goes on: pause, go, drop, fork."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from upath import UPath
 
 from rlora.cli.arguments import Ask, Fork, Sweep
 from rlora.cli.overrides import NOTHING, parse, swept, value_of
-from rlora.config import differences, read_table
+from rlora.config import by_full_names, differences, read_table
 from rlora.records import RloraError
 
 # torch, transformers and Ray take seconds to import: that waits until the command line is understood
@@ -22,8 +22,8 @@ def parse_sweep(arguments: list[str]) -> tuple[Sweep, dict[str, Any]]:
     own = swept(read_table(given.file), given.file)[1] if given.file else {}
     rule = {"at": _steps(given.halve_at), "keep": given.keep} if given.halve_at else {}
     return given, {
-        "over": flat(own.get("over", {})) | dict(axis_of(text) for text in given.over),
-        "members": {name: flat(changes) for name, changes in own.get("members", {}).items()}
+        "over": by_full_names(own.get("over", {})) | dict(axis_of(text) for text in given.over),
+        "members": {name: by_full_names(changes) for name, changes in own.get("members", {}).items()}
         | dict(member_of(text) for text in given.member),
         "halving": own.get("halving", {}) | rule,
     }
@@ -89,14 +89,6 @@ def _tell(place: Path, what: str) -> None:
 
     when = "in the next turn" if is_held(UPath(place)) else f"once it goes on: `rlora sweep --resume {place}`"
     print(f"{place}: {what}, {when}")
-
-
-def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The fields of tables by their full names."""
-    found: dict[str, Any] = {}
-    for name, value in table.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return found
 
 
 def _steps(text: str) -> list[int]:

@@ -268,11 +268,12 @@ def _raise_failures(runs: Sequence[Run]) -> None:
     if len(runs) == 1:
         assert failed[0].failure
         raise failed[0].failure
-    reasons = "\n".join(f"{run.policy}, after {run.number} steps: {_reason(run.failure)}" for run in failed)
+    reasons = "\n".join(f"{run.policy}, after {run.number} steps: {reason(run.failure)}" for run in failed)
     raise RloraError(f"{len(failed)} of {len(runs)} runs failed:\n{reasons}") from failed[0].failure
 
 
-def _reason(error: BaseException | None) -> str:
+def reason(error: BaseException | None) -> str:
+    """Return what an error says, with its type unless its message explains it."""
     return str(error) if isinstance(error, RloraError) else f"{type(error).__name__}: {error}"
 
 

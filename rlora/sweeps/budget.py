@@ -71,11 +71,11 @@ def budget(group: Sequence[Member], tasks: Mapping[str, Task], place: Path) -> B
     bucket = replace(job, learner=replace(job.learner, rank=1 if job.learner.rank == 1 else 8))
     of_slot = 0 if job.learner.whole else adapter_bytes(replace(bucket, algorithm=AlgorithmConfig()), base) // 16 * 2
     slots = sum(versions_of(each.config) for each in group)
-    known: dict[str, int] = {}
+    known, sizes = dict[str, int](), list[int]()
     for each in group:
         key = str((each.config.learner, each.config.critic, each.config.algorithm.advantage))
-        known[each.name] = known[key] = known.get(key) or adapter_bytes(each.config, base)
-    sizes = [known[each.name] for each in group]
+        known[key] = known.get(key) or adapter_bytes(each.config, base)
+        sizes.append(known[key])
     engines = job.engine.replicas
     learner = made.learner.fixed + made.learner.of_rows + made.slack
     engine = made.weights + made.overhead + made.kv_cache
@@ -88,8 +88,8 @@ def budget(group: Sequence[Member], tasks: Mapping[str, Task], place: Path) -> B
         of_slot=of_slot,
         base=alone,
         of_members=sum(int(size * (1 + _OF_STATE)) for size in sizes) + engines * slots * of_slot,
-        disk=sum(
-            int(size * (_OF_STATE + 0.25)) * min(each.config.checkpoint.keep_last, each.config.steps + 1)
+        disk=sum(  # a bundle holds the adapter beside the state: as much as the learner
+            size * min(each.config.checkpoint.keep_last, each.config.steps + 1)
             for size, each in zip(sizes, group, strict=True)
         ),
         free=shutil.disk_usage(_there(place)).free,

@@ -18,7 +18,6 @@ _STATUS: dict[str, Status] = {  # that a member has after an event
     "began": "running", "went on": "running", "paused": "paused", "dropped": "dropped", "failed": "failed",
     "finished": "finished", "forked": "waiting",
 }  # fmt: skip
-ASKED = ("pause", "go", "drop", "fork")
 
 
 @dataclass(frozen=True)

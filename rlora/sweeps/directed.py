@@ -8,7 +8,7 @@ from rlora.cluster import versions_of
 from rlora.records import RloraError
 from rlora.run import directory
 from rlora.run.directory import figures
-from rlora.run.run import Run
+from rlora.run.run import Run, reason
 from rlora.run.turns import Turns, first, going, rounds
 from rlora.sweeps.members import Member
 
@@ -37,7 +37,8 @@ class Directed:
             self.answer()
             self.halve()
             self.admit()
-            active[:] = [run for run in going(self.runs) if not self.waits(run)]
+            rung = self.sweep.rung_of(self.group)  # those that have come to it wait for the others
+            active[:] = [run for run in going(self.runs) if rung is None or run.number < rung]
             due = next(turns, None)
             if due is None:
                 return
@@ -57,7 +58,7 @@ class Directed:
                 continue
             self._noted.add(id(run))
             if run.failure:
-                self.sweep.diary.note("failed", run.policy, run.number, why=told(run.failure))
+                self.sweep.diary.note("failed", run.policy, run.number, why=reason(run.failure))
             elif run.number >= run.config.steps:
                 self.sweep.diary.note("finished", run.policy, run.number)
             self.sweep.let_go(run.policy, run.failure)
@@ -87,16 +88,11 @@ class Directed:
             if run.policy in dropped:
                 self._leave(run)
 
-    def waits(self, run: Run) -> bool:
-        """Whether a run has come to a rung at which others are not yet."""
-        rung = self.sweep.rung_of(self.group)
-        return rung is not None and run.number >= rung
-
     def admit(self) -> None:
         """Begin the members for which there is a slot by now."""
         for member in list(self._waiting):
-            taken = sum(slots_of(run) for run in self.runs if run.is_here)
-            if taken + slots_of(member) <= self.runs[0].job.slots:
+            taken = sum(versions_of(run.config) for run in self.runs if run.is_here)
+            if taken + versions_of(member.config) <= self.runs[0].job.slots:
                 self._waiting.remove(member)
                 self._begin(member)
 
@@ -122,7 +118,8 @@ class Directed:
     def _fork(self, number: int, asked: Mapping[str, Any]) -> None:
         member = self.sweep.forked(asked)
         self._of_this_group(self.sweep.members[asked["member"]])
-        self.sweep.diary.note("forked", member.name, asked["version"], request=number, **fork_of(asked))
+        facts = {"of": asked["member"], "version": asked["version"], "changes": asked["changes"]}
+        self.sweep.diary.note("forked", member.name, asked["version"], request=number, **facts)
         self.sweep.members[member.name] = member
         self.group.append(member)
         self._waiting.append(member)
@@ -158,17 +155,3 @@ class Directed:
         run.leave()
         self._noted.add(id(run))
         self.sweep.let_go(run.policy)
-
-
-def fork_of(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """What the diary says of a fork: where it comes from, and what it changes."""
-    return {"of": asked["member"], "version": asked["version"], "changes": asked["changes"]}
-
-
-def slots_of(run: Run | Member) -> int:
-    """The versions that engines hold of a policy at a time."""
-    return versions_of(run.config)
-
-
-def told(error: BaseException) -> str:
-    return str(error) if isinstance(error, RloraError) else f"{type(error).__name__}: {error}"

@@ -27,8 +27,8 @@ class Display:
         self.turns = len(whole_lines(place / TURNS))
         self._busy = 0.0
 
-    def begin(self, runs: Sequence[Run]) -> None:
-        """Show these runs from now on."""
+    def begin(self) -> None:
+        """Show the runs of each turn in place, on a terminal."""
         if self.console.is_terminal:
             self.live.start()
 
@@ -45,23 +45,20 @@ class Display:
         """Log and show a turn in which `due` took a step."""
         stepped = [self.latest[run.policy] for run in due if run.policy in self.latest]
         tokens = sum(figures["completion/tokens"] or 0 for figures in stepped)
-        here = [run for run in runs if run.is_here]
+        learning = sum((figures["learner/busy"] or 0.0) * figures["time/step"] for figures in stepped)
         stats = runs[0].fleet.stats()
         busy, self._busy = max(0.0, stats.busy_seconds - self._busy), stats.busy_seconds
         line = {
             "turn": self.turns,
             "steps": {run.policy: run.number for run in due},
-            "members": len(here),
+            "members": sum(run.is_here for run in runs),
             "time/turn": seconds,
             "completions": sum(run.config.prompts_per_step * run.config.group_size for run in due),
             "completion/tokens": tokens,
-            "tokens_per_second": tokens / seconds if seconds > 0 else None,
+            "tokens_per_second": tokens / seconds,
             "engine/count": stats.engines,
-            "engine/busy": busy / seconds if seconds > 0 else None,
-            "learner/busy": sum((figures["learner/busy"] or 0.0) * figures["time/step"] for figures in stepped)
-            / seconds
-            if seconds > 0
-            else None,
+            "engine/busy": busy / seconds,
+            "learner/busy": learning / seconds,
         }
         append(self.place / TURNS, line)
         self.turns += 1
@@ -75,7 +72,7 @@ class Display:
         of = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
         best = max(self.latest, key=lambda name: self.latest[name]["reward/mean"] or 0.0, default="")
         left = max((run.config.steps - run.number for run in runs if run.going), default=0) * line["time/turn"]
-        what = f"{len(line['steps'])} members, {of}, {line['tokens_per_second'] or 0:.0f} tokens/s"
+        what = f"{len(line['steps'])} members, {of}, {line['tokens_per_second']:.0f} tokens/s"
         reward = f", best {best} {self.latest[best]['reward/mean'] or 0.0:.3f}" if best else ""
         print(f"turn {line['turn']}: {what}{reward}, time {line['time/turn']:.1f} s, left {left:.0f} s", flush=True)
 

@@ -35,8 +35,6 @@ from rlora.sweeps.members import members as members_of
 from rlora.trackers.tracking import tracked
 from rlora.train import drive
 
-_OVER = ("dropped", "finished")
-
 
 @dataclass(frozen=True)
 class Swept:
@@ -101,7 +99,7 @@ class Sweep:
             reasons = "\n".join(f"{name}, after {fate.step} steps: {fate.why}" for name, fate in failed.items())
             raise RloraError(
                 f"{len(failed)} of {len(self.members)} members failed:\n{reasons}\n"
-                f"`rlora sweep --resume {self.place}` goes on with them"
+                f"`rlora sweep --resume {self.place}` continues them"
             )
 
     def _tell_budget(self, group: Sequence[Member]) -> None:
@@ -123,7 +121,7 @@ class Sweep:
         if not runs:
             return
         directed = Directed(self, group, runs)
-        self.display.begin(runs)
+        self.display.begin()
         try:
             drive(runs, directed)
         except RloraError:
@@ -163,10 +161,10 @@ class Sweep:
     def _is_left(self, member: Member) -> bool:
         """Whether a member has something to train."""
         fate = self.diary.fates.get(member.name)
-        return not fate or fate.status not in (*_OVER, "paused")
+        return not fate or fate.status not in ("dropped", "finished", "paused")
 
     def _tell_once(self, text: str) -> None:
-        """What holds for several members is told once."""
+        """Print a message once, even if it applies to several members."""
         if text not in self._said and not text.startswith("run: "):
             self._said.add(text)
             self.tell(text)
@@ -239,9 +237,10 @@ def sweep(
     the reason of each. What the others have learned is in their directories.
     """
     if resume is not None:
-        if config or changes:
+        if config or changes or run_dir:
             raise RloraError(
-                f"sweep: resume = {str(resume)!r} goes on under the members' own configs; leave out config"
+                f"sweep: resume = {str(resume)!r} continues the members where they are, under their own "
+                "configs; leave out config and run_dir"
             )
         place = Path(resume)
         plan = read_sweep(place)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Protocol
 
+from rlora.config import by_full_names
 from rlora.plugin import load
 from rlora.records import RloraError
 
@@ -30,7 +31,10 @@ class Tracked:
     @property
     def flat(self) -> dict[str, Any]:
         """The settings by their full names, each a number or text."""
-        return dict(_flattened(self.config, ""))
+        return {
+            name: value if isinstance(value, str | int | float) else json.dumps(value)
+            for name, value in by_full_names(self.config).items()
+        }
 
 
 class Tracker(Protocol):
@@ -72,13 +76,3 @@ def make(name: str, tracked: Tracked, last: int) -> Tracker:
             f"trackers.use = {name!r}: {error}; install it by pip install 'rlora[{name}]', or leave the tracker out"
         ) from error
     return made
-
-
-def _flattened(table: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
-    flat: list[tuple[str, Any]] = []
-    for name, value in table.items():
-        if isinstance(value, Mapping):
-            flat += _flattened(value, f"{prefix}{name}.")
-        else:
-            flat.append((f"{prefix}{name}", value if isinstance(value, str | int | float) else json.dumps(value)))
-    return flat

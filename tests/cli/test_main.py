@@ -13,10 +13,10 @@ from unittest.mock import Mock
 
 import pytest
 from conftest import ROOT
+from conftest import exit_status as run
 from upath import UPath
 
 from rlora import __version__
-from rlora.cli.main import main
 from rlora.cli.overrides import parse_train
 from rlora.config import read
 from rlora.records import RloraError
@@ -27,17 +27,6 @@ from rlora.settings import Config
 from rlora.store import write_directory
 
 TOML = str(ROOT / "launch" / "arithmetic.toml")
-
-
-def run(*arguments: str) -> int:
-    """The exit status of `rlora ...`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["rlora", *arguments])
-        try:
-            main()
-        except SystemExit as ended:
-            return int(ended.code or 0)
-    return 0
 
 
 def names(section: type, prefix: str = "") -> list[str]:

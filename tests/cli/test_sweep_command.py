@@ -1,34 +1,22 @@
 """`rlora sweep` as it is typed: what it makes of axes, single members and files."""
 
 import re
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROOT
+from conftest import exit_status as run
 
 import rlora.sweeps.results
 import rlora.sweeps.sweep
-from rlora.cli.main import main
 from rlora.settings import Config
 from rlora.sweeps.diary import Diary, whole_lines
 from rlora.sweeps.halving import Halving
 from rlora.sweeps.sweep import Swept
 
 TOML = str(ROOT / "launch" / "arithmetic.toml")
-
-
-def run(*arguments: str) -> int:
-    """The exit status of `rlora ...`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["rlora", *arguments])
-        try:
-            main()
-        except SystemExit as ended:
-            return int(ended.code or 0)
-    return 0
 
 
 @pytest.fixture

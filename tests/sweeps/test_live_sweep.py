@@ -54,7 +54,7 @@ def test_members_come_and_go_and_one_that_fails_harms_no_other(tmp_path: Path) -
         told, errors = sweep.communicate(timeout=600)
     assert sweep.returncode == 1, errors
     assert "mine.py:4: sums raised ValueError: ill in the third step" in errors
-    assert errors.strip().endswith(f"`rlora sweep --resume {place}` goes on with them")
+    assert errors.strip().endswith(f"`rlora sweep --resume {place}` continues them")
     assert "versions that engines hold: 6, " in told
     statuses = {name: fate.status for name, fate in Diary(place).fates.items()}
     assert statuses == {"rank-1": "finished", "rank-2": "finished", "hotter": "finished", "ill": "failed"}

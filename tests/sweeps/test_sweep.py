@@ -135,7 +135,7 @@ def test_a_member_that_fails_is_set_aside_and_goes_on_later(
         "2 of 3 members failed:",
         "rank-2, after 3 steps: version rank-2-v3: the engine does not serve it",
         "ppo, after 4 steps: ValueError: a fault",
-        f"`rlora sweep --resume {place}` goes on with them",
+        f"`rlora sweep --resume {place}` continues them",
     ]
     assert Diary(place).fates["rank-2"].why.startswith("version rank-2-v3")
     assert bits(place / "plain") == alone(tmp_path / "alone", "plain", config_of(base, MEMBERS["plain"]), tiny)
