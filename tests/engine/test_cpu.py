@@ -10,12 +10,12 @@ pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]  # importi
 SLOT_OF = {7: 0, 9: 1}
 
 
-@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize(("most", "rank"), [(1, 1), (8, 1), (8, 2), (8, 3), (8, 5), (8, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("widths", [(4,), (4, 2)])
 @pytest.mark.parametrize("ids", [(7, 7, 7, 7), (7, 0, 9, 7), (0, 0, 0, 0)])
 def test_each_row_gets_its_own_adapter_or_none(
-    ids: tuple[int, ...], widths: tuple[int, ...], dtype: torch.dtype, rank: int
+    ids: tuple[int, ...], widths: tuple[int, ...], dtype: torch.dtype, most: int, rank: int
 ) -> None:
     from vllm.lora.layers import LoRAMapping
 
@@ -24,23 +24,27 @@ def test_each_row_gets_its_own_adapter_or_none(
     torch.manual_seed(0)
     d_in = 5
     layer: Any = SimpleNamespace(
-        lora_a_stacked=tuple(torch.zeros(2, 1, rank, d_in, dtype=dtype) for _ in widths),
-        lora_b_stacked=tuple(torch.zeros(2, 1, width, rank, dtype=dtype) for width in widths),
+        lora_a_stacked=tuple(torch.zeros(2, 1, most, d_in, dtype=dtype) for _ in widths),
+        lora_b_stacked=tuple(torch.zeros(2, 1, width, most, dtype=dtype) for width in widths),
     )
     model = SimpleNamespace(lora_manager=SimpleNamespace(modules={"qkv_proj": layer}, lora_index_to_id=[7, 9]))
     lay_out(model)
     for part in (*layer.lora_a_stacked, *layer.lora_b_stacked):
         part[0].normal_(), part[1].normal_()  # as vLLM writes them: into one slot of one part
-    tell_rank(model, 9, 1)
-    for a, b in zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True):
-        a[1, 0, 1:], b[1, 0, :, 1:] = torch.nan, torch.nan  # what is beyond an adapter's own rank is not read
+    ranks = rank, 1
+    for slot, (adapter, own) in enumerate(zip(SLOT_OF, ranks, strict=True)):
+        tell_rank(model, adapter, own)
+        read = next(count for count in (1, 2, 4, 8) if count >= own)
+        for a, b in zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True):
+            a[slot, 0, own:], b[slot, 0, :, own:] = 0.0, 0.0  # as vLLM pads them
+            a[slot, 0, read:], b[slot, 0, :, read:] = torch.nan, torch.nan  # not read
     x, y = torch.randn(4, d_in).to(dtype), torch.randn(4, sum(widths)).to(dtype)
     expected = y.double()
     for row, adapter in enumerate(ids):
         if adapter:
             slot = SLOT_OF[adapter]
             parts = zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True)
-            own = rank if adapter == 7 else 1
+            own = ranks[slot]
             expected[row] += torch.cat(
                 [b[slot, 0, :, :own].double() @ a[slot, 0, :own].double() @ x[row].double() for a, b in parts]
             )
@@ -58,6 +62,18 @@ def test_each_row_gets_its_own_adapter_or_none(
         got = padded[:, :-1]
         products.add_lora_logits(padded, x, layer.lora_a_stacked[0], layer.lora_b_stacked[0], 1.0)
         torch.testing.assert_close(got, expected.to(dtype))
+
+
+def test_where_compiled_code_has_no_place_on_disk_it_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    from numba.core.caching import CacheImpl
+
+    from rlora.engine.cpu import product
+
+    def next_one(number: int) -> int:
+        return number + 1
+
+    monkeypatch.setattr(CacheImpl, "_locator_classes", [])
+    assert product._compiled(next_one)(1) == 2
 
 
 def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:

@@ -50,6 +50,7 @@ def lay_out(model: Any) -> None:
         if parts_a[0].dim() != 4:  # over the embeddings
             continue
         rank, widths = parts_a[0].shape[2], [part.shape[2] for part in parts_b]
+        assert rank in product.RANKS
         ThinProducts.ranks = np.full(len(parts_a[0]), rank)
         a = parts_a[0].new_zeros(len(parts_a[0]), len(parts_a) * rank, parts_a[0].shape[3])
         b = parts_b[0].new_zeros(len(parts_b[0]), rank, sum(widths))

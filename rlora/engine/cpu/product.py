@@ -14,6 +14,7 @@ def use_threads(count: int) -> None:
     numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
 
 
+RANKS = 1, 2, 4, 8  # for which there is a product
 _ANY_ORDER = {"reassoc", "contract", "nsz"}  # of additions, so that they are done side by side
 _JIT = numba.njit(fastmath=_ANY_ORDER)
 
@@ -49,34 +50,6 @@ def _rounded(typing: Any, value: Any, like: Any) -> Any:
     return like(value, like), code
 
 
-@numba.njit(parallel=True, fastmath=_ANY_ORDER)
-def add(y: Any, x: Any, a: Any, b: Any, slots: Any, ranks: Any, ends: Any, scale: float) -> None:
-    """y (rows, D) += scale B A x (rows, d_in), A and B of each row's slot; all in fp32, rounded once.
-
-    a (slots, parts x r, d_in); b (slots, r, D), whose columns before ends[0] are of the first r rows of a, and so on.
-    ranks (slots,): how many of the r each slot's adapter has; the rest, which are 0, are not read.
-    """
-    most = b.shape[1]
-    for row in numba.prange(len(x)):
-        slot = slots[row]
-        rank = ranks[slot]
-        if slot >= 0 and rank == 1:
-            start = 0
-            for part in range(len(ends)):
-                h = np.float32(scale) * _dot(x[row], a[slot, part * most])
-                _add_scaled_rounded(y[row, start : ends[part]], h, b[slot, 0, start : ends[part]])
-                start = ends[part]
-        elif slot >= 0:
-            delta = np.zeros(b.shape[2], np.float32)
-            start = 0
-            for part in range(len(ends)):
-                for r in range(rank):
-                    h = np.float32(scale) * _dot(x[row], a[slot, part * most + r])
-                    _add_scaled(delta[start : ends[part]], h, b[slot, r, start : ends[part]])
-                start = ends[part]
-            _add_rounded(y[row], delta)
-
-
 @_JIT
 def _dot(x: Any, a: Any) -> Any:
     total = np.float32(0)
@@ -86,18 +59,75 @@ def _dot(x: Any, a: Any) -> Any:
 
 
 @_JIT
-def _add_scaled(delta: Any, h: Any, b: Any) -> None:
-    for d in range(len(delta)):
-        delta[d] += h * _read(b[d])
+def _hidden_1(rank: int, a: Any, x: Any, scale: Any) -> Any:
+    """scale A x of one rank, in a tuple."""
+    return (scale * _dot(x, a[rank]),)
 
 
 @_JIT
-def _add_rounded(y: Any, delta: Any) -> None:
-    for d in range(len(delta)):
-        y[d] = _rounded(_read(y[d]) + delta[d], y[d])
+def _columns_1(rank: int, b: Any, start: int, end: int) -> Any:
+    """B's column of one rank, from `start` to `end`, in a tuple."""
+    return (b[rank, start:end],)
+
+
+def _twice(some: Any, count: int) -> Any:
+    """As `some`, which gives a tuple of `count` ranks from one on, of twice as many."""
+
+    @_JIT
+    def both(rank: int, *of: Any) -> Any:
+        return some(rank, *of) + some(rank + count, *of)
+
+    return both
+
+
+_hidden_2, _columns_2 = _twice(_hidden_1, 1), _twice(_columns_1, 1)
+_hidden_4, _columns_4 = _twice(_hidden_2, 2), _twice(_columns_2, 2)
+_hidden_8, _columns_8 = _twice(_hidden_4, 4), _twice(_columns_4, 4)
 
 
 @_JIT
-def _add_scaled_rounded(y: Any, h: Any, b: Any) -> None:
+def _add_columns(y: Any, hidden: Any, columns: Any) -> None:
+    """y (d) += the columns times their numbers, in one pass: as tuples, for so the loop over them is unrolled."""
     for d in range(len(y)):
-        y[d] = _rounded(_read(y[d]) + h * _read(b[d]), y[d])
+        total = _read(y[d])
+        for r in range(len(hidden)):
+            total += hidden[r] * _read(columns[r][d])
+        y[d] = _rounded(total, y[d])
+
+
+def _add(y: Any, x: Any, a: Any, b: Any, slots: Any, ranks: Any, ends: Any, scale: float) -> None:
+    """y (rows, D) += scale B A x (rows, d_in), A and B of each row's slot; all in fp32, rounded once.
+
+    a (slots, parts x r, d_in); b (slots, r, D), whose columns before ends[0] are of the first r rows of a, and so on;
+    r is one of `RANKS`. ranks (slots,): how many of the r each slot's adapter has. Of the rest, which are 0, those up
+    to the next of `RANKS` are read.
+    """
+    most, factor = b.shape[1], np.float32(scale)
+    for row in numba.prange(len(x)):
+        slot = slots[row]
+        rank = ranks[slot]
+        start = 0
+        for part in range(len(ends) if slot >= 0 else 0):
+            first, end = part * most, ends[part]
+            of_row = y[row, start:end]
+            if rank == 1:
+                _add_columns(of_row, _hidden_1(first, a[slot], x[row], factor), _columns_1(0, b[slot], start, end))
+            elif rank == 2:
+                _add_columns(of_row, _hidden_2(first, a[slot], x[row], factor), _columns_2(0, b[slot], start, end))
+            elif rank <= 4:
+                _add_columns(of_row, _hidden_4(first, a[slot], x[row], factor), _columns_4(0, b[slot], start, end))
+            else:
+                _add_columns(of_row, _hidden_8(first, a[slot], x[row], factor), _columns_8(0, b[slot], start, end))
+            start = end
+
+
+def _compiled(function: Any) -> Any:
+    """Kept on disk, for compiling takes 4 seconds; where there is no place for it, compiled in each process."""
+    options = {"parallel": True, "fastmath": _ANY_ORDER}
+    try:
+        return numba.njit(function, cache=True, **options)
+    except RuntimeError:
+        return numba.njit(function, **options)
+
+
+add = _compiled(_add)
