@@ -28,8 +28,9 @@ def refuse_to_go_on(config: Config, update: UpdateStats) -> None:
     """Raise RloraError after `learner.max_bad_updates` skipped updates in a row."""
     if update.skipped_in_a_row >= config.learner.max_bad_updates:
         raise RloraError(
-            f"learner: {update.skipped_in_a_row} updates in a row had a non-finite loss or gradient ({update}); the "
-            'adapter is as it was before them. Lower learner.lr or use dtype = "float32"'
+            f"learner: {update.skipped_in_a_row} updates in a row had a non-finite loss or gradient (loss "
+            f"{update.loss:.3g}, gradient norm {update.grad_norm:.3g}, lr {update.lr:.3g}); the adapter is as it was "
+            'before them. Lower learner.lr or use dtype = "float32"'
         )
 
 

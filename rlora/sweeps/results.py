@@ -114,12 +114,17 @@ def verdict(members: Sequence[Ended]) -> str:
 
 
 def _is_better(best: Standing, other: Standing) -> bool:
-    """Whether the 95% interval of the difference of the means lies above 0 (Welch 1947)."""
-    if min(len(best.values), len(other.values)) < 2:
-        return False
-    parts = [stdev(each.values) ** 2 / len(each.values) for each in (best, other)]
+    mean, half = difference(best, other)
+    return mean > half
+
+
+def difference(one: Standing, other: Standing) -> tuple[float, float]:
+    """The difference of two means, and half of its 95% interval (Welch 1947); infinite for one member."""
+    mean, counts = one.mean - other.mean, [len(one.values), len(other.values)]
+    if min(counts) < 2:
+        return mean, math.inf
+    parts = [stdev(each.values) ** 2 / count for each, count in zip((one, other), counts, strict=True)]
     if not sum(parts):
-        return best.mean > other.mean
-    squares = sum(part**2 / (len(each.values) - 1) for part, each in zip(parts, (best, other), strict=True))
-    freedom = sum(parts) ** 2 / squares
-    return best.mean - other.mean > quantile(freedom) * math.sqrt(sum(parts))
+        return mean, 0.0
+    freedom = sum(parts) ** 2 / sum(part**2 / (count - 1) for part, count in zip(parts, counts, strict=True))
+    return mean, quantile(freedom) * math.sqrt(sum(parts))

@@ -345,6 +345,8 @@ def test_a_sweep_goes_on_as_it_began(stage: Stage, base: Config, tmp_path: Path)
     sweep(base, over={"learner.rank": [1, 2]}, run_dir=place, tell=str, steps=1)
     with pytest.raises(RloraError, match=r"--resume .*: over was .*1, 2.*, and is .*1, 4.* now; leave it out"):
         sweep(resume=place, over={"learner.rank": [1, 4]})
+    with pytest.raises(RloraError, match=r"leave out config and run_dir"):
+        sweep(resume=place, run_dir=tmp_path / "other")
     with pytest.raises(RloraError, match=r"it is not empty; go on with its sweep by `rlora sweep --resume"):
         sweep(base, over={"learner.rank": [1, 2]}, run_dir=place)
     with pytest.raises(RloraError, match=r"no sweep is there"):
