@@ -63,7 +63,7 @@ from rlora.model.base import DEMO
 from rlora.records import BASE, OFF, Adapter, Sampling
 from rlora.rollout.fleet import Fleet, wait_for
 from rlora.rollout.requests import Request
-from rlora.rollout.task import Served, Task, load_task
+from rlora.rollout.task import ServedPolicy, Task, load_task
 from rlora.run.start import read
 from rlora.store import write_adapter
 
@@ -184,7 +184,7 @@ def engines(task: Task, kind: type[Probe], learn: bool = False, **changes: Any) 
     """A fleet of `kind`, whose engines have all cores each, and a learner."""
     cluster.ENGINE = f"{HERE}:{kind.__name__}"
     settings = {"engine": {"threads": machine.cores()}} | changes
-    with cluster.start([Served(POLICY, validate(CONFIG | settings), task)], learn=learn) as job:
+    with cluster.start([ServedPolicy(POLICY, validate(CONFIG | settings), task)], learn=learn) as job:
         learners, fleet = job.learners, job.fleet
         yield learners.get(POLICY), fleet
 

@@ -81,11 +81,11 @@ def memory_in_use() -> Iterator[dict[str, float]]:
 
     def watch() -> None:
         while not over.wait(0.5):
-            for card in cards.of_node():
+            for card in cards.list_cards():
                 found["card_gib"] = max(found.get("card_gib", 0.0), (card.total - card.free) / cards.GIB)
 
     watching = threading.Thread(target=watch)
-    if cards.of_node():
+    if cards.list_cards():
         watching.start()
     try:
         yield found

@@ -29,7 +29,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from rlora.records import Case
+from rlora.records import RewardInput
 from rlora.rewards.equivalence import grade
 from rlora.scoring.pool import Pool
 from rlora.scoring.worker import Setup
@@ -139,9 +139,9 @@ def soak(pairs: Sequence[Pair], count: int) -> dict[str, float]:
     return {"pairs": count, "processes_left": left, "mib_grown": sizes[-1] - sizes[0], "mib": sizes[-1]}
 
 
-def case(gold: str, prediction: str) -> Case:
+def case(gold: str, prediction: str) -> RewardInput:
     said = ({"role": "assistant", "content": prediction},)
-    return Case("", "", gold, {}, (prediction,), (said,), ((),), ({},))
+    return RewardInput("", "", gold, {}, (prediction,), (said,), ((),), ({},))
 
 
 if __name__ == "__main__":

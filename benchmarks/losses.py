@@ -111,9 +111,9 @@ def ours(
             known = {"start_logprobs": logprobs["start"][place]}
             known |= {"reference_logprobs": logprobs["reference"][place]} if algorithm.kl else {}
             made = sample_of(group.prompt.token_ids, episode, weight=weight(episode))
-            samples.append(made.knowing(**{name: torch.tensor(of).double() for name, of in known.items()}))
+            samples.append(made.with_tokens(**{name: torch.tensor(of).double() for name, of in known.items()}))
         advantages = objective.advantages(group, samples)
-        credited = [each.knowing(advantages=of) for each, of in zip(samples, advantages, strict=True)]
+        credited = [each.with_tokens(advantages=of) for each, of in zip(samples, advantages, strict=True)]
         (row,) = microbatches([credited], 1000, torch.float32, torch.device("cpu"))
         places = [of_episode[id(each.episode)] for each in row.samples]
         now = torch.tensor([x for place in places for x in logprobs["now"][place]]).double().requires_grad_()

@@ -138,14 +138,14 @@ def prices() -> dict[str, Any]:
     from rlora.config import read
     from rlora.core.setup import Setup
     from rlora.records import BASE, Sampling
-    from rlora.rollout.task import Served, load_task
+    from rlora.rollout.task import ServedPolicy, load_task
 
     config = read(ROOT / CONFIG)
     config = replace(config, engine=replace(config.engine, max_num_seqs=max(ROWS)))
     task, names = load_task(config), [f"p{number}" for number in range(max(ADAPTERS))]
     found: dict[str, Any] = {"decoding": {}, "update": {}}
     table = Table("rows", *(f"{count} adapters" for count in ADAPTERS), title="milliseconds per decoding step")
-    with cluster.start([Served(name, config, task) for name in names]) as job:
+    with cluster.start([ServedPolicy(name, config, task) for name in names]) as job:
         adapters = [job.learners[name].open(name, Setup.of(replace(config, seed=n))) for n, name in enumerate(names)]
         for adapter in adapters:
             job.fleet.swap(adapter)

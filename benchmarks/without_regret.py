@@ -58,7 +58,7 @@ def row_of(task: str, place: Path, member: Any) -> Row:
     return {
         "task": task,
         "sweep": place.name,
-        "rank": 0 if config.learner.whole else config.learner.rank,  # 0: full fine-tuning
+        "rank": 0 if config.learner.full_finetuning else config.learner.rank,  # 0: full fine-tuning
         "targets": config.learner.targets,
         "lr": config.learner.lr,
         "prompts": config.prompts_per_step,

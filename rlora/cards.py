@@ -1,6 +1,6 @@
 """NVIDIA GPUs: what a node has, whether torch can use it, and how the memory of one is shared out.
 
-`of_node` asks nvidia-smi, which takes no CUDA context. What asks torch runs in the process of a learner or an engine.
+`list_cards` asks nvidia-smi, which creates no CUDA context. Functions that ask torch run in learners and engines only.
 """
 
 import os
@@ -41,7 +41,7 @@ class Card:
 
 
 @dataclass(frozen=True)
-class Held:
+class LearnerMemory:
     """What learners hold of one card."""
 
     bytes: int = 0  # at most, measured
@@ -49,20 +49,20 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Beside:
+class MemoryPlan:
     """What an engine has to know of the cards before it starts."""
 
-    learners: Mapping[str, Held] = field(default_factory=dict)  # by the card's uuid
+    learners: Mapping[str, LearnerMemory] = field(default_factory=dict)  # by the card's uuid
     kv_cache: int = 0  # bytes that an engine before it found room for; 0: none was started yet
 
 
-def told(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """An error in words, with what to do where it is one of memory."""
     words = f"{type(error).__name__}: {error}"
     return f"{words}. {LESS}" if isinstance(error, torch.OutOfMemoryError) else words
 
 
-def of_node() -> list[Card]:
+def list_cards() -> list[Card]:
     """The cards of this node, also those that CUDA_VISIBLE_DEVICES hides. Raises RloraError where the driver fails."""
     program = shutil.which("nvidia-smi")
     if not program:
@@ -90,12 +90,12 @@ def _mib(number: str) -> int:
     return int(number) * 2**20 if number.isdecimal() else 0  # [N/A] on cards that share the host's memory
 
 
-def refuse_silent_cpu(gpus_of_ray: float, wanted: bool) -> None:
+def check_cpu_is_intended(gpus_of_ray: float, wanted: bool) -> None:
     """Raise RloraError where this node has cards and Ray sees none: a run would train on the CPU without a word.
 
     It may where no GPU is `wanted`: engine.gpus and learner.gpus are 0.
     """
-    if gpus_of_ray or not wanted or not (cards := of_node()):
+    if gpus_of_ray or not wanted or not (cards := list_cards()):
         return
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     why = (
@@ -125,7 +125,7 @@ def _reason() -> str:
     needed = torch.version.cuda
     if needed is None:
         return "it is built for CPUs; install rlora with the extra cuda, in an environment of its own"
-    driver = next((card.driver for card in of_node()), None)
+    driver = next((card.driver for card in list_cards()), None)
     oldest = _DRIVERS.get(needed.partition(".")[0])
     if driver and oldest and int(driver.partition(".")[0]) < int(oldest):
         return f"it is built for CUDA {needed}, which needs driver {oldest} or later, and this is {driver}; update it"
@@ -159,7 +159,7 @@ def share_of_learner(free: int, total: int, gpus: float, name: str) -> tuple[int
 
 
 def budget_of_engine(
-    free: int, total: int, gpus: float, beside: Held, eager: bool, name: str, share_asked: float = 0.0
+    free: int, total: int, gpus: float, beside: LearnerMemory, eager: bool, name: str, share_asked: float = 0.0
 ) -> int:
     """Bytes that an engine which reserved `gpus` of a card may take, with its KV cache: the share that is asked for, or
     of what learners leave as much as it reserved of what they left. Raises RloraError where others hold that."""

@@ -56,8 +56,8 @@ def read_table(path: Path | UPath) -> dict[str, Any]:
             raise RloraError(f"{path}: not valid TOML: it looks like UTF-16; save it as UTF-8") from None
         raise RloraError(f"{path}: not valid TOML: {error}") from None
     table.pop("provenance", None)  # what made a run; not a setting
-    refuse_unlearnable(table)
-    refuse_unlearnable(table["sampling"] if isinstance(table.get("sampling"), dict) else ())
+    check_learnable(table)
+    check_learnable(table["sampling"] if isinstance(table.get("sampling"), dict) else ())
     return table
 
 
@@ -71,7 +71,7 @@ def validate(values: Config | dict[str, Any], source: str = "") -> Config:
         config = _ADAPTER.validate_json(json.dumps(table, default=str))  # JSON, like TOML, has lists for tuples
     except ValidationError as error:
         raise RloraError(source + explain(error)) from None
-    if config.learner.whole:
+    if config.learner.full_finetuning:
         _refuse_beside_all_weights(config, source)
     if config.learner.shard:
         _refuse_to_shard(config.learner, source)
@@ -99,7 +99,7 @@ def _refuse_what_makes_no_sense(config: Config, source: str) -> None:
          f"there are {len(functions)} reward functions; give as many weights, or leave them out"),
         ((config.env and not functions) or len(set(functions)) < len(functions), "reward",
          "name one reward function or more, each once"),
-        (keeps.keep_best and keeps.keep_last <= config.max_staleness and not config.learner.whole,
+        (keeps.keep_best and keeps.keep_last <= config.max_staleness and not config.learner.full_finetuning,
          "checkpoint.keep_last", f"with max_staleness = {config.max_staleness} a version is gone before it is known to "
          f"be the best; set it to {config.max_staleness + 1} or more, or checkpoint.keep_best to 0"),
         (keeps.best_by == "accuracy" and not (config.evaluate.every and config.evaluate.prompts), "checkpoint.best_by",
@@ -133,10 +133,10 @@ def _refuse_what_makes_no_sense(config: Config, source: str) -> None:
          "the one minibatch of an update starts where the update does; set it to 0, or more minibatches or epochs"),
         (a.bootstrap_truncated and a.drop_truncated, "algorithm.bootstrap_truncated",
          "algorithm.drop_truncated learns nothing from those completions; leave one of them out"),
-        (a.kl and config.learner.whole, "algorithm.kl",
+        (a.kl and config.learner.full_finetuning, "algorithm.kl",
          "the reference policy is the base with the adapter off, and without an adapter the base itself is trained; "
          "set it to 0"),
-        (a.advantage == "gae" and config.learner.whole, "algorithm.advantage",
+        (a.advantage == "gae" and config.learner.full_finetuning, "algorithm.advantage",
          "the critic is an adapter beside the policy's, on a base that stays; it needs learner.adapter = \"lora\""),
         (a.advantage == "gae" and config.critic.warmup >= config.steps, "critic.warmup",
          f"the policy would never learn in {config.steps} steps; set it below `steps`"),
@@ -190,7 +190,7 @@ def _refuse_to_shard(learner: LearnerConfig, source: str) -> None:
         )
 
 
-def refuse_unlearnable(names: Iterable[str]) -> None:
+def check_learnable(names: Iterable[str]) -> None:
     """Raise RloraError for a sampling option whose distribution the learner could not reproduce."""
     for name in names:
         if name in _UNLEARNABLE:
@@ -328,7 +328,7 @@ _FIXED = (
 )  # fmt: skip
 
 
-def refuse_another_policy(before: Config, after: Config, option: str) -> None:
+def check_same_policy(before: Config, after: Config, option: str) -> None:
     """Raise RloraError where a saved adapter would be of another base, rank, scale or set of matrices."""
     critics = [config.critic.rank if config.algorithm.advantage == "gae" else 0 for config in (before, after)]
     for name, (was, now) in differences(before, after).items():

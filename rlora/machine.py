@@ -51,7 +51,7 @@ def name() -> str:
     cpu = f"{'+'.join([kind, *extras])}, {cores()} cores"
     if not torch.cuda.is_available():
         return cpu
-    gpus = cards.of_node()  # torch would take a context of CUDA's to say it, half a GiB of a card
+    gpus = cards.list_cards()  # torch would take a context of CUDA's to say it, half a GiB of a card
     return f"{cpu}, {gpus[0].name}" if gpus else cpu
 
 
@@ -64,7 +64,7 @@ def _cpuinfo() -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
-def here() -> str:
+def describe_device() -> str:
     """What this process computes on, in words. On a GPU it takes a context of CUDA's."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({torch.get_num_threads()} threads)"
 

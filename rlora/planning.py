@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from rlora import cards
-from rlora.cards import GIB, Held
+from rlora.cards import GIB, LearnerMemory
 from rlora.core.footprint import FRAGMENTED, Footprint, Rows, bytes_of, fitting_rows, footprint, given_rows
 from rlora.core.lora import matrices
 from rlora.core.objectives import objective_of
@@ -142,7 +142,7 @@ def plan(config: Config, gpu: str | None = None, gpus: int = 1) -> Plan:
         faults.append(str(error))
         rows = Rows(config.learner.microbatch_tokens or config.max_model_len, config.learner.checkpointing is not False)
     taken = footprint(config, base, rows, on_gpu=True)
-    held = Held(taken.on_gpu, of_learner) if shared else Held()
+    held = LearnerMemory(taken.on_gpu, of_learner) if shared else LearnerMemory()
     kv_cache = 0
     try:
         asked = config.engine.gpu_memory_utilization
@@ -169,7 +169,7 @@ def _card(gpu: str | None) -> tuple[str, Kind] | None:
         if gpu not in KINDS:
             raise RloraError(f"--gpu {gpu}: no such card; there are {', '.join(KINDS)}")
         return gpu, KINDS[gpu]
-    found = cards.of_node()
+    found = cards.list_cards()
     if not found:
         return None
     plain = found[0].name.lower().replace(" ", "")

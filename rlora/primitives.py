@@ -16,13 +16,13 @@ if TYPE_CHECKING:  # what imports torch and Ray
 
     from rlora.cluster.ranks import Ranks
     from rlora.core.batch import Sample
-    from rlora.core.learner import Computed, Groups
+    from rlora.core.learner import ForwardBackwardOutput, Groups
     from rlora.core.objectives.objective import Loss
     from rlora.core.optimizer import Adam, StepStats
     from rlora.core.setup import Setup
     from rlora.rollout.fleet import Fleet
     from rlora.rollout.player import AgentLoop
-    from rlora.rollout.task import Served
+    from rlora.rollout.task import ServedPolicy
 
 _STATE = "state.safetensors"
 
@@ -45,18 +45,18 @@ def policies(
 ) -> Iterator[Mapping[str, Policy]]:
     """Several, over one base, by their names: `members` are the fields in which each differs from `config`."""
     from rlora import cluster
-    from rlora.rollout.task import Served
+    from rlora.rollout.task import ServedPolicy
     from rlora.run.prepare import checked
 
     resume = resume or {}
     if unknown := resume.keys() - members.keys():
         raise RloraError(f"resume = {sorted(unknown)}: the policies are {', '.join(members)}; name one of those")
-    made: list[tuple[Served, Setup, bytes | None]] = []
+    made: list[tuple[ServedPolicy, Setup, bytes | None]] = []
     for name, changes in members.items():
         own = given(config, changes, least={"env": "", "reward": ""})
         task, setup = checked(own)
         saved = _saved(resume[name], setup) if name in resume else None
-        made.append((Served(name, own, task), setup, saved))
+        made.append((ServedPolicy(name, own, task), setup, saved))
     with cluster.start([served for served, *_ in made]) as job:
         learners, fleet, agent_loops = job.learners, job.fleet, job.loops
         yield {
@@ -69,7 +69,13 @@ class Policy:
     """The base and one adapter, which is trained."""
 
     def __init__(
-        self, served: Served, learner: Ranks, fleet: Fleet, loop: AgentLoop, setup: Setup, saved: bytes | None = None
+        self,
+        served: ServedPolicy,
+        learner: Ranks,
+        fleet: Fleet,
+        loop: AgentLoop,
+        setup: Setup,
+        saved: bytes | None = None,
     ) -> None:
         self.name, self.config, self.task = served.policy, served.config, served.task
         self._learner, self._fleet, self._loop = learner, fleet, loop
@@ -108,14 +114,16 @@ class Policy:
 
         pairs = zip(group.episodes, advantages, strict=True)
         return [
-            sample_of(group.prompt.token_ids, episode, advantage) for episode, advantage in pairs if episode.own_tokens
+            sample_of(group.prompt.token_ids, episode, advantage)
+            for episode, advantage in pairs
+            if episode.sampled_tokens
         ]
 
     def forward(self, groups: Groups, reference: bool = False) -> list[list[Tensor]]:
         """The logprob of each target of each sample, (C,) float32: of the policy, or of the reference policy."""
         return self._learner.forward(self.name, groups, reference)
 
-    def forward_backward(self, groups: Groups, loss: Loss) -> Computed:
+    def forward_backward(self, groups: Groups, loss: Loss) -> ForwardBackwardOutput:
         """Add the gradient of `loss` over the samples to what was added since the last step.
 
         `loss(outputs, microbatch)` returns a sum over the microbatch's targets, and figures of (C,) each. The samples
@@ -167,11 +175,11 @@ class Policy:
 def _saved(directory: str | PathLike[str], setup: Setup) -> bytes:
     """What `Policy.save` wrote for a policy to go on from. Raises RloraError where it isn't there, or of another."""
     from rlora.core.peft_format import decode
-    from rlora.run.start import read, refuse_another_adapter
+    from rlora.run.start import check_same_adapter, read
 
     path = reachable(str(directory))
     state = read_file(path / _STATE)
     if state is None:
         raise RloraError(f"resume = {str(path)!r}: it has no {_STATE}; name a directory that Policy.save wrote")
-    refuse_another_adapter(f"resume = {str(path)!r}", decode(*read(path))[0], setup.learner)
+    check_same_adapter(f"resume = {str(path)!r}", decode(*read(path))[0], setup.learner)
     return state

@@ -86,16 +86,16 @@ class Episode:
     version: Version  # that sampled it
     text: str = ""  # the policy's last message, without special tokens
     reward: float | None = None  # None until it is scored
-    own: tuple[bool, ...] = ()  # T: which tokens the policy sampled, where some are a tool's; empty: all
+    sampled_mask: tuple[bool, ...] = ()  # T: which tokens the policy sampled, where some are a tool's; empty: all
     messages: Messages = ()  # all that followed the prompt, the env's among it; the last of the policy's is `text`
     state: Mapping[str, Any] = field(default_factory=dict)  # what the env's `reply` kept of it
     status: str = ""  # of STATUSES, once it is scored
     parts: Mapping[str, float] = field(default_factory=dict)  # what each reward function gave, by name, not weighted
 
     @property
-    def own_tokens(self) -> int:
+    def sampled_tokens(self) -> int:
         """How many the policy sampled."""
-        return sum(self.own) if self.own else len(self.completion_ids)
+        return sum(self.sampled_mask) if self.sampled_mask else len(self.completion_ids)
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Case:
+class RewardInput:
     """A group as reward functions see it. Each of the tuples has G items."""
 
     prompt: str | Messages  # as the env gave it
@@ -174,13 +174,13 @@ class Adapter:
     number: int  # of the version
     config: bytes  # adapter_config.json; of all weights config.json
     weights: bytes  # adapter_model.safetensors, fp32; of all weights model.safetensors, in the base's dtype
-    whole: bool = False  # all weights
+    full_weights: bool = False  # all weights
     canary: Canary | None = None  # what an engine that serves it gives too; None where no learner said
 
     @property
     def files(self) -> dict[str, bytes]:
         """What it is on disk, by name."""
-        names = WHOLE_FILES if self.whole else ADAPTER_FILES
+        names = WHOLE_FILES if self.full_weights else ADAPTER_FILES
         return dict(zip(names, (self.config, self.weights), strict=True))
 
     @cached_property
@@ -264,7 +264,7 @@ class UpdateStats:
 
 
 @dataclass(frozen=True)
-class Saved:
+class SaveStats:
     """What the last bundle that was written cost."""
 
     seconds: float  # on the thread that writes
@@ -281,7 +281,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Proof:
+class Receipt:
     """What an engine says of a version that it serves now."""
 
     digest: str  # of the file that it read
@@ -299,7 +299,7 @@ class EngineStats:
 
 
 @dataclass(frozen=True)
-class About:
+class EngineInfo:
     """What an engine runs on and with."""
 
     words: str
@@ -338,7 +338,7 @@ class Agent(Env, Protocol):
 class Engine(Protocol):
     """Samples under exact adapter versions. A call returns at once; its future may raise EngineLostError."""
 
-    def load(self, adapter: Adapter, oldest: int = 0, kept: int | None = None) -> Future[Proof]:
+    def load(self, adapter: Adapter, oldest: int = 0, kept: int | None = None) -> Future[Receipt]:
         """Serve a version beside those it serves. Requests for versions of its policy with numbers below `oldest`,
         other than `kept`, are given up. Raises DeliveryError where the engine turns out to serve something else."""
         ...

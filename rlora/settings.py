@@ -176,7 +176,7 @@ class LearnerConfig:
     """CPU threads of a learner; 0 takes all cores, or its share where `max_staleness` lets engines run beside it."""
 
     @property
-    def whole(self) -> bool:
+    def full_finetuning(self) -> bool:
         """Whether all weights are trained: then there is no adapter."""
         return self.adapter == "none"
 

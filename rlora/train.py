@@ -96,6 +96,6 @@ def train(
         if not is_finished(run.place, run.config, run.start):
             with tracked(run):
                 drive([run])
-    last = newest(run.place, directory.Origin.of(run.place))
+    last = newest(run.place, directory.Provenance.of(run.place))
     assert last
     return Result(run.place, last.adapter, directory.summary(run.place), directory.figures(run.place))

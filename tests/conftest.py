@@ -32,14 +32,14 @@ from rlora.cli.main import main
 from rlora.config import validate
 from rlora.core.advantage import centred
 from rlora.core.batch import Microbatch, Sample, sample_of
-from rlora.core.learner import Learner, Trained
+from rlora.core.learner import Learner, PolicyState
 from rlora.core.lora import Bank, Spec
 from rlora.core.setup import Setup
 from rlora.model.base import DEMO, locate
-from rlora.records import Adapter, Case, Cursor, Episode, Group, Prompt, UpdateStats, Version
+from rlora.records import Adapter, Cursor, Episode, Group, Prompt, RewardInput, UpdateStats, Version
 from rlora.run import episodes
 from rlora.run.checkpoint import Bundle
-from rlora.run.directory import Origin
+from rlora.run.directory import Provenance
 from rlora.run.start import read_start
 from rlora.settings import Config
 
@@ -176,7 +176,7 @@ class Solo:
         return self.learner.open(self.name, Setup.of(self.config, read_start(self.config)), state)
 
     @property
-    def held(self) -> Trained:
+    def held(self) -> PolicyState:
         return self.learner.held[self.name]
 
     @property
@@ -227,11 +227,11 @@ def group(prompt: list[int], *episodes: Episode) -> Group:
     return Group(Prompt("?", answer=0, token_ids=tuple(prompt)), episodes)
 
 
-def case(*completions: str, answer: object = None, **columns: object) -> Case:
+def case(*completions: str, answer: object = None, **columns: object) -> RewardInput:
     """A group of such completions, as reward functions see it."""
     messages = tuple(({"role": "assistant", "content": text},) for text in completions)
     ids = tuple(tuple(range(len(text))) for text in completions)
-    return Case("?", "<user>?</user>", answer, columns, completions, messages, ids, ({},) * len(completions))
+    return RewardInput("?", "<user>?</user>", answer, columns, completions, messages, ids, ({},) * len(completions))
 
 
 @pytest.fixture
@@ -244,7 +244,7 @@ def groups() -> list[Group]:
     ]
 
 
-ORIGIN = Origin("run", "0123456789abcdef", "prompts", {"torch": "2"}, "a machine")
+ORIGIN = Provenance("run", "0123456789abcdef", "prompts", {"torch": "2"}, "a machine")
 WEIGHTS = (2).to_bytes(8, "little") + b"{}"  # a safetensors file of no tensors
 
 

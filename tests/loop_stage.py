@@ -17,7 +17,7 @@ from rlora.core.learner import Learner
 from rlora.records import Adapter, Cursor, Group, Prompt, UpdateStats
 from rlora.rollout.requests import FleetStats
 from rlora.rollout.stream import Collection
-from rlora.rollout.task import Served
+from rlora.rollout.task import ServedPolicy
 from rlora.settings import Config
 
 
@@ -97,13 +97,13 @@ class HereJob:
 
     is_apart = False
 
-    def __init__(self, stage: Stage, served: Sequence[Served]) -> None:
+    def __init__(self, stage: Stage, served: Sequence[ServedPolicy]) -> None:
         self.fleet, self.learners, self.loops = stage, dict[str, Here](), dict[str, str]()
         self.slots = sum(rlora.cluster.versions_of(each.config) for each in served)
         for each in served:
             self.join(each)
 
-    def join(self, served: Served) -> None:
+    def join(self, served: ServedPolicy) -> None:
         self.learners[served.policy], self.loops[served.policy] = self.fleet.learner, served.policy
 
     def leave(self, policy: str) -> None:
@@ -124,7 +124,7 @@ def set_stage(monkeypatch: pytest.MonkeyPatch, base: str) -> Stage:
     made = Stage()
 
     @contextmanager
-    def start(served: Sequence[Served]) -> Iterator[HereJob]:
+    def start(served: Sequence[ServedPolicy]) -> Iterator[HereJob]:
         made.learner = Here(served[0].config, base)
         made.job = job = HereJob(made, served)
         yield job

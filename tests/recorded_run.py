@@ -28,7 +28,7 @@ from rlora.cli import main
 from rlora.records import Cursor, Episode, Group, Prompt, Version
 from rlora.rollout.requests import FleetStats
 from rlora.rollout.stream import Collection
-from rlora.rollout.task import Served
+from rlora.rollout.task import ServedPolicy
 from rlora.run import checkpoint
 from rlora.settings import Config
 
@@ -89,13 +89,13 @@ class Job:
 
     is_apart = False
 
-    def __init__(self, learner: Any, served: Sequence[Served]) -> None:
+    def __init__(self, learner: Any, served: Sequence[ServedPolicy]) -> None:
         self.learner, self.fleet, self.slots = learner, NoFleet(), 2 * len(served)
         self.learners, self.loops = dict[str, Any](), dict[str, None]()
         for each in served:
             self.join(each)
 
-    def join(self, served: Served) -> None:
+    def join(self, served: ServedPolicy) -> None:
         self.learners[served.policy], self.loops[served.policy] = self.learner, None
 
     def leave(self, policy: str) -> None:
@@ -103,7 +103,7 @@ class Job:
 
 
 @contextmanager
-def learner_alone(served: Sequence[Served]) -> Iterator[Job]:
+def learner_alone(served: Sequence[ServedPolicy]) -> Iterator[Job]:
     with cluster.learning(cluster.shared(served), served[0].task.base) as learner:
         yield Job(learner, served)
 

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, ray_head
 
 from rlora import cards, machine
-from rlora.cards import GIB, Card, Held
+from rlora.cards import GIB, Card, LearnerMemory
 from rlora.cluster import placed
 from rlora.records import RloraError
 from rlora.settings import Config
@@ -41,7 +41,7 @@ def test_cards_are_what_nvidia_smi_lists(smi: Callable[..., None]) -> None:
         "NVIDIA A100, with a comma, GPU-2, 40960, 40000, 535.54, 8.0, Enabled",
         "GB10, GPU-3, [N/A], [N/A], 580, 12.1, [N/A]",
     )
-    one, two, three = cards.of_node()
+    one, two, three = cards.list_cards()
     assert one == Card("NVIDIA H100 80GB HBM3", "GPU-1", 81559 * 2**20, 80994 * 2**20, "580.65.06", (9, 0), False)
     assert (two.name, two.is_divided, two.capability) == ("NVIDIA A100, with a comma", True, (8, 0))
     assert (three.total, three.capability) == (0, (12, 1))
@@ -49,16 +49,16 @@ def test_cards_are_what_nvidia_smi_lists(smi: Callable[..., None]) -> None:
 
 def test_a_node_without_nvidia_smi_has_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert cards.of_node() == []
-    cards.refuse_silent_cpu(0, wanted=True)
+    assert cards.list_cards() == []
+    cards.check_cpu_is_intended(0, wanted=True)
 
 
 def test_a_driver_that_fails_is_told_of(smi: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     smi("Failed to initialize NVML: Driver/library version mismatch", code=18)
-    assert cards.of_node() == []  # no card is in this machine
+    assert cards.list_cards() == []  # no card is in this machine
     monkeypatch.setattr("rlora.cards.Path.exists", lambda _: True)
     with pytest.raises(RloraError, match=r"nvidia-smi fails .*version mismatch.*driver works"):
-        cards.of_node()
+        cards.list_cards()
 
 
 @pytest.mark.parametrize(
@@ -73,9 +73,9 @@ def test_no_run_goes_to_the_cpu_in_silence(
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     with pytest.raises(RloraError, match=f"this machine has 1 .*H100.* Ray sees none: .*{remedy}"):
-        cards.refuse_silent_cpu(0, wanted=True)
-    cards.refuse_silent_cpu(0, wanted=False)  # it was asked for
-    cards.refuse_silent_cpu(1, wanted=True)
+        cards.check_cpu_is_intended(0, wanted=True)
+    cards.check_cpu_is_intended(0, wanted=False)  # it was asked for
+    cards.check_cpu_is_intended(1, wanted=True)
 
 
 @pytest.mark.parametrize(
@@ -123,17 +123,17 @@ def test_the_learners_part_is_what_it_reserved() -> None:
 
 
 def test_an_engine_takes_what_the_learner_leaves() -> None:
-    def budget(total: int, gpus: float, beside: Held, free: int | None = None, eager: bool = True) -> float:
+    def budget(total: int, gpus: float, beside: LearnerMemory, free: int | None = None, eager: bool = True) -> float:
         return cards.budget_of_engine((free or total) * GIB, total * GIB, gpus, beside, eager, "H100") / GIB
 
-    learner = Held(30 * GIB, 0.5)
+    learner = LearnerMemory(30 * GIB, 0.5)
     assert budget(80, 0.5, learner, free=50) == 80 - 30 - 2  # two contexts
     assert budget(80, 0.5, learner, free=50, eager=False) == 80 - 30 - 3.5
     assert budget(80, 0.25, learner, free=50) == (80 - 31) / 2 - 1  # two engines beside it
-    assert budget(80, 1.0, Held()) == 79
-    assert budget(80, 0.5, Held()) == 39  # another may come
+    assert budget(80, 1.0, LearnerMemory()) == 79
+    assert budget(80, 0.5, LearnerMemory()) == 39  # another may come
     with pytest.raises(RloraError, match="nothing is left for an engine"):
-        budget(24, 0.5, Held(23 * GIB, 0.5))
+        budget(24, 0.5, LearnerMemory(23 * GIB, 0.5))
     with pytest.raises(RloraError, match=r"part of H100 is 48\.0 GiB, and only 10\.0 are free"):
         budget(80, 0.5, learner, free=10)
 

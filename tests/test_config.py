@@ -7,7 +7,7 @@ import pytest
 import tomli_w
 from conftest import ROOT
 
-from rlora.config import read, refuse_unlearnable, validate
+from rlora.config import check_learnable, read, validate
 from rlora.plugin import load
 from rlora.records import RloraError
 from rlora.settings import Config
@@ -117,7 +117,7 @@ def test_sampling_that_the_learner_could_not_know_is_refused(name: str, tmp_path
     with pytest.raises(RloraError, match=rf"sampling\.{name}: .*remove it"):
         read(path)
     with pytest.raises(RloraError, match=name):
-        refuse_unlearnable([name])
+        check_learnable([name])
 
 
 def test_unreadable_files_are_named(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from rlora.rollout.task import load_task
 from rlora.run.checkpoint import Bundle, bundle_path
 from rlora.run.health import RULES
 from rlora.run.source import split
-from rlora.scoring.signatures import plug
+from rlora.scoring.signatures import reward_function
 from rlora.store import write_directory
 from rlora.sweeps.halving import Halving
 from rlora.sweeps.members import members
@@ -168,7 +168,7 @@ def test_the_files_do_what_is_said_of_them(place: Path) -> None:
     }
     task = load_task(read(Path("doubling.toml")))
     assert (task.prompts[1].text, task.prompts[1].answer) == ("What is twice 2?", 4)
-    brief = plug("brief.py:brief", load("reward", "brief.py:brief"))
+    brief = reward_function("brief.py:brief", load("reward", "brief.py:brief"))
     scores = brief(case("It is 4.", "4", "5", answer=4), range(3))
     assert [score.value for score in scores] == [0.992, 0.999, -0.001]
     echo = load("env", "echo.py:Echo")()

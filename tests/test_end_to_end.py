@@ -33,7 +33,7 @@ from rlora.config import read
 from rlora.core.setup import Setup
 from rlora.records import Cursor, EngineLostError, Group, Prompt, RloraError
 from rlora.rollout.stream import Rollouts, prompt_at
-from rlora.rollout.task import Served, load_task
+from rlora.rollout.task import ServedPolicy, load_task
 from rlora.run import checkpoint
 from rlora.run.health import RULES
 from rlora.run.prepare import prepared
@@ -628,7 +628,7 @@ def test_a_run_outlives_its_engines_its_learners_and_its_scorers(
         timer.start()
 
     trained: list[Group] = []
-    with cluster.start([Served("run", small, task)]) as job:
+    with cluster.start([ServedPolicy("run", small, task)]) as job:
         learners, fleet, loops = job.learners, job.fleet, job.loops
         learner, loop = learners["run"], loops["run"]
         ranks: Any = learner

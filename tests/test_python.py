@@ -23,7 +23,7 @@ import rlora
 from rlora import plugin
 from rlora.core.learner import Learner
 from rlora.core.setup import Setup as Policy
-from rlora.records import Case, Prompt, RloraError
+from rlora.records import Prompt, RewardInput, RloraError
 from rlora.rewards.integer import integer_answer
 from rlora.rollout.task import load_task, setup_of
 from rlora.run.source import given
@@ -32,7 +32,7 @@ from rlora.scoring.worker import Setup, load_plugs
 from rlora.settings import Config
 
 TABLE = {"model": "-", "env": "-", "reward": "-"}
-CASE = Case("?", "?", 4, {}, ("4", "44"), ((), ()), ((1,), (2,)), ({}, {}))
+CASE = RewardInput("?", "?", 4, {}, ("4", "44"), ((), ()), ((1,), (2,)), ({}, {}))
 
 
 class Fours:

@@ -28,7 +28,7 @@ from rlora.core.setup import Setup
 from rlora.records import Cursor, Episode, Group, Prompt, Version
 from rlora.run import episodes
 from rlora.run.checkpoint import Bundle
-from rlora.run.directory import Origin
+from rlora.run.directory import Provenance
 from rlora.settings import Config
 from rlora.store import write_directory
 
@@ -129,7 +129,7 @@ def record(name: str) -> None:
     with base() as path:
         learner = Learner(config, path)
         adapter = learner.open("witness", Setup.of(config))
-        origin = Origin("witness", name, "", {"torch": torch.__version__}, machine.name())
+        origin = Provenance("witness", name, "", {"torch": torch.__version__}, machine.name())
         bundle = Bundle(origin, adapter, learner.state("witness"), Cursor(), config)
         _write(name, bundle)
         for _ in range(UPDATES):

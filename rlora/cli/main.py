@@ -24,7 +24,7 @@ from rlora.cli.plan import plan_command
 from rlora.cli.submit import jobs_command, submit_command
 from rlora.cli.sweep import ask_command, fork_command, sweep_command, tell_sweep
 from rlora.cli.train import train_command
-from rlora.config import differences, refuse_another_policy, validate
+from rlora.config import check_same_policy, differences, validate
 from rlora.records import BASE, STATUSES, Adapter, RewardError, RloraError
 from rlora.run.source import read_run, split
 from rlora.store import Place, write_rows
@@ -121,7 +121,7 @@ def _eval(arguments: list[str]) -> None:
     from rlora import cluster
     from rlora.rollout.evaluate import answer, pass_at, rows, summarise
     from rlora.rollout.stream import sampling_of
-    from rlora.rollout.task import Served, load_task
+    from rlora.rollout.task import ServedPolicy, load_task
     from rlora.run.prepare import tell_checked
 
     task = load_task(config)
@@ -133,7 +133,7 @@ def _eval(arguments: list[str]) -> None:
         )
     greedy = given.samples == 1 and given.temperature is None
     sampling = sampling_of(config, given.samples, 0.0 if greedy else given.temperature)
-    served = Served(adapter.policy, config, task)
+    served = ServedPolicy(adapter.policy, config, task)
     with cluster.start([served], learn=False) as job:
         fleet, loops = job.fleet, job.loops
         fleet.swap(adapter)
@@ -243,7 +243,7 @@ def _replay(arguments: list[str]) -> None:
     from rlora.run.start import read_start
 
     run, step = split(given.run)
-    refuse_another_policy(read_run(run), given.config, "rlora replay")
+    check_same_policy(read_run(run), given.config, "rlora replay")
     step = given.step if step is None else step
     steps = updates(checkpoint.versions(run), step)
     if not steps:
@@ -298,13 +298,13 @@ def _runs(arguments: list[str]) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    from rlora.run.history import past_runs
+    from rlora.run.history import list_runs
     from rlora.sweeps.diary import DIARY, SWEEP, fates, whole_lines
 
     columns = Column("run", no_wrap=True), "status", "steps", "best reward", "accuracy", "forked from"
     table = Table(*columns, box=None)
     is_sweep, known = (given.directory / SWEEP).exists(), fates(whole_lines(Path(str(given.directory)) / DIARY))
-    for past in past_runs(given.directory):
+    for past in list_runs(given.directory):
         fate = known.get(past.name)
         status = fate.status if fate and fate.status not in ("running", "waiting") else past.status
         table.add_row(*asdict(replace(past, status=status)).values())

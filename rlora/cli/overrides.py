@@ -14,11 +14,11 @@ from rlora.cli.arguments import Check, Eval, Given, Plan, Replay, Show, Sweep, T
 from rlora.config import (
     ELSEWHERE,
     changed,
+    check_learnable,
+    check_same_policy,
     differences,
     like,
     read_table,
-    refuse_another_policy,
-    refuse_unlearnable,
     validate,
 )
 from rlora.records import RloraError
@@ -52,7 +52,7 @@ def parse_train(arguments: list[str]) -> Train:
     if given.fork:
         if given.file:
             raise RloraError(f"{given.file}: a fork has the config of its run; leave the file out")
-        refuse_another_policy(read_run(split(given.fork)[0]), given.config, "--fork")
+        check_same_policy(read_run(split(given.fork)[0]), given.config, "--fork")
     return given
 
 
@@ -68,7 +68,7 @@ def _resumed(given: Train, before: Config) -> Train:
             f"--resume {given.resume}: a run goes on under its own config, but this would change{lines}\n"
             f"Leave that out, or ask for it by name: --set {named}".removesuffix(": --set ")
         )
-    refuse_another_policy(before, asked, "--resume")
+    check_same_policy(before, asked, "--resume")
     return replace(given, config=asked)
 
 
@@ -126,7 +126,7 @@ def parse(kind: type[Given], default: Given, program: str, arguments: list[str],
     for field_name in _ARGUMENTS:
         named[field_name], others = _named(field_name, others)
     options = [argument.split("=")[0].lstrip("-").replace("-", "_") for argument in others if argument[:2] == "--"]
-    refuse_unlearnable(option.rpartition(".")[2] for option in options)
+    check_learnable(option.rpartition(".")[2] for option in options)
     for option in options:
         if option in ELSEWHERE:
             raise RloraError(f"--{option}: no such option; here it is --{ELSEWHERE[option].replace('_', '-')}")

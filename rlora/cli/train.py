@@ -33,7 +33,7 @@ def train_command(arguments: list[str]) -> None:
         except BaseException as error:
             error.add_note(f"`rlora train --resume {run.place}` continues from the newest saved step")
             raise
-        _report(run.place, run.task.base, run.config.learner.whole)
+        _report(run.place, run.task.base, run.config.learner.full_finetuning)
 
 
 def _report(run: UPath, base: str, whole: bool) -> None:

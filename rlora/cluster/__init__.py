@@ -15,7 +15,7 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlora import cards, machine
-from rlora.cards import Beside, Held
+from rlora.cards import LearnerMemory, MemoryPlan
 from rlora.cluster.actors import Remote, RemoteEngine, RemotePool, end_actors
 from rlora.cluster.joining import join_ray
 from rlora.cluster.ranks import Ranks, results_of, still_starting
@@ -23,7 +23,7 @@ from rlora.core.learner import Learner
 from rlora.records import Engine, RloraError
 from rlora.rollout.fleet import Fleet
 from rlora.rollout.player import AgentLoop
-from rlora.rollout.task import Served
+from rlora.rollout.task import ServedPolicy
 from rlora.scoring.scoring import Scoring
 from rlora.settings import Config
 
@@ -46,10 +46,10 @@ class _Crew:
         self.packed: dict[int, PlacementGroup] = {}  # of learners, by their place; Ray removes them with the driver
         self.over = False
         gpus = ray.cluster_resources().get("GPU", 0)
-        cards.refuse_silent_cpu(gpus, wanted=config.engine.gpus != 0 or config.learner.gpus != 0)
+        cards.check_cpu_is_intended(gpus, wanted=config.engine.gpus != 0 or config.learner.gpus != 0)
         self.config = placed(config, gpus, grows)
         self.cuda = max(float(self.config.engine.gpus), float(self.config.learner.gpus)) > 0
-        self.beside = Beside()
+        self.beside = MemoryPlan()
         at_once = config.engine.replicas + (config.max_staleness > 0)  # processes that compute at the same time
         self.share = max(1, machine.cores() // at_once)
         self.put = lru_cache(maxsize=versions)(ray.put)
@@ -58,16 +58,16 @@ class _Crew:
         """Until all are built."""
         results_of({remote.built: remote for remote in self.remotes}, still_starting)
 
-    def engines(self, served: Sequence[Served]) -> list[RemoteEngine]:
+    def engines(self, served: Sequence[ServedPolicy]) -> list[RemoteEngine]:
         return [self.engine(served, number) for number in range(self.config.engine.replicas)]
 
     def look_at_cards(self, learners: Sequence[Ranks]) -> None:
         """Have the learners compute their largest row, that engines know what is left of their cards."""
-        held: dict[str, Held] = {}
+        held: dict[str, LearnerMemory] = {}
         for uuid, size in (each for ranks in learners for each in ranks.rehearse()):
-            before = held.get(uuid, Held())
-            held[uuid] = Held(before.bytes + size, before.gpus + float(self.config.learner.gpus))
-        self.beside = Beside(held)
+            before = held.get(uuid, LearnerMemory())
+            held[uuid] = LearnerMemory(before.bytes + size, before.gpus + float(self.config.learner.gpus))
+        self.beside = MemoryPlan(held)
 
     def tell(self, learners: Sequence[Ranks], engines: Sequence[RemoteEngine]) -> None:
         """Say what runs where; an engine that starts later gets as large a KV cache."""
@@ -77,7 +77,7 @@ class _Crew:
         words = [*(ranks.about() for ranks in learners[:1]), *sorted({each.words for each in about})]
         print("; ".join(words), flush=True)
 
-    def engine(self, served: Sequence[Served], number: int) -> RemoteEngine:
+    def engine(self, served: Sequence[ServedPolicy], number: int) -> RemoteEngine:
         settings = self.config.engine
         environment = machine.engine_environment(settings.threads or self.share, settings.kv_cache_gib or 2, self.cuda)
         gpus = float(settings.gpus) * settings.tensor_parallel_size
@@ -89,7 +89,7 @@ class _Crew:
         self.remotes.append(made)
         return made
 
-    def another_engine(self, served: Sequence[Served], number: int) -> Engine:
+    def another_engine(self, served: Sequence[ServedPolicy], number: int) -> Engine:
         """One that is ready, in place of one that died. Raises RloraError where it is not in time."""
         if self.over:
             raise RloraError("engine: the run is over")
@@ -134,7 +134,7 @@ class _Crew:
             self.packed[place] = placement_group([reserved] * self.config.learner.replicas, strategy="PACK")
         return PlacementGroupSchedulingStrategy(self.packed[place])
 
-    def pools(self, served: Sequence[Served]) -> dict[str, list[RemotePool]]:
+    def pools(self, served: Sequence[ServedPolicy]) -> dict[str, list[RemotePool]]:
         """What scores each policy's episodes: the same processes for those whose reward functions are set up alike."""
         found: dict[str, list[RemotePool]] = {}
         for each in served:
@@ -179,7 +179,7 @@ def versions_of(config: Config) -> int:
     return config.max_staleness + 2 + (config.evaluate.every > 0)
 
 
-def _versions(served: Sequence[Served]) -> int:
+def _versions(served: Sequence[ServedPolicy]) -> int:
     return sum(versions_of(each.config) for each in served)
 
 
@@ -200,7 +200,7 @@ class Job:
         """Whether each engine and learner has cards of its own, so that they can be busy at the same time."""
         return self._crew.cuda and min(float(self.config.engine.gpus), float(self.config.learner.gpus)) >= 1
 
-    def join(self, served: Served) -> None:
+    def join(self, served: ServedPolicy) -> None:
         """Have a learner, and a loop, for a policy, which may have been here before."""
         policy = served.policy
         scoring = Scoring(served.config, self._crew.pools([served])[policy], len(served.task.prompts))
@@ -217,7 +217,7 @@ class Job:
 
 
 @contextmanager
-def start(served: Sequence[Served], learn: bool = True) -> Iterator[Job]:
+def start(served: Sequence[ServedPolicy], learn: bool = True) -> Iterator[Job]:
     """Start the learners (unless not `learn`), a fleet of `engine.replicas` engines, and what scores.
 
     Ray places them all. Policies are dealt out among `learner.concurrent` learners, each of which is
@@ -253,7 +253,7 @@ def start(served: Sequence[Served], learn: bool = True) -> Iterator[Job]:
                 loop.close()
 
 
-def shared(served: Sequence[Served]) -> Config:
+def shared(served: Sequence[ServedPolicy]) -> Config:
     """The settings of the job's processes: what all policies have in common, and the largest of what they need.
 
     Raises RloraError, naming the field, where two policies differ in what a process has once.
@@ -273,7 +273,7 @@ def shared(served: Sequence[Served]) -> Config:
                 f"{first.config.max_staleness}, and by it the learner's threads are chosen, on which roundings depend; "
                 "set learner.threads for both"
             )
-        if first.config.learner.whole:
+        if first.config.learner.full_finetuning:
             raise RloraError(
                 f'learner.adapter = "none": a learner has one policy then, and {first.policy} and {other.policy} are '
                 "two; train them one after the other"

@@ -20,8 +20,8 @@ from rlora import cards
 from rlora.cluster.joining import first_sentence
 from rlora.engine.scratch import remove_leftovers
 from rlora.plugin import load
-from rlora.records import Adapter, Case, EngineLostError, Proof, RloraError
-from rlora.scoring.worker import Turn
+from rlora.records import Adapter, EngineLostError, Receipt, RewardInput, RloraError
+from rlora.scoring.worker import EnvTurn
 
 POOL = "rlora.scoring.pool:Pool"
 
@@ -127,7 +127,7 @@ class RemotePool(Remote):
         self.actor = cast(Any, ray.remote(_PoolActor).options(**options, runtime_env=environment).remote(*made_of))
         self.built = self.placed = self.actor.place.remote()
 
-    def do(self, of: Case | Turn) -> Future[Any]:
+    def do(self, of: RewardInput | EnvTurn) -> Future[Any]:
         """`Pool.do`."""
         return self.future(self.actor.call.remote("do", of))
 
@@ -143,7 +143,7 @@ class RemoteEngine(Remote):
         self.closing: threading.Thread | None = None
         super().__init__(*made_of)
 
-    def load(self, adapter: Adapter, oldest: int = 0, kept: int | None = None) -> Future[Proof]:
+    def load(self, adapter: Adapter, oldest: int = 0, kept: int | None = None) -> Future[Receipt]:
         return self._call("load", self.share(adapter), oldest, kept)
 
     def __getattr__(self, method: str) -> Any:

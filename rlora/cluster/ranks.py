@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlora.cluster.actors import LostError, Remote, end_actors
 from rlora.core.batch import shares
-from rlora.core.learner import Computed, Groups
+from rlora.core.learner import ForwardBackwardOutput, Groups
 from rlora.core.objectives.objective import Loss
 from rlora.core.optimizer import Adam, StepStats
 from rlora.core.setup import Setup
@@ -79,7 +79,7 @@ class Ranks:
         calls = [(policy, part, reference) for part in self._dealt(groups)]
         return _joined(self._call(partial(self._on_each, "forward", calls)))
 
-    def forward_backward(self, policy: str, groups: Groups, loss: Loss) -> Computed:
+    def forward_backward(self, policy: str, groups: Groups, loss: Loss) -> ForwardBackwardOutput:
         """`Learner.forward_backward`, the groups dealt out."""
         shared = ray.put(loss)  # as it is now, should it have to be sent once more
         calls = [(policy, part, shared) for part in self._dealt(groups)]
@@ -89,7 +89,7 @@ class Ranks:
             self._held[policy].added.clear()  # as the learners' own gradients
             raise
         self._held[policy].added.append(calls)
-        return Computed(computed[0].sums, _joined([each.outputs for each in computed]))
+        return ForwardBackwardOutput(computed[0].sums, _joined([each.outputs for each in computed]))
 
     def optim_step(self, policy: str, adam: Adam) -> StepStats:
         """`Learner.optim_step` on all; the state after it is kept too."""

@@ -40,7 +40,7 @@ class Sample:
         """The tokens after the prompt that are read: up to the last predictor."""
         return self.completion[: max(0, max(self.predictors, default=-1) + 1 - len(self.prompt))]
 
-    def knowing(self, end: Tensor | None = None, **known: Tensor) -> "Sample":
+    def with_tokens(self, end: Tensor | None = None, **known: Tensor) -> "Sample":
         """With more that is known of its tokens, and of what comes after."""
         return replace(self, tokens=replace(self.tokens, **known), end=self.end if end is None else end)
 
@@ -106,7 +106,7 @@ def microbatches(
 
 def sample_of(prompt: Sequence[int], episode: Episode, advantage: float = 0.0, weight: float = 1.0) -> Sample:
     """An episode's tokens that the policy sampled as targets, with the same advantage and weight for each."""
-    own = episode.own or (True,) * len(episode.completion_ids)
+    own = episode.sampled_mask or (True,) * len(episode.completion_ids)
     behaviour = torch.tensor([x for x, sampled in zip(episode.behaviour_logprobs, own, strict=True) if sampled])
     tokens = Tokens(behaviour, torch.full_like(behaviour, advantage), torch.full_like(behaviour, weight))
     places = [place for place, sampled in enumerate(own) if sampled]
@@ -116,7 +116,7 @@ def sample_of(prompt: Sequence[int], episode: Episode, advantage: float = 0.0, w
     )  # fmt: skip
 
 
-def alone(token_ids: Sequence[int], dtype: torch.dtype, device: torch.device) -> Microbatch:
+def single_text(token_ids: Sequence[int], dtype: torch.dtype, device: torch.device) -> Microbatch:
     """A row of one text, whose targets are its tokens but the first: C is one less than their number."""
     none = torch.zeros(len(token_ids) - 1)
     completion, places = tuple(token_ids[1:]), tuple(range(len(token_ids) - 1))
@@ -124,10 +124,10 @@ def alone(token_ids: Sequence[int], dtype: torch.dtype, device: torch.device) ->
     return _pack([_Branch(sample.prompt, [sample])], dtype, device)
 
 
-def idle(dtype: torch.dtype, device: torch.device, known: Iterable[str] = ()) -> Microbatch:
+def empty_batch(dtype: torch.dtype, device: torch.device, known: Iterable[str] = ()) -> Microbatch:
     """A row of one token that nothing is learned from: C = 0, so its loss has no terms and its gradients are 0. `known`
     are fields of `Tokens` that other rows have."""
-    row, none, empty = alone((0, 0), dtype, device), slice(0), torch.zeros(0, device=device)
+    row, none, empty = single_text((0, 0), dtype, device), slice(0), torch.zeros(0, device=device)
     return replace(
         row,
         predictors=row.predictors[none],

@@ -24,7 +24,7 @@ _LARGEST_HEAD = 256
 Lengths = Sequence[tuple[int, Sequence[int]]]  # of each prompt, and of each of its completions
 
 
-def refuse_heads(base: PreTrainedConfig) -> None:
+def check_heads(base: PreTrainedConfig) -> None:
     """Raise RloraError where no kernel takes the model's heads."""
     size = head_size(base)
     if size > _LARGEST_HEAD or size % 8:

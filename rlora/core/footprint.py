@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from rlora import cards
 from rlora.core.batch import Microbatch, Sample, microbatches
-from rlora.core.flash import Segments, refuse_heads
+from rlora.core.flash import Segments, check_heads
 from rlora.core.logprobs import LOGITS
 from rlora.core.lora import matrices
 from rlora.core.loss import Tokens
@@ -108,10 +108,10 @@ def footprint(config: Config, base: PreTrainedConfig, rows: Rows, on_gpu: bool) 
     """Of a learner of one policy over a base with that config of transformers'."""
     model, learner = without_memory(base, DTYPES[config.dtype]), config.learner
     held = _held_of(model, learner)
-    policies = Policies(model, rows.checkpointing, learner.whole)
+    policies = Policies(model, rows.checkpointing, learner.full_finetuning)
     trained = _opened(policies, config)
     row = largest_row(config, rows.tokens, META, on_gpu)
-    by_autograd = config.algorithm.entropy > 0 or learner.whole or learner.head  # it has logits in fp32 too
+    by_autograd = config.algorithm.entropy > 0 or learner.full_finetuning or learner.head  # it has logits in fp32 too
     with Live() as live:
         pass_over(policies, _POLICY, row, entropies=config.algorithm.entropy > 0)
     gradients = sum(bytes_of(weight.grad) for weight in trained if weight.grad is not None)
@@ -126,13 +126,13 @@ def footprint(config: Config, base: PreTrainedConfig, rows: Rows, on_gpu: bool) 
 
 def adapter_bytes(config: Config, base: PreTrainedConfig) -> int:
     """`Footprint.adapter` by itself, of a policy and its critic: what one more of them takes of a learner."""
-    policies = Policies(without_memory(base, DTYPES[config.dtype]), whole=config.learner.whole)
+    policies = Policies(without_memory(base, DTYPES[config.dtype]), whole=config.learner.full_finetuning)
     return _bytes_to_train(_opened(policies, config), config)
 
 
 def _opened(policies: Policies, config: Config) -> list[Tensor]:
     """The weights of a policy and its critic, which are opened for that."""
-    if config.learner.whole:
+    if config.learner.full_finetuning:
         return list(policies.base.parameters())
     setup, trained = _setup(config), list[Tensor]()
     for name, spec in ((_POLICY, setup.spec), (_CRITIC, setup.critic_spec)):
@@ -143,7 +143,9 @@ def _opened(policies: Policies, config: Config) -> list[Tensor]:
 
 
 def _bytes_to_train(weights: Sequence[Tensor], config: Config) -> int:
-    masters = 0 if config.learner.whole and config.dtype == "float32" else 4  # beside weights that are in 16 bits
+    masters = (
+        0 if config.learner.full_finetuning and config.dtype == "float32" else 4
+    )  # beside weights that are in 16 bits
     return sum(int(weight.numel()) for weight in weights) * (masters + 4 + 8)
 
 
@@ -157,7 +159,7 @@ def rows_for(config: Config, base: str, device: torch.device) -> Rows:
     if device.type != "cuda":
         return given_rows(config)
     model = AutoConfig.from_pretrained(base, trust_remote_code=False)
-    refuse_heads(model)
+    check_heads(model)
     gpus = config.learner.gpus
     room, part = cards.room_of_learner(1.0 if gpus == "auto" else gpus)
     return fitting_rows(config, model, room, part)
@@ -218,7 +220,7 @@ def largest_row(config: Config, tokens: int, device: torch.device, on_gpu: bool)
 def rehearsed(policies: Policies, config: Config, tokens: int, device: torch.device) -> int:
     """Compute the largest row once; returns the bytes that torch took of a GPU at most, of which it gives all back that
     are free then."""
-    if not policies.whole:
+    if not policies.full_weights:
         policies.add(_POLICY, _setup(config).spec, seed=0)
     try:
         row = largest_row(config, tokens, device, on_gpu=device.type == "cuda")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlora import cards, machine
 from rlora.core import peft_format, state
-from rlora.core.batch import Microbatch, Sample, alone, idle, microbatches
+from rlora.core.batch import Microbatch, Sample, empty_batch, microbatches, single_text
 from rlora.core.footprint import rehearsed, rows_for
 from rlora.core.objectives import objective_of, telling_of
 from rlora.core.objectives.objective import Loss, Need, Objective
@@ -35,7 +35,7 @@ Groups = Sequence[Sequence[Sample]]  # the samples of each group have one prompt
 
 
 @dataclass(eq=False)
-class Trained:
+class PolicyState:
     """What the learner keeps of one policy. None of it depends on the policies beside it."""
 
     name: str
@@ -44,7 +44,7 @@ class Trained:
     optimizer: Optimizer
     lr: float
     random: dict[str, Tensor]  # the state of every random generator, between two updates
-    critic: "Trained | None" = None
+    critic: "PolicyState | None" = None
     number: int = 0  # of its version
     skipped_in_a_row: int = 0  # updates whose loss or gradient was not finite
     canary: Canary | None = None  # of the version; None between a step and the next one
@@ -57,7 +57,7 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Computed:
+class ForwardBackwardOutput:
     """What a forward and backward pass gives: of all learners the sums, of this one's samples the outputs."""
 
     sums: dict[str, float]  # of the loss's figures over all targets; the targets themselves as `tokens`, the `loss`
@@ -82,8 +82,8 @@ class Learner:
         quantise = learner.quantise
         self.rows = rows_for(config, base, self.device)  # before the base is loaded
         model = load_base(base, dtype, place) if quantise == "none" else load_quantised(base, dtype, quantise)
-        self.policies = Policies(model, self.rows.checkpointing, learner.whole)
-        self.held: dict[str, Trained] = {}  # critics too
+        self.policies = Policies(model, self.rows.checkpointing, learner.full_finetuning)
+        self.held: dict[str, PolicyState] = {}  # critics too
         self.rank, self.ranks = 0, 1
         self._at_work = self._trained_base = False
         self._of_base: dict[int, tuple[float, ...]] = {}  # the base's logprobs of canaries, by their tokens
@@ -118,7 +118,8 @@ class Learner:
         attention = "by varlen kernels" if by_segments else "under masks"
         tokens = self.config.learner.microbatch_tokens or self.rows.tokens
         return (
-            f"learner on {machine.here()}: {self.config.dtype}, attention {attention}, rows of {tokens} tokens, "
+            f"learner on {machine.describe_device()}: {self.config.dtype}, attention {attention}, "
+            f"rows of {tokens} tokens, "
             f"checkpointing {'on' if self.rows.checkpointing else 'off'}"
         )
 
@@ -130,7 +131,7 @@ class Learner:
         Raises RloraError, and leaves the others as they are, where the name is taken, the adapter does not fit the
         base, or `saved` is of another base, rank or set of matrices.
         """
-        whole, critic = self.policies.whole, state.critic_of(policy)
+        whole, critic = self.policies.full_weights, state.critic_of(policy)
         if policy in self.held or (whole and self.held):
             beside = 'with learner.adapter = "none" a learner has one policy' if whole else "it is open already"
             raise RloraError(f"policy {policy}: {beside}; close the one before")
@@ -170,13 +171,13 @@ class Learner:
     def adapter(self, policy: str) -> Adapter:
         """The current version, in PEFT's format; without an adapter all weights, in that of transformers."""
         held = self.held[policy]
-        if not self.policies.whole:
+        if not self.policies.full_weights:
             files = peft_format.encode(self.policies.bank, policy, self.base)
             return Adapter(policy, held.number, *files, canary=held.canary)
         with TemporaryDirectory() as saved:
             self.policies.base.save_pretrained(saved, max_shard_size="1000GB")
             config, weights = ((Path(saved) / name).read_bytes() for name in WHOLE_FILES)
-        return Adapter(policy, held.number, config, weights, whole=True, canary=held.canary)
+        return Adapter(policy, held.number, config, weights, full_weights=True, canary=held.canary)
 
     def state(self, policy: str) -> bytes:
         """All that the policy's next update depends on beside its groups and setup, in safetensors format.
@@ -204,7 +205,7 @@ class Learner:
             groups, [(row.samples, _values(self._outputs(held, row, reference))) for row in self._rows(held, groups)]
         )
 
-    def forward_backward(self, policy: str, groups: Groups, loss: Loss) -> Computed:
+    def forward_backward(self, policy: str, groups: Groups, loss: Loss) -> ForwardBackwardOutput:
         """Add the gradient of `loss`, summed over microbatches, to the policy's.
 
         An error on the way drops what was added up, and so do an update and a step.
@@ -235,7 +236,7 @@ class Learner:
         names = sorted(sums)
         self._agree(held, names)
         totals = self.add_up(torch.stack([sums[name] for name in names])).tolist()
-        return Computed(dict(zip(names, totals, strict=True)), by_sample(groups, rows))
+        return ForwardBackwardOutput(dict(zip(names, totals, strict=True)), by_sample(groups, rows))
 
     def optim_step(self, policy: str, adam: Adam) -> StepStats:
         """One step along the gradient that `forward_backward` has added up, which is gone then. One that is not finite,
@@ -277,13 +278,13 @@ class Learner:
         torch.distributed.all_reduce(sums)
         return sums.cpu()
 
-    def _hold(self, name: str, setup: Setup, objective: Objective, lr: float) -> Trained:
+    def _hold(self, name: str, setup: Setup, objective: Objective, lr: float) -> PolicyState:
         machine.seed(setup.seed)  # for what a user's loss may draw; rlora's own draws are all seeded by themselves
         optimizer = Optimizer(self.policies.parameters_of(name))
-        self.held[name] = held = Trained(name, setup, objective, optimizer, lr, machine.random_state())
+        self.held[name] = held = PolicyState(name, setup, objective, optimizer, lr, machine.random_state())
         return held
 
-    def _agree(self, held: Trained, names: list[str]) -> None:
+    def _agree(self, held: PolicyState, names: list[str]) -> None:
         """Raise RloraError, on all learners, where they have other figures: what would be added up is not the same."""
         if self.ranks > 1:
             digest = int.from_bytes(hashlib.sha256(" ".join(names).encode()).digest()[:4])
@@ -296,7 +297,7 @@ class Learner:
                 )
 
     @contextmanager
-    def _alone(self, held: Trained) -> Iterator[None]:
+    def _alone(self, held: PolicyState) -> Iterator[None]:
         """Let the policy have its own random state, and say which plug-in is at fault."""
         if self._at_work:  # within its update
             yield
@@ -311,7 +312,7 @@ class Learner:
             held.random = machine.random_state()
 
     @torch.no_grad()
-    def canary_of(self, held: Trained) -> Canary | None:
+    def canary_of(self, held: PolicyState) -> Canary | None:
         """What the policy says of the same few random tokens each time.
 
         None where the context does not hold two, or where an adapter is over the head: vLLM can't apply that to the
@@ -322,13 +323,13 @@ class Learner:
             return None
         vocabulary = self.policies.base.config.get_text_config().vocab_size
         tokens = torch.randint(vocabulary, (count,), generator=torch.Generator().manual_seed(0)).tolist()
-        row = alone(tokens, self.policies.base.dtype, self.policies.base.device)
+        row = single_text(tokens, self.policies.base.dtype, self.policies.base.device)
         logprobs = tuple(self.policies.logprobs(row, held.name).tolist())
         if count not in self._of_base:
             self._of_base[count] = tuple(self.policies.logprobs(row, None).tolist())
         return Canary(tuple(tokens), logprobs, self._of_base[count])
 
-    def _go_on(self, held: Trained, saved: bytes) -> None:
+    def _go_on(self, held: PolicyState, saved: bytes) -> None:
         tensors = safetensors.torch.load(saved)
         own = held.canary.base_logprobs if held.canary else ()
         theirs = tensors.get("canary.base")
@@ -347,23 +348,23 @@ class Learner:
         held.number, held.skipped_in_a_row = int(tensors["version"]), int(tensors["skipped_in_a_row"])
         held.canary = self.canary_of(held)
 
-    def _outputs(self, held: Trained, row: Microbatch, reference: bool = False) -> Outputs | Tensor:
+    def _outputs(self, held: PolicyState, row: Microbatch, reference: bool = False) -> Outputs | Tensor:
         """What a policy, or the base, gives for a row; a critic's values."""
         if held.name in self.policies.value_heads:
             return self.policies.values(row, held.name)
         under = None if reference else held.name
         return self.policies.outputs(row, under, held.setup.temperature, held.objective.entropies)
 
-    def _rows(self, held: Trained, groups: Groups) -> Iterator[Microbatch]:
+    def _rows(self, held: PolicyState, groups: Groups) -> Iterator[Microbatch]:
         dtype, tokens = self.policies.base.dtype, held.setup.learner.microbatch_tokens or self.rows.tokens
         rows = microbatches(groups, tokens, dtype, self.device, held.objective.whole_groups)
         return self._in_step(rows, held) if self.config.learner.shard else rows
 
-    def _idle(self, held: Trained) -> Microbatch:
+    def _idle(self, held: PolicyState) -> Microbatch:
         known = [need.value for need in held.objective.needs] + ["returns"] * (Need.VALUES in held.objective.needs)
-        return idle(self.policies.base.dtype, self.device, known)
+        return empty_batch(self.policies.base.dtype, self.device, known)
 
-    def _in_step(self, batches: Iterator[Microbatch], held: Trained) -> Iterator[Microbatch]:
+    def _in_step(self, batches: Iterator[Microbatch], held: PolicyState) -> Iterator[Microbatch]:
         """`batches`, then idle ones until no rank has any left: each pass of one rank needs the others' weights."""
         while True:
             batch = next(batches, None)

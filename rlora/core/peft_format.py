@@ -10,7 +10,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from rlora.core.lora import Bank, Matrix, Spec
-from rlora.model.plain_lora import refuse_others
+from rlora.model.plain_lora import check_supported
 from rlora.records import RloraError
 
 PREFIX = "base_model.model."  # of the names of saved tensors
@@ -94,7 +94,7 @@ def decode(config: bytes, weights: bytes) -> tuple[Spec, dict[str, Tensor]]:
             f"adapter: its files are not whole ({type(error).__name__}: {error}); save it again"
         ) from error
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".base_layer.weight")}  # a copy
-    refuse_others(settings, {name: parse(name)[1] for name in tensors})
+    check_supported(settings, {name: parse(name)[1] for name in tensors})
     spec = Spec(
         rank=rank,
         alpha=alpha,

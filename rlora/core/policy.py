@@ -37,7 +37,7 @@ class Policies:
         self.body, self.head = base.base_model, base.get_output_embeddings()
         base.set_attn_implementation(attention.NAME)
         self._check_logits()
-        self.whole = whole
+        self.full_weights = whole
         self.bank = Bank(base, [] if whole else None)
         base.requires_grad_(whole)
         self.value_heads: dict[str, nn.Linear] = {}
@@ -74,7 +74,7 @@ class Policies:
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
         """What is trained of one policy, by matrix and factor; without adapters the base's weights by their names."""
-        if self.whole:
+        if self.full_weights:
             return dict(self.base.named_parameters())
         head = self.value_heads.get(name)
         own = {f"value_head.{key}": weight for key, weight in head.named_parameters()} if head else {}
@@ -92,7 +92,7 @@ class Policies:
         """The logprobs, and the entropies where they are asked for: by another kernel, which rounds otherwise."""
         hidden, head = self._hidden(row, under), (self.head.weight, self.head.bias)
         over_head = self._over_head(under, hidden.dtype)
-        if entropies or over_head or self.whole:
+        if entropies or over_head or self.full_weights:
             both = logprobs_and_entropies(hidden, *head, over_head, row.targets, temperature)
             return Outputs(both[0], both[1] if entropies else None)
         return Outputs(token_logprobs(hidden, *head, row.targets, temperature))

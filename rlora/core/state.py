@@ -32,7 +32,7 @@ def by_name(tensors: Mapping[str, Tensor], policies: Policies, policy: str) -> d
     if not is_by_position(tensors):
         return dict(tensors)
     names = list(policies.parameters_of(policy))
-    if not policies.whole:
+    if not policies.full_weights:
         factors, owners = policies.bank.factors, {policy: "", critic_of(policy): CRITIC}
         over = {owner: policies.bank.over(owner) for owner in owners}
         places = {matrix.place for of in over.values() for matrix in of}

@@ -21,12 +21,12 @@ from rlora.core.setup import Setup
 from rlora.records import Episode, Group, RloraError, UpdateStats
 
 if TYPE_CHECKING:
-    from rlora.core.learner import Learner, Trained
+    from rlora.core.learner import Learner, PolicyState
 
 _READY = ("kl_behaviour", "ratio_truncated", "clipped", "kl_update", "kl_reference", "entropy", "value_loss")
 
 
-def update(learner: "Learner", held: "Trained", groups: Sequence[Group]) -> UpdateStats:
+def update(learner: "Learner", held: "PolicyState", groups: Sequence[Group]) -> UpdateStats:
     """What the policy's objective makes of `groups`: an Adam step a minibatch, and the version's number + 1."""
     began, setup, objective = time.perf_counter(), held.setup, held.objective
     algorithm, lr = setup.algorithm, scheduled_lr(setup.learner, held.lr, held.number, setup.steps)
@@ -83,10 +83,12 @@ def _adam(setup: Setup, lr: float) -> Adam:
 
 def _weighted(sample: Sample, weight: Callable[[Episode], float]) -> Sample:
     assert sample.episode is not None
-    return sample.knowing(weights=torch.full_like(sample.tokens.weights, weight(sample.episode)))
+    return sample.with_tokens(weights=torch.full_like(sample.tokens.weights, weight(sample.episode)))
 
 
-def _samples(learner: "Learner", held: "Trained", groups: Sequence[Group]) -> tuple[list[list[Sample]], float | None]:
+def _samples(
+    learner: "Learner", held: "PolicyState", groups: Sequence[Group]
+) -> tuple[list[list[Sample]], float | None]:
     """What this learner computes of each group, nothing of those that are another's or carry no gradient; and the share
     of the returns' variance that the critic knew."""
     objective = held.objective
@@ -106,7 +108,7 @@ def _samples(learner: "Learner", held: "Trained", groups: Sequence[Group]) -> tu
     return whiten(samples, learner.add_up) if objective.whitens else (samples, None)
 
 
-def _credited(held: "Trained", groups: Sequence[Group], samples: list[list[Sample]]) -> list[list[Sample]]:
+def _credited(held: "PolicyState", groups: Sequence[Group], samples: list[list[Sample]]) -> list[list[Sample]]:
     """With advantages, and returns where there is a critic: not whitened yet, and until then in float64 where they come
     of large rewards."""
 
@@ -126,11 +128,11 @@ def _credited(held: "Trained", groups: Sequence[Group], samples: list[list[Sampl
 def _with(sample: Sample, advantages: Tensor) -> Sample:
     values = sample.tokens.values
     if values is None:
-        return sample.knowing(advantages=advantages)
-    return sample.knowing(advantages=advantages, returns=(advantages + values).float())
+        return sample.with_tokens(advantages=advantages)
+    return sample.with_tokens(advantages=advantages, returns=(advantages + values).float())
 
 
-def _before(learner: "Learner", held: "Trained", samples: list[list[Sample]]) -> list[list[Sample]]:
+def _before(learner: "Learner", held: "PolicyState", samples: list[list[Sample]]) -> list[list[Sample]]:
     """The samples with what the objective has to know before its first minibatch."""
     needs, critic = held.objective.needs, held.critic
     known: list[list[Sample]] = list(samples)
@@ -158,7 +160,7 @@ def _knowing(sample: Sample, said: Mapping[Need, Tensor]) -> Sample:
     tokens = len(sample.targets)
     end = said[Need.VALUES][tokens:] if Need.VALUES in said else None  # where the critic was asked for it
     known = {need.value: values[:tokens] for need, values in said.items()}
-    return sample.knowing(end=end if end is not None and len(end) else None, **known)
+    return sample.with_tokens(end=end if end is not None and len(end) else None, **known)
 
 
 def _minibatches(setup: Setup, number: int, groups: int, epochs: int) -> Iterator[list[int]]:
@@ -190,7 +192,7 @@ def whiten(
 
     def normal(each: Sample) -> Sample:
         advantages = whitened(each.tokens.advantages.to(dtype), mean[0].to(dtype), variance[0].to(dtype))
-        return each.knowing(advantages=advantages.float())
+        return each.with_tokens(advantages=advantages.float())
 
     explained = float(1 - variance[0] / variance[1]) if variance[1] else None
     return [[normal(each) for each in of] for of in samples], explained

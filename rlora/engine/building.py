@@ -15,17 +15,19 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.usage.usage_lib import UsageContext
 
 from rlora import cards, machine
-from rlora.cards import Beside
+from rlora.cards import MemoryPlan
 from rlora.core.footprint import bytes_of
 from rlora.core.lora import Spec, matrices
 from rlora.model.base import kv_bytes_of_token, vocabulary_size, without_memory
-from rlora.records import About, Adapter, DeliveryError, RloraError
+from rlora.records import Adapter, DeliveryError, EngineInfo, RloraError
 from rlora.settings import Config
 
 _LARGEST_VOCABULARY = 258048  # that vLLM's LoRA takes over a head
 
 
-def build(config: Config, base: str, seed: int, slots: int, whole: bool, experts: bool, beside: Beside) -> LLMEngine:
+def build(
+    config: Config, base: str, seed: int, slots: int, whole: bool, experts: bool, beside: MemoryPlan
+) -> LLMEngine:
     """vLLM as the config asks for it, with `slots` adapters, or none where it serves `whole` weights.
 
     On a GPU it takes what learners leave there, as `beside` says. Raises RloraError where that is too little.
@@ -99,7 +101,7 @@ def seed_of(*identity: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(identity).encode()).digest()[:4])
 
 
-def about(llm: LLMEngine, config: Config) -> About:
+def about(llm: LLMEngine, config: Config) -> EngineInfo:
     """What the engine runs on and with."""
     on_gpu = machine.device().type == "cuda"
     cache = llm.vllm_config.cache_config
@@ -107,11 +109,11 @@ def about(llm: LLMEngine, config: Config) -> About:
     kv_cache = tokens * kv_bytes_of_token(llm.model_config.hf_config, config.engine.tensor_parallel_size)
     graphs = "eager" if llm.model_config.enforce_eager else "CUDA graphs"
     words = (
-        f"engine on {machine.here()}: vLLM {vllm.__version__}, {config.dtype}, attention "
+        f"engine on {machine.describe_device()}: vLLM {vllm.__version__}, {config.dtype}, attention "
         f"{', '.join(sorted(_attentions(llm)))}, {graphs}, KV cache of {kv_cache / cards.GIB:.1f} GiB ({tokens:,} "
         f"tokens), {config.engine.sequences(on_gpu)} completions at a time"
     )
-    return About(words, kv_cache)
+    return EngineInfo(words, kv_cache)
 
 
 def put(llm: LLMEngine, adapter: Adapter, path: Path, lora_id: int, experts: bool) -> LoRARequest | None:
@@ -119,7 +121,7 @@ def put(llm: LLMEngine, adapter: Adapter, path: Path, lora_id: int, experts: boo
 
     Raises RloraError where vLLM does not take them.
     """
-    if adapter.whole:
+    if adapter.full_weights:
         llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
         llm.apply_model(_pack_head)
         if not llm.reset_prefix_cache():  # its keys and values are of the weights before
@@ -154,7 +156,7 @@ def adapted(model: PreTrainedModel, config: Config) -> list[str]:
 
 def _check_shapes(config: Config, base: str) -> None:
     """Raise RloraError for what vLLM's kernels for adapters on a GPU do not take."""
-    if config.learner.whole:
+    if config.learner.full_finetuning:
         return
     if config.dtype == "float32":
         raise RloraError(
@@ -168,10 +170,10 @@ def _check_shapes(config: Config, base: str) -> None:
         )
 
 
-def _share(config: Config, shape: PreTrainedModel, beside: Beside) -> float:
+def _share(config: Config, shape: PreTrainedModel, beside: MemoryPlan) -> float:
     """The share of the card's memory that vLLM may take. Raises RloraError where it can't be enough."""
-    settings, (free, total), name = config.engine, torch.cuda.mem_get_info(), machine.here()
-    held, parts = beside.learners.get(cards.uuid(), cards.Held()), settings.tensor_parallel_size
+    settings, (free, total), name = config.engine, torch.cuda.mem_get_info(), machine.describe_device()
+    held, parts = beside.learners.get(cards.uuid(), cards.LearnerMemory()), settings.tensor_parallel_size
     gpus = 1.0 if settings.gpus == "auto" else settings.gpus
     asked = settings.gpu_memory_utilization
     budget = cards.budget_of_engine(free, total, gpus, held, settings.eager, name, asked)

@@ -18,7 +18,7 @@ def errors_to(future: Future[Any]) -> Iterator[None]:
             future.set_exception(error)
 
 
-def known(value: _Result) -> Future[_Result]:
+def resolved(value: _Result) -> Future[_Result]:
     """A future that is settled."""
     future: Future[_Result] = Future()
     future.set_result(value)

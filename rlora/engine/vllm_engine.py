@@ -24,23 +24,23 @@ from rlora import cards, machine
 from rlora.engine import slots
 from rlora.engine.building import about, build, put, seed_of
 from rlora.engine.canary import distance, judged
-from rlora.engine.futures import errors_to, known
-from rlora.engine.held import Held, in_the_way, unused
+from rlora.engine.futures import errors_to, resolved
+from rlora.engine.loaded import Loaded, in_the_way, unused
 from rlora.engine.outputs import episode_of, prompt_logprobs
 from rlora.engine.scratch import Scratch
 from rlora.model.base import has_experts
 from rlora.records import (
     OFF,
-    About,
     Adapter,
     Canary,
     DeliveryError,
+    EngineInfo,
     EngineLostError,
     EngineStats,
     Group,
     NotLoadedError,
     Prompt,
-    Proof,
+    Receipt,
     Sampling,
     StaleError,
     Version,
@@ -49,7 +49,7 @@ from rlora.settings import Config
 from rlora.store import write_adapter
 
 _Result = TypeVar("_Result")
-_ALONE = cards.Beside()
+_ALONE = cards.MemoryPlan()
 _COMPANY = 4  # canaries at a time, to see how far the base's own logprobs move
 
 
@@ -76,15 +76,15 @@ class Engine:
 
     def __init__(
         self, config: Config, base: str, stop_token_ids: Sequence[int], stop: Sequence[str], slots: int, number: int,
-        version: int, beside: cards.Beside = _ALONE,
+        version: int, beside: cards.MemoryPlan = _ALONE,
     ) -> None:  # fmt: skip
         self.config = config
         self.stop_token_ids, self.stop = list(stop_token_ids), list(stop)
         machine.check_ram_directory()  # of this node
         self.scratch = Scratch(os.getpid())
-        self.whole, self.experts = config.learner.whole, has_experts(base)
-        self.slots = 1 if self.whole else slots
-        self.held: list[Held] = []  # in the order they were asked for
+        self.full_weights, self.experts = config.learner.full_finetuning, has_experts(base)
+        self.slots = 1 if self.full_weights else slots
+        self.held: list[Loaded] = []  # in the order they were asked for
         self.noise: float | None = None  # of the base's canary, once it was asked
         self.canaries: dict[str, float] = {}  # by policy: nats from its last canary to the learner's, mean over tokens
         self.busy = 0.0  # seconds in vLLM's steps
@@ -94,13 +94,21 @@ class Engine:
         self._posted: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._open: set[Future[Any]] = set()  # promised and not settled yet
         self._broken: EngineLostError | None = None
-        made_of = config, base, seed_of(config.seed, number, version), self.slots, self.whole, self.experts, beside
+        made_of = (
+            config,
+            base,
+            seed_of(config.seed, number, version),
+            self.slots,
+            self.full_weights,
+            self.experts,
+            beside,
+        )
         built = self._post(lambda: build(*made_of))
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
         self.llm: LLMEngine = built.result()
 
-    def load(self, adapter: Adapter, oldest: int = 0, kept: int | None = None) -> Future[Proof]:
+    def load(self, adapter: Adapter, oldest: int = 0, kept: int | None = None) -> Future[Receipt]:
         """Serve `adapter.version` beside those that are served, and prove that it is.
 
         Requests for versions of its policy with numbers below `oldest`, other than `kept`, are given up. It waits where
@@ -124,9 +132,9 @@ class Engine:
 
     def stats(self) -> Future[EngineStats]:
         """Known at once, also in a step."""
-        return known(EngineStats(self.busy, dict(self.canaries)))
+        return resolved(EngineStats(self.busy, dict(self.canaries)))
 
-    def about(self) -> Future[About]:
+    def about(self) -> Future[EngineInfo]:
         """What it runs on and with."""
         return self._post(lambda: about(self.llm, self.config))
 
@@ -146,7 +154,7 @@ class Engine:
         """Remove the adapters' files, and end the thread after its step."""
         self._posted.put(None)
         self.scratch.close()
-        return known(None)
+        return resolved(None)
 
     # --- what callers promise, and the thread that keeps it ---
 
@@ -188,7 +196,7 @@ class Engine:
         try:
             outputs = self.llm.step()
         except Exception as error:  # what state vLLM is in nobody knows
-            self._broken = EngineLostError(f"vLLM failed in a step: {cards.told(error)}")
+            self._broken = EngineLostError(f"vLLM failed in a step: {cards.error_text(error)}")
             raise self._broken from error
         self.busy += time.perf_counter() - start
         for output in outputs:
@@ -197,7 +205,7 @@ class Engine:
             if asked:  # else it was given up
                 asked.output.set_result(output)
 
-    def _submit(self, tokens: Sequence[int], held: Held | None, **params: Any) -> Future[RequestOutput]:
+    def _submit(self, tokens: Sequence[int], held: Loaded | None, **params: Any) -> Future[RequestOutput]:
         """Hand a prompt to vLLM; its output comes with a later step."""
         request_id = str(next(self._request_ids))
         settings = SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY, **{"detokenize": False, **params})
@@ -211,7 +219,7 @@ class Engine:
     def _generate(self, prompt: Prompt, sampling: Sampling, version: Version, sampled: Future[Group]) -> None:
         with errors_to(sampled):
             held = self._serving(version)
-            verdict = self._verdict(held) if held else known(None)
+            verdict = self._verdict(held) if held else resolved(None)
             output = self._submit(
                 prompt.token_ids,
                 held,
@@ -240,13 +248,13 @@ class Engine:
                 held.leases += 1
             output.add_done_callback(finish)
 
-    def _verdict(self, held: Held) -> Future[None]:
+    def _verdict(self, held: Loaded) -> Future[None]:
         """Whether a version's canary came back right; it is sent along with the version's first prompt.
 
         It shares a step with the prompts: alone it would take as long as one for them all.
         """
         if held.verdict or not held.adapter.canary:
-            return held.verdict or known(None)
+            return held.verdict or resolved(None)
         verdict: Future[None] = Future()
         held.verdict = verdict
 
@@ -266,7 +274,7 @@ class Engine:
         self._send_canary(held.adapter.canary, held).add_done_callback(judge)
         return verdict
 
-    def _judge_alone(self, held: Held, verdict: Future[None]) -> None:
+    def _judge_alone(self, held: Loaded, verdict: Future[None]) -> None:
         """Ask a canary that failed once more when nothing else is in flight: in company roundings differ on a GPU."""
         with errors_to(verdict):
             while self._running:
@@ -276,11 +284,11 @@ class Engine:
             verdict.set_result(None)
         self._release(held)
 
-    def _release(self, held: Held) -> None:
+    def _release(self, held: Loaded) -> None:
         held.leases -= 1
         self._retire(held.version.policy)
 
-    def _serving(self, version: Version) -> Held | None:
+    def _serving(self, version: Version) -> Loaded | None:
         """The version as it is held here; None for the base."""
         if version.number == OFF:
             return None
@@ -292,10 +300,10 @@ class Engine:
 
     # --- delivery ---
 
-    def _load(self, adapter: Adapter, oldest: int, kept: int | None) -> Proof:
+    def _load(self, adapter: Adapter, oldest: int, kept: int | None) -> Receipt:
         policy = adapter.policy
         if adapter.number == OFF:
-            return Proof(adapter.digest, 0.0, 0.0)
+            return Receipt(adapter.digest, 0.0, 0.0)
         for held in self.held:
             if held.version == adapter.version:
                 self.held.remove(held)
@@ -312,20 +320,20 @@ class Engine:
         canary = adapter.canary if self.noise is None else None  # the first is asked at once, after the base's own
         base = [*self._ask(canary, None), *self._ask(canary, None, _COMPANY)] if canary else []  # alone, and in company
         path = self.scratch.write(adapter, 1 if self.held else self.slots, write_adapter)
-        held = Held(adapter, self._put(adapter, path))
+        held = Loaded(adapter, self._put(adapter, path))
         loaded = time.perf_counter()
         try:
             digest = self._compare(held, path)
             if canary:
                 self.noise = max(distance(logprobs, canary.base_logprobs) for logprobs in base)
                 self._judge(adapter, self._ask(canary, held)[0], base[0])
-                held.verdict = known(None)
+                held.verdict = resolved(None)
         except DeliveryError:
             self._drop(held)
             raise
-        if self.whole:
+        if self.full_weights:
             shutil.rmtree(path)
-        held.proof = Proof(digest, loaded - start, time.perf_counter() - loaded)
+        held.proof = Receipt(digest, loaded - start, time.perf_counter() - loaded)
         self.held.append(held)
         self._retire(policy)
         return held.proof
@@ -333,7 +341,7 @@ class Engine:
     def _put(self, adapter: Adapter, path: Path) -> LoRARequest | None:
         return put(self.llm, adapter, path, next(self._engine_ids), self.experts)
 
-    def _compare(self, held: Held, path: Path) -> str:
+    def _compare(self, held: Loaded, path: Path) -> str:
         """The digest of the file that vLLM has read. Raises DeliveryError where it or the slot is not the adapter's.
 
         Logprobs alone can't tell a version from the one before it in 16 bits: that is what the slots are read for.
@@ -358,14 +366,14 @@ class Engine:
         if error:
             raise DeliveryError(f"adapter {adapter.name}: the engine does not serve it: {error}")
 
-    def _ask(self, canary: Canary, held: Held | None, times: int = 1) -> list[list[float]]:
+    def _ask(self, canary: Canary, held: Loaded | None, times: int = 1) -> list[list[float]]:
         """What the canary gives, asked so often at once; whatever else is in flight goes on meanwhile."""
         answers = [self._send_canary(canary, held) for _ in range(times)]
         while not all(answer.done() for answer in answers):
             self._step()
         return [prompt_logprobs(answer.result()) for answer in answers]
 
-    def _send_canary(self, canary: Canary, held: Held | None) -> Future[RequestOutput]:
+    def _send_canary(self, canary: Canary, held: Loaded | None) -> Future[RequestOutput]:
         return self._submit(canary.token_ids, held, max_tokens=1, prompt_logprobs=0)
 
     def _give_up(self, policy: str, oldest: float, kept: int | None = None) -> None:
@@ -391,7 +399,7 @@ class Engine:
             self._drop(held)
         self.canaries.pop(policy, None)
 
-    def _drop(self, held: Held) -> None:
+    def _drop(self, held: Loaded) -> None:
         """Take a version out of vLLM, then its file."""
         if held in self.held:
             self.held.remove(held)

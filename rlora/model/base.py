@@ -249,5 +249,5 @@ def auto_lr(learner: LearnerConfig, base: PreTrainedConfig) -> float:
     and 0.0775 for Qwen ("LoRA Without Regret", Thinking Machines 2025). Fitted on supervised runs; other models are
     taken for Llamas."""
     power = 0.0775 if "qwen" in base.model_type else 0.781
-    lr = 5e-5 if learner.whole else 5e-4
+    lr = 5e-5 if learner.full_finetuning else 5e-4
     return float(lr * (2000 / base.get_text_config().hidden_size) ** power)

@@ -13,7 +13,7 @@ _MUST_BE = {  # settings, and the value that leaves them off
 }  # fmt: skip
 
 
-def refuse_others(settings: Mapping[str, Any], factors: Mapping[str, str]) -> None:
+def check_supported(settings: Mapping[str, Any], factors: Mapping[str, str]) -> None:
     """Raise RloraError, naming the setting or the tensor, for what is not plain LoRA of rank 1 to 8.
 
     `factors` says of each tensor, by its name, which factor it would be.

@@ -127,6 +127,6 @@ def rows(groups: Sequence[Group]) -> Iterator[dict[str, object]]:
                 "reward": episode.reward,
                 "parts": dict(episode.parts),
                 "finish_reason": episode.finish_reason,
-                "tokens": episode.own_tokens,
+                "tokens": episode.sampled_tokens,
                 "version": episode.version.number,
             }

@@ -16,7 +16,7 @@ from rlora.records import (
     Group,
     NotLoadedError,
     Prompt,
-    Proof,
+    Receipt,
     RloraError,
     Sampling,
 )
@@ -59,7 +59,7 @@ class Fleet:
         self._calls = ThreadPoolExecutor(1)  # runs what engines' futures call back, one after the other
         self._lost = self._replayed = 0
 
-    def swap(self, adapter: Adapter, oldest: int = 0, kept: int | None = None) -> list[Proof]:
+    def swap(self, adapter: Adapter, oldest: int = 0, kept: int | None = None) -> list[Receipt]:
         """Deliver `adapter` to every engine; its policy's prompts are sampled under it from now on. Returns each
         engine's proof.
 
@@ -84,7 +84,7 @@ class Fleet:
             self._send()
         return proofs
 
-    def _confirmed(self, loads: Sequence[tuple[Adapter, Member, Future[Proof]]]) -> list[Proof]:
+    def _confirmed(self, loads: Sequence[tuple[Adapter, Member, Future[Receipt]]]) -> list[Receipt]:
         """Each engine's proof; one that gives none is lost. Raises RloraError where no engine is left."""
         deadline = time.monotonic() + self._patience
         proofs = []
@@ -241,7 +241,7 @@ class Fleet:
             self._failed = 0
         self._settled(member, request, error, sampled)
 
-    def _give_again(self, member: Member, request: Request, loaded: Future[Proof]) -> None:
+    def _give_again(self, member: Member, request: Request, loaded: Future[Receipt]) -> None:
         """Send a request to an engine that has its version by now."""
         if request not in member.flying:
             return

@@ -12,7 +12,7 @@ from rlora.rollout.fleet import Fleet
 from rlora.rollout.requests import Request
 from rlora.rollout.task import Task
 from rlora.scoring.scoring import Scoring
-from rlora.scoring.worker import Turn
+from rlora.scoring.worker import EnvTurn
 
 
 @dataclass(eq=False)
@@ -95,7 +95,7 @@ class AgentLoop:
             flight.scored.set_exception(error)
 
     async def _play(self, flight: Flight, episode: Episode) -> Episode:
-        """Turn by turn until the env has no more to say, or there is no more room."""
+        """EnvTurn by turn until the env has no more to say, or there is no more room."""
         chat, prompt, sampling = self.task.chat, flight.request.prompt, flight.request.sampling
         messages: list[dict[str, str]] = []
         state: dict[str, object] = {}
@@ -103,7 +103,7 @@ class AgentLoop:
         message_at = turn_at = 0  # where in the completion the policy's message, and its last turn, begin
         while self.task.agent and episode.finish_reason == "stop":
             turn = chat.text(episode.completion_ids[turn_at:], turn_at == message_at, asked)
-            answered = await self.scoring.answer(Turn(prompt, turn, state))
+            answered = await self.scoring.answer(EnvTurn(prompt, turn, state))
             state = dict(answered.state)
             if answered.said is None:
                 episode = replace(episode, status=answered.status)
@@ -136,10 +136,10 @@ class AgentLoop:
 
 def _followed(episode: Episode, said: Sequence[int], turn: Episode) -> Episode:
     """The episode, what the env said, and the policy's next turn."""
-    own = episode.own or (True,) * len(episode.completion_ids)
+    own = episode.sampled_mask or (True,) * len(episode.completion_ids)
     return replace(
         turn,
         completion_ids=episode.completion_ids + tuple(said) + turn.completion_ids,
         behaviour_logprobs=episode.behaviour_logprobs + (0.0,) * len(said) + turn.behaviour_logprobs,
-        own=own + (False,) * len(said) + (True,) * len(turn.completion_ids),
+        sampled_mask=own + (False,) * len(said) + (True,) * len(turn.completion_ids),
     )

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from rlora.records import Adapter, DeliveryError, Engine, Group, Prompt, Proof, Sampling, StaleError, Version
+from rlora.records import Adapter, DeliveryError, Engine, Group, Prompt, Receipt, Sampling, StaleError, Version
 
 
 @dataclass(eq=False)
@@ -54,7 +54,7 @@ def left(policy: str) -> StaleError:
     return StaleError(f"policy {policy}: it has left")
 
 
-def checked(adapter: Adapter, proof: Proof) -> Proof:
+def checked(adapter: Adapter, proof: Receipt) -> Receipt:
     if proof.digest != adapter.digest:
         raise DeliveryError(
             f"adapter {adapter.name}: an engine says that it serves {proof.digest[:12]}, not {adapter.digest[:12]}"

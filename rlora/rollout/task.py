@@ -37,7 +37,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedPolicy:
     """A policy that engines sample, and what for."""
 
     policy: str  # unique in the job

@@ -9,8 +9,8 @@ from rlora.model.chat import THINK, Chat
 from rlora.records import Episode, Group, Prompt, Score, Version, without_surrogates
 from rlora.rollout.golds import ANSWERS, FORMS, Form, asked, asks_for, cut, opening
 from rlora.scoring.pool import Pool
-from rlora.scoring.scoring import as_case
-from rlora.scoring.worker import Turn
+from rlora.scoring.scoring import reward_input
+from rlora.scoring.worker import EnvTurn
 from rlora.settings import Config
 
 _THOUGHT = "I think."
@@ -90,7 +90,7 @@ class Bench:
 
     def score(self, prompt: Prompt, texts: Sequence[str], raw: bool = False) -> tuple[tuple[str, ...], Scores]:
         """The texts as the functions get them, and their scores. With `raw` they get the texts themselves."""
-        case = as_case(Group(prompt, tuple(self._episode(prompt, text) for text in texts)), self.chat, 0, 1)
+        case = reward_input(Group(prompt, tuple(self._episode(prompt, text) for text in texts)), self.chat, 0, 1)
         if raw:
             said = tuple(({"role": "assistant", "content": text},) for text in texts)
             case = replace(case, completions=tuple(texts), messages=said, responses=tuple(texts))
@@ -103,7 +103,7 @@ class Bench:
         said = self.chat.text(ids, prompt=prompt.text)
         state: Mapping[str, Any] = {}
         if self.agent:
-            answered = self.pool.do(Turn(prompt, said, {})).result()
+            answered = self.pool.do(EnvTurn(prompt, said, {})).result()
             state = answered.state
             self.env_errors += [answered.detail] if answered.detail else []
         return Episode(ids, (), "stop", _NOBODY, said, messages=({"role": "assistant", "content": said},), state=state)

@@ -19,7 +19,7 @@ from upath import UPath
 from rlora.config import validate
 from rlora.records import ADAPTER_FILES, WHOLE_FILES, Adapter, Cursor, Group, InFlight, RloraError
 from rlora.run import episodes
-from rlora.run.directory import METRICS, Origin, warn, whole_lines
+from rlora.run.directory import METRICS, Provenance, warn, whole_lines
 from rlora.settings import Config
 from rlora.store import names, read_file
 
@@ -40,7 +40,7 @@ class BundleError(RloraError):
 class Bundle:
     """What a run is after an update."""
 
-    origin: Origin
+    origin: Provenance
     adapter: Adapter
     state: bytes  # `Learner.state`
     cursor: Cursor
@@ -69,7 +69,7 @@ class Bundle:
             _STATE: self.state,
             **({} if self.update is None else {_UPDATE: self.update}),
             **({_IN_FLIGHT: episodes.encode(played)} if played else {}),
-            **{_pinned(version): adapter.weights for version, adapter in adapters.items() if not adapter.whole},
+            **{_pinned(version): adapter.weights for version, adapter in adapters.items() if not adapter.full_weights},
         }
         number = iter(range(len(played)))
         manifest = {
@@ -130,7 +130,7 @@ def read(path: UPath) -> Bundle:
     """The bundle in a directory. Raises BundleError, which says what is wrong, unless every byte is as written."""
     manifest = _read_manifest(path)
     contents = {name: _read_whole(path / name, expected) for name, expected in manifest["files"].items()}
-    origin, version = Origin(**manifest["origin"]), manifest["version"]
+    origin, version = Provenance(**manifest["origin"]), manifest["version"]
     whole = WHOLE_FILES[0] in contents
     kind, weights = (contents[name] for name in (WHOLE_FILES if whole else ADAPTER_FILES))
     adapter = Adapter(origin.run, version, kind, weights, whole)
@@ -198,7 +198,7 @@ def _read_file(path: UPath) -> bytes:
     return content
 
 
-def newest(run: UPath, origin: Origin) -> Bundle | None:
+def newest(run: UPath, origin: Provenance) -> Bundle | None:
     """The newest whole bundle of the run, None where there is none at all yet.
 
     What is damaged, or of another run, is told of and passed over. Raises RloraError where nothing else is left, or
@@ -224,7 +224,7 @@ def newest(run: UPath, origin: Origin) -> Bundle | None:
     return None
 
 
-def _of(origin: Origin, path: UPath, version: int) -> Bundle:
+def _of(origin: Provenance, path: UPath, version: int) -> Bundle:
     """The bundle at `path`. Raises BundleError where it is another run's or another version's."""
     bundle = read(path)
     if bundle.origin.id != origin.id:
@@ -241,9 +241,9 @@ def read_version(run: UPath, version: int | None = None) -> Bundle:
     """A version of a run, the newest whole one by default. Raises RloraError that says which ones there are."""
     if version is not None:
         path = _there(run, version)
-        return _of(Origin.of(run), path, version)
+        return _of(Provenance.of(run), path, version)
     _kept(run)
-    bundle = newest(run, Origin.of(run))
+    bundle = newest(run, Provenance.of(run))
     assert bundle
     return bundle
 

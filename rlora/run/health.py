@@ -24,7 +24,7 @@ class Rule:
     remedy: str
 
 
-def refuse_to_go_on(config: Config, update: UpdateStats) -> None:
+def check_updates(config: Config, update: UpdateStats) -> None:
     """Raise RloraError after `learner.max_bad_updates` skipped updates in a row."""
     if update.skipped_in_a_row >= config.learner.max_bad_updates:
         raise RloraError(

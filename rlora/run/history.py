@@ -8,11 +8,11 @@ from upath import UPath
 from rlora.config import read
 from rlora.records import RloraError
 from rlora.run.checkpoint import versions
-from rlora.run.directory import CONFIG, Origin, figures, is_held, summary
+from rlora.run.directory import CONFIG, Provenance, figures, is_held, summary
 
 
 @dataclass(frozen=True)
-class Past:
+class RunSummary:
     """A run, as far as it has come."""
 
     name: str
@@ -23,18 +23,18 @@ class Past:
     origin: str  # what it was forked from
 
 
-def past_runs(directory: UPath) -> Iterator[Past]:
+def list_runs(directory: UPath) -> Iterator[RunSummary]:
     """The runs in a directory, by name."""
     for run in sorted(directory.iterdir(), key=lambda path: path.name) if directory.is_dir() else ():
         if (run / CONFIG).exists():
             yield _past(run)
 
 
-def _past(run: UPath) -> Past:
+def _past(run: UPath) -> RunSummary:
     try:
-        config, origin = read(run / CONFIG), Origin.of(run)
+        config, origin = read(run / CONFIG), Provenance.of(run)
     except RloraError:  # another release wrote it
-        return Past(run.name, "not readable", "", "", "", "")
+        return RunSummary(run.name, "not readable", "", "", "", "")
     lines, told = figures(run), summary(run)
     logged = lines[-1]["step"] + 1 if lines else origin.first
     done = min(logged, max(versions(run), default=0))  # a line may be ahead of its bundle, or a bundle be damaged
@@ -42,7 +42,7 @@ def _past(run: UPath) -> Past:
     rewards = {line["step"]: line["reward/mean"] for line in lines if line["reward/mean"] is not None}
     best = max(rewards, key=lambda step: rewards[step], default=None)
     accuracy = [f"{told[name]:.3f}" for name in ("accuracy/before", "accuracy/after") if name in told]
-    return Past(
+    return RunSummary(
         name=run.name,
         status=status,
         steps=f"{done}/{config.steps}",

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoConfig
 from upath import UPath
 
-from rlora.config import differences, refuse_another_policy
+from rlora.config import check_same_policy, differences
 from rlora.core.objectives import objective_of
 from rlora.core.setup import Setup
 from rlora.model.base import auto_lr
@@ -45,7 +45,7 @@ def prepared(
     with ExitStack() as stack:
         if resume is not None:
             stack.enter_context(directory.held(reachable(str(resume))))
-            run = go_on(config, reachable(str(resume)), observers, tell, load)
+            run = resume_run(config, reachable(str(resume)), observers, tell, load)
         else:
             place = reachable(str(run_dir)) if run_dir is not None else None
             run = begin(config, place, overwrite, split(fork) if fork else None, observers, tell, load)
@@ -72,7 +72,7 @@ def begin(
             raise RloraError(f"--fork {name}: --overwrite would remove it; name another --run-dir")
         config, start = resume.with_own_start(of, config), checkpoint.read_version(of, step)
         before = resume.with_own_start(of, start.config)
-        refuse_another_policy(before, config, "--fork")
+        check_same_policy(before, config, "--fork")
         tell_changes(differences(before, config), tell)
         if start.version >= config.steps:
             raise RloraError(f"steps = {config.steps}: {name} has done them all; give more by --steps N")
@@ -85,15 +85,15 @@ def begin(
     return Run(config, task, setup, place, resume.adopt(start, place) if start else None, observers)
 
 
-def go_on(
+def resume_run(
     config: Config, place: UPath, observers: Sequence[Observer] = (), tell: Tell = say, load: Load = load_task
 ) -> Run:
     """A run that goes on from its newest whole bundle, under `config`. Raises RloraError."""
-    origin = directory.Origin.of(place)
+    origin = directory.Provenance.of(place)
     config, start = resume.with_own_start(place, config), checkpoint.newest(place, origin)
     if start:
         before = resume.with_own_start(place, start.config)
-        refuse_another_policy(before, config, "--resume")
+        check_same_policy(before, config, "--resume")
         tell_changes(changes := differences(before, config), tell)
         if changes and is_finished(place, config, start):
             raise RloraError(f"steps = {config.steps}: {place} has done them all; give more by --set steps=N")

@@ -7,7 +7,7 @@ from upath import UPath
 
 from rlora.records import ADAPTER_FILES, Adapter, Cursor
 from rlora.run.checkpoint import Bundle, bundle_path, read
-from rlora.run.directory import Origin, warn
+from rlora.run.directory import Provenance, warn
 from rlora.run.start import read as read_files
 from rlora.settings import Config
 from rlora.store import names, write_directory
@@ -22,7 +22,7 @@ _OF_EPISODES = (
 )  # fmt: skip
 
 
-def cursor_for(config: Config, bundle: Bundle, origin: Origin) -> Cursor:
+def cursor_for(config: Config, bundle: Bundle, origin: Provenance) -> Cursor:
     """Where `bundle` goes on under `config`, with what it had in flight if that is still what the config asks for."""
     cursor = _of_policy(bundle.cursor, origin.run)
     if origin.prompts != bundle.origin.prompts:
@@ -48,7 +48,7 @@ def _of_policy(cursor: Cursor, policy: str) -> Cursor:
 
 def adopt(start: Bundle, run: UPath) -> Bundle:
     """Make another run's bundle the first one of `run`, which `runs.create` made."""
-    origin = replace(Origin.of(run), prompts=start.origin.prompts)  # those of what was in flight
+    origin = replace(Provenance.of(run), prompts=start.origin.prompts)  # those of what was in flight
     adapter, cursor = replace(start.adapter, policy=run.name), _of_policy(start.cursor, run.name)
     bundle = replace(start, origin=origin, adapter=adapter, cursor=cursor)
     path = bundle_path(run, bundle.version)

@@ -9,18 +9,18 @@ from typing import Any, Protocol
 from upath import UPath
 
 from rlora.core.setup import Setup
-from rlora.records import Adapter, Cursor, Group, Proof, RloraError, UpdateStats
+from rlora.records import Adapter, Cursor, Group, Receipt, RloraError, UpdateStats
 from rlora.rollout.fleet import Fleet
 from rlora.rollout.player import AgentLoop
 from rlora.rollout.stream import Collection, Rollouts
-from rlora.rollout.task import Served, Task
+from rlora.rollout.task import ServedPolicy, Task
 from rlora.run import directory
 from rlora.run.checkpoint import Bundle
 from rlora.run.directory import warn
 from rlora.run.evaluation import HeldOut
-from rlora.run.health import Health, refuse_to_go_on
+from rlora.run.health import Health, check_updates
 from rlora.run.resume import cursor_for, describe
-from rlora.run.writer import Saver
+from rlora.run.writer import CheckpointWriter
 from rlora.settings import Config
 from rlora.telemetry.metrics import Metrics
 
@@ -69,7 +69,7 @@ class Job(Protocol):
     def slots(self) -> int: ...  # versions that engines hold at a time
     @property
     def is_apart(self) -> bool: ...  # whether engines and learners have cards of their own
-    def join(self, served: Served) -> None: ...
+    def join(self, served: ServedPolicy) -> None: ...
     def leave(self, policy: str) -> None: ...
 
 
@@ -94,14 +94,14 @@ class Run:
         self.is_quiet = False  # whether something else shows its steps
         self._left = False
         self._engines: int | None = None  # that it has asked for
-        self._proofs: list[Proof] = []
+        self._proofs: list[Receipt] = []
         self._collection: Collection
         self._updated: Callable[[], tuple[Adapter, UpdateStats]]
 
     @property
-    def served(self) -> Served:
+    def served(self) -> ServedPolicy:
         """What engines sample for it."""
-        return Served(self.policy, self.config, self.task, self.number)
+        return ServedPolicy(self.policy, self.config, self.task, self.number)
 
     @property
     def number(self) -> int:
@@ -134,8 +134,8 @@ class Run:
         """Open the policy, from its bundle or fresh; have its accuracy measured, and the first prompts sampled."""
         self.job, self.fleet, self.learner = job, job.fleet, job.learners[self.policy]
         config, start, place = self.config, self.start, self.place
-        origin = directory.Origin.here(place, self.task)
-        self.saver = self._open.enter_context(Saver(place, config, origin, start))
+        origin = directory.Provenance.here(place, self.task)
+        self.saver = self._open.enter_context(CheckpointWriter(place, config, origin, start))
         self.metrics = self._open.enter_context(
             Metrics(config.steps, self.policy if self.together else "", self.is_quiet)
         )
@@ -173,7 +173,7 @@ class Run:
         for observer in self.observers:
             self._tell(observer, json.loads(line))
         self.held_out.refuse()
-        refuse_to_go_on(self.config, update)
+        check_updates(self.config, update)
         self.health.refuse(ills)
 
     def deliver(self) -> None:

@@ -46,11 +46,11 @@ def checked_start(learner: LearnerConfig, base: Callable[[], PreTrainedModel]) -
         spec, _ = decode(*files)
     except RloraError as error:
         raise RloraError(f"learner.start_from = {learner.start_from!r}: {error}") from error
-    refuse_another_adapter(f"learner.start_from = {learner.start_from!r}", spec, learner)
+    check_same_adapter(f"learner.start_from = {learner.start_from!r}", spec, learner)
     return files
 
 
-def refuse_another_adapter(source: str, spec: Spec, learner: LearnerConfig) -> None:
+def check_same_adapter(source: str, spec: Spec, learner: LearnerConfig) -> None:
     """Raise RloraError where a saved adapter has another rank or scale than the config says."""
     for name in ("rank", "alpha", "rslora"):
         ours, theirs = getattr(learner, name), getattr(spec, name)

@@ -14,17 +14,17 @@ from threading import Event, Thread
 from upath import UPath
 
 from rlora import machine
-from rlora.records import Adapter, Cursor, Group, RloraError, Saved
+from rlora.records import Adapter, Cursor, Group, RloraError, SaveStats
 from rlora.rollout.stream import Collection
 from rlora.rollout.task import HELD_OUT
 from rlora.run import episodes
 from rlora.run.checkpoint import BUNDLES, Bundle, Rewards, bundle_path, versions
-from rlora.run.directory import METRICS, Origin, warn, whole_lines
+from rlora.run.directory import METRICS, Provenance, warn, whole_lines
 from rlora.settings import Config
 from rlora.store import remove, remove_halves, write_directory, write_file
 
 
-class Saver:
+class CheckpointWriter:
     """Keeps a run on a thread of its own: the loop waits for nothing but the bundle before.
 
     Where the disk does not take a bundle training goes on in memory, loudly, and each step tries again with the newest.
@@ -32,9 +32,9 @@ class Saver:
     there is room, and RloraError says where. `start` is the bundle that the run goes on from.
     """
 
-    def __init__(self, run: UPath, config: Config, origin: Origin, start: Bundle | None) -> None:
+    def __init__(self, run: UPath, config: Config, origin: Provenance, start: Bundle | None) -> None:
         self.run, self.config, self.origin = run, config, origin
-        self.saved: Saved | None = None
+        self.saved: SaveStats | None = None
         self._parent = start.adapter.digest if start else None
         self._rewards: dict[int, Rewards] = dict(start.rewards) if start else {}
         self._idle = Event()  # nothing is being written; until then nothing here changes but by the thread
@@ -50,7 +50,7 @@ class Saver:
             self._count_accuracy(line)
         self._ended = False
 
-    def __enter__(self) -> "Saver":
+    def __enter__(self) -> "CheckpointWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -153,7 +153,7 @@ class Saver:
         if self._failing_since:
             warn(f"{self.run} takes bundles again: version {bundle.version} is saved")
         self._unsaved = self._failing_since = None
-        self.saved = Saved(time.perf_counter() - start, sum(map(len, files.values())))
+        self.saved = SaveStats(time.perf_counter() - start, sum(map(len, files.values())))
         with suppress(Exception):  # what is there can't be known now: then there is more than asked for
             self._retire(bundle.version)
 
@@ -174,7 +174,7 @@ class Saver:
     def _retire(self, newest: int) -> None:
         """Remove the bundles that the config does not ask to keep."""
         settings, there = self.config.checkpoint, [each for each in versions(self.run) if each <= newest]
-        if self.config.learner.whole:  # each is a whole model and three times that
+        if self.config.learner.full_finetuning:  # each is a whole model and three times that
             settings = replace(settings, keep_last=min(2, settings.keep_last), keep_every=0, keep_best=0)
         means = {version: total / count for version, (total, count) in self._rewards.items()}
         worth = self._accuracies if settings.best_by == "accuracy" else means

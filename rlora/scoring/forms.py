@@ -11,7 +11,7 @@ from decimal import Decimal
 from types import SimpleNamespace
 from typing import Any
 
-from rlora.records import Case
+from rlora.records import RewardInput
 from rlora.scoring.results import FaultError, as_number, as_numbers, known, show
 
 
@@ -19,7 +19,7 @@ from rlora.scoring.results import FaultError, as_number, as_numbers, known, show
 class Call:
     """One call of a function: of which episodes, and what it logs."""
 
-    case: Case
+    case: RewardInput
     episodes: Sequence[int]
     chat: bool = False  # TRL's conversational format
     metrics: defaultdict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
@@ -92,7 +92,7 @@ def _both(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [_Message(message) for message in messages]
 
 
-def _messages(case: Case, episode: int) -> list[dict[str, str]]:
+def _messages(case: RewardInput, episode: int) -> list[dict[str, str]]:
     said = case.messages[episode] if case.messages else ()
     return [dict(turn) for turn in said] or [{"role": "assistant", "content": case.completions[episode]}]
 

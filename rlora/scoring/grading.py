@@ -6,7 +6,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from rlora.records import Case, RloraError, Score
+from rlora.records import RewardInput, RloraError, Score
 from rlora.scoring.pool import Pool
 from rlora.scoring.worker import Setup
 from rlora.settings import ScoringConfig
@@ -41,10 +41,10 @@ def grade(table: Sequence[Row], setup: Setup, workers: int, threshold: float) ->
         return [row | _verdict(score.result()[0][0], threshold) for row, score in zip(table, scores, strict=True)]
 
 
-def _case_of(row: Row) -> Case:
+def _case_of(row: Row) -> RewardInput:
     said = ({"role": "assistant", "content": row["prediction"]},)
     columns = {name: value for name, value in row.items() if name not in ("gold", "prediction")}
-    return Case("", "", row["gold"], columns, (row["prediction"],), (said,), ((),), ({},))
+    return RewardInput("", "", row["gold"], columns, (row["prediction"],), (said,), ((),), ({},))
 
 
 def _verdict(score: Score, threshold: float) -> Row:

@@ -19,9 +19,9 @@ from dataclasses import replace
 from multiprocessing import Pipe
 from typing import Any, TypeAlias, overload
 
-from rlora.records import Case, RewardError, RloraError, Score
+from rlora.records import RewardError, RewardInput, RloraError, Score
 from rlora.scoring.clock import Call, Clock
-from rlora.scoring.worker import COROUTINES, ENV, IDLE, Answered, Job, Setup, Turn, names_of, too_long
+from rlora.scoring.worker import COROUTINES, ENV, IDLE, EnvReply, EnvTurn, Job, Setup, names_of, too_long
 
 _MAIN = "from rlora.scoring.worker import main; main()"
 _GRACE = 1.0  # seconds over its deadline after which a call is ended from outside; a coroutine is cancelled before
@@ -30,7 +30,7 @@ _RETRIES = 3
 _OF_MEMORY = ("signal 6", "signal 7", "signal 11")  # how code in C ends that is refused memory
 _START = 120.0  # seconds in which a worker has to have loaded what it runs
 
-Result: TypeAlias = list[list[Score]] | Answered  # of a Case by reward function and episode; of a Turn
+Result: TypeAlias = list[list[Score]] | EnvReply  # of a RewardInput by reward function and episode; of a EnvTurn
 
 
 class Pool:
@@ -53,10 +53,10 @@ class Pool:
             raise
 
     @overload
-    def do(self, of: Case) -> Future[list[list[Score]]]: ...
+    def do(self, of: RewardInput) -> Future[list[list[Score]]]: ...
     @overload
-    def do(self, of: Turn) -> Future[Answered]: ...
-    def do(self, of: Case | Turn) -> Future[Any]:
+    def do(self, of: EnvTurn) -> Future[EnvReply]: ...
+    def do(self, of: RewardInput | EnvTurn) -> Future[Any]:
         """Have a case scored, or a turn answered. Raises RewardError where the processes can't be started again."""
         future: Future[Result] = Future()
         self._jobs.put((Job(of), future))
@@ -244,7 +244,7 @@ class _OverrunError(Exception):
 
 
 def _result(job: Job, result: Any) -> Result:
-    if isinstance(job.of, Turn):
-        return Answered(**result)
+    if isinstance(job.of, EnvTurn):
+        return EnvReply(**result)
     verdicts: list[list[Score]] = [[Score(*score) for score in scores] for scores in result]
     return verdicts

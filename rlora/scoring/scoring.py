@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from rlora.model.chat import Chat
-from rlora.records import Case, Episode, Group, RewardError, Score
-from rlora.scoring.worker import Answered, Turn, names_of
+from rlora.records import Episode, Group, RewardError, RewardInput, Score
+from rlora.scoring.worker import EnvReply, EnvTurn, names_of
 from rlora.settings import Config
 
 _KIND = re.compile(r".*?( raised \w+| returned )", re.DOTALL)
@@ -18,8 +18,8 @@ _KIND = re.compile(r".*?( raised \w+| returned )", re.DOTALL)
 class Pool(Protocol):
     """Processes that score and answer: a `scoring.pool.Pool`, here or in a Ray actor."""
 
-    def do(self, of: Case | Turn) -> Future[Any]:
-        """Of a Case the scores by reward function and episode, of a Turn an Answered."""
+    def do(self, of: RewardInput | EnvTurn) -> Future[Any]:
+        """Of a RewardInput the scores by reward function and episode, of a EnvTurn an EnvReply."""
         ...
 
 
@@ -43,14 +43,14 @@ class Scoring:
         episodes = zip(group.episodes, zip(*verdicts, strict=True), strict=True)
         return replace(group, episodes=tuple(self._scored(episode, scores) for episode, scores in episodes))
 
-    def _case(self, group: Group, chat: Chat, step: int) -> Case:
-        case = as_case(group, chat, step, self.config.steps)
+    def _case(self, group: Group, chat: Chat, step: int) -> RewardInput:
+        case = reward_input(group, chat, step, self.config.steps)
         sampled = step * self.config.prompts_per_step
         return replace(case, epoch=sampled / self._prompts) if self._prompts else case
 
-    async def answer(self, turn: Turn) -> Answered:
+    async def answer(self, turn: EnvTurn) -> EnvReply:
         """What the env says to a message of the policy."""
-        answered: Answered = await self._ask(turn)
+        answered: EnvReply = await self._ask(turn)
         self._tell(answered.detail)
         return answered
 
@@ -64,7 +64,7 @@ class Scoring:
                 f"{most:g} is the largest share that a step may have; mend what failed, or raise it"
             )
 
-    async def _ask(self, of: Case | Turn) -> Any:
+    async def _ask(self, of: RewardInput | EnvTurn) -> Any:
         number = min(range(len(self.pools)), key=self._flying.__getitem__)
         self._flying[number] += 1
         try:
@@ -104,9 +104,9 @@ class Scoring:
             print(detail.encode("utf-8", "backslashreplace").decode(), flush=True)
 
 
-def as_case(group: Group, chat: Chat, step: int, steps: int) -> Case:
+def reward_input(group: Group, chat: Chat, step: int, steps: int) -> RewardInput:
     """The group as reward functions see it."""
-    return Case(
+    return RewardInput(
         prompt=group.prompt.text,
         prompt_text=chat.shown(group.prompt.token_ids),
         answer=group.prompt.answer,

@@ -47,19 +47,19 @@ from typing import Any
 from rlora.records import RloraError, Style
 from rlora.scoring.forms import FORMS, NOT_HERE
 from rlora.scoring.functions import BY_NAME, BY_PLACE, NO_DEFAULT, bare, call_of, parameters_of
-from rlora.scoring.plug import Plug
 from rlora.scoring.results import said, show
+from rlora.scoring.reward_function import RewardFunction
 from rlora.scoring.source import takes_messages
 from rlora.scoring.source_values import Fields, Many
 
 
-def plug(
+def reward_function(
     spec: str,
     function: Callable[..., Any],
     style: Style = "auto",
     args: Mapping[str, Any] | None = None,
     agent: bool = False,
-) -> Plug:
+) -> RewardFunction:
     """The function that the config names `spec`, ready to be called.
 
     A class is made first, with those of `args` that its constructor takes. Where `style` is given and none of the
@@ -104,7 +104,7 @@ def plug(
     for name, remedy in NOT_HERE.get(chosen, {}).items():
         if name in required - args.keys() and name not in wanted:
             raise RloraError(f"reward = {spec!r}: it needs {name}; {remedy}")
-    return Plug(
+    return RewardFunction(
         spec=spec,
         name=spec.rpartition(":")[2],
         style=chosen,

@@ -22,10 +22,10 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from rlora.plugin import Pickled, at, env_of, file_of, load, receive
-from rlora.records import Case, Prompt, RloraError, Score, Style, without_surrogates
+from rlora.records import Prompt, RewardInput, RloraError, Score, Style, without_surrogates
 from rlora.scoring.clock import Clock
-from rlora.scoring.plug import Plug
-from rlora.scoring.signatures import plug
+from rlora.scoring.reward_function import RewardFunction
+from rlora.scoring.signatures import reward_function
 
 IDLE = (-1, -1, -1)  # the job, the call and the function between two jobs
 COROUTINES = -2  # in place of a call's number: all those that are awaited at once
@@ -56,7 +56,7 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Turn:
+class EnvTurn:
     """A policy's message that the env has to answer."""
 
     prompt: Prompt
@@ -65,7 +65,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Answered:
+class EnvReply:
     """What the env said to it, None at the end of the episode, and the episode's state now."""
 
     said: str | list[dict[str, str]] | None
@@ -78,7 +78,7 @@ class Answered:
 class Job:
     """A group to score by each reward function, or a turn to answer."""
 
-    of: Case | Turn
+    of: RewardInput | EnvTurn
     overran: Mapping[int, Score] = field(
         default_factory=dict
     )  # calls that are not made again, and what is said of them
@@ -97,10 +97,12 @@ def too_long(setup: Setup, deadline: float, name: str) -> str:
     return f"a call took more than scoring.{field} = {deadline:g} s" + (f" (of {name})" if name else "")
 
 
-def load_plugs(setup: Setup) -> list[Plug]:
+def load_plugs(setup: Setup) -> list[RewardFunction]:
     """The reward functions. Raises RloraError where one can't be loaded, or an argument is of none."""
     agent = bool(setup.env)
-    plugs = [plug(spec, load("reward", spec), setup.style, setup.reward_args, agent) for spec in setup.rewards]
+    plugs = [
+        reward_function(spec, load("reward", spec), setup.style, setup.reward_args, agent) for spec in setup.rewards
+    ]
     for name in setup.reward_args:
         if not any(name in each.takes for each in plugs):
             raise RloraError(
@@ -124,7 +126,7 @@ class _Worker:
         """The number and the result of each job, as JSON has it."""
         awaited = self.runner.run(self._await(jobs)) if self.coroutines else {}
         for number, job in enumerate(jobs):
-            if isinstance(job.of, Turn):
+            if isinstance(job.of, EnvTurn):
                 answered = self._answer(number, job, job.of)
                 yield number, asdict(replace(answered, detail=_veiled(answered.detail, self.setup)))
                 continue
@@ -143,7 +145,7 @@ class _Worker:
     def _plain(self, score: Score) -> tuple[Any, ...]:
         return astuple(replace(score, detail=_veiled(score.detail, self.setup)) if score.detail else score)
 
-    def _score(self, function: int, number: int, job: Job, case: Case, calls: Iterator[int]) -> list[Score]:
+    def _score(self, function: int, number: int, job: Job, case: RewardInput, calls: Iterator[int]) -> list[Score]:
         """Of the group by one function, call by call."""
         scores: list[Score] = []
         each = self.plugs[function]
@@ -161,7 +163,7 @@ class _Worker:
         """By the functions that are coroutines, of all groups: so many calls at once, each with its own deadline."""
         free = asyncio.Semaphore(self.setup.concurrency)
 
-        async def call(function: int, job: Job, case: Case, episodes: Sequence[int]) -> list[Score]:
+        async def call(function: int, job: Job, case: RewardInput, episodes: Sequence[int]) -> list[Score]:
             if COROUTINES in job.overran:
                 return [job.overran[COROUTINES]] * len(episodes)
             async with free:
@@ -175,7 +177,7 @@ class _Worker:
                 finally:
                     self.called.add(function)
 
-        async def group(function: int, job: Job, case: Case) -> list[Score]:
+        async def group(function: int, job: Job, case: RewardInput) -> list[Score]:
             parts = _parts(self.plugs[function], case)
             scores = await asyncio.gather(*(call(function, job, case, episodes) for episodes in parts))
             return [score for of_call in scores for score in of_call]
@@ -184,13 +186,13 @@ class _Worker:
             (number, function): group(function, job, job.of)
             for number, job in enumerate(jobs)
             for function in self.coroutines
-            if isinstance(job.of, Case)
+            if isinstance(job.of, RewardInput)
         }
         return dict(zip(asked, await asyncio.gather(*asked.values()), strict=True))
 
-    def _answer(self, number: int, job: Job, turn: Turn) -> Answered:
+    def _answer(self, number: int, job: Job, turn: EnvTurn) -> EnvReply:
         if overran := job.overran.get(0):
-            return Answered(None, turn.state, overran.status or "error", f"env = {self.setup.env!r}: {overran.detail}")
+            return EnvReply(None, turn.state, overran.status or "error", f"env = {self.setup.env!r}: {overran.detail}")
         assert self.env
         state = deepcopy(dict(turn.state))
         deadline = self._deadline(ENV)
@@ -199,13 +201,13 @@ class _Worker:
             said = self.env.reply(turn.prompt, turn.message, state)
             if asyncio.iscoroutine(said):
                 said = self.runner.run(asyncio.wait_for(said, deadline))
-            answered = Answered(_said(said), json.loads(json.dumps(state)))
+            answered = EnvReply(_said(said), json.loads(json.dumps(state)))
         except TimeoutError:
-            return Answered(None, turn.state, "timeout", f"env = {self.setup.env!r}: its reply took too long")
+            return EnvReply(None, turn.state, "timeout", f"env = {self.setup.env!r}: its reply took too long")
         except Exception as error:
             line = at(error, file_of(self.env))
             what = f"its reply raised {type(error).__name__}: {error}; fix it there"
-            return Answered(None, turn.state, "error", f"{line}env = {self.setup.env!r}: {what}")
+            return EnvReply(None, turn.state, "error", f"{line}env = {self.setup.env!r}: {what}")
         finally:
             self.called.add(ENV)
             self.clock.write(*IDLE, self.setup.deadline)
@@ -246,7 +248,7 @@ def _said(said: Any) -> str | list[dict[str, str]] | None:
     return [{key: without_surrogates(text) for key, text in each.items()} for each in messages]
 
 
-def _parts(each: Plug, case: Case) -> list[Sequence[int]]:
+def _parts(each: RewardFunction, case: RewardInput) -> list[Sequence[int]]:
     """The episodes of each call."""
     everyone = range(len(case.completions))
     return [[one] for one in everyone] if each.one_at_a_time else [everyone]

@@ -10,7 +10,7 @@ from rlora.core.footprint import adapter_bytes
 from rlora.model.base import read_config
 from rlora.planning import gib, plan
 from rlora.records import RloraError
-from rlora.rollout.task import Served, Task
+from rlora.rollout.task import ServedPolicy, Task
 from rlora.settings import AlgorithmConfig, Config
 from rlora.sweeps.members import Member
 
@@ -66,10 +66,14 @@ class Budget:
 def budget(group: Sequence[Member], tasks: Mapping[str, Task], place: Path) -> Budget:
     """What the members of a group take together; `tasks` has what each trains on, and `place` is on the disk."""
     base = read_config(group[0].config.model)
-    job = shared([Served(each.name, each.config, tasks[each.name]) for each in group])
+    job = shared([ServedPolicy(each.name, each.config, tasks[each.name]) for each in group])
     made = plan(job)
     bucket = replace(job, learner=replace(job.learner, rank=1 if job.learner.rank == 1 else 8))
-    of_slot = 0 if job.learner.whole else adapter_bytes(replace(bucket, algorithm=AlgorithmConfig()), base) // 16 * 2
+    of_slot = (
+        0
+        if job.learner.full_finetuning
+        else adapter_bytes(replace(bucket, algorithm=AlgorithmConfig()), base) // 16 * 2
+    )
     slots = sum(versions_of(each.config) for each in group)
     known, sizes = dict[str, int](), list[int]()
     for each in group:

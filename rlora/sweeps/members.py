@@ -57,7 +57,7 @@ def members(
         if name in made:
             raise RloraError(f"member {name}: there are two of this name; give each another by --member NAME:...")
         made[name] = Member(name, changes, config_of(table, name, changes))
-    refuse_alike(made.values())
+    check_distinct(made.values())
     if len(made) < 2:
         raise RloraError(
             f"sweep: {len(made)} members; give an axis, as in --over learner.rank=1,8, or --member NAME:field=value "
@@ -80,7 +80,7 @@ def config_of(table: Mapping[str, Any], name: str, changes: Mapping[str, Any]) -
         raise RloraError(f"member {name}: {error}") from None
 
 
-def refuse_alike(made: Iterable[Member]) -> None:
+def check_distinct(made: Iterable[Member]) -> None:
     """Raise RloraError where two members have the same config."""
     seen: dict[str, str] = {}
     for each in made:
@@ -99,7 +99,7 @@ def groups(made: Sequence[Member], stops: Mapping[str, Sequence[str]]) -> list[l
     for each in made:
         shared = [attrgetter(name)(each.config) for name in SHARED]
         ahead = bool(each.config.max_staleness) and not each.config.learner.threads
-        alone = each.name if each.config.learner.whole else ""
+        alone = each.name if each.config.learner.full_finetuning else ""
         found.setdefault(json.dumps([shared, ahead, alone, list(stops[each.name])], default=asdict), []).append(each)
     return list(found.values())
 

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 
 from rlora import machine
-from rlora.records import STATUSES, Adapter, Group, Proof, Saved, UpdateStats
+from rlora.records import STATUSES, Adapter, Group, Receipt, SaveStats, UpdateStats
 from rlora.rollout.requests import FleetStats
 from rlora.rollout.stream import Collection
 from rlora.telemetry.bottleneck import advice, bottleneck
@@ -40,10 +40,10 @@ def summarise(groups: Sequence[Group], version: int) -> dict[str, float | None]:
         **{f"status/{name}": fmean(episode.status == name for episode in episodes) for name in STATUSES},
         **{f"reward/{name}": fmean(e.parts[name] for e in episodes if name in e.parts) for name in parts},
         "reward/informative_groups": fmean(group.informative for group in groups),
-        "completion/length": fmean(episode.own_tokens for episode in episodes),
+        "completion/length": fmean(episode.sampled_tokens for episode in episodes),
         "completion/truncated": fmean(episode.finish_reason != "stop" for episode in episodes),
-        "completion/tokens": sum(episode.own_tokens for episode in episodes),
-        "completion/env_tokens": sum(len(episode.completion_ids) - episode.own_tokens for episode in episodes),
+        "completion/tokens": sum(episode.sampled_tokens for episode in episodes),
+        "completion/env_tokens": sum(len(episode.completion_ids) - episode.sampled_tokens for episode in episodes),
         "staleness": fmean(version - episode.version.number for episode in episodes),
     }
 
@@ -91,11 +91,11 @@ class Metrics:
     def log(
         self,
         step: int,
-        proofs: Sequence[Proof],
+        proofs: Sequence[Receipt],
         collection: Collection,
         update: UpdateStats,
         fleet: FleetStats,
-        saved: Saved | None,
+        saved: SaveStats | None,
         made: Adapter,
         others: Mapping[str, float | None],
     ) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def finished(tmp_path: Path, bundle: Callable[..., Bundle]) -> UPath:
     config = replace(config, steps=3, evaluate=replace(config.evaluate, prompts=5))
     task = load_task(config)
     directory.create(made, config, task)
-    last = bundle(3, config=config, origin=directory.Origin.here(made, task))
+    last = bundle(3, config=config, origin=directory.Provenance.here(made, task))
     write_directory(bundle_path(made, 3), last.files)
     measured = {"accuracy/before": 0.25, "accuracy/after": 0.75, "accuracy/prompts": 5}
     totals = {"time/total": 9.0, "time/train": 8.0}

@@ -83,7 +83,7 @@ def test_gae_bootstraps_where_an_episode_was_cut_off(reason: str, bootstrap: boo
     one = group([5], replace(episode([6, 7], 1.0), finish_reason=reason), episode([8], 0.0))
     known = of_group(one, values=[0.5, 0.25])[0]
     settings = objective("ppo", gamma=0.9, lam=0.5, bootstrap_truncated=bootstrap)
-    (credited,) = credit(one, [known.knowing(end=torch.tensor([0.7]))], settings)
+    (credited,) = credit(one, [known.with_tokens(end=torch.tensor([0.7]))], settings)
     second = 1 + 0.9 * last - 0.25
     first = 0.9 * 0.25 - 0.5 + 0.45 * second
     assert credited.tokens.advantages.tolist() == pytest.approx([first, second])

@@ -8,7 +8,7 @@ from conftest import TINY_CONFIGS, tiny_model
 from transformers import AutoConfig, PreTrainedConfig, Qwen3Config
 
 from rlora.cards import GIB
-from rlora.core.flash import refuse_heads
+from rlora.core.flash import check_heads
 from rlora.core.footprint import (
     FRAGMENTED,
     Live,
@@ -148,7 +148,7 @@ def test_a_base_in_few_bits_is_smaller(
 
 
 def test_heads_that_no_kernel_takes_are_refused(large: PreTrainedConfig) -> None:
-    refuse_heads(large)
+    check_heads(large)
     for size in (20, 264):
         with pytest.raises(RloraError, match=f"heads have {size} dimensions"):
-            refuse_heads(Qwen3Config(**QWEN3_8B | {"head_dim": size}))
+            check_heads(Qwen3Config(**QWEN3_8B | {"head_dim": size}))

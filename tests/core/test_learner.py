@@ -19,7 +19,7 @@ from rlora.core.peft_format import masters
 from rlora.core.setup import Setup
 from rlora.model.base import auto_lr
 from rlora.records import Group, RloraError
-from rlora.run.health import refuse_to_go_on
+from rlora.run.health import check_updates
 from rlora.settings import Config
 from rlora.store import write_adapter
 
@@ -202,9 +202,9 @@ def test_a_non_finite_loss_changes_nothing_and_two_in_a_row_stop(learner: Solo, 
     assert adapter.weights == before.weights
     assert len(learner.state()) == len(state)
     learner.update(on_policy(learner, groups))  # a good one in between starts the count again
-    refuse_to_go_on(learner.config, learner.update(broken)[1])
+    check_updates(learner.config, learner.update(broken)[1])
     with pytest.raises(RloraError, match=r"2 updates in a row had a non-finite loss.*learner\.lr"):
-        refuse_to_go_on(learner.config, learner.update(broken)[1])
+        check_updates(learner.config, learner.update(broken)[1])
 
 
 def test_resuming_continues_bit_for_bit(tiny: str, config: MakeConfig, learner: Solo, groups: list[Group]) -> None:

@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from rlora.core.batch import Microbatch, microbatches
 from rlora.records import Adapter, Group, Prompt, RloraError, Sampling
-from rlora.rollout.task import Served, Task
+from rlora.rollout.task import ServedPolicy, Task
 from rlora.settings import Config
 from rlora.store import write_adapter
 
@@ -98,7 +98,7 @@ def sample(base: str, settings: Config, adapters: list[Adapter], groups: list[Gr
     task = Task(base, chat, (), False, [], [], 0)  # type: ignore[arg-type]
     prompts = [Prompt("", token_ids=group.prompt.token_ids) for group in groups]
     found = []
-    with cluster.start([Served("run", settings, task)], learn=False) as job:
+    with cluster.start([ServedPolicy("run", settings, task)], learn=False) as job:
         fleet = job.fleet
         for adapter in adapters:
             fleet.swap(adapter)

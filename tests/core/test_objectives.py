@@ -33,14 +33,14 @@ class BestOfGroup:
         pass
 
     def learns_from(self, episode):
-        return episode.own_tokens > 0
+        return episode.sampled_tokens > 0
 
     def advantages(self, group, samples):
         best = max(group.rewards)
         return [torch.full_like(s.tokens.weights, float(s.episode.reward == best)) for s in samples]
 
     def weights(self, groups):
-        total = sum(episode.own_tokens for group in groups for episode in group.episodes)
+        total = sum(episode.sampled_tokens for group in groups for episode in group.episodes)
         return lambda episode: 1 / total
 
     def loss(self, now, batch):
@@ -153,7 +153,7 @@ def test_gradients_add_up_over_requests_and_each_step_has_its_settings(
     def cross_entropy(now: object, batch: object) -> object:
         return -(now.logprobs * batch.tokens.weights).sum(), {"logprobs": now.logprobs}  # type: ignore[attr-defined]
 
-    samples = [[sample_of(of.prompt.token_ids, each) for each in of.episodes if each.own_tokens] for of in groups]
+    samples = [[sample_of(of.prompt.token_ids, each) for each in of.episodes if each.sampled_tokens] for of in groups]
     before = learner.forward("whole", samples)
     whole = learner.forward_backward("whole", samples, cross_entropy)  # type: ignore[arg-type]
     sums = whole.sums
@@ -185,7 +185,7 @@ def test_an_error_in_a_loss_drops_what_was_added_up(tiny: str, config: MakeConfi
 
     learner = Learner(config(learner={"microbatch_tokens": 8}), tiny)
     learner.open("run", Setup(learner=config(learner={"microbatch_tokens": 8}).learner))
-    samples = [[sample_of(of.prompt.token_ids, each) for each in of.episodes if each.own_tokens] for of in groups]
+    samples = [[sample_of(of.prompt.token_ids, each) for each in of.episodes if each.sampled_tokens] for of in groups]
     calls = 0
 
     def faulty(now: object, batch: object) -> object:

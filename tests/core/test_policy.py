@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from rlora.core import attention
-from rlora.core.batch import Microbatch, Sample, idle, microbatches, sample_of
+from rlora.core.batch import Microbatch, Sample, empty_batch, microbatches, sample_of
 from rlora.core.lora import Spec
 from rlora.core.loss import Tokens
 from rlora.core.policy import Policies
@@ -117,7 +117,7 @@ def test_an_adapted_head_gives_the_plain_logprobs_and_gradients(
 @pytest.mark.parametrize("head", [False, True])
 def test_an_idle_row_reaches_every_layer_and_teaches_nothing(tiny_base: PreTrainedModel, head: bool) -> None:
     policy = with_one(tiny_base, Spec(2, head=head))
-    logprobs = policy.logprobs(idle(torch.float32, torch.device("cpu")), "run")
+    logprobs = policy.logprobs(empty_batch(torch.float32, torch.device("cpu")), "run")
     assert logprobs.shape == (0,)
     logprobs.sum().backward()
     gradients = [parameter.grad for parameter in policy.parameters_of("run").values()]

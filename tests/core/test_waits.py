@@ -72,7 +72,7 @@ def test_no_row_waits(tiny: str, config: MakeConfig, algorithm: str) -> None:
         learner = Solo(config(algorithm=settings, learner={"microbatch_tokens": tokens}), tiny)
         groups = [[sample_of((3, 4, 5), episode((6, 7, 8), reward=1.0), 0.5)] for _ in range(6)]
         known = {"start_logprobs": torch.zeros(3), "reference_logprobs": torch.zeros(3)}
-        groups = [[sample.knowing(**known) for sample in of] for of in groups]
+        groups = [[sample.with_tokens(**known) for sample in of] for of in groups]
         held = learner.learner.held[learner.name]
         with waits() as seen:
             learner.learner.forward_backward(learner.name, groups, held.objective.loss)

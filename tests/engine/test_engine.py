@@ -18,7 +18,7 @@ from rlora.core.peft_format import fill
 from rlora.machine import adapter_directory
 from rlora.model.base import load_base
 from rlora.records import Adapter, Group, NotLoadedError, Prompt, Sampling, Version
-from rlora.rollout.task import Served, Task, load_task
+from rlora.rollout.task import ServedPolicy, Task, load_task
 from rlora.settings import Config
 
 pytestmark = pytest.mark.vllm
@@ -40,7 +40,7 @@ def setup(request: pytest.FixtureRequest) -> Iterator[Setup]:
     config = make(dtype=request.param, sampling={"temperature": 0.8, "max_tokens": 16, "max_prompt_tokens": 48})
     task = load_task(config)
     fresh = Solo(config, task.base).adapter()
-    with cluster.start([Served("run", config, task)], learn=False) as job:
+    with cluster.start([ServedPolicy("run", config, task)], learn=False) as job:
         fleet = job.fleet
         yield Setup(config, task, fleet.engines[0], fresh, perturbed(fresh))
 

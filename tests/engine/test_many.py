@@ -14,7 +14,7 @@ from rlora.core.learner import Learner
 from rlora.core.peft_format import fill
 from rlora.core.setup import Setup
 from rlora.records import BASE, Adapter, DeliveryError, Group, Sampling, StaleError, Version
-from rlora.rollout.task import Served, Task, load_task
+from rlora.rollout.task import ServedPolicy, Task, load_task
 from rlora.settings import Config
 
 pytestmark = pytest.mark.vllm
@@ -69,7 +69,7 @@ def many(config: Callable[..., Config]) -> Iterator[Many]:
         learner.open(name, Setup.of(own))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cluster, "ENGINE", f"{ROOT / 'tests' / 'faulty_engine.py'}:FaultyEngine")
-        with cluster.start([Served(NAMES[0], shared, task)], learn=False) as job:
+        with cluster.start([ServedPolicy(NAMES[0], shared, task)], learn=False) as job:
             fleet = job.fleet
             yield Many(learner, task, fleet.engines[0], {})
 

@@ -14,7 +14,7 @@ from conftest import Solo, save_words, tiny_model
 from rlora import cluster
 from rlora.machine import adapter_directory, ram_directory
 from rlora.records import Prompt, Sampling
-from rlora.rollout.task import Served, load_task
+from rlora.rollout.task import ServedPolicy, load_task
 from rlora.settings import Config
 
 pytestmark = pytest.mark.vllm
@@ -54,7 +54,7 @@ def test_swaps_leave_nothing_behind(config: Callable[..., Config], tmp_path: Pat
     learner = Solo(small, base)
     prompts = [Prompt("", token_ids=tuple(range(start, start + 5))) for start in (5, 17, 40)]
     memory, shm = [], []
-    with cluster.start([Served("run", small, task)], learn=False) as job:
+    with cluster.start([ServedPolicy("run", small, task)], learn=False) as job:
         fleet = job.fleet
         engine: Any = fleet.engines[0]
         _, pid = ray.get(engine.placed)

@@ -17,7 +17,7 @@ from rlora.core.peft_format import fill
 from rlora.machine import adapter_directory
 from rlora.model.base import DEMO
 from rlora.records import BASE, OFF, Adapter, DeliveryError, Group, NotLoadedError, Sampling, StaleError, Version
-from rlora.rollout.task import Served, Task, load_task
+from rlora.rollout.task import ServedPolicy, Task, load_task
 
 pytestmark = pytest.mark.vllm
 KINDS = (  # of faulty_engine.py
@@ -68,7 +68,7 @@ def line() -> Iterator[Line]:
     faulty = f"{ROOT / 'tests' / 'faulty_engine.py'}:FaultyEngine"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cluster, "ENGINE", faulty)
-        with cluster.start([Served("run", config, task)], learn=False) as job:
+        with cluster.start([ServedPolicy("run", config, task)], learn=False) as job:
             fleet = job.fleet
             (engine,) = fleet.engines
             engine.load(versions[0]).result()

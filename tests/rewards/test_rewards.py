@@ -11,7 +11,7 @@ from conftest import case
 from rlora.records import RloraError
 from rlora.rewards import calculator, countdown, gym
 from rlora.rewards.integer import gold_integer, integer_answer, last_integer
-from rlora.scoring.signatures import plug
+from rlora.scoring.signatures import reward_function
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_a_gold_may_be_the_text_of_an_integer(gold: object, value: int) -> None:
 )
 @pytest.mark.parametrize("reward", [integer_answer, calculator.answered])
 def test_a_gold_that_is_no_integer_is_an_error(gold: object, reward: Callable[..., Any]) -> None:
-    (score,) = plug("rlora:f", reward)(case("It is 4.", answer=gold), [0])
+    (score,) = reward_function("rlora:f", reward)(case("It is 4.", answer=gold), [0])
     assert score.status == "error"
     assert re.search(r"the gold answer .* is no integer; let the env give one", score.detail), score.detail
     assert "fix it there" not in score.detail

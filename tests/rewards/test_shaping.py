@@ -4,7 +4,7 @@ import pytest
 from conftest import NEEDS_SHARED, SHARED, case
 
 from rlora.rewards import shaping
-from rlora.scoring.signatures import plug
+from rlora.scoring.signatures import reward_function
 
 
 @NEEDS_SHARED
@@ -151,6 +151,6 @@ def test_repetition() -> None:
 
 @pytest.mark.parametrize("name", ["think_answer", "think", "boxed", "short", "shortest", "repeated", "cosine"])
 def test_each_can_be_named_as_a_reward(name: str) -> None:
-    made = plug(f"rlora.rewards.shaping:{name}", getattr(shaping, name))
+    made = reward_function(f"rlora.rewards.shaping:{name}", getattr(shaping, name))
     found = made(case("one", "two three"), range(2))
     assert all(score.value is not None for score in found), found

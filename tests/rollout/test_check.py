@@ -17,7 +17,7 @@ from conftest import NEEDS_SHARED, ROOT, SHARED
 from rlora.cli.main import main
 from rlora.cli.overrides import parse_check
 from rlora.config import read
-from rlora.records import Case, RloraError, Score
+from rlora.records import RewardInput, RloraError, Score
 from rlora.rollout import task
 from rlora.rollout.check import Report
 from rlora.rollout.golds import faults_of_golds, written
@@ -124,7 +124,7 @@ class Here:
         self.plugs = load_plugs(setup)
         self.names = [each.names for each in self.plugs]
 
-    def do(self, case: Case) -> Future[list[list[Score]]]:
+    def do(self, case: RewardInput) -> Future[list[list[Score]]]:
         scored: Future[list[list[Score]]] = Future()
         scored.set_result([each(case, range(len(case.completions))) for each in self.plugs])
         return scored

@@ -17,7 +17,7 @@ from rlora.records import (
     Group,
     NotLoadedError,
     Prompt,
-    Proof,
+    Receipt,
     RloraError,
     Sampling,
     StaleError,
@@ -50,14 +50,14 @@ class FakeEngine:
         self.dead: EngineLostError | None = None
         self.hangs = self.lies = False
 
-    def load(self, adapter: Adapter, oldest: int = 0, kept: int | None = None) -> Future[Proof]:
-        loaded: Future[Proof] = Future()
+    def load(self, adapter: Adapter, oldest: int = 0, kept: int | None = None) -> Future[Receipt]:
+        loaded: Future[Receipt] = Future()
         self.oldest.append(oldest)
         if self.dead:
             loaded.set_exception(self.dead)
         elif not self.hangs:
             self.held.append(adapter.version)
-            loaded.set_result(Proof("another" if self.lies else adapter.digest, 0.0, 0.0))
+            loaded.set_result(Receipt("another" if self.lies else adapter.digest, 0.0, 0.0))
         return loaded
 
     def generate(self, prompt: Prompt, sampling: Sampling, version: Version) -> Future[Group]:
@@ -450,7 +450,7 @@ def test_an_engine_that_joins_has_every_policys_newest() -> None:
 
 def test_an_engine_that_joins_has_what_was_swapped_in_while_it_loaded() -> None:
     class Slow(FakeEngine):
-        def load(self, adapter: Adapter, oldest: int = 0, kept: int | None = None) -> Future[Proof]:
+        def load(self, adapter: Adapter, oldest: int = 0, kept: int | None = None) -> Future[Receipt]:
             for newer in meanwhile[:1]:
                 meanwhile.remove(newer)
                 stage.fleet.swap(newer)

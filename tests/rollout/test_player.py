@@ -12,7 +12,7 @@ from rlora import cluster
 from rlora.core.batch import microbatches
 from rlora.records import Episode, Group, Prompt
 from rlora.rollout.stream import sampling_of
-from rlora.rollout.task import Served, load_task
+from rlora.rollout.task import ServedPolicy, load_task
 from rlora.settings import Config
 
 pytestmark = pytest.mark.vllm
@@ -26,7 +26,7 @@ def test_learner_and_engine_see_the_same_ids_over_turns(config: Callable[..., Co
     task = load_task(settings)
     learner = Solo(settings, task.base)
     asked: list[Prompt] = []
-    with cluster.start([Served("run", settings, task)], learn=False) as job:
+    with cluster.start([ServedPolicy("run", settings, task)], learn=False) as job:
         fleet, loops = job.fleet, job.loops
         fleet.swap(learner.adapter())
         generate: Any = fleet.generate
@@ -67,12 +67,12 @@ def test_learner_and_engine_see_the_same_ids_over_turns(config: Callable[..., Co
             (learner.logprobs(batch, 1.0) - batch.tokens.behaviour_logprobs).abs()
             for batch in microbatches(samples(marked(groups)), 2000, learner.policies.base.dtype, learner.device)
         ]
-    assert sum(len(each) for each in off) == sum(e.own_tokens for group in groups for e in group.episodes)
+    assert sum(len(each) for each in off) == sum(e.sampled_tokens for group in groups for e in group.episodes)
     assert torch.cat(off).max() < 2e-3  # in fp32: the same contexts, whoever wrote them
 
 
 def turns(episode: Episode) -> list[list[int]]:
     """The tokens of the policy's turns and of the env's, one after the other."""
-    own = episode.own or (True,) * len(episode.completion_ids)
+    own = episode.sampled_mask or (True,) * len(episode.completion_ids)
     runs = groupby(zip(episode.completion_ids, own, strict=True), key=lambda token: token[1])
     return [[token for token, _ in run] for _, run in runs]

@@ -9,14 +9,26 @@ import torch
 from rlora.config import validate
 from rlora.model.base import load_tokenizer
 from rlora.model.chat import Chat
-from rlora.records import Adapter, Case, Cursor, Episode, Group, InFlight, Prompt, RewardError, Sampling, Score, Version
+from rlora.records import (
+    Adapter,
+    Cursor,
+    Episode,
+    Group,
+    InFlight,
+    Prompt,
+    RewardError,
+    RewardInput,
+    Sampling,
+    Score,
+    Version,
+)
 from rlora.rollout.player import AgentLoop
 from rlora.rollout.requests import Request
 from rlora.rollout.stream import Rollouts, prompt_at
 from rlora.rollout.task import Task
 from rlora.scoring.scoring import Scoring
-from rlora.scoring.signatures import plug
-from rlora.scoring.worker import Answered, Turn
+from rlora.scoring.signatures import reward_function
+from rlora.scoring.worker import EnvReply, EnvTurn
 from rlora.settings import ChatConfig, Config
 
 PROMPTS = [Prompt("?", answer=number, token_ids=(number,)) for number in range(5)]
@@ -70,18 +82,18 @@ class HerePool:
     """Scores and answers in this process."""
 
     def __init__(self, reward: Callable[..., Any], reply: Callable[..., Any] | None = None) -> None:
-        self.plug, self.reply = plug("mine.py:f", reward), reply
-        self.cases: list[Case] = []
+        self.plug, self.reply = reward_function("mine.py:f", reward), reply
+        self.cases: list[RewardInput] = []
 
-    def do(self, of: Case | Turn) -> Future[Any]:
+    def do(self, of: RewardInput | EnvTurn) -> Future[Any]:
         done: Future[Any] = Future()
-        if isinstance(of, Case):
+        if isinstance(of, RewardInput):
             self.cases.append(of)
-            done.set_result([self.plug(of, range(len(of.completions)))])
+            done.set_result([self.reward_function(of, range(len(of.completions)))])
         else:
             assert self.reply
             state = dict(of.state)
-            done.set_result(Answered(self.reply(of.prompt, of.message, state), state))
+            done.set_result(EnvReply(self.reply(of.prompt, of.message, state), state))
         return done
 
 
@@ -418,9 +430,9 @@ def test_turns_are_appended_under_one_version_and_what_the_env_says_is_not_the_p
     n = group.prompt.answer
     for episode in group.episodes:
         assert episode.completion_ids == (n, 7, 8, n, 7, 8, n)
-        assert episode.own == (True, False, False, True, False, False, True)
+        assert episode.sampled_mask == (True, False, False, True, False, False, True)
         assert episode.behaviour_logprobs == (-1.0, 0.0, 0.0, -1.0, 0.0, 0.0, -1.0)
-        assert (episode.own_tokens, episode.finish_reason, episode.version) == (3, "stop", version_of(0))
+        assert (episode.sampled_tokens, episode.finish_reason, episode.version) == (3, "stop", version_of(0))
         assert episode.text == f"{n} 7 8 {n} 7 8 {n}"
         assert episode.state == {"turns": [str(n)] * 3}
         assert episode.reward == n
@@ -451,10 +463,10 @@ def test_a_reply_that_fails_costs_its_episode_only(rollouts: Callable[..., Rollo
     pool: Any = made.loop.scoring.pools[0]
     do = pool.do
 
-    def fails(of: Case | Turn) -> Future[Any]:
-        if isinstance(of, Turn) and of.prompt.answer == bad:
+    def fails(of: RewardInput | EnvTurn) -> Future[Any]:
+        if isinstance(of, EnvTurn) and of.prompt.answer == bad:
             done: Future[Any] = Future()
-            done.set_result(Answered(None, {}, "error", "env = 'mine': its reply raised KeyError: 'x'"))
+            done.set_result(EnvReply(None, {}, "error", "env = 'mine': its reply raised KeyError: 'x'"))
             return done
         return do(of)  # type: ignore[no-any-return]
 

@@ -34,15 +34,15 @@ def test_a_run_says_what_made_it(place: UPath, config: Callable[..., Config], ta
     assert read(place / "run" / "config.toml") == config()
     for expected in ("chat_template_sha256", "torch = ", "prompts_dropped = 0", "cores"):
         assert expected in text
-    origin = directory.Origin.here(place / "run", task)
-    assert origin == directory.Origin.of(place / "run")
+    origin = directory.Provenance.here(place / "run", task)
+    assert origin == directory.Provenance.of(place / "run")
     assert origin.forked_from == {"run": "other", "version": 3}
     assert len(origin.id) == 16
     assert (origin.first, replace(origin, forked_from=None).first) == (3, 0)
     directory.keep_config(place / "run", config(steps=7, learner={"start_from": "its own copy"}))
     kept = read(place / "run" / "config.toml")
     assert (kept.steps, kept.learner.start_from) == (7, "")  # where the copy lies is no setting
-    assert directory.Origin.here(place / "run", task) == origin
+    assert directory.Provenance.here(place / "run", task) == origin
 
 
 def test_a_directory_that_holds_something_is_refused(place: UPath, config: Callable[..., Config], task: Task) -> None:

@@ -19,7 +19,7 @@ from rlora.records import WHOLE_FILES, Adapter, RloraError
 from rlora.run import directory
 from rlora.run.checkpoint import Bundle
 from rlora.run.export import card, export
-from rlora.run.prepare import begin, go_on
+from rlora.run.prepare import begin, resume_run
 from rlora.settings import Config
 
 IDS = torch.tensor([[5, 6, 7]])
@@ -209,7 +209,7 @@ def test_a_run_keeps_the_text_of_its_template(tmp_path: Path, monkeypatch: pytes
     assert read(run / "config.toml").chat.template == TEMPLATE
     other = TEMPLATE.replace("policy", "answer")
     file.write_text(other)
-    resumed = go_on(overrides.parse_train(["--resume", str(run)]).config, UPath(run)).config
+    resumed = resume_run(overrides.parse_train(["--resume", str(run)]).config, UPath(run)).config
     assert resumed.chat.template == TEMPLATE
     changed = overrides.parse_train(["--resume", str(run), "--set", f'chat.template="{file}"'])
-    assert go_on(changed.config, UPath(run)).config.chat.template == other
+    assert resume_run(changed.config, UPath(run)).config.chat.template == other

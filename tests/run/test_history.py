@@ -10,7 +10,7 @@ from rlora.records import Cursor
 from rlora.rollout.task import Task, load_task
 from rlora.run import directory
 from rlora.run.checkpoint import Bundle, bundle_path
-from rlora.run.history import past_runs
+from rlora.run.history import list_runs
 from rlora.settings import Config
 from rlora.store import write_directory
 
@@ -25,7 +25,7 @@ def trained(run: UPath, config: Config, task: Task, steps: int, lineage: dict[st
     directory.create(run, config, task, forked_from=lineage)
     lines = [{"step": step, "reward/mean": step / 10, "completion/length": 9.5} for step in range(steps)]
     (run / directory.METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 9')
-    bundle = Bundle(directory.Origin.here(run, task), adapter(steps), b"", Cursor(), config)
+    bundle = Bundle(directory.Provenance.here(run, task), adapter(steps), b"", Cursor(), config)
     write_directory(bundle_path(run, steps), bundle.files)
 
 
@@ -38,11 +38,11 @@ def test_what_became_of_each_run(tmp_path: Path, config: Callable[..., Config], 
     (place / "old").mkdir()
     (place / "old" / "config.toml").write_text("fields = 'of another release'")
     with directory.held(place / "forked"):
-        listed = [(p.name, p.status, p.steps, p.best, p.accuracy, p.origin) for p in past_runs(place)]
+        listed = [(p.name, p.status, p.steps, p.best, p.accuracy, p.origin) for p in list_runs(place)]
     assert listed == [
         ("done", "finished", "3/3", "0.200 at version 2", "0.250 -> 0.750", ""),
         ("forked", "running", "5/9", "0.400 at version 4", "", "done@2"),
         ("old", "not readable", "", "", "", ""),
     ]
-    assert [past.status for past in past_runs(place)] == ["finished", "stopped", "not readable"]
-    assert list(past_runs(place / "nowhere")) == []
+    assert [past.status for past in list_runs(place)] == ["finished", "stopped", "not readable"]
+    assert list(list_runs(place / "nowhere")) == []

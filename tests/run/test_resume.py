@@ -15,7 +15,7 @@ from upath import UPath
 from rlora.records import Adapter, Cursor, InFlight, Version
 from rlora.run import checkpoint, resume
 from rlora.run.checkpoint import Bundle
-from rlora.run.directory import Origin
+from rlora.run.directory import Provenance
 from rlora.settings import Config
 from rlora.store import write_adapter
 
@@ -106,7 +106,7 @@ def test_a_fork_begins_with_the_bundle_as_its_own(tmp_path: Path, bundle: Callab
     )
     run = UPath(tmp_path)
     adopted = resume.adopt(bundle(3), run)
-    assert checkpoint.newest(run, Origin.of(run)) == adopted
+    assert checkpoint.newest(run, Provenance.of(run)) == adopted
     assert (adopted.origin.id, adopted.origin.prompts) == ("ff", "prompts")
     assert adopted.adapter.weights == adapter(3).weights
     assert resume.lineage(bundle(3)) == {
@@ -129,7 +129,7 @@ def test_what_a_fork_has_in_flight_is_of_its_own_policy(tmp_path: Path, bundle: 
         None, Version("fork", 2, adapter(2).digest), Version("fork", 3, adapter(3).digest),
     ]  # fmt: skip
     assert [each and each.weights for each in adapters] == [None, adapter(2).weights, adapter(3).weights]
-    assert checkpoint.newest(UPath(fork), Origin.of(UPath(fork))) == adopted
+    assert checkpoint.newest(UPath(fork), Provenance.of(UPath(fork))) == adopted
 
 
 def test_what_was_in_flight_goes_on_only_where_it_is_still_asked_for(

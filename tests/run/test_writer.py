@@ -19,7 +19,7 @@ from upath import UPath
 from rlora.records import Cursor, Group, Prompt, RloraError, Version
 from rlora.rollout.stream import Collection
 from rlora.run import checkpoint, writer
-from rlora.run.writer import Saver
+from rlora.run.writer import CheckpointWriter
 from rlora.settings import Config
 
 
@@ -47,9 +47,11 @@ def local(tmp_path: Path) -> UPath:
     return UPath(tmp_path / "run")
 
 
-def saver(run: UPath, config: Callable[..., Config], start: checkpoint.Bundle | None = None, **settings: Any) -> Saver:
+def saver(
+    run: UPath, config: Callable[..., Config], start: checkpoint.Bundle | None = None, **settings: Any
+) -> CheckpointWriter:
     run.mkdir(parents=True, exist_ok=True)
-    return Saver(run, config(checkpoint=settings), ORIGIN, start)
+    return CheckpointWriter(run, config(checkpoint=settings), ORIGIN, start)
 
 
 def collection(version: int, reward: float, groups: list[Group]) -> Collection:
@@ -57,7 +59,7 @@ def collection(version: int, reward: float, groups: list[Group]) -> Collection:
     return Collection(tuple(groups), sampled, 0.0, 0, 0)
 
 
-def save(saver: Saver, version: int, groups: list[Group] | None = None, reward: float = 0.0) -> None:
+def save(saver: CheckpointWriter, version: int, groups: list[Group] | None = None, reward: float = 0.0) -> None:
     """What a step does that made `version`."""
     of = collection(version - 1, reward, groups or [])
     saver.save(adapter(version), b"state" * 100, Cursor(version), of, json.dumps({"step": version - 1}))
@@ -113,7 +115,7 @@ def test_what_is_kept(run: UPath, config: Callable[..., Config]) -> None:
 def test_of_all_weights_two_versions_are_kept(local: UPath, config: Callable[..., Config]) -> None:
     local.mkdir()
     whole = config(learner={"adapter": "none"})
-    with Saver(local, whole, ORIGIN, None) as keeping:
+    with CheckpointWriter(local, whole, ORIGIN, None) as keeping:
         for version in (0, 1, 2):
             save(keeping, version)
     assert kept(local) == [1, 2]

@@ -13,7 +13,7 @@ from rlora.records import Cursor
 from rlora.rollout.fleet import Fleet
 from rlora.rollout.player import AgentLoop
 from rlora.rollout.stream import Rollouts
-from rlora.rollout.task import Served, Task, load_task, setup_of
+from rlora.rollout.task import ServedPolicy, Task, load_task, setup_of
 from rlora.scoring.pool import Pool
 from rlora.scoring.scoring import Scoring
 from rlora.settings import Config
@@ -35,7 +35,7 @@ def running(config: Callable[..., Config]) -> Iterator[Running]:
     """One learner and one engine for all."""
     settings = config(prompts_per_step=2, group_size=6, steps=100, sampling={"max_tokens": 16, "max_prompt_tokens": 64})
     task = load_task(settings)
-    with cluster.start([Served("run", settings, task)]) as job:
+    with cluster.start([ServedPolicy("run", settings, task)]) as job:
         learners, fleet = job.learners, job.fleet
         learner = learners["run"]
         learner.open("run", Setup.of(settings))

@@ -16,7 +16,7 @@ from rlora.config import read, validate
 from rlora.records import RloraError
 from rlora.rollout.task import setup_of
 from rlora.scoring import worker
-from rlora.scoring.signatures import plug
+from rlora.scoring.signatures import reward_function
 from rlora.scoring.worker import Setup
 from rlora.settings import Config
 
@@ -89,7 +89,7 @@ def raising(message: Callable[[str], object]) -> Callable[[str], float]:
 )
 def test_secrets_are_veiled_before_a_message_is_cut(value: str, message: Callable[[str], object]) -> None:
     setup = Setup(environment={NAME: value, "OTHER": "x"})
-    (score,) = plug("mine.py:f", raising(message))(case(value), [0])
+    (score,) = reward_function("mine.py:f", raising(message))(case(value), [0])
     detail = worker._veiled(score.detail, setup)
     assert len(detail) < 2100
     assert "; fix it there" in detail
@@ -100,7 +100,7 @@ def test_secrets_are_veiled_before_a_message_is_cut(value: str, message: Callabl
 
 def test_a_returned_text_is_no_place_for_a_secret() -> None:
     value = "secret" * 20
-    (score,) = plug("mine.py:f", lambda completion: completion)(case(value), [0])
+    (score,) = reward_function("mine.py:f", lambda completion: completion)(case(value), [0])
     assert f"returned '<{NAME}>'; let it return" in worker._veiled(score.detail, Setup(environment={NAME: value}))
 
 
@@ -116,12 +116,12 @@ sys.path[:0] = [{tests!r}]
 from conftest import case
 from rlora import cluster
 from rlora.config import validate
-from rlora.rollout.task import Served, setup_of
+from rlora.rollout.task import ServedPolicy, setup_of
 
 config = validate({{"model": "m", "env": "e:E", "reward": {reward!r}, "scoring": {{"environment": {names!r}}}}})
 with cluster._crew(config, "") as crew:
     task = SimpleNamespace(scoring=setup_of(config, agent=False))
-    (pool,) = crew.pools([Served("run", config, task)])["run"]
+    (pool,) = crew.pools([ServedPolicy("run", config, task)])["run"]
     crew.wait()
     scores = pool.do(case("secret-7f3a", "guessed", answer=1)).result(timeout=120)[0]
     print(json.dumps({{"values": [score.value for score in scores], "details": [score.detail for score in scores]}}))

@@ -17,7 +17,7 @@ from hostile import hostile
 from rlora.records import Prompt, RloraError, Score
 from rlora.rewards.math.answer import is_empty
 from rlora.scoring.pool import Pool
-from rlora.scoring.worker import Answered, Setup, Turn
+from rlora.scoring.worker import EnvReply, EnvTurn, Setup
 
 SHADY = str(ROOT / "tests" / "shady_rewards.py")
 MakePool = Callable[..., Pool]
@@ -138,14 +138,14 @@ def test_what_can_not_be_loaded_is_told_at_once(settings: dict[str, Any], messag
 def test_an_env_answers_where_rewards_run_and_keeps_what_it_knows(pool: MakePool) -> None:
     made = pool("shady", env=f"{SHADY}:Guarded", env_args={"greeting": "hi"})
 
-    def answer(message: str, state: dict[str, Any]) -> Answered:
-        answered = made.do(Turn(Prompt("greet", answer="hello"), message, state)).result(timeout=60)
-        assert isinstance(answered, Answered)
+    def answer(message: str, state: dict[str, Any]) -> EnvReply:
+        answered = made.do(EnvTurn(Prompt("greet", answer="hello"), message, state)).result(timeout=60)
+        assert isinstance(answered, EnvReply)
         return answered
 
-    assert answer("hello", {"seen": 4}) == Answered("hi 5", {"seen": 5})
-    assert answer("chat", {}) == Answered([{"role": "user", "content": "and you?"}], {"seen": 1})
-    assert answer("bye", {}) == Answered(None, {"seen": 1})
+    assert answer("hello", {"seen": 4}) == EnvReply("hi 5", {"seen": 5})
+    assert answer("chat", {}) == EnvReply([{"role": "user", "content": "and you?"}], {"seen": 1})
+    assert answer("bye", {}) == EnvReply(None, {"seen": 1})
     for bad, detail in (
         ("raise", r"shady_rewards\.py:\d+: env = .*Guarded': its reply raised ValueError: no such tool"),
         ("not plain", r"its reply raised TypeError: .*not JSON serializable"),

@@ -18,13 +18,13 @@ import torch
 from conftest import case
 
 from rlora.records import RloraError, Score
-from rlora.scoring.signatures import plug
+from rlora.scoring.signatures import reward_function
 
 SPEC = "mine.py:f"
 
 
 def scores(function: Callable[..., Any], *completions: str, answer: object = 4, **columns: object) -> list[Score]:
-    return plug(SPEC, function)(case(*completions, answer=answer, **columns), range(len(completions)))
+    return reward_function(SPEC, function)(case(*completions, answer=answer, **columns), range(len(completions)))
 
 
 def values(found: list[Score]) -> list[float | None]:
@@ -46,7 +46,7 @@ def test_trls_functions_give_what_they_give_in_trl() -> None:
 
 def test_trls_functions_may_log_and_know_the_step() -> None:
     of = replace(case("it is 4", "it is 10", answer=4), step=7, steps=9)
-    found = plug(SPEC, borrowed.logging_reward_func)(of, range(2))
+    found = reward_function(SPEC, borrowed.logging_reward_func)(of, range(2))
     assert values(found) == [8.0, 7.0]
     assert [dict(score.extra) for score in found] == [
         {"accuracy": 0.5, "extracted_length": 1.0}, {"accuracy": 0.5, "extracted_length": 2.0},
@@ -65,8 +65,8 @@ def test_verls_functions_give_what_they_give_in_verl() -> None:
 def test_verl_and_openrlhf_see_all_turns() -> None:
     query = "<user>?</user>first sure? last</s>"
     of = replace(case("last", answer=4), responses=("first sure? last",), queries=(query,))
-    assert values(plug(SPEC, borrowed.my_reward_fn)(of, [0])) == [0.16]
-    assert values(plug(SPEC, borrowed.reward_func_of_lengths)(of, [0])) == pytest.approx([-len(query) / 100])
+    assert values(reward_function(SPEC, borrowed.my_reward_fn)(of, [0])) == [0.16]
+    assert values(reward_function(SPEC, borrowed.reward_func_of_lengths)(of, [0])) == pytest.approx([-len(query) / 100])
 
 
 def test_openrlhfs_functions_give_what_they_give_in_openrlhf() -> None:
@@ -92,19 +92,19 @@ def test_verls_functions_are_told_of_turns() -> None:
         {"role": "assistant", "content": "c"},
     )
     of = replace(case("c", "d", level=10), messages=(messages, ()))
-    assert values(plug(SPEC, borrowed.compute_score_of_turns)(of, range(2))) == [14.0, 12.0]
-    assert values(plug(SPEC, borrowed.compute_score_of_turns_batched)(of, range(2))) == [14.0, 12.0]
+    assert values(reward_function(SPEC, borrowed.compute_score_of_turns)(of, range(2))) == [14.0, 12.0]
+    assert values(reward_function(SPEC, borrowed.compute_score_of_turns_batched)(of, range(2))) == [14.0, 12.0]
     for info, expected in (({"level": 1, "num_turns": 9}, 3.0), (None, 2.0)):
         assert values(scores(borrowed.compute_score_of_turns, "a", extra_info=info)) == [expected]
     (score,) = scores(borrowed.compute_score_of_turns, "a", extra_info="level 1")
     assert "needs extra_info, and the prompt's column is 'level 1'; let it be a dict" in score.detail
     given = {"reward_router_address": "10.0.0.1:8000"}
-    assert values(plug(SPEC, borrowed.compute_score_genrm, args=given)(case("4", answer=4), [0])) == [1.0]
+    assert values(reward_function(SPEC, borrowed.compute_score_genrm, args=given)(case("4", answer=4), [0])) == [1.0]
 
 
 def test_trls_functions_may_skip_by_nan_and_know_the_epoch() -> None:
     of = replace(case("a", "b?"), step=6, epoch=1.5)
-    assert values(plug(SPEC, borrowed.skipping_reward_func)(of, range(2))) == [2.5, None]
+    assert values(reward_function(SPEC, borrowed.skipping_reward_func)(of, range(2))) == [2.5, None]
     for nothing in (torch.tensor([float("nan")]), [Decimal("nan")], np.array([np.nan])):
         assert scores(lambda prompts, completions, **kwargs: nothing, "a") == [Score()]  # noqa: B023
     (score,) = scores(lambda prompts, completions, **kwargs: [float("inf")], "a")
@@ -113,8 +113,8 @@ def test_trls_functions_may_skip_by_nan_and_know_the_epoch() -> None:
 
 def test_trls_environments_are_an_agents_states() -> None:
     of = replace(case("a", "b"), states=({"counter": 3}, {"counter": 4}))
-    assert values(plug(SPEC, borrowed.environment_reward_func, agent=True)(of, range(2))) == [3.0, 4.0]
-    (score,) = plug(SPEC, borrowed.environment_reward_func, agent=True)(case("a"), [0])
+    assert values(reward_function(SPEC, borrowed.environment_reward_func, agent=True)(of, range(2))) == [3.0, 4.0]
+    (score,) = reward_function(SPEC, borrowed.environment_reward_func, agent=True)(case("a"), [0])
     assert "the episode's state has no 'counter'; let the env's reply keep it there" in score.detail
 
 
@@ -139,13 +139,13 @@ def test_verifiers_functions_see_all_turns() -> None:
         {"role": "assistant", "content": ""},
     )
     of = replace(case("", answer="4"), messages=(messages,))
-    assert values(plug(SPEC, borrowed.by_a_helper)(of, [0])) == [1.0]
+    assert values(reward_function(SPEC, borrowed.by_a_helper)(of, [0])) == [1.0]
 
 
 def test_areals_functions_give_what_they_give_in_areal() -> None:
     assert values(scores(borrowed.exact_match_reward_fn, "it is 4", "no")) == [1.0, 0.0]
     of = replace(case("abc", answer=4), prompt_ids=(1, 2))
-    assert values(plug(SPEC, borrowed.my_reward_model_fn)(of, [0])) == [len(of.prompt_text) + 3 - 2 - 3]
+    assert values(reward_function(SPEC, borrowed.my_reward_model_fn)(of, [0])) == [len(of.prompt_text) + 3 - 2 - 3]
     assert values(scores(borrowed.positional_reward_fn, "7", "8", answer=7, numbers=[3, 4])) == [1.0, 0.0]
 
 
@@ -164,7 +164,7 @@ def test_areals_functions_give_what_they_give_in_areal() -> None:
 )
 def test_what_can_not_be_given_is_refused_at_once(function: Callable[..., Any], message: str) -> None:
     with pytest.raises(RloraError, match=rf"^reward = 'mine\.py:f': {message}"):
-        plug(SPEC, function)
+        reward_function(SPEC, function)
 
 
 def text_of_json(completion: str) -> float:
@@ -210,7 +210,7 @@ def of_a_groups_text(completions: list[str], answers: list[int]) -> list[float]:
 def test_the_source_tells_whether_text_or_messages_are_meant(
     function: Callable[..., Any], completion: str, style: str
 ) -> None:
-    made = plug(SPEC, function)
+    made = reward_function(SPEC, function)
     assert made.style == style
     assert values(made(case(completion, answer=4), [0])) == [1.0]
 
@@ -373,7 +373,7 @@ async def by_thread(completion: Any) -> float:
     ],
 )
 def test_messages_may_be_read_in_any_way(function: Any) -> None:
-    made = plug(SPEC, function)
+    made = reward_function(SPEC, function)
     assert made.style == "verifiers"
     assert values(made(case("4", answer=4), [0])) == [1.0]
 
@@ -386,7 +386,7 @@ def test_groups_of_messages_may_be_read_in_any_way() -> None:
         return [float(last.content == answer) for (*_, last), answer in zip(completions, answers, strict=True)]
 
     for function in (by_states, by_attributes):
-        made = plug(SPEC, function)
+        made = reward_function(SPEC, function)
         assert made.style == "verifiers-group"
         assert values(made(case("4", "5", answer=4), range(2))) == [1.0, 0.0]
 
@@ -434,7 +434,7 @@ def of_characters(completion: Any) -> float:
     ],
 )  # fmt: skip
 def test_text_is_not_mistaken_for_messages(function: Any) -> None:
-    made = plug(SPEC, function)
+    made = reward_function(SPEC, function)
     assert made.style == "completion"
     assert values(made(case('{"content": "4"}', answer=4), [0])) == [1.0]
 
@@ -490,30 +490,30 @@ class TrlOfMethod:
     ],
 )
 def test_trls_functions_get_messages_where_they_read_messages(function: Any, chat: bool) -> None:
-    made = plug(SPEC, function)
+    made = reward_function(SPEC, function)
     assert (made.style, made.chat) == ("trl", chat)
     of = case("content", answer=4, content="con", meta={"content": "con"})
     assert values(made(of, [0])) == [1.0]
 
 
 def test_a_trl_function_may_take_messages_by_position() -> None:
-    made = plug(SPEC, lambda asked, given: [float(each[0]["content"] == "4") for each in given], "trl")
+    made = reward_function(SPEC, lambda asked, given: [float(each[0]["content"] == "4") for each in given], "trl")
     assert values(made(case("4", "5", answer=4), range(2))) == [1.0, 0.0]
 
 
 def test_a_prompt_of_messages_is_none_of_the_completion() -> None:
     of = replace(case("so: 4?", answer=4), prompt=[{"role": "user", "content": "4?"}])
-    assert plug(SPEC, of_prompt).style == "completion"
-    assert values(plug(SPEC, of_prompt)(of, [0])) == [1.0]
+    assert reward_function(SPEC, of_prompt).style == "completion"
+    assert values(reward_function(SPEC, of_prompt)(of, [0])) == [1.0]
 
 
 def test_a_form_may_be_forced_and_an_error_says_what_there_was() -> None:
     of = case("4", answer=4)
-    assert values(plug(SPEC, lambda it: float(it[0]["role"] == "assistant"), "verifiers")(of, [0])) == [1.0]
-    assert values(plug(SPEC, lambda q, text, a, b: float(text == "4"), "areal")(of, [0])) == [1.0]
-    (score,) = plug(SPEC, borrowed.length_reward, "completion")(of, [0])
+    assert values(reward_function(SPEC, lambda it: float(it[0]["role"] == "assistant"), "verifiers")(of, [0])) == [1.0]
+    assert values(reward_function(SPEC, lambda q, text, a, b: float(text == "4"), "areal")(of, [0])) == [1.0]
+    (score,) = reward_function(SPEC, borrowed.length_reward, "completion")(of, [0])
     assert "(its completion was a string; scoring.style names another form)" in score.detail
-    (score,) = plug(SPEC, lambda completion: completion.strip(), "verifiers")(of, [0])
+    (score,) = reward_function(SPEC, lambda completion: completion.strip(), "verifiers")(of, [0])
     assert "(its completion was a list of messages; scoring.style names another form)" in score.detail
 
 
@@ -559,7 +559,7 @@ class Counting:
 def test_the_names_of_the_parameters_tell_the_form(
     function: Callable[..., Any], style: str, expected: list[float]
 ) -> None:
-    made = plug(SPEC, function)
+    made = reward_function(SPEC, function)
     assert made.style == style
     assert values(made(case("4", "...", answer=4), range(2))) == pytest.approx(expected)
 
@@ -574,19 +574,21 @@ def test_columns_are_given_by_name_and_a_function_may_give_a_status() -> None:
 
 
 def test_the_configs_arguments_go_to_the_parameter_of_that_name() -> None:
-    made = plug(SPEC, of_length, args={"most": 3, "other": 1})
+    made = reward_function(SPEC, of_length, args={"most": 3, "other": 1})
     assert values(made(case("abc"), [0])) == [1.0]
     assert "most" in made.takes
     assert "other" not in made.takes
-    assert values(plug(SPEC, Counting, args={"start": 10})(case("abc"), [0])) == [11.0]
+    assert values(reward_function(SPEC, Counting, args={"start": 10})(case("abc"), [0])) == [11.0]
 
 
 def test_a_style_is_taken_by_position_where_no_name_tells_it() -> None:
-    assert values(plug(SPEC, lambda text, gold: float(text == gold), "completion")(case("4", answer="4"), [0])) == [1.0]
+    assert values(
+        reward_function(SPEC, lambda text, gold: float(text == gold), "completion")(case("4", answer="4"), [0])
+    ) == [1.0]
     with pytest.raises(RloraError, match=r"reward = 'mine\.py:f': its parameters are \(text, gold\)\. Name them as"):
-        plug(SPEC, lambda text, gold: 1.0)
+        reward_function(SPEC, lambda text, gold: 1.0)
     with pytest.raises(RloraError, match="there is no style 'tlr'"):
-        plug(SPEC, one, "tlr")  # type: ignore[arg-type]
+        reward_function(SPEC, one, "tlr")  # type: ignore[arg-type]
 
 
 def by_place(completion: str, /, answer: int) -> float:
@@ -604,8 +606,8 @@ def waited_for(*args: Any, **kwargs: Any) -> list[float]:
 
 def test_decorators_and_parameters_by_position() -> None:
     assert values(scores(by_place, "4", "5")) == [1.0, 0.0]
-    assert values(plug(SPEC, veiled, "completion")(case("4", "5", answer=4), range(2))) == [1.0, 0.0]
-    assert not plug(SPEC, waited_for).asynchronous  # what it wraps is, and it is not
+    assert values(reward_function(SPEC, veiled, "completion")(case("4", "5", answer=4), range(2))) == [1.0, 0.0]
+    assert not reward_function(SPEC, waited_for).asynchronous  # what it wraps is, and it is not
     assert values(scores(waited_for, "4", "5")) == [1.0, 2.0]
 
 
@@ -644,6 +646,6 @@ def test_what_a_function_does_to_its_arguments_is_its_own_affair() -> None:
         return [1.0, 2.0]
 
     of = case("a", "b", answer={"it": 4})
-    made = plug(SPEC, spoils)
+    made = reward_function(SPEC, spoils)
     assert values(made(of, range(2))) == values(made(of, range(2))) == [1.0, 2.0]
     assert of.answer == {"it": 4}

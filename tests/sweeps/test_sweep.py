@@ -113,7 +113,7 @@ def test_pause_go_drop_and_fork_change_no_bit(stage: Stage, base: Config, tmp_pa
     assert bits(place / "grpo") == {number: each for number, each in solo.items() if number <= 3}
     changed = config_of(base, MEMBERS["rank-2"] | hotter)
     assert bits(place / "hotter") == alone(tmp_path / "alone", "hotter", changed, tiny, fork=f"{place / 'rank-2'}@2")
-    origin = directory.Origin.of(UPath(place / "hotter")).forked_from
+    origin = directory.Provenance.of(UPath(place / "hotter")).forked_from
     assert origin
     assert origin["run"] == "rank-2"
     told = events(place)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, episode, group
 
-from rlora.records import STATUSES, Adapter, Proof, Saved, UpdateStats
+from rlora.records import STATUSES, Adapter, Receipt, SaveStats, UpdateStats
 from rlora.rollout.requests import FleetStats
 from rlora.rollout.stream import Collection
 from rlora.telemetry.metrics import Metrics, sparkline, summarise
@@ -44,7 +44,7 @@ def log(*steps: int, update: UpdateStats = UPDATE) -> list[dict[str, Any]]:
             collection = Collection(GROUPS, GROUPS, reward_seconds=0.1, late=0, stale=0)
             canaries = {"run": 0.1, "other": 0.2}
             fleet = FleetStats(engines=1, busy_seconds=1.0 + 4.0 * busy, canaries=canaries, lost=0, replayed=0)
-            proofs, saved = [Proof("", 0.01, 0.02)], Saved(0.01, 5000)
+            proofs, saved = [Receipt("", 0.01, 0.02)], SaveStats(0.01, 5000)
             lines.append(metrics.log(step, proofs, collection, update, fleet, saved, MADE, {"accuracy/held_out": 0.5}))
     return [json.loads(json.dumps(line)) for line in lines]
 

@@ -42,7 +42,7 @@ class Objective(Protocol):
 
     def learns_from(self, episode: Episode) -> bool:
         """Whether an episode becomes a sample; it counts for its group all the same."""
-        return episode.own_tokens > 0
+        return episode.sampled_tokens > 0
 
     def advantages(self, group: Group, samples: Sequence[Sample]) -> list[Tensor]:
         """(C,) each, of the samples that were made of the group's episodes."""
@@ -51,7 +51,7 @@ class Objective(Protocol):
     def weights(self, groups: Sequence[Group]) -> Callable[[Episode], float]:
         """The weight of each token of an episode of a minibatch: 1 over all tokens that are learned from."""
         episodes = [episode for group in groups for episode in group.episodes]
-        total = sum(episode.own_tokens for episode in episodes if self.learns_from(episode))
+        total = sum(episode.sampled_tokens for episode in episodes if self.learns_from(episode))
         return lambda episode: 1 / total
 
     def loss(self, now: Outputs, batch: Microbatch) -> tuple[Tensor, Figures]:

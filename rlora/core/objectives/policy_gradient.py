@@ -45,7 +45,7 @@ class PolicyGradient:
 
     def learns_from(self, episode: Episode) -> bool:
         """Not if it is empty, or was cut off and those are dropped."""
-        return episode.own_tokens > 0 and not (self.algorithm.drop_truncated and episode.finish_reason != "stop")
+        return episode.sampled_tokens > 0 and not (self.algorithm.drop_truncated and episode.finish_reason != "stop")
 
     def advantages(self, group: Group, samples: Sequence[Sample]) -> list[Tensor]:
         """Of a group: relative to the returns of all its episodes. Else a sum over what follows each token, in float64
@@ -67,12 +67,12 @@ class PolicyGradient:
         arXiv:2402.03300, eq. 3): 1 over the episode's, then over the episodes. By a constant (Dr.GRPO,
         arXiv:2503.20783): 1 over episodes x `max_tokens`. Episodes without signal count."""
         episodes = [episode for group in groups for episode in group.episodes]
-        total = sum(episode.own_tokens for episode in episodes if self.learns_from(episode))
+        total = sum(episode.sampled_tokens for episode in episodes if self.learns_from(episode))
 
         def weight(episode: Episode) -> float:
             if self.algorithm.average == "tokens":
                 return 1 / total
-            tokens = episode.own_tokens if self.algorithm.average == "episodes" else self.max_tokens
+            tokens = episode.sampled_tokens if self.algorithm.average == "episodes" else self.max_tokens
             return 1 / (len(episodes) * tokens)
 
         return weight

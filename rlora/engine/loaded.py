@@ -5,19 +5,19 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from rlora.records import Adapter, Proof, Version
+from rlora.records import Adapter, Receipt, Version
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 
 @dataclass(eq=False)
-class Held:
+class Loaded:
     """A version that vLLM holds. Each request has a lease on it, from its submission to its last token."""
 
     adapter: Adapter
     request: "LoRARequest | None"  # None where it is all weights
-    proof: Proof = field(init=False)
+    proof: Receipt = field(init=False)
     leases: int = 0
     verdict: Future[None] | None = None  # of its canary, once that is sent; nothing it sampled is given out before
 
@@ -26,7 +26,7 @@ class Held:
         return self.adapter.version
 
 
-def unused(held: Sequence[Held], policy: str) -> list[Held]:
+def unused(held: Sequence[Loaded], policy: str) -> list[Loaded]:
     """Those of a policy that nobody leases, but for its newest and its last.
 
     `held` is in the order in which versions were asked for. Of several with the newest number the last one counts: a
@@ -37,7 +37,7 @@ def unused(held: Sequence[Held], policy: str) -> list[Held]:
     return [each for each in own[1:] if each is not newest and not each.leases]
 
 
-def in_the_way(held: Sequence[Held], policy: str) -> Held | None:
+def in_the_way(held: Sequence[Loaded], policy: str) -> Loaded | None:
     """Which one makes room for another version of `policy`; None where all are leased.
 
     Another policy's goes last, the one that was asked for longest ago: it is loaded again when it is asked for.

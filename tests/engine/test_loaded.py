@@ -2,13 +2,13 @@
 
 from conftest import adapter
 
-from rlora.engine.held import Held, in_the_way, unused
+from rlora.engine.loaded import Loaded, in_the_way, unused
 from rlora.records import Adapter
 
 
-def held(number: int, policy: str = "run", leases: int = 0, life: bytes = b"") -> Held:
+def held(number: int, policy: str = "run", leases: int = 0, life: bytes = b"") -> Loaded:
     made = Adapter(policy, number, adapter(number).config + life, adapter(number).weights)
-    return Held(made, None, leases=leases)
+    return Loaded(made, None, leases=leases)
 
 
 def test_the_newest_and_the_last_of_a_policy_stay() -> None:

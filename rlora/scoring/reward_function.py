@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rlora.plugin import where
-from rlora.records import STATUSES, Case, RloraError, Score
+from rlora.records import STATUSES, RewardInput, RloraError, Score
 from rlora.scoring.forms import FORMS, Call, text_answer
 from rlora.scoring.functions import bare, code_of, codes_of, defined, parameters_of, used
 from rlora.scoring.results import FaultError, as_number, as_numbers, at_place, is_nan, listed, said, show
@@ -22,7 +22,7 @@ _TAKES = {  # what stands for a completion
 
 
 @dataclass(frozen=True)
-class Plug:
+class RewardFunction:
     """A user's reward function as rlora calls it."""
 
     spec: str
@@ -62,7 +62,7 @@ class Plug:
             named |= {text for each in codes for text in each.co_consts if isinstance(text, str)}
         return frozenset(named)
 
-    def __call__(self, case: Case, episodes: Sequence[int]) -> list[Score]:
+    def __call__(self, case: RewardInput, episodes: Sequence[int]) -> list[Score]:
         """A Score for each of those episodes of the group, an "error" for those of a call that fails.
 
         It lets pass what is neither an Exception nor SystemExit, so KeyboardInterrupt and what a deadline may raise.
@@ -78,7 +78,7 @@ class Plug:
                 scores += call.each(self._error(error, call))
         return scores
 
-    async def acall(self, case: Case, episodes: Sequence[int]) -> list[Score]:
+    async def acall(self, case: RewardInput, episodes: Sequence[int]) -> list[Score]:
         """The same where the function is asynchronous; one call after the other."""
         scores: list[Score] = []
         for call in self._calls(case, episodes):
@@ -88,7 +88,7 @@ class Plug:
                 scores += call.each(self._error(error, call))
         return scores
 
-    def _calls(self, case: Case, episodes: Sequence[int]) -> list[Call]:
+    def _calls(self, case: RewardInput, episodes: Sequence[int]) -> list[Call]:
         chat = self.style == "trl" and (self.chat or not isinstance(case.prompt, str))
         return [Call(case, of, chat) for of in ([[one] for one in episodes] if self.one_at_a_time else [episodes])]
 
