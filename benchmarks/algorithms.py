@@ -2,11 +2,11 @@
 
     python benchmarks/algorithms.py [--seeds 0 1] [--algorithms grpo ppo] [--plot docs/algorithms.png]
 
-Each trains launch/arithmetic-ppo.toml under another `algorithm.name`: the same prompts in the same order, steps, four
-minibatches an update, learning rate and schedule; one run after the other. Prints a table and, as its last line, a JSON
-object with a list over the seeds for each of: `<algorithm>/last` (mean reward of the last five steps),
-`<algorithm>/accuracy` (greedy, held out, after training), `<algorithm>/seconds`, `<algorithm>/update_seconds`, the
-learner's share of them, and `ppo/explained_variance`, of each step.
+Trains launch/arithmetic-ppo.toml with each `algorithm.name`, one run after the other. Prompts and their order, steps,
+minibatches (four per update), learning rate and schedule are the same. Prints a table and, as its last line, a JSON
+object. It contains a list over the seeds for each of `<algorithm>/last` (mean reward of the last five steps),
+`<algorithm>/accuracy` (greedy, held out, after training), `<algorithm>/seconds`, `<algorithm>/update_seconds` (the
+learner's part of them) and `ppo/explained_variance` (for each step).
 """
 
 import argparse
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def plot(curves: dict[str, list[list[float]]], path: Path) -> None:
-    """A panel an algorithm, a line a seed; the others in grey behind it."""
+    """Draw one panel per algorithm and one line per seed, with the other algorithms in grey behind them."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -80,10 +80,10 @@ def plot(curves: dict[str, list[list[float]]], path: Path) -> None:
         squeeze=False,
     )
     panels: list[Any] = list(grid.flat)
-    for axes, (name, its) in zip(panels, curves.items(), strict=False):
+    for axes, (name, seeds) in zip(panels, curves.items(), strict=False):
         for other in (rewards for runs in curves.values() for rewards in runs):
             axes.plot(other, color="0.85", linewidth=0.8)
-        for rewards in its:
+        for rewards in seeds:
             axes.plot(rewards)
         axes.set(title=name, ylim=(0, 1.02))
         axes.grid(alpha=0.3)

@@ -3,14 +3,16 @@
     python benchmarks/attack.py [--pairs 200000] [--paid paid.jsonl] [--seed 0]
     python benchmarks/attack.py --structural [--every 1] [--paid paid.jsonl]
 
-The first grades random pairs from the labelled answers in `../shared/graders` and `tests/rewards/cases` and from the
-golds of MATH train, with mutations of their text (`tests/rewards/attacks.py`). The second makes some hundred changes of
-each gold of MATH train (`--every` n-th) that change its value: sign, order, one member, multiplicity, a function around
-it, another left side, an end, a word (`tests/rewards/changes.py`). Both use two processes.
+The first form grades random pairs of answers whose texts are mutated (`tests/rewards/attacks.py`). The answers are the
+labelled ones in `../shared/graders` and `tests/rewards/cases`, and the gold answers of MATH train. The second form
+makes about a hundred changes of every n-th gold answer of MATH train (`--every`). Each changes the value: sign, order,
+one member, multiplicity, an enclosing function, the left side, an end, a word (`tests/rewards/changes.py`). Both use
+two processes.
 
-Each prints what raises, what times out and, grouped by kind of change, what is paid; `--paid` writes the paid pairs
-whose texts differ to a file, to be read by hand. The last line is a JSON object: `pairs`, `exceptions`, `timeouts`,
-`paid`, `seconds`; `golds` and `changes_per_gold` (the median) of structural changes.
+Each prints the pairs that raise an exception, those that time out and, by kind of change, those that are paid (graded
+as correct). `--paid` writes the paid pairs whose texts differ to a file, for manual review. The last line is a JSON
+object: `pairs`, `exceptions`, `timeouts`, `paid`, `seconds`; for structural changes also `golds` and
+`changes_per_gold` (the median).
 """
 
 import argparse
@@ -31,8 +33,8 @@ from rlora.rewards.math.answer import find_gold
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tests" / "rewards"))
 _CHUNK = 1000
-_SHOWN = 5  # of each kind
-Attack = tuple[str, str, str]  # kind, gold and prediction
+_SHOWN = 5  # examples per kind
+Attack = tuple[str, str, str]  # kind, gold answer, prediction
 
 
 def main() -> None:
@@ -62,7 +64,7 @@ def main() -> None:
 
 
 def run(attacks: Iterable[Attack], file: Path | None) -> dict[str, Any]:
-    """Grade all, print what must not be, and count."""
+    """Grade all attacks, print the failures, and return the counts."""
     start = time.perf_counter()
     counts: Counter[str] = Counter()
     per_gold: Counter[str] = Counter()
@@ -100,7 +102,7 @@ def show(found: dict[str, list[Attack]]) -> None:
 
 
 def golds(shared: Path) -> list[str]:
-    """The distinct golds of MATH train."""
+    """The distinct gold answers of MATH train."""
     rows = json.loads((shared / "data" / "math_train" / "math.json").read_text("utf-8"))
     return sorted({find_gold(row["answer"]).text.strip("$ ") for row in rows if row["answer"]})
 

@@ -1,10 +1,10 @@
-"""What a bundle a step costs, and whether driver and learner keep their memory.
+"""The cost of one bundle per step, and the memory growth of driver and learner.
 
-    python benchmarks/bundles.py RUN            # of a run that is there: time and bytes a bundle, memory by step
-    python benchmarks/bundles.py --steps 500    # trains a tiny model on Ray and vLLM for so many steps first
+    python benchmarks/bundles.py RUN            # time and bytes per bundle, and memory by step, of an existing run
+    python benchmarks/bundles.py --steps 500    # trains a tiny model on Ray and vLLM for 500 steps first
 
-The time that the loop waits for saving, and that saving takes beside it, are shares of the step's. Memory is the slope
-of a straight line through the last three quarters of the steps, MiB of the process's own per 100 steps.
+The time that the loop waits for saving, and the time that saving takes in parallel, are shares of the step time. Memory
+growth is the slope of a line fitted to the last three quarters of the steps, in MiB of private memory per 100 steps.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def memory(lines: list[dict[str, Any]], who: str) -> dict[str, float]:
 
 
 def train_tiny(directory: Path, run: Path, steps: int) -> None:
-    """A two-layer Llama with random weights learns to write the word w5."""
+    """Train a two-layer Llama with random weights to write the word w5."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -1,20 +1,22 @@
-"""What it takes to give an engine its next version, and what an adapter costs it.
+"""The cost of loading the next version into an engine, and the cost of an adapter in the engine.
 
     .venv/bin/python benchmarks/delivery.py            about forty minutes on two cores
     .venv/bin/python benchmarks/delivery.py --quick    fewer swaps, no stock engine, no runs, no kills
 
-All on SmolLM2-135M in bf16 with a rank-1 adapter over every weight matrix, 128 sequences (16 prompts x 8 completions of
-32 tokens at most). Versions are one Adam-sized step apart. Each engine is a Ray actor of its own, one after the other:
+All measurements use SmolLM2-135M in bf16 with a rank-1 adapter on every weight matrix, and 128 sequences (16 prompts x
+8 completions of at most 32 tokens). Versions are one Adam-sized step apart. The engines are separate Ray actors, which
+run one after the other:
 
-- swaps: from the learner's tensors to the engine's proof of file and slot, on an engine that is idle, and on one that
-  samples; each version's canary comes with its first prompt (`swap_and_canary`: until that is judged, a step more).
-  Beside it (a) the adapter merged into the base and all weights reloaded in place (`reload_weights`, the fastest way
-  this engine has; what carries them to the engine is not counted), and (b) PEFT's save to disk and vLLM's load from
-  there, unproven.
-- sampling: tokens/s with the adapter and without it in turn; with vLLM's own low-rank product in the same engine; vLLM
-  as it comes (its defaults, its own processes); and that without an adapter, compiled.
-- runs: seconds a step of a short run at `max_staleness` 0 and 1, and the proof's share of it: file and slot, the
-  canary in the engine, and in the learner. A kill: how much longer a step's sampling takes when an engine dies in it.
+- swaps: from the learner's tensors until the engine has verified file and slot, on an idle and on a busy engine. The
+  canary runs with a version's first prompt (`swap_and_canary`: until it has passed, one engine step more). For
+  comparison: (a) the adapter merged into the base and all weights reloaded in place (`reload_weights`, the fastest way
+  that vLLM has; the transfer to the engine is not counted), and (b) PEFT's save to disk and vLLM's load from there,
+  without verification.
+- sampling: tokens/s with and without the adapter in turn; with vLLM's own low-rank product in the same engine; with
+  unmodified vLLM (its defaults, its own processes); and with unmodified vLLM without an adapter, compiled.
+- runs: seconds per step of a short run with `max_staleness` 0 and 1, and the share of verification: file and slot, the
+  canary in the engine, and the canary in the learner.
+- kills: how much longer a step's sampling takes if an engine is killed during it.
 
 The last line printed is one JSON object.
 """
@@ -68,7 +70,7 @@ from rlora.run.start import read
 from rlora.store import write_adapter
 
 PROMPTS, SAMPLING = 16, Sampling(max_tokens=32, group_size=8)
-LR = 5e-4  # of the step between two versions
+LR = 5e-4  # size of the step between two versions
 POLICY = "benchmark"
 HERE, ROOT = Path(__file__), Path(__file__).resolve().parent.parent
 CONFIG: dict[str, Any] = {
@@ -83,7 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="fewer swaps, no stock engine, no runs, no kills")
     parser.add_argument("--swaps", type=int, default=1000, help="on the idle engine")
-    parser.add_argument("--stock", metavar="ADAPTER", help="only vLLM as it comes, with this adapter; - for none")
+    parser.add_argument("--stock", metavar="ADAPTER", help="only unmodified vLLM, with this adapter; - for none")
     options = parser.parse_args()
     task = load_task(validate(CONFIG))
     if options.stock:
@@ -126,7 +128,7 @@ def main() -> None:
 
 
 class Probe(vllm_engine.Engine):
-    """An engine that also says how long its steps were, and what it holds."""
+    """An engine that also reports the duration of its steps, its memory, adapters and files."""
 
     def __init__(self, *made_of: Any) -> None:
         self.steps: list[float] = []
@@ -138,7 +140,7 @@ class Probe(vllm_engine.Engine):
         self.steps.append(time.perf_counter() - start)
 
     def step_seconds(self) -> Future[list[float]]:
-        """Of each step since this was asked last."""
+        """The duration of each step since the last call."""
 
         def take() -> list[float]:
             steps, self.steps = self.steps, []
@@ -147,7 +149,7 @@ class Probe(vllm_engine.Engine):
         return self._post(take)
 
     def holds(self) -> Future[tuple[float, int, int]]:
-        """MiB of this process's own, adapters that vLLM holds, files in its directory."""
+        """MiB of private memory, number of adapters in vLLM, and number of files in the adapter directory."""
         return self._post(
             lambda: (
                 psutil.Process().memory_full_info().uss / 2**20,
@@ -157,7 +159,7 @@ class Probe(vllm_engine.Engine):
         )
 
     def load_from_disk(self, path: str) -> Future[None]:
-        """vLLM's own load, of a name it has not seen."""
+        """Load an adapter with vLLM's own loader, under a new name, and remove it."""
 
         def load() -> None:
             number = next(self._engine_ids)
@@ -168,7 +170,7 @@ class Probe(vllm_engine.Engine):
 
 
 class StockOp(Probe):
-    """The same engine with vLLM's own low-rank product; tokens are drawn as in ours."""
+    """The same engine with vLLM's own low-rank product; tokens are drawn as in rlora's engine."""
 
     def __init__(self, *made_of: Any) -> None:
         def without_the_product(head: bool) -> bool:
@@ -181,7 +183,7 @@ class StockOp(Probe):
 
 @contextmanager
 def engines(task: Task, kind: type[Probe], learn: bool = False, **changes: Any) -> Iterator[tuple[Ranks, Fleet]]:
-    """A fleet of `kind`, whose engines have all cores each, and a learner."""
+    """A learner, and a fleet of engines of class `kind` that use all cores each."""
     cluster.ENGINE = f"{HERE}:{kind.__name__}"
     settings = {"engine": {"threads": machine.cores()}} | changes
     with cluster.start([ServedPolicy(POLICY, validate(CONFIG | settings), task)], learn=learn) as job:
@@ -193,18 +195,18 @@ def engines(task: Task, kind: type[Probe], learn: bool = False, **changes: Any) 
 
 
 def ours(task: Task, count: int, saved: Path) -> dict[str, float]:
-    """Swaps on an idle and a busy engine, what the canary costs, and sampling with the adapter and without it."""
+    """Swaps on an idle and a busy engine, the cost of the canary, and sampling with and without the adapter."""
     figures: dict[str, float] = {}
     idle, proof, load, with_canary, without, busy, steps = ([] for _ in range(7))  # type: ignore[var-annotated]
     with engines(task, Probe, learn=True, max_staleness=2) as (learner, fleet):
         (probe,) = fleet.engines
-        fresh = learner.open(POLICY, SETUP)  # B = 0: completions are as long as the base's
+        fresh = learner.open(POLICY, SETUP)  # B = 0: completions are as long as those of the base
         fleet.swap(fresh)
         batch(task, fleet)
         states = versions(learner.state(POLICY))
 
         def swap() -> tuple[float, Any]:
-            """Seconds from the learner's tensors to the proof, which is that of the next version."""
+            """Swap to the next version. Returns the seconds until it is verified, and its receipt."""
             learner.close(POLICY)
             learner.open(POLICY, SETUP, next(states))
             start = time.perf_counter()
@@ -213,8 +215,8 @@ def ours(task: Task, count: int, saved: Path) -> dict[str, float]:
 
         held = []
         for number in range(count):
-            seconds, of = swap()
-            idle.append(seconds), proof.append(of.proof_seconds), load.append(of.load_seconds)
+            seconds, receipt = swap()
+            idle.append(seconds), proof.append(receipt.proof_seconds), load.append(receipt.load_seconds)
             with_canary.append(timed(partial(token, task, fleet, 2 * number)))
             without.append(timed(partial(token, task, fleet, 2 * number + 1)))
             if number in (count // 10, count - 1):
@@ -225,12 +227,12 @@ def ours(task: Task, count: int, saved: Path) -> dict[str, float]:
         for _ in range(4 if count < 100 else 12):
             probe.step_seconds().result()
             requests = [fleet.generate(prompt, SAMPLING, POLICY) for prompt in task.prompts[:PROMPTS]]
-            for _ in range(2):  # more would be too many versions ahead
+            for _ in range(2):  # more swaps would exceed max_staleness
                 time.sleep(random.uniform(0.5, 1.5))
                 busy.append(swap()[0])
-            assert not all(request.group.done() for request in requests)  # it was busy
+            assert not all(request.group.done() for request in requests)  # the engine was busy
             finish(requests)
-            steps += probe.step_seconds().result()[1:]  # the first has the prompts
+            steps += probe.step_seconds().result()[1:]  # the first step computes the prompts
         fleet.swap(fresh)
         rates: dict[int, list[float]] = {OFF: [], 0: []}
         for _ in range(3 if count < 100 else 8):
@@ -248,7 +250,7 @@ def ours(task: Task, count: int, saved: Path) -> dict[str, float]:
         disk = [timed(lambda: through_the_disk(f"{saved}-{number}")) for number in range(20)]  # noqa: B023
     of_learner = Learner(validate(CONFIG), task.base)
     of_learner.open(POLICY, SETUP)
-    in_learner = [timed(partial(of_learner.canary_of, of_learner.held[POLICY])) for _ in range(12)][2:]
+    in_learner = [timed(partial(of_learner.canary_of, of_learner.states[POLICY])) for _ in range(12)][2:]
     for name, seconds in (
         ("swap", idle), ("load", load), ("proof", proof), ("swap_busy", busy), ("step", steps), ("disk", disk),
         ("canary", [a - b for a, b in zip(with_canary, without, strict=True)]), ("learner_canary", in_learner),
@@ -262,26 +264,26 @@ def ours(task: Task, count: int, saved: Path) -> dict[str, float]:
 
 
 def merging(task: Task, saved: Path) -> dict[str, float]:
-    """Merge in fp32, round, write to RAM, reload in place."""
+    """Merge the adapter in fp32, round, write the weights to RAM, and reload them in place."""
     spec, tensors = peft_format.decode(*read(saved))
     base = AutoModelForCausalLM.from_pretrained(task.base, dtype=torch.float32)
     config = (Path(task.base) / "config.json").read_bytes()
-    over = peft_format.by_names(matrix for matrix in matrices(base) if spec.rank_of(matrix))
+    factors = peft_format.matrices_by_name(matrix for matrix in matrices(base) if spec.rank_of(matrix))
     seconds = []
     fixed = {name: weight.to(torch.bfloat16) for name, weight in base.state_dict().items() if name != "lm_head.weight"}
     with torch.no_grad(), engines(task, Probe, learner={"adapter": "none"}) as (_, fleet):
         (probe,) = fleet.engines
         for version in range(6):
             start = time.perf_counter()
-            merged = dict(fixed)  # embeddings and norms stay; the head is tied
-            for (a, b), matrix in over.items():
+            merged = dict(fixed)  # embeddings and norms do not change; the head is tied
+            for (a, b), matrix in factors.items():
                 scale = spec.scale(matrix.key, spec.rank)
                 weight = torch.addmm(matrix.weight, tensors[b], tensors[a], alpha=scale)
                 merged[f"{matrix.key}.weight"] = weight.to(torch.bfloat16)
             weights = safetensors.torch.save(merged, {"format": "pt"})
-            made = time.perf_counter() - start
-            adapter = Adapter(POLICY, version, config, weights, whole=True)
-            seconds.append(made + probe.load(adapter).result().load_seconds)
+            merge_seconds = time.perf_counter() - start
+            adapter = Adapter(POLICY, version, config, weights, full_weights=True)
+            seconds.append(merge_seconds + probe.load(adapter).result().load_seconds)
     return {"merge_ms_p50": 1000 * median(seconds[1:]), "merge_bytes": len(weights)}
 
 
@@ -293,7 +295,7 @@ def with_stock_op(task: Task, saved: Path) -> dict[str, float]:
 
 
 def stock(task: Task, adapter: Path | None) -> float:
-    """Tokens a second of vLLM with its defaults."""
+    """Tokens per second of vLLM with its defaults."""
     length = validate(CONFIG).max_model_len
     llm = LLM(task.base, enable_lora=adapter is not None, max_model_len=length, seed=0)
     request = LoRARequest("adapter", 1, str(adapter)) if adapter else None
@@ -312,7 +314,7 @@ def stock(task: Task, adapter: Path | None) -> float:
 
 
 def alone(*arguments: str) -> float:
-    """What this file prints with these arguments, in a process of its own."""
+    """Run this file with these arguments in a separate process. Returns the number that it prints."""
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_LOGGING_LEVEL": "ERROR"}
     command = [sys.executable, str(HERE), *arguments]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -320,7 +322,7 @@ def alone(*arguments: str) -> float:
 
 
 def runs() -> dict[str, float]:
-    """Seconds a step, the first one left out."""
+    """Seconds per step, without the first step."""
     figures = {}
     for staleness in (0, 1):
         with tempfile.TemporaryDirectory() as directory:
@@ -335,14 +337,14 @@ def runs() -> dict[str, float]:
 
 
 def inline(value: Any) -> str:
-    """As TOML."""
+    """The value as inline TOML."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key} = {inline(each)}" for key, each in value.items()) + "}"
     return json.dumps(value)
 
 
 def kills(task: Task) -> dict[str, float]:
-    """What the death of an engine in the middle of a step costs, with and without another beside it."""
+    """Additional seconds of a step in which an engine is killed, with one and with two engines."""
     figures = {}
     for replicas in (1, 2):
         with engines(task, Probe, engine={"replicas": replicas, "kv_cache_gib": 1}) as (_, fleet):
@@ -353,7 +355,7 @@ def kills(task: Task) -> dict[str, float]:
                 requests = [fleet.generate(prompt, SAMPLING, POLICY) for prompt in task.prompts[:PROMPTS]]
                 time.sleep(2.0)
                 if kill:
-                    _, pid = ray.get(fleet.engines[0].placed)  # type: ignore[attr-defined]
+                    _, pid = ray.get(fleet.engines[0].process)  # type: ignore[attr-defined]
                     os.kill(pid, signal.SIGKILL)
                 finish(requests)
 
@@ -363,7 +365,7 @@ def kills(task: Task) -> dict[str, float]:
 
 
 def versions(state: bytes) -> Iterator[bytes]:
-    """State after state of a learner, each a version and one Adam-sized step from the one before."""
+    """Yield learner states; each is one version and one Adam-sized step after the previous one."""
     tensors, generator = safetensors.torch.load(state), torch.Generator().manual_seed(0)
     while True:
         tensors["version"] += 1
@@ -374,12 +376,12 @@ def versions(state: bytes) -> Iterator[bytes]:
 
 
 def batch(task: Task, fleet: Fleet, base: bool = False) -> float:
-    """Tokens a second of 128 completions at once."""
+    """Tokens per second for 128 concurrent completions."""
     start = time.perf_counter()
     if base:
         (probe,) = fleet.engines
         sampled = [probe.generate(prompt, SAMPLING, BASE.version) for prompt in task.prompts[:PROMPTS]]
-        groups = [each.result() for each in sampled]
+        groups = [future.result() for future in sampled]
     else:
         groups = finish([fleet.generate(prompt, SAMPLING, POLICY) for prompt in task.prompts[:PROMPTS]])
     tokens = sum(len(episode.completion_ids) for group in groups for episode in group.episodes)
@@ -387,7 +389,7 @@ def batch(task: Task, fleet: Fleet, base: bool = False) -> float:
 
 
 def token(task: Task, fleet: Fleet, number: int) -> None:
-    """One token of a prompt that the version has not seen before."""
+    """Sample one token of a prompt that is new to the version."""
     finish([fleet.generate(task.prompts[number % len(task.prompts)], Sampling(max_tokens=1), POLICY)])
 
 

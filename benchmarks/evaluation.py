@@ -1,11 +1,12 @@
-"""What evaluation beside training costs: the time of the steps that it is beside, against their neighbours'.
+"""The cost of evaluation during training: the time of the steps that it overlaps, compared with neighbouring steps.
 
     python benchmarks/evaluation.py [--steps 48] [--every 6]
 
-Trains launch/arithmetic.toml over one engine and over two. The held-out prompts of version v are sampled beside steps v
-and v + 1; the two steps before and the two after these are what a step takes without, on the same machine, in the same
-minute and with updates of the same size. Prints a table and, as its last line, a JSON object, by engines: `seconds` per
-evaluation, with its standard error, and `ratios`, the time of training with evaluation over that without.
+Trains launch/arithmetic.toml with one engine and with two. The held-out prompts of version v are sampled during steps v
+and v + 1. The two steps before and the two steps after these give the time of a step without evaluation, on the same
+machine, in the same minute and with updates of similar size. Prints a table and, as its last line, a JSON object by
+number of engines: `seconds` per evaluation with the standard error, and `ratios`, the training time with evaluation
+divided by that without.
 """
 
 import argparse
@@ -29,9 +30,9 @@ def main() -> None:
     table = Table("engines", "evaluations", "seconds per step without", "seconds per evaluation", "ratio")
     with tempfile.TemporaryDirectory() as directory:
         for engines in (1, 2):
-            given = ["--steps", str(options.steps), "--engine.replicas", str(engines), "--engine.kv-cache-gib", "1"]
-            given += ["--evaluate.every", str(options.every)]
-            _, lines = train("launch/arithmetic.toml", 0, Path(directory) / f"{engines}-engines", given)
+            arguments = ["--steps", str(options.steps), "--engine.replicas", str(engines), "--engine.kv-cache-gib", "1"]
+            arguments += ["--evaluate.every", str(options.every)]
+            _, lines = train("launch/arithmetic.toml", 0, Path(directory) / f"{engines}-engines", arguments)
             times = [line["time/step"] for line in lines]
             versions = [line["accuracy/version"] for line in lines if line.get("accuracy/version")]
             without = [fmean([*times[v - 2 : v], *times[v + 2 : v + 4]]) for v in versions]

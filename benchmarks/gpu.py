@@ -1,25 +1,26 @@
-"""rlora on one GPU: whether it is right, where it waits, which kernels it runs, how fast it is and what it holds.
+"""rlora on one GPU: correctness, waits for the device, kernels, speed and memory.
 
     python benchmarks/gpu.py                           all parts at Qwen3-0.6B's and 8B's shapes
     python benchmarks/gpu.py --device cpu              the same parts with a tiny model, in seconds
     python benchmarks/gpu.py --parts correct speed --sizes 0.6b --seconds 200
 
-The first five parts need neither vLLM nor Ray, and none but `whole` a network: the models have random weights. Beside
-torch, transformers, safetensors and PEFT they need what `rlora.core.learner` imports (pydantic, universal-pathlib). A
-part that lacks something says so and is left out. No part begins after `--seconds`.
+The first five parts need neither vLLM nor Ray. Only `whole` needs a network: the models of the other parts have random
+weights. In addition to torch, transformers, safetensors and PEFT they need the imports of `rlora.core.learner`
+(pydantic, universal-pathlib). A part that lacks a package is skipped with a message. No part starts after `--seconds`.
 
-- correct: one update on the CPU in fp32 (the reference) and bf16, and on the device in fp32, in bf16, and with
-  checkpointing: logprobs, loss and gradients. In bf16 a device may be about as far off as the CPU's bf16 is.
-- waits: where an update makes the host wait for the device (`torch.cuda.set_sync_debug_mode`), by source line.
-- attention: the kernels that run for one layer's attention, and its time and memory with each backend of torch's.
-- profile: one update's time by kind of kernel, the number of kernels, and the share of it that the device is busy.
-- speed: tokens/s and peak memory of updates with many short completions (GSM8K) and with few long ones, by ours with
-  and without checkpointing, and by PEFT over padded rows without a mask, which torch gives to its flash kernel.
-  `again` repeats the same groups; `fresh` has other lengths in each update, as training has.
-- engine: vLLM alone, at rank 1 and 8: its start, tokens/s with an adapter and without, swaps under load, canaries.
-- whole: seconds of a step by phase, and memory, of a recipe (`--recipe`): Ray, vLLM and the learner together.
+- correct: logprobs, loss and gradients of one update on the CPU in fp32 (the reference) and bf16, and on the device in
+  fp32, in bf16, and with checkpointing. In bf16 a device may be about as far off as bf16 on the CPU.
+- waits: the source lines at which an update makes the host wait for the device (`torch.cuda.set_sync_debug_mode`).
+- attention: the kernels that run for one layer's attention, and its time and memory with each of torch's backends.
+- profile: the time of one update by kind of kernel, the number of kernels, and the share of the time that the device is
+  busy.
+- speed: tokens/s and peak memory of updates with many short completions (GSM8K) and with few long ones, for rlora with
+  and without checkpointing, and for PEFT with padded rows and no mask, so that torch uses its flash kernel. `again`
+  repeats the same groups; `fresh` has different lengths in each update, as in training.
+- engine: vLLM alone, at rank 1 and 8: start-up, tokens/s with and without an adapter, swaps under load, canaries.
+- whole: seconds per step by phase, and memory, for a recipe (`--recipe`): Ray, vLLM and the learner together.
 
-The last line printed is one JSON object with a key per part; the tables before it are Markdown.
+The last line printed is a JSON object with a key per part; the tables before it are Markdown.
 """
 
 import argparse
@@ -53,7 +54,7 @@ from rlora.config import validate
 from rlora.core import attention
 from rlora.core.batch import sample_of
 from rlora.core.flash import Segments
-from rlora.core.footprint import fitting_rows, given_rows
+from rlora.core.footprint import cpu_rows, fitting_rows
 from rlora.core.learner import Learner
 from rlora.core.setup import Setup
 from rlora.records import Episode, Group, Prompt, Version
@@ -71,7 +72,7 @@ SIZES: dict[str, dict[str, Any]] = {  # shapes of Qwen3
 
 @dataclass(frozen=True)
 class Shape:
-    """What the groups of an update look like, in tokens."""
+    """The size of the groups of an update; lengths are in tokens."""
 
     prompts: int
     group_size: int
@@ -83,13 +84,13 @@ class Shape:
 SHAPES = {
     "gsm8k": Shape(4, 16, 150, 100, 500),
     "long": Shape(1, 4, 600, 3000, 4000),
-    "few": Shape(2, 3, 150, 60, 90),  # that a CPU computes in fp32
+    "few": Shape(2, 3, 150, 60, 90),  # small enough for fp32 on a CPU
     "tiny": Shape(2, 3, 9, 3, 12),
 }
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
 QWEN, SUMS = LAUNCH / "gpu" / "qwen3-1.7b-24gb.toml", LAUNCH / "arithmetic.toml"
-PADDED_ROW = 16384  # tokens of one forward pass of PEFT's
-KINDS = {  # of kernels, by what their names hold; the first that fits
+PADDED_ROW = 16384  # tokens per forward pass of PEFT, including padding
+KINDS = {  # kinds of kernels, by parts of their names; the first match counts
     "attention": ("flash", "fmha", "sdpa", "cudnn", "attention"),
     "matrix products": ("gemm", "gemv", "cutlass", "nvjet", "splitk", "cublas", "xmma", "aten::mm", "addmm", "matmul"),
     "copies": ("memcpy", "memset", "copy", "cat", "index", "gather", "aten::to"),
@@ -102,10 +103,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), help="of the part speed; profile takes the last one")
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), help="for the part speed; profile uses the last one")
     parser.add_argument("--rank", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=540, help="after which no part and no row of speed begins")
-    parser.add_argument("--recipe", type=Path, help="of the part whole")
+    parser.add_argument("--seconds", type=float, default=540, help="no part and no row of speed starts after this")
+    parser.add_argument("--recipe", type=Path, help="for the part whole")
     parser.add_argument("--out", type=Path, help="a file for the JSON object")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -127,7 +128,7 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where the parts run, and on what."""
+    """The device and settings of all parts."""
 
     device: torch.device
     sizes: Sequence[str]
@@ -147,7 +148,7 @@ class Bench:
             torch.cuda.synchronize()
 
     def timed(self, call: Callable[[], object]) -> float:
-        """Seconds of one call."""
+        """Seconds of one call, including the device's work."""
         self.synchronize()
         start = time.perf_counter()
         call()
@@ -156,7 +157,7 @@ class Bench:
 
     @contextmanager
     def peak(self, row: dict[str, Any]) -> Iterator[None]:
-        """Write the most memory that was allocated within into `row`, in GiB; nothing on a CPU."""
+        """Write the peak of allocated memory in this context to `row`, in GiB; nothing on a CPU."""
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         yield
@@ -194,7 +195,7 @@ def table(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def build(size: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """A Qwen3 of that shape with random weights, made on the device."""
+    """A Qwen3 of this size with random weights, created on the device."""
     config = Qwen3Config(
         **SIZES[size], max_position_embeddings=40960, bos_token_id=None, eos_token_id=None, pad_token_id=None
     )
@@ -205,7 +206,7 @@ def build(size: str, dtype: torch.dtype, device: torch.device) -> PreTrainedMode
 
 
 def make_groups(shape: Shape, vocabulary: int, seed: int) -> list[Group]:
-    """Groups of random tokens and rewards, each with a right and a wrong episode: all of them are learned from."""
+    """Groups of random tokens and rewards; each has a correct and a wrong episode, so all carry a gradient."""
     draw = random.Random(seed)
 
     def tokens(count: int) -> tuple[int, ...]:
@@ -228,7 +229,7 @@ def completion_tokens(groups: Sequence[Group]) -> int:
 
 
 def learner_over(model: PreTrainedModel, bench: Bench, **settings: Any) -> Learner:
-    """rlora's learner over a model that is at hand."""
+    """rlora's learner on a model that is already loaded."""
     config = validate(
         {
             "model": "-", "env": "-", "reward": "-", "dtype": str(model.dtype).removeprefix("torch."),
@@ -236,7 +237,7 @@ def learner_over(model: PreTrainedModel, bench: Bench, **settings: Any) -> Learn
             "sampling": {"max_tokens": 4096, "max_prompt_tokens": 1024},
         }
     )  # fmt: skip
-    rows = given_rows(config)
+    rows = cpu_rows(config)
     if model.device.type == "cuda":
         total = torch.cuda.get_device_properties(model.device).total_memory
         rows = fitting_rows(config, model.config, int(0.9 * total), "nine tenths of the card")
@@ -271,15 +272,15 @@ def correct(bench: Bench) -> dict[str, Any]:
     for name, device, dtype, checkpointing in sides:
         learner = learner_over(deepcopy(base).to(device, dtype), bench, checkpointing=checkpointing, max_grad_norm=1e9)
         generator = torch.Generator().manual_seed(5)
-        for pair in learner.policies.bank.over(POLICY).values():  # with B = 0 the gradient of A is 0
+        for pair in learner.policies.bank.pairs_of(POLICY).values():  # B = 0 would make the gradient of A 0
             pair.b.data.copy_(torch.randn(pair.b.shape, generator=generator) * 1e-3)
         logprobs = logprobs_of(learner, groups)
         if reference is None:
             groups = on_policy(groups, logprobs)
         _, stats = learner.update(POLICY, groups)
-        optimizer = learner.held[POLICY].optimizer
+        optimizer = learner.states[POLICY].optimizer
         moments = [optimizer.adam.state[master]["exp_avg"] for master in optimizer.masters.values()]
-        gradient = torch.cat([each.flatten().double().cpu() for each in moments])  # decayed, by the same for all
+        gradient = torch.cat([each.flatten().double().cpu() for each in moments])  # times 1 - beta, for all sides
         reference = reference or (logprobs, gradient)
         difference = (logprobs - reference[0]).abs()
         rows.append({
@@ -296,7 +297,7 @@ def correct(bench: Bench) -> dict[str, Any]:
 
 
 def as_expected(row: dict[str, Any], rounding: dict[str, Any]) -> bool:
-    """Whether a side is as close to fp32 on the CPU as fp32 is, or twice as far as bf16 on the CPU is."""
+    """Whether a side is close enough to fp32 on the CPU; in bf16, at most twice as far as bf16 on the CPU."""
     if row["dtype"] == "float32":
         return bool(row["logprobs, mean difference"] < 1e-4 and row["gradient, cosine"] > 0.9999)
     return bool(
@@ -313,7 +314,7 @@ def logprobs_of(learner: Learner, groups: Sequence[Group]) -> Tensor:
 
 
 def on_policy(groups: Sequence[Group], logprobs: Tensor) -> list[Group]:
-    """The groups as if the learner itself had sampled them."""
+    """The groups with `logprobs`, (C,), as behaviour logprobs."""
     left = iter(logprobs.tolist())
     return [
         replace(
@@ -355,7 +356,7 @@ def attention_part(bench: Bench) -> dict[str, Any]:
     completions, dtype = 2, torch.bfloat16
 
     def layer(length: int) -> Callable[[], None]:
-        """Attention of `completions` of that length over their prompt, forward and backward, as a row has it."""
+        """Forward and backward attention of two completions of this length with their prompt, as in a row."""
         keys = prompt + length
         q, k, v = (
             torch.randn(completions, n, tokens, dim, device=bench.device, dtype=dtype, requires_grad=True)
@@ -377,7 +378,7 @@ def attention_part(bench: Bench) -> dict[str, Any]:
         }
     rows = []
     for name, backend in backends.items():
-        for length in lengths:  # an odd length and another: a mask whose rows are not aligned, and a new shape
+        for length in lengths:  # two odd lengths: a mask with unaligned rows, and a new shape
             row: dict[str, Any] = {"backend": name, "completion": length}
             rows.append(row)
             try:
@@ -385,7 +386,7 @@ def attention_part(bench: Bench) -> dict[str, Any]:
                 with sdpa_kernel(backend) if backend else nullcontext(), bench.peak(row):
                     row["first, ms"] = 1e3 * bench.timed(call)
                     row["then, ms"] = 1e3 * min(bench.timed(call) for _ in range(3))
-            except RuntimeError as error:  # a backend that does not take it, or no memory
+            except RuntimeError as error:  # the backend does not support it, or is out of memory
                 row["error"] = str(error).splitlines()[0][:80]
             release()
     rows += [by_segments(bench, heads, kv_heads, dim, prompt, length) for length in lengths]
@@ -394,9 +395,9 @@ def attention_part(bench: Bench) -> dict[str, Any]:
 
 
 def by_segments(bench: Bench, heads: int, kv_heads: int, dim: int, prompt: int, length: int) -> dict[str, Any]:
-    """The same by the kernels that the learner takes on a GPU."""
+    """The same attention with the kernels that the learner uses on a GPU."""
     tokens, row = prompt + 2 * length, dict[str, Any](backend="by segments, as the learner does", completion=length)
-    segments = Segments.of([(prompt, [length] * 2)], bench.device)
+    segments = Segments.from_lengths([(prompt, [length] * 2)], bench.device)
     q, k, v = (
         torch.randn(tokens, n, dim, device=bench.device, dtype=torch.bfloat16, requires_grad=True)
         for n in (heads, kv_heads, kv_heads)
@@ -419,7 +420,7 @@ def activities(bench: Bench) -> list[ProfilerActivity]:
 
 
 def by_name(found: profile, bench: Bench) -> Counter[str]:
-    """Microseconds of each kernel; on a CPU of each operator."""
+    """Microseconds per kernel; on a CPU, per operator."""
     times: Counter[str] = Counter()
     for event in found.key_averages():
         times[event.key[:80]] += event.self_device_time_total if bench.on_gpu else event.self_cpu_time_total
@@ -494,7 +495,7 @@ def _speed(bench: Bench, size: str, shape: str, settings: dict[str, Any] | None)
 
 
 def peft_step(model: PreTrainedModel, bench: Bench) -> Callable[[Sequence[Group]], None]:
-    """PEFT's adapter over rows of equal length, shortest with shortest: pads come last, so no mask is needed."""
+    """An update with PEFT on padded rows, sorted by length; padding is at the end, so no mask is needed."""
     from peft import LoraConfig, get_peft_model
 
     model.set_attn_implementation("sdpa")
@@ -576,7 +577,7 @@ def whole_part(bench: Bench) -> dict[str, Any]:
 
 
 def lacking(*packages: str) -> dict[str, Any]:
-    """What is not installed, as the part's result; empty where all is."""
+    """The result of a part that lacks packages; empty if all are installed."""
     missing = [package for package in packages if find_spec(package) is None]
     return {"left_out": f"needs {', '.join(missing)}"} if missing else {}
 

@@ -1,10 +1,10 @@
 """The parts of benchmarks/gpu.py that need vLLM and Ray: the engine alone, and the steps of a whole run.
 
-    python benchmarks/gpu_engine.py MODEL --rank 1 --device cuda       what `engine` runs, in a process for each rank
+    python benchmarks/gpu_engine.py MODEL --rank 1 --device cuda       (`engine` runs this in a process per rank)
 
-- engine: seconds to start; completions' tokens/s under the base and under an adapter; swaps under load: seconds of
-  each, and how far the canary is from the learner's; two versions in flight, each request answered under its own.
-- whole: seconds of a step by phase, and the card's memory in use, of a recipe.
+- engine: start-up time; completion tokens/s with the base and with an adapter; swaps under load: their duration and the
+  canary's distance from the learner; two versions in flight, each request finished under its own version.
+- whole: seconds per step by phase, and the GPU's memory in use, for a recipe.
 """
 
 import argparse
@@ -32,11 +32,11 @@ from rlora.records import BASE, Adapter, Prompt, Sampling
 from rlora.settings import Config
 
 POLICY = "benchmark"
-WORDS = 97  # of the tokenizer that stands beside random weights
+WORDS = 97  # size of the tokenizer for random weights
 
 
 def engine(model: Path, ranks: Sequence[int], on_gpu: bool) -> dict[str, Any]:
-    """A row for each rank."""
+    """One row per rank."""
     rows = []
     for rank in ranks:
         command = [sys.executable, __file__, str(model), "--rank", str(rank), "--device", "cuda" if on_gpu else "cpu"]
@@ -49,7 +49,7 @@ def engine(model: Path, ranks: Sequence[int], on_gpu: bool) -> dict[str, Any]:
 
 
 def whole(recipe: Path, steps: int, changes: Sequence[str]) -> dict[str, Any]:
-    """Medians over the steps of a run but the first."""
+    """Medians over the steps of a run, without the first step."""
     with tempfile.TemporaryDirectory() as directory, memory_in_use() as memory:
         run = Path(directory) / "run"
         command = [sys.executable, "-m", "rlora", "train", str(recipe), "--run-dir", str(run), "--steps", str(steps)]
@@ -74,56 +74,55 @@ def whole(recipe: Path, steps: int, changes: Sequence[str]) -> dict[str, Any]:
 
 @contextmanager
 def memory_in_use() -> Iterator[dict[str, float]]:
-    """The most that is in use of the fullest card within, in GiB, by asking twice a second; nothing where there is
-    none."""
-    found: dict[str, float] = {}
-    over = threading.Event()
+    """Peak memory in use of the fullest GPU, in GiB, sampled twice per second; empty without a GPU."""
+    memory: dict[str, float] = {}
+    stopped = threading.Event()
 
     def watch() -> None:
-        while not over.wait(0.5):
+        while not stopped.wait(0.5):
             for card in cards.list_cards():
-                found["card_gib"] = max(found.get("card_gib", 0.0), (card.total - card.free) / cards.GIB)
+                memory["card_gib"] = max(memory.get("card_gib", 0.0), (card.total - card.free) / cards.GIB)
 
     watching = threading.Thread(target=watch)
     if cards.list_cards():
         watching.start()
     try:
-        yield found
+        yield memory
     finally:
-        over.set()
+        stopped.set()
         if watching.ident:
             watching.join()
 
 
 def save(model: Any, path: Path) -> None:
-    """The model, and a tokenizer that vLLM can start with."""
+    """Save the model, and a tokenizer that vLLM can start with."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
 
     words = {f"w{index}": index for index in range(WORDS)}
     model.save_pretrained(path)
-    made = Tokenizer(WordLevel(words, unk_token="w2"))
-    PreTrainedTokenizerFast(tokenizer_object=made, eos_token="w1").save_pretrained(path)
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w2"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1").save_pretrained(path)
 
 
 def versions(config: Config, base: str, count: int) -> list[Adapter]:
-    """Of one policy, each a step of Adam's size from the one before, with the learner's canary."""
+    """Versions of one policy, each one Adam-sized step after the previous one, with the learner's canary."""
     learner = Learner(config, base)
     setup = Setup.of(config)
-    made = [learner.open(POLICY, setup)]
+    adapters = [learner.open(POLICY, setup)]
     draw = torch.Generator().manual_seed(0)
-    while len(made) < count:
-        for master in learner.held[POLICY].optimizer.masters.values():
+    while len(adapters) < count:
+        for master in learner.states[POLICY].optimizer.masters.values():
             step = torch.randn(master.shape, generator=draw).sign() * 5e-4
             master.data.add_(step.to(master.device))
-        learner.held[POLICY].canary = None
-        made.append(learner.next_version(POLICY))
-    return made
+        learner.states[POLICY].canary = None
+        adapters.append(learner.next_version(POLICY))
+    return adapters
 
 
 def measure(model: str, rank: int, on_gpu: bool) -> dict[str, Any]:
-    """The row of one rank, in a process of its own."""
+    """Measure one rank. Call it in a separate process."""
     from rlora.engine.vllm_engine import Engine
 
     rows, tokens, swaps = (256, 256, 50) if on_gpu else (8, 8, 5)
@@ -148,33 +147,33 @@ def measure(model: str, rank: int, on_gpu: bool) -> dict[str, Any]:
         count = sum(len(episode.completion_ids) for group in groups for episode in group.result().episodes)
         return count / (time.perf_counter() - began)
 
-    rate(BASE.version)  # the first is slower
+    rate(BASE.version)  # the first call is slower
     served.load(adapters[0]).result()
-    pairs = [(rate(BASE.version), rate(adapters[0].version)) for _ in range(3)]  # in turns: a machine's speed moves
+    pairs = [(rate(BASE.version), rate(adapters[0].version)) for _ in range(3)]  # in turn: a machine's speed varies
     row["base_tokens_per_s"], row["adapter_tokens_per_s"] = map(max, zip(*pairs, strict=True))
     row["adapter_costs"] = 1 - row["adapter_tokens_per_s"] / row["base_tokens_per_s"]
     times, far = [], []
-    before = adapters[0]
-    for adapter in adapters[1:]:  # under load: those of the version before are in flight
-        flying = [served.generate(prompt, sampling, before.version) for prompt in prompts[:4]]
+    previous = adapters[0]
+    for adapter in adapters[1:]:  # under load: requests of the previous version are in flight
+        flying = [served.generate(prompt, sampling, previous.version) for prompt in prompts[:4]]
         began = time.perf_counter()
-        served.load(adapter, oldest=before.number).result()
+        served.load(adapter, oldest=previous.number).result()
         times.append(time.perf_counter() - began)
-        new = served.generate(prompts[0], sampling, adapter.version).result()  # with its canary
+        new = served.generate(prompts[0], sampling, adapter.version).result()  # runs with the canary
         assert {episode.version for episode in new.episodes} == {adapter.version}
         for group in flying:
-            assert {episode.version for episode in group.result().episodes} == {before.version}
+            assert {episode.version for episode in group.result().episodes} == {previous.version}
         far.append(served.stats().result().canaries[POLICY])
-        before = adapter
+        previous = adapter
     row |= {
         "swaps": swaps,
         "swap_median_s": median(times),
         "swap_longest_s": max(times),
         "canary_furthest_nats": max(far),
     }
-    about = served.about().result()
+    info = served.about().result()
     served.close().result()
-    return row | {"kv_cache_gib": about.kv_cache / cards.GIB, "about": about.words}
+    return row | {"kv_cache_gib": info.kv_cache / cards.GIB, "about": info.description}
 
 
 def main() -> None:
@@ -184,7 +183,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     options = parser.parse_args()
     print(json.dumps(measure(options.model, options.rank, options.device == "cuda")), flush=True)
-    os._exit(0)  # vLLM's threads would be waited for
+    os._exit(0)  # do not wait for vLLM's threads
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
-"""The math reward beside plain math-verify: errors on labelled pairs, and what a pair costs.
+"""The math reward compared with math-verify: errors on labelled pairs, and time per pair.
 
     python benchmarks/grading.py [--graders ../shared/graders] [--pairs 10000] [--soak 50000]
 
-Prints a table and, as its last line, a JSON object: errors of both on the unflagged rows of each file (`ours`,
-`math_verify`; math-verify as `verify(parse(gold), parse(prediction))`, the gold in dollars where it has none), and the
-same on rows of reported kinds (`new_ours`, `new_math_verify`; `../shared/reports` and
-`tests/rewards/cases/reported.jsonl`); `microseconds_fast`, of a pair that the fast path decides, a completion of a few
-hundred characters; `pairs_per_minute`
-of `--pairs` rows, hostile ones among them, through two worker processes as `rlora grade` runs them, and the same of
-math-verify in one process (`math_verify_pairs_per_minute`); `soak` of so many pairs: processes left behind, and MiB by
-which this process and its workers grew after the first tenth.
+Prints a table and, as its last line, a JSON object:
+
+- `ours`, `math_verify`: errors on the rows without a flag. math-verify is called as `verify(parse(gold),
+  parse(prediction))`, with the gold answer in dollar signs if it has none.
+- `new_ours`, `new_math_verify`: errors on rows of the kinds that users reported (`../shared/reports` and
+  `tests/rewards/cases/reported.jsonl`).
+- `microseconds_fast`: time per pair on the fast path, for completions of a few hundred characters.
+- `pairs_per_minute`: for `--pairs` rows, including hostile ones, through two worker processes as in `rlora grade`;
+  `math_verify_pairs_per_minute` in one process.
+- `soak`: for `--soak` pairs, the number of remaining processes, and the MiB by which this process and its workers grew
+  after the first tenth.
 """
 
 import argparse
@@ -50,7 +53,7 @@ def main() -> None:
         sys.exit(
             f"--graders {options.graders}: no such directory; name one of JSON lines with gold, prediction, expected"
         )
-    logging.disable(logging.CRITICAL)  # math-verify tells of each pair that it can't read
+    logging.disable(logging.CRITICAL)  # math-verify logs each pair that it cannot read
     rows = read(options.graders)
     figures: dict[str, Any] = errors(rows)
     reported = [
@@ -105,7 +108,7 @@ def errors(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def fast(rows: Sequence[dict[str, Any]]) -> float:
-    """Median over five rounds of the microseconds a pair."""
+    """Microseconds per pair, median of five rounds."""
     rounds = []
     for _ in range(5):
         start = time.perf_counter()
@@ -118,30 +121,30 @@ def fast(rows: Sequence[dict[str, Any]]) -> float:
 def pooled(pairs: Iterator[Pair]) -> float:
     with closing(Pool(Setup(("rlora.rewards.equivalence:math_answer",)), 2)) as pool:
         start = time.perf_counter()
-        asked = [pool.do(case(*pair)) for pair in pairs]
-        for each in asked:
-            each.result()
-        return len(asked) / (time.perf_counter() - start) * 60
+        futures = [pool.submit(case(*pair)) for pair in pairs]
+        for future in futures:
+            future.result()
+        return len(futures) / (time.perf_counter() - start) * 60
 
 
 def soak(pairs: Sequence[Pair], count: int) -> dict[str, float]:
-    """So many pairs through two workers: what is left behind, and what grew."""
+    """Grade `count` pairs with two workers. Returns the remaining processes and the memory growth."""
     me = psutil.Process()
-    before = len(me.children(recursive=True))
+    initial = len(me.children(recursive=True))
     with closing(Pool(Setup(("rlora.rewards.equivalence:math_answer",)), 2)) as pool:
         sizes = []
         for part in range(10):
             chosen = itertools.islice(itertools.cycle(pairs), part * count // 10, (part + 1) * count // 10)
-            for each in [pool.do(case(*pair)) for pair in chosen]:
-                each.result()
+            for future in [pool.submit(case(*pair)) for pair in chosen]:
+                future.result()
             sizes.append(sum(process.memory_info().rss for process in (me, *me.children(recursive=True))) / 2**20)
-    left = len(me.children(recursive=True)) - before
-    return {"pairs": count, "processes_left": left, "mib_grown": sizes[-1] - sizes[0], "mib": sizes[-1]}
+    remaining = len(me.children(recursive=True)) - initial
+    return {"pairs": count, "processes_left": remaining, "mib_grown": sizes[-1] - sizes[0], "mib": sizes[-1]}
 
 
 def case(gold: str, prediction: str) -> RewardInput:
-    said = ({"role": "assistant", "content": prediction},)
-    return RewardInput("", "", gold, {}, (prediction,), (said,), ((),), ({},))
+    messages = ({"role": "assistant", "content": prediction},)
+    return RewardInput("", "", gold, {}, (prediction,), (messages,), ((),), ({},))
 
 
 if __name__ == "__main__":

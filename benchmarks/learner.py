@@ -1,25 +1,26 @@
-"""The learner's step beside a plain PEFT one, full fine-tuning, and the machine's own limit.
+"""The learner's step compared with a plain PEFT step, full fine-tuning, and the machine's limit.
 
     .venv/bin/python benchmarks/learner.py            about twenty minutes on two cores
-    .venv/bin/python benchmarks/learner.py --quick    the short shape alone
+    .venv/bin/python benchmarks/learner.py --quick    only the short shape
     .venv/bin/python benchmarks/learner.py --algorithms    GRPO, GRPO with a KL term, and PPO
 
-All sides update SmolLM2-135M in bf16 on the same groups of random tokens, on all cores, each in a process of its own:
+All sides update SmolLM2-135M in bf16 on the same groups of random tokens, on all cores, each in a separate process:
 
 - ours: `Learner.update`.
-- PEFT: rows of prompt + completion side by side, logits of the completions, log-softmax a row at a time, entropies
-  without gradient, ratio, backward, clip, Adam: the step as TRL writes it. fp32 adapter under bf16 autocast; the faster
-  of eager and sdpa attention; as many completion tokens a pass as ours has.
+- PEFT: the step as TRL implements it: rows of prompt + completion, logits of the completions, log-softmax one row at a
+  time, entropies without gradient, ratio, backward, clip, Adam. fp32 adapter with bf16 autocast; the faster of eager
+  and sdpa attention; the same number of completion tokens per pass as ours.
 - full: the same step with all weights trained.
-- grpo, grpo-kl, ppo: ours, by another `algorithm.name` (and `algorithm.kl`); PPO in 4 minibatches with its critic.
+- grpo, grpo-kl, ppo: ours with that `algorithm.name` (and `algorithm.kl`); PPO with 4 minibatches and a critic.
 - mm: `torch.mm` of 2048 x 1536 x 1536 in bf16, in the same process as ours, before and after it.
 
-Throughput is in completion tokens trained a second, memory the peak above what the process held before its first
-step. `utilisation` counts 4 x body parameters x distinct tokens + 4 x head parameters x completion tokens: a frozen
-base has a forward pass and the gradient of its activations, none of its weights. The last line printed is one JSON
-object: `short.vs_peft`, `balanced.vs_peft`, `long_prompt.vs_peft` (G = 8, rank 1), `utilisation` and `memory.vs_peft`
-(balanced), `k4_over_k1` (seconds of four adapters in one forward over one's, the same tokens), and every row. With
-`--algorithms` it is `grpo-kl.memory`, `grpo-kl.seconds`, `ppo.memory`, `ppo.seconds`, all over GRPO's, and the rows.
+Throughput is in trained completion tokens per second. Memory is the peak above what the process held before its first
+step. `utilisation` counts 4 x body parameters x distinct tokens + 4 x head parameters x completion tokens FLOPs: a
+frozen base needs a forward pass and the gradient of its activations, but not of its weights. The last line printed is
+a JSON object: `short.vs_peft`, `balanced.vs_peft`, `long_prompt.vs_peft` (G = 8, rank 1), `utilisation` and
+`memory.vs_peft` (balanced), `k4_over_k1` (seconds of four adapters divided by those of one, for the same tokens), and
+every row. With `--algorithms` it contains `grpo-kl.memory`, `grpo-kl.seconds`, `ppo.memory` and `ppo.seconds`, relative
+to GRPO, and the rows.
 """
 
 import argparse
@@ -54,9 +55,9 @@ COMPARED = {
     "balanced": (200, 200, 1),
     "long_prompt": (600, 100, 1),
 }  # prompt, completion, prompts
-SHAPES = COMPARED | {"four": (200, 200, 4)}  # of which each is a minibatch
+SHAPES = COMPARED | {"four": (200, 200, 4)}  # each prompt is a minibatch
 ALGORITHMS = {"grpo": {"name": "grpo"}, "grpo-kl": {"name": "grpo", "kl": 0.01}, "ppo": {"name": "ppo"}}
-REPEATS, SECONDS = 5, 25  # steps that are timed, as many as there is time for
+REPEATS, SECONDS = 5, 25  # limits on the timed steps
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ class Case:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="the short shape alone")
-    parser.add_argument("--algorithms", action="store_true", help="GRPO, GRPO with a KL term, and PPO, alone")
+    parser.add_argument("--quick", action="store_true", help="only the short shape")
+    parser.add_argument("--algorithms", action="store_true", help="only GRPO, GRPO with a KL term, and PPO")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
@@ -195,7 +196,7 @@ def ours(case: Case, config: Config, groups: list[Group]) -> Callable[[], object
 
 
 def bank(case: Case, config: Config, groups: list[Group]) -> Callable[[], object]:
-    """Forward and backward of `case.K` adapters, each in rows of its own; the groups are theirs in turn."""
+    """Forward and backward of `case.K` adapters in separate rows; the groups are assigned to them in turn."""
     policies, names = Policies(load()), [f"{number}" for number in range(case.K)]
     for seed, name in enumerate(names):
         policies.add(name, Spec(case.rank), seed)
@@ -221,7 +222,7 @@ def peft(case: Case, config: Config, groups: list[Group]) -> Callable[[], object
 
     base = load(attn_implementation=case.side.removeprefix("peft-"))
     lora = LoraConfig(r=case.rank, lora_alpha=32, target_modules="all-linear")
-    model = get_peft_model(base, lora)  # which makes the adapter fp32
+    model = get_peft_model(base, lora)  # creates the adapter in fp32
     return plain_step(model, config, groups)
 
 
@@ -234,7 +235,7 @@ def load(**options: Any) -> Any:
 
 
 def plain_step(model: Any, config: Config, groups: list[Group]) -> Callable[[], None]:
-    """The update as TRL writes it; all rows have one length, so it pads nothing."""
+    """The update as TRL implements it. All rows have the same length, so there is no padding."""
     samples = [[sample_of(group.prompt.token_ids, episode) for episode in group.episodes] for group in groups]
     batches = list(microbatches(samples, config.learner.microbatch_tokens, torch.bfloat16, torch.device("cpu")))
     rows_a_pass = len(batches[0].targets) // len(groups[0].episodes[0].completion_ids)
@@ -272,7 +273,7 @@ def plain_step(model: Any, config: Config, groups: list[Group]) -> Callable[[], 
 
 
 def mm_flops() -> float:
-    """FLOP/s of torch.mm in bf16, the best of five."""
+    """FLOP/s of torch.mm in bf16, best of five."""
     x, w = torch.randn(2048, 1536).bfloat16(), torch.randn(1536, 1536).bfloat16()
     best = float("inf")
     for _ in range(5):
@@ -284,12 +285,12 @@ def mm_flops() -> float:
 
 
 def reset_peak() -> None:
-    """Linux: VmHWM starts again from what is held now."""
+    """Reset VmHWM, the peak, to the memory held now (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def memory(field: str) -> int:
-    """KiB, of /proc/self/status."""
+    """A field of /proc/self/status, in KiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 

@@ -1,12 +1,13 @@
-"""Our losses beside TRL's own code: the same episodes, value and gradient.
+"""rlora's losses compared with TRL's code: value and gradient on the same episodes.
 
     .venv/bin/python benchmarks/losses.py
 
-Random episodes of unequal length, some cut off, many tokens far off policy: logprobs of the policy now, of the update's
-start, of the engine, and of the reference. TRL's `GRPOTrainer._compute_loss` runs in TRL's environment (`peers.py`
-makes it) on these logprobs. Prints a table and, as its last line, a JSON object: by how much each case's loss differs
-(`<case>/loss`), and its gradient by the logprobs at most, relative to the largest (`<case>/gradient`). Exits with 1
-where one is above 1e-5.
+The episodes are random and of unequal length, some of them truncated, with many tokens far off policy. Each has
+logprobs of the current policy, of the update's start, of the engine, and of the reference. TRL's
+`GRPOTrainer._compute_loss` runs on these logprobs in TRL's environment (see `peers.py`). Prints a table and, as its
+last line, a JSON object: for each case the difference of the losses (`<case>/loss`), and the largest difference of the
+gradients with respect to the logprobs, relative to the largest gradient (`<case>/gradient`). Exits with status 1 if
+one is above 1e-5.
 """
 
 import json
@@ -30,7 +31,7 @@ from rlora.records import Episode, Group, Prompt, Version
 from rlora.settings import AlgorithmConfig
 
 MAX_TOKENS, PROMPTS, G = 12, 3, 4
-# rlora's settings, and TRL's for the same
+# rlora's settings, and TRL's equivalents
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "grpo": ({"name": "grpo"}, {"loss_type": "grpo"}),
     "grpo, kl": ({"name": "grpo", "kl": 0.05}, {"loss_type": "grpo", "beta": 0.05}),
@@ -75,7 +76,7 @@ def main() -> None:
 
 
 def episodes() -> tuple[list[Group], dict[str, list[list[float]]]]:
-    """Groups, and a list a token of each policy's logprobs of each episode, in their order."""
+    """Groups, and by policy the logprobs of each episode, one list of floats per episode, in order."""
     draw = random.Random(0)
     groups, logprobs = [], {name: [] for name in ("now", "start", "behaviour", "reference")}  # type: ignore[var-annotated]
     for _ in range(PROMPTS):
@@ -97,31 +98,33 @@ def episodes() -> tuple[list[Group], dict[str, list[list[float]]]]:
 def ours(
     groups: list[Group], logprobs: dict[str, list[list[float]]], settings: dict[str, Any]
 ) -> tuple[float, list[float]]:
-    """The loss, and its gradient by each token's logprob, in the order of the episodes."""
-    values = {"model": "-", "env": "-", "reward": "-", "sampling": {"max_tokens": MAX_TOKENS}, "algorithm": settings}
-    algorithm: AlgorithmConfig = validate(values).algorithm
+    """The loss, and its gradient with respect to each token's logprob, in the order of the episodes."""
+    table = {"model": "-", "env": "-", "reward": "-", "sampling": {"max_tokens": MAX_TOKENS}, "algorithm": settings}
+    algorithm: AlgorithmConfig = validate(table).algorithm
     objective = objective_of(algorithm, MAX_TOKENS)
     weight = objective.weights(groups)
-    of_episode = dict(zip((id(e) for group in groups for e in group.episodes), range(PROMPTS * G), strict=True))
-    loss, gradients = 0.0, {place: torch.zeros(len(of)) for place, of in enumerate(logprobs["now"])}
+    index_of = dict(zip((id(e) for group in groups for e in group.episodes), range(PROMPTS * G), strict=True))
+    loss, gradients = 0.0, {index: torch.zeros(len(row)) for index, row in enumerate(logprobs["now"])}
     for group in groups:
         samples = []
-        for episode in (each for each in group.episodes if objective.learns_from(each)):
-            place = of_episode[id(episode)]
-            known = {"start_logprobs": logprobs["start"][place]}
-            known |= {"reference_logprobs": logprobs["reference"][place]} if algorithm.kl else {}
-            made = sample_of(group.prompt.token_ids, episode, weight=weight(episode))
-            samples.append(made.with_tokens(**{name: torch.tensor(of).double() for name, of in known.items()}))
+        for episode in filter(objective.learns_from, group.episodes):
+            index = index_of[id(episode)]
+            fields = {"start_logprobs": logprobs["start"][index]}
+            fields |= {"reference_logprobs": logprobs["reference"][index]} if algorithm.kl else {}
+            sample = sample_of(group.prompt.token_ids, episode, weight=weight(episode))
+            samples.append(
+                sample.with_tokens(**{name: torch.tensor(values).double() for name, values in fields.items()})
+            )
         advantages = objective.advantages(group, samples)
-        credited = [each.with_tokens(advantages=of) for each, of in zip(samples, advantages, strict=True)]
+        credited = [sample.with_tokens(advantages=a) for sample, a in zip(samples, advantages, strict=True)]
         (row,) = microbatches([credited], 1000, torch.float32, torch.device("cpu"))
-        places = [of_episode[id(each.episode)] for each in row.samples]
-        now = torch.tensor([x for place in places for x in logprobs["now"][place]]).double().requires_grad_()
+        indices = [index_of[id(sample.episode)] for sample in row.samples]
+        now = torch.tensor([x for index in indices for x in logprobs["now"][index]]).double().requires_grad_()
         total, _ = objective.loss(Outputs(now), row)
         (gradient,) = torch.autograd.grad(total, now)
         loss += total.item()
-        gradients |= dict(zip(places, gradient.split(row.lengths.tolist()), strict=True))
-    return loss, torch.cat([gradients[place] for place in range(PROMPTS * G)]).tolist()
+        gradients |= dict(zip(indices, gradient.split(row.lengths.tolist()), strict=True))
+    return loss, torch.cat([gradients[index] for index in range(PROMPTS * G)]).tolist()
 
 
 if __name__ == "__main__":

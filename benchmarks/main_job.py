@@ -1,12 +1,12 @@
-"""The main job, or another config, under several seeds: what it gains, how fast, and a picture of it.
+"""Train the main job, or another config, with several seeds: gain, time, and a plot.
 
     python benchmarks/main_job.py [--quick] [--plot docs/curve.png]
     python benchmarks/main_job.py launch/calculator.toml --title "..." --seeds 1 --plot docs/calculator.png
     python benchmarks/main_job.py launch/arithmetic.toml --evaluate.every 8       # any field of the config
 
-Prints a table and, as its last line, a JSON object: `accuracy_before`, `accuracy_after`, `train_seconds` (lists, one
-value a seed) and `gain_min`. `--quick` runs one seed for three steps. The runs are made one after the other. The
-picture has the mean reward of each step and, with its 95% interval, the held-out accuracy of each version evaluated.
+Prints a table and, as its last line, a JSON object: `accuracy_before`, `accuracy_after` and `train_seconds` (lists with
+one value per seed), and `gain_min`. `--quick` runs one seed for three steps. The runs are made one after the other. The
+plot shows the mean reward of each step, and the held-out accuracy of each evaluated version with its 95% interval.
 """
 
 import argparse
@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("config", nargs="?", default="launch/arithmetic.toml", help="what to train")
-    parser.add_argument("--seeds", type=int, default=3, help="how many runs")
+    parser.add_argument("config", nargs="?", default="launch/arithmetic.toml", help="the config to train")
+    parser.add_argument("--seeds", type=int, default=3, help="number of runs")
     parser.add_argument("--title", default="SmolLM2-135M, rank 1: “What is a + b?”, a and b from 1 to 11")
     parser.add_argument("--quick", action="store_true", help="one seed, three steps")
     parser.add_argument("--plot", type=Path, help="draw the rewards to this PNG file")
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def train(config: str, seed: int, run: Path, options: list[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Summary of one run, and its figures of each step."""
+    """Train one run. Returns its summary, and the metrics of each step."""
     command = [sys.executable, "-m", "rlora", "train", config, "--seed", str(seed), "--run-dir", str(run)]
     subprocess.run([*command, *options], cwd=ROOT, check=True, stdout=sys.stderr)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -72,7 +72,7 @@ def train(config: str, seed: int, run: Path, options: list[str]) -> tuple[dict[s
 
 
 def evaluated(summary: dict[str, Any], lines: list[dict[str, Any]]) -> list[list[float]]:
-    """Of each version that was evaluated: its number, the held-out accuracy, and the ends of its interval."""
+    """A row per evaluated version: number, held-out accuracy, and the ends of its interval."""
     ends = ("", "/low", "/high")
     between = [line for line in lines if line.get("accuracy/version")]
     return [

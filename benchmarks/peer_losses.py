@@ -1,8 +1,8 @@
-"""TRL's part of losses.py: what `GRPOTrainer._compute_loss` makes of given logprobs.
+"""TRL's part of losses.py: `GRPOTrainer._compute_loss` for given logprobs.
 
-It runs in TRL's own environment, `python peer_losses.py <work.json> <measured.json>`, and imports nothing of rlora.
-The trainer is a stand-in that has the settings and hands out the logprobs, and raises AttributeError for any other; the
-loss is TRL's code. Advantages and the engine's importance ratio, which TRL makes elsewhere, are written out here.
+It runs in TRL's environment, `python peer_losses.py <work.json> <measured.json>`, and does not import rlora. The
+trainer is a stand-in with the settings and the logprobs; any other attribute raises AttributeError. The loss is TRL's
+code. Advantages and the engine's importance ratio, which TRL computes elsewhere, are computed here.
 """
 
 import json
@@ -24,7 +24,7 @@ def main() -> None:
 
 
 def of_case(work: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    lengths = torch.tensor([len(of) for of in work["now"]])
+    lengths = torch.tensor([len(row) for row in work["now"]])
     mask = (torch.arange(int(lengths.max())) < lengths[:, None]).double()
     now, start, behaviour, reference = (padded(work[name]) for name in ("now", "start", "behaviour", "reference"))
     now.requires_grad_()

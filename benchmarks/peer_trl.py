@@ -1,6 +1,6 @@
-"""The TRL side of peers.py: GRPO with TRL + PEFT on the work that a JSON file describes.
+"""The TRL side of peers.py: trains with TRL + PEFT as described by a JSON file.
 
-It runs in TRL's own environment, `python peer_trl.py <work.json> <measured.json>`, and imports nothing of rlora.
+It runs in TRL's environment, `python peer_trl.py <work.json> <measured.json>`, and does not import rlora.
 """
 
 import importlib.util
@@ -20,13 +20,13 @@ from trl import GRPOConfig, GRPOTrainer
 
 
 class Measure(TrainerCallback):
-    """Scores what TRL samples, times its steps and stops it once a step's mean reward is `target`.
+    """Scores TRL's samples, times its steps, and stops it once a step's mean reward reaches `target`.
 
-    The clock starts where the first step does, with imports and the model behind it: each step's seconds hold its
-    sampling, rewards, forward and backward passes and optimizer step.
+    The clock starts with the first step, after imports and loading the model. The seconds of a step include sampling,
+    rewards, forward and backward passes and the optimizer step.
     """
 
-    __name__ = "reward"  # TRL logs a reward function under this
+    __name__ = "reward"  # TRL logs a reward function under this name
 
     def __init__(self, work: dict[str, Any]) -> None:
         self.work = work
@@ -41,12 +41,12 @@ class Measure(TrainerCallback):
         answer: list[Any],
         **_: Any,
     ) -> list[float]:
-        """TRL's form of a reward function, called once a step; the prompts have to be those of the step."""
+        """Reward function with TRL's signature, called once per step; checks that the prompts are those of the step."""
         expected = self.work["steps"][len(self.measured["rewards"])]
         group_size = self.work["group_size"]
         assert [prompt[0]["content"] for prompt in prompts[::group_size]] == [row["text"] for row in expected]
         assert len(prompts) == group_size * len(expected)
-        rewards = [self.reward(turns[0]["content"], of) for turns, of in zip(completions, answer, strict=True)]
+        rewards = [self.reward(turns[0]["content"], gold) for turns, gold in zip(completions, answer, strict=True)]
         self.measured["rewards"].append(fmean(rewards))
         self.measured["lengths"].append(fmean(map(len, completion_ids)))
         return rewards
@@ -75,7 +75,7 @@ def load(file: str, name: str) -> Callable[[str, Any], float]:
 
 
 def dataset(work: dict[str, Any]) -> Dataset:
-    """The prompts of all steps in their order, as chat messages; their tokens are checked against rlora's."""
+    """The prompts of all steps in order, as chat messages; their tokens are checked against rlora's."""
     tokenizer = AutoTokenizer.from_pretrained(work["base"])
     rows = []
     for prompt in (prompt for step in work["steps"] for prompt in step):
@@ -87,7 +87,7 @@ def dataset(work: dict[str, Any]) -> Dataset:
 
 
 def config(work: dict[str, Any], output: Path) -> GRPOConfig:
-    """rlora's settings in TRL's words."""
+    """rlora's settings as TRL's config."""
     completions = len(work["steps"][0]) * work["group_size"]
     return GRPOConfig(
         output_dir=str(output),
@@ -100,7 +100,7 @@ def config(work: dict[str, Any], output: Path) -> GRPOConfig:
         temperature=work["temperature"],
         top_p=1.0,
         top_k=0,
-        # one update of all completions: token losses summed, over the number of all completion tokens
+        # one update with all completions: sum of token losses / number of completion tokens
         per_device_train_batch_size=work["rows"],
         gradient_accumulation_steps=completions // work["rows"],
         gradient_checkpointing=False,
@@ -129,7 +129,7 @@ def config(work: dict[str, Any], output: Path) -> GRPOConfig:
 
 
 def main() -> None:
-    """Train as `sys.argv[1]` says and write what was measured to `sys.argv[2]`."""
+    """Train as described by `sys.argv[1]`, and write the measurements to `sys.argv[2]`."""
     source, target = map(Path, sys.argv[1:])
     work = json.loads(source.read_text())
     measure = Measure(work)

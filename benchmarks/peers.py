@@ -1,20 +1,20 @@
-"""TRL + PEFT beside rlora: the same GRPO work on this machine, one after the other, in one run.
+"""TRL + PEFT compared with rlora: the same training on this machine, one after the other, in one run.
 
-    .venv/bin/python benchmarks/peers.py            up to 30 steps a side, an hour or more
-    .venv/bin/python benchmarks/peers.py --quick    one step a side; no time to reward
+    .venv/bin/python benchmarks/peers.py            up to 30 steps per side, an hour or more
+    .venv/bin/python benchmarks/peers.py --quick    one step per side, without the time to a reward
 
 Both sides train benchmarks/peers.toml: the same base in bf16, the same prompts in the same order, the same groups,
-reward, rank-1 adapter over every linear layer (fp32 masters), loss, Adam and a constant learning rate, on all cores.
-Start-up (imports, loading the model, Ray, vLLM) counts on neither side. The last line printed is one JSON object. In
-it, `step_ratio` is TRL's seconds a step over rlora's, over the same first steps; `time_to_reward_ratio` compares the
-training seconds up to and including the first step whose mean reward is 0.8, and is null where a side does not get
-there.
+reward, rank-1 adapter on every linear layer (fp32 masters), loss, Adam and constant learning rate, on all cores.
+Start-up (imports, loading the model, Ray, vLLM) is not counted for either side. The last line printed is a JSON object.
+`step_ratio` is TRL's seconds per step divided by rlora's, over the same first steps. `time_to_reward_ratio` compares
+the training seconds up to and including the first step whose mean reward is 0.8; it is null if a side does not reach
+that.
 
-TRL lives in an environment of its own, .venv-trl, which the first run makes. It samples with transformers' `generate`:
-its vLLM path does not start on vLLM's CPU build ("'Parameter' object has no attribute 'weight_loader'"). The model that
-sampled is then the one that learns, so its ratio is exactly 1 and nothing is clipped. rlora weighs each token by the
-truncated ratio of learner to engine, leaves groups without signal out of its update, and saves every version within
-its steps; TRL saves nothing.
+TRL runs in a separate environment, .venv-trl, which the first run creates. It samples with transformers' `generate`,
+because its vLLM mode does not start on vLLM's CPU build ("'Parameter' object has no attribute 'weight_loader'"). The
+sampling and the trained model are then the same, so its ratio is exactly 1 and nothing is clipped. rlora weights each
+token by the truncated ratio of learner to engine, omits groups without signal from its update, and saves every version
+within its step time; TRL saves nothing.
 """
 
 import argparse
@@ -44,37 +44,37 @@ from rlora.settings import Config
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = Path(__file__).with_suffix(".toml")
 TRL = ROOT / ".venv-trl"
-STEPS = 30  # at most, on each side
-COMPARED = 3  # first steps, for the seconds a step
+STEPS = 30  # at most, per side
+COMPARED = 3  # first steps, for the seconds per step
 TARGET = 0.8  # mean reward of a step, for the time to reward
 
-# What was fastest for TRL on CPU, of 8 to 128 rows in a pass, eager and sdpa attention, bf16 autocast and none: eager
-# saves a quarter of the update and autocast a tenth; 128 rows take 18 GiB and are slower.
+# The fastest settings for TRL on CPU, of 8 to 128 rows per pass, eager and sdpa attention, with and without bf16
+# autocast: eager saves a quarter of the update, autocast a tenth; 128 rows take 18 GiB and are slower.
 TRL_MACHINE = {"rows": 32, "attention": "eager", "autocast": True}
 
 
 @dataclass(frozen=True)
 class Side:
-    """What one side measured: a figure a step."""
+    """The measurements of one side, one value per step."""
 
     seconds: list[float]
-    rewards: list[float]  # means
+    rewards: list[float]  # mean per step
     lengths: list[float]  # mean completion tokens
 
     def seconds_to_reward(self) -> float | None:
-        """Seconds up to and including the first step whose mean reward is TARGET, None where there is none."""
+        """Seconds up to and including the first step whose mean reward is TARGET; None if no step reaches it."""
         reached = next((step for step, reward in enumerate(self.rewards) if reward >= TARGET), None)
         return None if reached is None else sum(self.seconds[: reached + 1])
 
 
 def run(command: list[str | Path]) -> None:
-    """Run a command on all cores; what it prints goes to stderr. Raises CalledProcessError where it fails."""
+    """Run a command on all cores, with its output on stderr. Raises CalledProcessError if it fails."""
     environment = {"OMP_NUM_THREADS": str(machine.cores()), "HF_HUB_OFFLINE": "1"}
     subprocess.run(command, cwd=ROOT, env=os.environ | environment, stdout=sys.stderr, check=True)
 
 
 def trl_python() -> Path:
-    """The Python of TRL's environment, made on first use with rlora's versions of torch and transformers."""
+    """The Python of TRL's environment, which is created on first use with rlora's torch and transformers versions."""
     shared = (f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in ("torch", "transformers"))
     requirements = ["trl==1.16.*", "peft==0.21.2", "datasets", "accelerate", *shared]
     python, complete = TRL / "bin" / "python", TRL / ".complete"
@@ -86,12 +86,12 @@ def trl_python() -> Path:
 
 
 def describe(config: Config, steps: int) -> dict[str, Any]:
-    """All that the TRL side has to know of the work."""
+    """The description of the training for the TRL side."""
     task = load_task(config)
     reward = load("reward", config.reward)
     learner, count = config.learner, config.prompts_per_step
-    places = (prompt_at(task.prompts, place, config.seed) for place in range(steps * count))
-    prompts = [{"text": prompt.text, "answer": prompt.answer, "token_ids": prompt.token_ids} for prompt in places]
+    ordered = (prompt_at(task.prompts, index, config.seed) for index in range(steps * count))
+    prompts = [{"text": prompt.text, "answer": prompt.answer, "token_ids": prompt.token_ids} for prompt in ordered]
     return TRL_MACHINE | {
         "base": task.base,
         "steps": [prompts[start : start + count] for start in range(0, len(prompts), count)],
@@ -112,7 +112,7 @@ def describe(config: Config, steps: int) -> dict[str, Any]:
 
 
 def train_trl(steps: int, scratch: Path) -> Side:
-    """TRL's figures; it stops at the first step whose mean reward is TARGET."""
+    """Measure TRL, which stops at the first step whose mean reward is TARGET."""
     work, measured = scratch / "work.json", scratch / "measured.json"
     work.write_text(json.dumps(describe(read(CONFIG), steps)))
     run([trl_python(), Path(__file__).with_name("peer_trl.py"), work, measured])
@@ -120,7 +120,7 @@ def train_trl(steps: int, scratch: Path) -> Side:
 
 
 def train_rlora(steps: int, scratch: Path) -> Side:
-    """rlora's figures, of the command that a user runs."""
+    """Measure the `rlora train` command."""
     directory = scratch / "rlora"
     options = ["--steps", str(steps), "--run-dir", directory, "--evaluate.prompts", "0"]
     run([sys.executable, "-m", "rlora", "train", CONFIG, *options])
@@ -132,7 +132,7 @@ def train_rlora(steps: int, scratch: Path) -> Side:
 
 
 def compare(trl: Side, rlora: Side) -> dict[str, Any]:
-    """The figures by their names in the JSON line; a ratio is TRL's over rlora's."""
+    """The figures of the JSON line; a ratio is TRL's figure divided by rlora's."""
     compared = min(COMPARED, len(trl.seconds), len(rlora.seconds))
     figures: dict[str, Any] = {"steps_compared": compared}
     for name, side in (("trl", trl), ("rlora", rlora)):
@@ -151,23 +151,23 @@ def compare(trl: Side, rlora: Side) -> dict[str, Any]:
 
 
 def ratio(figures: Mapping[str, Any], name: str) -> float | None:
-    """TRL's figure over rlora's, None where one of them is missing."""
+    """TRL's figure divided by rlora's; None if one of them is missing."""
     trl, rlora = figures[f"trl/{name}"], figures[f"rlora/{name}"]
     return None if trl is None or rlora is None else trl / rlora
 
 
 def table(figures: Mapping[str, Any], steps: int) -> Table:
-    """The figures for reading."""
+    """The figures as a table."""
     compared = figures["steps_compared"]
-    shown = Table("", "TRL + PEFT", "rlora", "TRL / rlora", title="The same GRPO work")
+    shown = Table("", "TRL + PEFT", "rlora", "TRL / rlora", title="The same training")
     rows = {
-        f"seconds a step, mean of the first {compared}": ("seconds_per_step", "step_ratio"),
+        f"seconds per step, mean of the first {compared}": ("seconds_per_step", "step_ratio"),
         f"seconds to a mean reward of {TARGET}": ("seconds_to_reward", "time_to_reward_ratio"),
     }
-    for label, (name, of) in rows.items():
+    for label, (name, ratio_name) in rows.items():
         cells = [figures[f"{side}/{name}"] for side in ("trl", "rlora")]
         shown.add_row(label, *(f"not within {steps} steps" if cell is None else f"{cell:.1f}" for cell in cells),
-                      "-" if figures[of] is None else f"{figures[of]:.2f}")  # fmt: skip
+                      "-" if figures[ratio_name] is None else f"{figures[ratio_name]:.2f}")  # fmt: skip
     for label, name in (("mean reward", "rewards"), ("completion tokens", "completion_lengths")):
         first_last = [figures[f"{side}/{name}"] for side in ("trl", "rlora")]
         shown.add_row(f"{label}, first and last step", *(f"{cell[0]:.2f}, {cell[-1]:.2f}" for cell in first_last), "")
@@ -176,10 +176,10 @@ def table(figures: Mapping[str, Any], steps: int) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=STEPS, help="steps a side at most (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="one step a side")
-    given = parser.parse_args()
-    steps = 1 if given.quick else given.steps
+    parser.add_argument("--steps", type=int, default=STEPS, help="maximum steps per side (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="one step per side")
+    options = parser.parse_args()
+    steps = 1 if options.quick else options.steps
     with tempfile.TemporaryDirectory() as directory:
         sides = train_trl(steps, Path(directory)), train_rlora(steps, Path(directory))
     figures = compare(*sides)

@@ -1,12 +1,12 @@
-"""What sweeps say of the claims of "LoRA Without Regret" (Thinking Machines, 2025): tables, and how sure each is.
+"""Tests the claims of "LoRA Without Regret" (Thinking Machines, 2025) with sweeps: tables and confidence intervals.
 
-    rlora sweep benchmarks/regret/sums.toml --over ... --run-dir runs/sums/ranks    docs/without-regret.md has them all
-    python benchmarks/without_regret.py add sums runs/sums/*       their members into docs/without-regret.csv
-    python benchmarks/without_regret.py tell                       tables and verdicts from that file
+    rlora sweep benchmarks/regret/sums.toml --over ... --run-dir runs/sums/ranks    docs/without-regret.md lists them
+    python benchmarks/without_regret.py add sums runs/sums/*       adds their members to docs/without-regret.csv
+    python benchmarks/without_regret.py tell                       prints tables and verdicts from that file
 
-A claim is about a difference of two means of accuracy after training, each over seeds. Its 95% interval (Welch) decides
-whether it held, did not, or can't be told at this size. "The same" is a difference of at most 0.05. A sweep's name
-says what it is for up to the first hyphen: ranks, full, place, batch, seeds.
+A claim is about the difference of two mean accuracies after training, each over seeds. Its 95% interval (Welch) decides
+whether the claim held, did not hold, or cannot be decided at this size. "Matches" is a difference of at most 0.05. The
+name of a sweep up to the first hyphen is its purpose: ranks, full, place, batch, seeds.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from statistics import fmean
 from typing import Any
 
 from rlora.config import read
-from rlora.sweeps.results import Standing, difference, ended
+from rlora.sweeps.results import Standing, difference, read_results
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "docs" / "without-regret.csv"
@@ -30,10 +30,10 @@ Row = dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     commands = parser.add_subparsers(dest="command", required=True)
-    adding = commands.add_parser("add", help="members of sweeps into docs/without-regret.csv")
+    adding = commands.add_parser("add", help="add members of sweeps to docs/without-regret.csv")
     adding.add_argument("task")
     adding.add_argument("sweeps", nargs="+", type=Path)
-    commands.add_parser("tell", help="tables and verdicts from it")
+    commands.add_parser("tell", help="print tables and verdicts from that file")
     options = parser.parse_args()
     if options.command == "add":
         add(options.task, options.sweeps)
@@ -42,10 +42,15 @@ def main() -> None:
 
 
 def add(task: str, sweeps: Sequence[Path]) -> None:
-    """Write the members of sweeps that have finished; what the file has of the same sweeps goes."""
-    names = {place.name for place in sweeps}
+    """Add the finished members of sweeps, in place of earlier rows of the same sweeps."""
+    names = {directory.name for directory in sweeps}
     kept = [row for row in rows() if (row["task"], row["sweep"]) not in {(task, name) for name in names}]
-    new = [row_of(task, place, each) for place in sweeps for each in ended(place) if each.status == "finished"]
+    new = [
+        row_of(task, directory, member)
+        for directory in sweeps
+        for member in read_results(directory)
+        if member.status == "finished"
+    ]
     with FILE.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(new[0]))
         writer.writeheader()
@@ -53,20 +58,20 @@ def add(task: str, sweeps: Sequence[Path]) -> None:
     print(f"{FILE.relative_to(ROOT)}: {len(new)} members more, {len(kept)} as they were")
 
 
-def row_of(task: str, place: Path, member: Any) -> Row:
-    config = read(place / member.name / "config.toml")
+def row_of(task: str, directory: Path, member: Any) -> Row:
+    config = read(directory / member.name / "config.toml")
     return {
         "task": task,
-        "sweep": place.name,
+        "sweep": directory.name,
         "rank": 0 if config.learner.full_finetuning else config.learner.rank,  # 0: full fine-tuning
         "targets": config.learner.targets,
         "lr": config.learner.lr,
         "prompts": config.prompts_per_step,
         "steps": config.steps,
         "seed": config.seed,
-        "before": round(member.before, 4),
-        "after": round(member.after, 4),
-        "reward": round(fmean(member.rewards), 4),  # over all steps: how fast it learned
+        "before": round(member.initial_accuracy, 4),
+        "after": round(member.final_accuracy, 4),
+        "reward": round(fmean(member.rewards), 4),  # mean over all steps: how fast it learned
         "last": round(member.reward, 4),
     }
 
@@ -87,20 +92,20 @@ def _number(text: str) -> Any:
 
 def tell(found: Sequence[Row]) -> None:
     for task in dict.fromkeys(row["task"] for row in found):
-        own = [row for row in found if row["task"] == task]
-        print(f"\n## {task}: {own[0]['before']:.3f} before training\n")
-        by: dict[str, list[Row]] = {}
-        for row in own:
-            by.setdefault(row["sweep"].partition("-")[0], []).append(row)
-        rates(by.get("ranks", []) + by.get("full", []))
+        selected = [row for row in found if row["task"] == task]
+        print(f"\n## {task}: {selected[0]['before']:.3f} before training\n")
+        by_purpose: dict[str, list[Row]] = {}
+        for row in selected:
+            by_purpose.setdefault(row["sweep"].partition("-")[0], []).append(row)
+        rates(by_purpose.get("ranks", []) + by_purpose.get("full", []))
         for kind, report in {"seeds": matches, "place": places, "batch": batches}.items():
-            if kind in by:
+            if kind in by_purpose:
                 print()
-                report(by[kind])
+                report(by_purpose[kind])
 
 
 def rates(found: Sequence[Row]) -> None:
-    """Accuracy by learning rate, for each rank; and each rank's best rate."""
+    """Print accuracy by learning rate for each rank, and the best rate of each rank."""
     all_rates = sorted({row["lr"] for row in found})
     print("| rank |", " | ".join(f"{rate:g}" for rate in all_rates), "| best rate |")
     print("|---|" + "---|" * (len(all_rates) + 1))
@@ -116,7 +121,7 @@ def rates(found: Sequence[Row]) -> None:
 
 
 def matches(found: Sequence[Row]) -> None:
-    """Rank 1 beside rank 8 and full fine-tuning, each at its best rate, on fresh seeds."""
+    """Compare rank 1 with rank 8 and full fine-tuning, each at its best rate, on new seeds."""
     for rank in sorted({row["rank"] for row in found}, key=lambda rank: rank or math.inf):
         print(f"- {name_of(rank)}: {Standing('', values(found, rank=rank))}")
     for rank in sorted({row["rank"] for row in found} - {1}, reverse=True):
@@ -124,37 +129,37 @@ def matches(found: Sequence[Row]) -> None:
 
 
 def places(found: Sequence[Row]) -> None:
-    """Attention, MLP and all layers at about as many parameters, each at the better of its rates."""
+    """Compare attention, MLP and all layers with similar numbers of parameters, each at its best rate."""
     best = {}
     for targets in dict.fromkeys(row["targets"] for row in found):
-        own = [row for row in found if row["targets"] == targets]
-        by_rate = {rate: values(own, lr=rate) for rate in {row["lr"] for row in own}}
+        selected = [row for row in found if row["targets"] == targets]
+        by_rate = {rate: values(selected, lr=rate) for rate in {row["lr"] for row in selected}}
         rate = max(by_rate, key=lambda rate: fmean(by_rate[rate]))
         best[targets] = by_rate[rate]
-        print(f"- {targets}, rank {own[0]['rank']}, rate {rate:g}: {Standing('', best[targets])}")
+        print(f"- {targets}, rank {selected[0]['rank']}, rate {rate:g}: {Standing('', best[targets])}")
     more("all layers beat attention", best["all"], best["attention"])
     more("MLP alone beats attention alone", best["mlp"], best["attention"])
 
 
 def batches(found: Sequence[Row]) -> None:
-    """Two batch sizes at equal episodes: what the large one costs, for rank 1 and for full fine-tuning."""
+    """Compare two batch sizes with equal episodes: the cost of the large one, for rank 1 and full fine-tuning."""
     costs = {}
     small, large = sorted({row["prompts"] for row in found})
     for rank in sorted({row["rank"] for row in found}, key=lambda rank: rank or math.inf):
         best = {}
         for prompts in (small, large):
-            own = [row for row in found if (row["rank"], row["prompts"]) == (rank, prompts)]
-            by_rate = {rate: values(own, lr=rate) for rate in {row["lr"] for row in own}}
+            selected = [row for row in found if (row["rank"], row["prompts"]) == (rank, prompts)]
+            by_rate = {rate: values(selected, lr=rate) for rate in {row["lr"] for row in selected}}
             best[prompts] = max(by_rate.values(), key=fmean)
         print(
             f"- {name_of(rank)}: {Standing('', best[small])} at {small} prompts, {Standing('', best[large])} at {large}"
         )
-        costs[rank] = [mean - other for mean, other in zip(best[small], best[large], strict=True)]
+        costs[rank] = [small_mean - large_mean for small_mean, large_mean in zip(best[small], best[large], strict=True)]
     more("large batches cost rank 1 more than full fine-tuning", costs[1], costs[0])
 
 
-def values(found: Sequence[Row], **of: Any) -> list[float]:
-    return [row["after"] for row in found if all(row[name] == value for name, value in of.items())]
+def values(found: Sequence[Row], **fields: Any) -> list[float]:
+    return [row["after"] for row in found if all(row[name] == value for name, value in fields.items())]
 
 
 def same(claim: str, ours: Sequence[float], theirs: Sequence[float]) -> None:

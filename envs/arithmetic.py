@@ -1,4 +1,4 @@
-"""Sums, differences and products of integers, made from a seed."""
+"""Sums, differences and products of integers, generated from a seed."""
 
 import itertools
 import random
@@ -12,9 +12,9 @@ _OPERATORS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b
 
 
 class Arithmetic:
-    """ "What is a + b?" for all a, b in low..high, a quarter of them held out.
+    """ "What is a + b?" for all a, b in low..high; `held_out_share` of the pairs are held out.
 
-    A pair of operands is held out in both orders: 3 + 4 is not learned from 4 + 3.
+    A pair of operands is held out in both orders, so that training on 4 + 3 does not reveal 3 + 4.
     """
 
     def __init__(
@@ -23,9 +23,9 @@ class Arithmetic:
         if operator not in _OPERATORS:
             raise RloraError(f"env_args.operator = {operator!r}: use one of {' '.join(_OPERATORS)}")
         if low > high:
-            raise RloraError(f"env_args.low = {low}: it is above env_args.high = {high}; lower it")
+            raise RloraError(f"env_args.low = {low}: it must not exceed env_args.high = {high}; lower it")
         if not 0 <= held_out_share < 1:
-            raise RloraError(f"env_args.held_out_share = {held_out_share}: use a share from 0 to below 1")
+            raise RloraError(f"env_args.held_out_share = {held_out_share}: use 0 <= share < 1")
         pairs = list(itertools.combinations_with_replacement(range(low, high + 1), 2))
         random.Random(seed).shuffle(pairs)
         count = round(len(pairs) * held_out_share)
@@ -46,11 +46,11 @@ def _prompt(a: int, operator: str, b: int) -> Prompt:
 
 
 class GradedArithmetic(Generated):
-    """`size` problems as "What is 12 + 7 * 35?" made from `seed`, and `held_out_size` others.
+    """`size` problems such as "What is 12 + 7 * 35?", generated from `seed`, and `held_out_size` held-out ones.
 
-    `digits` and `terms` are how many digits the numbers have and how many numbers there are: "1,2" is some of either.
-    `operators` are some of + - *; * comes first, as usual. Rewards may ask for `digits`, `terms`, and `level`, which is
-    1 for two numbers of one digit, and 1 more for each digit and each number.
+    `digits` is the number of digits of each number and `terms` the count of numbers; "1,2" mixes both values.
+    `operators` is a selection of + - *, with the usual precedence. Columns for rewards: `digits`, `terms`, and `level`
+    (1 for two numbers of one digit, plus 1 for each further digit and number).
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class GradedArithmetic(Generated):
     ) -> None:
         self._digits, self._terms = counts("digits", digits, 1, 9), counts("terms", terms, 2, 9)
         if not operators or not set(operators) <= set(_OPERATORS):
-            raise RloraError(f"env_args.operators = {operators!r}: use some of {''.join(_OPERATORS)}")
+            raise RloraError(f"env_args.operators = {operators!r}: use a selection of {''.join(_OPERATORS)}")
         self._operators, self._seed = operators, seed
         self._size, self._held_out_size = size, held_out_size
 
@@ -78,9 +78,9 @@ class GradedArithmetic(Generated):
 
 
 def expression(rng: random.Random, digits: int, terms: int, operators: str) -> tuple[str, int]:
-    """An expression of so many numbers of so many digits, and what it comes to."""
+    """A random expression of `terms` numbers with `digits` digits each, and its value."""
     first, *rest = (rng.randrange(10 ** (digits - 1), 10**digits) for _ in range(terms))
-    text, total, product = str(first), 0, first  # the sum of all that is before the last product, and that
+    text, total, product = str(first), 0, first  # total: the sum of all terms before the last product
     for number in rest:
         sign = rng.choice(operators)
         text = f"{text} {sign} {number}"

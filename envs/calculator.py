@@ -1,11 +1,11 @@
-"""A calculator agent: the policy calls a tool in its text, reads the result, and answers.
+"""A calculator agent: the policy calls a tool in its message, reads the result, and answers.
 
     policy  <<347*28=
     env              9716>>
     policy                  The answer is 9716.
 
-as GSM8K writes its calculations (Cobbe et al. 2021, arXiv:2110.14168). Few tokenizers join "=" with a digit before
-it, so what the policy samples ends where the env's answer begins.
+GSM8K writes its calculations in this format (Cobbe et al. 2021, arXiv:2110.14168). Few tokenizers merge "=" with a
+preceding digit, so the sampled tokens end exactly where the env's reply begins.
 """
 
 import ast
@@ -47,12 +47,12 @@ _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.m
 
 
 class Calculator(Generated):
-    """`size` problems that a small model can't do in its head, made from `seed`, and `held_out_size` others.
+    """`size` problems, too hard for a small model without a tool, and `held_out_size` held-out ones.
 
-    `levels` are some of 1 (one operator), 2 (two operators), 3 (a story with one) and 4 (a story with two); the numbers
-    have two or three digits. `shots` of 3 examples stand before each problem. A message that does not end with a call,
-    or ends with one more than `max_calls`, is the last. Reward: `rlora.rewards.calculator:answered`. Rewards may ask
-    for `level` and `question`.
+    The problems are generated from `seed`. `levels` is a selection of 1 (one operator), 2 (two operators), 3 (a story
+    with one operator) and 4 (a story with two); the numbers have two or three digits. Each prompt begins with `shots`
+    of 3 examples. The episode ends with the first message that has no call at its end, or that exceeds `max_calls`.
+    Reward: `rlora.rewards.calculator:answered`. Columns for rewards: `level` and `question`.
     """
 
     stop = ("=",)
@@ -71,7 +71,7 @@ class Calculator(Generated):
         self._size, self._held_out_size = size, held_out_size
 
     def reply(self, prompt: Prompt, message: str, state: dict[str, Any]) -> str | None:
-        """The result of the call that the message ends with; "error" where it can't be computed."""
+        """The result of the call at the end of the message, "error" if it can't be computed; None without a call."""
         call = _CALL.search(message)
         state["calls"] = state.get("calls", 0) + bool(call)
         return f"{calculate(call[1])}>>" if call and state["calls"] <= self._max_calls else None
@@ -82,9 +82,9 @@ class Calculator(Generated):
             level = rng.choice(self._levels)
             question, answer = _problem(rng, level)
             turns = [{"role": "system", "content": SYSTEM}]
-            for asked, call, result in _SHOTS[: self._shots]:
-                said = f"<<{call}={result}>> The answer is {result}."
-                turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+            for example, call, result in _SHOTS[: self._shots]:
+                completion = f"<<{call}={result}>> The answer is {result}."
+                turns += [{"role": "user", "content": example}, {"role": "assistant", "content": completion}]
             turns.append({"role": "user", "content": question})
             yield Prompt(turns, answer=answer, columns={"level": level, "question": question})
 
@@ -100,9 +100,9 @@ def _problem(rng: random.Random, level: int) -> tuple[str, int]:
 
 
 def calculate(text: str) -> str:
-    """What an expression of + - * / and parentheses comes to: an integer, a decimal of 6 digits, or "error".
+    """The value of an expression of + - * / and parentheses: an integer, a decimal with 6 digits, or "error".
 
-    `text` is short, so its numbers and their product are; it is parsed and walked, never evaluated.
+    `text` is short, so its numbers and their product are small. It is parsed, never passed to `eval`.
     """
     try:
         value = _value(ast.parse(text.strip(), mode="eval").body)
@@ -112,7 +112,7 @@ def calculate(text: str) -> str:
 
 
 def _value(node: ast.expr) -> Fraction:
-    """Raises ValueError for what is no such expression, ZeroDivisionError."""
+    """Raises ValueError for any other expression, and ZeroDivisionError."""
     if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
         return Fraction(str(node.value))
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):

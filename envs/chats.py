@@ -1,4 +1,4 @@
-"""Chat messages in the forms that data sets have: lists, objects, JSON, the text of Python and NumPy, content parts."""
+"""Parses the chat formats of data sets: lists, objects, JSON, Python and NumPy reprs, content parts, ShareGPT."""
 
 import ast
 import json
@@ -16,7 +16,7 @@ _SHAREGPT = {
     "function_call": "assistant", "observation": "tool",
 }  # fmt: skip
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-_MESSAGES = ("messages", "conversations", "conversation")  # the key of an object with nothing else in it
+_MESSAGES = ("messages", "conversations", "conversation")  # keys of an object that holds only messages
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _OTHER_PARTS = ("image", "image_url", "input_image", "audio", "input_audio", "audio_url", "video", "video_url", "file")
 _KEY = r"""\\{{0,9}}["'](?:{})\\{{0,9}}["']\s*:"""
@@ -35,34 +35,34 @@ _PARTS_START = re.compile(
 )
 
 
-def as_text(value: Any, where: str) -> str | Messages:
-    """A prompt's text, or chat messages with nothing in them but role and content.
+def as_text(value: Any, source: str) -> str | Messages:
+    """A prompt's text, or its chat messages reduced to role and content. Errors begin with `source`.
 
-    Messages may stand in a string, as JSON or as Python shows them, and may be one alone or the `messages` of an
-    object; `content` may be a list of parts that are text, also in a string; and they may be ShareGPT's, `from` and
-    `value`.
+    The messages may be a list, a single message, the `messages` of an object, or a string with any of these as JSON or
+    a Python literal. `content` may be a list of text parts, also as a string. ShareGPT's `from` and `value` are
+    supported.
     """
     if isinstance(value, str):
-        value = _chat_in(value, where)
+        value = _parse_chat(value, source)
         if isinstance(value, str):
             return value
     key = _messages_key(value) if isinstance(value, Mapping) else ""
-    if key and (others := [name for name, other in value.items() if name != key and other]):
+    if key and (extra := [name for name, item in value.items() if name != key and item]):
         raise RloraError(
-            f"{where} has {', '.join(others)} beside {key}, and a prompt is messages only; drop them, or move them "
-            "into columns of their own"
+            f"{source} has {', '.join(extra)} next to {key}, but a prompt holds only messages; drop the rest, or move "
+            "it into separate columns"
         )
     value = turns_in(value) or value
     if not _is_list(value) or not value or not all(isinstance(turn, Mapping) for turn in value):
         raise RloraError(
-            f'{where} is {value!r}; it must be a string or a list of chat messages, {{"role": ..., "content": ...}} '
-            "with a string each"
+            f'{source} is {value!r}; it must be a string or a list of chat messages, {{"role": ..., "content": ...}} '
+            "with string values"
         )
-    messages = [_message(turn, f"{where}, message {number}") for number, turn in enumerate(value)]
+    messages = [_message(turn, f"{source}, message {number}") for number, turn in enumerate(value)]
     if messages[-1]["role"] == "assistant":
         raise RloraError(
-            f"{where}: its last message is the assistant's, {messages[-1]['content']!r:.80}; a prompt ends with what "
-            "the policy answers, so drop that message, or make it the answer"
+            f"{source}: its last message is the assistant's, {messages[-1]['content']!r:.80}, but a prompt must end "
+            "with the message that the policy answers; drop the last message, or use it as the answer"
         )
     return messages
 
@@ -72,20 +72,20 @@ def _is_list(value: Any) -> bool:
 
 
 def _is_turn(value: Any) -> bool:
-    """Whether an object is a chat message, in whatever state: {"role": "admin", "name": "x"} is none."""
+    """Whether an object is meant as a chat message, even an invalid one; {"role": "admin", "name": "x"} is not."""
     if not isinstance(value, Mapping):
         return False
-    is_known = str(value.get("role")) in _ROLES or str(value.get("from")) in _SHAREGPT
-    return is_known or {"role", "content"} <= value.keys() or {"from", "value"} <= value.keys()
+    has_role = str(value.get("role")) in _ROLES or str(value.get("from")) in _SHAREGPT
+    return has_role or {"role", "content"} <= value.keys() or {"from", "value"} <= value.keys()
 
 
 def _messages_key(value: Row) -> str:
-    """The key of an object under which messages stand; "" where there is none."""
+    """The key of an object's messages; "" if there is none."""
     return next((key for key in _MESSAGES if turns_in(_parsed(value.get(key)))), "")
 
 
 def turns_in(value: Any) -> Sequence[Any]:
-    """The messages that a value is, or that an object holds, or that strings in a list show; () for others."""
+    """The messages in a value: the value itself, an object's messages, or a list of strings; () if there are none."""
     if isinstance(value, Mapping):
         key = "" if _is_turn(value) else _messages_key(value)
         return [value] if _is_turn(value) else turns_in(_parsed(value[key])) if key else ()
@@ -96,31 +96,30 @@ def turns_in(value: Any) -> Sequence[Any]:
     return value if any(map(_is_turn, value)) else ()
 
 
-def _chat_in(text: str, where: str) -> Any:
-    """The messages that a string shows, or the string itself. Raises RloraError for messages that can't be read."""
+def _parse_chat(text: str, source: str) -> Any:
+    """The messages in a string, or the string itself. Raises RloraError for unreadable messages."""
     if not _MAY_BE_CHAT.search(text) and not _CHAT_START.match(text):
         return text
-    found = _parsed(text)
-    if _is_list(found) and len(found) == 1 and _is_list(found[0]) and turns_in(found[0]):
-        return found  # a list of chats, which is refused
-    if turns_in(found) or _parts(found):
-        return found
-    _refuse_unreadable(text, found, _CHAT_START, f"{where} begins like chat messages")
+    value = _parsed(text)
+    if _is_list(value) and len(value) == 1 and _is_list(value[0]) and turns_in(value[0]):
+        return value  # a list of chats; `as_text` raises an error for it
+    if turns_in(value) or _parts(value):
+        return value
+    _check_readable(text, value, _CHAT_START, f"{source} begins like chat messages")
     return text
 
 
-def _refuse_unreadable(text: str, found: Any, start: re.Pattern[str], what: str) -> None:
-    """Raise RloraError for a string that starts like messages and is nothing that can be read, but no prose either."""
-    if found is None and start.match(text) and not _goes_on_as_prose(text):
+def _check_readable(text: str, value: Any, start: re.Pattern[str], fault: str) -> None:
+    """Raise RloraError if a string starts like messages, could not be parsed (`value` is None), and is not prose."""
+    if value is None and start.match(text) and not _continues_as_prose(text):
         raise RloraError(
-            f"{what}, {text!r:.80}, but is neither JSON nor a Python literal: it is cut off, or what to_csv makes of a "
-            "numpy array; write it by json.dumps, or save the table as parquet (text that shall stay as it is may not "
-            "start like this)"
+            f"{fault}, {text!r:.80}, but is neither JSON nor a Python literal: it is truncated, or to_csv wrote a "
+            "numpy array; write it with json.dumps, or save the table as parquet (plain text must not start like this)"
         )
 
 
 def _parsed(value: Any) -> Any:
-    """What a string shows as JSON or as a Python literal, also where that is such a string; None for other strings."""
+    """The value of JSON or a Python literal, nested up to three times in strings; None for other strings."""
     for _ in range(3):
         if isinstance(value, str):
             value = _literal(value)
@@ -135,22 +134,22 @@ def _literal(text: str) -> Any:
     except (ValueError, RecursionError):
         pass
     try:
-        with warnings.catch_warnings(action="ignore"):  # escapes that Python does not know, such as \d
+        with warnings.catch_warnings(action="ignore"):  # invalid escapes, such as \d
             return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return None
 
 
-def _goes_on_as_prose(text: str) -> bool:
-    """Whether words follow a whole JSON value or Python literal, as in a question about it."""
-    ends = (match.end() for match in list(re.finditer(r"[\]})]", text))[:50])
-    for end in _ends_of_json(text) or ends:
+def _continues_as_prose(text: str) -> bool:
+    """Whether words follow a complete JSON value or Python literal, as in a question about it."""
+    candidates = (match.end() for match in list(re.finditer(r"[\]})]", text))[:50])
+    for end in _json_ends(text) or candidates:
         if _literal(text[:end]) is not None:
             return not text[end:].lstrip().startswith(tuple("[{(,]})\"'\\"))
     return False
 
 
-def _ends_of_json(text: str) -> list[int]:
+def _json_ends(text: str) -> list[int]:
     start = len(text) - len(text.lstrip())
     try:
         return [json.JSONDecoder(strict=False).raw_decode(text, start)[1]]
@@ -158,37 +157,37 @@ def _ends_of_json(text: str) -> list[int]:
         return []
 
 
-def _message(turn: Row, where: str) -> dict[str, str]:
+def _message(turn: Row, source: str) -> dict[str, str]:
     role, content = turn.get("role"), turn.get("content")
     if role is None and content is None and "from" in turn:
         role, content = _SHAREGPT.get(str(turn["from"])), turn.get("value")
         if role is None:
-            raise RloraError(f"{where}: from = {turn['from']!r} is none of {', '.join(_SHAREGPT)}; rename it")
+            raise RloraError(f"{source}: from = {turn['from']!r} is not one of {', '.join(_SHAREGPT)}; rename it")
     if not isinstance(role, str) or not role:
-        raise RloraError(f"{where} is {turn!r}; it must have a role, a string, such as user, and a content")
+        raise RloraError(f"{source} is {turn!r}; it must have a role, a string such as user, and a content")
     if content is None and turn.get("tool_calls"):
         raise RloraError(
-            f"{where}: content is null beside tool_calls, and a prompt is text only; write the call into content, or "
-            "drop the row"
+            f"{source}: content is null next to tool_calls, but a prompt holds only text; write the call into content, "
+            "or drop the row"
         )
-    return {"role": role, "content": _content(content, where)}
+    return {"role": role, "content": _content(content, source)}
 
 
-def _content(content: Any, where: str) -> str:
-    """The text of a message, of which a list of parts may be a list or a string that shows one."""
+def _content(content: Any, source: str) -> str:
+    """The text of a message, whose content is a string, a list of parts, or a string with a list of parts."""
     if isinstance(content, str):
-        found = _parsed(content) if _MAY_BE_CHAT.search(content) else None
-        if not (parts := _parts(found)):
-            _refuse_unreadable(content, found, _PARTS_START, f"{where}: content begins like a list of parts")
+        value = _parsed(content) if _MAY_BE_CHAT.search(content) else None
+        if not (parts := _parts(value)):
+            _check_readable(content, value, _PARTS_START, f"{source}: content begins like a list of parts")
             return content
         content = parts
     if not isinstance(content, Sequence):
-        raise RloraError(f"{where}: content is {content!r}; it must be a string, or a list of parts that are text")
-    return "".join(part if isinstance(part, str) else _text_of(part, where) for part in content)
+        raise RloraError(f"{source}: content is {content!r}; it must be a string or a list of text parts")
+    return "".join(part if isinstance(part, str) else _part_text(part, source) for part in content)
 
 
 def _parts(value: Any) -> Sequence[Any]:
-    """The parts of a content that a value is, one of text or a list of them; () for others."""
+    """The content parts in a value, a single text part or a list of parts; () if there are none."""
     parts = [value] if isinstance(value, Mapping) and value.keys() == {"type", "text"} else value
     if not _is_list(parts) or not all(map(_is_part, parts)) or all(part["type"] == "file" for part in parts):
         return ()
@@ -200,8 +199,8 @@ def _is_part(value: Any) -> bool:
     return kind in _OTHER_PARTS or (kind in _TEXT_PARTS and "text" in value)
 
 
-def _text_of(part: Any, where: str) -> str:
+def _part_text(part: Any, source: str) -> str:
     kind = part.get("type") or "text" if isinstance(part, Mapping) else None
     if kind not in _TEXT_PARTS or not isinstance(part.get("text"), str):
-        raise RloraError(f"{where}: content has a part {part!r:.120}; only text can be read, so drop the row")
+        raise RloraError(f"{source}: content has a part {part!r:.120}, but only text is supported; drop the row")
     return str(part["text"])

@@ -1,4 +1,4 @@
-"""MATH (Hendrycks et al. 2021, arXiv:2103.03874): competition problems; MATH-500 (arXiv:2305.20050) is held out."""
+"""MATH (Hendrycks et al. 2021, arXiv:2103.03874): competition problems. Holds out MATH-500 (arXiv:2305.20050)."""
 
 import re
 from collections.abc import Collection, Iterator, Sequence
@@ -20,13 +20,13 @@ _HUB = "EleutherAI/hendrycks_math"  # a subset for each subject, as counting_and
 
 
 class CompetitionMath:
-    """`path` and `held_out_path` are hub ids, local files (json, jsonl, csv, parquet), or directories: with
-    math.json, or local copies of a data set on a hub.
+    """Competition problems with LaTeX answers.
 
-    Rows have `problem`, and either `answer` or a `solution` in which the last box is the answer; rows that have neither
-    are left out, as 2 of the 7,474 to train on in deepscaler's copy. The answer is text, in LaTeX. `template` holds
-    {problem}; braces in it are doubled. `levels` ("4,5"; 5 is the hardest) and `subjects` choose among the problems, in
-    both parts. Rewards may ask for `level`, an integer or None, and `subject`, "" where the rows have none.
+    `path` and `held_out_path` are hub ids, local files (json, jsonl, csv, parquet), or local directories: one with
+    math.json, or a copy of a hub data set. Rows have `problem`, and either `answer` or a `solution` whose last box is
+    the answer; rows with neither are skipped (2 of the 7,474 training rows in deepscaler's copy). `template` contains
+    {problem}; other braces in it are doubled. `levels` ("4,5"; 5 is the hardest) and `subjects` select problems of both
+    parts. Columns for rewards: `level`, an integer or None, and `subject`, "" if a row has none.
     """
 
     def __init__(
@@ -38,11 +38,11 @@ class CompetitionMath:
         subjects: str | Sequence[str] = "",
     ) -> None:
         if "{problem}" not in template:
-            raise RloraError(f"env_args.template = {template!r}: it needs {{problem}} where the problem goes")
+            raise RloraError(f"env_args.template = {template!r}: it needs the placeholder {{problem}}")
         self._path, self._held_out_path = path, held_out_path
         self._template = template
-        self._levels = {int(level) for level in _known("levels", levels, "12345")}
-        self._subjects = set(_known("subjects", subjects, SUBJECTS))
+        self._levels = {int(level) for level in _check_choices("levels", levels, "12345")}
+        self._subjects = set(_check_choices("subjects", subjects, SUBJECTS))
 
     def train(self) -> Sequence[Prompt]:
         return self._part("env_args.path", self._path, "train")
@@ -58,23 +58,23 @@ class CompetitionMath:
                 continue
             if self._subjects and subject not in self._subjects:
                 continue
-            where = f"{path}, {split}, row {index}"
-            columns = {"problem": cell(row, "problem", where), "level": level, "subject": subject}
-            prompts.append(Prompt(fill(self._template, row, where), answer=answer, columns=columns))
+            source = f"{path}, {split}, row {index}"
+            columns = {"problem": cell(row, "problem", source), "level": level, "subject": subject}
+            prompts.append(Prompt(fill(self._template, row, source), answer=answer, columns=columns))
         if not prompts:
             raise RloraError(
-                f"{field} = {path!r}: no problem is left; its rows need answer or solution, and what env_args.levels "
-                "and env_args.subjects ask for"
+                f"{field} = {path!r}: no problem is left; its rows need answer or solution, and must match "
+                "env_args.levels and env_args.subjects"
             )
         return prompts
 
 
-def _known(name: str, given: object, known: Collection[str]) -> list[str]:
-    """The values of an argument. Raises RloraError where one of them is none of those that there are."""
-    for value in listed(given):
-        if value not in known:
-            raise RloraError(f"env_args.{name} = {given!r}: {value!r} is none of {', '.join(known)}")
-    return listed(given)
+def _check_choices(name: str, argument: object, choices: Collection[str]) -> list[str]:
+    """The values of an argument. Raises RloraError if one is not in `choices`."""
+    for value in listed(argument):
+        if value not in choices:
+            raise RloraError(f"env_args.{name} = {argument!r}: {value!r} is not one of {', '.join(choices)}")
+    return listed(argument)
 
 
 def _rows(field: str, path: str, split: str) -> Iterator[Row]:
@@ -88,7 +88,7 @@ def _rows(field: str, path: str, split: str) -> Iterator[Row]:
 
 
 def _level(row: Row) -> int | None:
-    """Of `level` (5 or "Level 5") or `difficulty` (5.0)."""
+    """The level, from `level` (5 or "Level 5") or `difficulty` (5.0)."""
     digits = re.search(r"\d", str(row.get("level") or row.get("difficulty") or ""))
     return int(digits[0]) if digits else None
 
@@ -99,7 +99,7 @@ def _gold(row: Row) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands in the last \boxed{...} or \fbox{...} of a data set's own solution; None where there is none."""
+    r"""The content of the last \boxed{...} or \fbox{...} of a reference solution; None if there is none."""
     start = max(text.rfind("\\boxed{"), text.rfind("\\fbox{"))
     if start < 0:
         return None

@@ -1,4 +1,4 @@
-"""Countdown: make a target out of given numbers. And 24, where the numbers are four and the target is 24."""
+"""Countdown: combine numbers to reach a target. Includes 24: four numbers and the target 24."""
 
 import itertools
 import random
@@ -16,17 +16,17 @@ TEMPLATE = (
 )
 _ALL = "you must use each number exactly once"
 _SOME = "you may use each number at most once"
-_SEARCH = 20_000  # steps in which a solution is looked for
-_Term = tuple[Fraction, str]  # a value, and the expression of it
+_SEARCH = 20_000  # steps of the search for a solution
+_Term = tuple[Fraction, str]  # a value and its expression
 
 
 class Countdown(Generated):
-    """`size` problems made from `seed`, each with a solution, and `held_out_size` others.
+    """`size` solvable problems, generated from `seed`, and `held_out_size` held-out ones.
 
-    `count` is how many numbers a problem has, "3,4" some of either: the more, the harder. They are from `low` to
-    `high`, the target from `target_low` to `target_high`. With `use_all` a solution has to use all of them. 24 is count
-    = 4, high = 13, target_low = target_high = 24. Reward: `rlora.rewards.countdown:countdown_answer`. Rewards may ask
-    for `numbers`, `use_all` and `level`, which is how many numbers there are.
+    `count` is the number of numbers; "3,4" mixes both, and more numbers are harder. They are in `low`..`high`, the
+    target in `target_low`..`target_high`. With `use_all`, a solution must use all numbers. 24 is count = 4, high = 13,
+    target_low = target_high = 24. Reward: `rlora.rewards.countdown:countdown_answer`. Columns for rewards: `numbers`,
+    `use_all` and `level` (the number of numbers).
     """
 
     def __init__(
@@ -46,41 +46,42 @@ class Countdown(Generated):
             raise RloraError(f"env_args.low = {low}: use 1 to env_args.high = {high}")
         if not 1 <= target_low <= target_high:
             raise RloraError(f"env_args.target_low = {target_low}: use 1 to env_args.target_high = {target_high}")
-        _refuse_incomplete(template)
+        _check_template(template)
         self._counts, self._range = counts("count", count, 2, 8), (low, high)
         self._targets = range(target_low, target_high + 1)
         self._use_all, self._size, self._held_out_size = use_all, size, held_out_size
         self._seed, self._template = seed, template
 
     def solution(self, prompt: Prompt) -> str | None:
-        """A completion that solves a problem; None where a short search finds none."""
+        """A completion that solves a problem; None if a short search finds none."""
         return _solution(prompt)
 
     def _problems(self) -> Iterator[Prompt]:
-        """Whatever target comes out where two numbers at a time are put together at random."""
+        """Combine random pairs of numbers until one is left, and keep it as the target if it is in range."""
         rng = random.Random(self._seed)
-        missed = 0  # in a row
+        missed = 0  # consecutive targets out of range
         while missed < 10_000:
             missed += 1
             numbers = sorted(rng.randint(*self._range) for _ in range(rng.choice(self._counts)))
-            left = rng.sample(numbers, len(numbers) if self._use_all else rng.randint(2, len(numbers)))
-            while len(left) > 1:
-                a, b = left.pop(), left.pop()
-                left.insert(rng.randrange(len(left) + 1), rng.choice(_results(a, b)))
-            if left[0] in self._targets:
+            values = rng.sample(numbers, len(numbers) if self._use_all else rng.randint(2, len(numbers)))
+            while len(values) > 1:
+                a, b = values.pop(), values.pop()
+                values.insert(rng.randrange(len(values) + 1), rng.choice(_results(a, b)))
+            if values[0] in self._targets:
                 missed = 0
-                yield to_prompt(numbers, left[0], self._use_all, self._template)
+                yield to_prompt(numbers, values[0], self._use_all, self._template)
 
 
 class Game24:
-    """The 1,362 solvable hands of 24 in `path`, as 24.csv of Tree of Thoughts (Yao et al. 2023, arXiv:2305.10601).
+    """The 1,362 solvable hands of 24, from 24.csv of Tree of Thoughts (Yao et al. 2023, arXiv:2305.10601) at `path`.
 
-    Its rows have `Puzzles`, "1 1 4 6", and `Rank`, 1 the easiest. As in the paper the ranks 901 to 1000 are held out.
-    Reward: `rlora.rewards.countdown:countdown_answer`. Rewards may ask for `numbers`, `use_all` and `level`, the rank.
+    Its rows have `Puzzles`, such as "1 1 4 6", and `Rank` (1 is the easiest). As in the paper, ranks 901 to 1000 are
+    held out. Reward: `rlora.rewards.countdown:countdown_answer`. Columns for rewards: `numbers`, `use_all` and `level`
+    (the rank).
     """
 
     def __init__(self, path: str, template: str = TEMPLATE) -> None:
-        _refuse_incomplete(template)
+        _check_template(template)
         self._path, self._template = path, template
 
     def train(self) -> Sequence[Prompt]:
@@ -99,14 +100,14 @@ class Game24:
                 numbers, rank = [int(number) for number in row["Puzzles"].split()], int(row["Rank"])
             except (KeyError, AttributeError, TypeError, ValueError):
                 raise RloraError(
-                    f"{self._path}, row {index}: {dict(row)!r}; every row needs Puzzles, as 1 1 4 6, "
+                    f"{self._path}, row {index}: {dict(row)!r}; every row needs Puzzles, such as 1 1 4 6, "
                     "and Rank, an integer"
                 ) from None
             yield to_prompt(numbers, 24, True, self._template, rank)
 
 
 def to_prompt(numbers: Sequence[int], target: int, use_all: bool, template: str, level: int | None = None) -> Prompt:
-    """One problem, as `rewards.countdown.countdown_answer` takes it."""
+    """One problem with the columns that `rewards.countdown.countdown_answer` reads."""
     text = template.replace("{numbers}", ", ".join(map(str, numbers))).replace("{target}", str(target))
     columns = {"numbers": list(numbers), "use_all": use_all, "level": level or len(numbers)}
     return Prompt(text.replace("{rule}", _ALL if use_all else _SOME), answer=target, columns=columns)
@@ -114,36 +115,36 @@ def to_prompt(numbers: Sequence[int], target: int, use_all: bool, template: str,
 
 def _solution(prompt: Prompt) -> str | None:
     terms = [(Fraction(number), str(number)) for number in prompt.columns["numbers"]]
-    found = _solve(terms, Fraction(prompt.answer), prompt.columns["use_all"], itertools.count())
-    return found and f"<answer> {found} </answer>"
+    expression = _solve(terms, Fraction(prompt.answer), prompt.columns["use_all"], itertools.count())
+    return expression and f"<answer> {expression} </answer>"
 
 
-def _solve(terms: Sequence[_Term], target: Fraction, use_all: bool, tried: Iterator[int]) -> str | None:
-    """An expression of the terms that comes to the target, in a depth-first search that ends after `_SEARCH` steps."""
-    if next(tried) > _SEARCH:
+def _solve(terms: Sequence[_Term], target: Fraction, use_all: bool, steps: Iterator[int]) -> str | None:
+    """An expression of the terms that equals the target, by a depth-first search of at most `_SEARCH` steps."""
+    if next(steps) > _SEARCH:
         return None
     if len(terms) == 1 or not use_all:
-        found = next((text for value, text in terms if value == target), None)
-        if found or len(terms) == 1:
-            return found
+        expression = next((text for value, text in terms if value == target), None)
+        if expression or len(terms) == 1:
+            return expression
     for (i, (a, left)), (j, (b, right)) in itertools.permutations(enumerate(terms), 2):
-        others = [term for place, term in enumerate(terms) if place not in (i, j)]
-        made = [(a - b, f"({left} - {right})")] + ([(a / b, f"({left} / {right})")] if b else [])
+        rest = [term for index, term in enumerate(terms) if index not in (i, j)]
+        results = [(a - b, f"({left} - {right})")] + ([(a / b, f"({left} / {right})")] if b else [])
         if i < j:
-            made += [(a + b, f"({left} + {right})"), (a * b, f"({left} * {right})")]
-        for term in made:
-            if found := _solve([*others, term], target, use_all, tried):
-                return found
+            results += [(a + b, f"({left} + {right})"), (a * b, f"({left} * {right})")]
+        for term in results:
+            if expression := _solve([*rest, term], target, use_all, steps):
+                return expression
     return None
 
 
 def _results(a: int, b: int) -> list[int]:
-    """What two numbers make: positive integers only."""
+    """The positive integers that an operation on two numbers gives."""
     quotients = [max(a, b) // min(a, b)] if max(a, b) % min(a, b) == 0 else []
     return [a + b, a * b, *quotients, *([abs(a - b)] if a != b else [])]
 
 
-def _refuse_incomplete(template: str) -> None:
-    for place in ("{numbers}", "{target}"):
-        if place not in template:
-            raise RloraError(f"env_args.template = {template!r}: it needs {place}")
+def _check_template(template: str) -> None:
+    for placeholder in ("{numbers}", "{target}"):
+        if placeholder not in template:
+            raise RloraError(f"env_args.template = {template!r}: it needs the placeholder {placeholder}")

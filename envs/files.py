@@ -1,4 +1,4 @@
-"""The rows of one file: JSON, JSON lines, CSV or Parquet, packed or not. Values keep their type and text."""
+"""Reads the rows of a JSON, JSON Lines, CSV or Parquet file, compressed or not. Values keep their type and text."""
 
 import bz2
 import codecs
@@ -21,19 +21,19 @@ import pyarrow.parquet
 from rlora.records import RloraError
 
 Row = Mapping[str, Any]
-Options = Mapping[str, Any]  # those of `configs` in README.md that differ from the defaults of `datasets`
+Options = Mapping[str, Any]  # options of `configs` in README.md that differ from the defaults of `datasets`
 
 FORMATS = {
     ".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
 }  # fmt: skip
-UNPACK = {
+DECOMPRESS = {
     rb"\x1f\x8b": gzip.decompress, rb"BZh[1-9]1AY&SY": bz2.decompress, rb"\xfd7zXZ\x00": lzma.decompress,
 }  # fmt: skip
 _CSV_DIALECT = ("quotechar", "doublequote", "escapechar", "skipinitialspace")
 
 
 class _Number(float):
-    """A float that `str` shows as its file does: 1.50, 1e5. It is a plain float once it was pickled."""
+    """A float whose `str` is its text in the file: 1.50, 1e5. Pickling converts it to a plain float."""
 
     text: str
 
@@ -44,48 +44,49 @@ class _Number(float):
         return float, (float(self),)
 
 
-def end_of(name: str) -> str:
+def extension(name: str) -> str:
     return Path(name.removesuffix(".gz")).suffix.lower()
 
 
 def format_of(file: Path) -> str:
-    if end_of(file.name) not in FORMATS:
-        raise ValueError(f"it ends with {file.suffix!r}")
-    return FORMATS[end_of(file.name)]
+    if extension(file.name) not in FORMATS:
+        raise ValueError(f"its extension is {file.suffix!r}")
+    return FORMATS[extension(file.name)]
 
 
 def read_file(
-    file: Path, kind: str, split: str, shown: Path | None = None, options: Options | None = None
+    file: Path, kind: str, split: str, display_path: Path | None = None, options: Options | None = None
 ) -> list[Row]:
-    """The rows of a file, which errors call `shown`."""
-    return parsed(file.read_bytes(), kind, split, shown or file, options or {})
+    """The rows of a file. Errors name it by `display_path`."""
+    return parse(file.read_bytes(), kind, split, display_path or file, options or {})
 
 
-def parsed(data: bytes, kind: str, split: str, shown: Path, options: Options) -> list[Row]:
-    data = unpacked(data, shown)
+def parse(data: bytes, kind: str, split: str, file: Path, options: Options) -> list[Row]:
+    """The rows of a file's bytes. Errors name it by `file`."""
+    data = decompress(data, file)
     if kind == "parquet":
-        return _parquet_rows(data, shown, options.get("columns"))
-    text = _decoded(data, shown, options.get("encoding") or "utf-8", options.get("encoding_errors") or "strict")
+        return _parquet_rows(data, file, options.get("columns"))
+    text = _decode(data, file, options.get("encoding") or "utf-8", options.get("encoding_errors") or "strict")
     if kind != "json":
-        return list(_csv_rows(text, shown, {"sep": "\t" if kind == "tsv" else ","} | dict(options)))
+        return list(_csv_rows(text, file, {"sep": "\t" if kind == "tsv" else ","} | dict(options)))
     field = options.get("field")
-    name = re.sub(r"\.(gz|bz2|xz|zst|lz4)$", "", shown.name)
+    name = re.sub(r"\.(gz|bz2|xz|zst|lz4)$", "", file.name)
     is_document = field or name.endswith(".json") or text.lstrip().startswith("[")
-    rows = _document(text, shown, split, field) if is_document else None
-    return _json_lines(text, shown) if rows is None else rows
+    rows = _document_rows(text, file, split, field) if is_document else None
+    return _json_lines(text, file) if rows is None else rows
 
 
-def unpacked(data: bytes, file: Path) -> bytes:
-    """The bytes of a file that may be compressed. Raises RloraError where they are not all there."""
+def decompress(data: bytes, file: Path) -> bytes:
+    """The content of a file that may be compressed. Raises RloraError if it is damaged or incomplete."""
     if data.startswith(b"version https://git-lfs"):
-        raise RloraError(f"{file} is a pointer of Git LFS, not the file itself; fetch it by `git lfs pull`")
-    for magic, unpack in UNPACK.items():
+        raise RloraError(f"{file} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
+    for magic, function in DECOMPRESS.items():
         if re.match(magic, data):
             try:
-                return unpack(data)
+                return function(data)
             except (EOFError, OSError, ValueError, lzma.LZMAError, zlib.error) as error:
                 raise RloraError(
-                    f"{file} can't be unpacked: {error}; it is damaged or cut off, so fetch it again"
+                    f"{file} can't be decompressed: {error}; it is damaged or truncated, so download it again"
                 ) from error
     return data
 
@@ -97,69 +98,69 @@ def _parquet_rows(data: bytes, file: Path, columns: Sequence[str] | None) -> lis
         rows: list[Row] = pyarrow.parquet.ParquetFile(io.BytesIO(data)).read(columns).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise RloraError(
-            f"{file} can't be read as parquet: {error}; where it is damaged or cut off, fetch it again"
+            f"{file} can't be read as parquet: {error}; if it is damaged or truncated, download it again"
         ) from error
     return rows
 
 
-def _decoded(data: bytes, file: Path, encoding: str, errors: str) -> str:
+def _decode(data: bytes, file: Path, encoding: str, errors: str) -> str:
     is_default = codecs.lookup(encoding).name == "utf-8"
-    if is_default and (other := _other_encoding(data)):
-        raise RloraError(f"{file} is in {other}; save it as UTF-8")
+    if is_default and (detected := _detect_utf16_or_32(data)):
+        raise RloraError(f"{file} is in {detected}; save it as UTF-8")
     try:
         return data.decode("utf-8-sig" if is_default else encoding, errors)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        shown = "UTF-8" if is_default else encoding
+        name = "UTF-8" if is_default else encoding
         raise RloraError(
-            f"{file}, line {line}: byte {data[error.start]:#x} is not {shown}; save the file as UTF-8"
+            f"{file}, line {line}: byte {data[error.start]:#x} is not {name}; save the file as UTF-8"
         ) from error
 
 
-def _other_encoding(data: bytes) -> str:
-    """UTF-16 or UTF-32, as the byte order mark says, or the places of NUL bytes without one; "" for others."""
+def _detect_utf16_or_32(data: bytes) -> str:
+    """UTF-16 or UTF-32, detected by the byte order mark or by the positions of NUL bytes; "" for other encodings."""
     if data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return "UTF-32"
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "UTF-16"
     start = data[:4096]
-    nulls = [start[place::4].count(0) / max(1, len(start[place::4])) for place in range(4)]
+    nulls = [start[offset::4].count(0) / max(1, len(start[offset::4])) for offset in range(4)]
     names = {"UTF-32-LE": min(nulls[2:]) > 0.9, "UTF-32-BE": min(nulls[:2]) > 0.9}
     even, odd = nulls[::2], nulls[1::2]
     names |= {"UTF-16-LE": min(odd) > max(0.05, 2 * max(even)), "UTF-16-BE": min(even) > max(0.05, 2 * max(odd))}
-    return next((f"{name} without a byte order mark" for name, found in names.items() if found), "")
+    return next((f"{name} without a byte order mark" for name, matches in names.items() if matches), "")
 
 
-def _document(text: str, file: Path, split: str, field: str | None) -> list[Row] | None:
-    """The rows of one JSON value; None where the text is empty, or JSON lines."""
+def _document_rows(text: str, file: Path, split: str, field: str | None) -> list[Row] | None:
+    """The rows of a single JSON value; None if the text is empty or JSON Lines."""
     try:
-        whole = _json(text, str(file))
+        document = _json(text, str(file))
     except (ValueError, RecursionError) as error:
         if not text.strip() or (_begins_with_a_row(text) and not field):
             return None
         raise RloraError(f"{file}: it is not JSON: {error}") from error
     if field:
-        if not isinstance(whole, dict) or field not in whole:
-            raise RloraError(f"{file} has no {field!r}, which README.md names as field; name one that it has")
-        whole = whole[field]
-    rows = _rows_in(whole, file, split)
+        if not isinstance(document, dict) or field not in document:
+            raise RloraError(f"{file} has no {field!r}, which README.md sets as field; set a field that exists")
+        document = document[field]
+    rows = _find_rows(document, file, split)
     for number, row in enumerate(rows):
         _check_row(row, f"{file}, row {number}", "\\u" in text)
     return rows
 
 
-def _json(text: str, where: str) -> Any:
-    """A JSON value whose numbers keep their text. Raises RloraError for one that would become infinite, or zero."""
+def _json(text: str, source: str) -> Any:
+    """A JSON value whose numbers keep their text. Raises RloraError if a number overflows or underflows a float."""
 
     def number(digits: str) -> float:
         value = float(digits)
         if math.isinf(value) or (not value and re.match(r"-?[0.]*[1-9]", digits)):
-            raise RloraError(f"{where}: the number {digits:.40} does not fit a float; write it as a string")
+            raise RloraError(f"{source}: the number {digits:.40} does not fit into a float; write it as a string")
         if repr(value) == digits:
             return value
-        kept = _Number(value)
-        kept.text = digits
-        return kept
+        exact = _Number(value)
+        exact.text = digits
+        return exact
 
     return json.loads(text, parse_float=number)
 
@@ -171,28 +172,28 @@ def _begins_with_a_row(text: str) -> bool:
         return False
 
 
-def _rows_in(whole: Any, file: Path, split: str) -> list[Any]:
-    """The rows of a JSON value: a list of them, an object with that list, the columns, or one row.
+def _find_rows(document: Any, file: Path, split: str) -> list[Any]:
+    """The rows of a JSON value: a list of rows, an object that holds one, an object of columns, or a single row.
 
-    The list is what stands under the split's name, under `data`, or under the only key. Another list of objects
-    belongs to a row.
+    An object holds the list under the split's name, under `data`, or under its only key. Any other list of objects is a
+    value of a row.
     """
-    if isinstance(whole, list):
-        return whole
-    if not isinstance(whole, dict):
-        raise RloraError(f"{file} holds {whole!r:.80}; write a list of objects, one a row, or an object a line")
-    tables = {name: value for name, value in whole.items() if isinstance(value, list) and all(map(_is_row, value))}
-    for name in (split, "data", *(whole if len(whole) == 1 else ())):
+    if isinstance(document, list):
+        return document
+    if not isinstance(document, dict):
+        raise RloraError(f"{file} holds {document!r:.80}; write a list of objects (rows), or one object per line")
+    tables = {name: value for name, value in document.items() if isinstance(value, list) and all(map(_is_row, value))}
+    for name in (split, "data", *(document if len(document) == 1 else ())):
         if name in tables:
             return tables[name]
-    if len(tables) == len(whole) and any(tables.values()):
-        raise RloraError(f"{file} has several lists of rows ({', '.join(tables)}); give each a file of its own")
-    values = list(whole.values())
+    if len(tables) == len(document) and any(tables.values()):
+        raise RloraError(f"{file} has several lists of rows ({', '.join(tables)}); write each to a separate file")
+    values = list(document.values())
     if any(map(_is_chat, values)) or not all(isinstance(value, list) for value in values):
-        return [whole]
+        return [document]
     if len({len(value) for value in values}) == 1:
-        return [dict(zip(whole, row, strict=True)) for row in zip(*values, strict=True)]
-    return [whole]
+        return [dict(zip(document, row, strict=True)) for row in zip(*values, strict=True)]
+    return [document]
 
 
 def _is_chat(value: Any) -> bool:
@@ -200,67 +201,67 @@ def _is_chat(value: Any) -> bool:
 
 
 def _is_row(value: Any) -> bool:
-    """Whether it is an object, but no chat message."""
+    """Whether it is an object other than a chat message."""
     return isinstance(value, dict) and not ({"role", "from"} & value.keys() and {"content", "value"} & value.keys())
 
 
 def _json_lines(text: str, file: Path) -> list[Row]:
-    """An object a line. Other characters that end lines, such as U+2028, may be in a text."""
+    """One object per line. Only \\n ends a line: values may contain other line separators, such as U+2028."""
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        where = f"{file}, line {number}"
+        source = f"{file}, line {number}"
         try:
-            row = _json(line, where)
+            row = _json(line, source)
         except (ValueError, RecursionError) as error:
-            raise RloraError(f"{where}: it is not JSON: {error}; mend or drop the line") from error
-        _check_row(row, where, "\\u" in line)
+            raise RloraError(f"{source}: it is not JSON: {error}; fix or drop the line") from error
+        _check_row(row, source, "\\u" in line)
         rows.append(row)
     return rows
 
 
-def _check_row(row: Any, where: str, escapes: bool) -> None:
-    """Raise RloraError for what is no object, or, where there are `escapes`, holds half of a character."""
+def _check_row(row: Any, source: str, escapes: bool) -> None:
+    """Raise RloraError unless it is an object. If its JSON has `escapes`, also check for lone surrogates."""
     if not isinstance(row, dict):
-        raise RloraError(f"{where}: {row!r:.80} is no object with columns; write {{column: value}}")
+        raise RloraError(f"{source}: {row!r:.80} is not an object with columns; write {{column: value}}")
     for name, value in row.items() if escapes else ():
         try:
             json.dumps([name, value], ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             raise RloraError(
-                f"{where}: column {name!r} holds {error.object[error.start]!r}, half of a character (a surrogate "
-                "without its other one); mend or drop the row"
+                f"{source}: column {name!r} holds {error.object[error.start]!r}, half of a character (a lone "
+                "surrogate); fix or drop the row"
             ) from error
 
 
 def _csv_rows(text: str, file: Path, options: Options) -> Iterator[Row]:
-    """Every cell as text; an empty one is null."""
-    before = csv.field_size_limit(sys.maxsize)
+    """All cells are text; an empty cell is None."""
+    previous_limit = csv.field_size_limit(sys.maxsize)
     dialect = {name: options[name] for name in _CSV_DIALECT if name in options}
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=options["sep"], strict=True, **dialect)
     try:
         lines = filter(None, reader)
         header, first = _csv_header(lines, options)
-        if twice := [name for name in header if header.count(name) > 1]:
-            raise RloraError(f"{file}, line {reader.line_num}: two columns are called {twice[0]!r}; rename one of them")
+        if duplicates := [name for name in header if header.count(name) > 1]:
+            raise RloraError(f"{file}, line {reader.line_num}: two columns are named {duplicates[0]!r}; rename one")
         for cells in itertools.chain(first, lines):
             if any("\0" in cell for cell in cells):
-                raise RloraError(f"{file}, line {reader.line_num}: a NUL byte; mend or drop the row")
+                raise RloraError(f"{file}, line {reader.line_num}: a NUL byte; fix or drop the row")
             if len(cells) != len(header):
                 raise RloraError(
                     f"{file}, line {reader.line_num}: the row has {len(cells)} cells, the header {len(header)}; "
-                    "mend or drop the row (a cell with a comma or a line break needs quotes)"
+                    "fix or drop the row (a cell with a comma or a line break needs quotes)"
                 )
             yield {name: cell or None for name, cell in zip(header, cells, strict=True)}
     except csv.Error as error:
-        raise RloraError(f"{file}, line {reader.line_num}: {error}; mend or drop the row") from error
+        raise RloraError(f"{file}, line {reader.line_num}: {error}; fix or drop the row") from error
     finally:
-        csv.field_size_limit(before)
+        csv.field_size_limit(previous_limit)
 
 
 def _csv_header(lines: Iterator[list[str]], options: Options) -> tuple[list[str], list[list[str]]]:
-    """The names of the columns, as pandas takes them from `names` and `header`, and the rows that were read for it."""
+    """The column names, derived from `names` and `header` as in pandas, and the data rows consumed for that."""
     names, number = options.get("names"), options.get("header", "infer")
     if number == "infer":
         number = 0 if names is None else None
@@ -271,8 +272,8 @@ def _csv_header(lines: Iterator[list[str]], options: Options) -> tuple[list[str]
     return [str(name) for name in (header if names is None else names)], []
 
 
-def reason_of(error: BaseException) -> str:
-    """What an exception says, and those that it came from."""
-    said = str(error) or type(error).__name__
+def error_text(error: BaseException) -> str:
+    """The message of an exception, followed by those of its causes."""
+    message = str(error) or type(error).__name__
     cause = error.__cause__
-    return f"{said}: {reason_of(cause)}" if cause and str(cause) not in said else said
+    return f"{message}: {error_text(cause)}" if cause and str(cause) not in message else message

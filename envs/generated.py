@@ -1,4 +1,4 @@
-"""What envs share that take several values in one argument, or make their problems up."""
+"""Helpers of envs: arguments with several values, and generated problems."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -7,37 +7,37 @@ from rlora.records import Prompt, RloraError
 
 
 def listed(value: object) -> list[str]:
-    """Of "a, b", as a config gives several, or of a sequence of them: each as text."""
-    each = value.split(",") if isinstance(value, str) else value if isinstance(value, Sequence) else [value]
-    return [str(part).strip() for part in each if str(part).strip()]
+    """The values of "a, b" (the form in a config), of a sequence, or of a single value, as text."""
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, Sequence) else [value]
+    return [str(part).strip() for part in parts if str(part).strip()]
 
 
-def counts(name: str, given: int | str | Sequence[int], low: int, high: int) -> list[int]:
-    """The integers of "2,3", 2 or [2, 3]. Raises RloraError for others than `low` to `high`."""
-    parts = listed(given)
+def counts(name: str, value: int | str | Sequence[int], low: int, high: int) -> list[int]:
+    """The integers of "2,3", 2 or [2, 3]. Raises RloraError if one is not in `low`..`high`."""
+    parts = listed(value)
     if not parts or not all(part.isdecimal() and low <= int(part) <= high for part in parts):
-        raise RloraError(f'env_args.{name} = {given!r}: use {low} to {high}, or several of them, as "{low},{low + 1}"')
+        raise RloraError(f'env_args.{name} = {value!r}: use {low} to {high}, or several such as "{low},{low + 1}"')
     return [int(part) for part in parts]
 
 
 def distinct(problems: Iterator[Prompt], size: int, held_out_size: int) -> list[Prompt]:
-    """The first so many that differ in their texts. Raises RloraError where there are not so many."""
+    """The first `size` + `held_out_size` problems with distinct texts. Raises RloraError if there are too few."""
     if size < 1 or held_out_size < 0:
         raise RloraError(f"env_args.size = {size}, held_out_size = {held_out_size}: use 1 or more, and 0 or more")
-    wanted = size + held_out_size
-    found: dict[str, Prompt] = {}
-    for prompt in itertools.islice(problems, 100 * wanted):
-        found.setdefault(str(prompt.text), prompt)
-        if len(found) == wanted:
-            return list(found.values())
+    count = size + held_out_size
+    problems_by_text: dict[str, Prompt] = {}
+    for prompt in itertools.islice(problems, 100 * count):
+        problems_by_text.setdefault(str(prompt.text), prompt)
+        if len(problems_by_text) == count:
+            return list(problems_by_text.values())
     raise RloraError(
-        f"env_args.size = {size}, held_out_size = {held_out_size}: only {len(found)} different problems were found; "
-        "lower one of them, or allow harder problems"
+        f"env_args.size = {size}, held_out_size = {held_out_size}: only {len(problems_by_text)} distinct problems "
+        "were found; lower one of them, or allow harder problems"
     )
 
 
 class Generated:
-    """An env whose prompts are made: the first of them are held out."""
+    """An env with generated prompts, of which the first are held out."""
 
     _size: int
     _held_out_size: int
@@ -52,5 +52,5 @@ class Generated:
         return distinct(self._problems(), self._size, self._held_out_size)
 
     def _problems(self) -> Iterator[Prompt]:
-        """Problems without end, the same each time."""
+        """An endless stream of problems, deterministic for a seed."""
         raise NotImplementedError

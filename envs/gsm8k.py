@@ -14,12 +14,12 @@ TEMPLATE = "{question}\nReason step by step, and end with the answer as a number
 class GSM8K(Table):
     """`path` is a hub id, or a local directory with train.jsonl and test.jsonl; the test split is held out.
 
-    Rows have `question` and `answer`; the gold answer is what follows #### in `answer`. `template` holds {question}.
+    Rows have `question` and `answer`; the gold answer follows #### in `answer`. `template` contains {question}.
     """
 
     def __init__(self, path: str = "openai/gsm8k", template: str = TEMPLATE) -> None:
         if "{question}" not in template:
-            raise RloraError(f"env_args.template = {template!r}: it needs {{question}} where the problem goes")
+            raise RloraError(f"env_args.template = {template!r}: it needs the placeholder {{question}}")
         super().__init__(path, "main", held_out_split="test", template=template)
         self._rows = {"train": super().train(), "test": super().held_out()}
 
@@ -29,9 +29,9 @@ class GSM8K(Table):
     def held_out(self) -> Sequence[Prompt]:
         return self._rows["test"]
 
-    def gold(self, value: Any, where: str) -> int:
+    def gold(self, value: Any, source: str) -> int:
         """The integer after ####."""
         gold = str(value).rpartition("####")[2].strip().replace(",", "")
         if not re.fullmatch(r"-?[0-9]+", gold):
-            raise RloraError(f"{where}: answer = {value!r} has no integer after ####; mend or drop the row")
+            raise RloraError(f"{source}: answer = {value!r} has no integer after ####; fix or drop the row")
         return int(gold)

@@ -1,7 +1,8 @@
 """Tasks of reasoning-gym (Stojanovski et al. 2025, arXiv:2505.24760) by name. Needs the extra `gym`.
 
-Its generators make the problems; `rewards/gym.py` grades them. Its own scorers are never called: several evaluate what
-a model wrote. So only tasks are taken that have one right answer, written in one way.
+The library generates the problems and `rewards/gym.py` grades them. The library's scorers are never called, because
+several of them evaluate the model's text as code. Therefore only tasks with a single correct answer, with a single
+spelling, are supported.
 """
 
 import importlib
@@ -36,17 +37,17 @@ _SEVERAL_ANSWERS = (
     "path_star", "puzzle24", "quantum_lock", "rubiks_cube", "rush_hour", "sentence_reordering", "shortest_path",
     "sokoban", "sudoku", "survo", "tower_of_hanoi", "tsumego", "word_ladder",
 )  # fmt: skip
-_REFUSED = {
-    **dict.fromkeys(_SEVERAL_FORMS, "its right answer can be written in several ways"),
-    **dict.fromkeys(_SEVERAL_ANSWERS, "it may have several right answers; rlora.envs.countdown has Countdown and 24"),
-    "composite": "it mixes others; name these",
+_UNSUPPORTED = {
+    **dict.fromkeys(_SEVERAL_FORMS, "its correct answer can be written in several ways"),
+    **dict.fromkeys(_SEVERAL_ANSWERS, "it may have several correct answers; rlora.envs.countdown has Countdown and 24"),
+    "composite": "it mixes other tasks; list those",
 }
 
 
 class ReasoningGym:
-    """`size` problems of `tasks`, "gcd,lcm", in turn, and `held_out_size` others; other arguments are the tasks' own.
+    """`size` problems of `tasks` ("gcd,lcm") in turn, and `held_out_size` held-out ones. The tasks get other arguments.
 
-    Reward: `rlora.rewards.gym:gym_answer`. Rewards may ask for `task` and `difficulty`, which the task gives.
+    Reward: `rlora.rewards.gym:gym_answer`. Columns for rewards: `task`, and the task's `difficulty`.
     """
 
     def __init__(
@@ -55,23 +56,23 @@ class ReasoningGym:
         self._tasks = listed(tasks)
         for task in self._tasks or [""]:
             if task not in TASKS:
-                why = _REFUSED.get(task, f"there is no such task; use some of {', '.join(sorted(TASKS))}")
-                raise RloraError(f"env_args.tasks = {tasks!r}: {task!r} can't be graded: {why}")
+                reason = _UNSUPPORTED.get(task, f"there is no such task; use some of {', '.join(sorted(TASKS))}")
+                raise RloraError(f"env_args.tasks = {tasks!r}: {task!r} can't be graded: {reason}")
         if size < 1 or held_out_size < 0:
             raise RloraError(f"env_args.size = {size}, held_out_size = {held_out_size}: use 1 or more, and 0 or more")
         self._size, self._held_out_size, self._seed, self._args = size, held_out_size, seed, args
 
     def train(self) -> Iterator[Prompt]:
-        """Without those that are held out."""
+        """The training problems, without any that are also held out."""
         held_out = {prompt.text for prompt in self.held_out()}
-        made = self._made(self._held_out_size, self._held_out_size + self._size)
-        return (prompt for prompt in made if prompt.text not in held_out)
+        prompts = self._generate(self._held_out_size, self._held_out_size + self._size)
+        return (prompt for prompt in prompts if prompt.text not in held_out)
 
     def held_out(self) -> Iterator[Prompt]:
-        return self._made(0, self._held_out_size)
+        return self._generate(0, self._held_out_size)
 
-    def _made(self, start: int, end: int) -> Iterator[Prompt]:
-        """The problems of some numbers: each is made from the seed plus its number."""
+    def _generate(self, start: int, end: int) -> Iterator[Prompt]:
+        """The problems with numbers `start`..`end` - 1; each is generated from the seed plus its number."""
         try:
             reasoning_gym = importlib.import_module("reasoning_gym")
         except ImportError:
@@ -81,10 +82,13 @@ class ReasoningGym:
                 reasoning_gym.create_dataset(task, seed=self._seed, size=self._size + self._held_out_size, **self._args)
                 for task in self._tasks
             ]
-        except Exception as error:  # of the task's own config
-            raise RloraError(f"env_args.tasks: {', '.join(self._tasks)} take no {self._args!r} ({error})") from error
+        except Exception as error:  # raised by the task's config
+            raise RloraError(
+                f"env_args.tasks: {', '.join(self._tasks)} do not accept {self._args!r} ({error}); change the arguments"
+            ) from error
         for number in range(start, end):
             task = self._tasks[number % len(sources)]
-            made = sources[number % len(sources)][number]
-            columns = {"task": task, "difficulty": str(made["metadata"].get("difficulty", ""))}
-            yield Prompt(f"{made['question'].strip()}\n{INSTRUCTION}", answer=str(made["answer"]), columns=columns)
+            problem = sources[number % len(sources)][number]
+            columns = {"task": task, "difficulty": str(problem["metadata"].get("difficulty", ""))}
+            text = f"{problem['question'].strip()}\n{INSTRUCTION}"
+            yield Prompt(text, answer=str(problem["answer"]), columns=columns)

@@ -1,4 +1,4 @@
-"""A Python tool for any env: the policy writes code in its text, gets what it prints, and goes on.
+"""A Python tool for any env: the policy writes code in its message, reads its output, and continues.
 
 policy  <python>print(347 * 28)</python>
 env                                     <result>9716</result>
@@ -20,11 +20,11 @@ _CALL = re.compile(r"<python>((?:(?!<python>).)*)</python>\s*$", re.DOTALL)
 
 
 class PythonTool:
-    """The env that `env` names, built with the other arguments, where the policy may run Python; see sandbox.py.
+    """Wraps the env that `env` names, built with the other arguments, so that the policy can run Python in sandbox.py.
 
-    It is off unless `allow_python` is true. `instruction` is put after each problem. The code gets `seconds`,
-    `memory_mib` and the standard library, and the policy the first `characters` that it prints. A message that does not
-    end with code, or ends with one piece more than `max_calls`, is the last. The reward is the other env's own.
+    Requires `allow_python` = true. `instruction` is appended to each problem. The code gets `seconds`, `memory_mib` and
+    the standard library; the policy gets the first `characters` of its output. The episode ends with the first message
+    that has no code at its end, or that exceeds `max_calls`. Reward: that of the wrapped env.
     """
 
     stop = ("</python>",)
@@ -42,38 +42,38 @@ class PythonTool:
     ) -> None:
         if not allow_python:
             raise RloraError(
-                "env_args.allow_python = false: the env runs what the model writes, in a sandbox; set it to true "
-                "to let it"
+                "env_args.allow_python = false: this env runs code that the model writes, in a sandbox; set it to true "
+                "to allow that"
             )
         for name, value in (("max_calls", max_calls), ("seconds", seconds), ("characters", characters)):
             if value <= 0:
-                raise RloraError(f"env_args.{name} = {value}: use more than 0")
+                raise RloraError(f"env_args.{name} = {value}: use a positive number")
         if memory_mib < 64:
-            raise RloraError(f"env_args.memory_mib = {memory_mib}: Python itself needs 64")
+            raise RloraError(f"env_args.memory_mib = {memory_mib}: use 64 or more, which Python itself needs")
         self._env, self._env_args, self._instruction = env, env_args, instruction
         self._max_calls = max_calls
         self._limits = (seconds, memory_mib, characters)
 
     def train(self) -> Iterable[Prompt]:
-        run("", seconds=60.0)  # raises where it can't be confined, before anything is sampled
-        return self._instructed(load("env_args.env", self._env)(**self._env_args).train())
+        run("", seconds=60.0)  # raises RloraError before sampling if the sandbox does not work
+        return self._with_instructions(load("env_args.env", self._env)(**self._env_args).train())
 
     def held_out(self) -> Iterable[Prompt]:
-        return self._instructed(load("env_args.env", self._env)(**self._env_args).held_out())
+        return self._with_instructions(load("env_args.env", self._env)(**self._env_args).held_out())
 
     def reply(self, prompt: Prompt, message: str, state: dict[str, Any]) -> str | None:
-        """What the code that the message ends with has printed."""
+        """The output of the code at the end of the message; None without code."""
         call = _CALL.search(message)
         state["calls"] = state.get("calls", 0) + bool(call)
         if not call or state["calls"] > self._max_calls:
             return None
         return f"\n<result>\n{run(call[1].strip(), *self._limits).strip()}\n</result>\n"
 
-    def _instructed(self, prompts: Iterable[Prompt]) -> Iterable[Prompt]:
+    def _with_instructions(self, prompts: Iterable[Prompt]) -> Iterable[Prompt]:
         return [replace(prompt, text=self._with_instruction(prompt.text)) for prompt in prompts]
 
     def _with_instruction(self, text: str | Messages) -> str | Messages:
         if isinstance(text, str):
             return f"{text}\n{self._instruction}"
-        *before, last = text
-        return [*before, {**last, "content": f"{last['content']}\n{self._instruction}"}]
+        *earlier, last = text
+        return [*earlier, {**last, "content": f"{last['content']}\n{self._instruction}"}]

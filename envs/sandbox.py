@@ -1,14 +1,14 @@
-"""Runs a model's Python code where it can do no harm: in a process of its own that can reach nothing. Linux only.
+"""Runs a model's Python code in a confined process. Linux only.
 
-`run` starts this file as a script, which takes from itself, before it runs the code that comes on its standard input:
+`run` starts this file as a script. Before it runs the code from its standard input, the script gives up:
 
-- the network and other processes: new user, network, IPC and process namespaces, so that there is no process to signal,
-  and with the first process in them all others die;
-- files: Landlock lets it read Python's own library and the system's, and write in a directory of 16 MiB in memory;
-- processes, sockets and other programs: seccomp lets it start threads only;
-- time and memory: resource limits, and the caller ends it when its time is over.
+- network and other processes: new user, network, IPC and process namespaces, so that it sees no process to signal, and
+  the kernel kills all processes of the namespace when the first one ends;
+- files: Landlock allows it to read the libraries of Python and the system, and to write to 16 MiB in memory;
+- new processes, sockets and programs: seccomp allows it to start threads only;
+- time and memory: resource limits, and the caller kills it after its time limit.
 
-Where one of these can't be had it runs nothing. See landlock(7), seccomp(2), user_namespaces(7).
+If one of these is unavailable, nothing runs. See landlock(7), seccomp(2), user_namespaces(7).
 """
 
 import ctypes
@@ -23,15 +23,15 @@ import sysconfig
 import tempfile
 import traceback
 
-_PDEATHSIG, _SECCOMP, _NO_NEW_PRIVS = 1, 22, 38  # of prctl
+_PDEATHSIG, _SECCOMP, _NO_NEW_PRIVS = 1, 22, 38  # prctl options
 _NAMESPACES = 0x10000000 | 0x40000000 | 0x20000000 | 0x08000000 | 0x00020000  # user, network, process, IPC, mounts
-_RULESET, _ADD_RULE, _RESTRICT = 444, 445, 446  # Landlock's system calls, the same on all machines
+_RULESET, _ADD_RULE, _RESTRICT = 444, 445, 446  # Landlock's system calls, the same on all architectures
 _READ, _ALL = 0b1100, (1 << 16) - 1  # Landlock: read files and directories; everything up to its version 5
 _LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/dev/null", "/dev/urandom")
-# Of a machine: seccomp's number for it, and system calls that are refused: those that open sockets (and io_uring, which
-# could); start processes and programs; change what Landlock does not look after, as modes, owners, times and attributes
-# of files; hold memory that no limit counts (System V's); let it outlive its caller (prctl); or go into the depths of
-# the kernel (ptrace, keys, bpf, perf, userfaultfd, namespaces). Last, clone.
+# By machine: seccomp's architecture number, the denied system calls, and the number of clone. Denied are calls that
+# open sockets (also io_uring, which could); start processes and programs; change what Landlock does not cover (modes,
+# owners, times and attributes of files); hold memory that no limit counts (System V); let the process outlive its
+# caller (prctl); or reach deep into the kernel (ptrace, keys, bpf, perf, userfaultfd, namespaces).
 _CALLS = {
     "x86_64": (
         0xC000003E,
@@ -48,27 +48,27 @@ _CALLS = {
     ),
 }  # fmt: skip
 _CLONE3, _CLONE_THREAD = 435, 0x10000
-_KILLED = 128  # exit status of what a signal has ended
-_FILE_BYTES = 2**20  # the longest file that it may write, its output among them
+_KILLED = 128  # exit status if a signal ended the code
+_FILE_BYTES = 2**20  # size limit of each file that it writes, including its output
 
 
 def run(code: str, seconds: float = 5.0, memory_mib: int = 512, characters: int = 2000) -> str:
-    """What the code prints, errors included, cut to so many `characters`.
+    """The output of the code, including errors, cut to `characters`. Its limits are `seconds` and `memory_mib`.
 
-    It may take `seconds` and `memory_mib`. Raises RloraError where the machine can't confine it.
+    Raises RloraError if the machine can't confine the code.
     """
-    from rlora.records import RloraError  # the script below has no rlora
+    from rlora.records import RloraError  # not at the top of the file: the script runs without rlora
 
     if sys.platform != "linux":
-        raise RloraError(f"the Python tool: it needs Linux, and this is {sys.platform}; set allow_python = false")
+        raise RloraError(f"the Python tool needs Linux, and this is {sys.platform}; set env_args.allow_python = false")
     with tempfile.TemporaryDirectory() as home, tempfile.TemporaryFile() as output:
-        confined, told = os.pipe()
-        command = [sys.executable, "-I", __file__, str(told), str(seconds), str(memory_mib)]
+        status_pipe, script_pipe = os.pipe()
+        command = [sys.executable, "-I", __file__, str(script_pipe), str(seconds), str(memory_mib)]
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=output, stderr=output, cwd=home, env={}, pass_fds=(told,),
-            start_new_session=True,
+            command, stdin=subprocess.PIPE, stdout=output, stderr=output, cwd=home, env={},
+            pass_fds=(script_pipe,), start_new_session=True,
         )  # fmt: skip
-        os.close(told)
+        os.close(script_pipe)
         late = False
         try:
             process.communicate(code.encode("utf-8", "replace"), timeout=seconds)
@@ -78,19 +78,21 @@ def run(code: str, seconds: float = 5.0, memory_mib: int = 512, characters: int 
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        with os.fdopen(confined, "rb") as pipe:
+        with os.fdopen(status_pipe, "rb") as pipe:
             is_confined = pipe.read() == b"confined"
         output.seek(0)
         text = output.read(4 * characters + 4).decode("utf-8", "replace")
     if not is_confined and not late:
-        raise RloraError(f"the Python tool: this machine can't confine it ({text.strip()}); set allow_python = false")
+        raise RloraError(
+            f"the Python tool: this machine can't confine code ({text.strip()}); set env_args.allow_python = false"
+        )
     text = text if len(text) <= characters else text[:characters] + "..."
     return f"{text}\ntime is over" if late else f"{text}\nit was ended" if process.returncode == _KILLED else text
 
 
 def _main() -> None:
-    """Confine this process, and run the code of standard input in a child that is alone in its namespaces."""
-    told, seconds, memory_mib = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
+    """Confine this process, and run the code from standard input in a child that is alone in its namespaces."""
+    status_pipe, seconds, memory_mib = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PDEATHSIG, signal.SIGKILL)
     code = sys.stdin.buffer.read().decode()
@@ -98,13 +100,13 @@ def _main() -> None:
     _must(libc.unshare(_NAMESPACES), "namespaces")
     for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
         with open(f"/proc/self/{name}", "w") as file:
-            file.write(text)  # the same user and group: without any, nothing can be mounted
+            file.write(text)  # map the same user and group: mounting needs a mapping
     home = os.getcwd()
     _must(libc.mount(b"none", home.encode(), b"tmpfs", 0, b"size=16m,nr_inodes=1k"), "file system in memory")
     os.chdir(home)
     child = os.fork()
     if child:
-        os.close(told)
+        os.close(status_pipe)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         os._exit(status if status >= 0 else _KILLED)
     libc.prctl(_PDEATHSIG, signal.SIGKILL)
@@ -112,13 +114,13 @@ def _main() -> None:
     _limit(seconds, memory_mib)
     _confine_files(libc)
     _confine_calls(libc)
-    os.write(told, b"confined")
-    os.close(told)
+    os.write(status_pipe, b"confined")
+    os.close(status_pipe)
     try:
         exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
     except Exception as error:
-        sys.stdout.flush()  # what it printed comes before what went wrong
-        trace = error.__traceback__.tb_next if error.__traceback__ else None  # without this file's own frame
+        sys.stdout.flush()  # its output comes before the error
+        trace = error.__traceback__.tb_next if error.__traceback__ else None  # without this file's frame
         traceback.print_exception(error.with_traceback(trace), chain=False)
 
 
@@ -136,11 +138,11 @@ def _limit(seconds: float, memory_mib: int) -> None:
 
 
 def _confine_files(libc: ctypes.CDLL) -> None:
-    """Read the libraries, write in the working directory: nothing else."""
+    """Allow reading the libraries and writing to the working directory, and nothing else."""
     version = libc.syscall(_RULESET, None, ctypes.c_size_t(0), 1)
-    _must(-1 if version < 3 else 0, "Landlock of version 3")  # before it files may be cut to nothing
+    _must(-1 if version < 3 else 0, "Landlock of version 3")  # earlier versions can't deny truncating files
     handled = _ALL if version >= 5 else _ALL >> 1
-    scoped = 0b11 if version >= 6 else 0  # no signals, no abstract sockets
+    scoped = 0b11 if version >= 6 else 0  # deny signals and abstract sockets
     attributes = struct.pack("=QQQ", handled, 0, scoped)[: 24 if version >= 6 else 8]
     ruleset = libc.syscall(_RULESET, attributes, ctypes.c_size_t(len(attributes)), 0)
     _must(ruleset, "a Landlock ruleset")
@@ -148,7 +150,7 @@ def _confine_files(libc: ctypes.CDLL) -> None:
     rules = [(path, _READ) for path in (*_LIBRARIES, *python) if os.path.exists(path)] + [(".", handled & ~1)]
     for path, access in rules:
         descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        allowed = access if os.path.isdir(path) else access & 0b0110  # a file is not listed
+        allowed = access if os.path.isdir(path) else access & 0b0110  # files: no directory rights
         rule = struct.pack("=Qi", allowed, descriptor)
         _must(libc.syscall(_ADD_RULE, ruleset, 1, rule, 0), f"a Landlock rule for {path}")
         os.close(descriptor)
@@ -157,30 +159,30 @@ def _confine_files(libc: ctypes.CDLL) -> None:
 
 
 def _confine_calls(libc: ctypes.CDLL) -> None:
-    """Refuse the system calls that start processes and programs, or open sockets (seccomp, in classic BPF)."""
+    """Deny the system calls in `_CALLS` and clone without threads (seccomp, in classic BPF)."""
     machine = platform.machine()
     _must(0 if machine in _CALLS else -1, f"seccomp on {machine}")
-    audit, refused, clone = _CALLS[machine]
-    load, equal, above, bits, give = 0x20, 0x15, 0x35, 0x45, 0x06
+    audit, denied, clone = _CALLS[machine]
+    load, equal, at_least, bits, ret = 0x20, 0x15, 0x35, 0x45, 0x06
     kill, error, allow = 0x80000000, 0x00050000, 0x7FFF0000
-    no, not_there = error | 1, error | 38  # EPERM; ENOSYS, after which libc starts threads by clone
+    eperm, enosys = error | 1, error | 38  # after ENOSYS, libc starts threads with clone
     program = [
-        (load, 0, 0, 4), (equal, 1, 0, audit), (give, 0, 0, kill),  # another machine's calls
-        (load, 0, 0, 0), (above, 0, 1, 0x40000000), (give, 0, 0, kill),  # x32's
-        (equal, 0, 1, _CLONE3), (give, 0, 0, not_there),
-        *(step for call in refused for step in ((equal, 0, 1, call), (give, 0, 0, no))),
-        (equal, 0, 3, clone), (load, 0, 0, 16), (bits, 1, 0, _CLONE_THREAD), (give, 0, 0, no),
-        (give, 0, 0, allow),
+        (load, 0, 0, 4), (equal, 1, 0, audit), (ret, 0, 0, kill),  # calls of a different architecture
+        (load, 0, 0, 0), (at_least, 0, 1, 0x40000000), (ret, 0, 0, kill),  # x32 calls
+        (equal, 0, 1, _CLONE3), (ret, 0, 0, enosys),
+        *(step for call in denied for step in ((equal, 0, 1, call), (ret, 0, 0, eperm))),
+        (equal, 0, 3, clone), (load, 0, 0, 16), (bits, 1, 0, _CLONE_THREAD), (ret, 0, 0, eperm),
+        (ret, 0, 0, allow),
     ]  # fmt: skip
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in program))
     pointer = struct.pack("@HP", len(program), ctypes.addressof(code))
     _must(libc.prctl(_SECCOMP, 2, pointer, 0, 0), "seccomp")
 
 
-def _must(result: int, what: str) -> None:
-    """End where a system call has failed."""
+def _must(result: int, feature: str) -> None:
+    """Exit if a system call failed."""
     if result < 0:
-        os.write(2, f"no {what}: {os.strerror(ctypes.get_errno())}".encode())
+        os.write(2, f"no {feature}: {os.strerror(ctypes.get_errno())}".encode())
         os._exit(1)
 
 

@@ -1,4 +1,4 @@
-"""Tasksets of verifiers (Prime Intellect; version 0.4, `verifiers.v1`) of one turn. Needs the extra `verifiers`."""
+"""Single-turn tasksets of verifiers (Prime Intellect; version 0.4, `verifiers.v1`). Needs the extra `verifiers`."""
 
 import importlib
 import inspect
@@ -10,16 +10,16 @@ from rlora.records import Prompt, RloraError
 
 
 class Verifiers:
-    """The tasks of the installed taskset `taskset`, a share of them held out; other arguments are its config's.
+    """The tasks of the installed taskset `taskset`; `held_out_share` of them are held out. `config` goes to its config.
 
-    Reward: `rlora.rewards.verifiers_rubric:rubric`, which runs the task's own reward functions. It knows single turns
-    only: tasks that need tools or containers are refused. Of a taskset without an end `limit` is how
-    many tasks are taken; 0 is all.
+    Reward: `rlora.rewards.verifiers_rubric:rubric`, which runs the task's reward functions. Only single-turn tasks are
+    supported: tasks that need tools or containers are an error. `limit` is the number of tasks to use, 0 for all; an
+    infinite taskset needs it.
     """
 
     def __init__(self, taskset: str, held_out_share: float = 0.1, seed: int = 0, limit: int = 0, **config: Any) -> None:
         if not 0 <= held_out_share < 1:
-            raise RloraError(f"env_args.held_out_share = {held_out_share}: use a share from 0 to below 1")
+            raise RloraError(f"env_args.held_out_share = {held_out_share}: use 0 <= share < 1")
         self._taskset, self._config = taskset, config
         self._share, self._seed, self._limit = held_out_share, seed, limit
 
@@ -32,11 +32,11 @@ class Verifiers:
         return prompts[: round(len(prompts) * self._share)]
 
     def _prompts(self) -> list[Prompt]:
-        prompts = list(self._made())
+        prompts = list(self._load())
         random.Random(self._seed).shuffle(prompts)
         return prompts
 
-    def _made(self) -> Iterator[Prompt]:
+    def _load(self) -> Iterator[Prompt]:
         try:
             loaders = importlib.import_module("verifiers.v1.utils.loaders")
             generic = importlib.import_module("verifiers.v1.utils.generic")
@@ -44,15 +44,15 @@ class Verifiers:
         except ImportError:
             raise RloraError("env: verifiers 0.4 is not installed; pip install 'rlora[verifiers]'") from None
         try:
-            kind = loaders.taskset_class(self._taskset)
-            form = generic.concrete_type(kind, configs.TasksetConfig) or configs.TasksetConfig
-            taskset = kind(form(id=self._taskset, **self._config))
-        except Exception as error:  # of the package that has it, and of its config
+            taskset_class = loaders.taskset_class(self._taskset)
+            config_class = generic.concrete_type(taskset_class, configs.TasksetConfig) or configs.TasksetConfig
+            taskset = taskset_class(config_class(id=self._taskset, **self._config))
+        except Exception as error:  # raised by the taskset's package or by its config
             raise RloraError(f"env_args.taskset = {self._taskset!r}: it can't be loaded ({error})") from error
         if not taskset.bounded and not self._limit:
-            raise RloraError(f"env_args.limit = 0: {self._taskset} has no end; say how many tasks to take")
-        if kind.toolsets(taskset.config):
-            raise RloraError(f"env_args.taskset = {self._taskset!r}: its tasks need tools, which rlora can't serve")
+            raise RloraError(f"env_args.limit = 0: {self._taskset} is infinite; set the number of tasks to use")
+        if taskset_class.toolsets(taskset.config):
+            raise RloraError(f"env_args.taskset = {self._taskset!r}: its tasks need tools, which are not supported")
         for task in taskset.take(self._limit) if self._limit else taskset:
             if (
                 task.NEEDS_CONTAINER
@@ -62,7 +62,7 @@ class Verifiers:
             ):
                 raise RloraError(
                     f"env_args.taskset = {self._taskset!r}: task {task.data.idx} needs a container, tools or a user; "
-                    "only tasks of one turn are supported"
+                    "only single-turn tasks are supported"
                 )
             data = task.data.model_dump(mode="json")
             columns = {"taskset": self._taskset, "taskset_config": self._config, "task": data}
@@ -72,5 +72,5 @@ class Verifiers:
 def _messages(data: dict[str, Any]) -> list[dict[str, str]]:
     system, prompt = data.get("system_prompt"), data["prompt"]
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    before = [{"role": "system", "content": system}] if system else []
-    return before + [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+    system_turns = [{"role": "system", "content": system}] if system else []
+    return system_turns + [{"role": turn["role"], "content": turn["content"]} for turn in turns]

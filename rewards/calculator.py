@@ -1,4 +1,4 @@
-"""The reward of the calculator agent: an answer has to be given, and what the tool has said does not count as one."""
+"""Reward of the calculator agent. The agent must state the answer itself: a tool result does not count."""
 
 from typing import Any
 
@@ -6,13 +6,13 @@ from .integer import gold_integer, last_integer
 
 
 def answered(completion: str, answer: Any) -> str:
-    """A status: "correct" where the last integer after the last result of the tool is `answer`.
+    """The status: "correct" if the last integer after the tool's last result is `answer`.
 
-    The tool's results end with >>, so what stands before the last of these, and in a call that has got no result, is no
-    answer. Where the tool was not called the whole text counts. Raises RloraError where `answer` is no integer.
+    Tool results end with >>. Text up to the last >> is ignored, and so is a call (<<) that got no result. If the tool
+    was not called, the whole text counts. Raises RloraError if `answer` is not an integer.
     """
     gold = gold_integer(answer)
-    given = last_integer(completion.rpartition(">>")[2].partition("<<")[0])
-    if given is None:
+    value = last_integer(completion.rpartition(">>")[2].partition("<<")[0])
+    if value is None:
         return "unparsable"
-    return "correct" if given == gold else "wrong"
+    return "correct" if value == gold else "wrong"

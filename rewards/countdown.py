@@ -1,4 +1,7 @@
-"""Whether an expression makes the target of a Countdown problem out of its numbers. It is parsed, never evaluated."""
+"""Reward of Countdown problems: an expression over the given numbers must equal the target.
+
+The expression is parsed, never evaluated as code.
+"""
 
 import ast
 import operator
@@ -20,23 +23,23 @@ _SIGNS = str.maketrans(
 )
 _LATEX = {"\\times": "*", "\\cdot": "*", "\\div": "/", "\\left": " ", "\\right": " "}
 _EXPRESSION = re.compile(r"[\d+\-*/() ]+", re.ASCII)
-_LONGEST = 200  # characters: then no number is longer, and parentheses are no deeper than the parser's own limit
+_MAX_LENGTH = 200  # characters; this also bounds numbers, and keeps parentheses within the parser's own depth limit
 _TAGS = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 _ANSWER_IS = re.compile(r".*\banswer(?:\s+is)?\s*[:=]?", re.IGNORECASE)
 
 
 def countdown_answer(completion: str, answer: Any, numbers: Any, use_all: bool = True) -> str:
-    """A status: "correct" where the completion's expression equals `answer` and uses `numbers` as it should.
+    """The status: "correct" if the completion's expression equals `answer` and uses `numbers` as required.
 
-    The expression stands in the last <answer> </answer>, else in the last \\boxed{}, else in the last line, after the
-    word "answer". It has + - * / (or the signs that print and LaTeX have for them), parentheses and integers. Each of
-    `numbers` may stand there once, and must where `use_all` is set. "= 24" may follow it. What stands in
-    <think> </think> does not count. `answer` and `numbers` may be text, as data sets hold them ("24", "[3, 3, 8, 8]").
-    Raises RloraError where one is no integer.
+    The expression is in the last <answer> </answer>, else in the last \\boxed{}, else in the last line, after the
+    word "answer"; text in <think> </think> is ignored. An expression consists of + - * / (typographic and LaTeX signs
+    too), parentheses and integers, and "= 24" may follow it. Each of `numbers` may be used once, and must be used if
+    `use_all` is true. `answer` and `numbers` may be text, as in data sets ("24", "[3, 3, 8, 8]"). Raises RloraError if
+    one of them is not an integer.
     """
-    target, given = gold_integer(answer), Counter(_given(numbers))
+    target, available = gold_integer(answer), Counter(_read_numbers(numbers))
     if not isinstance(use_all, bool):
-        raise RloraError(f"use_all = {use_all!r}: give true or false")
+        raise RloraError(f"use_all = {use_all!r}: use true or false")
     left, equals, right = _candidate(completion).partition("=")
     if equals and right.strip() != str(target):
         return "wrong" if re.fullmatch(r"\s*-?\d+\s*", right) else "unparsable"
@@ -48,26 +51,26 @@ def countdown_answer(completion: str, answer: Any, numbers: Any, use_all: bool =
         return "wrong"
     if value is None:
         return "unparsable"
-    fair = used == given if use_all else used <= given
-    return "correct" if fair and value == target else "wrong"
+    uses_numbers = used == available if use_all else used <= available
+    return "correct" if uses_numbers and value == target else "wrong"
 
 
-def _given(numbers: Any) -> list[int]:
-    """The numbers of a problem: a list of integers or of their texts, or a text with such a list in it."""
+def _read_numbers(numbers: Any) -> list[int]:
+    """The numbers of a problem, from a list of integers or of their texts, or from the text of such a list."""
     if isinstance(numbers, str):
         numbers = numbers.strip().strip("[](){}").replace(",", " ").split()
     elif not isinstance(numbers, Iterable):
         numbers = [numbers]
-    found = [gold_integer(each.strip("'\"") if isinstance(each, str) else each, "number") for each in numbers]
-    if not found:
-        raise RloraError("numbers: the problem has none; let the env give each prompt a column `numbers`, a list")
-    return found
+    integers = [gold_integer(item.strip("'\"") if isinstance(item, str) else item, "number") for item in numbers]
+    if not integers:
+        raise RloraError("numbers: the problem has none; make the env give each prompt a column `numbers`, a list")
+    return integers
 
 
 def _candidate(completion: str) -> str:
-    """The text of the expression, with plain signs; "" where there is none."""
+    """The text of the expression with ASCII operators; empty if there is none."""
     text = completion.rpartition("</think>")[2]
-    if "<think>" in text:  # it has not ended
+    if "<think>" in text:  # unclosed
         return ""
     tags = _TAGS.findall(text)
     box = text.rfind("\\boxed{")
@@ -77,8 +80,8 @@ def _candidate(completion: str) -> str:
         text = text[box + len("\\boxed{") :].partition("}")[0]
     else:
         lines = [line for line in text.splitlines() if line.strip()]
-        text = _ANSWER_IS.sub("", lines[-1][-4 * _LONGEST :]) if lines else ""
-    if len(text) > 4 * _LONGEST:
+        text = _ANSWER_IS.sub("", lines[-1][-4 * _MAX_LENGTH :]) if lines else ""
+    if len(text) > 4 * _MAX_LENGTH:
         return ""
     for command, sign in _LATEX.items():
         text = text.replace(command, sign)
@@ -86,9 +89,9 @@ def _candidate(completion: str) -> str:
 
 
 def _parse(text: str) -> ast.expr | None:
-    """The tree of an expression; None where it is too long or holds anything but digits and signs."""
+    """The syntax tree of an expression; None if it is invalid, too long or contains other characters."""
     text = text.strip()
-    if len(text) > _LONGEST or not _EXPRESSION.fullmatch(text):
+    if len(text) > _MAX_LENGTH or not _EXPRESSION.fullmatch(text):
         return None
     try:
         return ast.parse(text, mode="eval").body
@@ -97,7 +100,7 @@ def _parse(text: str) -> ast.expr | None:
 
 
 def _value(node: ast.expr, used: Counter[int]) -> Fraction | None:
-    """What it comes to, and in `used` its numbers; None where it is no expression. Raises ZeroDivisionError."""
+    """The value of an expression; None if it is invalid. Counts its numbers in `used`. Raises ZeroDivisionError."""
     if isinstance(node, ast.Constant) and isinstance(node.value, int):
         used[node.value] += 1
         return Fraction(node.value)

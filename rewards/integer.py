@@ -1,4 +1,4 @@
-"""The plainest verifiable reward: the last integer in the completion is the answer."""
+"""The simplest verifiable reward: the last integer in the completion is the answer."""
 
 import numbers
 import re
@@ -13,7 +13,7 @@ _SIGN = rf"[{_MINUS}+\uff0b]"
 _DIGITS = r"(?>\d{1,3}(?:,\d{3})+(?!\d)|\d+)"  # of any script, with thousands separators or without
 _INTEGER = re.compile(rf"({_SIGN}?)\s?({_DIGITS})(?:\.0*)?")
 _BASE = r"\s?(?:\\times|\\cdot|[*x\u00d7\u00b7])\s?10\s?(?:\^|\*\*)"
-_NUMBER = re.compile(  # with all that touches it
+_NUMBER = re.compile(  # a number and everything attached to it
     rf"""
     (?P<before>\^\s?\{{?\s?{_SIGN}?|(?<=\w)_\{{?|(?<=[\d)])\*\*{_SIGN}?|\u221a|\\sqrt\s?\{{?  # power, index, root
       |\\[cdt]?frac\s?\{{(?:[^{{}}]{{0,100}}\}}\s?\{{)?|(?<![\w.])\.)?
@@ -25,19 +25,19 @@ _NUMBER = re.compile(  # with all that touches it
     re.VERBOSE,
 )
 _SPACED_SIGN = re.compile(rf"(=\s?{_SIGN})\s(?=\d)")
-_LONGEST = 100  # digits and separators; the text is a model's, and int() of a very long one is slow or refused
+_MAX_DIGITS = 100  # with separators; int() of very long text is slow or raises, and the text comes from a model
 
 
 def last_integer(text: str) -> int | None:
-    """The last integer in `text`; thousands separators and zeros behind a point are allowed.
+    """The last integer in `text`, or None. Thousands separators and zeros after the decimal point are allowed.
 
-    A decimal, and a number with a power, a percent sign, an exponent of ten or the like, is no integer.
+    Decimals and numbers with a power, a percent sign, an exponent of ten or the like are not integers.
     """
-    if len(text) <= _LONGEST and (whole := _INTEGER.fullmatch(text.strip())):
-        return _value(whole[1], whole[2])
-    numbers = _NUMBER.finditer(_SPACED_SIGN.sub(r"\1", text))
-    integers = [each for each in numbers if each["before"] is None and each["behind"] is None]
-    if not integers or len(integers[-1]["digits"]) > _LONGEST:
+    if len(text) <= _MAX_DIGITS and (match := _INTEGER.fullmatch(text.strip())):
+        return _value(match[1], match[2])
+    matches = _NUMBER.finditer(_SPACED_SIGN.sub(r"\1", text))
+    integers = [number for number in matches if number["before"] is None and number["behind"] is None]
+    if not integers or len(integers[-1]["digits"]) > _MAX_DIGITS:
         return None
     return _value(integers[-1]["sign"], integers[-1]["digits"])
 
@@ -48,24 +48,24 @@ def _value(sign: str, digits: str) -> int:
 
 
 def gold_integer(gold: Any, name: str = "answer") -> int:
-    """A gold answer as an integer, which text may be. Raises RloraError that calls it `name` where it is none."""
+    """A gold answer, an integer or its text, as an integer. Raises RloraError, which names it `name`, for others."""
     if type(gold) is int:
         return gold
-    if isinstance(gold, str) and len(gold) <= _LONGEST and (found := _INTEGER.fullmatch(gold.strip())):
-        return _value(found[1], found[2])
+    if isinstance(gold, str) and len(gold) <= _MAX_DIGITS and (match := _INTEGER.fullmatch(gold.strip())):
+        return _value(match[1], match[2])
     if isinstance(gold, numbers.Real | Decimal) and not isinstance(gold, bool):
-        with suppress(ValueError, OverflowError):  # of NaN and infinity
+        with suppress(ValueError, OverflowError):  # NaN and infinity
             if int(gold) == gold:  # type: ignore[arg-type]
                 return int(gold)  # type: ignore[arg-type]
     raise RloraError(
-        f"the gold {name} {str(gold)[:60]!r} ({type(gold).__name__}) is no integer; let the env give one, or text that "
-        "is one and nothing else (env_args.answer_after cuts it out of a whole solution)"
+        f"the gold {name} {str(gold)[:60]!r} ({type(gold).__name__}) is not an integer: make the env return one, or "
+        "its text and nothing else (env_args.answer_after extracts it from a full solution)"
     )
 
 
 def integer_answer(completion: str, answer: Any) -> float:
-    """1 where the last integer of the completion is `answer`, an integer or its text, else 0.
+    """1 if the last integer of the completion equals `answer` (an integer or its text), else 0.
 
-    Raises RloraError where `answer` is none.
+    Raises RloraError if `answer` is not an integer.
     """
     return float(last_integer(completion) == gold_integer(answer))

@@ -1,6 +1,6 @@
-"""math-verify as a reward, for figures that compare with published ones: `pip install 'rlora[math-verify]'`.
+"""math-verify as a reward, for results that compare with published ones: `pip install 'rlora[math-verify]'`.
 
-`rlora.rewards.equivalence:math_answer` takes fewer wrong answers for right ones, and needs nothing installed.
+`rlora.rewards.equivalence:math_answer` accepts fewer wrong answers and needs no extra package.
 """
 
 import functools
@@ -13,22 +13,22 @@ from typing import Any
 
 from rlora.records import RloraError
 
-_SECONDS = 3  # to read a text, and to compare: all within `scoring.deadline` as it is by default
-_KEPT = 4096  # golds, parsed: each is compared with every completion of its prompt
+_SECONDS = 3  # per parse and per comparison; together they fit into the default `scoring.deadline`
+_CACHED_GOLDS = 4096  # parsed golds; each is compared with every completion of its prompt
 
 
 def answer(completion: str, answer: Any) -> str:
-    """A status: "correct" where `verify(parse(gold), parse(completion))`, with the library's own extraction configs.
+    """The status: "correct" if `verify(parse(gold), parse(completion))`, with the library's default extraction configs.
 
-    A gold without dollars and box is put into dollars, as LaTeX is only looked for there. Raises RloraError where
-    math-verify is not installed, or reads nothing in the gold.
+    A gold without dollars and box is wrapped in dollars, because math-verify looks for LaTeX only there. Raises
+    RloraError if math-verify is not installed or parses nothing from the gold.
     """
-    gold = _read_gold(_text(answer))
-    given = _read(completion)
-    if not given:
+    gold = _parse_gold(_gold_text(answer))
+    prediction = _parse(completion)
+    if not prediction:
         return "unparsable"
-    seconds = _SECONDS if _may_ring() else None
-    return "correct" if _library().verify(list(gold), given, timeout_seconds=seconds) else "wrong"
+    seconds = _SECONDS if _alarms_work() else None
+    return "correct" if _library().verify(list(gold), prediction, timeout_seconds=seconds) else "wrong"
 
 
 @functools.cache
@@ -40,34 +40,36 @@ def _library() -> Any:
             f"reward = 'rlora.rewards.math_verify:answer': math-verify can't be imported ({error}); run "
             "`pip install 'rlora[math-verify]'`, or use rlora.rewards.equivalence:math_answer"
         ) from error
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of each text that takes too long
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns about every text that takes too long
     return library
 
 
-def _may_ring() -> bool:
-    """Whether its timeouts, which are alarms, work here: on the main thread, where reward functions are called."""
+def _alarms_work() -> bool:
+    """Whether math-verify's timeouts work: they are alarms, which need the main thread. Workers call rewards there."""
     return threading.current_thread() is threading.main_thread()
 
 
-def _read(text: str) -> list[Any]:
-    read: list[Any] = _library().parse(text, parsing_timeout=_SECONDS if _may_ring() else None)
-    return read
+def _parse(text: str) -> list[Any]:
+    parsed: list[Any] = _library().parse(text, parsing_timeout=_SECONDS if _alarms_work() else None)
+    return parsed
 
 
-@functools.lru_cache(_KEPT)
-def _read_gold(text: str) -> tuple[Any, ...]:
-    read = _read(text if "$" in text or "boxed" in text or "\\(" in text or "\\[" in text else f"${text}$")
-    if not read:
-        raise RloraError(f"the gold answer {text[:60]!r}: math-verify reads nothing in it; let the env give another")
-    return tuple(read)
+@functools.lru_cache(_CACHED_GOLDS)
+def _parse_gold(text: str) -> tuple[Any, ...]:
+    parsed = _parse(text if "$" in text or "boxed" in text or "\\(" in text or "\\[" in text else f"${text}$")
+    if not parsed:
+        raise RloraError(
+            f"the gold answer {text[:60]!r}: math-verify parses nothing from it; make the env return a different one"
+        )
+    return tuple(parsed)
 
 
-def _text(gold: Any) -> str:
+def _gold_text(gold: Any) -> str:
     """A gold answer as text."""
     is_number = isinstance(gold, numbers.Number | Decimal) and not isinstance(gold, bool)
     if not (is_number or isinstance(gold, str)) or str(gold).strip().lower() in ("", "nan"):
         raise RloraError(
-            f"the gold answer {str(gold)[:60]!r} ({type(gold).__name__}) is neither text nor a number; let the env "
-            "give one of them"
+            f"the gold answer {str(gold)[:60]!r} ({type(gold).__name__}) is neither text nor a number; make the "
+            "env return one of them"
         )
     return str(gold)

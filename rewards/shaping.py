@@ -1,7 +1,7 @@
-"""Rewards for form and length, to stand beside one for the answer.
+"""Rewards for format and length, to be combined with a reward for the answer.
 
-A form is paid once and whole: a second block of a kind, one without a letter, a digit or a mathematical sign, and a tag
-in any other spelling earn nothing.
+A format earns 1 or 0: a second block of the same kind, a block without a letter, digit or mathematical sign, and a tag
+in any other spelling earn 0.
 """
 
 import html
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 _THINK_ANSWER = re.compile(r"<think>\n(.*)\n</think>\n<answer>\n(.*)\n</answer>", re.DOTALL)
 _THINK = re.compile(r"<think>(.*?)</think>.*", re.DOTALL)
 _KINDS = {"think": "think(?:ing)?|thoughts?", "answer": "answers?"}
-_TAG = r"<\s*/?\s*(?:{})\b[^<>]{{0,200}}>"  # in any case, with white space or attributes in it
+_TAG = r"<\s*/?\s*(?:{})\b[^<>]{{0,200}}>"  # any case, with optional white space and attributes
 _THINK_TAGS = re.compile(_TAG.format(_KINDS["think"]), re.IGNORECASE)
 _TAGS = re.compile(_TAG.format("|".join(_KINDS.values())), re.IGNORECASE)
 _ANY_TAG = re.compile(r"</?[a-zA-Z|!][^<>]{0,200}>")
@@ -21,7 +21,7 @@ _BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*")
 _COMMAND = re.compile(
     r"\\(?:(?P<name>[a-zA-Z]+)\*?|\\\*?(?:\s?\[\s?-?[\d.]{1,9}\s?[a-z]{2}\s?\])?|(?P<sign>.))|%[^\n]*", re.DOTALL
 )
-_HIDDEN = {  # commands, and how many of their arguments are not printed
+_HIDDEN = {  # command -> number of its arguments that are not printed
     **dict.fromkeys(("rule", "fcolorbox", "resizebox", "fontsize", "setlength", "setcounter", "newcommand"), 2),
     **dict.fromkeys(
         "begin end phantom hphantom vphantom hspace vspace label tag ref eqref cite color pagecolor textcolor "
@@ -30,12 +30,12 @@ _HIDDEN = {  # commands, and how many of their arguments are not printed
         1,
     ),
 }
-_OPTIONAL_ONLY = frozenset(["sqrt", "makebox", "framebox", "bbox"])  # of these only what stands in [] is not printed
-_COLUMNS = frozenset(["array", "tabular", "alignat", "alignedat", "subarray", "minipage"])  # with an argument more
+_OPTIONAL_ONLY = frozenset(["sqrt", "makebox", "framebox", "bbox"])  # only their [] argument is not printed
+_COLUMNS = frozenset(["array", "tabular", "alignat", "alignedat", "subarray", "minipage"])  # take one more argument
 _LENGTH = re.compile(r"\s{0,9}=?\s{0,9}(?:(?:to|spread)\s{0,9})?[-+]?[\d.]{1,20}\s{0,9}[a-z]{2}")
-_LENGTHS = frozenset(["hskip", "vskip", "mskip", "kern", "mkern", "hglue", "vglue", "hbox", "vbox"])  # before a length
+_LENGTHS = frozenset(["hskip", "vskip", "mskip", "kern", "mkern", "hglue", "vglue", "hbox", "vbox"])  # take a length
 _OPTION = re.compile(r"\s*(?:\[[^\[\]]{0,100}\]\s*)*")
-_SIGNS = frozenset(  # commands that print a letter or a mathematical sign; names of functions are letters
+_SIGNS = frozenset(  # commands that print a letter or a mathematical sign; function names count as letters
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau upsilon "
     "phi chi psi omega varepsilon vartheta varkappa varpi varrho varsigma varphi digamma Gamma Delta Theta Lambda "
     "Xi Pi Sigma Upsilon Phi Psi Omega infty emptyset varnothing aleph beth gimel daleth hbar hslash ell wp Re Im "
@@ -56,27 +56,25 @@ _BLANK = frozenset("\u115f\u1160\u3164\uffa0")  # letters that print as white sp
 
 
 def think_answer(completion: str) -> float:
-    """1 for <think> and <answer> on lines of their own, one after the other and nothing else, not even after them.
+    """1 if the completion is one <think> block and one <answer> block, with each tag on its own line and no other text.
 
-    open-r1's format reward, which lets more follow, and takes blocks that are empty or stand there twice.
+    open-r1's format reward, which also accepts text after the blocks, empty blocks and repeated blocks.
     """
-    found = _THINK_ANSWER.fullmatch(completion)
-    return float(
-        found is not None and len(_TAGS.findall(completion)) == 4 and all(map(_says_something, found.groups()))
-    )
+    match = _THINK_ANSWER.fullmatch(completion)
+    return float(match is not None and len(_TAGS.findall(completion)) == 4 and all(map(_has_content, match.groups())))
 
 
 def think(completion: str) -> float:
-    """1 where the completion begins with a <think> block that is closed and not empty, and holds no other tag of it.
+    """1 if the completion starts with a closed, non-empty <think> block and contains no other think tag.
 
-    TRL's `think_format_reward`, which lets a second </think> follow, and takes an empty block.
+    TRL's `think_format_reward`, which also accepts a second </think> and an empty block.
     """
-    found = _THINK.fullmatch(completion)
-    return float(found is not None and len(_THINK_TAGS.findall(completion)) == 2 and _says_something(found[1]))
+    match = _THINK.fullmatch(completion)
+    return float(match is not None and len(_THINK_TAGS.findall(completion)) == 2 and _has_content(match[1]))
 
 
 def boxed(completion: str) -> float:
-    r"""1 where there is just one box, a \boxed{} that is closed and not empty, after all thinking."""
+    r"""1 if there is exactly one box: a closed, non-empty \boxed{} after all thinking."""
     boxes = list(_BOX.finditer(completion))
     if len(boxes) != 1 or not boxes[0][0].startswith("\\boxed"):
         return 0.0
@@ -84,11 +82,11 @@ def boxed(completion: str) -> float:
     if tags and (tags[-1].start() > boxes[0].start() or not re.match(r"<\s*/", tags[-1][0])):
         return 0.0
     content, _ = _braced(completion, boxes[0].end())
-    return float(content is not None and _says_something(content))
+    return float(content is not None and _has_content(content))
 
 
 def _braced(text: str, start: int) -> tuple[str | None, int]:
-    """What stands in the braces that begin at `start`, and where they end; None where none begin, or none is closed."""
+    """Content and end of the braces that open at `start`; the content is None if they do not open or are not closed."""
     if not text.startswith("{", start):
         return None, start
     depth = 0
@@ -99,57 +97,57 @@ def _braced(text: str, start: int) -> tuple[str | None, int]:
     return None, len(text)
 
 
-def _says_something(text: str) -> bool:
-    """Whether a letter, a digit or a mathematical sign is printed, tags aside. A lone operator says nothing."""
+def _has_content(text: str) -> bool:
+    """Whether LaTeX prints a letter, a digit or a mathematical sign. Tags and operators do not count."""
     printed = _printed(html.unescape(_ANY_TAG.sub("", text)))
-    return bool(_EMPTY_SET.search(printed)) or any(map(_is_something, printed))
+    return bool(_EMPTY_SET.search(printed)) or any(map(_is_content, printed))
 
 
-def _is_something(sign: str) -> bool:
+def _is_content(sign: str) -> bool:
     category = unicodedata.category(sign)
     return (category[0] in "LN" and sign not in _BLANK) or (category == "Sm" and sign not in _OPERATORS)
 
 
 def _printed(text: str) -> str:
-    r"""A text as LaTeX prints it: commands that print nothing are left out, and x stands for one that prints a sign.
+    r"""The text as LaTeX prints it: commands that print nothing are removed, commands that print a sign become x.
 
-    Of braces only \{ and \} are printed.
+    Only the braces \{ and \} are kept.
     """
     printed, start = list[str](), 0
-    while found := _COMMAND.search(text, start):
-        printed.append(_BARE_BRACE.sub("", text[start : found.start()]))
-        start = found.end()
-        name = found["name"] or ""
+    while command := _COMMAND.search(text, start):
+        printed.append(_BARE_BRACE.sub("", text[start : command.start()]))
+        start = command.end()
+        name = command["name"] or ""
         if name in _SIGNS:
             printed.append("x")
-        elif found["sign"] in ("{", "}") or name in ("lbrace", "rbrace"):
-            printed.append("\\{" if "{" in found[0] or name == "lbrace" else "\\}")
+        elif command["sign"] in ("{", "}") or name in ("lbrace", "rbrace"):
+            printed.append("\\{" if "{" in command[0] or name == "lbrace" else "\\}")
         elif name:
-            start = _behind_arguments(text, name, start)
+            start = _skip_arguments(text, name, start)
     return "".join([*printed, _BARE_BRACE.sub("", text[start:])])
 
 
-def _behind_arguments(text: str, name: str, start: int) -> int:
-    """Where that ends of a command which is not printed."""
+def _skip_arguments(text: str, name: str, start: int) -> int:
+    """End of the arguments of a command that are not printed."""
     if name in _LENGTHS and (length := _LENGTH.match(text, start)):
         return length.end()
     for _ in range(_HIDDEN.get(name, 0)):
-        start = _behind_options(text, start)
+        start = _skip_options(text, start)
         if name in _OPTIONAL_ONLY:
             return start
         content, start = _argument(text, start)
         if name == "begin" and content.rstrip("*") in _COLUMNS:
-            start = _argument(text, _behind_options(text, start))[1]
+            start = _argument(text, _skip_options(text, start))[1]
     return start
 
 
-def _behind_options(text: str, start: int) -> int:
-    found = _OPTION.match(text, start)
-    return found.end() if found else start
+def _skip_options(text: str, start: int) -> int:
+    match = _OPTION.match(text, start)
+    return match.end() if match else start
 
 
 def _argument(text: str, start: int) -> tuple[str, int]:
-    """An argument, in braces or a single sign, and where it ends."""
+    """An argument (in braces or a single token), and its end."""
     content, end = _braced(text, start)
     if end > start:
         return content or "", end
@@ -158,14 +156,14 @@ def _argument(text: str, start: int) -> tuple[str, int]:
 
 
 def short(completion_ids: Sequence[int], budget: int = 512) -> float:
-    """1 up to `budget` tokens, and budget / length beyond."""
+    """1 up to `budget` tokens, then budget / length."""
     return min(1.0, budget / max(1, len(completion_ids)))
 
 
 def shortest(completions: Sequence[str], completion_ids: Sequence[Sequence[int]]) -> list[float]:
-    """0.5 for the shortest of a group to -0.5 for the longest (Kimi k1.5, arXiv:2501.12599, section 2.3.3).
+    """From 0.5 for a group's shortest completion to -0.5 for its longest (Kimi k1.5, arXiv:2501.12599, section 2.3.3).
 
-    There only right answers earn what is above 0: give it a small weight beside a reward for the answer.
+    The paper gives positive values to right answers only. Use a small weight beside a reward for the answer.
     """
     lengths = [len(ids) for ids in completion_ids]
     low, high = min(lengths), max(lengths)
@@ -173,12 +171,12 @@ def shortest(completions: Sequence[str], completion_ids: Sequence[Sequence[int]]
 
 
 def repeated(completion: str, words: int = 3) -> float:
-    """1 less the share of runs of `words` words that come again (open-r1's repetition penalty, plus 1)."""
-    said = completion.lower().split()
-    runs = [tuple(said[i : i + words]) for i in range(len(said) - words + 1)]
-    return len(set(runs)) / len(runs) if runs else 1.0
+    """1 minus the share of repeated n-grams of `words` words (open-r1's repetition penalty, plus 1)."""
+    tokens = completion.lower().split()
+    ngrams = [tuple(tokens[i : i + words]) for i in range(len(tokens) - words + 1)]
+    return len(set(ngrams)) / len(ngrams) if ngrams else 1.0
 
 
 def cosine(completion_ids: Sequence[int], budget: int = 512) -> float:
-    """From 1 at no tokens to 0 at `budget`, along half a cosine (Yeo et al. 2025, arXiv:2502.03373, eq. 1)."""
+    """Half a cosine from 1 at 0 tokens to 0 at `budget` tokens (Yeo et al. 2025, arXiv:2502.03373, eq. 1)."""
     return (1 + math.cos(math.pi * min(1.0, len(completion_ids) / budget))) / 2

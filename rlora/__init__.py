@@ -1,5 +1,6 @@
 """rlora: reinforcement-learning fine-tuning of language models with low-rank policies."""
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +17,14 @@ if TYPE_CHECKING:
     from rlora.sweeps.halving import Halving
     from rlora.sweeps.sweep import Swept, sweep
 
+logging.getLogger("rlora").addHandler(logging.NullHandler())  # quiet unless the application shows logs
+
 __version__ = "0.1.0"
 __all__ = [
     "Adam", "Config", "Episode", "Group", "Halving", "Objective", "Observer", "Policy", "Prompt", "Result",
     "RloraError", "Sample", "Swept", "policies", "policy", "sweep", "train",
 ]  # fmt: skip
-_WITH_TORCH = {  # imported where they are asked for: torch takes seconds
+_WITH_TORCH = {  # imported on first access, because importing torch takes seconds
     "Adam": "rlora.core.optimizer", "Objective": "rlora.core.objectives.objective", "Observer": "rlora.run.run",
     "Sample": "rlora.core.batch", "Halving": "rlora.sweeps.halving", "Swept": "rlora.sweeps.sweep",
     "sweep": "rlora.sweeps.sweep",

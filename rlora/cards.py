@@ -1,6 +1,7 @@
-"""NVIDIA GPUs: what a node has, whether torch can use it, and how the memory of one is shared out.
+"""NVIDIA GPUs ("cards"): detection, checks that torch can use them, and division of a card's memory.
 
-`list_cards` asks nvidia-smi, which creates no CUDA context. Functions that ask torch run in learners and engines only.
+`list_cards` calls nvidia-smi, which creates no CUDA context. Functions that query torch create one: call them only in
+learners and engines.
 """
 
 import os
@@ -15,21 +16,21 @@ import torch
 from rlora.records import RloraError
 
 GIB = 2**30
-LESS = (  # what to do where memory is short
+MEMORY_ADVICE = (  # appended to out-of-memory errors
     "Lower learner.microbatch_tokens or sampling.max_tokens, set learner.checkpointing = true, or give the engine less "
-    "(engine.gpu_memory_utilization, engine.kv_cache_gib); `rlora plan` says what each takes"
+    "(engine.gpu_memory_utilization, engine.kv_cache_gib); `rlora plan` lists what each part takes"
 )
 _FIELDS = ("name", "uuid", "memory.total", "memory.free", "driver_version", "compute_cap", "mig.mode.current")
-_OLDEST = (8, 0)  # compute capability: Ampere, the first with bf16
-_DRIVERS = {"12": "525", "13": "580"}  # the oldest that runs a version of CUDA
-CONTEXT = GIB  # of a process beside what its allocator has: CUDA's context, workspaces of cuBLAS
-COMPUTE = GIB  # of an engine's activations and sampler
-GRAPHS = 3 * GIB // 2  # of an engine's CUDA graphs, which vLLM does not count
+_OLDEST = (8, 0)  # minimum compute capability: Ampere, the first with bf16
+_DRIVERS = {"12": "525", "13": "580"}  # oldest driver per major version of CUDA
+CONTEXT = GIB  # per process, outside its allocator: CUDA context, cuBLAS workspaces
+COMPUTE = GIB  # activations and sampler of an engine
+GRAPHS = 3 * GIB // 2  # CUDA graphs of an engine, which vLLM's memory budget leaves out
 
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU as nvidia-smi knows it."""
+    """A GPU as reported by nvidia-smi."""
 
     name: str
     uuid: str
@@ -37,47 +38,47 @@ class Card:
     free: int  # bytes
     driver: str
     capability: tuple[int, int]
-    is_divided: bool  # into MIG slices
+    is_divided: bool  # MIG mode is on
 
 
 @dataclass(frozen=True)
 class LearnerMemory:
-    """What learners hold of one card."""
+    """Memory of one card that learners hold."""
 
-    bytes: int = 0  # at most, measured
-    gpus: float = 0.0  # that they reserved of Ray
+    bytes: int = 0  # measured peak
+    gpus: float = 0.0  # share of the card that they reserved from Ray
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What an engine has to know of the cards before it starts."""
+    """Memory that an engine must account for when it starts."""
 
-    learners: Mapping[str, LearnerMemory] = field(default_factory=dict)  # by the card's uuid
-    kv_cache: int = 0  # bytes that an engine before it found room for; 0: none was started yet
+    learners: Mapping[str, LearnerMemory] = field(default_factory=dict)  # by uuid of the card
+    kv_cache: int = 0  # bytes of an earlier engine's KV cache, 0 for the first engine
 
 
 def error_text(error: Exception) -> str:
-    """An error in words, with what to do where it is one of memory."""
-    words = f"{type(error).__name__}: {error}"
-    return f"{words}. {LESS}" if isinstance(error, torch.OutOfMemoryError) else words
+    """Text of an error, with advice if it is out of memory."""
+    text = f"{type(error).__name__}: {error}"
+    return f"{text}. {MEMORY_ADVICE}" if isinstance(error, torch.OutOfMemoryError) else text
 
 
 def list_cards() -> list[Card]:
-    """The cards of this node, also those that CUDA_VISIBLE_DEVICES hides. Raises RloraError where the driver fails."""
+    """All cards of this node, regardless of CUDA_VISIBLE_DEVICES. Raises RloraError if the driver fails."""
     program = shutil.which("nvidia-smi")
     if not program:
         return []
     command = [program, f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader,nounits"]
     try:
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise RloraError(f"GPU: nvidia-smi does not answer ({error}); see that the driver works") from error
-    if asked.returncode:
+        raise RloraError(f"GPU: nvidia-smi does not answer ({error}); check that the driver works") from error
+    if result.returncode:
         if not Path("/dev/nvidia0").exists():
             return []
-        said = (asked.stdout + asked.stderr).strip().splitlines()[:1]
-        raise RloraError(f"GPU: nvidia-smi fails ({''.join(said)}); see that the driver works, or start the node again")
-    return [_card(line) for line in asked.stdout.splitlines() if line.strip()]
+        message = "".join((result.stdout + result.stderr).strip().splitlines()[:1])
+        raise RloraError(f"GPU: nvidia-smi fails ({message}); check that the driver works, or reboot the node")
+    return [_card(line) for line in result.stdout.splitlines() if line.strip()]
 
 
 def _card(line: str) -> Card:
@@ -91,28 +92,28 @@ def _mib(number: str) -> int:
 
 
 def check_cpu_is_intended(gpus_of_ray: float, wanted: bool) -> None:
-    """Raise RloraError where this node has cards and Ray sees none: a run would train on the CPU without a word.
+    """Raise RloraError if this node has cards but Ray sees none, since a run would silently train on the CPU.
 
-    It may where no GPU is `wanted`: engine.gpus and learner.gpus are 0.
+    Returns if no GPU is `wanted`, that is, if engine.gpus and learner.gpus are 0.
     """
     if gpus_of_ray or not wanted or not (cards := list_cards()):
         return
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    why = (
-        f"CUDA_VISIBLE_DEVICES is {visible!r} here; unset it, or name a card in it"
+    reason = (
+        f"CUDA_VISIBLE_DEVICES is {visible!r}; unset it, or name a card in it"
         if visible is not None
         else "start Ray with --num-gpus"
     )
     raise RloraError(
-        f"GPU: this machine has {len(cards)} ({cards[0].name}), and Ray sees none: {why}. To train on the CPU set "
+        f"GPU: this machine has {len(cards)} ({cards[0].name}), and Ray sees none: {reason}. To train on the CPU set "
         "engine.gpus and learner.gpus to 0"
     )
 
 
 def check_usable() -> None:
-    """Raise RloraError where torch can't use the card that this process was given."""
+    """Raise RloraError if torch can't use the card that Ray assigned to this process."""
     if not torch.cuda.is_available():
-        raise RloraError(f"GPU: Ray gave this process a card, and torch {torch.__version__} can't use it: {_reason()}")
+        raise RloraError(f"GPU: Ray gave this process a card, but torch {torch.__version__} can't use it: {_reason()}")
     capability = torch.cuda.get_device_capability()
     if capability < _OLDEST:
         raise RloraError(
@@ -124,76 +125,79 @@ def check_usable() -> None:
 def _reason() -> str:
     needed = torch.version.cuda
     if needed is None:
-        return "it is built for CPUs; install rlora with the extra cuda, in an environment of its own"
+        return "it is built for CPUs; install rlora with the extra cuda, in a new environment"
     driver = next((card.driver for card in list_cards()), None)
     oldest = _DRIVERS.get(needed.partition(".")[0])
     if driver and oldest and int(driver.partition(".")[0]) < int(oldest):
-        return f"it is built for CUDA {needed}, which needs driver {oldest} or later, and this is {driver}; update it"
-    return f"see what `python -c 'import torch; torch.cuda.init()'` says (it is built for CUDA {needed})"
+        return f"it is built for CUDA {needed}, which needs driver {oldest} or later; update the driver ({driver})"
+    return f"it is built for CUDA {needed}; run `python -c 'import torch; torch.cuda.init()'` for the cause"
 
 
 def uuid() -> str:
-    """That of this process's card; empty on a CPU."""
+    """UUID of this process's card; empty on a CPU."""
     return str(torch.cuda.get_device_properties(0).uuid) if torch.cuda.is_available() else ""
 
 
 def room_of_learner(gpus: float) -> tuple[int, str]:
-    """Bytes that a learner which reserved `gpus` may take of its card, and of what they are a part, in words.
+    """Bytes that a learner may take of its card if it reserved `gpus` of it, and a description of that share.
 
-    Raises RloraError where others hold its part.
+    Raises RloraError if other processes hold part of that share.
     """
     free, total = torch.cuda.mem_get_info()
     return share_of_learner(free, total, gpus, torch.cuda.get_device_name())
 
 
 def share_of_learner(free: int, total: int, gpus: float, name: str) -> tuple[int, str]:
-    """The arithmetic of `room_of_learner`."""
+    """`room_of_learner` for a card with `free` and `total` bytes."""
     share = int(total * min(1.0, gpus)) - CONTEXT
-    words = f"{min(1.0, gpus):g} (learner.gpus) of {name} with {total / GIB:.1f} GiB"
+    description = f"{min(1.0, gpus):g} (learner.gpus) of {name} with {total / GIB:.1f} GiB"
     if free < share:
         raise RloraError(
-            f"GPU: the learner's part of the card is {words}, and only {free / GIB:.1f} GiB are free: another process "
-            "holds memory there (nvidia-smi shows which); end it, use another card, or lower learner.gpus"
+            f"GPU: the learner's share of the card is {description}, and only {free / GIB:.1f} GiB are free: "
+            "another process holds memory there (see nvidia-smi); end it, use another card, or lower learner.gpus"
         )
-    return share, words
+    return share, description
 
 
 def budget_of_engine(
-    free: int, total: int, gpus: float, beside: LearnerMemory, eager: bool, name: str, share_asked: float = 0.0
+    free: int, total: int, gpus: float, learners: LearnerMemory, eager: bool, name: str, utilization: float = 0.0
 ) -> int:
-    """Bytes that an engine which reserved `gpus` of a card may take, with its KV cache: the share that is asked for, or
-    of what learners leave as much as it reserved of what they left. Raises RloraError where others hold that."""
-    if share_asked:
-        return int(share_asked * total)
-    left = total - beside.bytes - (CONTEXT if beside.bytes else 0)
-    share = min(1.0, gpus / max(1e-6, 1 - beside.gpus)) if beside.gpus < 1 else 0.0
-    budget = int(left * share) - CONTEXT - (0 if eager else GRAPHS)
+    """Bytes that an engine may take of a card, including its KV cache: `utilization` of the card if that is set, else
+    the memory that the learners leave, in proportion to the reserved `gpus`. Raises RloraError if it is not free."""
+    if utilization:
+        return int(utilization * total)
+    remaining = total - learners.bytes - (CONTEXT if learners.bytes else 0)
+    share = min(1.0, gpus / max(1e-6, 1 - learners.gpus)) if learners.gpus < 1 else 0.0
+    budget = int(remaining * share) - CONTEXT - (0 if eager else GRAPHS)
     if budget <= 0:
         raise RloraError(
-            f"GPU: {name} has {total / GIB:.1f} GiB, of which the learner takes {beside.bytes / GIB:.1f}; nothing is "
+            f"GPU: {name} has {total / GIB:.1f} GiB, of which the learner takes {learners.bytes / GIB:.1f}; nothing is "
             "left for an engine. Lower learner.microbatch_tokens, or give the engine a whole card (engine.gpus = 1)"
         )
     if free < budget:
         raise RloraError(
-            f"GPU: an engine's part of {name} is {budget / GIB:.1f} GiB, and only {free / GIB:.1f} are free: another "
-            "process holds memory there (nvidia-smi shows which); end it, use another card, or set "
+            f"GPU: an engine's share of {name} is {budget / GIB:.1f} GiB, and only {free / GIB:.1f} are free: another "
+            "process holds memory there (see nvidia-smi); end it, use another card, or set "
             "engine.gpu_memory_utilization to a share that is free"
         )
     return budget
 
 
-def check_fits(budget: int, weights: int, of_token: int, context: int, name: str) -> None:
-    """Raise RloraError where an engine's budget does not hold the base and the keys and values of one completion."""
-    need = weights + of_token * context + COMPUTE
+def check_fits(budget: int, weights: int, kv_token: int, context: int, name: str) -> None:
+    """Raise RloraError if an engine's budget does not hold the base and the KV cache of one sequence.
+
+    `weights` and `kv_token`, the keys and values of a token, are in bytes; `context` is in tokens.
+    """
+    need = weights + kv_token * context + COMPUTE
     if budget < need:
-        fits = (budget - weights - COMPUTE) // of_token
-        instead = (
+        fits = (budget - weights - COMPUTE) // kv_token
+        fix = (
             f"a context of {fits} tokens would fit (sampling.max_prompt_tokens + sampling.max_tokens)"
             if fits > 0
-            else "use a smaller model, a larger card, or a card for the engine alone (engine.gpus = 1)"
+            else "use a smaller model, a larger card, or a whole card for the engine (engine.gpus = 1)"
         )
         raise RloraError(
             f"GPU: the engine may take {budget / GIB:.1f} GiB of {name}, and needs {need / GIB:.1f}: "
-            f"{weights / GIB:.1f} for the base, {of_token * context / GIB:.1f} for the keys and values of a completion "
-            f"of {context} tokens, {COMPUTE / GIB:.1f} to compute; {instead}"
+            f"{weights / GIB:.1f} for the base, {kv_token * context / GIB:.1f} for the KV cache of a sequence of "
+            f"{context} tokens, {COMPUTE / GIB:.1f} for activations; {fix}"
         )

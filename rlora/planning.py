@@ -1,7 +1,6 @@
-"""What a run will take of a GPU's memory, and about how long a step: known before anything is started.
+"""Estimates a run's memory, and the duration of a step, before anything starts.
 
-Memory is counted (`core.footprint`). Seconds are arithmetic over a card's published figures, at the shares of them that
-such work usually reaches.
+Memory is counted (`core.footprint`). Durations are computed from a card's published speed, at typical utilization.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ import torch
 
 from rlora import cards
 from rlora.cards import GIB, LearnerMemory
-from rlora.core.footprint import FRAGMENTED, Footprint, Rows, bytes_of, fitting_rows, footprint, given_rows
+from rlora.core.footprint import FRAGMENTED, Footprint, Rows, bytes_of, cpu_rows, fitting_rows, footprint
 from rlora.core.lora import matrices
 from rlora.core.objectives import objective_of
 from rlora.machine import DTYPES, cores
-from rlora.model.base import kv_bytes_of_token, read_config, without_memory
+from rlora.model.base import kv_bytes_per_token, meta_model, read_config
 from rlora.records import RloraError
 
 if TYPE_CHECKING:
@@ -28,19 +27,19 @@ if TYPE_CHECKING:
 
     from rlora.settings import Config
 
-_LEARNER, _SAMPLER = 0.35, 0.6  # of a card's products that an update reaches, and of its bandwidth that decoding does
-_STEP = 0.008  # seconds of an engine's step beside the GPU's work: vLLM's scheduling and Python
-_HEAP = (0.1, 0.23 * GIB)  # of what rows hold, and beside it
-_PROCESS = GIB  # of a process on a CPU: Python, torch, vLLM
-_OF_COMPLETION = 0.5  # of sampling.max_tokens, the mean length that is reckoned with
+_LEARNER, _SAMPLER = 0.35, 0.6  # utilization: of peak FLOP/s by an update, of peak bandwidth by decoding
+_STEP = 0.008  # seconds of CPU work per engine step: vLLM's scheduler and Python
+_HEAP = (0.1, 0.23 * GIB)  # overhead of glibc's heap, as measured: share of the rows' bytes, and fixed bytes
+_PROCESS = GIB  # of a process on CPU: Python, torch, vLLM
+_MEAN_LENGTH = 0.5  # assumed mean length of completions, as a share of sampling.max_tokens
 
 
 class Kind(NamedTuple):
-    """A card's published figures."""
+    """Published specifications of a card."""
 
-    memory: float  # GiB that torch sees
-    products: float  # FLOP/s in bf16, dense
-    bandwidth: float  # bytes/s
+    memory: float  # GiB visible to torch
+    flops: float  # peak FLOP/s in bf16, dense
+    bandwidth: float  # peak bytes/s
 
 
 KINDS = {
@@ -60,103 +59,99 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes that a learner and an engine take, and seconds of a step. What does not fit is said in `faults`."""
+    """Memory of a learner and an engine in bytes, and duration of a step. `faults` lists what does not fit."""
 
-    where: str
+    device: str  # name of the card or the CPU
     total: int  # bytes of the card, or of RAM
     on_gpu: bool
-    shared: bool  # whether learner and engine are on one card
+    shared: bool  # learner and engine share one card
     learner: Footprint
     rows: Rows
-    weights: int  # bytes, of the engine
+    weights: int  # bytes of the engine's base
     kv_cache: int  # bytes
-    of_token: int  # bytes of one token's keys and values
-    context: int  # tokens of the longest prompt and completion
-    overhead: int  # bytes that an engine takes beside weights and KV cache
-    seconds: dict[str, float] = field(default_factory=dict)
+    kv_token: int  # bytes of one token's keys and values
+    context: int  # maximum tokens of prompt and completion
+    overhead: int  # bytes that an engine takes in addition to weights and KV cache
+    seconds: dict[str, float] = field(default_factory=dict)  # of a step, by phase
     faults: tuple[str, ...] = ()
 
     @property
     def slack(self) -> int:
-        """Bytes that an allocator keeps beside what is held: on a CPU, pieces of glibc's heap, as measured."""
+        """Bytes of allocator overhead: fragmentation, and the CUDA context or glibc's heap."""
         share, fixed = (FRAGMENTED - 1, cards.CONTEXT) if self.on_gpu else _HEAP
-        return int(share * self.learner.of_rows + fixed)
+        return int(share * self.learner.per_row + fixed)
 
     @property
-    def taken(self) -> int:
-        """Bytes of the card that they share, or of that of the fuller one, or of RAM."""
-        learner = self.learner.fixed + self.learner.of_rows + self.slack
+    def used(self) -> int:
+        """Bytes used on the shared card, on the fuller one of two cards, or in RAM."""
+        learner = self.learner.fixed + self.learner.per_row + self.slack
         engine = self.weights + self.overhead + self.kv_cache
         return learner + engine if self.shared else max(learner, engine)
 
     @property
     def sequences(self) -> int:
-        """Completions of the longest context that the KV cache holds."""
-        return self.kv_cache // (self.of_token * self.context)
+        """Number of sequences of maximum length that fit in the KV cache."""
+        return self.kv_cache // (self.kv_token * self.context)
 
     @property
     def lines(self) -> list[tuple[str, str, str]]:
-        """What takes memory: who, what, and how much in words."""
+        """Memory by part: learner or engine, the part, and its size as text."""
         rows = f"activations, rows of {max(self.rows.tokens, self.context):,} tokens"
         rows += ", checkpointing" * self.rows.checkpointing
-        tokens = self.kv_cache // self.of_token
+        process = "activations, CUDA context and graphs" if self.on_gpu else "Python, torch, vLLM"
+        cache = f"KV cache: {self.kv_cache // self.kv_token:,} tokens, {self.sequences} sequences of maximum length"
         return [
             ("learner", "frozen base", gib(self.learner.base)),
             ("learner", "adapter, its gradient, Adam", gib(self.learner.adapter)),
             ("learner", rows, gib(self.learner.activations)),
-            ("learner", "output head, logits at a time", gib(self.learner.head)),
-            ("learner", "CUDA context, " * self.on_gpu + "the allocator's slack", gib(self.slack)),
+            ("learner", "logits of the output head", gib(self.learner.head)),
+            ("learner", "CUDA context, " * self.on_gpu + "allocator overhead", gib(self.slack)),
             ("engine", "base", gib(self.weights)),
-            ("engine", "to compute" + ", CUDA context and graphs" * self.on_gpu, gib(self.overhead)),
-            (
-                "engine",
-                f"KV cache: {tokens:,} tokens, {self.sequences} completions of the longest",
-                gib(self.kv_cache),
-            ),
+            ("engine", process, gib(self.overhead)),
+            ("engine", cache, gib(self.kv_cache)),
         ]
 
 
 def plan(config: Config, gpu: str | None = None, gpus: int = 1) -> Plan:
-    """What a run of this config takes: on `gpus` cards of a kind, or else on what this machine has.
+    """Plan a run on `gpus` cards of the kind `gpu` (a key of KINDS), by default on this machine.
 
-    Raises RloraError for a kind that is not known, and for a config that can't be placed on so many cards.
+    Raises RloraError for an unknown kind, and for a config that needs more cards than there are.
     """
-    from rlora.cluster import placed
+    from rlora.cluster import assign_gpus
 
     base = read_config(config.model)
     card = _card(gpu)
-    config = placed(config, gpus if card else 0)
-    weights, products = _weights_and_products(config, base)
+    config = assign_gpus(config, gpus if card else 0)
+    weights, active = _weights_and_active(config, base)
     parts = config.engine.tensor_parallel_size
-    of_token = kv_bytes_of_token(base, parts)
+    kv_token = kv_bytes_per_token(base, parts)
     if card is None:
-        return _on_cpu(config, base, weights, products, of_token)
-    where, kind = card
+        return _plan_on_cpu(config, base, weights, active, kv_token)
+    device, kind = card
     total, faults = int(kind.memory * GIB), list[str]()
-    of_learner, of_engine = float(config.learner.gpus), float(config.engine.gpus)
-    shared = of_learner + of_engine <= 1
-    room, part = cards.share_of_learner(total, total, of_learner, where)
+    learner_gpus, engine_gpus = float(config.learner.gpus), float(config.engine.gpus)
+    shared = learner_gpus + engine_gpus <= 1
+    limit, share = cards.share_of_learner(total, total, learner_gpus, device)
     try:
-        rows = fitting_rows(config, base, room, part)
+        rows = fitting_rows(config, base, limit, share)
     except RloraError as error:
         faults.append(str(error))
         rows = Rows(config.learner.microbatch_tokens or config.max_model_len, config.learner.checkpointing is not False)
-    taken = footprint(config, base, rows, on_gpu=True)
-    held = LearnerMemory(taken.on_gpu, of_learner) if shared else LearnerMemory()
+    learner = footprint(config, base, rows, on_gpu=True)
+    learners = LearnerMemory(learner.on_gpu, learner_gpus) if shared else LearnerMemory()
     kv_cache = 0
     try:
-        asked = config.engine.gpu_memory_utilization
-        budget = cards.budget_of_engine(total, total, of_engine, held, config.engine.eager, where, asked)
-        cards.check_fits(budget, weights // parts, of_token, config.max_model_len, where)
+        utilization = config.engine.gpu_memory_utilization
+        budget = cards.budget_of_engine(total, total, engine_gpus, learners, config.engine.eager, device, utilization)
+        cards.check_fits(budget, weights // parts, kv_token, config.max_model_len, device)
         kv_cache = config.engine.kv_cache_gib * GIB or budget - weights // parts - cards.COMPUTE
     except RloraError as error:
         faults.append(str(error))
     overhead = cards.COMPUTE + cards.CONTEXT + (0 if config.engine.eager else cards.GRAPHS)
-    made = Plan(
-        where, total, True, shared, taken, rows, weights // parts, kv_cache, of_token, config.max_model_len, overhead
+    memory = Plan(
+        device, total, True, shared, learner, rows, weights // parts, kv_cache, kv_token, config.max_model_len, overhead
     )
-    seconds = _seconds(config, kind, made, products)
-    return replace(made, seconds=seconds, faults=tuple(faults))
+    return replace(memory, seconds=_seconds(config, kind, memory, active), faults=tuple(faults))
 
 
 def gib(size: float) -> str:
@@ -164,23 +159,24 @@ def gib(size: float) -> str:
 
 
 def _card(gpu: str | None) -> tuple[str, Kind] | None:
-    """Its name and figures; this machine's where none is named, None where it has none."""
+    """Name and specifications of the card `gpu`, by default of this machine's first one; None if it has none."""
     if gpu is not None:
         if gpu not in KINDS:
-            raise RloraError(f"--gpu {gpu}: no such card; there are {', '.join(KINDS)}")
+            raise RloraError(f"--gpu {gpu}: unknown card; use one of {', '.join(KINDS)}")
         return gpu, KINDS[gpu]
-    found = cards.list_cards()
-    if not found:
+    listed = cards.list_cards()
+    if not listed:
         return None
-    plain = found[0].name.lower().replace(" ", "")
-    known = next((kind for name, kind in KINDS.items() if name.split("-")[0] in plain), KINDS["a100-40"])
-    return found[0].name, known._replace(memory=found[0].total / GIB or known.memory)
+    card = listed[0]
+    name = card.name.lower().replace(" ", "")
+    similar = next((kind for key, kind in KINDS.items() if key.split("-")[0] in name), KINDS["a100-40"])
+    return card.name, similar._replace(memory=card.total / GIB or similar.memory)
 
 
-def _weights_and_products(config: Config, base: PreTrainedConfig) -> tuple[int, int]:
-    """Bytes of the weights, and the weights that a token meets: with experts those of the ones that are active."""
-    model = without_memory(base, DTYPES[config.dtype])
-    every = sum(weight.numel() for weight in model.parameters())
+def _weights_and_active(config: Config, base: PreTrainedConfig) -> tuple[int, int]:
+    """Bytes of all weights, and the number of weights that are used per token (of experts, the active ones)."""
+    model = meta_model(base, DTYPES[config.dtype])
+    count = sum(weight.numel() for weight in model.parameters())
     idle = sum(
         math.prod(matrix.shape) * (1 - matrix.active / matrix.shape[0])
         for matrix in matrices(model)
@@ -188,27 +184,27 @@ def _weights_and_products(config: Config, base: PreTrainedConfig) -> tuple[int, 
     )
     embeddings: Any = model.get_input_embeddings().weight
     tied = model.get_output_embeddings().weight is embeddings
-    met = every - idle - (0 if tied else embeddings.numel())
-    return sum(map(bytes_of, model.parameters())), int(met)
+    active = count - idle - (0 if tied else embeddings.numel())
+    return sum(map(bytes_of, model.parameters())), int(active)
 
 
-def _on_cpu(config: Config, base: PreTrainedConfig, weights: int, products: int, of_token: int) -> Plan:
-    rows = given_rows(config)
+def _plan_on_cpu(config: Config, base: PreTrainedConfig, weights: int, active: int, kv_token: int) -> Plan:
+    rows = cpu_rows(config)
     kv_cache = (config.engine.kv_cache_gib or 2) * GIB
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    taken = footprint(config, base, rows, on_gpu=False)
+    learner = footprint(config, base, rows, on_gpu=False)
     engines, name = config.engine.replicas, f"CPU ({cores()} cores)"
-    made = Plan(name, total, False, True, taken, rows, weights, kv_cache, of_token, config.max_model_len, _PROCESS)
-    needed = _PROCESS + taken.fixed + taken.of_rows + made.slack + engines * (weights + kv_cache + _PROCESS)
-    too_much = f"RAM: {gib(needed)} are needed and the machine has {gib(total)}; lower engine.kv_cache_gib"
-    faults = (too_much,) if needed > total else ()
-    return replace(made, seconds=_seconds(config, _this_cpu(config), made, products), faults=faults)
+    memory = Plan(name, total, False, True, learner, rows, weights, kv_cache, kv_token, config.max_model_len, _PROCESS)
+    needed = _PROCESS + learner.fixed + learner.per_row + memory.slack + engines * (weights + kv_cache + _PROCESS)
+    fault = f"RAM: {gib(needed)} are needed and the machine has {gib(total)}; lower engine.kv_cache_gib"
+    faults = (fault,) if needed > total else ()
+    return replace(memory, seconds=_seconds(config, _measure_cpu(config), memory, active), faults=faults)
 
 
-def _this_cpu(config: Config) -> Kind:
-    """What its cores reach now, measured in a tenth of a second."""
+def _measure_cpu(config: Config) -> Kind:
+    """Speed of this CPU's cores, measured in a tenth of a second."""
     x, y = (torch.ones(768, 768, dtype=DTYPES[config.dtype]) for _ in range(2))
-    copied = torch.ones(2**25)
+    source = torch.ones(2**25)
 
     def rate(work: Any, amount: float) -> float:
         work()
@@ -218,30 +214,28 @@ def _this_cpu(config: Config) -> Kind:
             times += 1
         return amount * times / (time.perf_counter() - start)
 
-    return Kind(0, rate(lambda: x @ y, 2 * 768**3), rate(copied.clone, 2 * 4 * 2**25))
+    return Kind(0, rate(lambda: x @ y, 2 * 768**3), rate(source.clone, 2 * 4 * 2**25))
 
 
-def _seconds(config: Config, kind: Kind, made: Plan, products: int) -> dict[str, float]:
-    """Of a step by phase, where completions are half of sampling.max_tokens long on average."""
+def _seconds(config: Config, kind: Kind, memory: Plan, active: int) -> dict[str, float]:
+    """Seconds of a step by phase, if completions have half of sampling.max_tokens on average."""
     completions = config.prompts_per_step * config.group_size
-    length = _OF_COMPLETION * config.sampling.max_tokens
+    length = _MEAN_LENGTH * config.sampling.max_tokens
     prompts = config.prompts_per_step * config.sampling.max_prompt_tokens / 2
     engines, parts = config.engine.replicas, config.engine.tensor_parallel_size
-    context = made.context - config.sampling.max_tokens / 2 - length / 2  # tokens of one that is half done
-    most = min(config.engine.sequences(made.on_gpu), max(1, int(made.kv_cache / (made.of_token * context))))
-    together = max(1, min(most, math.ceil(completions / engines)))
-    turns = math.ceil(completions / (engines * together))
+    context = memory.context - config.sampling.max_tokens / 2 - length / 2  # tokens of a half-finished sequence
+    limit = min(config.engine.sequences(memory.on_gpu), max(1, int(memory.kv_cache / (memory.kv_token * context))))
+    batch = max(1, min(limit, math.ceil(completions / engines)))
+    batches = math.ceil(completions / (engines * batch))
 
     def decoding(sequences: float) -> float:
-        read = made.weights + sequences * made.of_token * context
-        return _STEP + max(
-            read / (_SAMPLER * kind.bandwidth), 2 * products * sequences / parts / (_LEARNER * kind.products)
-        )
+        read = memory.weights + sequences * memory.kv_token * context
+        return _STEP + max(read / (_SAMPLER * kind.bandwidth), 2 * active * sequences / parts / (_LEARNER * kind.flops))
 
-    sampling = turns * length * decoding(together) + (config.sampling.max_tokens - length) * decoding(together / 8)
-    sampling += 2 * products * prompts / (_LEARNER * kind.products * engines * parts)
+    sampling = batches * length * decoding(batch) + (config.sampling.max_tokens - length) * decoding(batch / 8)
+    sampling += 2 * active * prompts / (_LEARNER * kind.flops * engines * parts)
     tokens = prompts + completions * length
     objective = objective_of(config.algorithm, config.sampling.max_tokens)
-    passes = config.algorithm.epochs * (6 if made.rows.checkpointing else 4) + 2 * len(objective.needs)
-    update = passes * products * tokens / (_LEARNER * kind.products * config.learner.replicas)
+    passes = config.algorithm.epochs * (6 if memory.rows.checkpointing else 4) + 2 * len(objective.needs)
+    update = passes * active * tokens / (_LEARNER * kind.flops * config.learner.replicas)
     return {"sampling": sampling, "update": update, "swap": 0.1}

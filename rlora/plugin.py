@@ -1,7 +1,7 @@
-"""Loads what a user plugs in: `module:name`, `path/to/file.py:name`, or an object that was given from Python.
+"""Loads plug-ins: `module:name`, `path/to/file.py:name`, or an object that was passed from Python.
 
-An object is named by a spec too, for a config holds text: `module:name` where others can import it, else `python:name`.
-Processes that were not given the object itself receive it pickled.
+A config holds text only, so it names an object by a spec: `module:name` if other processes can import it, else
+`python:name`. Processes that do not have such an object receive it pickled.
 """
 
 import importlib
@@ -25,158 +25,161 @@ import cloudpickle
 
 from rlora.records import RloraError
 
-PYTHON = "python:"  # where the spec of an object begins that nobody else can import
+PYTHON = "python:"  # prefix of specs for objects that other processes can't import
 
 
 @dataclass(frozen=True)
 class Pickled:
-    """An object for another process."""
+    """An object that is pickled for another process."""
 
     data: bytes
-    lines: Mapping[str, list[str]]  # of source "files" that are in this process only, such as the cells of a notebook
+    lines: Mapping[str, list[str]]  # source lines of files that only this process has (notebook cells)
 
 
-_given: dict[str, Any] = {}  # the objects, or how they were received, by spec
+_registered: dict[str, Any] = {}  # by spec: objects of this process, or `Pickled` ones of another
 
 
-def give(thing: Any, spec: str = "") -> str:
-    """Return the spec that names an object from now on: `spec`, where a run has known it by that, or one of its own."""
-    name, module = getattr(thing, "__qualname__", ""), getattr(thing, "__module__", "")
-    if not spec and name.isidentifier() and module != "__main__" and _found(module, name) is thing:
+def register(plugin: Any, spec: str = "") -> str:
+    """Register an object and return its spec: `spec` if that is given (a resumed run keeps its specs), else a new one.
+
+    An object that other processes can import is not registered, and has the spec `module:name`.
+    """
+    name, module = getattr(plugin, "__qualname__", ""), getattr(plugin, "__module__", "")
+    if not spec and name.isidentifier() and module != "__main__" and _imported(module, name) is plugin:
         return f"{module}:{name}"
     if not spec:
-        name = re.sub(r"\W", "", (name or type(thing).__name__).rpartition(".")[2])
-        specs = (f"{PYTHON}{name}" + (f"_{number}" if number > 1 else "") for number in count(1))
-        spec = next(each for each in specs if _given.get(each, thing) is thing)
-    _given[spec] = thing
+        name = re.sub(r"\W", "", (name or type(plugin).__name__).rpartition(".")[2])
+        candidates = (f"{PYTHON}{name}" + (f"_{number}" if number > 1 else "") for number in count(1))
+        spec = next(candidate for candidate in candidates if _registered.get(candidate, plugin) is plugin)
+    _registered[spec] = plugin
     return spec
 
 
-def _found(module: str, name: str) -> Any:
+def _imported(module: str, name: str) -> Any:
     return getattr(sys.modules.get(module), name, None)
 
 
 def pickled(field: str, specs: Iterable[str]) -> dict[str, Pickled]:
-    """Return those of the specs that name an object given from Python, for another process to `receive`.
+    """Pickle the registered objects among `specs`, for `receive` in another process.
 
-    Raises RloraError where an object can't be pickled.
+    Raises RloraError if an object can't be pickled.
     """
-    return {spec: _pickle(field, spec, _given[spec]) for spec in specs if spec in _given}
+    return {spec: _pickle(field, spec, _registered[spec]) for spec in specs if spec in _registered}
 
 
-def receive(given: Mapping[str, Pickled]) -> None:
-    """Have `load` find what another process was given."""
-    for each in given.values():
-        for file, lines in each.lines.items():
+def receive(plugins: Mapping[str, Pickled]) -> None:
+    """Register the objects of another process, so that `load` finds them."""
+    for plugin in plugins.values():
+        for file, lines in plugin.lines.items():
             linecache.cache[file] = len("".join(lines)), None, lines, file
-    _given.update(given)
+    _registered.update(plugins)
 
 
 def load(field: str, spec: str) -> Any:
-    """The object that a spec names. Raises RloraError where it can't be had.
+    """Load the object that a spec names. Raises RloraError if that fails.
 
-    A module may lie in the working directory; a file may import what lies beside it.
+    A module may lie in the working directory. A file may import modules that lie beside it.
     """
     if spec.startswith(PYTHON):
-        return _loaded_given(field, spec)
-    where, _, name = spec.rpartition(":")
-    if not where:
+        return _load_registered(field, spec)
+    source, _, name = spec.rpartition(":")
+    if not source:
         raise RloraError(f"{field} = {spec!r}: write module:name or path/to/file.py:name")
-    is_file = where.endswith(".py")
-    home = str(Path(where).absolute().parent if is_file else Path.cwd())
-    if home not in sys.path:
-        sys.path.append(home)  # last: a file called like an installed package must not take its place
+    is_file = source.endswith(".py")
+    directory = str(Path(source).absolute().parent if is_file else Path.cwd())
+    if directory not in sys.path:
+        sys.path.append(directory)  # last, so that a file with the name of an installed package does not shadow it
     try:
         if is_file:
-            file = importlib.util.spec_from_file_location(Path(where).stem, where)
+            file = importlib.util.spec_from_file_location(Path(source).stem, source)
             assert file is not None
             assert file.loader is not None
             module = importlib.util.module_from_spec(file)
-            sys.modules.setdefault(file.name, module)  # dataclasses look their module up there
+            sys.modules.setdefault(file.name, module)  # dataclasses look up their module there
             file.loader.exec_module(module)
         else:
-            module = importlib.import_module(where)
+            module = importlib.import_module(source)
     except FileNotFoundError:
-        raise RloraError(f"{field} = {spec!r}: there is no file {where}; give its path from here") from None
+        raise RloraError(f"{field} = {spec!r}: there is no file {source}; check the path") from None
     except Exception as error:
-        line = at(error, where if is_file else f"{where.replace('.', '/')}.py")
-        what = f"importing {where} failed: {type(error).__name__}: {error}"
-        raise RloraError(f"{line}{field} = {spec!r}: {what}") from error
+        prefix = location_prefix(error, source if is_file else f"{source.replace('.', '/')}.py")
+        reason = f"importing {source} failed: {type(error).__name__}: {error}"
+        raise RloraError(f"{prefix}{field} = {spec!r}: {reason}") from error
     if not hasattr(module, name):
-        raise RloraError(f"{field} = {spec!r}: {where} has no {name!r}; it is spelt otherwise or is missing")
+        raise RloraError(f"{field} = {spec!r}: {source} has no {name!r}; check the spelling")
     return getattr(module, name)
 
 
-def where(error: BaseException, *files: str) -> tuple[str, int] | None:
-    """The innermost line of these files that an exception came through."""
+def error_location(error: BaseException, *files: str) -> tuple[str, int] | None:
+    """File and line of the innermost frame of an exception's traceback that lies in one of `files`."""
     wanted = {os.path.abspath(file) for file in files if file}
     lines = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
-    return next((each for each in reversed(lines) if os.path.abspath(each[0]) in wanted), None)
+    return next(((file, line) for file, line in reversed(lines) if os.path.abspath(file) in wanted), None)
 
 
-def at(error: BaseException, *files: str) -> str:
-    """That line as a message begins with it, "file:line: "; "" where there is none."""
-    place = where(error, *files)
-    return f"{place[0]}:{place[1]}: " if place else ""
+def location_prefix(error: BaseException, *files: str) -> str:
+    """`error_location` as the prefix of a message, "file:line: "; "" without a location."""
+    location = error_location(error, *files)
+    return f"{location[0]}:{location[1]}: " if location else ""
 
 
-def env_of(plugged: Any, args: Mapping[str, Any]) -> Any:
-    """The env that a plugged-in class or function makes with `args`; an env that was given ready-made as it is."""
-    if callable(plugged):
-        return plugged(**args)
+def env_of(plugin: Any, args: Mapping[str, Any]) -> Any:
+    """Construct an env from a class or function with `args`, or return an env instance unchanged."""
+    if callable(plugin):
+        return plugin(**args)
     if args:
-        raise RloraError(f"env_args = {dict(args)!r}: the env was given ready-made; leave them out, or give its class")
-    return plugged
+        raise RloraError(f"env_args = {dict(args)!r}: the env is an instance; leave env_args out, or pass its class")
+    return plugin
 
 
-def file_of(thing: Any) -> str:
-    """Return the file that a function, a class or an object's class stands in; "" where there is none."""
-    kind = thing if inspect.isclass(thing) or inspect.isroutine(thing) else type(thing)
-    if inspect.isclass(kind):  # one that was unpickled names a module of another process, but not its functions
-        functions = (each for each in vars(kind).values() if inspect.isfunction(each))
-        kind = next((each for each in functions if each.__code__.co_filename != "<string>"), kind)
+def file_of(plugin: Any) -> str:
+    """File that defines a function, a class, or the class of an object; "" if there is none."""
+    source = plugin if inspect.isclass(plugin) or inspect.isroutine(plugin) else type(plugin)
+    if inspect.isclass(source):  # an unpickled class names a module of another process, but its functions have files
+        functions = (member for member in vars(source).values() if inspect.isfunction(member))
+        source = next((function for function in functions if function.__code__.co_filename != "<string>"), source)
     try:
-        return inspect.getfile(kind)
+        return inspect.getfile(source)
     except (OSError, TypeError):  # written in C
         return ""
 
 
-def _loaded_given(field: str, spec: str) -> Any:
-    if spec not in _given:
+def _load_registered(field: str, spec: str) -> Any:
+    if spec not in _registered:
         raise RloraError(
-            f"{field} = {spec!r}: it was given from Python, and this process has no such object; give it to "
-            "rlora.train once more, or name it as module:name or path/to/file.py:name"
+            f"{field} = {spec!r}: it was passed from Python, and this process has no such object; pass it to "
+            "rlora.train again, or name it as module:name or path/to/file.py:name"
         )
-    thing = _given[spec]
-    if not isinstance(thing, Pickled):
-        return thing
+    plugin = _registered[spec]
+    if not isinstance(plugin, Pickled):
+        return plugin
     try:
-        return cloudpickle.loads(thing.data)
+        return cloudpickle.loads(plugin.data)
     except Exception as error:
         raise RloraError(
-            f"{field} = {spec!r}: another process can't unpickle it ({type(error).__name__}: {error}); what it imports "
-            "has to be found there too"
+            f"{field} = {spec!r}: another process can't unpickle it ({type(error).__name__}: {error}); what it "
+            "imports must be importable there too"
         ) from error
 
 
-def _pickle(field: str, spec: str, thing: Any) -> Pickled:
-    if isinstance(thing, Pickled):
-        return thing
+def _pickle(field: str, spec: str, plugin: Any) -> Pickled:
+    if isinstance(plugin, Pickled):
+        return plugin
     data = io.BytesIO()
     pickler = _Pickler(data)
     try:
-        pickler.dump(thing)
+        pickler.dump(plugin)
     except Exception as error:
         raise RloraError(
-            f"{field} = {spec!r}: it can't be sent to the processes that run it ({type(error).__name__}: {error}); let "
-            "it build what it holds when it is called first, or name it as path/to/file.py:name"
+            f"{field} = {spec!r}: it can't be sent to the processes that run it ({type(error).__name__}: {error}); "
+            "create locks, files and clients at its first call, or name it as path/to/file.py:name"
         ) from error
     sources = {file: linecache.getlines(file) for file in sorted(pickler.files) if not os.path.exists(file)}
     return Pickled(data.getvalue(), {file: lines for file, lines in sources.items() if lines})
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    """Keeps the names of the files that code stands in, which cloudpickle leaves out: errors and sources need them."""
+    """Keeps the file names of code objects, which cloudpickle drops: tracebacks and `inspect` need them."""
 
     def __init__(self, file: io.BytesIO) -> None:
         self.files: set[str] = set()
@@ -186,8 +189,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     def _code(self, code: CodeType) -> tuple[Any, ...]:
         self.files.add(code.co_filename)
         make, arguments, *_ = cloudpickle.Pickler.dispatch_table[CodeType](code)
-        return _made_with_its_file, (code.co_filename, make, arguments)
+        return _code_with_file, (code.co_filename, make, arguments)
 
 
-def _made_with_its_file(file: str, make: Callable[..., CodeType], arguments: tuple[Any, ...]) -> CodeType:
+def _code_with_file(file: str, make: Callable[..., CodeType], arguments: tuple[Any, ...]) -> CodeType:
     return make(*arguments).replace(co_filename=file)

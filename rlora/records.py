@@ -1,4 +1,4 @@
-"""The records that travel between the rooms, and the protocols of what can be plugged in. Stdlib only."""
+"""Data classes that the packages exchange, and the protocols that plug-ins implement. Imports the stdlib only."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from typing import Any, Literal, Protocol
 
 MAX_RANK = 8
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-WHOLE_FILES = ("config.json", "model.safetensors")
-STATUSES = ("correct", "wrong", "unparsable", "timeout", "error")  # of an episode, once it is scored
-Style = Literal[  # the forms of reward functions; docs/rewards.md has them
+MODEL_FILES = ("config.json", "model.safetensors")
+STATUSES = ("correct", "wrong", "unparsable", "timeout", "error")  # of a scored episode
+Style = Literal[  # calling conventions of reward functions, see docs/rewards.md
     "auto", "completion", "group", "trl", "verl", "verl-batch", "openrlhf", "verifiers", "verifiers-group", "areal"
 ]
 Messages = Sequence[Mapping[str, str]]  # chat messages: {"role": ..., "content": ...}
 
 
 def without_surrogates(text: str) -> str:
-    """The text with a question mark for each half of a surrogate pair, which no tokenizer takes."""
+    """Replace lone surrogates, which tokenizers reject, by question marks."""
     return text.encode("utf-8", "replace").decode()
 
 
 class RloraError(Exception):
-    """An error that the user can mend; its text names the field, the value and the fix."""
+    """A user-fixable error. The message names the field, the value and the fix."""
 
 
 class RewardError(RloraError):
@@ -39,28 +39,28 @@ class RewardError(RloraError):
 
 
 class DeliveryError(RloraError):
-    """An engine does not serve the version that it should."""
+    """An engine does not serve the adapter version that it was sent."""
 
 
 class EngineLostError(RloraError):
-    """The process of an engine died, or vLLM failed in it. What it held can be made again elsewhere."""
+    """An engine's process died, or vLLM failed in it. Another engine can redo its requests."""
 
 
 class NotLoadedError(RloraError):
-    """An engine was asked for a version that it does not hold."""
+    """A request names an adapter version that the engine has not loaded."""
 
 
 class StaleError(RloraError):
-    """An engine gave a request up: its version is too old to learn from, or its policy has left."""
+    """The engine aborted a request: its version is too old to learn from, or its policy has left the engine."""
 
 
 @dataclass(frozen=True)
 class Version:
-    """The identity of an adapter, everywhere: two are the same adapter where all three fields are equal."""
+    """Identity of an adapter. Two adapters are the same if all three fields are equal."""
 
-    policy: str  # unique in the job: the name of a run
-    number: int  # 0 at the start, + 1 for each update
-    digest: str = ""  # of the adapter's bytes: a number that is trained again after a crash has another; "": unknown
+    policy: str  # the run's name, unique in the job
+    number: int  # starts at 0, + 1 per update
+    digest: str = ""  # of the adapter's bytes; differs if a number is trained again after a crash; "": unknown
 
     def __str__(self) -> str:
         return f"{self.policy}-v{self.number}-{self.digest[:12]}"
@@ -68,33 +68,33 @@ class Version:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One problem. An env gives `text` and `answer`; rlora adds `token_ids` when the data is loaded."""
+    """One problem. The env sets `text` and `answer`; rlora adds `token_ids` when it loads the data."""
 
-    text: str | Messages  # a plain string is sent as one user message where the tokenizer has a chat template
-    answer: Any = None  # what the reward compares with
+    text: str | Messages  # with a chat template, a string becomes one user message
+    answer: Any = None  # reference answer for the reward function
     token_ids: tuple[int, ...] = ()
-    columns: Mapping[str, Any] = field(default_factory=dict)  # what else a reward function may ask for, by name
+    columns: Mapping[str, Any] = field(default_factory=dict)  # further arguments of reward functions, by name
 
 
 @dataclass(frozen=True)
 class Episode:
     """One completion of a prompt, sampled by one adapter version."""
 
-    completion_ids: tuple[int, ...]  # T tokens; with a stop token, or a stop string, at the end if it came to one
-    behaviour_logprobs: tuple[float, ...]  # T natural logs, of the distribution that was sampled from
-    finish_reason: str  # "stop"; "length" where it was cut off, "context" where what the env said had no room left
-    version: Version  # that sampled it
+    completion_ids: tuple[int, ...]  # T tokens, including the stop token or stop string that ended it
+    behaviour_logprobs: tuple[float, ...]  # T natural logarithms, under the sampling distribution
+    finish_reason: str  # "stop"; "length": cut off; "context": the env's reply did not fit into the context
+    version: Version  # the version that sampled it
     text: str = ""  # the policy's last message, without special tokens
-    reward: float | None = None  # None until it is scored
-    sampled_mask: tuple[bool, ...] = ()  # T: which tokens the policy sampled, where some are a tool's; empty: all
-    messages: Messages = ()  # all that followed the prompt, the env's among it; the last of the policy's is `text`
-    state: Mapping[str, Any] = field(default_factory=dict)  # what the env's `reply` kept of it
-    status: str = ""  # of STATUSES, once it is scored
-    parts: Mapping[str, float] = field(default_factory=dict)  # what each reward function gave, by name, not weighted
+    reward: float | None = None  # None before scoring
+    sampled_mask: tuple[bool, ...] = ()  # T: False for tokens that the env added; empty: all True
+    messages: Messages = ()  # all messages after the prompt, including the env's; the policy's last one is `text`
+    state: Mapping[str, Any] = field(default_factory=dict)  # as the env's `reply` left it
+    status: str = ""  # one of STATUSES; empty before scoring
+    parts: Mapping[str, float] = field(default_factory=dict)  # unweighted result of each reward function, by name
 
     @property
     def sampled_tokens(self) -> int:
-        """How many the policy sampled."""
+        """Number of tokens that the policy sampled."""
         return sum(self.sampled_mask) if self.sampled_mask else len(self.completion_ids)
 
 
@@ -111,12 +111,12 @@ class Group:
 
     @property
     def informative(self) -> bool:
-        """Whether rewards differ; where they agree, advantages that are relative to the group are all zero."""
+        """Whether rewards differ. If they are equal, all group-relative advantages are zero."""
         return len(set(self.rewards)) > 1
 
     @property
     def scored(self) -> Group:
-        """With those of its episodes that have a reward."""
+        """The group without its unscored episodes."""
         return replace(self, episodes=tuple(episode for episode in self.episodes if episode.reward is not None))
 
     def with_rewards(self, rewards: Sequence[float]) -> Group:
@@ -126,66 +126,66 @@ class Group:
 
 @dataclass(frozen=True)
 class RewardInput:
-    """A group as reward functions see it. Each of the tuples has G items."""
+    """A group as reward functions see it. Every tuple has G items, except `prompt_ids`."""
 
-    prompt: str | Messages  # as the env gave it
-    prompt_text: str  # as the policy read it, special tokens included
+    prompt: str | Messages  # as the env returned it
+    prompt_text: str  # as the policy reads it, with special tokens
     answer: Any
-    columns: Mapping[str, Any]  # the prompt's
+    columns: Mapping[str, Any]  # `Prompt.columns`
     completions: tuple[str, ...]  # the policy's last message, without special tokens
-    messages: tuple[Messages, ...]  # all that followed the prompt, the env's messages among it
+    messages: tuple[Messages, ...]  # all messages after the prompt, including the env's
     completion_ids: tuple[tuple[int, ...], ...]
-    states: tuple[Mapping[str, Any], ...]  # what the env's `reply` kept of each
-    responses: tuple[str, ...] = ()  # all that followed the prompt, the env's too, without special tokens
-    queries: tuple[str, ...] = ()  # the prompt and all that followed it, special tokens included
-    step: int = 0  # of the run, in which it is scored
-    steps: int = 0  # that the run has in all
-    epoch: float | None = None  # how often all training prompts were sampled; None where that is not known
-    prompt_ids: tuple[int, ...] = ()  # of `prompt_text`
+    states: tuple[Mapping[str, Any], ...]  # `Episode.state`
+    responses: tuple[str, ...] = ()  # all text after the prompt, including the env's, without special tokens
+    queries: tuple[str, ...] = ()  # the prompt and all text after it, with special tokens
+    step: int = 0  # current training step
+    steps: int = 0  # total training steps
+    epoch: float | None = None  # passes over the training prompts so far; None: unknown
+    prompt_ids: tuple[int, ...] = ()  # tokens of `prompt_text`
 
 
 @dataclass(frozen=True)
 class Score:
-    """What one reward function says of one episode: a status, a number, or, if it has nothing to say of it, neither."""
+    """Result of one reward function for one episode: a status, a number, or neither if the function does not apply."""
 
-    status: str | None = None  # of STATUSES
-    value: float | None = None  # None with a status: the number that the config gives it
-    extra: Mapping[str, float] = field(default_factory=dict)  # other figures, to be logged
-    detail: str = ""  # of an error: what it was, and in which file and line
+    status: str | None = None  # one of STATUSES
+    value: float | None = None  # None with a status: the config's reward for that status
+    extra: Mapping[str, float] = field(default_factory=dict)  # further metrics to log
+    detail: str = ""  # for an error: its message, file and line
 
 
 @dataclass(frozen=True)
 class Canary:
-    """A few tokens, and what the learner says of each but the first: its logprob at temperature 1."""
+    """A short token sequence (T tokens), with the learner's logprobs (T - 1) at temperature 1 for all but the first."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]  # under the version
-    base_logprobs: tuple[float, ...]  # without an adapter
+    base_logprobs: tuple[float, ...]  # under the base
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """One immutable version of the policy: the bytes of the two files of PEFT's format, and who made them.
+    """One immutable version of a policy, as the bytes of the two files of PEFT's format.
 
-    Without an adapter (`learner.adapter = "none"`) a version is all weights, in the format of transformers.
+    In full finetuning (`learner.adapter = "none"`) a version consists of all weights, in the format of transformers.
     """
 
     policy: str
-    number: int  # of the version
-    config: bytes  # adapter_config.json; of all weights config.json
-    weights: bytes  # adapter_model.safetensors, fp32; of all weights model.safetensors, in the base's dtype
-    full_weights: bool = False  # all weights
-    canary: Canary | None = None  # what an engine that serves it gives too; None where no learner said
+    number: int  # see `Version`
+    config: bytes  # adapter_config.json; in full finetuning config.json
+    weights: bytes  # adapter_model.safetensors, fp32; in full finetuning model.safetensors, in the base's dtype
+    full_weights: bool = False  # full finetuning
+    canary: Canary | None = None  # an engine that serves it must reproduce this; None: no learner computed one
 
     @property
     def files(self) -> dict[str, bytes]:
-        """What it is on disk, by name."""
-        names = WHOLE_FILES if self.full_weights else ADAPTER_FILES
+        """The files on disk, by name."""
+        names = MODEL_FILES if self.full_weights else ADAPTER_FILES
         return dict(zip(names, (self.config, self.weights), strict=True))
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over the config and, in the order of their names, each tensor's name, dtype, shape and bytes."""
+        """SHA-256 over the config and each tensor's name, dtype, shape and bytes, sorted by name."""
         tensors, data = self._tensors
         digest = hashlib.sha256(self.config)
         for name, tensor in sorted(tensors.items()):
@@ -195,12 +195,12 @@ class Adapter:
 
     @property
     def parameters(self) -> int:
-        """How many numbers it holds."""
+        """Number of parameters, summed over all tensors."""
         return sum(math.prod(tensor["shape"]) for tensor in self._tensors[0].values())
 
     @property
     def _tensors(self) -> tuple[dict[str, Any], memoryview]:
-        """What a safetensors file says of each tensor, and their bytes: 8 bytes of length, a JSON header, the data."""
+        """Header entry of each tensor, and the data. Safetensors: 8 bytes of header length, a JSON header, the data."""
         start = 8 + int.from_bytes(self.weights[:8], "little")
         header = json.loads(self.weights[8:start] or "{}")
         header.pop("__metadata__", None)
@@ -212,68 +212,68 @@ class Adapter:
 
     @property
     def name(self) -> str:
-        """Of its version, as text."""
+        """The version as text."""
         return str(self.version)
 
 
-OFF = -1  # the number of a version that is none: the base, which is the reference policy
+OFF = -1  # version number of the base without an adapter, which is the reference policy
 BASE = Adapter("base", OFF, b"", b"")
 
 
 @dataclass(frozen=True)
 class InFlight:
-    """A prompt that was sent and not learned from yet."""
+    """A prompt that was sent for sampling and whose group has not been learned from yet."""
 
-    place: int  # of the prompt in the order of all
-    step: int  # that sent it
-    adapter: Adapter | None = None  # it is sampled under; None while no engine had room
-    group: Group | None = None  # once it is played
-    scored: bool = False  # the group is
+    position: int  # of the prompt in the run's order
+    step: int  # the step that sent it
+    adapter: Adapter | None = None  # the version that samples it; None: waits for a free engine
+    group: Group | None = None  # None: still being sampled
+    scored: bool = False  # whether the group is scored
 
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where a run is in its prompts, between two steps."""
+    """State of a run's prompts between two steps. Positions count prompts in the run's order."""
 
-    next: int = 0  # place of the next prompt that was never sent
-    again: tuple[int, ...] = ()  # places of prompts to sample again, before any other
-    in_flight: tuple[InFlight, ...] = ()  # in the order in which they were sent
+    next: int = 0  # position of the next prompt that was never sent
+    retries: tuple[int, ...] = ()  # positions of prompts to sample again, before `next`
+    in_flight: tuple[InFlight, ...] = ()  # in the order of sending
 
 
 @dataclass(frozen=True)
 class UpdateStats:
-    """Figures of one update; token means are over the tokens that were computed, None where there were none."""
+    """Metrics of one update. Means are over the computed completion tokens, None if there were none."""
 
     loss: float
-    grad_norm: float  # before it was clipped
+    grad_norm: float  # before clipping
     lr: float
-    kl_behaviour: float | None  # nats a token, engine against learner
-    ratio_truncated: float | None  # share of tokens over the importance cap
-    tokens: int  # completion tokens computed, each as often as it was
+    kl_behaviour: float | None  # nats per token, engine against learner
+    ratio_truncated: float | None  # share of tokens whose importance weight exceeded the cap
+    tokens: int  # completion tokens computed, summed over epochs
     seconds: float
-    skipped_in_a_row: int  # updates up to this one without any finite loss and gradient; 0 where this one counted
+    skipped_in_a_row: int  # consecutive updates without a finite loss and gradient, up to this one
     minibatches: int = 1  # Adam steps
-    clipped: float | None = None  # share of tokens whose ratio to the update's start was
-    kl_update: float | None = None  # nats a token that the policy moved in the update, before its last minibatch
-    kl_reference: float | None = None  # nats a token, learner against the base
-    entropy: float | None = None  # nats a token; the mean of -log p, which it is on policy, unless it is in the loss
-    own_bytes: int | None = None  # RAM that the learner's process has for itself after it
+    clipped: float | None = None  # share of tokens whose ratio to the policy before the update was clipped
+    kl_update: float | None = None  # nats per token, policy before the update against the one at its last minibatch
+    kl_reference: float | None = None  # nats per token, learner against the base
+    entropy: float | None = None  # nats per token; exact if the loss has an entropy term, else estimated by mean -log p
+    private_bytes: int | None = None  # `machine.private_bytes` of the learner's process after the update
     value_loss: float | None = None
-    explained_variance: float | None = None  # of the returns, by the critic before the update
-    others: Mapping[str, float] = field(default_factory=dict)  # what else the objective tells, by name: token means
+    explained_variance: float | None = None  # of the returns, by the critic's values before the update
+    objective_metrics: Mapping[str, float] = field(default_factory=dict)  # the objective's own, means per token
 
 
 @dataclass(frozen=True)
 class SaveStats:
-    """What the last bundle that was written cost."""
+    """Cost of the checkpoint that was written last."""
 
-    seconds: float  # on the thread that writes
+    seconds: float  # on the writer's thread
     bytes: int
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one batch is sampled. Only the temperature shapes the distribution: the learner has to know it."""
+    """Sampling settings of one batch. Only the temperature shapes the distribution; the learner applies it too."""
 
     max_tokens: int
     temperature: float = 1.0  # 0 is greedy
@@ -282,79 +282,78 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What an engine says of a version that it serves now."""
+    """Receipt for an adapter version that an engine now serves."""
 
-    digest: str  # of the file that it read
-    load_seconds: float  # until it was in its slot
-    proof_seconds: float  # of reading file and slot again
+    digest: str  # of the file that the engine read
+    load_seconds: float  # until the adapter was in its slot
+    proof_seconds: float  # for reading back and comparing file and slot
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Figures of an engine since it began."""
+    """Metrics of an engine since its start."""
 
-    busy_seconds: float  # in which it computed
-    canaries: Mapping[str, float]  # by policy: mean absolute difference of its last canary's logprobs and the
-    # learner's, nats
+    busy_seconds: float  # time spent computing
+    canaries: Mapping[str, float]  # by policy: mean |engine - learner| of the last canary's logprobs, nats
 
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What an engine runs on and with."""
+    """Description of an engine's device and memory."""
 
-    words: str
+    description: str  # device, dtype, version and cache as text
     kv_cache: int  # bytes
 
 
 class Env(Protocol):
-    """Where prompts come from: built as `Env(**config.env_args)`.
+    """Source of prompts, constructed as `Env(**config.env_args)`.
 
-    Where a prompt's `answer` is no completion, as the target of a puzzle, a method `solution(prompt) -> str | None` may
-    give a completion that should be paid: the check before a run tries it in place of the answer.
+    If a prompt's `answer` is not itself a completion (the target of a puzzle), an optional method
+    `solution(prompt) -> str | None` returns a correct completion. The check before a run tries it instead.
     """
 
     def train(self) -> Iterable[Prompt]: ...
 
     def held_out(self) -> Iterable[Prompt]:
-        """Prompts that training never sees; may be empty."""
+        """Prompts that are never trained on. May be empty."""
         ...
 
 
 class Agent(Env, Protocol):
-    """An env that answers the policy: its episodes have several turns. `stop` is optional."""
+    """An env that replies to the policy, for episodes of several turns. `stop` is optional."""
 
-    stop: Sequence[str]  # strings that end the policy's turn, as its own end token does
+    stop: Sequence[str]  # strings that end the policy's turn, like its end token
 
     def reply(self, prompt: Prompt, message: str, state: dict[str, Any]) -> str | Messages | None:
-        """What the policy gets to read after `message`, which is what it wrote in its last turn; None ends the episode.
+        """Reply to `message`, the text of the policy's last turn. None ends the episode.
 
-        A string goes on in the policy's own message, as the result of a tool does that is called in the text; chat
-        messages follow it, and the policy answers them. `state` is the episode's own, empty at first: plain data that
-        may be changed. It runs where rewards do: in another process, with a deadline.
+        A string continues the policy's message, like the result of a tool that is called inside the text. Chat messages
+        follow the policy's message, and the policy answers them. `state` belongs to the episode: a dict of plain data,
+        empty at first, that may be modified. Runs in a separate process with a deadline, like reward functions.
         """
         ...
 
 
 class Engine(Protocol):
-    """Samples under exact adapter versions. A call returns at once; its future may raise EngineLostError."""
+    """Samples under exact adapter versions. Calls do not block; their futures may raise EngineLostError."""
 
     def load(self, adapter: Adapter, oldest: int = 0, kept: int | None = None) -> Future[Receipt]:
-        """Serve a version beside those it serves. Requests for versions of its policy with numbers below `oldest`,
-        other than `kept`, are given up. Raises DeliveryError where the engine turns out to serve something else."""
+        """Load a version in addition to the present ones. Aborts requests of its policy for versions with numbers below
+        `oldest`, except `kept`. Raises DeliveryError if the engine turns out to serve something else."""
         ...
 
     def generate(self, prompt: Prompt, sampling: Sampling, version: Version) -> Future[Group]:
-        """`sampling.group_size` unscored episodes. Raises NotLoadedError for a version it does not hold, StaleError."""
+        """Sample `sampling.group_size` unscored episodes. Raises NotLoadedError, or StaleError if it is aborted."""
         ...
 
     def leave(self, policy: str) -> Future[None]:
-        """Give up the requests of a policy, and serve none of its versions any more."""
+        """Abort the requests of a policy, and unload its versions."""
         ...
 
     def stats(self) -> Future[EngineStats]:
-        """What it has done so far."""
+        """Metrics since the engine's start."""
         ...
 
     def close(self) -> Future[None]:
-        """End it; nothing may be asked of it any more."""
+        """Stop the engine. No method may be called afterwards."""
         ...

@@ -1,4 +1,4 @@
-"""The loop, and nothing but the loop; and `rlora.train`, which makes one run and has it learn."""
+"""The training loop (`drive`), and `rlora.train`, which trains one run."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from rlora.records import Adapter, RloraError
-from rlora.run.source import Source, given
+from rlora.run.source import Source, resolve_config
 
-if TYPE_CHECKING:  # torch, Ray and what imports them take seconds: `import rlora` does not wait for that
+if TYPE_CHECKING:  # torch and Ray take seconds to import, and `import rlora` must not wait for them
     from upath import UPath
 
     from rlora.run.run import Observer, Run
@@ -20,47 +20,47 @@ if TYPE_CHECKING:  # torch, Ray and what imports them take seconds: `import rlor
 def drive(runs: Sequence[Run], turns: Turns | None = None) -> None:
     """prompts -> groups of episodes -> rewards -> advantages -> adapter v + 1 -> engines -> prompts ...
 
-    Train runs, each with a policy of its own, until all have done their steps. They share the frozen base, the engines
-    and the learner's process (several, by `learner.concurrent`). Adapters, optimizers and random states are separate.
-    `turns` decides which runs take the next step; by default all do, in `rounds`.
+    Train runs, each with its policy, until all have done their steps. They share the frozen base, the engines and the
+    learner's process (`learner.concurrent` processes). Adapters, optimizers and random states are separate.
+    `turns` decides which runs take the next step; by default all of them do, in `rounds`.
 
-    A run that fails ends, and the others go on. Its error is raised at the end.
+    A failed run ends while the others continue. Its error is raised at the end.
     """
     from rlora import cluster
-    from rlora.run.run import kept
-    from rlora.run.turns import ended, going, rounds, updated
+    from rlora.run.run import closing
+    from rlora.run.turns import active, ended, rounds, updated
 
-    # Learners, engines and what scores are processes. The fleet samples on all engines; an agent loop plays prompts.
-    with kept(runs), cluster.start([run.served for run in runs]) as job:
+    # Learners, engines and reward workers are processes. The fleet samples on all engines; agent loops play prompts.
+    with closing(runs), cluster.start([run.served for run in runs]) as job:
         for run in runs:
-            with run.alone():  # opens the policy, loads version 0, and sends the first prompts and the held-out ones
+            with run.isolated():  # opens the policy, loads version 0, sends the first and the held-out prompts
                 run.begin(job)
         for due in (turns or rounds)(runs):  # with a single run, every iteration yields that run
-            for run in going(due):
-                with run.alone():  # waits for the step's scored groups, and starts the update without waiting for it
+            for run in active(due):
+                with run.isolated():  # waits for the step's scored groups, and starts the update without blocking
                     run.start_update()
-            for run in going(due):
-                with run.alone():  # waits for the update, writes a line of metrics, and starts writing a bundle
+            for run in active(due):
+                with run.isolated():  # waits for the update, writes a line of metrics, and starts writing a bundle
                     run.finish_update()
             for run in updated(due):
-                with run.alone():  # loads the new version on every engine, proven, and sends the next prompts
+                with run.isolated():  # loads the new version on every engine, verifies it, and sends the next prompts
                     run.deliver()
             for run in ended(due):
-                with run.alone():  # waits for the accuracy after training, and writes the summary
+                with run.isolated():  # waits for the evaluation after training, and writes the summary
                     run.end()
-        for run in ended(runs):  # that had no step left
-            with run.alone():
+        for run in ended(runs):  # had no step left
+            with run.isolated():
                 run.end()
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run has come to."""
+    """Result of a training run."""
 
-    directory: UPath  # `rlora train --resume`, `rlora eval` and the other commands take it
-    adapter: Adapter  # the last version: `adapter.files` are the two of PEFT's format
-    summary: Mapping[str, Any]  # of the whole run: accuracy/before, accuracy/after, adapter/path, time/total, ...
-    steps: Sequence[Mapping[str, Any]]  # the figures of each step, as in metrics.jsonl
+    directory: UPath  # the run's directory, for `rlora train --resume`, `rlora eval` and other commands
+    adapter: Adapter  # the last version; `adapter.files` has its two files in PEFT's format
+    summary: Mapping[str, Any]  # summary.json: accuracy/before, accuracy/after, adapter/path, time/total, ...
+    steps: Sequence[Mapping[str, Any]]  # metrics of each step, as in metrics.jsonl
 
 
 def train(
@@ -70,16 +70,16 @@ def train(
 ) -> Result:  # fmt: skip
     """Train one policy, as `rlora train` does.
 
-    `config` is a TOML file, a mapping with its tables, or a Config; `changes` are fields that differ, tables as
-    mappings: `rlora.train("launch/gsm8k.toml", learner={"rank": 4}, steps=50)`. Where a field names what is plugged in
-    (`env`, `reward`, `algorithm={"name": ...}`), the object itself may stand: a function, a class, a lambda, or an env
-    that is ready made. config.toml names it as `python:NAME`, where it can't be imported.
+    `config` is a TOML file, a mapping with its tables, or a Config. `changes` override fields, with tables as mappings:
+    `rlora.train("launch/gsm8k.toml", learner={"rank": 4}, steps=50)`. A field that names a plug-in (`env`, `reward`,
+    `algorithm={"name": ...}`) also accepts the object itself: a function, a class, a lambda, or an env instance.
+    config.toml records an object that can't be imported as `python:NAME`.
 
-    With `resume`, the directory of a run, it goes on from its newest bundle, under its own config but for `changes`;
-    what was given to it from Python has to be given again. `fork` (RUN or RUN@STEP) starts a new run from a version.
-    `on_step` is called with the figures of each step; see `Observer` for more. What it raises costs a warning.
+    `resume`, a run's directory, continues that run from its newest bundle, under its config with `changes`. Objects
+    that were passed from Python must be passed again. `fork` (RUN or RUN@STEP) starts a new run from a version.
+    `on_step` is called with the metrics of each step; an exception in it only costs a warning. See also `Observer`.
 
-    Raises RloraError for whatever a message can explain, before anything is trained where that is possible.
+    Raises RloraError for errors that the user can fix, if possible before training starts.
     """
     from rlora.cluster.gauges import Gauges
     from rlora.run import directory
@@ -89,13 +89,13 @@ def train(
     from rlora.trackers.tracking import tracked
 
     if resume and (run_dir or overwrite):
-        raise RloraError(f"train: resume = {str(resume)!r} goes on where the run is; leave out run_dir and overwrite")
+        raise RloraError(f"train: resume = {str(resume)!r} sets the run directory; leave out run_dir and overwrite")
     observers = (*observers, Gauges(), *([Callback(on_step)] if on_step else []))
-    whole = given(config, changes, resume, fork)
-    with prepared(whole, run_dir, resume, fork, overwrite, observers) as run:
-        if not is_finished(run.place, run.config, run.start):
+    resolved = resolve_config(config, changes, resume, fork)
+    with prepared(resolved, run_dir, resume, fork, overwrite, observers) as run:
+        if not is_finished(run.path, run.config, run.start):
             with tracked(run):
                 drive([run])
-    last = newest(run.place, directory.Provenance.of(run.place))
+    last = newest(run.path, directory.Provenance.of(run.path))
     assert last
-    return Result(run.place, last.adapter, directory.summary(run.place), directory.figures(run.place))
+    return Result(run.path, last.adapter, directory.summary(run.path), directory.figures(run.path))

@@ -1,7 +1,7 @@
-"""Reward functions as users of TRL, verl, OpenRLHF, verifiers and AReaL have them, from the documentation of these.
+"""Reward functions for TRL, verl, OpenRLHF, verifiers and AReaL, from their documentation.
 
-Those under a file's name are as they stand there, but for the name where it has several of one name. Under "in the same
-form" are others that call for what the documentation describes.
+Functions under a file's name are copied from there; some are renamed, because the file has several of one name.
+Functions under "in the same form" use further values that the documentation describes.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ def boxed_reward_func(completions, ground_truth, **kwargs):
     return [1.0 if c == gt else 0.0 for c, gt in zip(contents, ground_truth)]
 
 
-# in the same form: several tasks, a coroutine, what may be logged
+# in the same form: several tasks, a coroutine, logging
 
 
 def reward_num_unique_chars(completions, **kwargs):
@@ -176,7 +176,7 @@ def reward_func_of_lengths(queries, prompts, labels):
     return torch.Tensor(nega_query_lens)
 
 
-# in the same form: only what stands first in the lists, which hold one
+# in the same form: the first item of lists, which have one item
 
 
 def reward_func_of_first(queries, prompts, labels):
@@ -218,7 +218,7 @@ async def judge_correctness(prompt, completion, answer, judge) -> float:
     return 1.0 if "yes" in verdict.lower() else 0.0
 
 
-# in the same form: other ways to read messages, and what else there is
+# in the same form: other ways to read messages, and other values
 
 
 def _text_of(messages):
@@ -267,7 +267,7 @@ def my_reward_model_fn(prompt, completions, prompt_ids, completion_ids, **kwargs
     return float(_model(prompt + completions) - len(prompt_ids) - len(completion_ids))
 
 
-# in the same form: by position, as it calls them; a column
+# in the same form: called by position; a column
 
 
 def positional_reward_fn(question, response, prompt_ids, response_ids, numbers, target, **kwargs):

@@ -177,7 +177,7 @@ class Solo:
 
     @property
     def held(self) -> PolicyState:
-        return self.learner.held[self.name]
+        return self.learner.states[self.name]
 
     @property
     def version(self) -> int:

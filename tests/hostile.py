@@ -1,4 +1,4 @@
-"""Answers that want to crash, hang or fool the grader, each with its gold. None is right, but those in `ODD_CLOTHES`."""
+"""Answers that try to crash, hang or fool the grader, each with its gold. All are wrong, except in `ODD_CLOTHES`."""
 
 from collections.abc import Iterator
 
@@ -52,7 +52,7 @@ _COMPLETIONS = [
 
 
 def _large() -> Iterator[str]:
-    """Megabytes, deep nesting, and what makes a careless regular expression slow."""
+    """Megabytes of text, deep nesting, and text that makes careless regular expressions slow."""
     n = 5000
     yield _box("{" * n + "7" + "}" * n)
     yield _box("(" * n + "7" + ")" * n)
@@ -88,7 +88,7 @@ def _large() -> Iterator[str]:
 
 
 def hostile() -> list[tuple[str, str]]:
-    """(gold, prediction), none of them right."""
+    """Pairs of gold and prediction, all wrong."""
     answers = [_box(answer) for answer in (*_TOO_LARGE, *_NOT_NUMBERS, *_CODE, *_LISTS)]
     odd = [
         "\ud800",

@@ -1,4 +1,4 @@
-"""Processes that train recorded episodes, and are killed."""
+"""Processes that train on recorded episodes and are killed."""
 
 import re
 import subprocess
@@ -11,11 +11,11 @@ import psutil
 from conftest import ROOT
 
 SCRIPT = ROOT / "tests" / "recorded_run.py"
-WRITE, LEARNER, RAY, DRIVER = "write", "ray::_Actor", "raylet/raylet", "driver"  # what is killed, by the process's name
+WRITE, LEARNER, RAY, DRIVER = "write", "ray::_Actor", "raylet/raylet", "driver"  # targets: names of processes
 
 
 class Driver:
-    """A process that trains a run, and what it has printed."""
+    """A process that trains a run, with its output."""
 
     def __init__(self, run: Path, config: str, record: str, *fault: str) -> None:
         self.run, self.log = run, run.with_suffix(".log")
@@ -29,15 +29,15 @@ class Driver:
 
     @property
     def start(self) -> int | None:
-        """The version that it went on from, None where it did not come so far."""
-        said = re.search(r"^run: .*, from version (\d+) on$", self.printed, re.MULTILINE)
-        return int(said[1]) if said else None
+        """The version that it resumed from; None if it has not printed it."""
+        match = re.search(r"^run: .*, starting from version (\d+)$", self.printed, re.MULTILINE)
+        return int(match[1]) if match else None
 
     @property
     def done(self) -> int:
-        """Steps that it has done, saved or not."""
-        told = re.findall(r"^(?:step|turn) (\d+)[/:]", self.printed, re.MULTILINE)
-        return max(map(int, told), default=self.start or 0)
+        """Number of completed steps, saved or not."""
+        numbers = re.findall(r"^(?:step|turn) (\d+)[/:]", self.printed, re.MULTILINE)
+        return max(map(int, numbers), default=self.start or 0)
 
     def wait_for(self, step: int) -> None:
         deadline = time.monotonic() + 120
@@ -46,15 +46,15 @@ class Driver:
             assert time.monotonic() < deadline, self.printed
             time.sleep(0.02)
 
-    def kill(self, what: str) -> None:
-        """kill -9 of the driver itself, or of the process of its that has such a name."""
-        while what != DRIVER:
+    def kill(self, target: str) -> None:
+        """kill -9 of the driver, or of its child process with the name `target`."""
+        while target != DRIVER:
             for child in psutil.Process(self.process.pid).children(recursive=True):
-                with suppress(psutil.Error):  # it has ended meanwhile
-                    if what in str(child.cmdline()[:1]):
+                with suppress(psutil.Error):  # it ended in the meantime
+                    if target in str(child.cmdline()[:1]):
                         child.kill()
                         return
-            time.sleep(0.1)  # it is being started again
+            time.sleep(0.1)  # it is restarting
         self.process.kill()
 
     def wait(self) -> int:

@@ -1,4 +1,4 @@
-"""The loop without engines: a real learner in this process, and episodes from a record."""
+"""The training loop without engines: a real learner in this process and generated episodes."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -22,40 +22,42 @@ from rlora.settings import Config
 
 
 def recorded(policy: str, step: int) -> tuple[Group, ...]:
+    """Groups of a step, the same for each call."""
     draw = random.Random(f"{policy} {step}")
 
-    def made(reward: float) -> Any:
+    def random_episode(reward: float) -> Any:
         tokens = [draw.randrange(2, 97) for _ in range(draw.randint(1, 6))]
         return episode(tokens, reward, [-4 * draw.random() for _ in tokens])
 
     return tuple(
-        group([draw.randrange(2, 97) for _ in range(3)], *(made(float(k % 2)) for k in range(4))) for _ in range(2)
+        group([draw.randrange(2, 97) for _ in range(3)], *(random_episode(float(k % 2)) for k in range(4)))
+        for _ in range(2)
     )
 
 
 class Stage:
-    """What happened, in its order; and what is to go wrong."""
+    """Stands in for the fleet: records calls, and runs actions or raises errors during chosen calls."""
 
     def __init__(self) -> None:
-        self.told: list[tuple[str, str, int]] = []
-        self.wrong: dict[tuple[str, str, int], Exception] = {}
-        self.acts: dict[tuple[str, str, int], Callable[[], None]] = {}  # what is done meanwhile
-        self.learner: Here
-        self.job: HereJob
+        self.calls: list[tuple[str, str, int]] = []  # name, policy, version
+        self.errors: dict[tuple[str, str, int], Exception] = {}  # to raise, by call
+        self.actions: dict[tuple[str, str, int], Callable[[], None]] = {}  # to run, by call
+        self.learner: LocalLearner
+        self.job: LocalJob
 
-    def tell(self, what: str, policy: str, number: int) -> None:
-        self.told.append((what, policy, number))
-        if act := self.acts.get((what, policy, number)):
-            act()
-        if error := self.wrong.get((what, policy, number)):
+    def call(self, name: str, policy: str, number: int) -> None:
+        self.calls.append((name, policy, number))
+        if action := self.actions.get((name, policy, number)):
+            action()
+        if error := self.errors.get((name, policy, number)):
             raise error
 
     def swap(self, adapter: Adapter, oldest: int = 0, kept: int | None = None) -> list[Any]:
-        self.tell("swap", adapter.policy, adapter.number)
+        self.call("swap", adapter.policy, adapter.number)
         return []
 
     def leave(self, policy: str) -> None:
-        self.told.append(("leave", policy, 0))
+        self.calls.append(("leave", policy, 0))
 
     def resize(self, engines: int) -> None:
         pass
@@ -68,40 +70,40 @@ class Stage:
 
 
 class Recorded:
-    """In place of Rollouts."""
+    """Stands in for Rollouts."""
 
     def __init__(self, config: Config, prompts: Any, fleet: Stage, loop: str, cursor: Cursor) -> None:
         self.stage, self.policy, self.cursor, self.due = fleet, loop, cursor, False
-        self.coming: list[Future[Any]] = []
+        self.pending: list[Future[Any]] = []
 
     def send(self, version: int) -> None:
-        self.stage.tell("send", self.policy, version)
+        self.stage.call("send", self.policy, version)
         self.due = True
 
     def take(self, version: int) -> Collection:
-        self.stage.tell("take", self.policy, version)
+        self.stage.call("take", self.policy, version)
         self.due = False
         groups = recorded(self.policy, version)
         return Collection(groups, groups, 0.0, 0, 0)
 
 
-class Here(Learner):
+class LocalLearner(Learner):
     """A learner in this process."""
 
     def start_update(self, policy: str, groups: Sequence[Group]) -> Callable[[], tuple[Adapter, UpdateStats]]:
         return partial(self.update, policy, groups)
 
 
-class HereJob:
-    """In place of cluster.Job."""
+class LocalJob:
+    """Stands in for cluster.Job."""
 
     is_apart = False
 
     def __init__(self, stage: Stage, served: Sequence[ServedPolicy]) -> None:
-        self.fleet, self.learners, self.loops = stage, dict[str, Here](), dict[str, str]()
-        self.slots = sum(rlora.cluster.versions_of(each.config) for each in served)
-        for each in served:
-            self.join(each)
+        self.fleet, self.learners, self.loops = stage, dict[str, LocalLearner](), dict[str, str]()
+        self.slots = sum(rlora.cluster.slots_needed(policy.config) for policy in served)
+        for policy in served:
+            self.join(policy)
 
     def join(self, served: ServedPolicy) -> None:
         self.learners[served.policy], self.loops[served.policy] = self.fleet.learner, served.policy
@@ -112,7 +114,7 @@ class HereJob:
 
 
 def task_of(base: str) -> Any:
-    """What is trained on: nothing of it is looked at."""
+    """A task whose prompts and rewards are never used."""
     prompts, chat = [Prompt("?", 0, (5,))], SimpleNamespace(template=None)
     return SimpleNamespace(
         base=base, prompts=prompts, held_out=[], sets={}, stop=(), agent=False, chat=chat, dropped=0, checked=""
@@ -120,15 +122,15 @@ def task_of(base: str) -> Any:
 
 
 def set_stage(monkeypatch: pytest.MonkeyPatch, base: str) -> Stage:
-    """Have the loop run without engines."""
-    made = Stage()
+    """Make the loop run without engines."""
+    stage = Stage()
 
     @contextmanager
-    def start(served: Sequence[ServedPolicy]) -> Iterator[HereJob]:
-        made.learner = Here(served[0].config, base)
-        made.job = job = HereJob(made, served)
+    def start(served: Sequence[ServedPolicy]) -> Iterator[LocalJob]:
+        stage.learner = LocalLearner(served[0].config, base)
+        stage.job = job = LocalJob(stage, served)
         yield job
 
     monkeypatch.setattr(rlora.run.run, "Rollouts", Recorded)
     monkeypatch.setattr(rlora.cluster, "start", start)
-    return made
+    return stage

@@ -7,7 +7,7 @@ import time
 
 from rlora import machine
 from rlora.config import validate
-from rlora.core.footprint import bytes_of, largest_row, pass_over
+from rlora.core.footprint import bytes_of, largest_row, forward_backward
 from rlora.core.learner import Learner
 from rlora.core.setup import Setup
 
@@ -17,17 +17,17 @@ def main() -> None:
     learner = Learner(config, config.model)
     learner.open("run", Setup.of(config))
     row = largest_row(config, learner.rows.tokens, learner.device, on_gpu=False)
-    before, peak, over = machine.own_bytes() or 0, 0, False
+    before, peak, over = machine.private_bytes() or 0, 0, False
 
     def watch() -> None:
         nonlocal peak
         while not over:
-            peak = max(peak, machine.own_bytes() or 0)
+            peak = max(peak, machine.private_bytes() or 0)
             time.sleep(0.001)
 
     watching = threading.Thread(target=watch)
     watching.start()
-    pass_over(learner.policies, "run", row)
+    forward_backward(learner.policies, "run", row)
     over = True
     watching.join()
     base = sum(map(bytes_of, learner.policies.base.parameters())) - sum(

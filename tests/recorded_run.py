@@ -36,11 +36,12 @@ RECORD: UPath | None = None
 PROMPTS, COMPLETIONS = 2, 4
 
 
-def made_up(step: int) -> tuple[Group, ...]:
+def generated(step: int) -> tuple[Group, ...]:
+    """Groups of a step, the same for each call."""
     draw = random.Random(f"episodes of step {step}")
 
-    def tokens(most: int) -> tuple[int, ...]:
-        return tuple(draw.randrange(2, 97) for _ in range(draw.randrange(1, most)))
+    def tokens(limit: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(2, 97) for _ in range(draw.randrange(1, limit)))
 
     def episode(reward: float) -> Episode:
         ids = tokens(8)
@@ -53,7 +54,7 @@ def made_up(step: int) -> tuple[Group, ...]:
 
 
 class Recorded:
-    """In place of Rollouts: each step has the episodes that the record has of it."""
+    """Stands in for Rollouts: each step returns the recorded episodes."""
 
     def __init__(self, config: Config, prompts: Any, fleet: Any, loop: Any, cursor: Cursor) -> None:
         self.cursor = cursor
@@ -65,7 +66,7 @@ class Recorded:
         assert self.cursor.next == PROMPTS * version, (self.cursor, version)
         self.cursor = Cursor(self.cursor.next + PROMPTS)
         time.sleep(0.03)
-        recorded = checkpoint.read(checkpoint.bundle_path(RECORD, version + 1)).groups if RECORD else made_up(version)
+        recorded = checkpoint.read(checkpoint.bundle_path(RECORD, version + 1)).groups if RECORD else generated(version)
         assert recorded
         return Collection(tuple(recorded), tuple(recorded), 0.0, 0, 0)
 
@@ -85,15 +86,15 @@ class NoFleet:
 
 
 class Job:
-    """In place of cluster.Job."""
+    """Stands in for cluster.Job."""
 
     is_apart = False
 
     def __init__(self, learner: Any, served: Sequence[ServedPolicy]) -> None:
         self.learner, self.fleet, self.slots = learner, NoFleet(), 2 * len(served)
         self.learners, self.loops = dict[str, Any](), dict[str, None]()
-        for each in served:
-            self.join(each)
+        for policy in served:
+            self.join(policy)
 
     def join(self, served: ServedPolicy) -> None:
         self.learners[served.policy], self.loops[served.policy] = self.learner, None
@@ -103,34 +104,34 @@ class Job:
 
 
 @contextmanager
-def learner_alone(served: Sequence[ServedPolicy]) -> Iterator[Job]:
-    with cluster.learning(cluster.shared(served), served[0].task.base) as learner:
+def start_learner(served: Sequence[ServedPolicy]) -> Iterator[Job]:
+    with cluster.learning(cluster.shared_config(served), served[0].task.base) as learner:
         yield Job(learner, served)
 
 
 def die_at(count: int) -> None:
-    """Kill this process in the middle of its so-manieth write."""
+    """Kill this process during its `count`-th write."""
     write, settle, rmtree = store._write, store._settle, shutil.rmtree
-    left = count
+    remaining = count
 
-    def dies() -> bool:
-        nonlocal left
-        left -= 1
-        return left == 0
+    def must_die() -> bool:
+        nonlocal remaining
+        remaining -= 1
+        return remaining == 0
 
     def faulty_write(path: Path, content: bytes) -> None:
-        if dies():
+        if must_die():
             path.write_bytes(content[: len(content) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
         write(path, content)
 
     def faulty_settle(directory: Path) -> None:
-        if dies():
+        if must_die():
             os.kill(os.getpid(), signal.SIGKILL)
         settle(directory)
 
     def faulty_rmtree(directory: Path) -> None:
-        if dies():
+        if must_die():
             next(directory.iterdir()).unlink()
             os.kill(os.getpid(), signal.SIGKILL)
         rmtree(directory)
@@ -143,11 +144,11 @@ if __name__ == "__main__":
     config, run, record, *fault = sys.argv[1:]
     RECORD = None if record == "-" else UPath(record)
     rlora.run.run.Rollouts = Recorded  # type: ignore[attr-defined, misc, assignment]
-    cluster.start = learner_alone  # type: ignore[assignment]
+    cluster.start = start_learner  # type: ignore[assignment]
     if fault:
         die_at(int(fault[0]))
     sys.argv = ["rlora", "train", config, "--resume", run]
     if "over" in tomllib.loads(Path(config).read_text()):
-        there = (Path(run) / "sweep.toml").exists()
-        sys.argv = ["rlora", "sweep", *(["--resume", run] if there else [config, "--run-dir", run])]
+        exists = (Path(run) / "sweep.toml").exists()
+        sys.argv = ["rlora", "sweep", *(["--resume", run] if exists else [config, "--run-dir", run])]
     main.main()

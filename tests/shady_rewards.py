@@ -1,4 +1,4 @@
-"""Reward functions, and an env, that a text can make go wrong; tests run them in processes of their own."""
+"""Reward functions, and an env, that some texts make misbehave. Tests run them in separate processes."""
 
 import asyncio
 import os
@@ -13,7 +13,7 @@ from rlora.records import Prompt
 
 
 def shady(completion: str, answer: object) -> float:
-    """1 where the completion is the answer, unless it is one of the texts that do harm."""
+    """1 if the completion equals the answer. Some texts do harm instead."""
     if completion == "hang":
         while True:
             pass
@@ -45,7 +45,7 @@ def slow(completion: str, answer: object) -> float:
 
 
 async def judge(completion: str, answer: object) -> float:
-    """A judge behind a network, who takes as long as the completion says."""
+    """Stands in for a remote judge. The completion is its latency in seconds."""
     await asyncio.sleep(float(completion))
     return 1.0
 
@@ -60,7 +60,7 @@ _LOOPS = set()
 
 
 async def loops(completion: str, answer: object) -> float:
-    """How many event loops it has seen."""
+    """Number of event loops in which it was called."""
     _LOOPS.add(id(asyncio.get_running_loop()))
     return float(len(_LOOPS))
 
@@ -69,7 +69,7 @@ _MODEL: list[str] = []
 
 
 def lazy(completion: str, answer: object) -> float:
-    """Loads its model, which takes 2 s, at its first call."""
+    """Loads its model in the first call, which takes 2 s."""
     if not _MODEL:
         time.sleep(2)
         _MODEL.append("loaded")
@@ -86,7 +86,7 @@ async def lazy_judge(completion: str, answer: object) -> float:
 
 
 def killed(completion: str, answer: object) -> float:
-    """The kernel ends its process, or it ends itself, as its signal's number says."""
+    """Sends its process the signal whose number is the completion."""
     os.kill(os.getpid(), int(completion))
     return 1.0
 
@@ -96,14 +96,14 @@ async def dying_judge(completion: str, answer: object) -> float:
 
 
 def with_a_key(completion: str, answer: object) -> float:
-    """Needs a variable of the environment, and tells too much where it is wrong."""
+    """Needs an environment variable, and leaks its value in an error."""
     if os.environ["RLORA_TEST_KEY"] != completion:
         raise PermissionError(f"no access with {os.environ['RLORA_TEST_KEY']}")
     return 1.0
 
 
 def starts(completion: str, answer: str) -> float:
-    """Starts a process that outlives the call, tells its number in a file, and hangs."""
+    """Starts a process that outlives the call, writes its pid to a file, and hangs."""
     child = subprocess.Popen(["sleep", "77"])
     Path(answer).write_text(str(child.pid))
     time.sleep(60)
@@ -119,7 +119,7 @@ def keeps(completion: str, answer: object) -> float:
 
 
 def counted(completion: str, answer: str) -> float:
-    """How often it was called, by a file that the answer names."""
+    """Number of calls so far, kept as the size of the file that the answer names."""
     with Path(answer).open("a") as file:
         file.write("x")
     if completion == "die" and Path(answer).stat().st_size == 1:
@@ -128,7 +128,7 @@ def counted(completion: str, answer: str) -> float:
 
 
 class Guarded:
-    """An env that answers "hello" and counts; other messages do harm."""
+    """An env that replies to "hello" and counts messages. Other messages do harm."""
 
     def __init__(self, greeting: str = "hello") -> None:
         self.greeting = greeting

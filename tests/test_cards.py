@@ -1,4 +1,4 @@
-"""GPUs as nvidia-smi tells of them, and how the memory of one is shared out: with faked cards."""
+"""Detection of GPUs by nvidia-smi and the division of their memory, with fake cards."""
 
 import os
 import secrets
@@ -14,7 +14,7 @@ from conftest import ROOT, ray_head
 
 from rlora import cards, machine
 from rlora.cards import GIB, Card, LearnerMemory
-from rlora.cluster import placed
+from rlora.cluster import assign_gpus
 from rlora.records import RloraError
 from rlora.settings import Config
 
@@ -24,15 +24,15 @@ H100 = "NVIDIA H100 80GB HBM3, GPU-1, 81559, 80994, 580.65.06, 9.0, Disabled"
 
 @pytest.fixture
 def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Puts a program nvidia-smi on the path that says this."""
+    """Puts an nvidia-smi on the path that prints the given lines."""
 
-    def say(*lines: str, code: int = 0) -> None:
+    def install(*lines: str, code: int = 0) -> None:
         program = tmp_path / "nvidia-smi"
         program.write_text("\n".join(["#!/bin/sh", *(f"echo '{line}'" for line in lines), f"exit {code}"]))
         program.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
 
-    return say
+    return install
 
 
 def test_cards_are_what_nvidia_smi_lists(smi: Callable[..., None]) -> None:
@@ -53,9 +53,9 @@ def test_a_node_without_nvidia_smi_has_none(monkeypatch: pytest.MonkeyPatch, tmp
     cards.check_cpu_is_intended(0, wanted=True)
 
 
-def test_a_driver_that_fails_is_told_of(smi: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_that_fails_raises_an_error(smi: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     smi("Failed to initialize NVML: Driver/library version mismatch", code=18)
-    assert cards.list_cards() == []  # no card is in this machine
+    assert cards.list_cards() == []  # this machine has no card
     monkeypatch.setattr("rlora.cards.Path.exists", lambda _: True)
     with pytest.raises(RloraError, match=r"nvidia-smi fails .*version mismatch.*driver works"):
         cards.list_cards()
@@ -63,7 +63,7 @@ def test_a_driver_that_fails_is_told_of(smi: Callable[..., None], monkeypatch: p
 
 @pytest.mark.parametrize(
     ("visible", "remedy"),
-    [(None, "--num-gpus"), ("", r"CUDA_VISIBLE_DEVICES is '' here; unset it"), ("-1", "CUDA_VISIBLE_DEVICES is '-1'")],
+    [(None, "--num-gpus"), ("", r"CUDA_VISIBLE_DEVICES is ''; unset it"), ("-1", "CUDA_VISIBLE_DEVICES is '-1'")],
 )
 def test_no_run_goes_to_the_cpu_in_silence(
     smi: Callable[..., None], monkeypatch: pytest.MonkeyPatch, visible: str | None, remedy: str
@@ -74,7 +74,7 @@ def test_no_run_goes_to_the_cpu_in_silence(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     with pytest.raises(RloraError, match=f"this machine has 1 .*H100.* Ray sees none: .*{remedy}"):
         cards.check_cpu_is_intended(0, wanted=True)
-    cards.check_cpu_is_intended(0, wanted=False)  # it was asked for
+    cards.check_cpu_is_intended(0, wanted=False)  # the config asks for the CPU
     cards.check_cpu_is_intended(1, wanted=True)
 
 
@@ -82,7 +82,7 @@ def test_no_run_goes_to_the_cpu_in_silence(
     ("built_for", "driver", "reason"),
     [
         (None, "580.65", "built for CPUs; install rlora with the extra cuda"),
-        ("13.0", "535.54.03", "CUDA 13.0, which needs driver 580 or later, and this is 535.54.03"),
+        ("13.0", "535.54.03", r"CUDA 13.0, which needs driver 580 or later; update the driver \(535.54.03\)"),
         ("12.9", "470.1", "needs driver 525 or later"),
         ("13.0", "580.65", "torch.cuda.init"),
     ],
@@ -113,28 +113,28 @@ def test_the_driver_names_a_card_without_a_context(smi: Callable[..., None], mon
     assert machine.name().endswith(", NVIDIA H100 80GB HBM3")
 
 
-def test_the_learners_part_is_what_it_reserved() -> None:
-    share, words = cards.share_of_learner(79 * GIB, 79 * GIB, 0.5, "H100")
+def test_the_learners_share_is_what_it_reserved() -> None:
+    share, description = cards.share_of_learner(79 * GIB, 79 * GIB, 0.5, "H100")
     assert share == 79 * GIB // 2 - GIB
-    assert words == "0.5 (learner.gpus) of H100 with 79.0 GiB"
+    assert description == "0.5 (learner.gpus) of H100 with 79.0 GiB"
     assert cards.share_of_learner(79 * GIB, 79 * GIB, 2.0, "H100")[0] == 78 * GIB
     with pytest.raises(RloraError, match=r"only 20\.0 GiB are free: another process holds memory"):
         cards.share_of_learner(20 * GIB, 79 * GIB, 0.5, "H100")  # two runs on one card
 
 
 def test_an_engine_takes_what_the_learner_leaves() -> None:
-    def budget(total: int, gpus: float, beside: LearnerMemory, free: int | None = None, eager: bool = True) -> float:
-        return cards.budget_of_engine((free or total) * GIB, total * GIB, gpus, beside, eager, "H100") / GIB
+    def budget(total: int, gpus: float, learners: LearnerMemory, free: int | None = None, eager: bool = True) -> float:
+        return cards.budget_of_engine((free or total) * GIB, total * GIB, gpus, learners, eager, "H100") / GIB
 
     learner = LearnerMemory(30 * GIB, 0.5)
     assert budget(80, 0.5, learner, free=50) == 80 - 30 - 2  # two contexts
     assert budget(80, 0.5, learner, free=50, eager=False) == 80 - 30 - 3.5
-    assert budget(80, 0.25, learner, free=50) == (80 - 31) / 2 - 1  # two engines beside it
+    assert budget(80, 0.25, learner, free=50) == (80 - 31) / 2 - 1  # two engines on the learner's card
     assert budget(80, 1.0, LearnerMemory()) == 79
-    assert budget(80, 0.5, LearnerMemory()) == 39  # another may come
+    assert budget(80, 0.5, LearnerMemory()) == 39  # a learner may start later
     with pytest.raises(RloraError, match="nothing is left for an engine"):
         budget(24, 0.5, LearnerMemory(23 * GIB, 0.5))
-    with pytest.raises(RloraError, match=r"part of H100 is 48\.0 GiB, and only 10\.0 are free"):
+    with pytest.raises(RloraError, match=r"share of H100 is 48\.0 GiB, and only 10\.0 are free"):
         budget(80, 0.5, learner, free=10)
 
 
@@ -151,7 +151,7 @@ def test_a_base_that_does_not_fit_is_refused_with_what_would() -> None:
     [
         (0, {}, 0.0, 0.0),
         (1, {}, 0.5, 0.5),
-        (2, {}, 1.0, 1.0),  # a card each
+        (2, {}, 1.0, 1.0),  # one card each
         (2, {"engine": {"replicas": 3}}, 0.5, 0.5),
         (8, {"engine": {"tensor_parallel_size": 4}}, 1.0, 1.0),
         (3, {"learner": {"replicas": 2}}, 1.0, 1.0),
@@ -162,50 +162,50 @@ def test_a_base_that_does_not_fit_is_refused_with_what_would() -> None:
 def test_who_reserves_how_much(
     config: MakeConfig, gpus: int, changes: dict[str, object], engine: float, learner: float
 ) -> None:
-    made = placed(config(**changes), gpus)
-    assert (made.engine.gpus, made.learner.gpus) == (engine, learner)
+    resolved = assign_gpus(config(**changes), gpus)
+    assert (resolved.engine.gpus, resolved.learner.gpus) == (engine, learner)
 
 
 @pytest.mark.vllm
 def test_a_run_on_a_card_that_cannot_be_used_ends_before_anything_is_loaded(
     smi: Callable[..., None], tmp_path: Path
 ) -> None:
-    """Real Ray: without a GPU, though the machine has one; and with one that torch, built for CPUs, can't use."""
+    """Real Ray: it sees no GPU although the machine has one, or a GPU that a torch for CPUs can't use."""
     smi(H100)
-    home = Path(tempfile.mkdtemp(prefix="ray-"))  # short, for Ray's sockets
+    home = Path(tempfile.mkdtemp(prefix="ray-"))  # a short path, for Ray's sockets
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"HOME": str(home), "XDG_CACHE_HOME": str(Path.home() / ".cache"), "PYTHONPATH": str(ROOT)}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
     def train(name: str, *options: str, **more: str) -> tuple[int, str]:
         command = [sys.executable, "-m", "rlora", "train", str(ROOT / "launch" / "arithmetic.toml"), *options]
-        done = subprocess.run(
+        process = subprocess.run(
             [*command, "--run-dir", str(tmp_path / name)], env=environment | more, capture_output=True, text=True,
             check=False, timeout=300,
         )  # fmt: skip
-        return done.returncode, done.stderr
+        return process.returncode, process.stderr
 
-    code, said = train("hidden", RAY_ADDRESS="local", CUDA_VISIBLE_DEVICES="")
+    code, errors = train("hidden", RAY_ADDRESS="local", CUDA_VISIBLE_DEVICES="")
     assert code == 1
-    assert "this machine has 1 (NVIDIA H100 80GB HBM3), and Ray sees none: CUDA_VISIBLE_DEVICES is '' here" in said
+    assert "this machine has 1 (NVIDIA H100 80GB HBM3), and Ray sees none: CUDA_VISIBLE_DEVICES is ''" in errors
     with ray_head(home, environment, "--num-gpus=1") as address:
-        code, said = train("no-cuda", RAY_ADDRESS=address)
+        code, errors = train("no-cuda", RAY_ADDRESS=address)
     assert code == 1
-    assert "Ray gave this process a card, and torch" in said
-    assert "it is built for CPUs; install rlora with the extra cuda" in said
+    assert "Ray gave this process a card, but torch" in errors
+    assert "it is built for CPUs; install rlora with the extra cuda" in errors
 
 
 @pytest.mark.parametrize(
     ("gpus", "changes", "message"),
     [
-        (2, {"engine": {"tensor_parallel_size": 2, "gpus": 0.5}}, r"engine.gpus = 0\.5: .*takes whole cards"),
-        (4, {"learner": {"replicas": 2, "gpus": 0.5}}, r"learner.gpus = 0\.5: .*NCCL needs one for each"),
-        (2, {"engine": {"tensor_parallel_size": 4}}, "4.5 in all, and Ray has 2; lower engine.replicas"),
-        (1, {"engine": {"replicas": 3}}, "2 in all, and Ray has 1"),
+        (2, {"engine": {"tensor_parallel_size": 2, "gpus": 0.5}}, r"engine.gpus = 0\.5: .*takes whole GPUs"),
+        (4, {"learner": {"replicas": 2, "gpus": 0.5}}, r"learner.gpus = 0\.5: .*NCCL needs one per process"),
+        (2, {"engine": {"tensor_parallel_size": 4}}, "4.5 in total, and Ray has 2; lower engine.replicas"),
+        (1, {"engine": {"replicas": 3}}, "2 in total, and Ray has 1"),
     ],
 )
 def test_what_the_cards_are_too_few_for(
     config: MakeConfig, gpus: int, changes: dict[str, object], message: str
 ) -> None:
     with pytest.raises(RloraError, match=message):
-        placed(config(**changes), gpus)
+        assign_gpus(config(**changes), gpus)

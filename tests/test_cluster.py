@@ -1,4 +1,4 @@
-"""A Ray cluster that can't be joined gives an error of one sentence within seconds."""
+"""If a Ray cluster can't be joined, an error of one sentence says so within seconds."""
 
 import os
 import re
@@ -34,9 +34,9 @@ import ray
 from rlora import cluster
 cluster.join_ray()
 client = ray._private.worker._global_node.get_gcs_client()
-known = json.loads(client.internal_kv_get(b"CLUSTER_METADATA", namespace=b"cluster"))
-other = json.dumps(known | {"ray_version": "2.9.3", "python_version": "3.8.2"}).encode()
-client.internal_kv_put(b"CLUSTER_METADATA", other, True, namespace=b"cluster")
+metadata = json.loads(client.internal_kv_get(b"CLUSTER_METADATA", namespace=b"cluster"))
+changed = json.dumps(metadata | {"ray_version": "2.9.3", "python_version": "3.8.2"}).encode()
+client.internal_kv_put(b"CLUSTER_METADATA", changed, True, namespace=b"cluster")
 """
 
 
@@ -44,11 +44,11 @@ client.internal_kv_put(b"CLUSTER_METADATA", other, True, namespace=b"cluster")
     "address",
     ["nonsense", "127.0.0.1", "127.0.0.1:abc", ":6379", "127.0.0.1:99999", " ", "http://127.0.0.1:8265", "foo://x:1"],
 )
-def test_an_address_that_is_none_is_named(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_address_is_rejected(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
-    with pytest.raises(RloraError, match="is no address; give HOST:PORT of the head node") as told:
+    with pytest.raises(RloraError, match="is no address; give HOST:PORT of the head node") as caught:
         cluster.join_ray()
-    assert f"RAY_ADDRESS = {address!r}" in str(told.value)
+    assert f"RAY_ADDRESS = {address!r}" in str(caught.value)
 
 
 @pytest.fixture
@@ -60,10 +60,10 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize("remembered", [False, True])
-def test_a_cluster_that_is_gone_is_told_at_once(
+def test_a_cluster_that_has_ended_is_reported_at_once(
     remembered: bool, free_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ray waits for ten minutes."""
+    """Ray itself would wait for ten minutes."""
     monkeypatch.setenv("RAY_ADDRESS", "" if remembered else f"127.0.0.1:{free_port}")
     monkeypatch.setattr(ray._private.utils, "read_ray_address", lambda: f"127.0.0.1:{free_port}")
     began = time.monotonic()
@@ -74,26 +74,26 @@ def test_a_cluster_that_is_gone_is_told_at_once(
     assert time.monotonic() - began < 5
 
 
-def test_a_host_that_is_unknown_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_host_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "no-such-host.invalid:6379")
     with pytest.raises(RloraError, match="RAY_ADDRESS = 'no-such-host"):
         cluster.join_ray()
 
 
-def test_what_ray_says_is_cut_to_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: Mapping[str, tuple[BaseException, str]] = {
+def test_errors_of_ray_are_shortened_to_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors: Mapping[str, tuple[BaseException, str]] = {
         "auto": (ConnectionError("Could not find any. Please\nmore"), "Could not find any; if that cluster has ended"),
         "local": (RuntimeError("Failed to start GCS. Last 3 lines:\n..."), "no cluster could be started: Failed to st"),
         "ray://127.0.0.1:1": (ConnectionError("ray client connection timeout"), "ray client connection timeout; if"),
     }
-    for address, (error, told) in said.items():
+    for address, (error, message) in errors.items():
 
         def fail(error: BaseException = error, **_: object) -> None:
             raise error
 
         monkeypatch.setenv("RAY_ADDRESS", address)
         monkeypatch.setattr(ray, "init", fail)
-        with pytest.raises(RloraError, match=re.escape(told)) as caught:
+        with pytest.raises(RloraError, match=re.escape(message)) as caught:
             cluster.join_ray()
         assert "\n" not in str(caught.value)
         assert "RAY_gcs_server_port_wait_time_s" not in os.environ
@@ -101,17 +101,17 @@ def test_what_ray_says_is_cut_to_a_sentence(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(scope="module")
 def join() -> Iterator[Callable[..., str]]:
-    """Joins a real cluster that wants a token, in a process with such environment variables; gives what it prints."""
+    """A function that joins a cluster with a token, in a process with environment variables. Returns its output."""
     token = secrets.token_hex(32)
-    closed = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    valid = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
     home = Path(tempfile.mkdtemp(prefix="ray-"))  # short, for Ray's sockets
     plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"HOME": str(home)}
-    with ray_head(home, plain | closed) as address:
+    with ray_head(home, plain | valid) as address:
 
         def run(script: str = JOIN, **environment: str) -> str:
-            known = {name: closed[name] if value == "right" else value for name, value in environment.items()}
+            settings = {name: valid[name] if value == "right" else value for name, value in environment.items()}
             command = [sys.executable, "-c", script]
-            environment = plain | {"RAY_ADDRESS": address} | known
+            environment = plain | {"RAY_ADDRESS": address} | settings
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
             assert done.returncode == 0, done.stderr
             assert "Traceback" not in done.stderr
@@ -127,16 +127,17 @@ TOKEN = {"RAY_AUTH_MODE": "right", "RAY_AUTH_TOKEN": "right"}
     "environment",
     [{"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "b" * 64}],
 )
-def test_a_token_that_is_missing_or_wrong_is_told(environment: dict[str, str], join: Callable[..., str]) -> None:
-    told = join(**environment)
-    assert "it wants a token, and this process has none or another; set RAY_AUTH_MODE=token" in told
-    assert "\n" not in told
+def test_a_missing_or_wrong_token_is_reported(environment: dict[str, str], join: Callable[..., str]) -> None:
+    message = join(**environment)
+    assert "it wants a token, and this process has none or a different one; set RAY_AUTH_MODE=token" in message
+    assert "\n" not in message
 
 
-def test_a_cluster_of_another_version_is_told_with_both(join: Callable[..., str]) -> None:
+def test_a_cluster_with_a_different_version_is_reported_with_both_versions(join: Callable[..., str]) -> None:
     assert join(**TOKEN) == "joined 1.0"
     join(OTHER_VERSION, **TOKEN)
-    told = join(**TOKEN)
+    message = join(**TOKEN)
     python = ".".join(map(str, sys.version_info[:3]))
-    assert f"it runs Ray 2.9.3 on Python 3.8.2, and this process Ray {ray.__version__} on Python {python}; use" in told
-    assert "\n" not in told
+    expected = f"it runs Ray 2.9.3 on Python 3.8.2, and this process Ray {ray.__version__} on Python {python}; use"
+    assert expected in message
+    assert "\n" not in message

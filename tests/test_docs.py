@@ -1,4 +1,4 @@
-"""README and docs: every command, config, file and link in them is tried. The README's are run for real."""
+"""README and docs: every command, config, file and link is checked. The README's commands are run."""
 
 import ast
 import inspect
@@ -10,6 +10,7 @@ import textwrap
 import tomllib
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,9 +19,24 @@ import tomli_w
 import tyro
 from conftest import ROOT, case
 
-from rlora.cli.arguments import Ask, Export, Fork, Grade, Jobs, Runs, Scale, Submit
-from rlora.cli.overrides import parse_check, parse_eval, parse_plan, parse_replay, parse_show, parse_train
-from rlora.cli.sweep import changes_of, parse_sweep
+from rlora.cli.arguments import (
+    Ask,
+    Check,
+    Eval,
+    Export,
+    Fork,
+    Grade,
+    Jobs,
+    Plan,
+    Replay,
+    Runs,
+    Scale,
+    Show,
+    Submit,
+)  # fmt: skip
+from rlora.cli.grammar import change
+from rlora.cli.overrides import parse_source, parse_train
+from rlora.cli.sweep import parse_sweep
 from rlora.config import changed, read, read_table, validate
 from rlora.plugin import load
 from rlora.rollout.task import load_task
@@ -44,7 +60,7 @@ class Block(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The file that a block is of, which its first line names; empty for others."""
+        """The file name in the first line of the block; empty if there is none."""
         named = re.match(r"# (\S+\.(?:py|toml))\n", self.text)
         return named[1] if named else ""
 
@@ -57,14 +73,14 @@ BLOCKS = [
 
 
 def commands(program: str) -> list[tuple[Path, list[str]]]:
-    """Each line of a block that calls a program: the page, and its arguments."""
+    """The calls of a program in all blocks: page and arguments."""
     lines = ((block.page, line) for block in BLOCKS if not block.language for line in block.text.splitlines())
     return [(page, shlex.split(line, comments=True)[1:]) for page, line in lines if re.match(rf"{program} ", line)]
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundle: Callable[..., Bundle]) -> Path:
-    """A working directory with the files of all blocks, and a run wherever a command names one."""
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundle: Callable[..., Bundle]) -> Path:
+    """A working directory with the files of all blocks, and every run that a command names."""
     write_files(tmp_path)
     (tmp_path / "path" / "to" / "adapter").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
@@ -80,41 +96,41 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundle: Callable[...,
 
 
 def write_files(directory: Path) -> None:
-    """Those of all blocks that name one."""
+    """Write the blocks that name a file."""
     for block in BLOCKS:
         if block.name:
             (directory / block.name).write_text(block.text)
 
 
-def test_the_commands_are_understood(place: Path) -> None:
-    """By what parses them; files, runs and versions that they name are there."""
+def test_the_commands_are_understood(directory: Path) -> None:
+    """The command line parses them; the files, runs and versions that they name exist."""
     parsers = {
-        "train": parse_train, "submit": parse_submit, "eval": parse_eval, "check": parse_check, "show": parse_show,
-        "replay": parse_replay, "plan": parse_plan, "sweep": parse_sweep, "fork": parse_fork,
+        "train": parse_train, "submit": parse_submit, "sweep": parse_sweep, "fork": parse_fork,
+        **{kind.__name__.lower(): partial(parse_source, kind, "rlora") for kind in (Eval, Check, Show, Replay, Plan)},
     }  # fmt: skip
-    others = {"export": Export, "grade": Grade, "jobs": Jobs, "runs": Runs, "scale": Scale}
-    others |= dict.fromkeys(("pause", "go", "drop"), Ask)
-    found = commands("rlora")
-    assert len(found) > 30
-    for page, (command, *arguments) in found:
+    classes = {"export": Export, "grade": Grade, "jobs": Jobs, "runs": Runs, "scale": Scale}
+    classes |= dict.fromkeys(("pause", "go", "drop"), Ask)
+    calls = commands("rlora")
+    assert len(calls) > 30
+    for page, (command, *arguments) in calls:
         try:
             if command in parsers:
                 parsers[command](arguments)
             else:
-                tyro.cli(others[command], args=arguments)
+                tyro.cli(classes[command], args=arguments)
         except (Exception, SystemExit) as error:
             raise AssertionError(f"{page.name}: rlora {command} {shlex.join(arguments)}: {error}") from error
 
 
 def parse_submit(arguments: list[str]) -> None:
-    given, rest = tyro.cli(Submit, args=arguments, return_unknown_args=True)
-    if given.follow is None:
-        parse_train([str(given.file), *rest])
+    options, rest = tyro.cli(Submit, args=arguments, return_unknown_args=True)
+    if options.follow is None:
+        parse_train([str(options.file), *rest])
 
 
 def parse_fork(arguments: list[str]) -> None:
-    given = tyro.cli(Fork, args=arguments)
-    changes_of(given.changes, "fork")
+    options = tyro.cli(Fork, args=arguments)
+    assert all(map(change, options.changes))
 
 
 def test_other_commands_name_what_there_is() -> None:
@@ -125,9 +141,9 @@ def test_other_commands_name_what_there_is() -> None:
         for name in re.findall(r"extras? `([\w-]+)`", page.read_text()):
             assert name in extras, f"{page.name}: {name}"
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert {given[0] for _, given in commands("make")} <= targets
-    for _, given in commands("python -m rlora"):
-        parse_train(given[3:])
+    assert {arguments[0] for _, arguments in commands("make")} <= targets
+    for _, arguments in commands("python -m rlora"):
+        parse_train(arguments[3:])
 
 
 @pytest.mark.parametrize(
@@ -137,8 +153,8 @@ def test_the_configs_are_valid(block: Block, tmp_path: Path) -> None:
     table = tomllib.loads(block.text)
     if "over" in table:
         (tmp_path / "sweep.toml").write_text(block.text)
-        given, tables = parse_sweep([str(tmp_path / "sweep.toml")])
-        Halving.of(tables["halving"]).check(members(asdict(given.config), tables["over"], tables["members"]))
+        options, tables = parse_sweep([str(tmp_path / "sweep.toml")])
+        Halving.of(tables["halving"]).check(members(asdict(options.config), tables["over"], tables["members"]))
     elif "model" in table:
         validate(table)
     else:
@@ -157,7 +173,7 @@ def test_the_python_is_valid() -> None:
         assert block.language in ("", "python", "toml"), block.page.name
 
 
-def test_the_files_do_what_is_said_of_them(place: Path) -> None:
+def test_the_files_do_what_is_said_of_them(directory: Path) -> None:
     assert {block.name for block in BLOCKS if block.name} == {
         "brief.py",
         "doubling.py",
@@ -182,7 +198,7 @@ def test_the_loop_of_the_readme_is_the_loop() -> None:
 
 
 def test_the_fields_of_other_frameworks_have_ours() -> None:
-    """The columns of rlora in "Coming from" name fields that there are."""
+    """rlora's columns in the README's "Coming from TRL or verl" name existing fields."""
     table = next(part for part in (ROOT / "README.md").read_text().split("\n\n") if "num_generations" in part)
     fields = {
         name
@@ -197,7 +213,7 @@ def test_the_fields_of_other_frameworks_have_ours() -> None:
 
 
 def test_messages_of_troubleshooting_are_messages_of_rlora() -> None:
-    """What stands between "..." in the first column is in the source, and rules of health are rules."""
+    """The parts between "..." in the first column are in the source, and health rules exist."""
     files = sorted(path for path in (ROOT / "rlora").rglob("*.py"))
     source = re.sub(r'"\s*\n\s*f?r?"', "", "\n".join(path.read_text() for path in files))
     messages = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
@@ -236,23 +252,23 @@ rlora.train = lambda *given, **changes: train(*given, **changes | small)
 """
 
 
-def tried(page: Path, directory: Path) -> list[str]:
-    """Run what a page shows, from top to bottom in a directory, with fewer and smaller steps; what each printed."""
+def run_page(page: Path, directory: Path) -> list[str]:
+    """Run the commands of a page in order, with fewer and smaller steps. Returns the output of each."""
     write_files(directory)
-    told = []
+    outputs = []
     for block in (block for block in BLOCKS if block.page == page and not block.name):
         if block.language == "python" and "import rlora" in block.text:
-            told.append(called([sys.executable, "-c", SHORT + block.text], directory))
+            outputs.append(run_command([sys.executable, "-c", SHORT + block.text], directory))
         lines = block.text.splitlines() if not block.language else []
         for line in (line for line in lines if line.startswith("rlora ")):
             _, command, *arguments = shlex.split(re.sub(r"@\d+", "@1", line), comments=True)
             if command in ("train", "sweep") and "--resume" not in arguments:
                 arguments += SMALL
-            told.append(called([sys.executable, "-m", "rlora", command, *arguments], directory))
-    return told
+            outputs.append(run_command([sys.executable, "-m", "rlora", command, *arguments], directory))
+    return outputs
 
 
-def called(command: list[str], directory: Path) -> str:
+def run_command(command: list[str], directory: Path) -> str:
     done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
     return done.stdout
@@ -260,9 +276,9 @@ def called(command: list[str], directory: Path) -> str:
 
 @pytest.mark.vllm
 def test_the_readme_from_top_to_bottom(tmp_path: Path) -> None:
-    """In an empty directory, where launch/arithmetic.toml is the package's."""
-    told = "\n".join(tried(ROOT / "README.md", tmp_path))
-    assert "step 2/2" in told
-    assert "bit for bit" in told
-    assert "pass@8" in told
+    """In an empty directory, so that launch/arithmetic.toml is the recipe of the package."""
+    output = "\n".join(run_page(ROOT / "README.md", tmp_path))
+    assert "step 2/2" in output
+    assert "bit for bit" in output
+    assert "pass@8" in output
     assert (tmp_path / "policy" / "model.safetensors").is_file()

@@ -37,7 +37,7 @@ from rlora.rollout.task import ServedPolicy, load_task
 from rlora.run import checkpoint
 from rlora.run.health import RULES
 from rlora.run.prepare import prepared
-from rlora.run.source import given
+from rlora.run.source import resolve_config
 from rlora.run.turns import Turns, first, rounds
 from rlora.settings import Config
 from rlora.train import drive
@@ -127,7 +127,7 @@ def test_a_short_run_raises_the_reward_and_can_be_resumed_and_evaluated(tmp_path
     changed = rlora("train", "--resume", str(run), "--learner.lr", "1.0")
     assert changed.returncode == 1
     assert "learner.lr: 0.0005 -> 1.0" in changed.stderr
-    resumed = rlora("train", "--resume", str(run), "--set", "steps=5")
+    resumed = rlora("train", "--resume", str(run), "--steps", "5")
     assert resumed.returncode == 0, resumed.stderr
     assert "steps: 4 -> 5" in resumed.stdout
     assert [line["step"] for line in metrics(run)] == [0, 1, 2, 3, 4]
@@ -155,7 +155,7 @@ def test_a_short_run_raises_the_reward_and_can_be_resumed_and_evaluated(tmp_path
     exported = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
     assert exported == (run / "bundles" / "2" / "adapter_model.safetensors").read_bytes()
     again = rlora("export", str(run), "--to", str(tmp_path / "adapter"))
-    assert (again.returncode, "it is there already" in again.stderr) == (1, True)
+    assert (again.returncode, "it exists already" in again.stderr) == (1, True)
 
 
 def test_two_engines_and_two_learners_on_stale_episodes_with_a_users_reward(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_runs_that_train_together_are_runs_like_any_other(turns: Turns, tmp_path
     }
     small = {"prompts_per_step": 2, "group_size": 4, "evaluate": {"prompts": 4}}
     with ExitStack() as stack:
-        configs = {name: given(ROOT / TOML, small | changes) for name, changes in members.items()}
+        configs = {name: resolve_config(ROOT / TOML, small | changes) for name, changes in members.items()}
         runs = [stack.enter_context(prepared(config, tmp_path / name)) for name, config in configs.items()]
         with pytest.raises(RloraError, match=r"1 of 3 runs failed:\nfailing, after 1 steps: .*ZeroDivisionError"):
             drive(runs, turns)
@@ -240,7 +240,7 @@ def test_runs_that_train_together_are_runs_like_any_other(turns: Turns, tmp_path
     if turns is rounds:
         replayed = rlora("replay", str(tmp_path / "high"))
         assert "2 of 2 updates bit for bit" in replayed.stdout, replayed.stdout + replayed.stderr
-        alone = rlora("train", "--resume", str(tmp_path / "low"), "--set", "steps=4")
+        alone = rlora("train", "--resume", str(tmp_path / "low"), "--steps=4")
         assert alone.returncode == 0, alone.stderr
         assert [line["step"] for line in metrics(tmp_path / "low")] == [0, 1, 2, 3]
 
@@ -300,7 +300,7 @@ def test_each_rule_of_health_holds_in_a_run_that_is_ill_in_its_way(
     with ExitStack() as stack:
         for name, changes in ill.items():
             learner = {"threads": 2} | changes.get("learner", {})
-            config = given(ROOT / TOML, small | changes | {"learner": learner})
+            config = resolve_config(ROOT / TOML, small | changes | {"learner": learner})
             ill[name]["run"] = stack.enter_context(prepared(config, tmp_path / name))
         with pytest.raises(RloraError, match=r"1 of 10 runs failed:\nfloor, after 2 steps: health\.stop = \['floor'\]"):
             drive([changes["run"] for changes in ill.values()])
@@ -352,7 +352,7 @@ def test_what_was_sampled_before_a_kill_is_learned_from_after_it(tmp_path: Path)
     assert played
     done = rlora("train", "--resume", str(run))
     assert done.returncode == 0, done.stderr
-    assert f"from version {before.version} on" in done.stdout
+    assert f"starting from version {before.version}" in done.stdout
     assert not left.exists()
 
     config = read(run / "config.toml")
@@ -622,7 +622,7 @@ def test_a_run_outlives_its_engines_its_learners_and_its_scorers(
     killed: set[int] = set()
 
     def kill_learner(remote: Any) -> None:
-        _, pid = ray.get(remote.placed)
+        _, pid = ray.get(remote.process)
         timer = threading.Timer(0.3, lambda: (os.kill(pid, signal.SIGKILL), killed.add(pid)))  # in its update
         timer.daemon = True
         timer.start()
@@ -650,7 +650,7 @@ def test_a_run_outlives_its_engines_its_learners_and_its_scorers(
                 engine.die(phase).result()
             if phase == "scoring":
                 pool: Any = loop.scoring.pools[0]
-                _, pid = ray.get(pool.actor.place.remote())
+                _, pid = ray.get(pool.actor.process.remote())
                 os.kill(pid, signal.SIGKILL)
             collection = rollouts.take(adapter.number)
             if phase == "learning":

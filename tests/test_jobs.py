@@ -1,4 +1,4 @@
-"""Bad addresses, and jobs that a cluster does not take, by Ray's own client; a real cluster: test_end_to_end.py."""
+"""Bad addresses and rejected jobs, with Ray's own client. For a real cluster see test_end_to_end.py."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from rlora.records import RloraError
 
 
 class Dashboard(BaseHTTPRequestHandler):
-    """As far as a client asks before it submits: what runs there, and whether it has the package."""
+    """The part of Ray's dashboard that a client calls before it submits: its version, and uploaded packages."""
 
     ray: ClassVar[str] = "2.60.0"
     received: ClassVar[list[str]] = []
@@ -30,8 +30,8 @@ class Dashboard(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         data = self.rfile.read(int(self.headers["Content-Length"]))
         self.received.append(self.path)
-        what = f"Maximum request body size 10000 exceeded, actual body size {len(data)}"  # as Ray's dashboard answers
-        too_large = f'Traceback (most recent call last):\n  File "job_head.py"\naiohttp.TooLarge: {what}\n'
+        message = f"Maximum request body size 10000 exceeded, actual body size {len(data)}"  # as in Ray's dashboard
+        too_large = f'Traceback (most recent call last):\n  File "job_head.py"\naiohttp.TooLarge: {message}\n'
         self._answer(500, too_large)
 
     def _answer(self, status: int, body: object) -> None:
@@ -45,29 +45,29 @@ class Dashboard(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
-    """The address of such a server, which says that it runs a version of Ray."""
+    """A function that returns the address of a dashboard with that version of Ray."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Dashboard)
     threading.Thread(target=server.serve_forever).start()
 
-    def runs(ray: str) -> str:
+    def address(ray: str) -> str:
         monkeypatch.setattr(Dashboard, "ray", ray)
         return f"http://127.0.0.1:{server.server_port}"
 
-    yield runs
+    yield address
     server.shutdown()
     server.server_close()
 
 
-def test_a_cluster_whose_ray_is_too_old_is_refused(cluster: Callable[[str], str]) -> None:
+def test_a_cluster_whose_ray_is_too_old_is_rejected(cluster: Callable[[str], str]) -> None:
     address = cluster("2.9.3")
     with pytest.raises(RloraError, match=rf"--address {address}: the cluster runs Ray 2\.9\.3, and rlora needs 2\.50"):
         jobs.jobs(address)
-    with pytest.raises(RloraError, match=r"runs Ray 1\.8\.0|1\.8\.0 is running"):  # Ray's own client refuses that
+    with pytest.raises(RloraError, match=r"runs Ray 1\.8\.0|1\.8\.0 is running"):  # Ray's own client may reject it
         jobs.jobs(cluster("1.8.0"))
 
 
-def test_the_address_that_is_given_counts(cluster: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray's client would take those of the environment before it."""
+def test_the_address_option_takes_precedence(cluster: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Ray's client the environment variables would."""
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
     address = cluster("2.9.3")
     with pytest.raises(RloraError, match=rf"--address {address}: the cluster runs Ray 2\.9\.3"):
@@ -81,7 +81,7 @@ def test_the_oldest_ray_is_the_one_that_is_installed_with_rlora() -> None:
     assert f"ray[default]>={jobs.OLDEST_RAY}" in needed
 
 
-def test_a_directory_that_is_too_large_is_told_with_what_to_do(
+def test_a_directory_that_is_too_large_is_reported_with_the_fix(
     cluster: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "big.bin").write_bytes(bytes(20_000))
@@ -90,16 +90,16 @@ def test_a_directory_that_is_too_large_is_told_with_what_to_do(
     monkeypatch.setattr("sys.argv", command)
     with pytest.raises(SystemExit) as ended:
         main()
-    told = capsys.readouterr().err
+    error = capsys.readouterr().err
     assert ended.value.code == 1
-    assert "Traceback" not in told
+    assert "Traceback" not in error
     assert re.search(
-        r"--working-dir .*: Ray takes 100 MiB at most \(.*Maximum request body size 10000 exceeded.*\); name what need",
-        told,
-    ), told
+        r"--working-dir .*: Ray accepts at most 100 MiB \(.*Maximum request body size 10000 exceeded.*\); exclude",
+        error,
+    ), error
 
 
-def test_a_port_that_is_no_dashboard_is_told() -> None:
+def test_a_port_without_a_dashboard_is_reported() -> None:
     for address in ("http://127.0.0.1:1", "nonsense://x"):
         with pytest.raises(RloraError, match=rf"--address {address}: .*give http://HOST:8265"):
             jobs.jobs(address)
@@ -109,16 +109,16 @@ def test_a_port_that_is_no_dashboard_is_told() -> None:
 def test_ctrl_c_asks(
     answer: str, stops: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked: list[str] = []
+    calls: list[str] = []
 
     class Job:
         id = "mine"
 
-        def follow(self, tell: Callable[[str], object]) -> str:
+        def follow(self, write: Callable[[str], object]) -> str:
             raise KeyboardInterrupt
 
         def stop(self) -> bool:
-            asked.append("stop")
+            calls.append("stop")
             return True
 
     monkeypatch.setattr(jobs, "job", lambda name, address: Job())
@@ -128,11 +128,11 @@ def test_ctrl_c_asks(
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 130
-    assert bool(asked) == stops
+    assert bool(calls) == stops
     assert ("saves what it has" if stops else "Follow it: rlora submit --follow mine") in capsys.readouterr().out
 
 
-def test_what_is_wrong_with_the_config_is_told_here(
+def test_errors_in_the_config_are_reported_before_submitting(
     cluster: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     address = cluster("2.60.0")

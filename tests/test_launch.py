@@ -9,7 +9,7 @@ import yaml
 from conftest import ROOT
 
 from rlora.cli.overrides import parse_train
-from rlora.cluster import placed
+from rlora.cluster import assign_gpus
 
 CLUSTER = ROOT / "launch" / "cluster"
 
@@ -50,7 +50,7 @@ def test_the_ray_job_runs_a_command_that_there_is() -> None:
     config = given.config
     assert given.run_dir is not None
     (gpu,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
-    config = placed(config, gpu["replicas"])
+    config = assign_gpus(config, gpu["replicas"])
     used = config.engine.replicas * float(config.engine.gpus) + config.learner.replicas * float(config.learner.gpus)
     assert used <= gpu["replicas"]
 

@@ -1,4 +1,4 @@
-"""Imports go down between rooms, and heavy packages have one home each (see "What is where" in the README)."""
+"""Imports go down between rooms, and heavy packages have one home each (see the table of folders in the README)."""
 
 import ast
 import sys

@@ -1,4 +1,4 @@
-"""`rlora plan`: its lines beside what is measured, and what it says where a run does not fit."""
+"""`rlora plan`: its memory against measurements, the budgets in recipes, and what it reports if a run does not fit."""
 
 import json
 import os
@@ -46,7 +46,7 @@ RECIPES = {
 
 
 def recipe(name: str, directory: Path) -> Config:
-    """A recipe's config, with its model's in place of a hub id."""
+    """A recipe's config, with a saved model config in place of the hub id."""
     table = read_table(ROOT / "launch" / "gpu" / f"{name}.toml")
     MODELS[table["model"]].save_pretrained(directory)
     return validate(table | {"model": str(directory)})
@@ -70,24 +70,24 @@ def test_memory_is_what_a_learner_takes(demo: str, learner: dict[str, Any]) -> N
     out = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, timeout=300).stdout
     measured, planned = json.loads(out.splitlines()[-1]), plan(validate(table)).learner
     assert planned.base == pytest.approx(measured["base"], rel=0.01)
-    assert planned.of_rows == pytest.approx(measured["peak"], rel=0.15)
+    assert planned.per_row == pytest.approx(measured["peak"], rel=0.15)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_each_recipe_fits_on_its_card(tmp_path: Path, name: str) -> None:
     gpu, gpus = RECIPES[name]
-    made = plan(recipe(name, tmp_path), gpu, gpus)
-    assert not made.faults
-    assert 0.5 * made.total < made.taken <= made.total
-    assert made.sequences >= 8
+    planned = plan(recipe(name, tmp_path), gpu, gpus)
+    assert not planned.faults
+    assert 0.5 * planned.total < planned.used <= planned.total
+    assert planned.sequences >= 8
     text = (ROOT / "launch" / "gpu" / f"{name}.toml").read_text()
     assert "Not yet run." in text
     assert f"--gpu {gpu}" in text
-    for who, what, size in made.lines:  # its comment has the budget
+    for who, what, size in planned.lines:  # the recipe has the budget in a comment
         assert f"# {size.removesuffix(' GiB'):>7}  {who}: {what.split(':')[0]}" in text
 
 
-def test_what_does_not_fit_is_said(
+def test_what_does_not_fit_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = recipe("qwen3-8b-math", tmp_path)
@@ -98,12 +98,12 @@ def test_what_does_not_fit_is_said(
     monkeypatch.setattr(sys, "argv", ["rlora", "plan", *arguments])
     with pytest.raises(SystemExit):
         main()
-    said = capsys.readouterr()
-    assert "frozen base" in said.out
-    assert "this does not fit" in said.err
+    printed = capsys.readouterr()
+    assert "frozen base" in printed.out
+    assert "the run does not fit" in printed.err
 
 
-def test_seconds_grow_with_what_is_asked(tmp_path: Path) -> None:
+def test_seconds_grow_with_the_work(tmp_path: Path) -> None:
     gsm8k, more = recipe("qwen3-8b-gsm8k", tmp_path), {"sampling": {"max_tokens": 2048, "max_prompt_tokens": 512}}
     table = read_table(ROOT / "launch" / "gpu" / "qwen3-8b-gsm8k.toml") | {"model": str(tmp_path)}
     usual, longer = plan(gsm8k, "h100-80"), plan(validate(table | more), "h100-80")
@@ -113,7 +113,7 @@ def test_seconds_grow_with_what_is_asked(tmp_path: Path) -> None:
         assert usual.seconds[phase] < slower.seconds[phase]
 
 
-def test_a_card_that_is_not_known(config: MakeConfig) -> None:
-    with pytest.raises(RloraError, match="--gpu h1000: no such card; there are b200-180, h200-141, h100-80"):
+def test_an_unknown_card(config: MakeConfig) -> None:
+    with pytest.raises(RloraError, match="--gpu h1000: unknown card; use one of b200-180, h200-141, h100-80"):
         plan(config(), "h1000")
     assert all(kind.memory * GIB > 20 * GIB for kind in KINDS.values())

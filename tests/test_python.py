@@ -1,4 +1,4 @@
-"""From Python: objects in place of names, `rlora.train`, and the primitives."""
+"""The Python interface: objects in place of names, `rlora.train`, and the primitives."""
 
 import json
 import linecache
@@ -26,9 +26,9 @@ from rlora.core.setup import Setup as Policy
 from rlora.records import Prompt, RewardInput, RloraError
 from rlora.rewards.integer import integer_answer
 from rlora.rollout.task import load_task, setup_of
-from rlora.run.source import given
+from rlora.run.source import resolve_config
 from rlora.scoring.pool import Pool
-from rlora.scoring.worker import Setup, load_plugs
+from rlora.scoring.worker import Setup, load_reward_functions
 from rlora.settings import Config
 
 TABLE = {"model": "-", "env": "-", "reward": "-"}
@@ -36,7 +36,7 @@ CASE = RewardInput("?", "?", 4, {}, ("4", "44"), ((), ()), ((1,), (2,)), ({}, {}
 
 
 class Fours:
-    """An env that is ready made."""
+    """An env to pass as an instance."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -49,18 +49,18 @@ class Fours:
 
 
 def test_fields_are_changed_by_keywords() -> None:
-    config = given(TABLE | {"learner": {"rank": 2, "lr": 1e-3}}, {"learner": {"rank": 4}, "steps": 7})
+    config = resolve_config(TABLE | {"learner": {"rank": 2, "lr": 1e-3}}, {"learner": {"rank": 4}, "steps": 7})
     assert (config.learner.rank, config.learner.lr, config.steps) == (4, 1e-3, 7)
-    assert given(config, {"steps": 9}).learner.rank == 4
-    grpo = given(TABLE, {"algorithm": {"name": "grpo", "kl": 0.1}})
+    assert resolve_config(config, {"steps": 9}).learner.rank == 4
+    grpo = resolve_config(TABLE, {"algorithm": {"name": "grpo", "kl": 0.1}})
     assert (grpo.algorithm.loss, grpo.algorithm.kl) == ("clip", 0.1)
-    assert given(grpo, {"algorithm": {"name": "rloo"}}).algorithm.loss == "reinforce"
-    file = given(ROOT / "launch" / "arithmetic.toml", {"env_args": {"high": 5}, "reward": "x:y"})
+    assert resolve_config(grpo, {"algorithm": {"name": "rloo"}}).algorithm.loss == "reinforce"
+    file = resolve_config(ROOT / "launch" / "arithmetic.toml", {"env_args": {"high": 5}, "reward": "x:y"})
     assert file.env_args["low"] == 1
     assert file.env_args["high"] == 5
-    before = given(TABLE, {"reward_args": {"limit": 3}})
-    assert given(before, {"reward": "other:f"}).reward_args == {}  # they were of the function before
-    assert given(before, {"reward": "other:f", "reward_args": {"least": 1}}).reward_args == {"least": 1}
+    previous = resolve_config(TABLE, {"reward_args": {"limit": 3}})
+    assert resolve_config(previous, {"reward": "other:f"}).reward_args == {}  # they belonged to the previous function
+    assert resolve_config(previous, {"reward": "other:f", "reward_args": {"least": 1}}).reward_args == {"least": 1}
 
 
 @pytest.mark.parametrize(
@@ -70,52 +70,52 @@ def test_fields_are_changed_by_keywords() -> None:
         (TABLE, {"learner": {"rnak": 1}}, r"learner\.rnak = 1: no such field; did you mean learner\.rank or"),
         (TABLE, {"learner": 3}, r"learner = 3"),
         (TABLE, {"steps": {"n": 3}}, r"steps = \{'n': 3\}"),
-        (TABLE, {"reward": []}, r"reward = .*name one reward function"),
+        (TABLE, {"reward": []}, r"reward = .*name at least one reward function"),
         ({"model": "-"}, {}, r"env: not set"),
         ("gone.toml", {}, r"gone\.toml: can't be read"),
     ],
 )
-def test_what_is_wrong_with_a_field_is_told(source: Any, changes: dict[str, Any], message: str) -> None:
+def test_a_wrong_field_is_named(source: Any, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RloraError, match=message):
-        given(source, changes)
+        resolve_config(source, changes)
 
 
 def test_a_run_brings_its_own_config() -> None:
-    with pytest.raises(RloraError, match="give one of a config, resume and fork"):
-        given(TABLE, {}, resume="runs/x")
-    with pytest.raises(RloraError, match=r"runs/gone: no run is there"):
-        given(None, {}, resume="runs/gone")
+    with pytest.raises(RloraError, match="use only one of config, resume and fork"):
+        resolve_config(TABLE, {}, resume="runs/x")
+    with pytest.raises(RloraError, match=r"runs/gone: not the directory of a run"):
+        resolve_config(None, {}, resume="runs/gone")
 
 
 def test_objects_are_named() -> None:
     double = lambda completion: 2.0  # noqa: E731
     single = lambda completion: 1.0  # noqa: E731
-    config = given(TABLE, {"reward": [integer_answer, double, single], "env": Fours(3)})
+    config = resolve_config(TABLE, {"reward": [integer_answer, double, single], "env": Fours(3)})
     assert config.reward[0] == "rlora.rewards.integer:integer_answer"
     assert all(re.fullmatch(r"python:lambda(_\d+)?", spec) for spec in config.reward[1:])
     assert [plugin.load("reward", spec) for spec in config.reward[1:]] == [double, single]
     assert plugin.load("env", config.env).count == 3
-    assert given(TABLE, {"reward": double}).reward == config.reward[1]  # the same object
-    assert given({**TABLE, "reward": single}, {}).reward == config.reward[2]
-    both = given({**TABLE, "env": partial(Fours, 2)}, {"reward": partial(integer_answer)})
+    assert resolve_config(TABLE, {"reward": double}).reward == config.reward[1]  # the same object
+    assert resolve_config({**TABLE, "reward": single}, {}).reward == config.reward[2]
+    both = resolve_config({**TABLE, "env": partial(Fours, 2)}, {"reward": partial(integer_answer)})
     assert both.env != both.reward
-    mine = given(TABLE, {"algorithm": {"name": partial(Fours)}})
+    mine = resolve_config(TABLE, {"algorithm": {"name": partial(Fours)}})
     assert mine.algorithm.name.startswith("python:partial")
 
 
-def test_a_run_that_goes_on_wants_its_objects_again(tmp_path: Path) -> None:
+def test_a_resumed_run_needs_its_objects_again(tmp_path: Path) -> None:
     first = lambda completion: 2.0  # noqa: E731
     again = lambda completion: 2.5  # noqa: E731
-    config = given(TABLE, {"reward": first, "reward_args": {"least": 3}})
+    config = resolve_config(TABLE, {"reward": first, "reward_args": {"least": 3}})
     (tmp_path / "config.toml").write_text(tomli_w.dumps(asdict(config)))
     with pytest.raises(
-        RloraError, match=r"reward = 'python:lambda\w*': the run was given this object from Python; give"
+        RloraError, match=r"reward = 'python:lambda\w*': the run got this object from Python; pass"
     ):
-        given(None, {"steps": 3}, resume=tmp_path)
-    resumed = given(None, {"reward": again}, resume=tmp_path)
-    assert (resumed.reward, resumed.reward_args) == (config.reward, {"least": 3})  # known by the same name
+        resolve_config(None, {"steps": 3}, resume=tmp_path)
+    resumed = resolve_config(None, {"reward": again}, resume=tmp_path)
+    assert (resumed.reward, resumed.reward_args) == (config.reward, {"least": 3})  # registered under the same name
     assert plugin.load("reward", str(resumed.reward)) is again
-    assert given(None, {"reward": integer_answer}, resume=tmp_path).reward == config.reward
+    assert resolve_config(None, {"reward": integer_answer}, resume=tmp_path).reward == config.reward
 
 
 @pytest.mark.parametrize(
@@ -127,41 +127,41 @@ def test_a_run_that_goes_on_wants_its_objects_again(tmp_path: Path) -> None:
         ({"env": 3}, r"env = 3|env = 'python:int"),
     ],
 )
-def test_what_is_no_plain_data_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_values_that_are_not_plain_data_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RloraError, match=message):
-        load_task(given(TABLE, changes))
+        load_task(resolve_config(TABLE, changes))
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
-    config = given(
+    config = resolve_config(
         TABLE, {"steps": np.int64(7), "learner": {"lr": np.float32(0.5)}, "env_args": {"count": np.int64(3)}}
     )
     assert (config.steps, config.learner.lr, config.env_args) == (7, 0.5, {"count": 3})
 
 
-def test_what_nobody_can_import_reaches_other_processes() -> None:
+def test_objects_that_can_not_be_imported_reach_other_processes() -> None:
     bonus = 0.25
 
     def brief(completion: str, answer: int) -> float:
         return float(str(answer) in completion) - bonus * len(completion)
 
-    spec = plugin.give(brief)
+    spec = plugin.register(brief)
     assert spec == "python:brief"
-    with closing(Pool(Setup((spec,), given=plugin.pickled("reward", [spec])), 1)) as pool:
-        (scores,) = pool.do(CASE).result()
+    with closing(Pool(Setup((spec,), objects=plugin.pickled("reward", [spec])), 1)) as pool:
+        (scores,) = pool.submit(CASE).result()
     assert [score.value for score in scores] == [0.75, 0.5]
-    with pytest.raises(RloraError, match=r"reward = 'python:gone': it was given from Python, and this process has no"):
-        load_plugs(Setup(("python:gone",)))
+    with pytest.raises(RloraError, match=r"reward = 'python:gone': it was passed from Python, and this process has no"):
+        load_reward_functions(Setup(("python:gone",)))
 
 
-def test_a_ready_made_env_takes_no_arguments() -> None:
+def test_an_env_instance_takes_no_arguments() -> None:
     assert plugin.env_of(Fours, {"count": 2}).count == 2
     assert len(plugin.env_of(Fours(5), {}).train()) == 5
-    with pytest.raises(RloraError, match=r"env_args = \{'count': 2\}: the env was given ready-made"):
+    with pytest.raises(RloraError, match=r"env_args = \{'count': 2\}: the env is an instance"):
         plugin.env_of(Fours(5), {"count": 2})
 
 
-def test_what_cant_be_sent_is_refused_before_a_run() -> None:
+def test_objects_that_can_not_be_pickled_are_refused_before_a_run() -> None:
     lock = threading.Lock()
 
     def judge(completion: str) -> float:
@@ -169,16 +169,16 @@ def test_what_cant_be_sent_is_refused_before_a_run() -> None:
             return 1.0
 
     with pytest.raises(RloraError, match=r"reward = 'python:judge': it can't be sent .*TypeError"):
-        setup_of(given(TABLE, {"reward": judge}), agent=False)
+        setup_of(resolve_config(TABLE, {"reward": judge}), agent=False)
     env = Fours(1)
     env.lock = lock  # type: ignore[attr-defined]
-    setup_of(given(TABLE, {"env": env}), agent=False)  # it stays here
+    setup_of(resolve_config(TABLE, {"env": env}), agent=False)  # the env stays in this process
     with pytest.raises(RloraError, match=r"env = 'python:Fours\w*': it can't be sent"):
-        setup_of(given(TABLE, {"env": env}), agent=True)
+        setup_of(resolve_config(TABLE, {"env": env}), agent=True)
 
 
 def cells(*texts: str) -> dict[str, Any]:
-    """The names that the cells of a notebook leave."""
+    """Namespace after running notebook cells with these texts."""
     names: dict[str, Any] = {"__name__": "__main__"}
     for number, text in enumerate(texts):
         file = f"<cell {number} of {hash(texts)}>"
@@ -211,22 +211,22 @@ class Judge:
         ((LAST, JUDGE), lambda names: partial(names["Judge"]())),
     ],
 )
-def test_the_source_of_a_notebooks_cells_goes_along(
+def test_the_source_of_notebook_cells_reaches_other_processes(
     texts: tuple[str, ...], make: Callable[[dict[str, Any]], Any]
 ) -> None:
-    """The source decides whether a function is passed text or chat messages. Another process has no file with it."""
-    spec = plugin.give(make(cells(*texts)))
-    with closing(Pool(Setup((spec,), given=plugin.pickled("reward", [spec])), 1)) as pool:
-        (scores,) = pool.do(CASE).result()
+    """The source decides whether a function gets text or chat messages, and other processes have no file with it."""
+    spec = plugin.register(make(cells(*texts)))
+    with closing(Pool(Setup((spec,), objects=plugin.pickled("reward", [spec])), 1)) as pool:
+        (scores,) = pool.submit(CASE).result()
     assert not any(score.detail for score in scores)
     assert [score.value for score in scores] == ([0.0, 0.0] if texts == (POLITE,) else [1.0, 2.0])
 
 
 def test_an_error_names_the_cell_and_the_line() -> None:
     names = cells("class Bad:\n    def __call__(self, completion):\n        return 1 / 0\n")
-    spec = plugin.give(names["Bad"])
-    with closing(Pool(Setup((spec,), given=plugin.pickled("reward", [spec])), 1)) as pool:
-        (scores,) = pool.do(CASE).result()
+    spec = plugin.register(names["Bad"])
+    with closing(Pool(Setup((spec,), objects=plugin.pickled("reward", [spec])), 1)) as pool:
+        (scores,) = pool.submit(CASE).result()
     assert re.match(r"<cell 0 of -?\d+>:3: Bad raised ZeroDivisionError", scores[0].detail)
 
 
@@ -244,26 +244,26 @@ class Mine(Objective):
     def loss(self, now, batch):
         return -(batch.tokens.advantages * now.logprobs * batch.tokens.weights).sum(), {"mine": now.logprobs}
 """
-    settings = given(config(), {"algorithm": {"name": cells(text)["Mine"]}})
+    settings = resolve_config(config(), {"algorithm": {"name": cells(text)["Mine"]}})
     assert settings.algorithm.name == "python:Mine"
     setup = Policy.of(settings)
     faulty = cells(text.replace("now.logprobs *", "gone *"))["Mine"]
-    bad = Policy.of(given(config(), {"algorithm": {"name": faulty}}))
-    monkeypatch.setattr(plugin, "_given", {})  # as in another process
+    bad = Policy.of(resolve_config(config(), {"algorithm": {"name": faulty}}))
+    monkeypatch.setattr(plugin, "_registered", {})  # as in a different process
     learner = Learner(settings, tiny)
     learner.open("run", setup)
     groups = [group([5, 6], episode([7, 8], 1.0, [-1.0, -1.0]), episode([9], 0.0, [-1.0]))]
-    assert set(learner.update("run", groups)[1].others) == {"mine"}
+    assert set(learner.update("run", groups)[1].objective_metrics) == {"mine"}
     learner.open("bad", bad)
     with pytest.raises(RloraError, match=r"<cell 0 of -?\d+>:10: algorithm\.name = 'python:Mine_2': NameError"):
         learner.update("bad", groups)
 
 
-# --- real ones ---
+# --- with real engines ---
 
 
 def blocks() -> list[str]:
-    """The Python of docs/python.md."""
+    """Python blocks of docs/python.md."""
     return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)
 
 
@@ -271,7 +271,7 @@ def run(script: str, directory: Path) -> str:
     file = directory / "script.py"
     file.write_text(script)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, str(file)],
         cwd=directory,
         env=environment,
@@ -280,12 +280,12 @@ def run(script: str, directory: Path) -> str:
         timeout=600,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
 @pytest.mark.vllm
-def test_a_script_of_six_lines_trains_and_goes_on(tmp_path: Path) -> None:
+def test_a_script_of_six_lines_trains_and_resumes(tmp_path: Path) -> None:
     first, second, *_ = blocks()
     assert len([line for line in first.splitlines() if line]) <= 6
     (tmp_path / "launch").symlink_to(ROOT / "launch")
@@ -298,12 +298,12 @@ def test_a_script_of_six_lines_trains_and_goes_on(tmp_path: Path) -> None:
     assert sum("reward/brief" in line for line in lines if line.startswith("{")) == 2  # on_step prints two steps
     assert 'reward = "python:brief"' in (tmp_path / "run" / "config.toml").read_text()
     resumed = subprocess.run(
-        [sys.executable, "-m", "rlora", "train", "--resume", "run", "--set", "steps=4"],
+        [sys.executable, "-m", "rlora", "train", "--resume", "run", "--steps=4"],
         cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
         check=False,
     )  # fmt: skip
     assert resumed.returncode == 1
-    assert "reward = 'python:brief': it was given from Python" in resumed.stderr
+    assert "reward = 'python:brief': it was passed from Python" in resumed.stderr
 
 
 @pytest.mark.vllm
@@ -336,9 +336,9 @@ with rlora.policy(model="demo:smollm2-135m", learner={"rank": 1}, resume="adapte
     refused = subprocess.run([sys.executable, "wrong.py"], cwd=tmp_path, capture_output=True, text=True, check=False,
                              env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=300)  # fmt: skip
     assert "its alpha is 32.0, learner.alpha is 16.0; set learner.alpha to 32.0" in refused.stderr
-    told = run(again + several + "    print(groups[0].episodes[0].version.policy)\n", tmp_path)
-    assert told.endswith("low\n")
-    assert "name a directory for the adapter alone" in told
+    output = run(again + several + "    print(groups[0].episodes[0].version.policy)\n", tmp_path)
+    assert output.endswith("low\n")
+    assert "name a directory for the adapter alone" in output
     for name in ("adapter_model.safetensors", "state.safetensors"):
         assert (saved.parent / "again" / name).read_bytes() == (saved / name).read_bytes()
 

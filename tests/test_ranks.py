@@ -1,4 +1,4 @@
-"""Learners in processes of their own: what is computed is what one in this process computes, also where one dies."""
+"""Learners in separate processes compute what a learner in this process computes, also if one dies."""
 
 import os
 import signal
@@ -37,16 +37,16 @@ GROUPS = [
 
 @contextmanager
 def ranks(config: Config, base: str) -> Iterator[Ranks]:
-    with cluster._crew(config, base) as crew:
-        learners = crew.learners()
-        crew.wait()
-        yield Ranks(crew.learners, learners, config.restarts)
+    with cluster._start_actors(config, base) as actors:
+        learners = actors.start_learners()
+        actors.wait()
+        yield Ranks(actors.start_learners, learners, config.restarts)
 
 
-def kill(made: Ranks, rank: int = 0) -> None:
-    """End a learner's process, once it has done what it was asked to."""
-    actor: Any = made._remotes[rank].actor
-    _, pid = ray.get(actor.place.remote())
+def kill(learners: Ranks, rank: int = 0) -> None:
+    """Kill a learner's process after its pending calls."""
+    actor: Any = learners._remotes[rank].actor
+    _, pid = ray.get(actor.process.remote())
     os.kill(pid, signal.SIGKILL)
 
 
@@ -55,54 +55,57 @@ def setups(config: Callable[..., Config]) -> dict[str, Setup]:
         "one": {"learner": {"lr": 0.01}},
         "two": {"learner": {"lr": 0.02, "rank": 2}, "algorithm": {"name": "ppo", "minibatches": 2}, "seed": 1},
     }
-    return {name: Setup.of(config(**each)) for name, each in changes.items()}
+    return {name: Setup.of(config(**fields)) for name, fields in changes.items()}
 
 
 def samples(groups: Sequence[Group]) -> list[list[Sample]]:
-    return [[sample_of(each.prompt.token_ids, of, of.reward or 0.0) for of in each.episodes] for each in groups]
+    return [
+        [sample_of(group.prompt.token_ids, episode, episode.reward or 0.0) for episode in group.episodes]
+        for group in groups
+    ]
 
 
 def test_a_death_changes_no_bit(tiny: str, config: Callable[..., Config]) -> None:
-    """Of updates that go on meanwhile, of gradients that were added up, and of what was closed before."""
-    settings, known = config(), setups(config)
-    here = Learner(settings, tiny)
+    """During concurrent updates, with accumulated gradients, and after a policy was closed."""
+    settings, policies = config(), setups(config)
+    local = Learner(settings, tiny)
     scale = 2.0
 
     def loss(now: Any, batch: Any) -> Any:
         return scale * (now.logprobs * batch.tokens.advantages).sum(), {"logprobs": now.logprobs}
 
-    with ranks(settings, tiny) as there:
-        for name, setup in known.items():
-            assert there.open(name, setup) == here.open(name, setup)
-        there.open("gone", known["one"])
-        waits = {name: there.start_update(name, GROUPS) for name in known}
-        kill(there)
-        there.close("gone")
+    with ranks(settings, tiny) as remote:
+        for name, setup in policies.items():
+            assert remote.open(name, setup) == local.open(name, setup)
+        remote.open("closed", policies["one"])
+        waits = {name: remote.start_update(name, GROUPS) for name in policies}
+        kill(remote)
+        remote.close("closed")
         for name, wait in waits.items():
-            assert wait()[0] == here.update(name, GROUPS)[0]
-            assert there.state(name) == here.state(name)
+            assert wait()[0] == local.update(name, GROUPS)[0]
+            assert remote.state(name) == local.state(name)
         for part in samples(GROUPS):
-            theirs, ours = (each.forward_backward("one", [part], loss) for each in (there, here))
-            assert theirs.sums == ours.sums
-            assert all(a.equal(b) for a, b in zip(theirs.outputs[0], ours.outputs[0], strict=True))
-        kill(there)
-        assert there.optim_step("one", Adam(lr=0.01)) == here.optim_step("one", Adam(lr=0.01))
-        assert there.next_version("one") == here.next_version("one")
-        assert there.state("one") == here.state("one")
-        forward = [each.forward("two", samples(GROUPS)) for each in (there, here)]
-        assert all(a.equal(b) for a, b in zip(*(chain(*each) for each in forward), strict=True))
-        assert there.adapter("two") == here.adapter("two")
+            actual, expected = (learner.forward_backward("one", [part], loss) for learner in (remote, local))
+            assert actual.sums == expected.sums
+            assert all(a.equal(b) for a, b in zip(actual.outputs[0], expected.outputs[0], strict=True))
+        kill(remote)
+        assert remote.optim_step("one", Adam(lr=0.01)) == local.optim_step("one", Adam(lr=0.01))
+        assert remote.next_version("one") == local.next_version("one")
+        assert remote.state("one") == local.state("one")
+        forward = [learner.forward("two", samples(GROUPS)) for learner in (remote, local)]
+        assert all(a.equal(b) for a, b in zip(*(chain(*outputs) for outputs in forward), strict=True))
+        assert remote.adapter("two") == local.adapter("two")
 
 
-def test_an_older_bundle_replays_by_a_process_of_its_own() -> None:
-    """Its state names tensors by position, and is compared with what the learner says of it."""
+def test_an_older_bundle_replays_in_a_separate_process() -> None:
+    """Its state names tensors by position, so it is compared with the state that the learner returns."""
     before, after = (checkpoint.read(UPath(HOME / "grpo-kl" / str(version))) for version in range(2))
     assert is_by_position(safetensors.torch.load(after.state))
-    with base() as path, ranks(before.config, path) as there:
-        replayed = replay(there, Setup.of(before.config), before, after)  # type: ignore[arg-type]
+    with base() as path, ranks(before.config, path) as remote:
+        replayed = replay(remote, Setup.of(before.config), before, after)  # type: ignore[arg-type]
     if is_home(before.origin.machine):
         assert (replayed.exact, replayed.exact_state) == (True, True)
-    assert replayed.off < 1e-2 * replayed.moved
+    assert replayed.max_difference < 1e-2 * replayed.max_change
 
 
 FAULTY = """
@@ -115,26 +118,26 @@ class Faulty(Objective):
 
     def loss(self, now, batch):
         if torch.distributed.get_rank() == 0:
-            raise ValueError("not on this one")
+            raise ValueError("not on this rank")
         return -(now.logprobs * batch.tokens.advantages).sum(), {}
 """
 
 
-def test_an_error_of_one_of_two_ends_its_policy_alone(tiny: str, config: Callable[..., Config], tmp_path: Path) -> None:
+def test_an_error_in_one_learner_ends_only_its_policy(tiny: str, config: Callable[..., Config], tmp_path: Path) -> None:
     (tmp_path / "faulty.py").write_text(FAULTY)
     settings = config(learner={"replicas": 2})
-    mine = config(learner={"replicas": 2}, algorithm={"name": f"{tmp_path}/faulty.py:Faulty"})
-    with ranks(settings, tiny) as there:
-        before = there.open("one", Setup.of(settings))
-        there.open("bad", Setup.of(mine))
-        waits = [there.start_update(name, GROUPS) for name in ("bad", "one")]
-        with pytest.raises(RloraError, match=r"faulty\.py:11: algorithm\.name = .*ValueError: not on this one"):
+    faulty = config(learner={"replicas": 2}, algorithm={"name": f"{tmp_path}/faulty.py:Faulty"})
+    with ranks(settings, tiny) as remote:
+        fresh = remote.open("one", Setup.of(settings))
+        remote.open("bad", Setup.of(faulty))
+        waits = [remote.start_update(name, GROUPS) for name in ("bad", "one")]
+        with pytest.raises(RloraError, match=r"faulty\.py:11: algorithm\.name = .*ValueError: not on this rank"):
             waits[0]()
-        there.close("bad")
+        remote.close("bad")
         adapter, stats = waits[1]()
         assert (adapter.number, stats.skipped_in_a_row) == (1, 0)
-        assert adapter.weights != before.weights
+        assert adapter.weights != fresh.weights
         total = lambda now, batch: (now.logprobs.sum(), {})  # noqa: E731
-        sums = [there.forward_backward("one", part, total).sums for part in (samples(GROUPS), [[], []])]
-        assert [each["tokens"] for each in sums] == [11, 0]
-        assert there.optim_step("one", Adam(lr=0.01)).stepped
+        sums = [remote.forward_backward("one", part, total).sums for part in (samples(GROUPS), [[], []])]
+        assert [row["tokens"] for row in sums] == [11, 0]
+        assert remote.optim_step("one", Adam(lr=0.01)).stepped

@@ -7,15 +7,15 @@ from rlora.records import BASE, OFF, Adapter, Version
 
 
 def adapter(number: int = 3, config: bytes = b"{}", policy: str = "run", **tensors: torch.Tensor) -> Adapter:
-    own = {name: tensor.clone() for name, tensor in tensors.items()}
-    return Adapter(policy, number, config, safetensors.torch.save(own, metadata={"format": "pt"}))
+    cloned = {name: tensor.clone() for name, tensor in tensors.items()}
+    return Adapter(policy, number, config, safetensors.torch.save(cloned, metadata={"format": "pt"}))
 
 
-def test_an_adapters_identity_holds_policy_number_and_all_that_its_tensors_are() -> None:
+def test_an_adapters_identity_is_policy_number_config_and_tensors() -> None:
     one = torch.arange(6.0)
-    own = adapter(A=one.view(2, 3), B=one)
-    others = [
-        adapter(A=one.view(2, 3), B=one + 1e-7),  # the same number, trained again to other bytes
+    first = adapter(A=one.view(2, 3), B=one)
+    different = [
+        adapter(A=one.view(2, 3), B=one + 1e-7),  # the same number, trained again with different weights
         adapter(A=one.view(3, 2), B=one),
         adapter(A=one.view(torch.int32).view(2, 3), B=one),
         adapter(A=one, B=one.view(2, 3)),
@@ -23,14 +23,14 @@ def test_an_adapters_identity_holds_policy_number_and_all_that_its_tensors_are()
         adapter(4, A=one.view(2, 3), B=one),
         adapter(policy="other", A=one.view(2, 3), B=one),
     ]
-    assert own.version == Version("run", 3, own.digest)
-    assert own.name == str(own.version) == f"run-v3-{own.digest[:12]}"
-    assert len({own.name, *(other.name for other in others)}) == 8
-    assert len({own.version, *(other.version for other in others)}) == 8
-    assert own.digest == adapter(B=one, A=one.view(2, 3)).digest == adapter(4, A=one.view(2, 3), B=one).digest
+    assert first.version == Version("run", 3, first.digest)
+    assert first.name == str(first.version) == f"run-v3-{first.digest[:12]}"
+    assert len({first.name, *(other.name for other in different)}) == 8
+    assert len({first.version, *(other.version for other in different)}) == 8
+    assert first.digest == adapter(B=one, A=one.view(2, 3)).digest == adapter(4, A=one.view(2, 3), B=one).digest
 
 
-def test_the_base_is_a_version_too_and_no_policys() -> None:
+def test_the_base_is_a_version_of_no_policy() -> None:
     assert (BASE.version.number, BASE.version.policy) == (OFF, "base")
     assert BASE.version != Version("run", OFF, BASE.digest)
 
@@ -40,7 +40,7 @@ def test_adapter_counts_its_parameters() -> None:
     assert Adapter("run", 0, b"{}", weights).parameters == 12
 
 
-def test_group_with_rewards_needs_one_each() -> None:
+def test_group_with_rewards_needs_one_per_episode() -> None:
     pair = group([1], episode([2]), episode([3]))
     assert pair.with_rewards([0.0, 1.0]).rewards == [0.0, 1.0]
     assert pair.with_rewards([0.0, 1.0]).informative

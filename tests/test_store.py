@@ -30,13 +30,13 @@ DIE = """
 import os, signal, sys
 from pathlib import Path
 from rlora import store
-real, left = store._write, int(sys.argv[2])
+real, remaining = store._write, int(sys.argv[2])
 def write(path, content):
-    global left
-    if left == 0:
+    global remaining
+    if remaining == 0:
         path.write_bytes(content[: len(content) // 2])
         os.kill(os.getpid(), signal.SIGKILL)
-    left -= 1
+    remaining -= 1
     real(path, content)
 store._write = write
 store.write_directory(Path(sys.argv[1]), {"a": b"new" * 1000, "b": b"new" * 1000})
@@ -44,17 +44,17 @@ store.write_directory(Path(sys.argv[1]), {"a": b"new" * 1000, "b": b"new" * 1000
 
 
 @pytest.mark.parametrize("written", [0, 1])
-def test_a_kill_in_mid_write_leaves_what_was_there(written: int, tmp_path: Path) -> None:
+def test_a_kill_during_a_write_keeps_the_old_content(written: int, tmp_path: Path) -> None:
     path = tmp_path / "d"
     store.write_directory(path, FILES)
-    died = subprocess.run([sys.executable, "-c", DIE, str(path), str(written)], check=False)
-    assert died.returncode == -signal.SIGKILL
-    assert {each.name: each.read_bytes() for each in path.iterdir()} == FILES
-    store.write_directory(path, FILES)  # and the half that it left is cleared away
+    killed = subprocess.run([sys.executable, "-c", DIE, str(path), str(written)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == FILES
+    store.write_directory(path, FILES)  # clears the partial directory away
     assert os.listdir(tmp_path) == ["d"]
 
 
-def test_a_kill_in_mid_removal_leaves_nothing_that_looks_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_during_a_removal_leaves_only_partial_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "d"
     store.write_directory(path, FILES)
     with monkeypatch.context() as patched:
@@ -62,14 +62,14 @@ def test_a_kill_in_mid_removal_leaves_nothing_that_looks_whole(tmp_path: Path, m
         store.remove(path)
     assert os.listdir(tmp_path) == [".d.old.half"]
     store.write_directory(path, FILES)
-    store.remove(path)  # though there is a half one already
+    store.remove(path)  # although a partial one exists already
     assert os.listdir(tmp_path) == []
     (tmp_path / ".e.half").write_text("killed in the middle of a wr")
     store.remove_halves(tmp_path)
     assert os.listdir(tmp_path) == []
 
 
-def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:
+def test_a_link_is_removed_and_its_target_stays(tmp_path: Path) -> None:
     store.write_directory(tmp_path / "d", FILES)
     (tmp_path / "link").symlink_to(tmp_path / "d")
     store.remove(tmp_path / "link")
@@ -77,7 +77,7 @@ def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["{}", "memory://{}"])
-def test_what_is_not_there_is_not_what_can_not_be_known(
+def test_a_missing_file_differs_from_a_store_that_does_not_answer(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = UPath(kind.format(tmp_path)) / "d"
@@ -86,7 +86,7 @@ def test_what_is_not_there_is_not_what_can_not_be_known(
     assert (sorted(store.names(root)), store.read_file(root / "a")) == (["a", "b"], FILES["a"])
 
     def failing(*_: object, **__: object) -> None:
-        raise TimeoutError("it does not answer")
+        raise TimeoutError("no answer")
 
     monkeypatch.setattr(type(root), "read_bytes", failing)
     for owner, name in [(os, "listdir"), (type(root.fs), "ls")]:

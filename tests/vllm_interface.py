@@ -1,9 +1,9 @@
-"""Each name and signature of vLLM that rlora uses, looked up in vLLM's sources without importing them.
+"""Checks that vLLM's sources have each name and signature that rlora uses, without importing them.
 
     python tests/vllm_interface.py vllm-0.33.0-cp38-abi3-manylinux_2_28_x86_64.whl
 
-Takes a wheel, or a directory that has the folder `vllm`; prints a line for each thing that is not there, and exits
-with 1 if there is one. To move the range of versions in pyproject.toml, run it on the wheel of the next version.
+Takes a wheel, or a directory that contains the folder `vllm`. Prints a line for each name that is missing, and exits
+with 1 if there is any. To extend the range of versions in pyproject.toml, run it on the wheel of the next version.
 """
 
 import ast
@@ -14,8 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-# What is used of a class (its members), and of a function or a class that is called (its parameters). Those before "/"
-# are given by position, so they have to be the first.
+# By module and name: the members of a class, and the parameters of a function or constructor, that rlora uses.
+# Parameters before "/" are passed by position, so they must come first.
 MEMBERS = {
     "vllm:LLMEngine": "from_engine_args add_request step abort_request add_lora remove_lora list_loras apply_model "
     "collective_rpc reset_prefix_cache model_config vllm_config",
@@ -61,7 +61,7 @@ PARAMETERS = {
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.reload_weights": "weights_path",
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.reload_weights": "weights_path",
 }
-ON_CPU = {  # imported there alone, so missing from no GPU's vLLM
+ON_CPU = {  # only imported on a CPU
     "vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU": "update_metadata add_lora_linear add_lora_logits "
     "token_lora_indices sampler_indices",
     "vllm.platforms.cpu:CpuPlatform": "get_punica_wrapper",
@@ -70,119 +70,119 @@ ON_CPU = {  # imported there alone, so missing from no GPU's vLLM
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-class Found(NamedTuple):
+class Definition(NamedTuple):
     module: str
     node: ast.stmt
 
 
 class Sources:
-    """The modules of vLLM, parsed; `read` gives a file's text by its path, or None."""
+    """The parsed modules of vLLM. `read` returns a file's text by its path, or None."""
 
     def __init__(self, read: Callable[[str], str | None]) -> None:
-        self.module = cache(lambda name: self._parsed(read, name))
+        self.module = cache(lambda name: self._parse(read, name))
 
     @staticmethod
-    def _parsed(read: Callable[[str], str | None], name: str) -> tuple[ast.Module, bool] | None:
+    def _parse(read: Callable[[str], str | None], name: str) -> tuple[ast.Module, bool] | None:
         path = name.replace(".", "/")
         for file, is_package in ((f"{path}/__init__.py", True), (f"{path}.py", False)):
             if (text := read(file)) is not None:
                 return ast.parse(text), is_package
         return None
 
-    def find(self, module: str, name: str) -> Found | None:
-        """Where a name of a module is defined, also if it is imported there from elsewhere in vLLM."""
+    def find(self, module: str, name: str) -> Definition | None:
+        """The definition of a module's name, followed through imports within vLLM."""
         parsed = self.module(module)
         if not parsed:
             return None
         tree, is_package = parsed
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef | _Function) and node.name == name:
-                return Found(module, node)
+                return Definition(module, node)
             if isinstance(node, ast.ImportFrom):
                 for alias in node.names:
                     if (alias.asname or alias.name) == name:
                         return self.find(_absolute(module, is_package, node), alias.name)
             if isinstance(node, ast.Assign) and any(_is_name(target, name) for target in node.targets):
-                if isinstance(node.value, ast.Name) and node.value.id != name:  # another name for a class
+                if isinstance(node.value, ast.Name) and node.value.id != name:  # an alias of a class
                     return self.find(module, node.value.id)
-                return Found(module, node)
+                return Definition(module, node)
             if isinstance(node, ast.Assign) and any(_is_name(target, "MODULE_ATTRS") for target in node.targets):
-                lazy: dict[str, str] = ast.literal_eval(node.value)  # vllm/__init__.py imports when it is asked
+                lazy: dict[str, str] = ast.literal_eval(node.value)  # vllm/__init__.py imports lazily
                 if name in lazy:
-                    other, _, attribute = lazy[name].partition(":")
-                    return self.find(module + other, attribute)
+                    submodule, _, attribute = lazy[name].partition(":")
+                    return self.find(module + submodule, attribute)
         return None
 
-    def lineage(self, found: Found) -> Iterator[tuple[str, ast.ClassDef]]:
-        """A class and the classes in vLLM that it is made from."""
-        if isinstance(found.node, ast.ClassDef):
-            yield found.module, found.node
-            for base in found.node.bases:
+    def lineage(self, definition: Definition) -> Iterator[tuple[str, ast.ClassDef]]:
+        """A class and its base classes in vLLM."""
+        if isinstance(definition.node, ast.ClassDef):
+            yield definition.module, definition.node
+            for base in definition.node.bases:
                 name = base.value if isinstance(base, ast.Subscript) else base
-                if isinstance(name, ast.Name) and (parent := self.find(found.module, name.id)):
+                if isinstance(name, ast.Name) and (parent := self.find(definition.module, name.id)):
                     yield from self.lineage(parent)
 
-    def members(self, found: Found) -> set[str]:
-        """Methods, fields, and what any method of the class sets on `self`."""
+    def members(self, definition: Definition) -> set[str]:
+        """Methods, fields, and attributes that any method sets on `self`."""
         names = set()
-        for _, node in self.lineage(found):
-            for each in ast.walk(node):
-                if isinstance(each, _Function):
-                    names.add(each.name)
-                target = each.targets[0] if isinstance(each, ast.Assign) else getattr(each, "target", None)
+        for _, node in self.lineage(definition):
+            for child in ast.walk(node):
+                if isinstance(child, _Function):
+                    names.add(child.name)
+                target = child.targets[0] if isinstance(child, ast.Assign) else getattr(child, "target", None)
                 if isinstance(target, ast.Name):
                     names.add(target.id)
                 elif isinstance(target, ast.Attribute) and _is_name(target.value, "self"):
                     names.add(target.attr)
         return names
 
-    def parameters(self, found: Found) -> list[str]:
-        """Of a function, or of a class's __init__; of a class without one, its fields."""
-        if isinstance(found.node, _Function):
-            given = found.node.args
-            return [argument.arg for argument in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+    def parameters(self, definition: Definition) -> list[str]:
+        """Parameters of a function or of a class's __init__; without one, the fields of the class."""
+        if isinstance(definition.node, _Function):
+            arguments = definition.node.args
+            return [argument.arg for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
         fields: list[str] = []
-        for _, node in self.lineage(found):
-            for each in node.body:
-                if isinstance(each, _Function) and each.name == "__init__":
-                    return [argument.arg for argument in (*each.args.args, *each.args.kwonlyargs)][1:]
-            fields = [_named(each) for each in node.body if isinstance(each, ast.AnnAssign)] + fields
+        for _, node in self.lineage(definition):
+            for child in node.body:
+                if isinstance(child, _Function) and child.name == "__init__":
+                    return [argument.arg for argument in (*child.args.args, *child.args.kwonlyargs)][1:]
+            fields = [_field_name(child) for child in node.body if isinstance(child, ast.AnnAssign)] + fields
         return fields
 
     def missing(self) -> list[str]:
-        """What rlora uses and vLLM does not have."""
+        """One line per name or parameter that rlora uses and vLLM lacks."""
         lines = []
-        for place, names in (MEMBERS | ON_CPU).items():
-            if found := self.find(*place.split(":")):
-                lines += [f"{place}.{name} is not there" for name in names.split() if name not in self.members(found)]
+        for key, names in (MEMBERS | ON_CPU).items():
+            if definition := self.find(*key.split(":")):
+                lines += [f"{key}.{name} is missing" for name in names.split() if name not in self.members(definition)]
             else:
-                lines.append(f"{place} is not there")
-        for place, names in PARAMETERS.items():
-            module, _, name = place.partition(":")
+                lines.append(f"{key} is missing")
+        for key, names in PARAMETERS.items():
+            module, _, name = key.partition(":")
             name, _, method = name.partition(".")
-            found = self.find(module, name)
-            if found and method:
-                found = self._method(found, method)
-            if not found:
-                lines.append(f"{place} is not there")
+            definition = self.find(module, name)
+            if definition and method:
+                definition = self._method(definition, method)
+            if not definition:
+                lines.append(f"{key} is missing")
                 continue
-            there, wanted = self.parameters(found), names.split()
-            first = wanted.index("/") if "/" in wanted else 0
-            if there[:first] != wanted[:first]:
-                lines.append(f"{place}: its first parameters are {there[:first]}, and were {wanted[:first]}")
-            lines += [f"{place}: no parameter {name}" for name in wanted if name not in [*there, "/"]]
+            actual, expected = self.parameters(definition), names.split()
+            first = expected.index("/") if "/" in expected else 0
+            if actual[:first] != expected[:first]:
+                lines.append(f"{key}: its first parameters are {actual[:first]}, not {expected[:first]}")
+            lines += [f"{key}: no parameter {name}" for name in expected if name not in [*actual, "/"]]
         return lines
 
-    def _method(self, found: Found, name: str) -> Found | None:
-        for module, node in self.lineage(found):
-            for each in node.body:
-                if isinstance(each, _Function) and each.name == name:
-                    return Found(module, each)
+    def _method(self, definition: Definition, name: str) -> Definition | None:
+        for module, node in self.lineage(definition):
+            for child in node.body:
+                if isinstance(child, _Function) and child.name == name:
+                    return Definition(module, child)
         return None
 
 
-def of_path(path: Path) -> Sources:
-    """Of a wheel, or of a directory like site-packages."""
+def read_sources(path: Path) -> Sources:
+    """The sources in a wheel, or in a directory like site-packages."""
     if path.is_dir():
         return Sources(lambda file: (path / file).read_text() if (path / file).is_file() else None)
     wheel = zipfile.ZipFile(path)
@@ -202,11 +202,11 @@ def _is_name(node: ast.AST, name: str) -> bool:
     return isinstance(node, ast.Name) and node.id == name
 
 
-def _named(node: ast.AnnAssign) -> str:
+def _field_name(node: ast.AnnAssign) -> str:
     return node.target.id if isinstance(node.target, ast.Name) else ""
 
 
 if __name__ == "__main__":
-    lines = of_path(Path(sys.argv[1])).missing()
-    print("\n".join(lines) or "all there")
+    lines = read_sources(Path(sys.argv[1])).missing()
+    print("\n".join(lines) or "nothing is missing")
     sys.exit(bool(lines))

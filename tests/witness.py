@@ -1,9 +1,9 @@
-"""Records updates of small runs, which later code has to compute again bit for bit.
+"""Records updates of small runs, which later code must reproduce bit for bit.
 
     python tests/witness.py [NAME ...]
 
 writes `tests/witnesses/<NAME>/<version>/`, a bundle for each version of a run over a two-layer model with random
-weights. Only a change that is meant to alter an update records its witness anew, and says so in docs/log.md.
+weights. Only a change that is meant to alter an update may record its witness again, with a note in docs/dev/log.md.
 """
 
 import os
@@ -32,21 +32,21 @@ from rlora.run.directory import Provenance
 from rlora.settings import Config
 from rlora.store import write_directory
 
-# Recorded on Intel processors, by a release whose name of a machine was without the vendor
+# Recorded on Intel processors, by a release whose machine names lacked the vendor
 RECORDED_ON = "x86_64 AVX512, 2 cores"
 
 
 def is_home(recorded: str) -> bool:
-    """Whether results come out here bit for bit as on the machine of that name."""
-    here = machine.name()
-    return recorded == here or (recorded == RECORDED_ON and here.startswith("x86_64 GenuineIntel AVX512"))
+    """Whether this machine reproduces results of the machine `recorded` bit for bit."""
+    current = machine.name()
+    return recorded == current or (recorded == RECORDED_ON and current.startswith("x86_64 GenuineIntel AVX512"))
 
 
 HOME = Path(__file__).with_name("witnesses")
 UPDATES = 3
 PROMPTS, COMPLETIONS = 4, 4
 VOCABULARY = 97
-_BASE = "base"  # relative, for its name stands in each adapter
+_BASE = "base"  # relative, because each adapter contains the name
 
 WITNESSES: dict[str, dict[str, Any]] = {
     "reinforce": {},
@@ -67,15 +67,15 @@ WITNESSES: dict[str, dict[str, Any]] = {
 def config_of(name: str) -> Config:
     settings = WITNESSES[name]
     learner = {"lr": 0.01, "rank": 1, "lr_schedule": "linear"} | settings.get("learner", {})
-    own = {"model": _BASE, "env": "-", "reward": "-", "dtype": "float32", "steps": 4, "seed": 5}
-    own |= {"sampling": {"max_tokens": 12, "max_prompt_tokens": 12}, "prompts_per_step": PROMPTS}
-    return validate(own | settings | {"learner": learner})
+    table = {"model": _BASE, "env": "-", "reward": "-", "dtype": "float32", "steps": 4, "seed": 5}
+    table |= {"sampling": {"max_tokens": 12, "max_prompt_tokens": 12}, "prompts_per_step": PROMPTS}
+    return validate(table | settings | {"learner": learner})
 
 
 @contextmanager
 def base() -> Iterator[str]:
-    """The directory of the base, in a directory of its own, which is the current one within."""
-    before = Path.cwd()
+    """Write the base to a temporary directory, which is the working directory within the context."""
+    previous = Path.cwd()
     with tempfile.TemporaryDirectory() as directory:
         os.chdir(directory)
         try:
@@ -88,37 +88,37 @@ def base() -> Iterator[str]:
             LlamaForCausalLM(shape).save_pretrained(_BASE)
             yield _BASE
         finally:
-            os.chdir(before)
+            os.chdir(previous)
 
 
 def groups_of(name: str, learner: Learner) -> list[Group]:
-    """Groups of made-up completions, as the learner's version nearly says them; an agent's have a tool's tokens."""
-    number = learner.held["witness"].number
+    """Groups of random completions with logprobs close to the learner's; those of an agent contain tool tokens."""
+    number = learner.states["witness"].number
     draw = random.Random(f"{name} {number}")
 
-    def tokens(least: int, most: int) -> tuple[int, ...]:
-        return tuple(draw.randrange(2, VOCABULARY) for _ in range(draw.randint(least, most)))
+    def tokens(minimum: int, maximum: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(2, VOCABULARY) for _ in range(draw.randint(minimum, maximum)))
 
     def episode() -> Episode:
         ids, finish = tokens(3, 12), draw.choice(["stop", "stop", "length"])
-        own = (*(draw.random() < 0.7 for _ in ids[1:]), True) if name == "agent" else ()
+        sampled = (*(draw.random() < 0.7 for _ in ids[1:]), True) if name == "agent" else ()
         version = Version("witness", max(0, number - draw.randint(0, int(name == "stale"))))
         reward = draw.choice([0.0, 0.0, 0.5, 1.0])
-        return Episode(ids, (-1.0,) * len(ids), finish, version, reward=reward, own=own, status="wrong")
+        return Episode(ids, (-1.0,) * len(ids), finish, version, reward=reward, sampled_mask=sampled, status="wrong")
 
     groups = [
         Group(Prompt("?", token_ids=tokens(2, 9)), tuple(episode() for _ in range(COMPLETIONS))) for _ in range(PROMPTS)
     ]
     return [
-        replace(group, episodes=tuple(_sampled(learner, group, each, draw) for each in group.episodes))
+        replace(group, episodes=tuple(_with_logprobs(learner, group, episode, draw) for episode in group.episodes))
         for group in groups
     ]
 
 
 @torch.no_grad()
-def _sampled(learner: Learner, group: Group, episode: Episode, draw: random.Random) -> Episode:
-    """With the learner's logprobs, a little off, in place of the engine's; rounded, so that they are the same text."""
-    sample = sample_of(group.prompt.token_ids, replace(episode, own=()))
+def _with_logprobs(learner: Learner, group: Group, episode: Episode, draw: random.Random) -> Episode:
+    """Replace behaviour logprobs by the learner's with noise, rounded so that their text is exact."""
+    sample = sample_of(group.prompt.token_ids, replace(episode, sampled_mask=()))
     (row,) = microbatches([[sample]], 1000, learner.policies.base.dtype, learner.device)
     logprobs = learner.policies.logprobs(row, "witness").tolist()
     return replace(episode, behaviour_logprobs=tuple(round(min(x + draw.gauss(0, 0.2), 0.0), 3) for x in logprobs))
@@ -135,8 +135,8 @@ def record(name: str) -> None:
         for _ in range(UPDATES):
             groups = groups_of(name, learner)
             adapter, _ = learner.update("witness", groups)
-            update, before = episodes.encode(groups), bundle.adapter.digest
-            bundle = Bundle(origin, adapter, learner.state("witness"), Cursor(), config, update, before)
+            update, parent = episodes.encode(groups), bundle.adapter.digest
+            bundle = Bundle(origin, adapter, learner.state("witness"), Cursor(), config, update, parent)
             _write(name, bundle)
 
 

@@ -1,4 +1,4 @@
-"""The grader of mathematical answers. Its one door: `math_answer`, a reward function, and `grade`, a pair's status."""
+"""The grader of mathematical answers. Public: `math_answer`, a reward function, and `grade`, the status of a pair."""
 
 from .equivalence import grade, math_answer
 

@@ -1,9 +1,9 @@
-r"""What people and models write around a value without changing it: HTML, boxes in boxes, \SI, labels, qualifiers.
+r"""Removes text around a value that does not change it: HTML, nested boxes, \SI, labels, qualifiers.
 
-Text to text. What might change a value stays, and makes the answer unreadable later.
+Text that might change the value stays, and makes the answer unreadable later.
 """
 
-# ruff: noqa: RUF001 - signs of other scripts are what it is about
+# ruff: noqa: RUF001 - signs of other scripts are intended
 
 import html
 import re
@@ -41,16 +41,16 @@ _IN_TEXT = re.compile(r"\\text\s*\{\s*\\text(?:bf|it|rm|sf|tt|normal|up)?\s*\{([
 _DRESSING = re.compile(r"(?:\s|~|\\[,;:! ]|\\q?quad)*\\(?:checkmark|square|Box|blacksquare|qed)\s*\Z")
 _EMPTY = re.compile(r"\\text\{\s*\}")
 
-# In the patterns that follow, ` is either end of a \text.
-_AFTER = r"(?<=[^\s`(])"  # something stands before
+# In the patterns below, ` stands for both ends of a \text.
+_NOT_FIRST = r"(?<=[^\s`(])"  # not at the start
 _GAP = r"(?:[\s,;~`]|\\q?quad|\\[,;:!\ ])*"
 _APPROXIMATION = re.compile(
-    rf"""{_AFTER}{_GAP}\(?`?\s*\(?\s*(?:\bor\s+)?(?:\bis\s+)?
+    rf"""{_NOT_FIRST}{_GAP}\(?`?\s*\(?\s*(?:\bor\s+)?(?:\bis\s+)?
     (?<![\\\w])(?:approximately|approx\.?|about|roughly|around|nearly)\b(?:\s+equal\s+to)?[\s`:]*
     (?:\\\$)?[-−]?[\d.,]+(?:\s*\\?%)?[\s`]*\w*[\s`]*\)?[\s`.)]*\Z""",
     re.IGNORECASE | re.VERBOSE,
 )
-_ROUNDED = re.compile(rf"{_AFTER}{_GAP}\(\s*(?:\\approx|≈)[^()]*\)\s*\Z")
+_ROUNDED = re.compile(rf"{_NOT_FIRST}{_GAP}\(\s*(?:\\approx|≈)[^()]*\)\s*\Z")
 _FILLER = re.compile(
     r"""\A[\s`(]*(?:(?:exactly|only|just|simply|about|approximately|approx\.?|roughly|around|a\ total\ of|in\ total|
     i\.e\.,?|the\ (?:final\ )?answer|answer|therefore|so|thus|hence)[\s,:`]+)+(?=[-+−\d\\$.(])""",
@@ -60,30 +60,30 @@ _MINUS = re.compile(r"\A[\s`]*(?:minus|negative)[\s`]+(?=[\d\\$.(])", re.IGNOREC
 _LETTER = r"\$?\s*([a-zA-Z])\s*\$?"
 _EACH = r"(?:(?:any|some|all|every|each|an?)\s+)?`?\s*"
 _INTEGERS = re.compile(  # where k is an integer; for any integer k
-    rf"""{_AFTER}[\s,;`(]*(?:\\q?quad[\s`]*)?(?:\(?\s*(?:for|where|with|and)\s+)?{_EACH}
+    rf"""{_NOT_FIRST}[\s,;`(]*(?:\\q?quad[\s`]*)?(?:\(?\s*(?:for|where|with|and)\s+)?{_EACH}
     (?:(?:arbitrary\s+)?integers?\s*`?\s*{_LETTER}
     |{_LETTER}`?\s*(?:is|are|as)?\s*(?:an?|any)?\s*(?:arbitrary\s+)?integers?)[\s`).]*\Z""",
     re.VERBOSE,
 )
 _DOMAIN = re.compile(  # for all k \in \mathbb{Z}
-    rf"""{_AFTER}[\s,;`]*(?:\\q?quad[\s`]*)?\(?[\s`]*(?:(?:for|where|with)\s+)?{_EACH}
+    rf"""{_NOT_FIRST}[\s,;`]*(?:\\q?quad[\s`]*)?\(?[\s`]*(?:(?:for|where|with)\s+)?{_EACH}
     {_LETTER}\s*(?:\\in|∈)\s*(?:\\mathbb\s*\{{?\s*Z\s*\}}?|\\mathbf\s*\{{\s*Z\s*\}}|ℤ|Z)\s*\)?[\s`.]*\Z""",
     re.VERBOSE,
 )
 _IN_PARENTHESES = re.compile(  # 2n (n \in N^*)
-    rf"{_AFTER}(?:[\s,;~`]|\\q?quad|\\[,;:! ])*\(\s*([a-zA-Z]\s*(?:\\in(?![a-z])|∈)[^()]*)\)[\s.]*\Z"
+    rf"{_NOT_FIRST}(?:[\s,;~`]|\\q?quad|\\[,;:! ])*\(\s*([a-zA-Z]\s*(?:\\in(?![a-z])|∈)[^()]*)\)[\s.]*\Z"
 )
 _QUALIFIER = re.compile(
-    rf"""{_AFTER}(?:[\s,;`(]|\\q?quad|\\[,;:!\ ])*(?:\\forall\b|∀
+    rf"""{_NOT_FIRST}(?:[\s,;`(]|\\q?quad|\\[,;:!\ ])*(?:\\forall\b|∀
     |\b(?:for\s+(?:all|every|any|each|some)\b
         |where\b[^=<>]*\b(?:is|are)\s+(?:an?|any|some|the|arbitrary|real|all)\b
         |where\s+`?\s*[a-zA-Z]\s*(?:\\in|∈))).*\Z""",
     re.IGNORECASE | re.DOTALL | re.VERBOSE,
 )
-_SOME = re.compile(r"\bfor\s+some\b[\s`]*(?:[a-z]{2,}[\s`,]*)*([a-zA-Z])\b")
+_FOR_SOME = re.compile(r"\bfor\s+some\b[\s`]*(?:[a-z]{2,}[\s`,]*)*([a-zA-Z])\b")
 _RESTRICTS = re.compile(r"\b(?:even|odd|prime|positive|negative|except|unless|only|not|but|otherwise|if|when)\b")
-_SAYS = re.compile(r"(?:\b(?:is|are|be|equals?|equal to|become|becomes)|[:=])\s*\Z", re.IGNORECASE)
-_OTHERWISE = re.compile(  # what says "is" and does not say what the answer is
+_LABEL_END = re.compile(r"(?:\b(?:is|are|be|equals?|equal to|become|becomes)|[:=])\s*\Z", re.IGNORECASE)
+_NOT_LABEL = re.compile(  # phrases with "is" that do not state the answer
     r"""\b(?:not|never|isn|aren|cannot|neither|nor|if|unless|when|half|twice|double|triple|thrice|negative|opposite
     |reciprocal|inverse|square|cube|root)\b|n't""",
     re.IGNORECASE | re.VERBOSE,
@@ -100,12 +100,12 @@ _REALS = re.compile(  # all real numbers x except 2 and 3
 
 
 def bare(text: str) -> str:
-    """The text of an answer without what adds nothing to its value."""
+    """The text of an answer without parts that do not change its value."""
     text = _IN_PARENTHESES.sub(r", \1", text)
     text = _CENTS.sub(r"\\text{ cents}", _DASHED.sub("", _CURRENCY.sub("", _COUNTRY.sub("", text))))
     if ("<" in text or "&" in text) and _HTML.search(text):
-        text = _RAISED.sub(lambda found: ("^" if found[1].lower() == "sup" else "_") + "{" + found[2] + "}", text)
-        text = _ENTITY.sub(lambda found: html.unescape(found[0]), _TAG.sub(" ", text))
+        text = _RAISED.sub(lambda match: ("^" if match[1].lower() == "sup" else "_") + "{" + match[2] + "}", text)
+        text = _ENTITY.sub(lambda match: html.unescape(match[0]), _TAG.sub(" ", text))
     if "\\" not in text and not re.search(r"[a-z]{2}", text):
         return text
     text = _IN_TEXT.sub(r"\\text{\1}", _DRESSING.sub("", _FRAME.sub("", _siunitx(text))))
@@ -115,35 +115,35 @@ def bare(text: str) -> str:
 
 
 def _siunitx(text: str) -> str:
-    text = _SI.sub(lambda found: rf"{found[1]}\text{{ {_words_of(found[2])} }}", text)
+    text = _SI.sub(lambda match: rf"{match[1]}\text{{ {_unit_words(match[2])} }}", text)
     text = _ANG.sub(r"\1^\\circ", _NUM.sub(r"\1", text))
-    return _UNIT.sub(lambda found: rf"\text{{ {_words_of(found[1])} }}", text)
+    return _UNIT.sub(lambda match: rf"\text{{ {_unit_words(match[1])} }}", text)
 
 
-def _words_of(unit: str) -> str:
-    r"""The commands of a unit as words: \meter\per\second."""
+def _unit_words(unit: str) -> str:
+    r"""The commands of a unit as words: \meter\per\second becomes meter per second."""
     return " ".join(re.sub(r"\\([a-zA-Z]+)", r" \1", unit).replace(".", " ").replace("~", " ").split())
 
 
-def _isolated(found: re.Match[str]) -> str:
-    r"""\text{42 apples} as 42\text{ apples}; the name of a function, a sign or a letter as such."""
-    inner, before, behind = found[1].strip(), found.string[: found.start()], found.string[found.end() :]
-    if inner in _FUNCTIONS:
-        return rf"\{inner} "
-    if inner in ("€", "£", "¥", "₹", r"\$", "$"):
-        return r"\$" if "$" in inner else inner
-    if re.fullmatch(r"[A-Z]", inner) and behind.lstrip().startswith("_"):
-        return inner
-    if inner in ("o", r"\circ") and before.rstrip("{ ").endswith("^"):
+def _isolated(match: re.Match[str]) -> str:
+    r"""\text{42 apples} as 42\text{ apples}; function names, currency signs and letters without \text."""
+    content, prefix, suffix = match[1].strip(), match.string[: match.start()], match.string[match.end() :]
+    if content in _FUNCTIONS:
+        return rf"\{content} "
+    if content in ("€", "£", "¥", "₹", r"\$", "$"):
+        return r"\$" if "$" in content else content
+    if re.fullmatch(r"[A-Z]", content) and suffix.lstrip().startswith("_"):
+        return content
+    if content in ("o", r"\circ") and prefix.rstrip("{ ").endswith("^"):
         return r"\circ"
-    if not re.search(r"\d", inner) or (found[0].startswith(r"\mathrm") and not re.match(r"\d+\\? ", inner)):
-        return found[0]
-    return _EMPTY.sub("", r"\text{" + _NUMBER.sub(r"}\1\\text{", found[1]) + "}")
+    if not re.search(r"\d", content) or (match[0].startswith(r"\mathrm") and not re.match(r"\d+\\? ", content)):
+        return match[0]
+    return _EMPTY.sub("", r"\text{" + _NUMBER.sub(r"}\1\\text{", match[1]) + "}")
 
 
 def _without_words(text: str) -> str:
-    """Without labels before, and qualifiers and approximations behind."""
-    before = marked = _TEXT.sub(r"`\1`", text)
+    """Removes labels before a value, and qualifiers and approximations after it."""
+    original = marked = _TEXT.sub(r"`\1`", text)
     if (reals := _REALS.match(marked.replace("`", " ").strip())) is not None:
         return _real_numbers(reals[1])
     marked = _MINUS.sub("-", marked)
@@ -151,48 +151,56 @@ def _without_words(text: str) -> str:
     if marked != unfilled and marked.count(")") > marked.count("("):  # (about 18.9)
         marked = re.sub(r"\)(?=[\s`.]*\Z)", "", marked)
     for pattern in (_INTEGERS, _DOMAIN):
-        marked = pattern.sub(lambda found: rf", {next(filter(None, found.groups()))} \in \mathbb{{Z}}", marked)
-    if (behind := _QUALIFIER.search(marked)) and not (
-        _RESTRICTS.search(behind[0]) or _is_one_case(marked[: behind.start()], behind[0])
+        marked = pattern.sub(lambda match: rf", {next(filter(None, match.groups()))} \in \mathbb{{Z}}", marked)
+    if (qualifier := _QUALIFIER.search(marked)) and not (
+        _RESTRICTS.search(qualifier[0]) or _is_one_case(marked[: qualifier.start()], qualifier[0])
     ):
-        marked = marked[: behind.start()]
+        marked = marked[: qualifier.start()]
     marked = _without_labels(marked)
-    if marked == before:
+    if marked == original:
         return text
     return re.sub(r"`([^`]*)`", r"\\text{\1}", marked).replace("`", "")
 
 
 def _is_one_case(claim: str, qualifier: str) -> bool:
-    """Whether it holds for some x alone: f(x) = 1 for some x; c in f(x) = cx for some c is a constant."""
-    if (found := _SOME.search(qualifier)) is None:
+    """Whether "for some x" restricts the claim: f(x) = 1 for some x. In f(x) = cx for some c, c is a constant."""
+    if (match := _FOR_SOME.search(qualifier)) is None:
         return False
     named, _, value = claim.rpartition("=")
-    return f"({found[1]})" in named or re.search(rf"(?<![a-zA-Z\\]){found[1]}|{found[1]}(?![a-zA-Z])", value) is None
+    return f"({match[1]})" in named or re.search(rf"(?<![a-zA-Z\\]){match[1]}|{match[1]}(?![a-zA-Z])", value) is None
 
 
-def _real_numbers(but: str | None) -> str:
-    if but is None:
+def _real_numbers(exceptions: str | None) -> str:
+    if exceptions is None:
         return r"\mathbb{R}"
-    left_out = re.sub(r"\b(?:and|or)\b", ",", but)
-    left_out = re.sub(r"[a-zA-Z]\s*(?:=|\\n(?:e|eq|ot=)(?![a-z]))\s*", "", left_out).strip(" {}\\,")
-    return rf"\mathbb{{R}} \setminus \{{{left_out}\}}"
+    excluded = re.sub(r"\b(?:and|or)\b", ",", exceptions)
+    excluded = re.sub(r"[a-zA-Z]\s*(?:=|\\n(?:e|eq|ot=)(?![a-z]))\s*", "", excluded).strip(" {}\\,")
+    return rf"\mathbb{{R}} \setminus \{{{excluded}\}}"
 
 
 def _without_labels(marked: str) -> str:
-    """`Ana: ` 18, ` Ben: ` 14 as `Ana` = 18, `Ben` = 14; of a sentence what its last "is" says."""
-    parts = marked.split("`")  # texts are at odd places
-    says = [n for n in range(1, len(parts) - 1, 2) if _SAYS.search(parts[n]) and parts[n + 1].strip(" ,.;")]
-    if not says or _OTHERWISE.search(parts[says[-1]]):
+    """`Ana: ` 18, ` Ben: ` 14 as `Ana` = 18, `Ben` = 14; for a sentence, the text after its last "is"."""
+    parts = marked.split("`")  # texts have odd indices
+    label_indices = [
+        n for n in range(1, len(parts) - 1, 2) if _LABEL_END.search(parts[n]) and parts[n + 1].strip(" ,.;")
+    ]
+    if not label_indices or _NOT_LABEL.search(parts[label_indices[-1]]):
         return marked
-    before = [re.sub(r"\\q?quad|\\[,;:! ]|\s", "", parts[n - 1]) for n in says]
-    if len(says) > 1 and says[0] == 1 and all(not each or each.endswith((",", ";")) for each in before):
-        return "".join(_named(part) if n in says else f"`{part}`" if n % 2 else part for n, part in enumerate(parts))
-    rest = parts[says[-1] + 1 :]
+    values = [re.sub(r"\\q?quad|\\[,;:! ]|\s", "", parts[n - 1]) for n in label_indices]
+    if (
+        len(label_indices) > 1
+        and label_indices[0] == 1
+        and all(not value or value.endswith((",", ";")) for value in values)
+    ):
+        return "".join(
+            _named(part) if n in label_indices else f"`{part}`" if n % 2 else part for n, part in enumerate(parts)
+        )
+    rest = parts[label_indices[-1] + 1 :]
     return "".join(f"`{part}`" if n % 2 else part for n, part in enumerate(rest))
 
 
 def _named(label: str) -> str:
-    """A label as a name, after the comma or "and" that it begins with."""
-    found = re.match(r"\s*(,|;|and\b)?(.*?)\s*(?:\b(?:is|are|be|equals?|equal to)|[:=])\s*\Z", label, re.DOTALL)
-    joint, name = (found[1], found[2].strip()) if found else (None, label.strip())
+    """A label as a name and "=", after the comma or "and" that it starts with."""
+    match = re.match(r"\s*(,|;|and\b)?(.*?)\s*(?:\b(?:is|are|be|equals?|equal to)|[:=])\s*\Z", label, re.DOTALL)
+    joint, name = (match[1], match[2].strip()) if match else (None, label.strip())
     return (", " if joint else " ") + (f"`{name}` = " if name else "")

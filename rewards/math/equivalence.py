@@ -1,7 +1,7 @@
-"""The math reward: whether a completion's answer equals the gold one. The rules are in docs/rewards.md.
+"""The math reward: whether a completion's answer equals the gold answer. The rules are in docs/rewards.md.
 
-`answer.py` finds the answer, `exact.py` compares plain numbers; `decoration.py`, `notation.py` and `expression.py` read
-the rest into trees, which `structure.py` compares and `values.py` computes.
+`answer.py` finds the answer, and `exact.py` compares plain numbers. `decoration.py`, `notation.py` and `expression.py`
+parse other answers into trees, which `structure.py` compares and `values.py` evaluates.
 """
 
 import os
@@ -29,44 +29,48 @@ from .units import unit
 from .values import draw_points, unknowns
 from .wording import clock_time, is_words, same_word_lists, spelling, words
 
-_KEY = os.environ.get("RLORA_SEED", "")  # of the run, so that it repeats itself
-SECONDS = 2.0  # a pair; only on the main thread
+_KEY = os.environ.get("RLORA_SEED", "")  # the run's seed, so that its grades are reproducible
+SECONDS = 2.0  # per pair, on the main thread only
 
 
 class _OverrunError(BaseException):
-    """Not an Exception, so that nothing on the way takes it for its own."""
+    """The deadline has passed. Not an Exception, so that libraries called in between do not catch it."""
 
 
 def math_answer(completion: str, answer: Any) -> str:
-    """The reward function: the status of a completion, given the gold answer of its prompt."""
+    """The reward function: the status of a completion for the gold answer of its prompt."""
     if is_empty(answer):
         raise RloraError(f"answer = {answer!r} is empty; name the column that holds the answers, or drop such rows")
     return grade(answer, completion)
 
 
 def grade(gold: str | int | float, prediction: str) -> str:
-    """ "correct", "wrong", "unparsable" (no answer, or one over the bounds), or "timeout" after two seconds.
+    """The status: "correct", "wrong", "unparsable" (no answer, or over the bounds) or "timeout" (after two seconds).
 
-    `gold` may be bare, in dollars, boxed or a whole solution; `prediction` an answer or a whole completion.
+    `gold` may be bare, in dollars, boxed or a full solution, `prediction` an answer or a full completion.
     """
     if is_empty(gold):
         return "wrong"
-    found = find_answer(prediction)
-    if found is None or not found.text or len(found.text) > MAX_LENGTH:
+    answer = find_answer(prediction)
+    if answer is None or not answer.text or len(answer.text) > MAX_LENGTH:
         return "unparsable"
-    wanted = _gold(str(gold))
-    if not wanted.text:
+    expected = _gold_answer(str(gold))
+    if not expected.text:
         return "wrong"
-    one, other = number(wanted.text), number(plain(found.text).strip().strip("$* "))
-    if one is not None and other is not None and not (wanted.boxes or wanted.percent or found.percent):
-        if one == other:
+    gold_number, answer_number = number(expected.text), number(plain(answer.text).strip().strip("$* "))
+    if (
+        gold_number is not None
+        and answer_number is not None
+        and not (expected.boxes or expected.percent or answer.percent)
+    ):
+        if gold_number == answer_number:
             return "correct"
-        if len(wanted.text) < 9 and len(found.text) < 16:  # else it may be a float printed out
+        if len(expected.text) < 9 and len(answer.text) < 16:  # longer ones may be printed floats
             return "wrong"
     try:
         with _deadline(SECONDS):
-            draw_points(f"{_KEY} {wanted.text} {found.text}")
-            return _compare(wanted, found)
+            draw_points(f"{_KEY} {expected.text} {answer.text}")
+            return _compare(expected, answer)
     except _OverrunError:
         return "timeout"
     except RecursionError:
@@ -74,14 +78,14 @@ def grade(gold: str | int | float, prediction: str) -> str:
 
 
 @lru_cache(4096)
-def _gold(text: str) -> Answer:
-    found = find_gold(text.strip())
-    return found._replace(text=plain(found.text).strip().strip("$").strip())
+def _gold_answer(text: str) -> Answer:
+    answer = find_gold(text.strip())
+    return answer._replace(text=plain(answer.text).strip().strip("$").strip())
 
 
 @contextmanager
 def _deadline(seconds: float) -> Iterator[None]:
-    """Raises _OverrunError after so long; on other threads than the main one, and without SIGALRM, never."""
+    """Raises _OverrunError after `seconds`. Has no effect without SIGALRM or outside the main thread."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
         yield
         return
@@ -98,19 +102,24 @@ def _deadline(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, handler)
 
 
-def _compare(wanted: Answer, found: Answer) -> str:
-    gold_text = ", ".join(wanted.boxes) if wanted.boxes else wanted.text + (r"\%" if wanted.percent else "")
-    text = found.text + (r"\%" if found.percent and ("%" in gold_text or "percent" in gold_text) else "")
-    if (same := same_choice(gold_text, found)) is not None:
-        return "correct" if same else "wrong"
-    if (behind := option_text(text)) and _compare(wanted, found._replace(text=behind)) == "correct":
+def _compare(expected: Answer, answer: Answer) -> str:
+    gold_text = ", ".join(expected.boxes) if expected.boxes else expected.text + (r"\%" if expected.percent else "")
+    text = answer.text + (r"\%" if answer.percent and ("%" in gold_text or "percent" in gold_text) else "")
+    if (is_same := same_choice(gold_text, answer)) is not None:
+        return "correct" if is_same else "wrong"
+    if (option := option_text(text)) and _compare(expected, answer._replace(text=option)) == "correct":
         return "correct"
     if words(gold_text) == words(text) and spelling(gold_text) == spelling(text):
         return "correct"
     if same_word_lists(gold_text, text):
         return "correct"
-    if (one := clock_time(gold_text)) and (other := clock_time(text)):
-        return "correct" if one[:2] == other[:2] and (one[2] == other[2] or not (one[2] and other[2])) else "wrong"
+    if (gold_time := clock_time(gold_text)) and (answer_time := clock_time(text)):
+        return (
+            "correct"
+            if gold_time[:2] == answer_time[:2]
+            and (gold_time[2] == answer_time[2] or not (gold_time[2] and answer_time[2]))
+            else "wrong"
+        )
     gold, prediction = _tree(gold_text), _tree(text)
     if prediction is None:
         return "wrong" if gold is None or is_words(text) else "unparsable"
@@ -119,11 +128,11 @@ def _compare(wanted: Answer, found: Answer) -> str:
     candidates: list[Node | None] = [prediction]
     if gold.op in ("list", "set"):
         candidates.append(_tree(text, thousands=False))
-        if found.boxes:
-            candidates.append(_tree(", ".join(found.boxes)))
+        if answer.boxes:
+            candidates.append(_tree(", ".join(answer.boxes)))
     upright = re.sub(r"(?:\s|~|\\[,;:! ])*\\mathrm\s*\{\s*([a-zA-Z]+)\s*\}", r" \1", text)
     measured = re.fullmatch(r"(.*[\d})])\s+([a-zA-Z]+(?:\s*/\s*[a-zA-Z]+)?(?:\^\{?-?\d\}?)?)", upright)
-    if measured and not unknowns(gold) and unit(measured[2]):  # 12 m/s, whose letters are no unknowns here
+    if measured and not unknowns(gold) and unit(measured[2]):  # 12 m/s: its letters are not unknowns
         candidates.append(_tree(rf"{measured[1]}\text{{ {measured[2]}}}"))
     if (decimal := _decimal_comma(text, gold, gold=False)) is not None:
         candidates.append(decimal)
@@ -140,9 +149,9 @@ def _tree(text: str, thousands: bool = True) -> Node | None:
         return None
 
 
-def _decimal_comma(text: str, other: Node, gold: bool) -> Node | None:
-    """1000,99 as a decimal, where the other side is one number."""
+def _decimal_comma(text: str, side: Node, gold: bool) -> Node | None:
+    """1000,99 as a decimal, if the other side is one number."""
     match = re.fullmatch(r"\s*\$?\s*(-?\d+),(\d+)\s*\$?\s*", text)
-    if match is None or other.op not in ("number", "neg", "unit") or (gold and len(match[2]) < 2 and match[1] != "0"):
+    if match is None or side.op not in ("number", "neg", "unit") or (gold and len(match[2]) < 2 and match[1] != "0"):
         return None
     return _tree(f"{match[1]}.{match[2]}")

@@ -1,21 +1,21 @@
-"""The fast path of the math reward: plain numbers, compared exactly. Stdlib only.
+"""The fast path of the math reward: exact comparison of plain numbers. Stdlib only.
 
-A number here is an integer, a decimal, a fraction, a mixed number or a percentage, with or without thousands
-separators, currency sign and LaTeX around it. Whatever else an answer may be, the slow path reads.
+A plain number is an integer, a decimal, a fraction, a mixed number or a percentage, optionally with thousands
+separators, a currency sign and LaTeX around it. The slow path reads all other answers.
 """
 
-# ruff: noqa: RUF001 - signs of other scripts are what it is about
+# ruff: noqa: RUF001 - signs of other scripts are intended
 
 import re
 import unicodedata
 from fractions import Fraction
 from functools import lru_cache
 
-from .east_asian import readable
+from .east_asian import to_western
 
-MAX_DIGITS = 1000  # of one number
-MAX_EXPONENT = 1000  # of ten, in 1.5e3
-_LONGEST = 2 * MAX_DIGITS
+MAX_DIGITS = 1000  # per number
+MAX_EXPONENT = 1000  # power of ten, as in 1.5e3
+_MAX_LENGTH = 2 * MAX_DIGITS
 
 _DIGITS = r"(?:[1-9]\d{0,2}(?:(?:,|\{,\}|,\\!\s?|\\,|\\!)\d{3})+(?!\d)|\d+)"
 _DECIMAL = rf"(?:{_DIGITS}(?:\.\d*)?|\.\d+)"
@@ -44,17 +44,17 @@ _SIGNS = {
 
 
 def plain(text: str) -> str:
-    """`text` with the digits of every script, full-width signs and superscripts in ASCII, and invisible marks gone.
+    """`text` with digits of all scripts, full-width signs and superscripts in ASCII, without invisible characters.
 
-    Numbers in circles are a list, ②③ is 2, 3; Chinese and Japanese numbers are as `east_asian` reads them.
+    Circled numbers become a list: ②③ is 2, 3. `east_asian` converts Chinese and Japanese numbers.
     """
     if text.isascii():
         return text
-    text = _CIRCLED.sub(lambda found: ", ".join(str(int(unicodedata.numeric(sign))) for sign in found[0]), text)
-    text = _SUBSCRIPT.sub(lambda found: "_{" + found[0].translate(_SUBSCRIPTS) + "}", text)
-    text = _SUPERSCRIPT.sub(lambda found: "^{" + found[0].translate(_SUPERSCRIPTS) + "}", text)
-    text = _VULGAR.sub(lambda found: " " + unicodedata.normalize("NFKC", found[0]).replace("⁄", "/") + " ", text)
-    return readable("".join(_ascii(sign) for sign in text))
+    text = _CIRCLED.sub(lambda match: ", ".join(str(int(unicodedata.numeric(sign))) for sign in match[0]), text)
+    text = _SUBSCRIPT.sub(lambda match: "_{" + match[0].translate(_SUBSCRIPTS) + "}", text)
+    text = _SUPERSCRIPT.sub(lambda match: "^{" + match[0].translate(_SUPERSCRIPTS) + "}", text)
+    text = _VULGAR.sub(lambda match: " " + unicodedata.normalize("NFKC", match[0]).replace("⁄", "/") + " ", text)
+    return to_western("".join(_ascii(sign) for sign in text))
 
 
 @lru_cache(4096)
@@ -68,30 +68,30 @@ def _ascii(sign: str) -> str:
         return ""
     if category == "Zs":
         return " "
-    normal = unicodedata.normalize("NFKC", sign)
-    return normal if normal.isascii() else sign
+    normalized = unicodedata.normalize("NFKC", sign)
+    return normalized if normalized.isascii() else sign
 
 
 @lru_cache(1024)
 def number(text: str) -> Fraction | None:
-    """The value of a plain number, None for anything else. A percentage is a hundredth."""
-    found = _NUMBER.match(text) if len(text) <= _LONGEST else None
-    if found is None:
+    """The value of a plain number, None for any other text. Percentages are divided by 100."""
+    match = _NUMBER.match(text) if len(text) <= _MAX_LENGTH else None
+    if match is None:
         return None
-    top, low = found["top"] or found["top1"] or found["over"], found["low"] or found["low1"] or found["under"]
-    whole = found["whole"] or found["whole2"]
-    if max(map(len, filter(None, (top, low, whole, found["decimal"])))) > MAX_DIGITS or (low and not int(low)):
+    top, low = match["top"] or match["top1"] or match["over"], match["low"] or match["low1"] or match["under"]
+    whole_part = match["whole"] or match["whole2"]
+    if max(map(len, filter(None, (top, low, whole_part, match["decimal"])))) > MAX_DIGITS or (low and not int(low)):
         return None
     if top and low:
-        if whole and top.startswith("-"):
+        if whole_part and top.startswith("-"):
             return None
-        value = int(whole or 0) + Fraction(int(top), int(low))
+        value = int(whole_part or 0) + Fraction(int(top), int(low))
     else:
-        value = Fraction(_SEPARATORS.sub("", found["decimal"]).rstrip(".") or 0)
-        exponent = found["exponent"] or "0"
+        value = Fraction(_SEPARATORS.sub("", match["decimal"]).rstrip(".") or 0)
+        exponent = match["exponent"] or "0"
         if len(exponent) > 5 or abs(int(exponent)) > MAX_EXPONENT:
             return None
         value *= Fraction(10) ** int(exponent)
-    if found["percent"]:
+    if match["percent"]:
         value /= 100
-    return -value if (found["sign"] + found["sign2"]).count("-") == 1 else value
+    return -value if (match["sign"] + match["sign2"]).count("-") == 1 else value

@@ -1,4 +1,4 @@
-"""What an answer says: a tree, read from the tokens by recursive descent. Nothing is computed here. Stdlib only."""
+"""Parses the tokens of an answer into a tree by recursive descent. Nothing is computed here. Stdlib only."""
 
 import re
 from collections.abc import Callable
@@ -7,11 +7,11 @@ from fractions import Fraction
 from functools import lru_cache, reduce
 
 from .notation import FUNCTIONS, MAX_DEPTH, Token, UnreadableError, clean, tokens
-from .tree import Node, chosen, counted, number, proper, table
+from .tree import Node, called_binomial, indexed_binomial, is_integer_fraction, number, table
 from .units import FACTORS, changes_value, multiplier, unit
 
 RELATIONS = ("=", "==", "<", ">", "<=", ">=", "!=", "~", "in", "->")
-_ENDS = (
+_END_KINDS = (
     "end",
     "close",
     ",",
@@ -32,21 +32,21 @@ _ENDS = (
     "text",
     "%",
 )
-_UNDONE = ("sum", "prod", "int", "lim")  # work that an answer leaves to do: it is not done here
-_NAMED, _VARIED = "pqrstuvwy", "xtnz"  # letters of functions, and of what these are of: p(x), u(t)
+_UNEVALUATED = ("sum", "prod", "int", "lim")  # operations that are not carried out
+_FUNCTION_LETTERS, _ARGUMENT_LETTERS = "pqrstuvwy", "xtnz"  # as in p(x), u(t)
 _INVERSE = {"sin": "arcsin", "cos": "arccos", "tan": "arctan", "sec": "arcsec", "csc": "arccsc", "cot": "arccot"}
-_PROGRAM = {"binom": 2, "factorial": 1, "pow": 2, "Union": 0}  # functions of programs, and how many arguments they take
+_PROGRAM_FUNCTIONS = {"binom": 2, "factorial": 1, "pow": 2, "Union": 0}  # program function -> number of arguments
 _REALS = Node("symbol", data="mathbb R")
-_DEGREE = Node("degree")  # the sign alone
+_DEGREE = Node("degree")  # the bare sign
 
 
 @lru_cache(512)
 def read(text: str, thousands: bool = True) -> Node:
-    """The tree of an answer's text. Raises UnreadableError where it is over the bounds or no mathematics."""
-    found = tokens(clean(text, thousands))
-    if len(found) == 1:
+    """The tree of an answer's text. Raises UnreadableError if it exceeds the bounds or is not mathematics."""
+    token_list = tokens(clean(text, thousands))
+    if len(token_list) == 1:
         raise UnreadableError("empty")
-    parser = _Parser(found)
+    parser = _Parser(token_list)
     tree = parser.list()
     parser.expect("end")
     return tree
@@ -57,36 +57,38 @@ def _has_number(node: Node) -> bool:
 
 
 class _Parser:
-    def __init__(self, found: list[Token]) -> None:
-        self.tokens, self.at, self.depth = found, 0, 0
-        self.bars_end = False  # whether a bar can't begin an absolute value: within one, and before that of a set
+    """Recursive descent: each method consumes tokens and returns the node of one grammar rule."""
+
+    def __init__(self, token_list: list[Token]) -> None:
+        self.tokens, self.position, self.depth = token_list, 0, 0
+        self.bars_end = False  # whether a bar only closes: in an absolute value, and before the bar of a set
 
     @property
     def kind(self) -> str:
-        return self.tokens[self.at].kind
+        return self.tokens[self.position].kind
 
     @property
     def text(self) -> str:
-        return self.tokens[self.at].text
+        return self.tokens[self.position].text
 
     def next(self) -> Token:
-        token = self.tokens[self.at]
-        self.at += token.kind != "end"
+        token = self.tokens[self.position]
+        self.position += token.kind != "end"
         return token
 
     def take(self, *kinds: str) -> str:
-        """The next token's kind if it is one of these, and past it; else an empty string."""
+        """Consumes the next token if its kind is one of these, and returns the kind; else an empty string."""
         return self.next().kind if self.kind in kinds else ""
 
     def expect(self, *kinds: str) -> str:
         if self.kind not in kinds:
-            raise UnreadableError(f"{self.text!r} where {kinds[0]!r} should be")
+            raise UnreadableError(f"{self.text!r} instead of {kinds[0]!r}")
         return self.next().kind
 
     # ---- lists, relations, sets ----
 
     def list(self) -> Node:
-        """Items between `,`, `;`, "and", "or"; where both `;` and `,` stand, `;` divides first."""
+        """Items between `,`, `;`, "and", "or". If there are both `;` and `,`, the `;` separate groups."""
         groups: list[list[Node]] = [[]]
         words = ""
         while self.kind not in ("end", "close", ")", "]", "}}", "}", ")>", "row", "&"):
@@ -96,7 +98,7 @@ class _Parser:
                     groups.append([])
                 continue
             groups[-1].append(self.relation())
-            if self.kind not in _ENDS:
+            if self.kind not in _END_KINDS:
                 raise UnreadableError(f"{self.text!r} after an item")
         groups = [group for group in groups if group]
         if not groups:
@@ -109,7 +111,7 @@ class _Parser:
     def relation(self) -> Node:
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise UnreadableError("too deep")
+            raise UnreadableError("brackets are nested too deeply")
         sides, signs = [self.sets()], []
         while self.kind in RELATIONS:
             signs.append(self.next().kind)
@@ -136,7 +138,7 @@ class _Parser:
         while kind := self.take("+", "-", "pm", "mp"):
             right = self.product()
             operator = "minus" if right.op == "set" else {"+": "add", "-": "sub"}.get(kind, kind)
-            if right.op == "unit":  # of the whole sum
+            if right.op == "unit":  # the unit of the whole sum
                 left = replace(right, args=(Node(operator, (left, right.args[0])),))
             else:
                 left = Node(operator, (left, right))
@@ -144,7 +146,7 @@ class _Parser:
 
     def product(self) -> Node:
         left = self.signed()
-        while self.kind not in _ENDS or (self.kind == "|" and not self.bars_end):
+        while self.kind not in _END_KINDS or (self.kind == "|" and not self.bars_end):
             if kind := self.take("*", "/"):
                 left = Node("mul" if kind == "*" else "div", (left, self.signed()))
             elif self.kind in ("+", "-", "pm", "mp", ":", "cup", "cap", "minus", *RELATIONS):
@@ -153,20 +155,20 @@ class _Parser:
                 left = self.mixed(left)
             else:
                 right = self.power()
-                whole = left.op == "number" and left.number is not None and left.number.denominator == 1
-                left = Node("add" if whole and proper(right) else "mul", (left, right))
+                is_integer = left.op == "number" and left.number is not None and left.number.denominator == 1
+                left = Node("add" if is_integer and is_integer_fraction(right) else "mul", (left, right))
         return self.unit(left)
 
-    def mixed(self, whole: Node) -> Node:
-        """3 1/2, from its second number on."""
-        ahead = [token.kind for token in self.tokens[self.at : self.at + 3]]
-        if ahead[:2] != ["number", "/"] or ahead[2:] != ["number"] or "." in whole.data:
+    def mixed(self, integer: Node) -> Node:
+        """3 1/2, starting at its second number."""
+        ahead = [token.kind for token in self.tokens[self.position : self.position + 3]]
+        if ahead[:2] != ["number", "/"] or ahead[2:] != ["number"] or "." in integer.data:
             raise UnreadableError("two numbers in a row")
         top, _, low = self.atom(), self.next(), self.atom()
-        return Node("add", (whole, Node("div", (top, low))))
+        return Node("add", (integer, Node("div", (top, low))))
 
     def unit(self, value: Node) -> Node:
-        """Words behind a value: its unit, with powers."""
+        """Words after a value: its unit, with powers."""
         words = ""
         while (
             self.kind == "text"
@@ -177,7 +179,7 @@ class _Parser:
         if (factor := multiplier(words)) > 1:
             value = Node("mul", (value, number(factor)))
         if words and value.op in ("symbol", "mul") and unit(words) is None and not _has_number(value):
-            raise UnreadableError("words behind a name")
+            raise UnreadableError("words after a name")
         if changes_value(words) or words.strip(" .").lower() in FACTORS:
             raise UnreadableError("words that change a value")
         return Node("unit", (value,), words) if words else value
@@ -197,26 +199,26 @@ class _Parser:
         return value
 
     def signed_product(self) -> Node:
-        """What a leading sign covers: a mixed number as a whole, else one power."""
+        """The operand of a leading sign: a mixed number, else one power."""
         value = self.power()
         if value.op == "number" and value.number is not None and value.number.denominator == 1:
             if self.kind == "command" and self.text in ("frac", "dfrac", "tfrac", "cfrac"):
-                at, kept = self.at, list(self.tokens)
-                if proper(right := self.power()):
+                position, saved_tokens = self.position, list(self.tokens)
+                if is_integer_fraction(right := self.power()):
                     return Node("add", (value, right))
-                self.at, self.tokens = at, kept
+                self.position, self.tokens = position, saved_tokens
             elif self.kind == "number":
                 return self.mixed(value)
         return value
 
     def power(self) -> Node:
-        token = self.tokens[self.at]
+        token = self.tokens[self.position]
         base = self.postfix(self.atom())
         if self.take("^"):
-            base = self.raised(base, self.exponent())
-        return chosen(token.text, base)
+            base = self.apply_exponent(base, self.exponent())
+        return indexed_binomial(token.text, base)
 
-    def raised(self, base: Node, exponent: Node) -> Node:
+    def apply_exponent(self, base: Node, exponent: Node) -> Node:
         if exponent == _DEGREE:
             return self.postfix(Node("degree", (base,)))
         if exponent.op == "symbol" and exponent.data in ("T", "top", "prime", "'"):
@@ -224,28 +226,28 @@ class _Parser:
         return self.postfix(Node("pow", (base, exponent)))
 
     def exponent(self) -> Node:
-        """What stands after ^: a group, or one sign; ^ is right-associative."""
+        """The exponent after ^: a group or one token. ^ is right-associative."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise UnreadableError("too deep")
+            raise UnreadableError("brackets are nested too deeply")
         if self.kind == "command" and self.text in ("circ", "prime", "top", "intercal"):
             name = self.next().text
-            found = _DEGREE if name == "circ" else Node("symbol", data="T" if name == "intercal" else name)
-        elif self.kind == "{" and self.tokens[self.at + 1][:2] == ("command", "circ"):
+            node = _DEGREE if name == "circ" else Node("symbol", data="T" if name == "intercal" else name)
+        elif self.kind == "{" and self.tokens[self.position + 1][:2] == ("command", "circ"):
             self.next(), self.next()
             self.expect("}")
-            found = _DEGREE
+            node = _DEGREE
         elif self.kind in ("+", "-"):
             sign = self.next().kind
-            found = Node("neg", (self.power(),)) if sign == "-" else self.power()
+            node = Node("neg", (self.power(),)) if sign == "-" else self.power()
         else:
-            found = self.atom()
+            node = self.atom()
             if self.take("^"):
-                found = Node("pow", (found, self.exponent()))
-        if any(part == _DEGREE for arg in found.args for part in arg.walk()):
-            raise UnreadableError("a degree sign within an exponent")
+                node = Node("pow", (node, self.exponent()))
+        if any(part == _DEGREE for arg in node.args for part in arg.walk()):
+            raise UnreadableError("a degree sign inside an exponent")
         self.depth -= 1
-        return found
+        return node
 
     def postfix(self, value: Node) -> Node:
         for _ in range(MAX_DEPTH):
@@ -267,11 +269,11 @@ class _Parser:
         raise UnreadableError("too many postfixes")
 
     def subscript(self, value: Node) -> Node:
-        """A number's base, or the index of a name: a_1 is a name of its own, a_k and F_{n-1} are functions."""
+        """A number's base, or the index of a name: a_1 is a separate name, a_k and F_{n-1} are functions."""
         index = self.index()
         if value.op == "number":
             if index.op != "number" or "." in value.data + index.data:
-                raise UnreadableError("a base that is no number")
+                raise UnreadableError("the base is not a number")
             return Node("base", (value, index), value.data)
         if value.op == "symbol":
             if index.op in ("number", "text") or (index.op == "symbol" and len(value.data) > 1):
@@ -280,11 +282,11 @@ class _Parser:
         return Node("call", (value, index), "index")
 
     def index(self) -> Node:
-        r"""What stands below: a group, or one sign; of S_{\min} a word."""
-        kinds = [token.kind for token in self.tokens[self.at : self.at + 3]]
+        r"""The index after _: a group or one token; a word for S_{\min}."""
+        kinds = [token.kind for token in self.tokens[self.position : self.position + 3]]
         if kinds[:1] == ["name"] and self.text in FUNCTIONS:
             return Node("text", data=self.next().text)
-        if kinds == ["{", "name", "}"] and self.tokens[self.at + 1].text in FUNCTIONS:
+        if kinds == ["{", "name", "}"] and self.tokens[self.position + 1].text in FUNCTIONS:
             _, name, _ = self.next(), self.next(), self.next()
             return Node("text", data=name.text)
         return self.atom()
@@ -294,94 +296,96 @@ class _Parser:
     def atom(self) -> Node:
         self.depth += 1
         if self.depth > 3 * MAX_DEPTH:
-            raise UnreadableError("too deep")
+            raise UnreadableError("brackets are nested too deeply")
         token = self.next()
         handler: Callable[[Token], Node] | None = getattr(self, _ATOMS.get(token.kind, ""), None)
         if handler is None:
-            raise UnreadableError(f"{token.text!r} where a value should be")
-        found = handler(token)
+            raise UnreadableError(f"{token.text!r} instead of a value")
+        node = handler(token)
         self.depth -= 1
-        return found
+        return node
 
-    def a_number(self, token: Token) -> Node:
+    def parse_number(self, token: Token) -> Node:
         if "." in token.text and self.kind == "command" and self.text in ("overline", "bar", "dot", "overbar"):
             return self.repeating(token.text)
         return Node("number", data=token.text, number=Fraction(token.text.rstrip(".")))
 
     def repeating(self, head: str) -> Node:
-        r"""0.1\overline{6}: the digits under the bar repeat; so do those from one dot to another, 0.\dot{1}4\dot{2}."""
+        r"""0.1\overline{6}: the digits under the bar repeat, and those between the dots of 0.\dot{1}4\dot{2}."""
         is_dotted = self.next().text == "dot"
         digits = self.digits()
         if is_dotted:
-            between = self.next().text if self.kind == "number" and self.text.isdecimal() else ""
+            middle = self.next().text if self.kind == "number" and self.text.isdecimal() else ""
             if self.kind == "command" and self.text == "dot":
                 self.next()
-                digits += between + self.digits()
-            elif between:
-                raise UnreadableError("digits behind those that go on")
-        places = len(head.partition(".")[2])
-        tail = Fraction(int(digits), 10**places * (10 ** len(digits) - 1))
+                digits += middle + self.digits()
+            elif middle:
+                raise UnreadableError("digits after the repeating ones")
+        decimals = len(head.partition(".")[2])
+        tail = Fraction(int(digits), 10**decimals * (10 ** len(digits) - 1))
         return number(Fraction(head.rstrip(".") or 0) + tail)
 
     def digits(self) -> str:
         inner = self.group_or_sign()
         if inner.op != "number" or not inner.data.isdecimal():
-            raise UnreadableError("a bar over no digits")
+            raise UnreadableError("no digits under a bar")
         return inner.data
 
-    def a_letter(self, token: Token) -> Node:
+    def parse_letter(self, token: Token) -> Node:
         if token.text in "fghFGH":
             name = token.text + self.marks()
-            if self.kind == "(" and not self.tokens[self.at].spaced:
+            if self.kind == "(" and not self.tokens[self.position].spaced:
                 return self.call(name)
             value = Node("symbol", data=token.text)
             for _ in range(name.count("'")):
                 value = Node("call", (value,), "prime")
             return value
-        if self.kind == "(" and not self.tokens[self.at].spaced:
-            inner = self.tokens[self.at + 1]
-            kinds = [each.kind for each in self.tokens[self.at + 2 : self.at + 4]]
+        if self.kind == "(" and not self.tokens[self.position].spaced:
+            argument = self.tokens[self.position + 1]
+            kinds = [following.kind for following in self.tokens[self.position + 2 : self.position + 4]]
             if token.text == "C" and "," in kinds:
                 return self.call("C")
-            if kinds[:1] == [")"] and (token.text.isupper() or (token.text in _NAMED and inner.text in _VARIED)):
+            if kinds[:1] == [")"] and (
+                token.text.isupper() or (token.text in _FUNCTION_LETTERS and argument.text in _ARGUMENT_LETTERS)
+            ):
                 return self.call(token.text)
         return Node("symbol", data=token.text)
 
     def marks(self) -> str:
-        """What stands between the name of a function and its arguments: f', f^{-1}."""
-        found = ""
+        """The marks between the name of a function and its arguments: f', f^{-1}."""
+        marks = ""
         while self.take("'"):
-            found += "'"
-        ahead = [token.text for token in self.tokens[self.at : self.at + 6]]
+            marks += "'"
+        ahead = [token.text for token in self.tokens[self.position : self.position + 6]]
         if ahead == ["^", "{", "-", "1", "}", "("]:
-            self.at += 5
-            found += "^-1"
-        return found
+            self.position += 5
+            marks += "^-1"
+        return marks
 
     def call(self, name: str) -> Node:
         self.expect("(")
         inner = self.list()
         self.expect(")")
         args = inner.args if inner.op == "list" else (inner,)
-        return counted(Node("call", args, f"{name}()"))
+        return called_binomial(Node("call", args, f"{name}()"))
 
-    def a_name(self, token: Token) -> Node:
+    def parse_name(self, token: Token) -> Node:
         name = token.text
-        if name in _UNDONE:
-            return self.undone(name)
+        if name in _UNEVALUATED:
+            return self.unevaluated(name)
         if name in FUNCTIONS:
             return self.function(name)
-        if name in _PROGRAM:
-            return self.of_program(name)
+        if name in _PROGRAM_FUNCTIONS:
+            return self.program_function(name)
         return Node("symbol", data=name)
 
-    def of_program(self, name: str) -> Node:
-        """A function of Python or sympy, with its arguments in brackets."""
+    def program_function(self, name: str) -> Node:
+        """A function of Python or sympy with its arguments in brackets."""
         args = self.call(name).args
         if name == "Union" and args:
             return reduce(lambda left, right: Node("cup", (left, right)), args)
-        if len(args) != _PROGRAM[name]:
-            raise UnreadableError(f"{name} of {len(args)}")
+        if len(args) != _PROGRAM_FUNCTIONS[name]:
+            raise UnreadableError(f"{name} with {len(args)} arguments")
         return Node("pow", args) if name == "pow" else Node("call", args, name)
 
     def function(self, name: str) -> Node:
@@ -400,11 +404,11 @@ class _Parser:
         if exponent is not None and exponent.op == "neg" and exponent.args[0].number == 1:
             name, exponent = _INVERSE.get(name, name), None
         args = self.arguments(name)
-        found = Node("call", (*args, base) if base is not None else args, name + ("_" if base is not None else ""))
-        return found if exponent is None else Node("pow", (found, exponent))
+        call = Node("call", (*args, base) if base is not None else args, name + ("_" if base is not None else ""))
+        return call if exponent is None else Node("pow", (call, exponent))
 
     def arguments(self, name: str) -> tuple[Node, ...]:
-        """In brackets; or, without, the factors up to the next sign or function: sin 2x cos y."""
+        """The arguments in brackets; without brackets, the factors up to the next sign or function: sin 2x cos y."""
         if self.kind == "(" or (self.kind == "{" and name != "sqrt"):
             closing = ")" if self.next().kind == "(" else "}"
             inner = self.list()
@@ -412,15 +416,17 @@ class _Parser:
             return inner.args if inner.op == "list" else (inner,)
         if name == "sqrt":
             return (self.group_or_sign(),)
-        found = self.power() if self.kind not in ("+", "-") else self.signed()
+        argument = self.power() if self.kind not in ("+", "-") else self.signed()
         while self.kind in ("number", "letter", "name", "/") or (self.kind == "command" and self.text == "frac"):
             if self.kind == "name" and self.text in FUNCTIONS:
                 break
-            found = Node("div", (found, self.power())) if self.take("/") else Node("mul", (found, self.power()))
-        return (found,)
+            argument = (
+                Node("div", (argument, self.power())) if self.take("/") else Node("mul", (argument, self.power()))
+            )
+        return (argument,)
 
-    def undone(self, name: str) -> Node:
-        """A sum, product, integral or limit, with its bounds as they stand."""
+    def unevaluated(self, name: str) -> Node:
+        """A sum, product, integral or limit with its bounds, not carried out."""
         bounds = []
         for _ in range(2):
             if self.take("_", "^"):
@@ -428,19 +434,19 @@ class _Parser:
         return Node("call", (*bounds, self.product()), name)
 
     def group_or_sign(self) -> Node:
-        r"""An argument of a command: {...}, or one sign; of a number one digit (\frac12)."""
+        r"""An argument of a command: {...} or one token; one digit of a number (\frac12)."""
         if self.kind == "number" and len(self.text) > 1:
-            token = self.tokens[self.at]
-            self.tokens[self.at] = Token("number", token.text[1:], False)
+            token = self.tokens[self.position]
+            self.tokens[self.position] = Token("number", token.text[1:], False)
             if not token.text[0].isdigit() or not re.match(r"\d", token.text[1:]):
-                self.tokens[self.at] = token
+                self.tokens[self.position] = token
                 return self.atom()
             return Node("number", data=token.text[0], number=Fraction(token.text[0]))
         if self.kind in ("letter", "name", "number", "{", "command", "(", "text"):
             return self.atom()
         raise UnreadableError("an argument is missing")
 
-    def a_command(self, token: Token) -> Node:
+    def parse_command(self, token: Token) -> Node:
         name = token.text
         if name in ("frac", "dfrac", "tfrac", "cfrac", "nicefrac", "sfrac"):
             return Node("div", (self.group_or_sign(), self.group_or_sign()), "frac")
@@ -458,42 +464,42 @@ class _Parser:
         return Node("symbol", data=name)
 
     def braced(self) -> str:
-        r"""The letter and the sign in \mathbb{R+}, or the letter that stands there alone."""
+        r"""The letter and sign in \mathbb{R+}, or a letter without braces."""
         if not self.take("{"):
             return self.next().text
-        found = ""
+        name = ""
         while self.kind in ("letter", "+", "-", "*", "number"):
-            found += self.next().text
+            name += self.next().text
         self.expect("}")
-        return found
+        return name
 
-    def a_text(self, token: Token) -> Node:
+    def parse_text(self, token: Token) -> Node:
         return Node("text", data=token.text)
 
-    def a_brace(self, token: Token) -> Node:
+    def parse_brace(self, token: Token) -> Node:
         inner = self.list()
         self.expect("}")
         return inner
 
-    def a_set(self, token: Token) -> Node:
+    def parse_set(self, token: Token) -> Node:
         if self.take("}}"):
             return Node("set")
-        at, kept = self.at, list(self.tokens)  # \frac12 divides its token
-        before, self.bars_end = self.bars_end, True
+        position, saved_tokens = self.position, list(self.tokens)  # \frac12 splits its token
+        outer, self.bars_end = self.bars_end, True
         first = self.sum() if self.kind != "(" else self.relation()
         domain = self.sum() if self.take("in") else _REALS
-        self.bars_end = before
+        self.bars_end = outer
         if self.take(":", "|"):
             condition = self.list()
             self.expect("}}")
             return Node("builder", (first, condition) if domain == _REALS else (first, condition, domain))
-        self.at, self.tokens = at, kept
+        self.position, self.tokens = position, saved_tokens
         inner = self.list()
         self.expect("}}")
         return Node("set", inner.args if inner.op == "list" else (inner,))
 
-    def a_bracket(self, token: Token) -> Node:
-        """A group, a tuple or an interval: the brackets are kept."""
+    def parse_bracket(self, token: Token) -> Node:
+        """A group, a tuple or an interval; tuples and intervals keep their brackets."""
         inner = self.list()
         closing = self.expect({"<(": ")>"}.get(token.kind, ")"), "]")
         items = inner.args if inner.op == "list" else (inner,)
@@ -502,19 +508,19 @@ class _Parser:
         brackets = "()" if token.kind == "<(" else token.kind + closing
         return Node("tuple", items, brackets)
 
-    def a_bar(self, token: Token) -> Node:
-        before, self.bars_end = self.bars_end, True
+    def parse_bar(self, token: Token) -> Node:
+        outer, self.bars_end = self.bars_end, True
         inner = self.relation()
         self.expect("|")
-        self.bars_end = before
+        self.bars_end = outer
         return Node("call", (inner,), "abs")
 
-    def a_floor(self, token: Token) -> Node:
+    def parse_floor(self, token: Token) -> Node:
         inner = self.relation()
         self.expect("r" + token.kind[1:])
         return Node("call", (inner,), token.kind[1:])
 
-    def a_matrix(self, token: Token) -> Node:
+    def parse_matrix(self, token: Token) -> Node:
         rows: list[list[Node]] = [[]]
         while self.kind not in ("close", "end"):
             if self.take("row"):
@@ -527,26 +533,27 @@ class _Parser:
                     continue
                 rows[-1].append(self.relation())
                 if self.kind not in ("&", "row", "close", ","):
-                    raise UnreadableError("a matrix that is no table")
+                    raise UnreadableError("the rows are not a table")
         self.expect("close")
         rows = [row for row in rows if row]
         if not rows or len({len(row) for row in rows}) != 1:
-            raise UnreadableError("a matrix that is no table")
+            raise UnreadableError("the rows are not a table")
         return table(token.text, rows)
 
-    def an_equation(self, token: Token) -> Node:
+    def parse_equation(self, token: Token) -> Node:
         self.expect("(")
         inner = self.list()
         self.expect(")")
         if len(inner.args) != 2:
-            raise UnreadableError("Eq of other than two")
+            raise UnreadableError("Eq without two arguments")
         if not any(part.op == "symbol" for part in inner.walk()):
             raise UnreadableError("an equation of numbers")
         return Node("relation", inner.args, "=")
 
 
 _ATOMS = {
-    "number": "a_number", "letter": "a_letter", "name": "a_name", "command": "a_command", "text": "a_text",
-    "{": "a_brace", "{{": "a_set", "(": "a_bracket", "[": "a_bracket", "<(": "a_bracket", "|": "a_bar",
-    "lfloor": "a_floor", "lceil": "a_floor", "begin": "a_matrix", "Eq": "an_equation",
+    "number": "parse_number", "letter": "parse_letter", "name": "parse_name", "command": "parse_command",
+    "text": "parse_text", "{": "parse_brace", "{{": "parse_set", "(": "parse_bracket", "[": "parse_bracket",
+    "<(": "parse_bracket", "|": "parse_bar", "lfloor": "parse_floor", "lceil": "parse_floor", "begin": "parse_matrix",
+    "Eq": "parse_equation",
 }  # fmt: skip

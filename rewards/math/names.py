@@ -1,4 +1,4 @@
-r"""Names on the left of a relation: which may be dropped (x = 7, f(x) = 7), and which may not (\ln x = 7, -x = 7)."""
+r"""Names on the left of a relation: some may be dropped (x = 7, f(x) = 7), others may not (\ln x = 7, -x = 7)."""
 
 import re
 from dataclasses import replace
@@ -10,33 +10,33 @@ from .wording import words
 
 _CONSTANTS = ("pi", "e", "i", "infty")
 _SETS = tuple(f"mathbb {letter}" for letter in "NZQRC")
-_CHANCES = tuple(Node("symbol", data=name) for name in ("P", "E", "mathbb P", "mathbb E"))
+_PROBABILITIES = tuple(Node("symbol", data=name) for name in ("P", "E", "mathbb P", "mathbb E"))
 _DERIVATIVE = re.compile(r"d|partial")
 _SHAPES = ("angle", "triangle", "square", "odot", "measuredangle", "m")
-_CONJUGATED = ("z", "w")  # \bar z is the conjugate, \bar x a mean
+_CONJUGATED = ("z", "w")  # \bar z is the conjugate, \bar x is a mean
 
 
 def label(node: Node) -> str:
-    """The name that a side of a relation is; empty where it is none: a product, a known function, a power, a number."""
+    """The name on a side of a relation; empty if the side is a product, a known function, a power or a number."""
     match node.op:
         case "symbol":
             return "" if node.data in _CONSTANTS or node.data[:8] in _SETS else node.data
         case "text":
             return "" if changes_value(node.data) else words(node.data)
-        case "unit":  # words, and letters behind them
-            behind = "" if changes_value(node.data) else words(node.data)
-            return behind and label(node.args[0]) and f"{label(node.args[0])} {behind}"
+        case "unit":  # letters followed by words
+            suffix = "" if changes_value(node.data) else words(node.data)
+            return suffix and label(node.args[0]) and f"{label(node.args[0])} {suffix}"
         case "tuple" | "ratio":
             labels = [label(arg) for arg in node.args]
             return f"{node.op} {' '.join(labels)}" if all(labels) else ""
         case "call":
-            return _label_of_call(node)
+            return _call_label(node)
         case "mul" | "div" | "cap" | "cup" | "index":
-            return _label_of_product(node)
+            return _product_label(node)
     return ""
 
 
-def _label_of_call(node: Node) -> str:
+def _call_label(node: Node) -> str:
     if node.data == "abs":  # |AB| is a length
         return label(node.args[0]) if node.args[0].op == "mul" else ""
     if is_computed(node.data) or node.data in ("arg", "sgn", "transpose"):
@@ -46,33 +46,33 @@ def _label_of_call(node: Node) -> str:
     return f"{node.data} {' '.join(part.data or str(part.number) for arg in node.args for part in arg.walk())}"
 
 
-def _label_of_product(node: Node) -> str:
-    """Of points (AB), an angle, a probability P(A and B), or words among letters; a product of variables is no name."""
+def _product_label(node: Node) -> str:
+    """The name in a product: points (AB), an angle, a probability P(A and B), words among letters. Else empty."""
     order, head = derivative(node)
     if head:
         return f"{node.op} {order} {head}"
     leaves = [part for part in node.walk() if not part.args]
-    text = [part for part in leaves if part.op == "text"]
+    texts = [part for part in leaves if part.op == "text"]
     letters = [part.data for part in leaves if part.op == "symbol"]
-    points = all(letter.partition("_")[0].isupper() or letter in _SHAPES for letter in letters)
-    chance = node.op == "mul" and _first(node) in _CHANCES
-    if any(changes_value(part.data) for part in text):
+    all_points = all(letter.partition("_")[0].isupper() or letter in _SHAPES for letter in letters)
+    is_probability = node.op == "mul" and _first_factor(node) in _PROBABILITIES
+    if any(changes_value(part.data) for part in texts):
         return ""
-    if chance:
-        is_name = points or any(part.op == "relation" for part in node.walk())
+    if is_probability:
+        is_name = all_points or any(part.op == "relation" for part in node.walk())
     else:
-        is_name = (points or bool(text)) and len(letters) + len(text) == len(leaves)
+        is_name = (all_points or bool(texts)) and len(letters) + len(texts) == len(leaves)
     return f"{node.op} {' '.join(part.data for part in leaves)}" if is_name else ""
 
 
-def _first(node: Node) -> Node:
+def _first_factor(node: Node) -> Node:
     while node.op == "mul":
         node = node.args[0]
     return node
 
 
 def derivative(node: Node) -> tuple[int, str]:
-    """How often what a name names was differentiated, -1 for an inverse, and of which function."""
+    """How often a named function is differentiated (-1 for an inverse), and the name of the function."""
     if node.op == "call":
         marks = node.data.count("'")
         if node.data in ("prime", "dot", "ddot"):
@@ -80,8 +80,8 @@ def derivative(node: Node) -> tuple[int, str]:
             head = head or (node.args[0].data if node.args[0].op == "symbol" else "")
             return inner + 1 + (node.data == "ddot"), head
         return (-1 if "^-1" in node.data else marks), re.split(r"['^_(]", node.data)[0]
-    if node.op == "mul" and (of_call := _applied(node)) is not None:
-        return of_call
+    if node.op == "mul" and (applied := _applied_derivative(node)) is not None:
+        return applied
     if node.op == "div":
         tops, lows = ([part for part in arg.walk() if not part.args] for arg in node.args)
         if tops and lows and _DERIVATIVE.fullmatch(tops[0].data) and _DERIVATIVE.fullmatch(lows[0].data):
@@ -91,8 +91,8 @@ def derivative(node: Node) -> tuple[int, str]:
     return 0, ""
 
 
-def _applied(node: Node) -> tuple[int, str] | None:
-    r"""Of \frac{d}{dx} f and of y'(x)."""
+def _applied_derivative(node: Node) -> tuple[int, str] | None:
+    r"""The derivative in \frac{d}{dx} f or y'(x); None for others."""
     order, head = derivative(node.args[0])
     if not order:
         return None
@@ -101,8 +101,8 @@ def _applied(node: Node) -> tuple[int, str] | None:
 
 
 def same_name(gold: Node, prediction: Node) -> bool:
-    """Whether two sides may name the same; y and f(x) may, x and y, f and f', a_n and a_{n+1} may not."""
-    if len({_variable(gold), _variable(prediction)} - {""}) > 1:  # df/dx and df/dy
+    """Whether two sides may name the same value. y and f(x) may; x and y, f and f', a_n and a_{n+1} may not."""
+    if len({_derivative_variable(gold), _derivative_variable(prediction)} - {""}) > 1:  # df/dx and df/dy
         return False
     if label(gold) == label(prediction):
         return True
@@ -113,28 +113,35 @@ def same_name(gold: Node, prediction: Node) -> bool:
     ):  # x and f(x)
         return False
     if gold.op == prediction.op == "tuple":
-        ours, theirs = [label(arg) for arg in gold.args], [label(arg) for arg in prediction.args]
-        return sorted(ours) != sorted(theirs)
-    (one, index), (other, index2) = _head(gold), _head(prediction)
-    if one and other and one.casefold() != other.casefold():
-        if gold.op != prediction.op or ("y" in (one, other) and any(n.data.endswith("()") for n in (gold, prediction))):
+        gold_labels, prediction_labels = [label(arg) for arg in gold.args], [label(arg) for arg in prediction.args]
+        return sorted(gold_labels) != sorted(prediction_labels)
+    (gold_letter, gold_index), (prediction_letter, prediction_index) = (
+        _letter_and_index(gold),
+        _letter_and_index(prediction),
+    )
+    if gold_letter and prediction_letter and gold_letter.casefold() != prediction_letter.casefold():
+        if gold.op != prediction.op or (
+            "y" in (gold_letter, prediction_letter) and any(n.data.endswith("()") for n in (gold, prediction))
+        ):
             return True  # y and f(x)
-        return (one.isupper() or other.isupper()) and bool(index or index2)  # S_min and A
+        return (gold_letter.isupper() or prediction_letter.isupper()) and bool(
+            gold_index or prediction_index
+        )  # S_min and A
     if gold.op == prediction.op == "call":
-        return len(gold.args) == len(prediction.args) and _renamed_by(gold, prediction) is not None
-    if {gold.op, prediction.op} == {"call", "symbol"} and (index or index2):
+        return len(gold.args) == len(prediction.args) and _argument_renaming(gold, prediction) is not None
+    if {gold.op, prediction.op} == {"call", "symbol"} and (gold_index or prediction_index):
         return not (gold.data.endswith("_") or prediction.data.endswith("_"))  # a_n is not a_1
-    return not (index and index2 and index != index2)
+    return not (gold_index and prediction_index and gold_index != prediction_index)
 
 
-def _variable(node: Node) -> str:
-    r"""That by which \frac{df}{dx} differentiates; empty where it is not said."""
+def _derivative_variable(node: Node) -> str:
+    r"""The variable of the derivative \frac{df}{dx}; empty if it is not stated."""
     order, head = derivative(node)
     return [part.data for part in node.args[1].walk()][-1] if node.op == "div" and order and head else ""
 
 
-def _head(node: Node) -> tuple[str, str]:
-    """The letter of a name, and its index."""
+def _letter_and_index(node: Node) -> tuple[str, str]:
+    """The letter of a name and its index."""
     if node.op == "symbol":
         head, _, index = node.data.partition("_")
         return (head if len(head) == 1 else ""), index
@@ -142,8 +149,8 @@ def _head(node: Node) -> tuple[str, str]:
     return (head if len(head) == 1 else ""), ""
 
 
-def _renamed_by(gold: Node, prediction: Node) -> dict[str, str] | None:
-    """Which letters of one function's arguments are which of the other's; None where these are no letters alone."""
+def _argument_renaming(gold: Node, prediction: Node) -> dict[str, str] | None:
+    """The prediction's argument letters, mapped to the gold's; None if some arguments are not letters."""
     if gold.args == prediction.args:
         return {}
     pairs = list(zip(gold.args, prediction.args, strict=False))
@@ -152,16 +159,16 @@ def _renamed_by(gold: Node, prediction: Node) -> dict[str, str] | None:
     return {b.data: a.data for a, b in pairs}
 
 
-def with_names_of(gold: Node, named: Node, value: Node) -> Node:
-    """`value` of the function `named` with the letters of the function `gold`: g of f(m) = g(m) as it is of f(n)."""
+def with_argument_names(gold: Node, named: Node, value: Node) -> Node:
+    """`value` of the function `named`, in the argument letters of `gold`: 2m of f(m) = 2m becomes 2n for f(n)."""
     applied = all(node.op == "call" and node.data.endswith(("()", "_")) for node in (gold, named))
     if not applied or len(gold.args) != len(named.args):
         return value
-    return renamed(value, _renamed_by(gold, named) or {})
+    return renamed(value, _argument_renaming(gold, named) or {})
 
 
 def renamed(node: Node, names: dict[str, str]) -> Node:
-    """With other letters for some of its unknowns; one that is in the way gets a name of its own."""
+    """The node with its unknowns renamed. An unknown whose name is then taken gets a prime."""
     if not names:
         return node
     if node.op == "symbol" and unknowns(node):

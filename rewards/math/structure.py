@@ -1,4 +1,4 @@
-"""When two trees say the same: lists, sets, tuples, intervals, relations, units, words."""
+"""Decides whether two trees are equal: lists, sets, tuples, intervals, relations, units, words."""
 
 import math
 import re
@@ -8,16 +8,16 @@ from fractions import Fraction
 from itertools import chain, repeat
 from typing import Any
 
-from .names import label, renamed, same_name, with_names_of
+from .names import label, renamed, same_name, with_argument_names
 from .notation import UnreadableError
-from .regions import LESS, MAX_ITEMS, both, is_region, same_region
+from .regions import LESS, MAX_ITEMS, is_region, plus_minus_values, same_region
 from .tree import Node
 from .units import conflict, is_currency
 from .values import constant, same, unknowns
 from .wording import words
 
-_EMPTY = {"nosolution", "nosolutions", "norealsolution", "norealsolutions", "none", "emptyset", "theemptyset"}
-_STATING = {"=", "~", "in", "=="}
+_EMPTY_SET_WORDS = {"nosolution", "nosolutions", "norealsolution", "norealsolutions", "none", "emptyset", "theemptyset"}
+_STATING_SIGNS = {"=", "~", "in", "=="}
 _FLIP = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
 _EMPTY_WORD = "no solution"
 _PARAMETERS = frozenset("tskmnruvpq") | {"lambda", "mu"}
@@ -25,24 +25,24 @@ _INFINITY = Node("symbol", data="infty")
 
 
 def equal(gold: Node, prediction: Node) -> bool:
-    """Whether two trees say the same."""
-    gold, prediction = _same_letters(_bare(gold), _bare(prediction))
-    gold, prediction = _unzipped(gold, prediction), _unzipped(prediction, gold)
+    """Whether two trees are equal answers."""
+    gold, prediction = _with_common_letters(_unwrapped(gold), _unwrapped(prediction))
+    gold, prediction = _split_tuple_relation(gold, prediction), _split_tuple_relation(prediction, gold)
     if gold == prediction:
         return True
     if "text" in (gold.op, prediction.op):
         return _same_words(gold, prediction)
     try:
-        alike = gold.op == prediction.op == "tuple" or (
+        same_kind = gold.op == prediction.op == "tuple" or (
             gold.op == prediction.op == "list" and (gold.data == prediction.data or not (gold.data and prediction.data))
         )
-        regions = not alike and is_region(gold) and is_region(prediction) and not _are_relations(gold, prediction)
-        if regions and (found := same_region(gold, prediction)) is not None:
-            return found
+        regions = not same_kind and is_region(gold) and is_region(prediction) and not _are_relations(gold, prediction)
+        if regions and (is_same := same_region(gold, prediction)) is not None:
+            return is_same
         if gold.op == "relation" or prediction.op == "relation":
             return _same_relation(gold, prediction)
         if gold.op == prediction.op and gold.op in ("cases", "row", "builder"):
-            same_members = _matched if gold.op == "cases" else _in_order
+            same_members = _equal_in_any_order if gold.op == "cases" else _equal_in_order
             return len(gold.args) == len(prediction.args) and same_members(gold.args, prediction.args)
         if gold.op in ("list", "set", "tuple", "pm", "mp") or prediction.op in ("list", "set", "tuple", "pm", "mp"):
             return _same_items(gold, prediction)
@@ -53,21 +53,21 @@ def equal(gold: Node, prediction: Node) -> bool:
         return False
 
 
-def _bare(node: Node) -> Node:
-    """Without what adds nothing: a list or set of one."""
+def _unwrapped(node: Node) -> Node:
+    """The node without lists and sets of one item around it."""
     while node.op in ("list", "set") and len(node.args) == 1 and node.args[0].op != "set":
         node = node.args[0]
     return node
 
 
-def _unzipped(node: Node, other: Node) -> Node:
-    """(x, y) = (1, 2) as x = 1, y = 2 beside such a list; x != 1, 2 as x != 1, x != 2."""
+def _split_tuple_relation(node: Node, peer: Node) -> Node:
+    """(x, y) = (1, 2) as x = 1, y = 2 if `peer` is such a list; x != 1, 2 as x != 1, x != 2."""
     if node.op == "list" and node.args[0].op == "relation" and node.args[0].data == "!=":
         name = node.args[0].args[0]
         return replace(
             node, args=tuple(a if a.op == "relation" else Node("relation", (name, a), "!=") for a in node.args)
         )
-    if node.op == "relation" and node.data == "=" and other.op == "list" and all(map(_name, other.args)):
+    if node.op == "relation" and node.data == "=" and peer.op == "list" and all(map(_relation_name, peer.args)):
         names, values = node.args
         if names.op == values.op == "tuple" and len(names.args) == len(values.args):
             pairs = zip(names.args, values.args, strict=True)
@@ -75,22 +75,25 @@ def _unzipped(node: Node, other: Node) -> Node:
     return node
 
 
-def _same_letters(gold: Node, prediction: Node) -> tuple[Node, Node]:
-    """Without "k in Z", with one letter for what is called k here and n there, as for t in the point (t, 2t)."""
+def _with_common_letters(gold: Node, prediction: Node) -> tuple[Node, Node]:
+    """Both trees without "k in Z", and with the gold's letters: k for n, or t for s in the point (s, 2s)."""
     if gold.op == prediction.op == "tuple":
-        letters = [unknowns(node) for node in (gold, prediction)]
-        if all(len(each) == 1 and each <= _PARAMETERS for each in letters):
-            return gold, renamed(prediction, dict(zip(*reversed(letters), strict=True)))
-    (ours, wholes), (theirs, others) = _without_domains(gold), _without_domains(prediction)
-    if sorted(wholes.values()) == sorted(others.values()):
-        theirs = renamed(theirs, dict(zip(others, wholes, strict=True)))
-    elif wholes and others:
+        parameters = [unknowns(node) for node in (gold, prediction)]
+        if all(len(names) == 1 and names <= _PARAMETERS for names in parameters):
+            return gold, renamed(prediction, dict(zip(*reversed(parameters), strict=True)))
+    (gold_list, gold_letters), (prediction_list, prediction_letters) = (
+        _without_domains(gold),
+        _without_domains(prediction),
+    )
+    if sorted(gold_letters.values()) == sorted(prediction_letters.values()):
+        prediction_list = renamed(prediction_list, dict(zip(prediction_letters, gold_letters, strict=True)))
+    elif gold_letters and prediction_letters:
         return gold, prediction
-    return ours, theirs
+    return gold_list, prediction_list
 
 
 def _without_domains(node: Node) -> tuple[Node, dict[str, str]]:
-    """The claims of a list without "x in R", and the letters that it says are whole numbers, and of which kind."""
+    """The claims of a list without "x in R", and the letters that it declares integers, with their sets."""
     if node.op != "list":
         return node, {}
     domains = {item.args[0].data: item.args[1].data for item in node.args if _is_domain(item)}
@@ -109,18 +112,19 @@ def _is_domain(node: Node) -> bool:
 
 
 def _same_words(gold: Node, prediction: Node) -> bool:
-    one, other = (
-        _EMPTY_WORD if words(n.data) in _EMPTY or n == Node("set") else words(n.data) for n in (gold, prediction)
+    gold_words, prediction_words = (
+        _EMPTY_WORD if words(n.data) in _EMPTY_SET_WORDS or n == Node("set") else words(n.data)
+        for n in (gold, prediction)
     )
     if gold.op != "text" or prediction.op != "text":
         symbol = gold if gold.op == "symbol" else prediction
-        return bool(one == other) and (symbol.op == "symbol" or one == _EMPTY_WORD)
-    return bool(one == other)
+        return bool(gold_words == prediction_words) and (symbol.op == "symbol" or gold_words == _EMPTY_WORD)
+    return bool(gold_words == prediction_words)
 
 
 def _same_value(gold: Node, prediction: Node) -> bool:
-    gold_unit, unit = _unit(gold), _unit(prediction)
-    if gold_unit and unit and conflict(gold_unit, unit):
+    gold_unit, prediction_unit = _unit_text(gold), _unit_text(prediction)
+    if gold_unit and prediction_unit and conflict(gold_unit, prediction_unit):
         return False
     if prediction.op == "unit" and gold.op != "unit" and unknowns(gold) != unknowns(prediction):
         return False
@@ -130,7 +134,7 @@ def _same_value(gold: Node, prediction: Node) -> bool:
         return _same_digits(gold, prediction, *bases)
     if gold.op == "ratio" and prediction.op == "ratio":
         numbers = [part for node in (gold, prediction) for part in node.args if part.op == "number"]
-        if any(part.number == 0 or re.match(r"0\d", part.data) for part in numbers):  # 3:0, or a time of the day
+        if any(part.number == 0 or re.match(r"0\d", part.data) for part in numbers):  # 3:0, or a time of day
             return False
         return len(gold.args) == len(prediction.args) and all(
             same(Node("div", (a, gold.args[0])), Node("div", (b, prediction.args[0])))
@@ -139,14 +143,14 @@ def _same_value(gold: Node, prediction: Node) -> bool:
     return same(gold, prediction) or _same_rounded(gold, prediction)
 
 
-def _unit(node: Node) -> str:
+def _unit_text(node: Node) -> str:
     return node.data if node.op == "unit" else "deg" if node.op == "degree" else ""
 
 
 def _without_unit(node: Node) -> Node:
     while node.op in ("unit", "degree"):
         node = node.args[0]
-    if node.op == "mul" and node.args[0].op == "text" and is_currency(node.args[0].data):  # before its amount
+    if node.op == "mul" and node.args[0].op == "text" and is_currency(node.args[0].data):  # currency first
         node = node.args[1]
     return node
 
@@ -156,28 +160,28 @@ def _base(node: Node) -> int:
     return int(node.args[1].number or 0) if node.op == "base" else 0
 
 
-def _same_digits(gold: Node, prediction: Node, base: int, other: int) -> bool:
-    """A number without a base is in the gold's; another base than the gold's (ten, if it has none) is wrong."""
-    if (other or base) != (base or 10):
+def _same_digits(gold: Node, prediction: Node, gold_base: int, prediction_base: int) -> bool:
+    """A number without a base is in the gold's base. A base other than the gold's (ten, if it has none) is wrong."""
+    if (prediction_base or gold_base) != (gold_base or 10):
         return False
     digits = [node.args[0] if node.op == "base" else node for node in (gold, prediction)]
     return same(*digits)
 
 
 def _same_rounded(gold: Node, prediction: Node) -> bool:
-    """A float printed out: a gold of 8 digits or more, or a prediction of 15 or more, stands for what rounds to it."""
-    for decimal, exact, least in ((gold, prediction, 8), (prediction, gold, 15)):
+    """Whether one is a printed float that rounds the other: a gold of 8 or more digits, a prediction of 15 or more."""
+    for decimal, exact, min_digits in ((gold, prediction, 8), (prediction, gold, 15)):
         negative = decimal.op == "neg"
         inner = decimal.args[0] if negative else decimal
         digits = inner.data.replace(".", "").lstrip("0")
-        if inner.op != "number" or "." not in inner.data or len(digits) < least or unknowns(exact):
+        if inner.op != "number" or "." not in inner.data or len(digits) < min_digits or unknowns(exact):
             continue
-        if exact.op == "number" and exact.data:  # two decimals are equal or they are not
+        if exact.op == "number" and exact.data:  # two decimals are compared exactly
             continue
-        place = Fraction(1, 10 ** len(inner.data.partition(".")[2]))
+        resolution = Fraction(1, 10 ** len(inner.data.partition(".")[2]))
         value = constant(exact)
         stated = -inner.number if negative and inner.number is not None else inner.number
-        if isinstance(value, Fraction) and stated is not None and abs(value - stated) < place:
+        if isinstance(value, Fraction) and stated is not None and abs(value - stated) < resolution:
             return True
     return False
 
@@ -186,113 +190,122 @@ def _same_rounded(gold: Node, prediction: Node) -> bool:
 
 
 def _items(node: Node) -> list[Node]:
-    """The members of a list or set, with both values of every plus-minus."""
+    """The members of a list or set; a plus-minus gives two values."""
     members = node.args if node.op in ("list", "set") else (node,)
-    found = [value for member in members for value in both(member)]
-    if len(found) > MAX_ITEMS:
-        raise UnreadableError("a list too long")
-    return found
+    values = [value for member in members for value in plus_minus_values(member)]
+    if len(values) > MAX_ITEMS:
+        raise UnreadableError("the list is too long")
+    return values
 
 
 def _same_items(gold: Node, prediction: Node) -> bool:
     if "tuple" in (gold.op, prediction.op):
-        one, other = (gold, prediction) if gold.op == "tuple" else (prediction, gold)
-        return other.op in ("list", "matrix", "tuple") and _same_tuple(one, other)
-    ones, others = _items(gold), _items(prediction)
-    names, theirs = [_name(item) for item in ones], [_name(item) for item in others]
-    if len(set(names)) == len(names) > 1 and all(names) and not any(theirs):
-        return len(ones) == len(others) and _in_order(ones, others)  # x = 1, y = 2 against 1, 2
-    if all(names) and sorted(names) == sorted(theirs):
-        ours, groups = _groups(ones), _groups(others)
-        return len(ours) == len(groups) and all(any(map(_same_group, repeat(one), groups)) for one in ours)
-    if names and names[0] and not any(names[1:]):  # a = 4, -8, -10
-        ones[0] = ones[0].args[-1]
-    if theirs and theirs[0] and not any(theirs[1:]):
-        others[0] = others[0].args[-1]
+        tuple_node, other_node = (gold, prediction) if gold.op == "tuple" else (prediction, gold)
+        return other_node.op in ("list", "matrix", "tuple") and _same_tuple(tuple_node, other_node)
+    golds, predictions = _items(gold), _items(prediction)
+    gold_names, names = [_relation_name(item) for item in golds], [_relation_name(item) for item in predictions]
+    # x = 1, y = 2 against 1, 2
+    if len(set(gold_names)) == len(gold_names) > 1 and all(gold_names) and not any(names):
+        return len(golds) == len(predictions) and _equal_in_order(golds, predictions)
+    if all(gold_names) and sorted(gold_names) == sorted(names):
+        gold_groups, groups = _name_groups(golds), _name_groups(predictions)
+        return len(gold_groups) == len(groups) and all(any(map(_same_group, repeat(g), groups)) for g in gold_groups)
+    if gold_names and gold_names[0] and not any(gold_names[1:]):  # a = 4, -8, -10
+        golds[0] = golds[0].args[-1]
+    if names and names[0] and not any(names[1:]):
+        predictions[0] = predictions[0].args[-1]
     if gold.op == "set":
-        return _cover(ones, others) and _cover(others, ones)
-    if prediction.op == "set" or all(item.op == "tuple" for item in ones):  # a member that comes again adds nothing
-        others = [item for n, item in enumerate(others) if not any(equal(item, before) for before in others[:n])]
-    return len(ones) == len(others) and _matched(ones, others)
+        return _covers(golds, predictions) and _covers(predictions, golds)
+    if prediction.op == "set" or all(item.op == "tuple" for item in golds):  # repeated members do not count
+        predictions = [
+            item for n, item in enumerate(predictions) if not any(equal(item, earlier) for earlier in predictions[:n])
+        ]
+    return len(golds) == len(predictions) and _equal_in_any_order(golds, predictions)
 
 
-def _groups(items: list[Node]) -> list[dict[str, Node]]:
-    """x = 1, y = 2, x = 3, y = 4 as two groups: a name that comes again begins another."""
+def _name_groups(items: list[Node]) -> list[dict[str, Node]]:
+    """x = 1, y = 2, x = 3, y = 4 as two groups: a repeated name starts a new group."""
     groups: list[dict[str, Node]] = [{}]
     for item in items:
-        if _name(item) in groups[-1]:
+        if _relation_name(item) in groups[-1]:
             groups.append({})
-        groups[-1][_name(item)] = item
+        groups[-1][_relation_name(item)] = item
     return groups
 
 
-def _same_group(one: dict[str, Node], other: dict[str, Node]) -> bool:
-    return one.keys() == other.keys() and all(equal(one[name], other[name]) for name in one)
+def _same_group(left: dict[str, Node], right: dict[str, Node]) -> bool:
+    return left.keys() == right.keys() and all(equal(left[name], right[name]) for name in left)
 
 
-def _cover(ones: list[Node], others: list[Node]) -> bool:
-    return all(any(equal(one, other) for other in others) for one in ones)
+def _covers(candidates: list[Node], items: list[Node]) -> bool:
+    return all(any(equal(candidate, item) for item in items) for candidate in candidates)
 
 
-def _in_order(ones: Iterable[Node], others: Iterable[Node]) -> bool:
-    return all(map(equal, ones, others))
+def _equal_in_order(left: Iterable[Node], right: Iterable[Node]) -> bool:
+    return all(map(equal, left, right))
 
 
-def _matched(ones: Sequence[Node], others: Sequence[Node]) -> bool:
-    """Whether each has one of the others to itself."""
-    left = list(others)
-    for one in ones:
-        place = next((n for n, other in enumerate(left) if equal(one, other)), None)
-        if place is None:
+def _equal_in_any_order(items: Sequence[Node], candidates: Sequence[Node]) -> bool:
+    """Whether the items match the candidates one to one."""
+    remaining = list(candidates)
+    for item in items:
+        index = next((n for n, candidate in enumerate(remaining) if equal(item, candidate)), None)
+        if index is None:
             return False
-        del left[place]
-    return not left
+        del remaining[index]
+    return not remaining
 
 
-def _same_tuple(one: Node, other: Node) -> bool:
-    """Members in order. Brackets count for two members (intervals), and not beside a bare list or a vector."""
-    if other.op == "matrix":
-        rows = [row.args for row in other.args]
-        if all(arg.op == "tuple" for arg in one.args) and one.data == "[]":
-            theirs = [arg.args for arg in one.args]
-            return [len(r) for r in rows] == [len(r) for r in theirs] and all(map(_in_order, rows, theirs))
+def _same_tuple(node: Node, candidate: Node) -> bool:
+    """Compares members in order. Brackets matter for two members (intervals), but not beside a list or a vector."""
+    if candidate.op == "matrix":
+        rows = [row.args for row in candidate.args]
+        if all(arg.op == "tuple" for arg in node.args) and node.data == "[]":
+            members = [arg.args for arg in node.args]
+            return [len(r) for r in rows] == [len(r) for r in members] and all(map(_equal_in_order, rows, members))
         flat = [item for row in rows for item in row] if len(rows) == 1 or len(rows[0]) == 1 else []
-        return len(flat) == len(one.args) and _in_order(flat, one.args)
-    if len(one.args) != len(other.args):
+        return len(flat) == len(node.args) and _equal_in_order(flat, node.args)
+    if len(node.args) != len(candidate.args):
         return False
     if (
-        other.op == "tuple"
-        and one.data != other.data
-        and not (len(one.args) > 2 and {one.data, other.data} == {"()", "[]"})
+        candidate.op == "tuple"
+        and node.data != candidate.data
+        and not (len(node.args) > 2 and {node.data, candidate.data} == {"()", "[]"})
     ):
         return False
-    if other.op == "list" and "or" in other.data:
+    if candidate.op == "list" and "or" in candidate.data:
         return False
-    if other.op == "list" and (one.data not in ("()", "[]") or _INFINITY in chain(*(arg.walk() for arg in one.args))):
-        return False  # an interval without brackets does not say which of its ends belong to it
-    if other.op == "list" and any(map(_name, other.args)):  # y = 2, x = 1 as (1, 2); x = 1, x = 2 are two values
-        names = {_name(arg) for arg in other.args} - {""}
-        return len(names) == len(other.args) and _in_order(one.args, sorted(other.args, key=_name))
-    return _in_order(one.args, other.args)
+    if candidate.op == "list" and (
+        node.data not in ("()", "[]") or _INFINITY in chain(*(arg.walk() for arg in node.args))
+    ):
+        return False  # a list does not state which ends belong to an interval
+    if candidate.op == "list" and any(
+        map(_relation_name, candidate.args)
+    ):  # y = 2, x = 1 as (1, 2); x = 1, x = 2 are two values
+        names = {_relation_name(arg) for arg in candidate.args} - {""}
+        return len(names) == len(candidate.args) and _equal_in_order(
+            node.args, sorted(candidate.args, key=_relation_name)
+        )
+    return _equal_in_order(node.args, candidate.args)
 
 
 # ---- relations ----
 
 
-def _name(node: Node) -> str:
-    """The name on the left of `x = 5`, `f(x) = ...`, `x in S`; empty where there is none."""
-    if node.op != "relation" or not set(node.data.split()) <= _STATING:
+def _relation_name(node: Node) -> str:
+    """The name on the left of `x = 5`, `f(x) = ...` or `x in S`; empty if there is none."""
+    if node.op != "relation" or not set(node.data.split()) <= _STATING_SIGNS:
         return ""
     return label(node.args[0])
 
 
-def _stated(node: Node) -> Node | None:
-    """What `x = ... = 5` or `2 + 3 = 5` gives; None for other relations. Of an approximation what is approximated.
+def _stated_value(node: Node) -> Node | None:
+    """The value that `x = ... = 5` or `2 + 3 = 5` states (not its approximation); None for other relations.
 
-    Only a name may stand before the values: ln x = 7 gives nothing. Of several values the last one counts.
+    Only a name may precede the values: ln x = 7 states none. The last of several values counts.
     """
     signs, sides = node.data.split(), list(node.args)
-    if not set(signs) <= _STATING or ("in" in signs and sides[0].op == "tuple"):
+    if not set(signs) <= _STATING_SIGNS or ("in" in signs and sides[0].op == "tuple"):
         return None
     if set(signs) == {"="} and all(map(_is_number, sides)) and not all(equal(sides[0], side) for side in sides[1:]):
         return None  # 7 = 8
@@ -306,7 +319,7 @@ def _stated(node: Node) -> Node | None:
 
 
 def _is_value(node: Node) -> bool:
-    """Whether it has neither unknowns nor words in it."""
+    """Whether a node contains neither unknowns nor words."""
     return not unknowns(node) and all(part.op != "text" for part in node.walk())
 
 
@@ -315,65 +328,67 @@ def _is_number(node: Node) -> bool:
 
 
 def _same_relation(gold: Node, prediction: Node) -> bool:
-    value = _stated(gold) if gold.op == "relation" else gold
+    gold_value = _stated_value(gold) if gold.op == "relation" else gold
     if prediction.op != "relation":
-        return value is not None and gold.op == "relation" and equal(value, prediction)
-    theirs = _stated(prediction)
+        return gold_value is not None and gold.op == "relation" and equal(gold_value, prediction)
+    prediction_value = _stated_value(prediction)
     if gold.op != "relation":
-        return theirs is not None and equal(gold, theirs)
-    if value is not None and theirs is not None:
-        ours, other = gold.args[0], prediction.args[0]
-        if label(ours) and label(other):
-            if not same_name(ours, other):
+        return prediction_value is not None and equal(gold, prediction_value)
+    if gold_value is not None and prediction_value is not None:
+        gold_left, prediction_left = gold.args[0], prediction.args[0]
+        if label(gold_left) and label(prediction_left):
+            if not same_name(gold_left, prediction_left):
                 return _same_permuted(gold, prediction) or _proportional(gold, prediction)
-            theirs = with_names_of(ours, other, theirs)
-        if equal(value, theirs):
+            prediction_value = with_argument_names(gold_left, prediction_left, prediction_value)
+        if equal(gold_value, prediction_value):
             return True
-    return _proportional(gold, prediction) and (value is None or bool(unknowns(value)))
+    return _proportional(gold, prediction) and (gold_value is None or bool(unknowns(gold_value)))
 
 
 def _same_permuted(gold: Node, prediction: Node) -> bool:
-    """(y, x) = (2, 1) as (x, y) = (1, 2)."""
+    """Whether both state the same values in a different order: (y, x) = (2, 1) and (x, y) = (1, 2)."""
     sides = [side for node in (gold, prediction) for side in node.args]
     if len(sides) != 4 or any(side.op != "tuple" or len(side.args) != len(sides[0].args) for side in sides):
         return False
-    ours, theirs = (
+    gold_values, prediction_values = (
         dict(zip(map(label, names.args), values.args, strict=True)) for names, values in (sides[:2], sides[2:])
     )
-    return ours.keys() == theirs.keys() and all(equal(ours[name], theirs[name]) for name in ours)
+    return gold_values.keys() == prediction_values.keys() and all(
+        equal(gold_values[name], prediction_values[name]) for name in gold_values
+    )
 
 
 def _are_relations(gold: Node, prediction: Node) -> bool:
-    """Whether two inequalities are no sets of numbers: of other unknowns, or one a multiple of the other."""
+    """Whether two inequalities are not compared as sets: their unknowns differ, or one is a multiple of the other."""
     inequalities = gold.op == prediction.op == "relation" and {*gold.data.split(), *prediction.data.split()} <= {*LESS}
     return inequalities and (unknowns(gold) != unknowns(prediction) or _proportional(gold, prediction))
 
 
 def _proportional(gold: Node, prediction: Node) -> bool:
-    """Whether the differences of the sides are multiples of each other, and the signs agree with the factor's."""
-    ours, theirs = gold.data.split(), prediction.data.split()
-    if len(ours) != len(theirs):
+    """Whether the differences of the sides are multiples of each other, and the relation signs fit the factor."""
+    gold_signs, prediction_signs = gold.data.split(), prediction.data.split()
+    if len(gold_signs) != len(prediction_signs):
         return False
-    if len(ours) > 1:
-        flipped = [_FLIP.get(sign, sign) for sign in reversed(theirs)]
-        return (ours == theirs and _in_order(gold.args, prediction.args)) or (
-            ours == flipped and _in_order(gold.args, reversed(prediction.args))
+    if len(gold_signs) > 1:
+        flipped = [_FLIP.get(sign, sign) for sign in reversed(prediction_signs)]
+        return (gold_signs == prediction_signs and _equal_in_order(gold.args, prediction.args)) or (
+            gold_signs == flipped and _equal_in_order(gold.args, reversed(prediction.args))
         )
-    one, other = (Node("sub", node.args[:2]) for node in (gold, prediction))
-    names = unknowns(one)
-    if not names or names != unknowns(other) or ours[0] in ("in", "->", "~"):
-        return ours == theirs and _in_order(gold.args, prediction.args)
-    ratio = Node("div", (one, other))
+    gold_difference, prediction_difference = (Node("sub", node.args[:2]) for node in (gold, prediction))
+    names = unknowns(gold_difference)
+    if not names or names != unknowns(prediction_difference) or gold_signs[0] in ("in", "->", "~"):
+        return gold_signs == prediction_signs and _equal_in_order(gold.args, prediction.args)
+    ratio = Node("div", (gold_difference, prediction_difference))
     factor = _factor(ratio)
-    if factor is None or not 0 < abs(factor) < math.inf:  # y \infty = 2x is no multiple of y = 2x
+    if factor is None or not 0 < abs(factor) < math.inf:  # y \infty = 2x is not a multiple of y = 2x
         return False
-    if ours[0] in LESS:
-        return theirs[0] == (ours[0] if factor > 0 else _FLIP[ours[0]])
-    return ours == theirs
+    if gold_signs[0] in LESS:
+        return prediction_signs[0] == (gold_signs[0] if factor > 0 else _FLIP[gold_signs[0]])
+    return gold_signs == prediction_signs
 
 
 def _factor(ratio: Node) -> Any:
-    """The value of an expression that does not depend on its unknowns, else None."""
+    """The value of an expression that does not depend on its unknowns; else None."""
     try:
         value = constant(ratio)
         if isinstance(value, Fraction) and same(ratio, Node("number", number=value)):

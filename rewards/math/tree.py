@@ -1,4 +1,4 @@
-"""The tree of an answer: its nodes, and what some of them mean together. Stdlib only."""
+"""The syntax tree of an answer, and the meaning of some combinations of nodes. Stdlib only."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from .notation import UnreadableError
 
 @dataclass(frozen=True)
 class Node:
-    """An operator, its arguments, and what else it needs: a name, brackets, separators, a unit."""
+    """An operator and its arguments. `data` is a name, brackets, separators or a unit."""
 
     op: str
     args: tuple["Node", ...] = ()
@@ -17,7 +17,7 @@ class Node:
     number: Fraction | None = None
 
     def walk(self) -> Iterator["Node"]:
-        """This node and all below it."""
+        """Yields this node and its descendants."""
         yield self
         for arg in self.args:
             yield from arg.walk()
@@ -28,16 +28,16 @@ def number(value: Fraction | int) -> Node:
 
 
 def table(environment: str, rows: list[list[Node]]) -> Node:
-    """A matrix; one value alone; a system of equations as their list; the cases of a function."""
+    """A table as a matrix, a single value, a list (a system of equations) or the cases of a function."""
     system = all(row[0].op == "relation" for row in rows)
     if len(rows[0]) == 1 and (system or len(rows) == 1):
         return rows[0][0] if len(rows) == 1 else Node("list", tuple(row[0] for row in rows), "and")
-    made = tuple(Node("row", tuple(row)) for row in rows)
+    row_nodes = tuple(Node("row", tuple(row)) for row in rows)
     if environment in ("cases", "aligned", "align", "array") and len(rows[0]) == 2 and _condition(rows[0][1]):
-        return Node("cases", made)
+        return Node("cases", row_nodes)
     if environment in ("cases", "aligned", "align"):
-        raise UnreadableError("a matrix that is no table")
-    matrix = Node("matrix", made)
+        raise UnreadableError("the rows are not a table")
+    matrix = Node("matrix", row_nodes)
     return Node("call", (matrix,), "det") if environment == "vmatrix" else matrix
 
 
@@ -45,8 +45,8 @@ def _condition(node: Node) -> bool:
     return any(part.op in ("relation", "text") for part in node.walk())
 
 
-def chosen(letter: str, node: Node) -> Node:
-    """C_n^k as a binomial coefficient; A_n^k and P_n^k, of numbers alone, as the number of permutations."""
+def indexed_binomial(letter: str, node: Node) -> Node:
+    """C_n^k as a binomial coefficient; A_n^k and P_n^k of numbers as the number of permutations."""
     if letter not in ("C", "A", "P") or node.op != "pow":
         return node
     base, low = node.args
@@ -61,8 +61,8 @@ def chosen(letter: str, node: Node) -> Node:
     return Node("call", (top, low), "permutations") if top.number is not None and low.number is not None else node
 
 
-def counted(node: Node) -> Node:
-    """C(n, k) as a binomial coefficient; C(1, 2) is a point."""
+def called_binomial(node: Node) -> Node:
+    """C(n, k) as a binomial coefficient. C(1, 2) stays a point."""
     if node.data != "C()" or len(node.args) != 2:
         return node
     top, low = (arg.number for arg in node.args)
@@ -70,8 +70,8 @@ def counted(node: Node) -> Node:
     return node if is_point else Node("call", node.args, "binom")
 
 
-def proper(node: Node) -> bool:
-    r"""Whether it is \frac of two whole numbers, as in a mixed number."""
+def is_integer_fraction(node: Node) -> bool:
+    r"""Whether a node is \frac of two integers, as in a mixed number."""
     return (
         node.op == "div"
         and node.data == "frac"

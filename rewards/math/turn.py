@@ -1,4 +1,4 @@
-"""What a completion says to the user: behind the thinking, up to the end of the turn, in answer tags. Stdlib only."""
+"""The final text of a completion: after the thinking, up to the end of the turn, inside answer tags. Stdlib only."""
 
 # ruff: noqa: RUF001 - a special token has a full-width sign
 
@@ -16,12 +16,12 @@ _TAG = re.compile(
     r"<\|?(?P<before>begin_of_)?(?P<name>(?:final[_ ]?)?answer|ans|final|solution|output|result|response|boxed)\|?>",
     re.IGNORECASE,
 )
-_OTHER_TAG = re.compile(r"</?[A-Za-z]\w{4,}>")  # <sup> and <b> are of the text
-_LONGEST = 300  # characters of a tag's text that is an answer and no solution
+_OTHER_TAG = re.compile(r"</?[A-Za-z]\w{4,}>")  # shorter tags such as <sup> and <b> belong to the text
+_MAX_LENGTH = 300  # characters; longer text in a tag is a solution, not an answer
 
 
-def said(completion: str) -> str:
-    """What stands after the thinking, up to the end of the turn; of answer blocks the last."""
+def final_text(completion: str) -> str:
+    """The text after the thinking, up to the end of the turn. If it has answer blocks, only the last one."""
     for tag in _THINKING:
         completion = completion.rpartition(tag)[2]
     if "<" not in completion:
@@ -38,15 +38,15 @@ def said(completion: str) -> str:
 
 
 def _tagged(text: str) -> str:
-    """The text of the last answer tag; of another tag too, unless an answer is given behind it."""
+    """The text in the last answer tag. Other tags count as well, unless an answer follows them."""
     for tag in reversed(list(_TAG.finditer(text))):
         closing = re.compile(rf"<(?:/|\|end_of_){re.escape(tag['name'])}\|?>", re.IGNORECASE)
-        inner, behind = text[tag.end() :], ""
-        if closed := closing.search(text, tag.end()):
-            inner, behind = text[tag.end() : closed.start()], text[closed.end() :]
-        if "ans" not in tag["name"].lower() and ("\\boxed" in behind or "answer" in behind.lower()):
+        content, rest = text[tag.end() :], ""
+        if end := closing.search(text, tag.end()):
+            content, rest = text[tag.end() : end.start()], text[end.end() :]
+        if "ans" not in tag["name"].lower() and ("\\boxed" in rest or "answer" in rest.lower()):
             continue
-        inner = re.sub(r"(?<=\d)[ \t]*\n\s*(?=-?\d)", ", ", inner.strip())
-        long = len(inner) > _LONGEST or "\\boxed" in inner or "####" in inner
-        return inner if long or "answer" in inner.lower() else f"answer: {inner}"
+        content = re.sub(r"(?<=\d)[ \t]*\n\s*(?=-?\d)", ", ", content.strip())
+        is_solution = len(content) > _MAX_LENGTH or "\\boxed" in content or "####" in content
+        return content if is_solution or "answer" in content.lower() else f"answer: {content}"
     return text if "\\boxed" in text else _OTHER_TAG.sub("\n", text)

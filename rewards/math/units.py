@@ -1,4 +1,4 @@
-"""Units of measurement: which words are the same unit. Stdlib only."""
+"""Units of measurement: which words mean the same unit. Stdlib only."""
 
 import math
 import re
@@ -19,7 +19,7 @@ _SPELLINGS = {
 }  # fmt: skip
 _UNITS = {word: unit for unit, words in _SPELLINGS.items() for word in (unit, *words.split())}
 _COMPOUND = {"mph": {"mi": 1, "h": -1}, "kmph": {"km": 1, "h": -1}, "kph": {"km": 1, "h": -1}, "sqft": {"ft": 2}}
-_SINGLE = frozenset("mshgtlLNJWVKk")  # letters that are as often variables
+_SINGLE = frozenset("mshgtlLNJWVKk")  # letters that may also be variables
 _POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 _PIECE = re.compile(r"(?P<word>[^\W\d_]+|¢)|\^\s*\{?\s*(?P<power>-?\d+)\s*\}?|(?P<over>/)")
 Unit = tuple[tuple[str, int], ...]
@@ -40,21 +40,21 @@ _MULTIPLIERS = {
     "myriad": 10**4, "score": 20, "gross": 144, "grand": 10**3,
     "百": 100, "千": 10**3, "万": 10**4, "萬": 10**4, "億": 10**8, "亿": 10**8,
 }  # fmt: skip
-_CHANGES = frozenset(  # of words behind a number: it is not that number, or not all of the answer
+_CHANGES = frozenset(  # words after a number that change it or make it only a part of the answer
     "squared cubed factorial half halves third thirds quarter quarters fourths fifths sixths sevenths eighths ninths "
     "tenth tenths hundredth hundredths thousandth thousandths mille or but not unless except wrong incorrect maybe "
     "otherwise versus vs plus minus times pairs th nd rd st root remainder mod modulo more less fewer greater permille "
     "promille ppm ppb fold inverse tens basis bps prozent ciento cento mil millionen milliarden doubled tripled halved "
     "quadrupled divided multiplied exponent percentile impossible false fails cannot excluded invalid ruled".split()
 )
-_CONDITIONS = frozenset(  # likewise, where they belong to the number: in prose they may begin another phrase
+_CONDITIONS = frozenset(  # words that do so if they belong to the number; in prose they may begin a new phrase
     "at if iff when whenever where while given provided assuming for up upward upwards above below under over least "
     "most than minimum maximum too base out half twice double triple thrice negative never neither nor percent "
     "percentage pct with case cases some sometimes usually often occasionally possibly probably rarely "
     "typically".split()
 )
 
-FACTORS = frozenset("b e i n r x y z pi max min".split())  # alone behind a number: 7 \text{ x} is a product
+FACTORS = frozenset("b e i n r x y z pi max min".split())  # alone after a number, as in 7 \text{ x}, they multiply it
 _BOUNDS = ("以上", "以下", "以内", "未満", "未满", "多", "半", "不到", "超")  # in scripts without spaces
 
 
@@ -63,15 +63,15 @@ def is_currency(text: str) -> bool:
 
 
 def multiplier(text: str) -> int:
-    """What "million" or "million people" multiplies by; 1 of other words."""
-    if text.strip() == "k":  # a K is a kelvin
+    """The factor of "million" or "million people"; 1 for other words."""
+    if text.strip() == "k":  # K is a kelvin
         return 1000
     words = [word if word.isascii() else word[:1] for word in re.findall(r"[^\W\d_]+", text.lower())]
     return math.prod(_MULTIPLIERS.get(word) or _MULTIPLIERS.get(word.removesuffix("s"), 1) for word in words)
 
 
 def changes_value(text: str) -> bool:
-    """Whether such words behind a number make it another, or doubtful: 7 tenths, 7 but maybe, 7 is wrong."""
+    """Whether words after a number change it or make it doubtful: 7 tenths, 7 but maybe, 7 is wrong."""
     if any(sign in text for sign in _BOUNDS) or re.search(r"\b\d+[^\W\d_]", text):  # 6 \text{1feet}
         return True
     words = re.findall(r"[^\W\d_]+", text.lower())
@@ -86,15 +86,15 @@ CHANGE = re.compile(
 
 
 def is_unit(word: str) -> bool:
-    """Whether a word is a unit, and not as well a variable."""
+    """Whether a word is a unit that can't be read as a variable."""
     return word not in _SINGLE and (_unit(word) is not None or word in _COMPOUND)
 
 
 @lru_cache(4096)
 def unit(text: str) -> Unit | None:
-    """Units with their powers, in one order; None where a word is no unit. `cm^2` is `(("cm", 2),)`."""
+    """Sorted units with their powers: `(("cm", 2),)` for `cm^2`. None if a word is not a unit."""
     powers: dict[str, int] = {}
-    sign, ahead, last = 1, 1, ""
+    sign, prefix_power, last = 1, 1, ""
     for piece in _PIECE.finditer(text.replace(".", "")):
         word = piece["word"]
         if piece["over"] or word in ("per", "an", "a", "each"):
@@ -108,20 +108,20 @@ def unit(text: str) -> Unit | None:
             if word.lower() in ("squared", "cubed") and last:
                 powers[last] += sign * (_POWERS[word.lower()] - 1)
             else:
-                ahead = _POWERS[word.lower()]
+                prefix_power = _POWERS[word.lower()]
         elif (last := _unit(word) or "") == "":
             return None
         else:
-            powers[last] = powers.get(last, 0) + sign * ahead
-            ahead = 1
+            powers[last] = powers.get(last, 0) + sign * prefix_power
+            prefix_power = 1
     return tuple(sorted(powers.items())) if powers else None
 
 
 def conflict(gold: str, prediction: str) -> bool:
-    """Whether both are known units and differ. Words that are no units (students, apples) are not compared."""
-    one, other = unit(gold), unit(prediction)
-    if one is None or other is None or one == other:
+    """Whether both are known units and differ. Other words (students, apples) are not compared."""
+    gold_unit, prediction_unit = unit(gold), unit(prediction)
+    if gold_unit is None or prediction_unit is None or gold_unit == prediction_unit:
         return False
-    if {name for name, _ in one} == {"unit"} or {name for name, _ in other} == {"unit"}:
-        return sum(power for _, power in one) != sum(power for _, power in other)
+    if {name for name, _ in gold_unit} == {"unit"} or {name for name, _ in prediction_unit} == {"unit"}:
+        return sum(power for _, power in gold_unit) != sum(power for _, power in prediction_unit)
     return True

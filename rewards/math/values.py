@@ -1,10 +1,10 @@
-"""What expressions are worth: exactly in fractions where that goes, else in as many digits as it takes.
+"""Values of expressions: exact fractions where possible, else floats with as many digits as needed.
 
-Two expressions with unknowns are equal if their values are at random points (Schwartz 1980,
+Two expressions with unknowns are equal if their values agree at random points (Schwartz 1980,
 doi:10.1145/322217.322225). The points are drawn anew for each pair, from a key and the texts of the pair, so no answer
-can be made to vanish at them; they are small and large, of both signs, and in both orders. An unknown function takes
-random values too, so f(x) is f(x) and never f(y). Work left to do (sums, products, integrals, limits) is such a
-function of its parts: it is not done here.
+can be made to vanish at them. They are small and large, of both signs, and in both orders. An unknown function takes
+random values too, so f(x) equals f(x) but never f(y). Sums, products, integrals and limits are not carried out: they
+count as unknown functions of their parts.
 """
 
 import math
@@ -21,18 +21,18 @@ import mpmath
 from .notation import UnreadableError
 from .tree import Node
 
-_MAX_BITS = 20_000  # of a numerator or denominator that is kept exact
-_MAX_MAGNITUDE = 1_000_000  # of the exponent of two
+_MAX_BITS = 20_000  # of an exact numerator or denominator
+_MAX_MAGNITUDE = 1_000_000  # exponent of two
 _MAX_PRECISION = 8_000  # bits
 _MAX_FACTORIAL = 2_000
-_LARGE = 60  # of the lower number of a binomial coefficient
+_MAX_LOWER = 60  # lower number of a binomial coefficient whose upper number may be any fraction
 _POINTS = 8
-_MORE = 24  # further points, of all sizes: while fewer than _ENOUGH were inside both domains, or for _PIECEWISE
-_ENOUGH = 3
-_POSITIVE = (0, 1, 4)  # points at which all unknowns are positive
+_EXTRA_POINTS = 24  # of all sizes; used if fewer than _MIN_POINTS lie in both domains, and for _PIECEWISE
+_MIN_POINTS = 3
+_POSITIVE = (0, 1, 4)  # points where all unknowns are positive
 _RANGES = ((1.5, 5), (0.3, 1.5), (0.3, 5), (0.3, 5), (10**3, 10**6), (10**3, 10**6), (5, 100), (5, 100))  # of points
-_WHOLE = frozenset("nmkjlN")  # names of whole numbers
-_WHOLE_RANGES = ((5, 40), (5, 40), (0, 0), (41, 900), (10**4, 10**9), (10**4, 10**9), (5, 40), (41, 900))
+_INTEGER_NAMES = frozenset("nmkjlN")  # unknowns that are integers
+_INTEGER_RANGES = ((5, 40), (5, 40), (0, 0), (41, 900), (10**4, 10**9), (10**4, 10**9), (5, 40), (41, 900))
 Number = Any  # Fraction, mpf, mpc or rows of them
 _mp = mpmath.MPContext()
 
@@ -44,42 +44,42 @@ class _MorePrecisionError(Exception):
 
 
 def draw_points(key: str) -> None:
-    """Draw other points from here on."""
-    global _key  # noqa: PLW0603 - as mpmath's precision is: of all that is computed for one pair
+    """From now on, draw the points for `key`."""
+    global _key  # noqa: PLW0603 - global like mpmath's precision, for one pair at a time
     if key != _key:
         _key = key
-        _random.cache_clear()
+        _random_value.cache_clear()
 
 
 _key = ""
 
 
-def same(one: Node, other: Node) -> bool:
-    """Whether two expressions have the same value, for all values of their unknowns. Raises UnreadableError."""
+def same(left: Node, right: Node) -> bool:
+    """Whether two expressions have equal values for all values of their unknowns. Raises UnreadableError."""
     bits = 200 + 4 * max(
-        (len(node.data) for side in (one, other) for node in side.walk() if node.op == "number"), default=0
+        (len(node.data) for side in (left, right) for node in side.walk() if node.op == "number"), default=0
     )
-    unknown = unknowns(one) | unknowns(other)
-    if not unknown:
-        return _values_at(one, other, _Evaluation, bits)[0]
-    if _has_steps(one) != _has_steps(other):  # what differs at single points, or very far out, is not found by trying
+    unknown_names = unknowns(left) | unknowns(right)
+    if not unknown_names:
+        return _compare_at(left, right, _Evaluation, bits)[0]
+    if _has_steps(left) != _has_steps(right):  # random points miss single or distant differences
         return False
-    symbols = {part.data for side in (one, other) for part in side.walk() if part.op == "symbol"}
-    names = sorted(symbols & unknown)
-    whole = _counted(one) | _counted(other)
-    is_complex = any(part == Node("symbol", data="i") for side in (one, other) for part in side.walk())
-    is_piecewise = any(part.data in _PIECEWISE for side in (one, other) for part in side.walk())
-    decided: set[tuple[Fraction, ...]] = set()  # at other points each
+    symbols = {part.data for side in (left, right) for part in side.walk() if part.op == "symbol"}
+    names = sorted(symbols & unknown_names)
+    integer_names = _integer_unknowns(left) | _integer_unknowns(right)
+    is_complex = any(part == Node("symbol", data="i") for side in (left, right) for part in side.walk())
+    is_piecewise = any(part.data in _PIECEWISE for side in (left, right) for part in side.walk())
+    decided: set[tuple[Fraction, ...]] = set()  # distinct points
     undecided = 0
-    drawn = (_assigned(names, whole, point) for point in range(_POINTS + _MORE))
-    kinks = _beside_kinks((one, other), whole, _assigned(names, whole, 0)) if is_piecewise else ()
-    for point, values in enumerate(chain(drawn, kinks)):
-        if point >= _POINTS and len(decided) >= _ENOUGH and not is_piecewise:
+    assignments = (_assignment(names, integer_names, point) for point in range(_POINTS + _EXTRA_POINTS))
+    kinks = _near_kinks((left, right), integer_names, _assignment(names, integer_names, 0)) if is_piecewise else ()
+    for point, values in enumerate(chain(assignments, kinks)):
+        if point >= _POINTS and len(decided) >= _MIN_POINTS and not is_piecewise:
             break
-        make = partial(_Evaluation, point % _POINTS, values)
+        make_evaluation = partial(_Evaluation, point % _POINTS, values)
         try:
-            equal, imaginary = _values_at(one, other, make, bits)
-        except UnreadableError:  # outside of what is defined, or too large there
+            equal, imaginary = _compare_at(left, right, make_evaluation, bits)
+        except UnreadableError:  # undefined or too large at this point
             continue
         if imaginary and not (is_complex and point in _POSITIVE):
             if imaginary == 1 and point in _POSITIVE:
@@ -89,27 +89,29 @@ def same(one: Node, other: Node) -> bool:
             return False
         else:
             decided.add(tuple(values.values()) or (Fraction(point),))
-    return len(decided) + undecided >= (_ENOUGH if whole else 2)
+    return len(decided) + undecided >= (_MIN_POINTS if integer_names else 2)
 
 
 def _has_steps(node: Node) -> bool:
-    """Whether a floor, a ceiling, a power of 0 or a binomial coefficient that is long 0 depends on an unknown."""
+    """Whether a floor, ceiling, power of 0, or binomial coefficient with a large lower number has an unknown."""
     return any(bool(unknowns(part)) and _is_step(part) for part in node.walk())
 
 
 def _is_step(node: Node) -> bool:
     if node.data == "binom":
-        return (node.args[1].number or 0) > _LARGE
+        return (node.args[1].number or 0) > _MAX_LOWER
     return node.data in _STEPS or (node.op == "pow" and node.args[0].number == 0)
 
 
-def _beside_kinks(
-    sides: Sequence[Node], whole: frozenset[str], values: dict[str, Fraction]
+def _near_kinks(
+    sides: Sequence[Node], integer_names: frozenset[str], values: dict[str, Fraction]
 ) -> Iterator[dict[str, Fraction]]:
-    """Values of the unknowns on both sides of where a sum inside a piecewise function is zero, if it is linear."""
+    """Values of the unknowns on both sides of the zero of each linear sum inside a piecewise function."""
     calls = [part for side in sides for part in side.walk() if part.data in _PIECEWISE]
     sums = dict.fromkeys(part for call in calls for part in call.walk() if part.op in ("add", "sub"))
-    for term, name in islice(((term, name) for term in sums for name in values if name in unknowns(term)), _MORE):
+    for term, name in islice(
+        ((term, name) for term in sums for name in values if name in unknowns(term)), _EXTRA_POINTS
+    ):
         try:
             start, middle, end = (float(_Evaluation(0, values | {name: Fraction(n)}).value(term)) for n in range(3))
         except (UnreadableError, _MorePrecisionError, OverflowError, ValueError, TypeError, ZeroDivisionError):
@@ -120,23 +122,25 @@ def _beside_kinks(
         zero = -start / slope
         reach = abs(zero) / 7 or 1.0
         for value, rounded in ((zero - reach, math.floor), (zero + reach, math.ceil)):
-            yield values | {name: Fraction(rounded(value) if name in whole else value)}
+            yield values | {name: Fraction(rounded(value) if name in integer_names else value)}
 
 
-def _values_at(one: Node, other: Node, evaluation: "Callable[[], _Evaluation]", bits: int) -> tuple[bool, int]:
-    """Whether two expressions are equal at a point, and how many of the two are not real there."""
+def _compare_at(left: Node, right: Node, make_evaluation: "Callable[[], _Evaluation]", bits: int) -> tuple[bool, int]:
+    """Whether two expressions are equal at a point, and how many of them are not real there."""
     for _ in range(4):
         _mp.prec = bits
         try:
-            here = evaluation()
-            left, right = here.value(one), here.value(other)
-            return _equal(left, right, here), sum(isinstance(side, _mp.mpc) for side in (left, right))
-        except _MorePrecisionError as more:
-            if (bits := more.bits + 64) > _MAX_PRECISION:
+            evaluation = make_evaluation()
+            left_value, right_value = evaluation.value(left), evaluation.value(right)
+            return _equal(left_value, right_value, evaluation), sum(
+                isinstance(side, _mp.mpc) for side in (left_value, right_value)
+            )
+        except _MorePrecisionError as error:
+            if (bits := error.bits + 64) > _MAX_PRECISION:
                 break
         except (OverflowError, ValueError, TypeError, ZeroDivisionError, mpmath.libmp.NoConvergence) as error:
             raise UnreadableError("no value") from error
-    raise UnreadableError("more digits than are computed")
+    raise UnreadableError("too many digits are needed")
 
 
 def constant(node: Node) -> Number:
@@ -150,21 +154,21 @@ def constant(node: Node) -> Number:
 
 @lru_cache(1024)
 def unknowns(node: Node) -> frozenset[str]:
-    """The names in it that stand for no number."""
+    """The names in an expression that have no known value."""
     calls = [part.data for part in node.walk() if part.op == "call" and part.data not in _FUNCTIONS]
     names = [part.data for part in node.walk() if part.op == "symbol" and part.data not in _CONSTANTS]
     return frozenset(calls + names)
 
 
 @lru_cache(1024)
-def _counted(node: Node) -> frozenset[str]:
-    """The names that count something, as those below a factorial do."""
+def _integer_unknowns(node: Node) -> frozenset[str]:
+    """The unknowns that are integers, such as those in a factorial."""
     inner = [arg for part in node.walk() if part.data in _COUNTING for arg in part.args]
-    return frozenset(name for part in inner for name in unknowns(part)) | (unknowns(node) & _WHOLE)
+    return frozenset(name for part in inner for name in unknowns(part)) | (unknowns(node) & _INTEGER_NAMES)
 
 
 def is_computed(function: str) -> bool:
-    """Whether it is one of the functions whose values are computed here."""
+    """Whether this module computes values of the function."""
     return function in _FUNCTIONS
 
 
@@ -176,8 +180,8 @@ def _equal(left: Number, right: Number, evaluation: "_Evaluation") -> bool:
             and [len(row) for row in left] == [len(row) for row in right]
             and all(
                 _equal(a, b, evaluation)
-                for one, other in zip(left, right, strict=True)
-                for a, b in zip(one, other, strict=True)
+                for left_row, right_row in zip(left, right, strict=True)
+                for a, b in zip(left_row, right_row, strict=True)
             )
         )
     if isinstance(left, Fraction) and isinstance(right, Fraction):
@@ -191,33 +195,33 @@ def _equal(left: Number, right: Number, evaluation: "_Evaluation") -> bool:
     return bool(small < max(_mp.mag(left), _mp.mag(right), evaluation.peak) - _mp.prec * 3 // 4)
 
 
-def _assigned(names: list[str], whole: frozenset[str], point: int) -> dict[str, Fraction]:
-    """Values of the unknowns. Of two points in a row the second has whole numbers in the other order, and real ones
-    with the other sign, but at the first two points."""
-    wholes = [name for name in names if name.rstrip("'") in whole]
-    values = [_whole_at(name, point - point % 2 if len(wholes) > 1 else point) for name in wholes]
-    found = dict(zip(wholes, values[:: -1 if point % 2 else 1], strict=True))
-    return found | {name: _random(name, point) for name in names if name not in found}
+def _assignment(names: list[str], integer_names: frozenset[str], point: int) -> dict[str, Fraction]:
+    """Values of the unknowns at a point. Points come in pairs: the second has the integers in reverse order and, except
+    in the first pair, the opposite signs."""
+    integers = [name for name in names if name.rstrip("'") in integer_names]
+    values = [_integer_at(name, point - point % 2 if len(integers) > 1 else point) for name in integers]
+    assigned = dict(zip(integers, values[:: -1 if point % 2 else 1], strict=True))
+    return assigned | {name: _random_value(name, point) for name in names if name not in assigned}
 
 
-def _whole_at(name: str, point: int) -> Fraction:
-    low, high = _WHOLE_RANGES[point] if point < _POINTS else (1, 40)
+def _integer_at(name: str, point: int) -> Fraction:
+    low, high = _INTEGER_RANGES[point] if point < _POINTS else (1, 40)
     return Fraction(random.Random(f"{_key} {name} {point}").randint(low, high))
 
 
 @lru_cache(4096)
-def _random(name: str, point: int) -> Fraction:
+def _random_value(name: str, point: int) -> Fraction:
     first = point if point < 2 else point - point % 2
     generator = random.Random(f"{_key} {name} {first}")
-    below = generator.randint(1000, 9999)
+    denominator = generator.randint(1000, 9999)
     low, high = _RANGES[first] if first < _POINTS else (0.01, 10 ** generator.uniform(-1, 4))
-    value = Fraction(generator.randint(int(low * below), int(high * below)), below)
+    value = Fraction(generator.randint(int(low * denominator), int(high * denominator)), denominator)
     negative = first not in _POSITIVE and generator.random() < 0.5
     return -value if negative != (point != first) else value
 
 
 class _Evaluation:
-    """Values at one point. `peak` is the largest magnitude that was cancelled in a sum."""
+    """Evaluates expressions at one point. `peak` is the largest magnitude that cancelled in a sum."""
 
     def __init__(self, point: int = 0, values: Mapping[str, Fraction] = MappingProxyType({})) -> None:
         self.point, self.values, self.peak = point, values, -_MAX_MAGNITUDE
@@ -229,7 +233,7 @@ class _Evaluation:
         return self.bounded(handler(node))
 
     def bounded(self, value: Number) -> Number:
-        """Fractions that grow too long are rounded; magnitudes over the bound are refused."""
+        """Returns the value. Raises UnreadableError if a fraction is too long or a magnitude exceeds the bound."""
         if isinstance(value, Fraction):
             if max(value.numerator.bit_length(), value.denominator.bit_length()) > _MAX_BITS:
                 raise UnreadableError("too large")
@@ -238,7 +242,7 @@ class _Evaluation:
         return value
 
     def rounded(self, value: Number) -> Number:
-        """As a float of the context; more of it is asked for where that would lose digits."""
+        """The value as a float of the current precision. Raises _MorePrecisionError if that would lose digits."""
         if not isinstance(value, Fraction):
             return value
         bits = max(value.numerator.bit_length(), value.denominator.bit_length())
@@ -254,7 +258,7 @@ class _Evaluation:
     def on_symbol(self, node: Node) -> Number:
         if node.data in _CONSTANTS:
             return _CONSTANTS[node.data]()
-        return self.values[node.data] if node.data in self.values else _random(node.data, self.point)
+        return self.values[node.data] if node.data in self.values else _random_value(node.data, self.point)
 
     def on_unit(self, node: Node) -> Number:
         return self.value(node.args[0])
@@ -268,7 +272,7 @@ class _Evaluation:
     def on_base(self, node: Node) -> Number:
         base = int(node.args[1].number or 0)
         if not 2 <= base <= 36:
-            raise UnreadableError("a base that is none")
+            raise UnreadableError("the base is not in 2 to 36")
         return Fraction(int(node.data, base))
 
     def on_neg(self, node: Node) -> Number:
@@ -288,7 +292,7 @@ class _Evaluation:
 
     def on_ratio(self, node: Node) -> Number:
         if len(node.args) != 2:
-            raise UnreadableError("a ratio of more than two")
+            raise UnreadableError("a ratio of more than two numbers")
         return self.on_div(node)
 
     def on_matrix(self, node: Node) -> Number:
@@ -305,41 +309,43 @@ class _Evaluation:
             if node.data in _MATRIX_FUNCTIONS:
                 return function(self, *args)
             if any(isinstance(arg, tuple) for arg in args):
-                raise UnreadableError("a function of a matrix")
+                raise UnreadableError("the function takes no matrix")
             return function(self, *args)
-        return self.unknown(node.data, args)
+        return self.random_function(node.data, args)
 
     def on_relation(self, node: Node) -> Number:
-        return self.unknown(node.data, [self.value(arg) for arg in node.args])
+        return self.random_function(node.data, [self.value(arg) for arg in node.args])
 
-    def unknown(self, name: str, args: list[Number]) -> Number:
-        """A function that nothing is known of: a random polynomial, so that it stays exact."""
-        total: Number = _random(f"{name}/{len(args)}", self.point)
-        for place, arg in enumerate(args):
-            first, second = (_random(f"{name}/{len(args)}/{place}/{n}", self.point) for n in (1, 2))
-            total = self.add(total, self.multiply(arg, self.add(first, self.multiply(second, arg))))
+    def random_function(self, name: str, args: list[Number]) -> Number:
+        """The value of an unknown function: a random polynomial, so that it is exact."""
+        total: Number = _random_value(f"{name}/{len(args)}", self.point)
+        for index, arg in enumerate(args):
+            linear, quadratic = (_random_value(f"{name}/{len(args)}/{index}/{n}", self.point) for n in (1, 2))
+            total = self.add(total, self.multiply(arg, self.add(linear, self.multiply(quadratic, arg))))
         return total
 
     def add(self, left: Number, right: Number) -> Number:
         if isinstance(left, tuple) and isinstance(right, tuple):
             return tuple(
-                tuple(self.add(a, b) for a, b in zip(one, other, strict=True))
-                for one, other in zip(left, right, strict=True)
+                tuple(self.add(a, b) for a, b in zip(left_row, right_row, strict=True))
+                for left_row, right_row in zip(left, right, strict=True)
             )
         if isinstance(left, Fraction) and isinstance(right, Fraction):
             return left + right
         left, right = self.rounded(left), self.rounded(right)
         total = left + right
         if left and right and _mp.isfinite(left) and _mp.isfinite(right):
-            one, other = _mp.mag(left), _mp.mag(right)
-            if abs(one - other) > _mp.prec // 2:  # the smaller one would be lost
-                raise _MorePrecisionError(2 * abs(one - other) + 64)
-            self.peak = max(self.peak, min(one, other) if not total or _mp.mag(total) < one - 8 else self.peak)
+            left_mag, right_mag = _mp.mag(left), _mp.mag(right)
+            if abs(left_mag - right_mag) > _mp.prec // 2:  # the smaller one would be lost
+                raise _MorePrecisionError(2 * abs(left_mag - right_mag) + 64)
+            self.peak = max(
+                self.peak, min(left_mag, right_mag) if not total or _mp.mag(total) < left_mag - 8 else self.peak
+            )
         return total
 
     def multiply(self, left: Number, right: Number) -> Number:
         if isinstance(left, tuple) or isinstance(right, tuple):
-            return self.multiply_rows(left, right)
+            return self.multiply_matrices(left, right)
         if isinstance(left, Fraction) and isinstance(right, Fraction):
             return left * right
         left, right = self.rounded(left), self.rounded(right)
@@ -349,11 +355,11 @@ class _Evaluation:
             return Fraction(0)
         return left * right
 
-    def multiply_rows(self, left: Number, right: Number) -> Number:
+    def multiply_matrices(self, left: Number, right: Number) -> Number:
         if not isinstance(left, tuple):
             return tuple(tuple(self.multiply(left, item) for item in row) for row in right)
         if not isinstance(right, tuple):
-            return self.multiply_rows(right, left)
+            return self.multiply_matrices(right, left)
         columns = list(zip(*right, strict=True))
         return tuple(tuple(self.dot(row, column) for column in columns) for row in left)
 
@@ -365,16 +371,16 @@ class _Evaluation:
 
     def divide(self, left: Number, right: Number) -> Number:
         if isinstance(right, tuple):
-            raise UnreadableError("a matrix below a line")
+            raise UnreadableError("division by a matrix")
         if isinstance(left, tuple):
-            return self.multiply_rows(self.divide(Fraction(1), right), left)
+            return self.multiply_matrices(self.divide(Fraction(1), right), left)
         if isinstance(left, Fraction) and isinstance(right, Fraction):
             return left / right
         return self.rounded(left) / self.rounded(right)
 
     def power(self, base: Number, exponent: Number) -> Number:
         if isinstance(base, tuple) or isinstance(exponent, tuple):
-            return self.power_of_rows(base, exponent)
+            return self.matrix_power(base, exponent)
         if isinstance(exponent, Fraction):
             if isinstance(base, Fraction) and exponent.denominator == 1:
                 size = max(base.numerator.bit_length(), base.denominator.bit_length())
@@ -388,36 +394,36 @@ class _Evaluation:
         base, exponent = self.rounded(base), self.rounded(exponent)
         if not base:
             if isinstance(exponent, _mp.mpc) or exponent <= 0:
-                raise UnreadableError("zero to a power")
+                raise UnreadableError("zero to a power that is not positive")
             return Fraction(0)
         if not _mp.isfinite(base) or not _mp.isfinite(exponent):
             raise UnreadableError("a power of infinity")
-        self.check(_mp.mag(exponent) + max(1, abs(_mp.mag(base))).bit_length())
+        self.check_exponent(_mp.mag(exponent) + max(1, abs(_mp.mag(base))).bit_length())
         if exponent:
-            self.resolve(-_mp.mag(exponent))  # a power near 0 is near 1
+            self.require_precision(-_mp.mag(exponent))  # a power near 0 is near 1
         return base**exponent
 
-    def power_of_rows(self, base: Number, exponent: Number) -> Number:
+    def matrix_power(self, base: Number, exponent: Number) -> Number:
         if not isinstance(exponent, Fraction) or exponent.denominator != 1 or not 1 <= exponent <= 20:
-            raise UnreadableError("such a power of a matrix")
+            raise UnreadableError("unsupported power of a matrix")
         total = base
         for _ in range(int(exponent) - 1):
-            total = self.multiply_rows(total, base)
+            total = self.multiply_matrices(total, base)
         return total
 
-    def resolve(self, bits: int) -> None:
-        """Ask for more digits where an argument differs from 0, or a value from a constant, by 2^-bits alone."""
+    def require_precision(self, bits: int) -> None:
+        """Raises _MorePrecisionError if an argument differs from 0, or a value from a constant, by only 2^-bits."""
         if bits > _mp.prec // 4:
             raise _MorePrecisionError(4 * bits)
 
-    def check(self, bits: int) -> None:
-        """A result of 2^(2^bits) must not be begun."""
+    def check_exponent(self, bits: int) -> None:
+        """Raises UnreadableError before a result of 2^(2^bits) is computed, if that is too large."""
         if bits > 20:
             raise UnreadableError("too large")
 
 
 def _exact_power(base: Fraction, exponent: Fraction) -> Fraction | None:
-    """Where a root comes out even."""
+    """The exact power if the root is rational, else None."""
     if base <= 0 or exponent.denominator > 64 or abs(exponent.numerator) > 64:
         return None
     roots = []
@@ -428,64 +434,66 @@ def _exact_power(base: Fraction, exponent: Fraction) -> Fraction | None:
         if root**exponent.denominator != part:
             return None
         roots.append(root)
-    found = Fraction(*roots) ** exponent.numerator
-    return Fraction(found)
+    power = Fraction(*roots) ** exponent.numerator
+    return Fraction(power)
 
 
-def _float(function: Callable[[Number], Number], most: int = 4000, saturates: bool = False) -> Callable[..., Number]:
-    """A function of a float. One that `saturates` comes to within 2^-3x of a constant at x."""
+def _float_function(
+    function: Callable[[Number], Number], max_magnitude: int = 4000, saturates: bool = False
+) -> Callable[..., Number]:
+    """A function of a float. If it `saturates`, it is within 2^-3x of a constant at x."""
 
-    def apply(self: _Evaluation, arg: Number) -> Number:
-        arg = self.rounded(arg)
-        if not _mp.isfinite(arg) or (arg and _mp.mag(arg) > most):
-            raise UnreadableError("a function of something too large")
+    def apply(evaluation: _Evaluation, arg: Number) -> Number:
+        arg = evaluation.rounded(arg)
+        if not _mp.isfinite(arg) or (arg and _mp.mag(arg) > max_magnitude):
+            raise UnreadableError("the argument is too large")
         if arg:
-            self.resolve(int(3 * abs(arg)) if saturates and _mp.mag(arg) < 30 else abs(_mp.mag(arg)))
+            evaluation.require_precision(int(3 * abs(arg)) if saturates and _mp.mag(arg) < 30 else abs(_mp.mag(arg)))
         return function(arg)
 
     return apply
 
 
-def _log(self: _Evaluation, arg: Number, base: Number = Fraction(10)) -> Number:
-    value = self.rounded(arg)
-    if not value or not self.rounded(base):
+def _log(evaluation: _Evaluation, arg: Number, base: Number = Fraction(10)) -> Number:
+    value = evaluation.rounded(arg)
+    if not value or not evaluation.rounded(base):
         raise UnreadableError("a logarithm of zero")
-    over, under = _mp.ln(value), _mp.ln(self.rounded(base))
-    found = over / under
-    if isinstance(arg, Fraction) and isinstance(base, Fraction) and arg > 0 and base > 0 and abs(_mp.nint(found)) < 999:
-        whole = int(_mp.nint(found))
+    numerator, denominator = _mp.ln(value), _mp.ln(evaluation.rounded(base))
+    ratio = numerator / denominator
+    if isinstance(arg, Fraction) and isinstance(base, Fraction) and arg > 0 and base > 0 and abs(_mp.nint(ratio)) < 999:
+        exponent = int(_mp.nint(ratio))
         if (
-            abs(whole) * max(base.numerator.bit_length(), base.denominator.bit_length()) < _MAX_BITS
-            and base**whole == arg
+            abs(exponent) * max(base.numerator.bit_length(), base.denominator.bit_length()) < _MAX_BITS
+            and base**exponent == arg
         ):
-            return Fraction(whole)
-    return found
+            return Fraction(exponent)
+    return ratio
 
 
-def _sqrt(self: _Evaluation, arg: Number, index: Number = Fraction(2)) -> Number:
-    return self.power(arg, self.divide(Fraction(1), index))
+def _sqrt(evaluation: _Evaluation, arg: Number, index: Number = Fraction(2)) -> Number:
+    return evaluation.power(arg, evaluation.divide(Fraction(1), index))
 
 
-def _whole(value: Number, most: int) -> int:
-    if not isinstance(value, Fraction) or value.denominator != 1 or not 0 <= value <= most:
-        raise UnreadableError("a factorial of that")
+def _bounded_integer(value: Number, maximum: int) -> int:
+    if not isinstance(value, Fraction) or value.denominator != 1 or not 0 <= value <= maximum:
+        raise UnreadableError("no factorial of this value")
     return int(value)
 
 
-def _factorial(self: _Evaluation, arg: Number) -> Number:
-    return Fraction(int(_mp.factorial(0)) if arg == 0 else _product(1, _whole(arg, _MAX_FACTORIAL)))
+def _factorial(evaluation: _Evaluation, arg: Number) -> Number:
+    return Fraction(int(_mp.factorial(0)) if arg == 0 else _product(1, _bounded_integer(arg, _MAX_FACTORIAL)))
 
 
-def _factorial2(self: _Evaluation, arg: Number) -> Number:
-    return Fraction(math.prod(range(_whole(arg, _MAX_FACTORIAL), 0, -2)))
+def _factorial2(evaluation: _Evaluation, arg: Number) -> Number:
+    return Fraction(math.prod(range(_bounded_integer(arg, _MAX_FACTORIAL), 0, -2)))
 
 
-def _permutations(self: _Evaluation, top: Number, low: Number) -> Number:
-    return Fraction(math.perm(_whole(top, _MAX_FACTORIAL), _whole(low, _MAX_FACTORIAL)))
+def _permutations(evaluation: _Evaluation, top: Number, low: Number) -> Number:
+    return Fraction(math.perm(_bounded_integer(top, _MAX_FACTORIAL), _bounded_integer(low, _MAX_FACTORIAL)))
 
 
-def _cis(self: _Evaluation, arg: Number) -> Number:
-    return self.power(_mp.e, self.multiply(_mp.mpc(0, 1), arg))
+def _cis(evaluation: _Evaluation, arg: Number) -> Number:
+    return evaluation.power(_mp.e, evaluation.multiply(_mp.mpc(0, 1), arg))
 
 
 def _product(low: int, high: int) -> int:
@@ -495,51 +503,54 @@ def _product(low: int, high: int) -> int:
     return total
 
 
-def _binom(self: _Evaluation, top: Number, low: Number) -> Number:
-    if isinstance(top, Fraction) and isinstance(low, Fraction) and low.denominator == 1 and 0 <= low <= _LARGE:
+def _binom(evaluation: _Evaluation, top: Number, low: Number) -> Number:
+    if isinstance(top, Fraction) and isinstance(low, Fraction) and low.denominator == 1 and 0 <= low <= _MAX_LOWER:
         total = Fraction(1)
         for n in range(int(low)):
             total *= (top - n) / (n + 1)
         return total
-    n, k = _whole(top, _MAX_FACTORIAL), _whole(low, _MAX_FACTORIAL)
+    n, k = _bounded_integer(top, _MAX_FACTORIAL), _bounded_integer(low, _MAX_FACTORIAL)
     return Fraction(_product(n - k + 1, n), _product(1, k)) if k <= n else Fraction(0)
 
 
-def _abs(self: _Evaluation, arg: Number) -> Number:
+def _abs(evaluation: _Evaluation, arg: Number) -> Number:
     return abs(arg)
 
 
-def _floor(self: _Evaluation, arg: Number) -> Number:
-    return Fraction(arg.__floor__() if isinstance(arg, Fraction) else int(_mp.floor(self.rounded(arg))))
+def _floor(evaluation: _Evaluation, arg: Number) -> Number:
+    return Fraction(arg.__floor__() if isinstance(arg, Fraction) else int(_mp.floor(evaluation.rounded(arg))))
 
 
-def _ceil(self: _Evaluation, arg: Number) -> Number:
-    return -_floor(self, -arg)
+def _ceil(evaluation: _Evaluation, arg: Number) -> Number:
+    return -_floor(evaluation, -arg)
 
 
-def _transpose(self: _Evaluation, rows: Number) -> Number:
+def _transpose(evaluation: _Evaluation, rows: Number) -> Number:
     if not isinstance(rows, tuple):
-        raise UnreadableError("a transpose of no matrix")
+        raise UnreadableError("transpose of a value that is not a matrix")
     return tuple(zip(*rows, strict=True))
 
 
-def _exp(self: _Evaluation, arg: Number) -> Number:
-    return self.power(_mp.e, arg)
+def _exp(evaluation: _Evaluation, arg: Number) -> Number:
+    return evaluation.power(_mp.e, arg)
 
 
 _FUNCTIONS: dict[str, Callable[..., Number]] = {
     "log": _log, "log_": _log, "lg": _log, "exp": _exp, "sqrt": _sqrt, "sqrt_": _sqrt,
-    "ln": lambda self, arg: _log(self, arg, _mp.e), "cbrt": lambda self, arg: _sqrt(self, arg, Fraction(3)),
+    "ln": lambda evaluation, arg: _log(evaluation, arg, _mp.e),
+    "cbrt": lambda evaluation, arg: _sqrt(evaluation, arg, Fraction(3)),
     "factorial": _factorial, "binom": _binom, "abs": _abs, "lfloor": _floor, "floor": _floor, "lceil": _ceil,
     "ceil": _ceil, "transpose": _transpose, "factorial2": _factorial2, "permutations": _permutations, "cis": _cis,
-    "Re": _float(_mp.re), "Im": _float(_mp.im),
+    "Re": _float_function(_mp.re), "Im": _float_function(_mp.im),
 }  # fmt: skip
 for _name in ("sin", "cos", "tan", "cot", "sec", "csc"):
-    _FUNCTIONS[_name] = _float(getattr(_mp, _name))
-    _FUNCTIONS[f"{_name}h"] = _float(getattr(_mp, f"{_name}h"), 15, saturates=_name in ("tan", "cot"))
-    _FUNCTIONS[f"arc{_name}"] = _float(getattr(_mp, f"a{_name}"))
+    _FUNCTIONS[_name] = _float_function(getattr(_mp, _name))
+    _FUNCTIONS[f"{_name}h"] = _float_function(getattr(_mp, f"{_name}h"), 15, saturates=_name in ("tan", "cot"))
+    _FUNCTIONS[f"arc{_name}"] = _float_function(getattr(_mp, f"a{_name}"))
 for _name in ("sinh", "cosh", "tanh"):
-    _FUNCTIONS[f"ar{_name}"] = _FUNCTIONS[f"a{_name}"] = _FUNCTIONS[f"arc{_name}"] = _float(getattr(_mp, f"a{_name}"))
+    _FUNCTIONS[f"ar{_name}"] = _FUNCTIONS[f"a{_name}"] = _FUNCTIONS[f"arc{_name}"] = _float_function(
+        getattr(_mp, f"a{_name}")
+    )
 _PIECEWISE = ("abs", "floor", "lfloor", "ceil", "lceil", "sqrt", "max", "min")  # their pieces may be small
 _STEPS = ("floor", "lfloor", "ceil", "lceil", "sgn")
 _COUNTING = ("factorial", "factorial2", "binom", "permutations")

@@ -1,4 +1,4 @@
-"""Answers as words: their letters, their spelling, a time of the day."""
+"""Answers as words: their letters, their spelling, lists of words, times of day."""
 
 import re
 import unicodedata
@@ -9,7 +9,7 @@ _ARTICLE = re.compile(r"\A[\W_]*(?:an?|the)\s+(?=[^\W\d_]{3})", re.IGNORECASE)
 
 
 def words(text: str) -> str:
-    """Letters and digits alone, without case, accents and LaTeX's commands for text."""
+    """Letters and digits only, without case, accents and LaTeX text commands."""
     text = re.sub(
         r"\\(?:text\w*|mbox|mathrm|mathbf|boxed|left|right|operatorname|displaystyle|quad|qquad)\b",
         "",
@@ -20,7 +20,7 @@ def words(text: str) -> str:
 
 
 def spelling(text: str) -> str:
-    """All but spaces and what only typesets."""
+    """The text without spaces and typesetting commands."""
     text = re.sub(r"(?<=\d)\s+(?=\d)", "_", text[:MAX_LENGTH])
     text = re.sub(r"\\(?:text\w*|mbox|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\(?:text\w*|mbox|mathrm|mathbf|left|right|displaystyle)\b|\\[,;:! ]|[\s$]|\\[()]", "", text)
@@ -28,13 +28,13 @@ def spelling(text: str) -> str:
 
 
 def _folded(text: str) -> str:
-    symbols = re.sub(r"[^\W\d_]{4,}", lambda found: found[0].casefold(), text)
+    symbols = re.sub(r"[^\W\d_]{4,}", lambda match: match[0].casefold(), text)
     text = unicodedata.normalize("NFKD", symbols).rstrip(".,\\")
     return text.casefold() if re.fullmatch(r"[^\W\d_]+", text) else text
 
 
 def clock_time(text: str) -> tuple[int, int, str] | None:
-    """Hours, minutes, and the half of the day: 3:30 PM."""
+    """Hours, minutes and "am", "pm" or "", as in 3:30 PM; None if the text is not a time."""
     bare = re.sub(r"\\(?:text\w*|mathrm|mbox)|[{}$.~\\,!\s]", "", text[:60]).lower()
     match = re.fullmatch(r"(\d{1,2}):(\d{2})([ap]m)?", bare)
     return (int(match[1]), int(match[2]), match[3] or "") if match else None
@@ -45,8 +45,10 @@ def is_words(text: str) -> bool:
 
 
 def same_word_lists(gold: str, prediction: str) -> bool:
-    """red, blue and green, in any order; "or" is another list than "and"."""
+    """Whether both are the same words in any order: red, blue and green. Lists with "or" and "and" differ."""
     texts = [re.sub(r"\\text\w*|\\mathrm|[{}$]", " ", text) for text in (gold, prediction)]
-    ours, theirs = (sorted(filter(None, map(words, re.split(r"[,;&]|\b(?:and|or)\b", text)))) for text in texts)
-    is_or, other = (re.search(r"\bor\b", text) is not None for text in texts)
-    return len(ours) > 1 and ours == theirs and is_words(texts[0]) and is_or == other
+    gold_words, prediction_words = (
+        sorted(filter(None, map(words, re.split(r"[,;&]|\b(?:and|or)\b", text)))) for text in texts
+    )
+    gold_or, prediction_or = (re.search(r"\bor\b", text) is not None for text in texts)
+    return len(gold_words) > 1 and gold_words == prediction_words and is_words(texts[0]) and gold_or == prediction_or

@@ -14,56 +14,60 @@ from upath import UPath
 
 import rlora
 from rlora.cli.arguments import Check, Eval, Export, Fork, Grade, Jobs, Plan, Replay, Runs, Scale, Show, Sweep, Train
-from rlora.cli.overrides import (
-    parse_check,
-    parse_eval,
-    parse_replay,
-    parse_show,
-)
+from rlora.cli.grammar import UsageError
+from rlora.cli.logs import show_log
+from rlora.cli.overrides import parse_source, with_changes
 from rlora.cli.plan import plan_command
 from rlora.cli.submit import jobs_command, submit_command
-from rlora.cli.sweep import ask_command, fork_command, sweep_command, tell_sweep
+from rlora.cli.sweep import ask_command, fork_command, report_sweep, sweep_command
 from rlora.cli.train import train_command
 from rlora.config import check_same_policy, differences, validate
 from rlora.records import BASE, STATUSES, Adapter, RewardError, RloraError
 from rlora.run.source import read_run, split
-from rlora.store import Place, write_rows
-from rlora.watch_settings import CheckConfig
+from rlora.settings import CheckConfig
+from rlora.store import AnyPath, write_rows
 
 if TYPE_CHECKING:
     from rlora.run.replay import Replayed
 
-# torch, transformers and Ray take seconds to import: that waits until the command line is understood
+# torch, transformers and Ray take seconds to import, so they are imported after the command line is parsed
+
+
+def _summary(command: type) -> str:
+    """Return the first sentence of a docstring."""
+    return " ".join(str(command.__doc__).split()).partition(". ")[0].removesuffix(".") + "."
+
 
 _USAGE = f"""usage: rlora COMMAND ...
 
-  train     {Train.__doc__}
-  sweep     {Sweep.__doc__}
-  pause, go, drop   Ask a sweep to pause a member, to go on with it, or to drop it.
-  fork      {Fork.__doc__}
-  eval      {Eval.__doc__}
-  check     {Check.__doc__}
-  plan      {Plan.__doc__}
-  replay    {Replay.__doc__}
-  runs      {Runs.__doc__}
-  export    {Export.__doc__}
-  grade     {Grade.__doc__}
-  show      {Show.__doc__}
-  scale     {Scale.__doc__}
-  submit    Train on a Ray cluster, as a job of it, and follow it.
-  jobs      {Jobs.__doc__}
+  train     {_summary(Train)}
+  sweep     {_summary(Sweep)}
+  pause, go, drop   Ask a sweep to pause, resume or drop a member.
+  fork      {_summary(Fork)}
+  eval      {_summary(Eval)}
+  check     {_summary(Check)}
+  plan      {_summary(Plan)}
+  replay    {_summary(Replay)}
+  runs      {_summary(Runs)}
+  export    {_summary(Export)}
+  grade     {_summary(Grade)}
+  show      {_summary(Show)}
+  scale     {_summary(Scale)}
+  submit    Train on a Ray cluster, as one of its jobs, and follow it.
+  jobs      {_summary(Jobs)}
 
 `rlora COMMAND --help` documents every option, `rlora --version` prints the version."""
 
 
 def main() -> None:
-    """Run the command in sys.argv; exits with 0, 1 (an error that its message explains), 2 (usage) or 130 (Ctrl-C)."""
+    """Run the command in sys.argv; exits with 0, 1 (an error with a message), 2 (usage) or 130 (Ctrl-C)."""
     commands: dict[str, Callable[[list[str]], None]] = {
         "train": train_command, "eval": _eval, "check": _check, "plan": plan_command, "replay": _replay, "runs": _runs,
         "export": _export, "grade": _grade, "show": _show, "scale": _scale, "submit": submit_command,
         "jobs": jobs_command, "sweep": sweep_command, "fork": fork_command,
-        **{what: partial(ask_command, what) for what in ("pause", "go", "drop")},
+        **{request: partial(ask_command, request) for request in ("pause", "go", "drop")},
     }  # fmt: skip
+    show_log()
     try:
         _run(commands)
         sys.stdout.flush()
@@ -71,11 +75,11 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (RloraError, OSError) as error:
         print(f"rlora: {error}", *_notes(error), sep="\n", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt as error:
         print("rlora: interrupted", *_notes(error), sep="\n", file=sys.stderr)
         sys.exit(130)
-    except SystemExit as error:  # by a signal, which has been told, or after a usage message
+    except SystemExit as error:  # after a signal, which was reported, or a usage message
         for note in _notes(error):
             print(note, file=sys.stderr)
         raise
@@ -88,7 +92,7 @@ def _run(commands: Mapping[str, Callable[[list[str]], None]]) -> None:
     elif command in commands:
         commands[command](arguments)
     else:
-        print((f"rlora: {command!r} is no command\n\n" if command else "") + _USAGE, file=sys.stderr)
+        print((f"rlora: {command!r} is not a command\n\n" if command else "") + _USAGE, file=sys.stderr)
         sys.exit(2)
 
 
@@ -97,42 +101,44 @@ def _notes(error: BaseException) -> Sequence[str]:
 
 
 def _scale(arguments: list[str]) -> None:
-    given = tyro.cli(Scale, args=arguments, prog="rlora scale")
-    most = read_run(given.run).engine.max_replicas
-    if not 1 <= given.engines <= most:
-        raise RloraError(f"engines = {given.engines}: the run's engine.max_replicas lets it have 1 to {most}")
+    options = tyro.cli(Scale, args=arguments, prog="rlora scale")
+    most = read_run(options.run).engine.max_replicas
+    if not 1 <= options.engines <= most:
+        raise RloraError(f"engines = {options.engines}: the run's engine.max_replicas allows 1 to {most}")
     from rlora.run import directory
 
-    directory.ask_for_engines(given.run, given.engines)
-    when = "from its next step on" if directory.is_held(given.run) else "once it goes on: no process trains it now"
-    print(f"{given.run}: {given.engines} engines {when}")
+    directory.request_engines(options.run, options.engines)
+    start = (
+        "from its next step on" if directory.is_locked(options.run) else "once it is resumed; no process trains it now"
+    )
+    print(f"{options.run}: {options.engines} engines {start}")
 
 
 def _eval(arguments: list[str]) -> None:
-    given = parse_eval(arguments)
-    config = given.config
-    if given.prompts is not None:
-        config = validate(replace(config, evaluate=replace(config.evaluate, prompts=given.prompts)))
-    if given.samples < 1:
-        raise RloraError(f"--samples {given.samples}: give 1 or more")
-    adapter, name, out = _adapter_to_evaluate(given)
-    if given.adapter:  # of any rank
-        config = replace(config, learner=replace(config.learner, start_from=str(given.adapter)))
+    options = parse_source(Eval, "rlora eval", arguments)
+    config = options.config
+    if options.prompts is not None:
+        config = validate(replace(config, evaluate=replace(config.evaluate, prompts=options.prompts)))
+    if options.samples < 1:
+        raise RloraError(f"--samples {options.samples}: it must be 1 or more")
+    adapter, name, out = _adapter_to_evaluate(options)
+    if options.adapter:  # which may have any rank
+        config = replace(config, learner=replace(config.learner, start_from=str(options.adapter)))
     from rlora import cluster
     from rlora.rollout.evaluate import answer, pass_at, rows, summarise
     from rlora.rollout.stream import sampling_of
     from rlora.rollout.task import ServedPolicy, load_task
-    from rlora.run.prepare import tell_checked
+    from rlora.run.prepare import report_checks
 
     task = load_task(config)
-    tell_checked(task, print)
+    report_checks(task, print)
     if not task.held_out:
         raise RloraError(
             f"env = {config.env!r}: none of its first evaluate.prompts = {config.evaluate.prompts} held-out prompts "
-            "can be used; give --prompts where that is 0, or let held_out() return some"
+            "can be used; set --prompts if that is 0, or return some from held_out()"
         )
-    greedy = given.samples == 1 and given.temperature is None
-    sampling = sampling_of(config, given.samples, 0.0 if greedy else given.temperature)
+    greedy = options.samples == 1 and options.temperature is None
+    sampling = sampling_of(config, options.samples, 0.0 if greedy else options.temperature)
     served = ServedPolicy(adapter.policy, config, task)
     with cluster.start([served], learn=False) as job:
         fleet, loops = job.fleet, job.loops
@@ -141,193 +147,199 @@ def _eval(arguments: list[str]) -> None:
             groups = answer(config, task.held_out, sampling, fleet, loops[adapter.policy])
         except RewardError as error:
             write_rows(out, rows(error.groups))
-            raise RloraError(f"{error}\nThe completions are kept in {out}") from error
+            raise RloraError(f"{error}\nThe completions are saved in {out}") from error
     write_rows(out, rows(groups))
     result = summarise(groups)
-    each = "greedy" if greedy else f"{given.samples} at temperature {sampling.temperature:g}"
-    print(f"{name}: {len(groups)} held-out prompts, completions a prompt: {each}")
-    for k in sorted({min(2**power, given.samples) for power in range(given.samples.bit_length() + 1)}):
+    decoding = "greedy" if greedy else f"{options.samples} at temperature {sampling.temperature:g}"
+    print(f"{name}: {len(groups)} held-out prompts, completions per prompt: {decoding}")
+    for k in sorted({min(2**power, options.samples) for power in range(options.samples.bit_length() + 1)}):
         print(f"  pass@{k}  {pass_at(k, groups)}")
     print(f"  mean reward {result.reward:.3f}; {', '.join(f'{n} {status}' for status, n in result.statuses.items())}")
     print(f"  each completion with its verdict: {out}")
 
 
-def _adapter_to_evaluate(given: Eval) -> tuple[Adapter, str, Place]:
-    """The adapter that is asked for, what it is called, and where its completions go."""
+def _adapter_to_evaluate(options: Eval) -> tuple[Adapter, str, AnyPath]:
+    """Return the adapter to evaluate, its name, and the file for its completions."""
     from rlora.run import checkpoint
-    from rlora.run.start import base_in_ram, plain, read
+    from rlora.run.start import base_in_ram, read, without_base_weights
 
-    run, step = split(given.source)
-    if given.adapter or given.base or given.source.endswith(".toml"):
-        if step is not None or (given.adapter and given.base):
-            raise RloraError("RUN@STEP, --adapter and --base: each names what to evaluate; give one of them")
+    run, step = split(options.source)
+    if options.adapter or options.base or options.source.endswith(".toml"):
+        if step is not None or (options.adapter and options.base):
+            raise RloraError("RUN@STEP, --adapter and --base: each selects what to evaluate; use one of them")
         adapter = BASE
-        if given.adapter:
-            files = read(given.adapter)
+        if options.adapter:
+            files = read(options.adapter)
             try:
-                adapter = Adapter("given", 0, *plain(*files, partial(base_in_ram, given.config)))
+                adapter = Adapter("given", 0, *without_base_weights(*files, partial(base_in_ram, options.config)))
             except RloraError as error:
-                raise RloraError(f"--adapter {given.adapter}: {error}") from error
-        return adapter, str(given.adapter or given.config.model), given.out or UPath("eval.jsonl")
+                raise RloraError(f"--adapter {options.adapter}: {error}") from error
+        return adapter, str(options.adapter or options.config.model), options.out or UPath("eval.jsonl")
     adapter = checkpoint.read_version(run, step).adapter
-    out = given.out or run / f"eval-{adapter.number}.jsonl"
+    out = options.out or run / f"eval-{adapter.number}.jsonl"
     return adapter, f"{run.name} version {adapter.number}", out
 
 
 def _grade(arguments: list[str]) -> None:
-    given = tyro.cli(Grade, args=arguments, prog="rlora grade")
+    options = tyro.cli(Grade, args=arguments, prog="rlora grade")
     from rlora.scoring.grading import grade, read_rows
     from rlora.scoring.worker import Setup
 
     for field in ("deadline", "workers"):
-        if getattr(given, field) <= 0:
-            raise RloraError(f"--{field} {getattr(given, field):g}: give more than 0")
-    if given.out.resolve() == given.file.resolve():
-        raise RloraError(f"--out {given.out}: that is the file to grade; name another")
-    table = read_rows(given.file)
+        if getattr(options, field) <= 0:
+            raise RloraError(f"--{field} {getattr(options, field):g}: it must be above 0")
+    if options.out.resolve() == options.file.resolve():
+        raise RloraError(f"--out {options.out}: it is the file to grade; name a different one")
+    table = read_rows(options.file)
     setup = Setup(
-        (given.reward,), given.style, directory=str(Path.cwd()), deadline=given.deadline,
-        first_deadline=given.first_deadline,
+        (options.reward,), options.style, directory=str(Path.cwd()), deadline=options.deadline,
+        first_deadline=options.first_deadline,
     )  # fmt: skip
     start = time.perf_counter()
-    graded = grade(table, setup, given.workers, given.threshold)
+    graded = grade(table, setup, options.workers, options.threshold)
     seconds = time.perf_counter() - start
-    write_rows(given.out, graded)
+    write_rows(options.out, graded)
     counts = {status: sum(row["status"] == status for row in graded) for status in STATUSES}
     print(f"{len(graded)} rows in {seconds:.1f} s: {', '.join(f'{n} {status}' for status, n in counts.items() if n)}")
     if failed := [row["detail"] for row in graded if row["status"] == "error"]:
-        print(f"the first error: {failed[0]}", file=sys.stderr)
+        print(f"first error: {failed[0]}", file=sys.stderr)
 
 
 def _check(arguments: list[str]) -> None:
-    given = parse_check(arguments)
-    if not given.config.check.prompts:
-        raise RloraError("check.prompts = 0: that tries nothing; give 1 or more")
+    options = parse_source(Check, "rlora check", arguments)
+    if not options.config.check.prompts:
+        raise RloraError("check.prompts = 0: nothing would be tried; set it to 1 or more")
     from rlora.rollout.task import load_task
-    from rlora.run.prepare import tell_checked
+    from rlora.run.prepare import report_checks
 
-    task = load_task(given.config)
+    task = load_task(options.config)
     report = task.checked
-    print(f"{report.prompts} prompts tried in {report.seconds:.2g} s with {', '.join(given.config.rewards)}: "
+    print(f"{report.prompts} prompts tried in {report.seconds:.2g} s with {', '.join(options.config.rewards)}: "
           f"{len(report.faults) or 'no'} {'fault' if len(report.faults) == 1 else 'faults'}")  # fmt: skip
-    tell_checked(task, print)
+    report_checks(task, print)
     if report.faults:
         sys.exit(1)
 
 
 def _show(arguments: list[str]) -> None:
-    given = parse_show(arguments)
+    options = parse_source(Show, "rlora show", arguments)
     from rlora.rollout.task import load_task
 
-    task = load_task(replace(given.config, check=CheckConfig(prompts=0)))
-    if not 0 <= given.number < len(task.prompts):
-        raise RloraError(f"--number {given.number}: there are {len(task.prompts)} training prompts, from 0")
-    prompt = task.prompts[given.number]
-    ends = [task.chat.shown([token]) for token in task.chat.stop_token_ids] + list(task.stop)
-    print(f"{task.chat.shown(prompt.token_ids)}\n--- {len(prompt.token_ids)} tokens; answer {prompt.answer!r}; "
+    task = load_task(replace(options.config, check=CheckConfig(prompts=0)))
+    if not 0 <= options.number < len(task.prompts):
+        raise RloraError(f"--number {options.number}: there are {len(task.prompts)} training prompts, counted from 0")
+    prompt = task.prompts[options.number]
+    ends = [task.chat.decode([token]) for token in task.chat.stop_token_ids] + list(task.stop)
+    print(f"{task.chat.decode(prompt.token_ids)}\n--- {len(prompt.token_ids)} tokens; answer {prompt.answer!r}; "
           f"the policy's message ends with {' or '.join(map(repr, ends))}")  # fmt: skip
     if prompt.columns:
         print(f"--- columns {dict(prompt.columns)!r}")
 
 
 def _replay(arguments: list[str]) -> None:
-    given = parse_replay(arguments)
+    options = parse_source(Replay, "rlora replay", arguments)
     from itertools import groupby
 
     from rlora import cluster, machine
     from rlora.core.setup import Setup
     from rlora.model.base import locate
     from rlora.run import checkpoint, resume
-    from rlora.run.prepare import tell_changes
+    from rlora.run.prepare import report_changes
     from rlora.run.replay import pairs, replay, updates
     from rlora.run.start import read_start
 
-    run, step = split(given.run)
-    check_same_policy(read_run(run), given.config, "rlora replay")
-    step = given.step if step is None else step
+    run, step = split(options.run)
+    check_same_policy(read_run(run), options.config, "rlora replay")
+    step = options.step if step is None else step
     steps = updates(checkpoint.versions(run), step)
     if not steps:
-        raise RloraError(f"{run}: no two bundles in a row are kept (config: checkpoint.keep_last)")
+        raise RloraError(f"{run}: no two consecutive checkpoints are kept; raise checkpoint.keep_last")
 
     done, changed = [], False
-    for made_under, of in groupby(pairs(run, steps), key=lambda pair: pair[1].config):
-        asked = parse_replay(arguments, made_under).config
-        tell_changes(changes := differences(made_under, asked), print)
+    for made_under, group in groupby(pairs(run, steps), key=lambda pair: pair[1].config):
+        config = with_changes(asdict(made_under), options.changes)
+        report_changes(changes := differences(made_under, config), print)
         changed |= bool(changes)
-        config = resume.with_own_start(run, asked)
+        config = resume.with_kept_start(run, config)
         setup = Setup.of(config, read_start(config))
         with cluster.learning(config, locate(config.model)) as learner:
-            for before, after in of:
-                what, made_on = f"version {after.version}", after.origin.machine
-                if after.update is None and step is None:
-                    print(f"{what}: its episodes were not kept (checkpoint.episodes_mib)")
+            for previous, bundle in group:
+                version, made_on = f"version {bundle.version}", bundle.origin.machine
+                if bundle.update is None and step is None:
+                    print(f"{version}: its episodes were not kept (checkpoint.episodes_mib)")
                     continue
                 if made_on != machine.name():
-                    print(f"{what}: made on another machine ({made_on}; this is {machine.name()})")
-                done.append(replay(learner, setup, before, after))
-                _tell_replayed(done[-1])
-    exact = sum(each.exact and each.exact_state for each in done)
-    left_out = f"; {len(steps) - len(done)} left out" if len(done) < len(steps) else ""
-    print(f"{exact} of {len(done)} updates bit for bit{left_out}")
+                    print(f"{version}: made on another machine ({made_on}; this is {machine.name()})")
+                done.append(replay(learner, setup, previous, bundle))
+                _report_replayed(done[-1])
+    exact = sum(update.exact and update.exact_state for update in done)
+    skipped = f"; {len(steps) - len(done)} left out" if len(done) < len(steps) else ""
+    print(f"{exact} of {len(done)} updates bit for bit{skipped}")
     if not done:
-        raise RloraError(f"{run}: no step could be replayed; what is wrong with each is told above")
+        raise RloraError(f"{run}: no step could be replayed, for the reasons above")
     if exact < len(done) and not changed:
-        raise RloraError(f"{run}: {len(done) - exact} updates did not come out as they were saved")
+        raise RloraError(f"{run}: {len(done) - exact} updates differ from those that were saved")
 
 
-def _tell_replayed(each: "Replayed") -> None:
+def _report_replayed(update: "Replayed") -> None:
     figures = {
-        name: value for name, value in asdict(each.stats).items() if isinstance(value, float) and name != "seconds"
+        name: value for name, value in asdict(update.stats).items() if isinstance(value, float) and name != "seconds"
     }
     verdict = "bit for bit"
-    if not each.exact:
-        verdict = f"differs by up to {each.off:.3g}, of an update of up to {each.moved:.3g}"
-        if each.rows_were_shared:
+    if not update.exact:
+        verdict = f"differs by up to {update.max_difference:.3g}, of an update of up to {update.max_change:.3g}"
+        if update.rows_were_shared:
             verdict += " (made by a release in which policy and critic shared rows, so sums were rounded otherwise)"
-    elif not each.exact_state:
+    elif not update.exact_state:
         verdict = "the adapter bit for bit, but not the optimizer's state"
     print(
-        f"version {each.step} -> {each.step + 1}: {verdict}; "
+        f"version {update.step} -> {update.step + 1}: {verdict}; "
         + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()),
         flush=True,
     )
 
 
 def _runs(arguments: list[str]) -> None:
-    given = tyro.cli(Runs, args=arguments, prog="rlora runs")
+    options = tyro.cli(Runs, args=arguments, prog="rlora runs")
     from rich.console import Console
     from rich.table import Column, Table
 
     from rlora.run.history import list_runs
-    from rlora.sweeps.diary import DIARY, SWEEP, fates, whole_lines
+    from rlora.sweeps.diary import DIARY, SWEEP, complete_lines, member_states
 
     columns = Column("run", no_wrap=True), "status", "steps", "best reward", "accuracy", "forked from"
     table = Table(*columns, box=None)
-    is_sweep, known = (given.directory / SWEEP).exists(), fates(whole_lines(Path(str(given.directory)) / DIARY))
-    for past in list_runs(given.directory):
-        fate = known.get(past.name)
-        status = fate.status if fate and fate.status not in ("running", "waiting") else past.status
-        table.add_row(*asdict(replace(past, status=status)).values())
+    is_sweep = (options.directory / SWEEP).exists()
+    states = member_states(complete_lines(Path(str(options.directory)) / DIARY))
+    for run in list_runs(options.directory):
+        state = states.get(run.name)
+        status = state.status if state and state.status not in ("running", "waiting") else run.status
+        table.add_row(*asdict(replace(run, status=status)).values())
     if not table.row_count:
-        raise RloraError(f"{given.directory}: no runs lie there; name the directory that they are in")
-    Console(width=None if sys.stdout.isatty() else 200).print(table)  # for what reads lines, one a run
+        raise RloraError(f"{options.directory}: it contains no runs; name the directory that contains them")
+    Console(width=None if sys.stdout.isatty() else 200).print(table)  # one line per run for programs that read lines
     if is_sweep:
-        tell_sweep(Path(str(given.directory)), given.plot)
-    elif given.plot:
+        report_sweep(Path(str(options.directory)), options.plot)
+    elif options.plot:
         raise RloraError(
-            f"--plot {given.plot}: {given.directory} is no sweep; name a directory that `rlora sweep` made"
+            f"--plot {options.plot}: {options.directory} is not a sweep; name a directory that `rlora sweep` made"
         )
 
 
 def _export(arguments: list[str]) -> None:
-    given = tyro.cli(Export, args=arguments, prog="rlora export")
-    if given.dtype and not given.merge:
-        raise RloraError(f"--dtype {given.dtype}: it is of merged weights; add --merge, or leave it out")
-    run, step = split(given.run)
-    read_run(run)  # or it says that no run is there
+    options = tyro.cli(Export, args=arguments, prog="rlora export")
+    if options.dtype and not options.merge:
+        raise RloraError(f"--dtype {options.dtype}: it applies to merged weights only; add --merge, or remove it")
+    run, step = split(options.run)
+    read_run(run)  # raises if there is no run
     from rlora.run import checkpoint
     from rlora.run.export import export
 
     print(
-        export(run, checkpoint.read_version(run, step), given.to, (given.dtype or "bfloat16") if given.merge else None)
+        export(
+            run,
+            checkpoint.read_version(run, step),
+            options.to,
+            (options.dtype or "bfloat16") if options.merge else None,
+        )
     )

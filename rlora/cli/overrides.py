@@ -1,231 +1,131 @@
-"""What the command line takes, and the config that comes of it."""
+"""What a command line asks for: the command's own options, and the config that its fields make of a run or a file."""
 
-import json
 import re
-import shlex
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from rlora.cli.arguments import Check, Eval, Given, Plan, Replay, Show, Sweep, Train
-from rlora.config import (
-    ELSEWHERE,
-    changed,
-    check_learnable,
-    check_same_policy,
-    differences,
-    like,
-    read_table,
-    validate,
-)
+from rlora.cli.arguments import AnyOverConfig, Replay, Sweep, Train
+from rlora.cli.grammar import split
+from rlora.cli.help import help_of
+from rlora.config import changed, check_same_policy, differences, read_table, validate
 from rlora.records import RloraError
-from rlora.run.source import config_at, reachable, read_run, split
+from rlora.run.source import config_at, reachable, read_run
+from rlora.run.source import split as split_source
 from rlora.settings import Config
 from rlora.store import names
 
 
 def parse_train(arguments: list[str]) -> Train:
-    """The command line over the TOML file it names, or over the config of the run that it resumes or forks.
+    """Return the options of `rlora train` with the config of the TOML file, or of the run that is resumed or forked.
 
-    Raises RloraError where a run that is resumed would get another config than was asked for by `--set`, or a run that
-    is resumed or forked another policy.
+    Raises RloraError if a file differs from the run that is resumed, or if the saved adapter does not fit the config.
     """
-    given = parse(Train, Train(NOTHING), "rlora train", arguments)
-    if given.resume and (given.run_dir or given.overwrite or given.fork):
+    options = parse_options(Train, "rlora train", arguments)
+    if options.resume and (options.run_dir or options.overwrite or options.fork):
         raise RloraError(
-            f"--resume {given.resume}: a run goes on where it is; leave out --run-dir, --overwrite and --fork"
+            f"--resume {options.resume}: a run is resumed where it is; remove --run-dir, --overwrite and --fork"
         )
-    for place in (given.run_dir, given.resume):
-        if place is not None:
-            reachable(place)
-    if given.resume and given.file and "config.toml" not in names(given.resume):
-        given = replace(given, run_dir=given.resume, resume=None)
-    if given.changes and not given.resume:
+    for directory in (options.run_dir, options.resume):
+        if directory is not None:
+            reachable(directory)
+    if options.resume and options.file and "config.toml" not in names(options.resume):
+        options = replace(options, run_dir=options.resume, resume=None)
+    if options.resume:
+        return _resumed(options, read_run(options.resume))
+    if options.fork:
+        if options.file:
+            raise RloraError(f"{options.file}: a fork has the config of its run; remove the file")
+        run, version = split_source(options.fork)
+        forked = replace(options, config=with_changes(asdict(config_at(run, version)), options.changes))
+        check_same_policy(read_run(run), forked.config, "--fork")
+        return forked
+    if not options.file and not options.changes:
         raise RloraError(
-            f"--set {given.changes[0]}: it is for --resume; give --{given.changes[0].replace('=', ' ', 1)}"
+            "no config; name a TOML file, as in `rlora train launch/arithmetic.toml`, or give at least --model, --env "
+            "and --reward"
         )
-    if given.resume:
-        return _resumed(given, read_run(given.resume))
-    if given.fork:
-        if given.file:
-            raise RloraError(f"{given.file}: a fork has the config of its run; leave the file out")
-        check_same_policy(read_run(split(given.fork)[0]), given.config, "--fork")
-    return given
+    table = read_table(options.file) if options.file else {}
+    return replace(options, config=with_changes(table, options.changes, options.file))
 
 
-def _resumed(given: Train, before: Config) -> Train:
-    asked = with_changes(before, given.changes)
-    others = differences(asked, given.config) if differences(before, given.config) else {}
-    if others:
-        lines = "".join(f"\n  {name}: {was!r} -> {now!r}" for name, (was, now) in others.items())
-        named = " ".join(
-            shlex.quote(f"{name}={json.dumps(now)}") for name, (_, now) in others.items() if now is not None
-        )
-        raise RloraError(
-            f"--resume {given.resume}: a run goes on under its own config, but this would change{lines}\n"
-            f"Leave that out, or ask for it by name: --set {named}".removesuffix(": --set ")
-        )
-    check_same_policy(before, asked, "--resume")
-    return replace(given, config=asked)
-
-
-def with_changes(config: Config, changes: Sequence[str]) -> Config:
-    """The config with fields changed, each given as NAME=VALUE. Raises RloraError for names that there are not."""
-    table, values = asdict(config), {}
-    for change in changes:
-        name, equals, text = change.partition("=")
-        name = name.replace("-", "_")
-        section, _, last = name.rpartition(".")
-        of: Any = table
-        for part in section.split(".") if section else ():
-            of = of.get(part) if isinstance(of, dict) else None
-        if not equals:
-            raise RloraError(f"--set {change}: no value; give NAME=VALUE, such as learner.lr=1e-4")
-        chosen = name.startswith(tuple(f"{field}." for field in _ARGUMENTS))
-        if not chosen and (not isinstance(of, dict) or last not in of):
-            raise RloraError(f"--set {change}: no such field; {like(name)}")
-        values[name] = value_of(text)
-    return validate(changed(table, values))
-
-
-def parse_eval(arguments: list[str]) -> Eval:
-    """The command line over the config of the run, or over the TOML file, that it names."""
-    return parse(Eval, Eval(NOTHING, ""), "rlora eval", arguments)
-
-
-def parse_check(arguments: list[str]) -> Check:
-    """The same."""
-    return parse(Check, Check(NOTHING, ""), "rlora check", arguments)
-
-
-def parse_show(arguments: list[str]) -> Show:
-    """The same."""
-    return parse(Show, Show(NOTHING, "prompt", ""), "rlora show", arguments)
-
-
-def parse_plan(arguments: list[str]) -> Plan:
-    """The same."""
-    return parse(Plan, Plan(NOTHING, ""), "rlora plan", arguments)
-
-
-def parse_replay(arguments: list[str], over: Config | None = None) -> Replay:
-    """The same; over the config `over` of one of its versions, where that is given."""
-    return parse(Replay, Replay(NOTHING, ""), "rlora replay", arguments, over)
-
-
-NOTHING = Config(model="", env="", reward="")
-_ARGUMENTS = ("env_args", "reward_args", "chat.template_args", "evaluate.sets")  # tables whose names the user chooses
-
-
-def parse(kind: type[Given], default: Given, program: str, arguments: list[str], over: Config | None = None) -> Given:
-    """The command line over the config that it names, or over `over`. It may give each field of that too."""
-    named, others = {}, arguments
-    for field_name in _ARGUMENTS:
-        named[field_name], others = _named(field_name, others)
-    options = [argument.split("=")[0].lstrip("-").replace("-", "_") for argument in others if argument[:2] == "--"]
-    check_learnable(option.rpartition(".")[2] for option in options)
-    for option in options:
-        if option in ELSEWHERE:
-            raise RloraError(f"--{option}: no such option; here it is --{ELSEWHERE[option].replace('_', '-')}")
-    if "-h" in others or "--help" in others:
-        tyro.cli(kind, args=["--help"], prog=program)  # ends here
-    parsed = tyro.cli(kind, default=default, args=others, prog=program)
-    table, file = (asdict(over), None) if over else _source(parsed)
-    if table is None:
-        if not arguments:
+def _resumed(options: Train, saved: Config) -> Train:
+    config = with_changes(asdict(saved), options.changes)
+    if options.file:
+        in_file = with_changes(read_table(options.file), options.changes, options.file)
+        if unlike := differences(config, in_file):
+            lines = "".join(f"\n  {name}: {old!r} -> {new!r}" for name, (old, new) in unlike.items())
             raise RloraError(
-                f"no config is given; name a TOML file, as in `{program} launch/arithmetic.toml`, or give "
-                "at least --model, --env and --reward"
+                f"--resume {options.resume}: a run keeps its own config, and {options.file} differs from it:{lines}\n"
+                "Remove the file, and set the fields to change by name, such as --steps=200"
             )
-        parsed = tyro.cli(kind, args=others, prog=program)  # which tells what is missing
-        table = asdict(NOTHING)
-    changes = _given(asdict(parsed.config), options) | {
-        f"{field_name}.{name}": value for field_name, values in named.items() for name, value in values.items()
-    }
-    table = changed(table, changes)
-    options += changes
-    try:
-        return replace(parsed, config=validate(table))
-    except RloraError as error:
-        at_fault = re.split("[: ]", str(error))[0]
-        raise error if at_fault in options or not file else RloraError(f"{file}: {error}") from None
+    check_same_policy(saved, config, "--resume")
+    return replace(options, config=config)
 
 
-def _given(table: dict[str, Any], options: Sequence[str]) -> dict[str, Any]:
-    """The fields that options give, by their full names, as the table has them."""
-    given = {}
-    for option in options:
-        name = option.replace(".no_", ".")
-        section, _, last = name.rpartition(".")
-        of = table.get(section) if section else table
-        if isinstance(of, dict) and last in of:
-            given[name] = of[last]
-    return given
+def parse_source(kind: type[AnyOverConfig], program: str, arguments: list[str]) -> AnyOverConfig:
+    """Return the options of a command with the config of the run, or of the TOML file, that it names."""
+    options = parse_options(kind, program, arguments)
+    source = options.run if isinstance(options, Replay) else getattr(options, "source", "")
+    if not source:
+        raise RloraError("no run and no config; name the directory of a run, RUN@STEP, or a TOML file")
+    if source.endswith(".toml") and not isinstance(options, Replay):
+        return replace(options, config=with_changes(read_table(Path(source)), options.changes, Path(source)))
+    return replace(options, config=with_changes(asdict(read_run(split_source(source)[0])), options.changes))
 
 
-def _source(given: Train | Sweep | Eval | Check | Show | Plan | Replay) -> tuple[dict[str, Any] | None, Path | None]:
-    """The tables that a command line starts from, of a run or of a TOML file, which is named; None where it names
-    neither."""
-    if not isinstance(given, Train | Sweep):
-        source = given.run if isinstance(given, Replay) else given.source
-        if not source:
-            raise RloraError(
-                "no run is named, and no TOML config; give the directory of a run, RUN@STEP, or a FILE.toml"
-            )
-        if source.endswith(".toml") and not isinstance(given, Replay):
-            return read_table(Path(source)), Path(source)
-        return asdict(read_run(split(source)[0])), None
-    if isinstance(given, Sweep) and given.resume:
-        return asdict(NOTHING), None
-    if given.file:
-        table = read_table(given.file)
-        return (swept(table, given.file)[0] if isinstance(given, Sweep) else table), given.file
-    if isinstance(given, Sweep):
-        return None, None
-    if given.resume:
-        return asdict(read_run(given.resume)), None
-    return (asdict(config_at(*split(given.fork))) if given.fork else None), None
+def parse_members(arguments: list[str]) -> tuple[Sweep, dict[str, Any]]:
+    """Return the options of `rlora sweep` with the config that members share, and the file's own tables: over, members,
+    halving."""
+    options = parse_options(Sweep, "rlora sweep", arguments)
+    if options.resume:
+        if options.changes:
+            names_set = ", ".join(f"--{name}" for name in options.changes)
+            raise RloraError(f"--resume {options.resume}: members keep their own configs; remove {names_set}")
+        return options, {}
+    if not options.file and not options.changes:
+        raise RloraError("no config; name a TOML file, as in `rlora sweep launch/arithmetic.toml --over seed=0,1`")
+    table, own = sweep_tables(read_table(options.file), options.file) if options.file else ({}, {})
+    return replace(options, config=with_changes(table, options.changes, options.file)), own
 
 
-def swept(table: dict[str, Any], file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The tables of the config that members share, and those of the sweep beside them, which a plain config has not.
+def sweep_tables(table: dict[str, Any], file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the tables of the config that members share, and the tables of the sweep, which a plain config lacks.
 
-    `config` is its tables, or names its file, beside `file` or as one is named on the command line.
+    In a sweep's file `config` is the shared tables, or the name of their file, relative to `file` or as on the command
+    line. Raises RloraError if it is missing.
     """
     own: dict[str, Any] = {name: table[name] for name in ("over", "members", "halving") if name in table}
     if not own:
         return table, {}
     config = table.get("config")
-    if not isinstance(config, str | dict):
+    if isinstance(config, dict):
+        return config, own
+    if not isinstance(config, str):
         raise RloraError(
             f"{file}: config = {config!r}: name the TOML config that the members share, or give its tables"
         )
-    if isinstance(config, dict):
-        return config, own
-    beside = file.parent / config
-    return read_table(beside if beside.exists() else Path(config)), own
+    relative = file.parent / config
+    return read_table(relative if relative.exists() else Path(config)), own
 
 
-def _named(field: str, arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """What `--<field>.NAME VALUE` gives, and the other arguments."""
-    found, others = {}, []
-    rest = iter(arguments)
-    for argument in rest:
-        name, equals, value = argument.partition("=")
-        name = name.replace("-", "_").removeprefix("__")
-        if not argument.startswith("--") or not name.startswith(f"{field}."):
-            others.append(argument)
-            continue
-        found[name.removeprefix(f"{field}.")] = value_of(value if equals else next(rest, ""))
-    return found, others
+def parse_options(kind: type[AnyOverConfig], program: str, arguments: list[str]) -> AnyOverConfig:
+    """Return the command's own options, and in `changes` the config fields that the command line sets."""
+    options = {field.name for field in fields(kind)} - {"config", "changes"}
+    if "-h" in arguments or "--help" in arguments:
+        help_of(kind, program)
+    changes, rest = split(arguments, options)
+    return replace(tyro.cli(kind, args=rest, prog=program), changes=changes)
 
 
-def value_of(text: str) -> Any:
-    """A number, a boolean, a list; else the text itself."""
+def with_changes(table: Mapping[str, Any], changes: Mapping[str, Any], file: Path | None = None) -> Config:
+    """Return the config that tables make with fields changed. Raises RloraError, which names `file` if the first field
+    at fault comes from there."""
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
+        return validate(changed(table, changes))
+    except RloraError as error:
+        at_fault = re.split("[: ]", str(error))[0]
+        raise error if at_fault in changes or not file else RloraError(f"{file}: {error}") from None

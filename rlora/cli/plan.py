@@ -1,32 +1,33 @@
-"""`rlora plan`: what a run will take, line by line."""
+"""`rlora plan`: the predicted memory and time of a run."""
 
-from rlora.cli.overrides import parse_plan
+from rlora.cli.arguments import Plan
+from rlora.cli.overrides import parse_source
 from rlora.records import RloraError
 
-# torch, transformers and Ray take seconds to import: that waits until the command line is understood
+# torch, transformers and Ray take seconds to import, so they are imported after the command line is parsed
 
 
 def plan_command(arguments: list[str]) -> None:
-    given = parse_plan(arguments)
+    options = parse_source(Plan, "rlora plan", arguments)
     from rich.console import Console
     from rich.table import Table
 
     from rlora.planning import gib, plan
 
-    if given.gpus < 1:
-        raise RloraError(f"--gpus {given.gpus}: give 1 or more")
-    made = plan(given.config, given.gpu, given.gpus)
-    table = Table("", "what", "memory", title=f"{given.config.model} on {made.where}, {gib(made.total)}")
-    for who, what, size in made.lines:
-        table.add_row(who, what, size)
+    if options.gpus < 1:
+        raise RloraError(f"--gpus {options.gpus}: it must be 1 or more")
+    prediction = plan(options.config, options.gpu, options.gpus)
+    table = Table("", "what", "memory", title=f"{options.config.model} on {prediction.device}, {gib(prediction.total)}")
+    for process, part, size in prediction.lines:
+        table.add_row(process, part, size)
     Console().print(table)
-    where = ("on one card" if made.shared else "each on a card of its own") if made.on_gpu else "in RAM"
-    print(f"Learner and engine are {where}; {gib(made.total - made.taken)} are left.")
-    whole = sum(made.seconds.values())
-    phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in made.seconds.items())
+    placement = ("on one GPU" if prediction.shared else "each on its own GPU") if prediction.on_gpu else "in RAM"
+    print(f"Learner and engine are {placement}; {gib(prediction.total - prediction.used)} are left.")
+    seconds = sum(prediction.seconds.values())
+    phases = ", ".join(f"{name} {duration:.1f} s" for name, duration in prediction.seconds.items())
     print(
-        f"A step takes about {whole:.0f} s ({phases}), where completions are half as long as sampling.max_tokens on "
-        "average. Seconds are arithmetic, not a measurement."
+        f"A step takes about {seconds:.0f} s ({phases}), if completions are on average half as long as "
+        "sampling.max_tokens. The times are computed, not measured."
     )
-    if made.faults:
-        raise RloraError("this does not fit:\n" + "\n".join(made.faults))
+    if prediction.faults:
+        raise RloraError("the run does not fit:\n" + "\n".join(prediction.faults))

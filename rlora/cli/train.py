@@ -1,4 +1,4 @@
-"""`rlora train`: what a run starts with or goes on from, and the table at its end."""
+"""`rlora train`: trains a run, and prints the table at its end."""
 
 import math
 
@@ -8,36 +8,37 @@ from rlora.cli.overrides import parse_train
 from rlora.run.directory import check_free
 from rlora.run.source import reachable
 
-# torch, transformers and Ray take seconds to import: that waits until the command line is understood
+# torch, transformers and Ray take seconds to import, so they are imported after the command line is parsed
 
 
 _CLASS = "AutoModelForCausalLM.from_pretrained"
 
 
 def train_command(arguments: list[str]) -> None:
-    given = parse_train(arguments)
-    if given.run_dir and not given.resume:
-        check_free(reachable(given.run_dir), given.overwrite)  # before the seconds that the imports take
+    options = parse_train(arguments)
+    if options.run_dir and not options.resume:
+        check_free(reachable(options.run_dir), options.overwrite)  # before the slow imports
     from rlora.cluster.gauges import Gauges
     from rlora.run.prepare import is_finished, prepared
     from rlora.trackers.tracking import tracked
     from rlora.train import drive
 
-    with prepared(given.config, given.run_dir, given.resume, given.fork, given.overwrite, observers=[Gauges()]) as run:
+    origin = options.run_dir, options.resume, options.fork, options.overwrite
+    with prepared(options.config, *origin, observers=[Gauges()]) as run:
         try:
             # A finished run is not trained: its summary is printed again.
-            if not is_finished(run.place, run.config, run.start):
+            if not is_finished(run.path, run.config, run.start):
                 print("starting the engines and the learner, which takes half a minute or more", flush=True)
                 with tracked(run):
                     drive([run])
         except BaseException as error:
-            error.add_note(f"`rlora train --resume {run.place}` continues from the newest saved step")
+            error.add_note(f"`rlora train --resume {run.path}` continues from the newest saved step")
             raise
-        _report(run.place, run.task.base, run.config.learner.full_finetuning)
+        _report(run.path, run.task.base, run.config.learner.full_finetuning)
 
 
-def _report(run: UPath, base: str, whole: bool) -> None:
-    """The table at the end of a run, and what to do next."""
+def _report(run: UPath, base: str, full: bool) -> None:
+    """Print the table at the end of a run, and what to do next."""
     from rich.console import Console
     from rich.table import Column, Table
 
@@ -46,21 +47,21 @@ def _report(run: UPath, base: str, whole: bool) -> None:
 
     summary, figures = directory.summary(run), directory.figures(run)
     table = Table("", Column("", overflow="fold"), title="Result", show_header=False)
-    for when in ("before", "after"):
-        if (accuracy := summary.get(f"accuracy/{when}")) is not None:
-            ends = [summary.get(f"accuracy/{when}/{end}", math.nan) for end in ("low", "high")]
+    for moment in ("before", "after"):
+        if (accuracy := summary.get(f"accuracy/{moment}")) is not None:
+            ends = [summary.get(f"accuracy/{moment}/{end}", math.nan) for end in ("low", "high")]
             interval = Interval(accuracy, *ends)
-            table.add_row(f"accuracy {when} training", f"{interval}, {summary['accuracy/prompts']} held-out prompts")
-    trained = sum(line["time/step"] for line in figures)
-    table.add_row("training", f"{len(figures)} steps in {trained:.0f} s")
-    table.add_row("this process", f"{summary['time/total']:.0f} s, with the start and the evaluations")
-    kind = "all weights" if whole else "adapter"
+            table.add_row(f"accuracy {moment} training", f"{interval}, {summary['accuracy/prompts']} held-out prompts")
+    seconds = sum(line["time/step"] for line in figures)
+    table.add_row("training", f"{len(figures)} steps in {seconds:.0f} s")
+    table.add_row("total", f"{summary['time/total']:.0f} s, with start and evaluations")
+    kind = "all weights" if full else "adapter"
     table.add_row(kind, f"{summary['adapter/parameters']:,} parameters, {summary['adapter/bytes']:,} bytes")
     Console().print(table)
     path = summary["adapter/path"]
-    print(f"The {'model' if whole else 'adapter'} is in {path}. Evaluate it again, or train to N steps in all:")
-    print(f"  rlora eval {run}\n  rlora train --resume {run} --set steps=N")
-    if whole:
+    print(f"The {'model' if full else 'adapter'} is in {path}. Evaluate it again, or train to N steps in total:")
+    print(f"  rlora eval {run}\n  rlora train --resume {run} --steps=N")
+    if full:
         print(f"Load it:\n  from transformers import AutoModelForCausalLM\n  policy = {_CLASS}({path!r})")
         return
     print("Load it with PEFT:\n  from peft import PeftModel\n  from transformers import AutoModelForCausalLM")

@@ -1,5 +1,27 @@
-"""Starts the learners, the engines and the processes that score as Ray actors, and ends them all."""
+"""Starts the processes of a job as Ray actors, and ends them.
 
+Processes and threads of a job:
+
+    driver                     `rlora train` or `rlora sweep`
+     |    main thread          the loop                                                    train.py
+     |    agent loops          1 asyncio thread per policy: plays and scores prompts       rollout/player.py
+     |    fleet                1 thread for the engines' callbacks, 1 per engine start     rollout/fleet.py
+     |    checkpoint writers   1 thread per run while it writes a bundle                   run/writer.py
+     |    tracker readers      1 thread per tracker: reads its messages                    trackers/tracking.py
+     |
+     |-Ray--> learner actors   learner.concurrent groups of learner.replicas processes;    core/learner.py
+     |                         a group shares each update (all-reduce by gloo or NCCL)     cluster/ranks.py
+     |
+     |-Ray--> engine actors    engine.replicas, each with an asyncio loop that takes       cluster/actors.py
+     |                         calls, and 1 thread that builds and steps vLLM              engine/vllm_engine.py
+     |
+     |-Ray--> pool actors      scoring.replicas per distinct set of reward functions       scoring/pool.py
+     |         |-pipe--> reward processes: scoring.workers per pool, fed by 1 thread each  scoring/worker.py
+     |
+     |-pipe-> trackers         1 process per tracker: follows the run's directory          trackers/process.py
+"""
+
+import logging
 import signal
 import sys
 import time
@@ -18,7 +40,7 @@ from rlora import cards, machine
 from rlora.cards import LearnerMemory, MemoryPlan
 from rlora.cluster.actors import Remote, RemoteEngine, RemotePool, end_actors
 from rlora.cluster.joining import join_ray
-from rlora.cluster.ranks import Ranks, results_of, still_starting
+from rlora.cluster.ranks import Ranks, report_starting, wait_for_results
 from rlora.core.learner import Learner
 from rlora.records import Engine, RloraError
 from rlora.rollout.fleet import Fleet
@@ -27,132 +49,133 @@ from rlora.rollout.task import ServedPolicy
 from rlora.scoring.scoring import Scoring
 from rlora.settings import Config
 
-SHARED = (  # settings that a process has once
+_log = logging.getLogger(__name__)
+
+SHARED = (  # fields that all policies of a job share, because a process has them once
     "model", "dtype", "engine", "restarts", "learner.adapter", "learner.quantise", "learner.shard", "learner.replicas",
     "learner.concurrent", "learner.checkpointing", "learner.deterministic", "learner.threads", "learner.cpus",
     "learner.gpus",
 )  # fmt: skip
 ENGINE = "rlora.engine.vllm_engine:Engine"
-_START = 1800.0  # seconds in which an engine that replaces another has to be ready
+_START_TIMEOUT = 1800.0  # seconds for a replacement engine to start
 
 
-class _Crew:
-    """The actors of a job: makes engines and learners as the shared settings say, and ends them all."""
+class _Actors:
+    """The actors of a job: starts engines, learners and pools according to the shared config, and ends them all."""
 
-    def __init__(self, config: Config, base: str, versions: int, grows: bool) -> None:
+    def __init__(self, config: Config, base: str, slots: int, can_grow: bool) -> None:
         self.base = base
         self.remotes: list[Remote] = []
-        self.scorers: list[tuple[Any, list[RemotePool]]] = []  # by what they were set up with
-        self.packed: dict[int, PlacementGroup] = {}  # of learners, by their place; Ray removes them with the driver
-        self.over = False
+        self.pools_by_setup: list[tuple[Any, list[RemotePool]]] = []
+        self.placement_groups: dict[int, PlacementGroup] = {}  # by learner group; Ray removes them with the driver
+        self.is_closed = False
         gpus = ray.cluster_resources().get("GPU", 0)
         cards.check_cpu_is_intended(gpus, wanted=config.engine.gpus != 0 or config.learner.gpus != 0)
-        self.config = placed(config, gpus, grows)
+        self.config = assign_gpus(config, gpus, can_grow)
         self.cuda = max(float(self.config.engine.gpus), float(self.config.learner.gpus)) > 0
-        self.beside = MemoryPlan()
-        at_once = config.engine.replicas + (config.max_staleness > 0)  # processes that compute at the same time
-        self.share = max(1, machine.cores() // at_once)
-        self.put = lru_cache(maxsize=versions)(ray.put)
+        self.memory_plan = MemoryPlan()
+        busy = config.engine.replicas + (config.max_staleness > 0)  # processes that compute at the same time
+        self.cores_per_process = max(1, machine.cores() // busy)
+        self.put_adapter = lru_cache(maxsize=slots)(ray.put)
 
     def wait(self) -> None:
-        """Until all are built."""
-        results_of({remote.built: remote for remote in self.remotes}, still_starting)
+        """Wait until all actors have built their objects."""
+        wait_for_results({remote.built: remote for remote in self.remotes}, report_starting)
 
-    def engines(self, served: Sequence[ServedPolicy]) -> list[RemoteEngine]:
-        return [self.engine(served, number) for number in range(self.config.engine.replicas)]
+    def start_engines(self, served: Sequence[ServedPolicy]) -> list[RemoteEngine]:
+        return [self.start_engine(served, number) for number in range(self.config.engine.replicas)]
 
-    def look_at_cards(self, learners: Sequence[Ranks]) -> None:
-        """Have the learners compute their largest row, that engines know what is left of their cards."""
-        held: dict[str, LearnerMemory] = {}
-        for uuid, size in (each for ranks in learners for each in ranks.rehearse()):
-            before = held.get(uuid, LearnerMemory())
-            held[uuid] = LearnerMemory(before.bytes + size, before.gpus + float(self.config.learner.gpus))
-        self.beside = MemoryPlan(held)
+    def measure_learners(self, learners: Sequence[Ranks]) -> None:
+        """Let the learners compute their largest row, to find how much memory they leave on each GPU for engines."""
+        usage: dict[str, LearnerMemory] = {}
+        for uuid, size in (pair for ranks in learners for pair in ranks.rehearse()):
+            previous = usage.get(uuid, LearnerMemory())
+            usage[uuid] = LearnerMemory(previous.bytes + size, previous.gpus + float(self.config.learner.gpus))
+        self.memory_plan = MemoryPlan(usage)
 
-    def tell(self, learners: Sequence[Ranks], engines: Sequence[RemoteEngine]) -> None:
-        """Say what runs where; an engine that starts later gets as large a KV cache."""
-        about = [engine.about().result() for engine in engines]
+    def report(self, learners: Sequence[Ranks], engines: Sequence[RemoteEngine]) -> None:
+        """Print what runs where, and give engines that start later a KV cache of the same size."""
+        infos = [engine.about().result() for engine in engines]
         if self.cuda:
-            self.beside = replace(self.beside, kv_cache=min(each.kv_cache for each in about))
-        words = [*(ranks.about() for ranks in learners[:1]), *sorted({each.words for each in about})]
-        print("; ".join(words), flush=True)
+            self.memory_plan = replace(self.memory_plan, kv_cache=min(info.kv_cache for info in infos))
+        lines = [*(ranks.about() for ranks in learners[:1]), *sorted({info.description for info in infos})]
+        _log.info("; ".join(lines))
 
-    def engine(self, served: Sequence[ServedPolicy], number: int) -> RemoteEngine:
-        settings = self.config.engine
-        environment = machine.engine_environment(settings.threads or self.share, settings.kv_cache_gib or 2, self.cuda)
+    def start_engine(self, served: Sequence[ServedPolicy], number: int) -> RemoteEngine:
+        settings, threads = self.config.engine, self.config.engine.threads or self.cores_per_process
+        environment = machine.engine_environment(threads, settings.kv_cache_gib or 2, self.cuda)
         gpus = float(settings.gpus) * settings.tensor_parallel_size
-        options = _options(settings.cpus, gpus, environment, "SPREAD")
-        slots = _versions(served)
-        task, version = served[0].task, max(each.number for each in served)
-        made_of = self.config, self.base, task.chat.stop_token_ids, task.stop, slots, number, version, self.beside
-        made = RemoteEngine(self.put, f"engine {number}", options, ENGINE, *made_of)
-        self.remotes.append(made)
-        return made
+        options = _actor_options(settings.cpus, gpus, environment, "SPREAD")
+        task, slots, version = served[0].task, _total_slots(served), max(member.number for member in served)
+        arguments = self.config, self.base, task.chat.stop_token_ids, task.stop, slots, number, version
+        engine = RemoteEngine(self.put_adapter, f"engine {number}", options, ENGINE, *arguments, self.memory_plan)
+        self.remotes.append(engine)
+        return engine
 
-    def another_engine(self, served: Sequence[ServedPolicy], number: int) -> Engine:
-        """One that is ready, in place of one that died. Raises RloraError where it is not in time."""
-        if self.over:
-            raise RloraError("engine: the run is over")
-        made, deadline = self.engine(served, number), time.monotonic() + _START
+    def start_replacement(self, served: Sequence[ServedPolicy], number: int) -> Engine:
+        """Start an engine for one that died, and wait for it. Raises RloraError if it is not ready in time."""
+        if self.is_closed:
+            raise RloraError("engine: the run has ended")
+        engine, deadline = self.start_engine(served, number), time.monotonic() + _START_TIMEOUT
 
-        def late(remotes: list[Remote]) -> None:
-            still_starting(remotes)
+        def check_deadline(remotes: list[Remote]) -> None:
+            report_starting(remotes)
             if time.monotonic() > deadline:
-                raise RloraError(f"engine {number}: it was not ready after {_START:.0f} s")
+                raise RloraError(f"engine {number}: it was not ready after {_START_TIMEOUT:.0f} s")
 
         try:
-            results_of({made.built: made}, late)
+            wait_for_results({engine.built: engine}, check_deadline)
         except BaseException:
-            made.close()
+            engine.close()
             raise
-        return cast(Engine, made)
+        return cast(Engine, engine)
 
-    def learners(self, place: int = 0) -> list[Remote]:
-        """Those that share each update of the policies that are dealt to that place of `learner.concurrent`."""
+    def start_learners(self, group: int = 0) -> list[Remote]:
+        """Start the `learner.replicas` learners of a group. Policies are divided among `learner.concurrent` groups."""
         learner = self.config.learner
-        cores = self.share if self.config.max_staleness else machine.cores()
-        everyone = learner.replicas * learner.concurrent
+        cores = self.cores_per_process if self.config.max_staleness else machine.cores()
+        total = learner.replicas * learner.concurrent
         gpus = float(learner.gpus)
-        environment = machine.learner_environment(learner.threads or max(1, cores // everyone), gpus > 0)
-        options = _options(learner.cpus, gpus, environment, self._packed(place, learner.cpus, gpus))
-        made = []
-        for number in range(place * learner.replicas, (place + 1) * learner.replicas):
-            role = f"learner {number}" if everyone > 1 else "learner"
-            made.append(Remote(role, options, "rlora.core.learner:Learner", self.config, self.base))
-        self.remotes += made
-        return made
+        environment = machine.learner_environment(learner.threads or max(1, cores // total), gpus > 0)
+        options = _actor_options(learner.cpus, gpus, environment, self._placement(group, learner.cpus, gpus))
+        remotes = []
+        for number in range(group * learner.replicas, (group + 1) * learner.replicas):
+            role = f"learner {number}" if total > 1 else "learner"
+            remotes.append(Remote(role, options, "rlora.core.learner:Learner", self.config, self.base))
+        self.remotes += remotes
+        return remotes
 
-    def _packed(self, place: int, cpus: float, gpus: float) -> str | PlacementGroupSchedulingStrategy:
-        """What puts the learners that share each update on as few nodes as possible: they speak all the time.
+    def _placement(self, group: int, cpus: float, gpus: float) -> str | PlacementGroupSchedulingStrategy:
+        """Scheduling strategy that packs a group's learners on few nodes, because they communicate in every update.
 
-        Engines get no placement group, for they come and go one by one.
+        Engines have no placement group, because they start and end one by one.
         """
-        reserved = {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
-        if self.config.learner.replicas == 1 or not reserved:
+        resources = {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
+        if self.config.learner.replicas == 1 or not resources:
             return "DEFAULT"
-        if place not in self.packed:
-            self.packed[place] = placement_group([reserved] * self.config.learner.replicas, strategy="PACK")
-        return PlacementGroupSchedulingStrategy(self.packed[place])
+        if group not in self.placement_groups:
+            self.placement_groups[group] = placement_group([resources] * self.config.learner.replicas, strategy="PACK")
+        return PlacementGroupSchedulingStrategy(self.placement_groups[group])
 
     def pools(self, served: Sequence[ServedPolicy]) -> dict[str, list[RemotePool]]:
-        """What scores each policy's episodes: the same processes for those whose reward functions are set up alike."""
-        found: dict[str, list[RemotePool]] = {}
-        for each in served:
-            scoring, setup = each.config.scoring, each.task.scoring
+        """Each policy's reward pools. Policies whose reward functions have the same setup share them."""
+        by_policy: dict[str, list[RemotePool]] = {}
+        for member in served:
+            scoring, setup = member.config.scoring, member.task.scoring
             if not (setup.rewards or setup.env):
-                found[each.policy] = []
+                by_policy[member.policy] = []
                 continue
-            alike = setup, scoring.workers, scoring.cpus, scoring.replicas
-            pools = next((pools for another, pools in self.scorers if another == alike), None)
+            key = setup, scoring.workers, scoring.cpus, scoring.replicas
+            pools = next((pools for existing, pools in self.pools_by_setup if existing == key), None)
             if pools is None:
                 pools = [RemotePool(scoring.cpus, setup, scoring.workers) for _ in range(scoring.replicas)]
-                self.scorers.append((alike, pools))
+                self.pools_by_setup.append((key, pools))
                 self.remotes += pools
-            found[each.policy] = pools
-        return found
+            by_policy[member.policy] = pools
+        return by_policy
 
-    def end(self) -> None:
-        self.over = True
+    def close(self) -> None:
+        self.is_closed = True
         engines = [remote for remote in self.remotes if isinstance(remote, RemoteEngine)]
         closing = {remote: remote.closing for remote in engines if remote.closing}
         for thread in closing.values():
@@ -160,9 +183,8 @@ class _Crew:
         end_actors([remote for remote in self.remotes if remote not in closing])
 
 
-def _options(cpus: float, gpus: float, environment: Mapping[str, str], strategy: Any) -> dict[str, Any]:
-    """Those of a Ray actor."""
-    hidden = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}  # some versions of Ray leave the cards in sight
+def _actor_options(cpus: float, gpus: float, environment: Mapping[str, str], strategy: Any) -> dict[str, Any]:
+    hidden = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}  # some versions of Ray leave GPUs visible
     return {
         "num_cpus": cpus,
         "num_gpus": gpus,
@@ -171,46 +193,46 @@ def _options(cpus: float, gpus: float, environment: Mapping[str, str], strategy:
     }
 
 
-def versions_of(config: Config) -> int:
-    """How many versions of a policy are served at a time.
+def slots_needed(config: Config) -> int:
+    """Number of versions of a policy that an engine serves at a time.
 
-    The newest, as many before it as may be learned from, one that is on its way, and one that is evaluated meanwhile.
+    The newest one, `max_staleness` older ones, one that is being delivered, and one that is being evaluated.
     """
     return config.max_staleness + 2 + (config.evaluate.every > 0)
 
 
-def _versions(served: Sequence[ServedPolicy]) -> int:
-    return sum(versions_of(each.config) for each in served)
+def _total_slots(served: Sequence[ServedPolicy]) -> int:
+    return sum(slots_needed(member.config) for member in served)
 
 
 class Job:
-    """What a job has for its policies: learners, the fleet of engines, and a loop each that plays and scores prompts.
+    """The learners and the engine fleet of a job, and an agent loop per policy.
 
-    Policies may come and go. What is there at the same time has to fit what the job was started for.
+    Policies may join and leave. Those that are present at the same time must fit the slots the job was started with.
     """
 
-    def __init__(self, crew: _Crew, ranks: Sequence[Ranks], fleet: Fleet, slots: int) -> None:
-        self.fleet, self.slots, self.config = fleet, slots, crew.config
+    def __init__(self, actors: _Actors, ranks: Sequence[Ranks], fleet: Fleet, slots: int) -> None:
+        self.fleet, self.slots, self.config = fleet, slots, actors.config
         self.learners: dict[str, Ranks] = {}  # by policy
         self.loops: dict[str, AgentLoop] = {}
-        self._crew, self._ranks = crew, ranks
+        self._actors, self._ranks = actors, ranks
 
     @property
     def is_apart(self) -> bool:
-        """Whether each engine and learner has cards of its own, so that they can be busy at the same time."""
-        return self._crew.cuda and min(float(self.config.engine.gpus), float(self.config.learner.gpus)) >= 1
+        """Whether engines and learners have separate GPUs, so that they can compute at the same time."""
+        return self._actors.cuda and min(float(self.config.engine.gpus), float(self.config.learner.gpus)) >= 1
 
     def join(self, served: ServedPolicy) -> None:
-        """Have a learner, and a loop, for a policy, which may have been here before."""
+        """Assign a learner and an agent loop to a policy. It may have been in the job before."""
         policy = served.policy
-        scoring = Scoring(served.config, self._crew.pools([served])[policy], len(served.task.prompts))
+        scoring = Scoring(served.config, self._actors.pools([served])[policy], len(served.task.prompts))
         self.loops[policy] = AgentLoop(served.task, self.fleet, scoring, policy)
         if self._ranks:
-            dealt = list(self.learners.values())
-            self.learners[policy] = self.learners.get(policy) or min(self._ranks, key=dealt.count)
+            assigned = list(self.learners.values())
+            self.learners[policy] = self.learners.get(policy) or min(self._ranks, key=assigned.count)
 
     def leave(self, policy: str) -> None:
-        """End what plays a policy's prompts, and serve none of its versions."""
+        """End a policy's agent loop, and unload its versions from all engines."""
         self.fleet.leave(policy)
         self.learners.pop(policy).close(policy)
         self.loops.pop(policy).close()
@@ -218,34 +240,34 @@ class Job:
 
 @contextmanager
 def start(served: Sequence[ServedPolicy], learn: bool = True) -> Iterator[Job]:
-    """Start the learners (unless not `learn`), a fleet of `engine.replicas` engines, and what scores.
+    """Start the learners (unless `learn` is False), a fleet of `engine.replicas` engines, and the reward pools.
 
-    Ray places them all. Policies are dealt out among `learner.concurrent` learners, each of which is
-    `learner.replicas` processes that share every update. Joins the Ray cluster of this job or machine, or
-    starts one that ends with it. On leaving, however that comes about, every process is gone and so are its files in
-    RAM.
-    Raises RloraError where the policies differ in a setting that they share.
+    Joins the Ray cluster of this job or machine, or starts one that ends with the context. Policies are divided among
+    `learner.concurrent` groups of `learner.replicas` learners; a group shares each update. At the end of the context,
+    also after an error, all processes have ended and their files in RAM are removed.
+    Raises RloraError if the policies differ in a field that they have to share.
     """
     machine.check_ram_directory()
-    config = shared(served)
-    with _crew(config, served[0].task.base, _versions(served)) as crew:
+    config = shared_config(served)
+    with _start_actors(config, served[0].task.base, _total_slots(served)) as actors:
         count = min(config.learner.concurrent, len(served)) if learn else 0
-        made = [crew.learners(place) for place in range(count)]
-        engines = [] if crew.cuda else crew.engines(served)
-        crew.pools(served)
-        crew.wait()
-        ranks = [Ranks(partial(crew.learners, n), remotes, config.restarts) for n, remotes in enumerate(made)]
-        if crew.cuda:  # after the learners: vLLM takes for its own what a card loses while it starts
-            crew.look_at_cards(ranks)
-            engines = crew.engines(served)
-            crew.wait()
-        crew.tell(ranks, engines)
-        room, engine = 2 * config.engine.sequences(crew.cuda), partial(crew.another_engine, served)
-        fleet = Fleet(engine, cast(list[Engine], engines), room, config.engine.patience, config.restarts)
-        job = Job(crew, ranks, fleet, _versions(served))
+        groups = [actors.start_learners(group) for group in range(count)]
+        engines = [] if actors.cuda else actors.start_engines(served)
+        actors.pools(served)
+        actors.wait()
+        restarts = config.restarts
+        ranks = [Ranks(partial(actors.start_learners, n), remotes, restarts) for n, remotes in enumerate(groups)]
+        if actors.cuda:  # after the learners: vLLM counts memory that others take during its start as its own
+            actors.measure_learners(ranks)
+            engines = actors.start_engines(served)
+            actors.wait()
+        actors.report(ranks, engines)
+        room, replace_engine = 2 * config.engine.sequences(actors.cuda), partial(actors.start_replacement, served)
+        fleet = Fleet(replace_engine, cast(list[Engine], engines), room, config.engine.patience, restarts)
+        job = Job(actors, ranks, fleet, _total_slots(served))
         try:
-            for each in served:
-                job.join(each)
+            for member in served:
+                job.join(member)
             yield job
         finally:
             fleet.stop()
@@ -253,39 +275,40 @@ def start(served: Sequence[ServedPolicy], learn: bool = True) -> Iterator[Job]:
                 loop.close()
 
 
-def shared(served: Sequence[ServedPolicy]) -> Config:
-    """The settings of the job's processes: what all policies have in common, and the largest of what they need.
+def shared_config(served: Sequence[ServedPolicy]) -> Config:
+    """Config of the job's processes: the fields that all policies share, and the maximum of what they need.
 
-    Raises RloraError, naming the field, where two policies differ in what a process has once.
+    Raises RloraError, naming the field, if two policies differ in a field that they have to share.
     """
-    first, *others = served
-    for other in others:
+    first, *rest = served
+    for member in rest:
         for name in SHARED:
-            ours, theirs = (attrgetter(name)(each.config) for each in (first, other))
-            if ours != theirs:
+            expected, value = (attrgetter(name)(policy.config) for policy in (first, member))
+            if value != expected:
                 raise RloraError(
-                    f"{name} = {theirs!r} of {other.policy}: {first.policy} has {ours!r}, and policies that train "
-                    "together share it; give them the same, or train them one after the other"
+                    f"{name} = {value!r} of {member.policy}: {first.policy} has {expected!r}, and policies that train "
+                    "together share this field; set the same value, or train them one after the other"
                 )
-        if bool(other.config.max_staleness) != bool(first.config.max_staleness) and not first.config.learner.threads:
+        if bool(member.config.max_staleness) != bool(first.config.max_staleness) and not first.config.learner.threads:
             raise RloraError(
-                f"max_staleness = {other.config.max_staleness} of {other.policy}: {first.policy} has "
-                f"{first.config.max_staleness}, and by it the learner's threads are chosen, on which roundings depend; "
-                "set learner.threads for both"
+                f"max_staleness = {member.config.max_staleness} of {member.policy}: {first.policy} has "
+                f"{first.config.max_staleness}. Whether it is 0 decides the learner's default number of threads, which "
+                "affects rounding; set learner.threads for both"
             )
         if first.config.learner.full_finetuning:
             raise RloraError(
-                f'learner.adapter = "none": a learner has one policy then, and {first.policy} and {other.policy} are '
-                "two; train them one after the other"
+                f'learner.adapter = "none": a learner then trains one policy only, not both {first.policy} and '
+                f"{member.policy}; train them one after the other"
             )
-        if (names := [each.policy for each in served]).count(other.policy) > 1:
-            raise RloraError(f"policy {other.policy}: there are two of {names}; give each a name of its own")
-        if other.task.stop != first.task.stop:
+        if (names := [policy.policy for policy in served]).count(member.policy) > 1:
+            raise RloraError(f"policy {member.policy}: the name occurs twice in {names}; give each policy its own name")
+        if member.task.stop != first.task.stop:
             raise RloraError(
-                f"{other.policy}: its env or chat.stop ends a message with {list(other.task.stop)}, that of "
-                f"{first.policy} with {list(first.task.stop)}; policies that train together share it"
+                f"{member.policy}: its env or chat.stop ends messages with {list(member.task.stop)}, and that of "
+                f"{first.policy} with {list(first.task.stop)}; policies that train together share stop strings: set "
+                "the same ones, or train them one after the other"
             )
-    configs = [each.config for each in served]
+    configs = [member.config for member in served]
     learner = replace(
         first.config.learner,
         rank=max(config.learner.rank for config in configs),
@@ -297,61 +320,63 @@ def shared(served: Sequence[ServedPolicy]) -> Config:
     return replace(first.config, learner=learner, sampling=longest.sampling, max_staleness=staleness)
 
 
-def placed(config: Config, cluster_gpus: float, grows: bool = False) -> Config:
-    """With the GPUs that each engine and learner reserves. Raises RloraError for what can't be, such as more than there
-    are, unless the cluster `grows`."""
+def assign_gpus(config: Config, cluster_gpus: float, can_grow: bool = False) -> Config:
+    """Resolve `engine.gpus` and `learner.gpus`: what each engine (per tensor-parallel rank) and learner reserves.
+
+    Raises RloraError if that is impossible, or if the cluster has too few GPUs and can't grow.
+    """
     engine, learner = config.engine, config.learner
     learners, parts = learner.replicas * learner.concurrent, engine.tensor_parallel_size
     if not cluster_gpus:
         return replace(config, engine=replace(engine, gpus=0.0), learner=replace(learner, gpus=0.0))
     enough = engine.replicas * parts + learners <= cluster_gpus
-    of_learner = (1.0 if enough or learner.replicas > 1 else 0.5) if learner.gpus == "auto" else learner.gpus
-    of_engine = (1.0 if enough or parts > 1 else 0.5) if engine.gpus == "auto" else engine.gpus
-    if parts > 1 and of_engine < 1:
+    learner_gpus = (1.0 if enough or learner.replicas > 1 else 0.5) if learner.gpus == "auto" else learner.gpus
+    engine_gpus = (1.0 if enough or parts > 1 else 0.5) if engine.gpus == "auto" else engine.gpus
+    if parts > 1 and engine_gpus < 1:
         raise RloraError(
-            f"engine.gpus = {of_engine}: with engine.tensor_parallel_size = {parts} an engine takes whole cards; leave "
-            "engine.gpus out"
+            f"engine.gpus = {engine_gpus}: with engine.tensor_parallel_size = {parts} an engine takes whole GPUs; "
+            "leave engine.gpus out"
         )
-    if learner.replicas > 1 and 0 < of_learner < 1:
+    if learner.replicas > 1 and 0 < learner_gpus < 1:
         raise RloraError(
-            f"learner.gpus = {of_learner}: {learner.replicas} learners might share a GPU, and NCCL needs one for each; "
-            "leave learner.gpus out"
+            f"learner.gpus = {learner_gpus}: {learner.replicas} learners might share a GPU, and NCCL needs one per "
+            "process; leave learner.gpus out"
         )
-    needed = engine.replicas * parts * of_engine + learners * of_learner
-    if needed > cluster_gpus and not grows:
+    needed = engine.replicas * parts * engine_gpus + learners * learner_gpus
+    if needed > cluster_gpus and not can_grow:
         raise RloraError(
-            f"GPU: {engine.replicas} engines of {parts * of_engine:g} and {learners} learners of {of_learner:g} GPUs "
-            f"are {needed:g} in all, and Ray has {cluster_gpus:g}; lower engine.replicas, "
-            "engine.tensor_parallel_size or learner.replicas, or let them share cards by engine.gpus and learner.gpus"
+            f"GPU: engines need {engine.replicas} x {parts * engine_gpus:g} and learners {learners} x {learner_gpus:g} "
+            f"GPUs, {needed:g} in total, and Ray has {cluster_gpus:g}; lower engine.replicas, "
+            "engine.tensor_parallel_size or learner.replicas, or let them share GPUs by engine.gpus and learner.gpus"
         )
     return replace(
-        config, engine=replace(engine, gpus=float(of_engine)), learner=replace(learner, gpus=float(of_learner))
+        config, engine=replace(engine, gpus=float(engine_gpus)), learner=replace(learner, gpus=float(learner_gpus))
     )
 
 
 @contextmanager
 def learning(config: Config, base: str) -> Iterator[Learner]:
-    """The learner alone, in the environment that it has beside engines."""
-    with _crew(config, base) as crew:
-        learners = crew.learners()
-        crew.wait()
-        yield cast(Learner, Ranks(crew.learners, learners, config.restarts))
+    """Start learners without engines, in the environment that they have with engines."""
+    with _start_actors(config, base) as actors:
+        remotes = actors.start_learners()
+        actors.wait()
+        yield cast(Learner, Ranks(actors.start_learners, remotes, config.restarts))
 
 
 @contextmanager
-def _crew(config: Config, base: str, versions: int = 1) -> Iterator[_Crew]:
-    """A crew on a Ray cluster; on leaving all of it ends."""
-    ours = join_ray()
-    machine.on_signal(signal.SIGTERM, _end)  # `ray job stop` sends it; Ray's own handler cleans nothing up
-    crew = _Crew(config, base, versions, grows=not ours)  # others may have an autoscaler
+def _start_actors(config: Config, base: str, slots: int = 1) -> Iterator[_Actors]:
+    """Join or start a Ray cluster; at the end of the context, end all actors in it."""
+    is_local = join_ray()
+    machine.on_signal(signal.SIGTERM, _exit)  # sent by `ray job stop`; Ray's own handler cleans nothing up
+    actors = _Actors(config, base, slots, can_grow=not is_local)  # another cluster may have an autoscaler
     try:
-        yield crew
+        yield actors
     finally:
         with machine.undisturbed():
-            crew.end()
+            actors.close()
             ray.shutdown()
 
 
-def _end(*_: object) -> None:
-    print("rlora: ended by SIGTERM", file=sys.stderr, flush=True)
+def _exit(*_: object) -> None:
+    _log.warning("ended by SIGTERM")
     sys.exit(143)

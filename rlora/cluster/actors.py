@@ -1,6 +1,7 @@
-"""Plain objects in Ray actors, and how they are called and ended."""
+"""Ray actors that hold a plain object: how they are called, and how they are ended."""
 
 import asyncio
+import logging
 import os
 import socket
 import threading
@@ -27,51 +28,55 @@ POOL = "rlora.scoring.pool:Pool"
 
 
 class _Actor:
-    """Runs in a Ray actor's process and holds one plain object. Built by a call, so that its errors come back whole."""
+    """Holds one plain object in a Ray actor's process. `build` is a call, not __init__, so that errors keep their type.
 
-    def build(self, spec: str, *arguments: Any) -> None:
-        remove_leftovers()  # on each node where anything of a run is built
+    A call blocks the actor until the object's method returns.
+    """
+
+    def build(self, role: str, spec: str, *arguments: Any) -> None:
+        logging.basicConfig(format=f"{role}: %(message)s", level=logging.INFO)  # into Ray's log of this process
+        remove_leftovers()  # of killed processes on this node
         if ray.get_runtime_context().get_accelerator_ids().get("GPU"):
-            cards.check_usable()  # before anything goes to the CPU in its place
-        with _told_out_of_memory():
+            cards.check_usable()  # else torch would silently use the CPU
+        with _memory_advice():
             self.object = load("actor", spec)(*arguments)
 
-    def place(self) -> tuple[str, int]:
-        """The node and the process this is."""
+    def process(self) -> tuple[str, int]:
+        """Node id and pid."""
         return ray.get_runtime_context().get_node_id(), os.getpid()
 
     def address(self) -> str:
-        """A free port of this node, as host:port."""
+        """This node's address with a free port, as host:port."""
         with socket.socket() as free:
             free.bind(("", 0))
             return f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
 
     def call(self, method: str, *arguments: Any) -> Any:
-        with _told_out_of_memory():
+        with _memory_advice():
             return getattr(self.object, method)(*arguments)
 
 
 @contextmanager
-def _told_out_of_memory() -> Iterator[None]:
-    """Name the settings that help where a card's memory is not enough."""
+def _memory_advice() -> Iterator[None]:
+    """Turn torch's out-of-memory error into one that names the settings to change."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise RloraError(f"GPU: out of memory ({first_sentence(error)}). {cards.LESS}") from error
+        raise RloraError(f"GPU: out of memory ({first_sentence(error)}). {cards.MEMORY_ADVICE}") from error
 
 
 class _EngineActor(_Actor):
-    """Its calls return at once, in their order, and settle when the object's futures do."""
+    """An actor whose object returns futures. Calls start in order and do not block each other."""
 
     async def call(self, method: str, *arguments: Any) -> Any:
         return await asyncio.wrap_future(super().call(method, *arguments))
 
 
 class _PoolActor(_EngineActor):
-    """Where its process dies Ray builds it anew, and gives it again what it was at."""
+    """A pool of reward workers. If its process dies, Ray restarts it and retries its calls in flight."""
 
-    def __init__(self, *made_of: Any) -> None:
-        self.build(POOL, *made_of)
+    def __init__(self, *arguments: Any) -> None:
+        self.build("reward functions", POOL, *arguments)
 
 
 class LostError(RloraError):
@@ -79,69 +84,72 @@ class LostError(RloraError):
 
 
 class Remote:
-    """An actor that holds a plain object."""
+    """The driver's handle of an actor. `role` names it in messages."""
 
     kind: type[_Actor] = _Actor
-    lost: type[RloraError] = LostError
+    lost_error: type[RloraError] = LostError
 
     def __init__(self, role: str, options: Mapping[str, Any], spec: str, *arguments: Any):
         self.role: str = role
         self.actor = cast(Any, ray.remote(self.kind).options(**options).remote())
-        self.placed = self.actor.place.remote()
-        self.built = self.actor.build.remote(spec, *arguments)
+        self.process = self.actor.process.remote()
+        self.built = self.actor.build.remote(role, spec, *arguments)
 
     def wait(self, reference: Any) -> Any:
-        """What a call on it gives; raises the object's own error."""
+        """Wait for the result of a call. Raises the object's own error."""
         try:
             return ray.get(reference)
         except RayError as error:
-            raise self.own(error) from error  # which shows where, in the actor
+            raise self.cause(error) from error  # Ray's error has the traceback in the actor
 
-    def own(self, error: RayError) -> Exception:
-        """The object's error behind one of Ray's; `lost` where its process died."""
+    def cause(self, error: RayError) -> Exception:
+        """The object's error that Ray has wrapped, or `lost_error` if the process died."""
         if isinstance(error, RayTaskError):
             return cast(Exception, error.cause)
-        return self.lost(f"the process of the {self.role} died: {error}")
+        return self.lost_error(f"the process of the {self.role} died: {error}")
 
     def future(self, reference: Any) -> Future[Any]:
-        """Of what a call on it gives; it raises the object's own error."""
-        called: Future[Any] = Future()
+        """A future of a call's result. It raises the object's own error."""
+        future: Future[Any] = Future()
 
-        def settle(done: Future[Any]) -> None:
-            if error := done.exception():
-                called.set_exception(self.own(error) if isinstance(error, RayError) else error)
+        def settle(call: Future[Any]) -> None:
+            if error := call.exception():
+                future.set_exception(self.cause(error) if isinstance(error, RayError) else error)
             else:
-                called.set_result(done.result())
+                future.set_result(call.result())
 
         reference.future().add_done_callback(settle)
-        return called
+        return future
 
 
 class RemotePool(Remote):
-    """Processes that score, in an actor."""
+    """A pool of reward workers in an actor."""
 
-    def __init__(self, cpus: float, *made_of: Any) -> None:
+    def __init__(self, cpus: float, *arguments: Any) -> None:
         options = {"num_cpus": cpus, "scheduling_strategy": "SPREAD", "max_restarts": -1, "max_task_retries": -1}
         environment = {"env_vars": {"OMP_NUM_THREADS": "1"}}
         self.role = "reward functions"
-        self.actor = cast(Any, ray.remote(_PoolActor).options(**options, runtime_env=environment).remote(*made_of))
-        self.built = self.placed = self.actor.place.remote()
+        self.actor = cast(Any, ray.remote(_PoolActor).options(**options, runtime_env=environment).remote(*arguments))
+        self.built = self.process = self.actor.process.remote()
 
-    def do(self, of: RewardInput | EnvTurn) -> Future[Any]:
-        """`Pool.do`."""
-        return self.future(self.actor.call.remote("do", of))
+    def submit(self, request: RewardInput | EnvTurn) -> Future[Any]:
+        """`Pool.submit`."""
+        return self.future(self.actor.call.remote("submit", request))
 
 
 class RemoteEngine(Remote):
-    """An engine in an actor: a call returns a future. `share` puts an adapter into Ray's object store, once for all."""
+    """An engine in an actor. Its methods return futures.
+
+    `share` puts an adapter into Ray's object store, once for all engines.
+    """
 
     kind = _EngineActor
-    lost = EngineLostError
+    lost_error = EngineLostError
 
-    def __init__(self, share: Callable[[Adapter], Any], *made_of: Any) -> None:
+    def __init__(self, share: Callable[[Adapter], Any], *arguments: Any) -> None:
         self.share = share
         self.closing: threading.Thread | None = None
-        super().__init__(*made_of)
+        super().__init__(*arguments)
 
     def load(self, adapter: Adapter, oldest: int = 0, kept: int | None = None) -> Future[Receipt]:
         return self._call("load", self.share(adapter), oldest, kept)
@@ -158,16 +166,16 @@ class RemoteEngine(Remote):
 
 
 def end_actors(remotes: Sequence[Remote]) -> None:
-    """End actors, those that died too, and remove what killed processes leave in this machine's RAM file system."""
-    if not ray.is_initialized():  # it has ended meanwhile, and all of it
+    """End actors, dead ones included, and remove what killed processes have left in this machine's RAM file system."""
+    if not ray.is_initialized():  # Ray was shut down meanwhile, with all actors
         return
     with suppress(RayError):
-        here = ray.get_runtime_context().get_node_id()
+        this_node = ray.get_runtime_context().get_node_id()
         pids = []
         for remote in remotes:
             with suppress(RayError):  # it never ran
-                node, pid = ray.get(remote.placed, timeout=1)
-                pids += [pid] if node == here else []
+                node, pid = ray.get(remote.process, timeout=1)
+                pids += [pid] if node == this_node else []
         ray.wait([remote.actor.call.remote("close") for remote in remotes], num_returns=len(remotes), timeout=2)
         for remote in remotes:
             ray.kill(remote.actor)

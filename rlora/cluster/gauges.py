@@ -1,4 +1,4 @@
-"""The figures of runs as Ray's own metrics, for its dashboard and Prometheus."""
+"""Metrics of runs as Ray metrics, for Ray's dashboard and Prometheus."""
 
 import re
 from collections.abc import Mapping
@@ -10,13 +10,13 @@ from rlora.run.run import Run
 
 
 class Gauges:
-    """An observer that sets a gauge per figure: `reward/mean` is rlora_reward_mean, tagged with the run."""
+    """An observer that sets one gauge per metric: `reward/mean` becomes rlora_reward_mean, tagged with the run."""
 
     def __init__(self) -> None:
         self._gauges: dict[str, Gauge] = {}
 
     def on_step(self, run: Run, figures: Mapping[str, Any]) -> None:
-        """Set them."""
+        """Set the gauges of numeric metrics."""
         for name, value in figures.items():
             if isinstance(value, int | float):
                 if name not in self._gauges:

@@ -1,4 +1,4 @@
-"""Jobs on a Ray cluster: submitted, followed, stopped and listed over the cluster's own API."""
+"""Submits, follows, stops and lists jobs of a Ray cluster, through Ray's job submission API."""
 
 import asyncio
 import os
@@ -20,13 +20,13 @@ from rlora.records import RloraError
 
 OLDEST_RAY = "2.50"  # as in pyproject.toml
 _EXCLUDED = [".git", ".venv", "runs", "**/__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache"]
-_KIND = {"made_by": "rlora"}  # in the metadata of each job, by which they are listed
-_ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # Ray's client takes these before the address that it is given
+_KIND = {"made_by": "rlora"}  # in the metadata of every submitted job; `jobs` lists jobs by it
+_ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # in Ray's client they take precedence over its argument
 
 
 @dataclass(frozen=True)
-class Listed:
-    """A job of the cluster."""
+class JobInfo:
+    """A line of `rlora jobs`."""
 
     id: str
     status: str
@@ -34,131 +34,131 @@ class Listed:
     command: str
 
 
-class Job:
-    """A job that was submitted, by this process or another."""
+class SubmittedJob:
+    """A job on a cluster. `cluster` is the cluster's name in error messages."""
 
-    def __init__(self, where: str, client: JobSubmissionClient, id: str) -> None:
-        self.where, self._client, self.id = where, client, id
+    def __init__(self, cluster: str, client: JobSubmissionClient, id: str) -> None:
+        self.cluster, self._client, self.id = cluster, client, id
 
-    def follow(self, tell: Callable[[str], object]) -> str:
-        """Hand on what the job prints until its end; return why it did not succeed, empty where it did.
+    def follow(self, write: Callable[[str], object]) -> str:
+        """Pass the job's output to `write` until it ends. Returns the reason of a failure, empty for success.
 
-        Raises RloraError where the connection breaks off before the job has ended.
+        Raises RloraError if the connection is lost before the job has ended.
         """
 
         async def read() -> None:
             async for text in self._client.tail_job_logs(self.id):
-                tell(text)
+                write(text)
 
-        broken = "its end was not told"
+        reason = "the output stopped"
         try:
             asyncio.run(read())
         except RuntimeError as error:
-            broken = first_sentence(error)
-        with _told(self.where):
+            reason = first_sentence(error)
+        with _cluster_errors(self.cluster):
             info = self._client.get_job_info(self.id)
         if not info.status.is_terminal():
-            raise RloraError(f"{self.where}: the connection to job {self.id} broke off ({broken}); follow it again")
+            raise RloraError(f"{self.cluster}: the connection to job {self.id} was lost ({reason}); follow it again")
         if info.status == JobStatus.SUCCEEDED:
             return ""
         return f"{info.status.value.lower()}" + (f": {info.message.strip()}" if info.message else "")
 
     def stop(self) -> bool:
-        """Ask it to end; return whether it was running. A run saves what it has."""
-        with _told(self.where):
+        """Ask the job to end; return whether it was running. A run in it saves its state."""
+        with _cluster_errors(self.cluster):
             return bool(self._client.stop_job(self.id))
 
 
 def submit(
     command: Sequence[str], address: str | None, directory: Path, cpus: float, gpus: float, name: str | None,
     metadata: Mapping[str, str],
-) -> Job:  # fmt: skip
-    """Have a command run on the cluster, in a copy of `directory`. `cpus` and `gpus` are for its own process.
+) -> SubmittedJob:  # fmt: skip
+    """Submit a command to the cluster, to run in a copy of `directory`. `cpus` and `gpus` are for its own process.
 
-    Raises RloraError where the cluster does not answer, or does not take the directory.
+    Raises RloraError if the cluster does not answer, or rejects the directory.
     """
-    client, where = _client(address)
+    client, cluster = _client(address)
     environment: dict[str, Any] = {"working_dir": str(directory), "excludes": _EXCLUDED}
     try:
-        made = client.submit_job(
+        id = client.submit_job(
             entrypoint=shlex.join(command), runtime_env=environment, submission_id=name,
             metadata={**_KIND, **metadata}, entrypoint_num_cpus=cpus, entrypoint_num_gpus=gpus,
         )  # fmt: skip
     except Exception as error:
-        why = str(error).strip(" .\n").splitlines()[-1]  # of a traceback of the cluster's, its error
-        if re.search(r"exceed|too ?large", why, re.IGNORECASE):
+        reason = str(error).strip(" .\n").splitlines()[-1]  # may be a traceback from the cluster: keep its error
+        if re.search(r"exceed|too ?large", reason, re.IGNORECASE):
             raise RloraError(
-                f"--working-dir {directory}: Ray takes 100 MiB at most ({why}); name what need not go along in a "
-                ".gitignore or .rayignore there, or submit from a smaller directory"
+                f"--working-dir {directory}: Ray accepts at most 100 MiB ({reason}); exclude files by a .gitignore or "
+                ".rayignore in it, or submit from a smaller directory"
             ) from error
-        raise RloraError(f"{where}: it has not taken the job: {why}") from error
-    return Job(where, client, made)
+        raise RloraError(f"{cluster}: it rejected the job: {reason}") from error
+    return SubmittedJob(cluster, client, id)
 
 
-def job(id: str, address: str | None) -> Job:
-    """A job that was submitted before. Raises RloraError where there is none."""
-    client, where = _client(address)
-    with _told(where):
-        found = {each.submission_id for each in client.list_jobs()}
-    if id not in found:
-        raise RloraError(f"{id}: {where} has no such job; `rlora jobs` lists them")
-    return Job(where, client, id)
+def job(id: str, address: str | None) -> SubmittedJob:
+    """A job that was submitted earlier. Raises RloraError if the cluster has no such job."""
+    client, cluster = _client(address)
+    with _cluster_errors(cluster):
+        ids = {details.submission_id for details in client.list_jobs()}
+    if id not in ids:
+        raise RloraError(f"{id}: {cluster} has no such job; `rlora jobs` lists them")
+    return SubmittedJob(cluster, client, id)
 
 
-def jobs(address: str | None) -> list[Listed]:
-    """Those that rlora has submitted to a cluster, the newest first."""
-    client, where = _client(address)
-    with _told(where):
-        found = [each for each in client.list_jobs() if (each.metadata or {}).items() >= _KIND.items()]
-    found.sort(key=lambda each: each.start_time or 0, reverse=True)
+def jobs(address: str | None) -> list[JobInfo]:
+    """The jobs that `rlora submit` has sent to a cluster, newest first."""
+    client, cluster = _client(address)
+    with _cluster_errors(cluster):
+        submitted = [details for details in client.list_jobs() if (details.metadata or {}).items() >= _KIND.items()]
+    submitted.sort(key=lambda details: details.start_time or 0, reverse=True)
     return [
-        Listed(
-            each.submission_id or "", str(each.status.value),
-            datetime.fromtimestamp((each.start_time or 0) / 1000).isoformat(" ", "seconds"), each.entrypoint,
+        JobInfo(
+            details.submission_id or "", str(details.status.value),
+            datetime.fromtimestamp((details.start_time or 0) / 1000).isoformat(" ", "seconds"), details.entrypoint,
         )
-        for each in found
+        for details in submitted
     ]  # fmt: skip
 
 
 def _client(address: str | None) -> tuple[JobSubmissionClient, str]:
-    """A connection to the cluster, and what it is called in errors.
+    """A connection to the cluster, and the cluster's name for error messages.
 
-    Raises RloraError where it does not answer, or where its Ray is too old.
+    Raises RloraError if the cluster does not answer, or if its Ray is too old.
     """
     variable = next((name for name in _ADDRESSES if os.environ.get(name)), None)
-    set_by = f"{variable} = {os.environ[variable]}" if variable else "no --address is given, and no cluster runs here"
-    where = f"--address {address}" if address else set_by
+    default = f"{variable} = {os.environ[variable]}" if variable else "no --address is set, and no cluster runs here"
+    cluster = f"--address {address}" if address else default
     try:
-        with _without(_ADDRESSES if address else ()):
+        with _without_variables(_ADDRESSES if address else ()):
             client = JobSubmissionClient(address)
     except Exception as error:
         raise RloraError(
-            f"{where}: {first_sentence(error)}; give http://HOST:8265 of the head node's dashboard (this is Ray "
-            f"{ray.__version__}; a cluster of an older release may not speak with it)"
+            f"{cluster}: {first_sentence(error)}; give http://HOST:8265 of the head node's dashboard (this is Ray "
+            f"{ray.__version__}; it may be incompatible with a cluster of an older release)"
         ) from error
-    there = getattr(client, "_server_ray_version", None)
-    if there and Version(there) < Version(OLDEST_RAY):
+    cluster_version = getattr(client, "_server_ray_version", None)
+    if cluster_version and Version(cluster_version) < Version(OLDEST_RAY):
         raise RloraError(
-            f"{where}: the cluster runs Ray {there}, and rlora needs {OLDEST_RAY} or later; install Ray "
-            f"{ray.__version__}, as here, on its nodes"
+            f"{cluster}: the cluster runs Ray {cluster_version}, and rlora needs {OLDEST_RAY} or later; install Ray "
+            f"{ray.__version__}, as on this machine, on its nodes"
         )
-    return client, where if address or variable else "the cluster of this machine"
+    return client, cluster if address or variable else "the cluster of this machine"
 
 
 @contextmanager
-def _without(names: Sequence[str]) -> Iterator[None]:
-    """Without some variables of the environment."""
-    taken = {name: os.environ.pop(name) for name in names if name in os.environ}
+def _without_variables(names: Sequence[str]) -> Iterator[None]:
+    """Remove environment variables for the duration of a block."""
+    removed = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield
     finally:
-        os.environ.update(taken)
+        os.environ.update(removed)
 
 
 @contextmanager
-def _told(where: str) -> Iterator[None]:
-    """Raises RloraError for what a call of the cluster raises."""
+def _cluster_errors(cluster: str) -> Iterator[None]:
+    """Turn errors of a call to the cluster into RloraError."""
     try:
         yield
     except Exception as error:
-        raise RloraError(f"{where}: {first_sentence(error)}; try again once its dashboard answers") from error
+        raise RloraError(f"{cluster}: {first_sentence(error)}; try again once its dashboard answers") from error

@@ -1,4 +1,4 @@
-"""Joins a Ray cluster, and says in a sentence why that is not possible."""
+"""Joins or starts a Ray cluster, and reports in one sentence if that fails."""
 
 import logging
 import os
@@ -13,49 +13,51 @@ from ray.exceptions import AuthenticationError
 
 from rlora.records import RloraError
 
-_ANSWER = 10.0  # seconds in which the head of a cluster has to take a connection
-_ADDRESS = "give HOST:PORT of the head node, as `ray start --head` prints it, or local for a cluster of this run's own"
+_TIMEOUT = 10.0  # seconds for the head node to accept a connection
+_ADDRESS = "give HOST:PORT of the head node, as `ray start --head` prints it, or local for this run's own cluster"
 _GONE = "if that cluster has ended, `ray stop` forgets it; RAY_ADDRESS=local starts one for this run"
 
 
 def join_ray() -> bool:
-    """Join the Ray cluster of this job or machine, or start one; returns whether it is this process's own. Raises
-    RloraError, in a sentence, where it can't."""
+    """Join the Ray cluster of this job or machine, or start one. Returns whether it was started.
+
+    Raises RloraError with a message of one sentence if that fails.
+    """
     if ray.is_initialized():
         raise RloraError(
-            "Ray: this process is connected already, by ray.init() or by another job of rlora; end that job first, or "
+            "Ray: this process is already connected, by ray.init() or by another job of rlora; end that job first, or "
             "call ray.shutdown()"
         )
-    asked = os.environ.get("RAY_ADDRESS", "")
-    address = asked or ray._private.utils.read_ray_address() or "local"  # what `ray start` has left word of
-    where = f"RAY_ADDRESS = {asked!r}" if asked else f"the cluster at {address} that `ray start` began"
+    setting = os.environ.get("RAY_ADDRESS", "")
+    address = setting or ray._private.utils.read_ray_address() or "local"  # from a file that `ray start` writes
+    source = f"RAY_ADDRESS = {setting!r}" if setting else f"the cluster at {address} that `ray start` began"
     if not address.startswith("ray://") and address not in ("auto", "local"):
-        _check_answers(address, where)
+        _check_connection(address, source)
     try:
-        with _patience_of_ray(address):
+        with _single_attempt(address):
             ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
         ray.shutdown()
         if address == "local":
             raise RloraError(f"Ray: no cluster could be started: {first_sentence(error)}") from error
-        raise RloraError(f"Ray: {where}: {_reason(error)}") from error
+        raise RloraError(f"Ray: {source}: {_reason(error)}") from error
     return address == "local"
 
 
-def _check_answers(address: str, where: str) -> None:
-    """Ray itself waits for minutes where nothing answers."""
+def _check_connection(address: str, source: str) -> None:
+    """Raise RloraError if nothing accepts connections at `address`. Ray itself would wait for minutes."""
     host, _, port = address.rpartition(":")
     if not host.strip() or "/" in host or not port.isdecimal() or int(port) > 65535:
-        raise RloraError(f"Ray: {where} is no address; {_ADDRESS}")
+        raise RloraError(f"Ray: {source} is no address; {_ADDRESS}")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_TIMEOUT).close()
     except OSError as error:
-        raise RloraError(f"Ray: {where}: nothing answers there ({error.strerror or error}); {_GONE}") from error
+        raise RloraError(f"Ray: {source}: nothing answers there ({error.strerror or error}); {_GONE}") from error
 
 
 @contextmanager
-def _patience_of_ray(address: str) -> Iterator[None]:
-    """One attempt, of half a minute, to join a cluster: Ray makes twenty of them."""
+def _single_attempt(address: str) -> Iterator[None]:
+    """Limit Ray to one attempt of half a minute to join a cluster, instead of twenty."""
     name = "RAY_gcs_server_port_wait_time_s"
     if address == "local" or name in os.environ:
         yield
@@ -68,28 +70,29 @@ def _patience_of_ray(address: str) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """Why Ray could not be joined, and what to do, in a sentence."""
-    told, cause = "", cast(BaseException | None, error)
+    """One sentence: why Ray could not be joined, and the fix."""
+    text, cause = "", cast(BaseException | None, error)
     while cause:
-        told, cause = f"{told}\n{cause}", cause.__cause__ or cause.__context__
-    versions = re.findall(r"^ *(?:Ray|Python): (\S+)$", told, re.MULTILINE)
-    if "Version mismatch" in told and len(versions) >= 4:
+        text, cause = f"{text}\n{cause}", cause.__cause__ or cause.__context__
+    versions = re.findall(r"^ *(?:Ray|Python): (\S+)$", text, re.MULTILINE)
+    if "Version mismatch" in text and len(versions) >= 4:
         return (
             f"it runs Ray {versions[0]} on Python {versions[1]}, and this process Ray {versions[2]} on Python "
-            f"{versions[3]}; use the same versions in both, or RAY_ADDRESS=local for a cluster of this run's own"
+            f"{versions[3]}; use the same versions in both, or RAY_ADDRESS=local for this run's own cluster"
         )
     if isinstance(error, AuthenticationError) or re.search(
-        r"unauthenticated|authentication token", told, re.IGNORECASE
+        r"unauthenticated|authentication token", text, re.IGNORECASE
     ):
         return (
-            "it wants a token, and this process has none or another; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
-            "RAY_AUTH_TOKEN_PATH to what `ray get-auth-token` prints on its head node"
+            "it wants a token, and this process has none or a different one; set RAY_AUTH_MODE=token, and "
+            "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to what `ray get-auth-token` prints on its head node"
         )
-    if "Failed to connect" in told:
-        return f"what answers there is no head node that Ray {ray.__version__} can speak with; {_GONE}"
+    if "Failed to connect" in text:
+        return f"the server there is not a head node that Ray {ray.__version__} can connect to; {_GONE}"
     return f"{first_sentence(error)}; {_GONE}"
 
 
 def first_sentence(error: BaseException) -> str:
+    """First sentence or line of the message; the error's type if it has no message."""
     first = re.split(r"\.\s|\n", str(error).strip(), maxsplit=1)[0].rstrip(".")
     return first or type(error).__name__

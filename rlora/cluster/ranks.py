@@ -1,5 +1,6 @@
-"""Learners that share each update, seen as one that outlives their processes."""
+"""Learner processes that share each update, as one learner that survives their deaths."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,89 +19,91 @@ from rlora.core.optimizer import Adam, StepStats
 from rlora.core.setup import Setup
 from rlora.records import Adapter, Group, UpdateStats
 
-_PATIENCE = 30.0  # seconds until we say that Ray has found no place for an actor
+_log = logging.getLogger(__name__)
+
+_PATIENCE = 30.0  # seconds without a result after which `wait_for_results` reports
 
 
 @dataclass
-class _Held:
-    """What a policy is made of again where a learner dies."""
+class _Backup:
+    """What restores a policy after a learner has died."""
 
     setup: Setup
-    saved: bytes | None  # its last state, or what it was opened with; None while it is fresh
-    is_own: bool = False  # the state is what the learner says today: another release may name its tensors otherwise
-    added: list[list[tuple[Any, ...]]] = field(default_factory=list)  # the `forward_backward` calls since
+    state: bytes | None  # after its last update or step, or the state that it was opened with; None: a new policy
+    is_current_format: bool = False  # this release wrote `state`; older ones name tensors differently
+    accumulated: list[list[tuple[Any, ...]]] = field(default_factory=list)  # `forward_backward` calls since `state`
 
 
 class Ranks:
     """A group of data-parallel learner processes with the interface of `Learner`.
 
-    Calls that change a policy go to every process, and the result of the first is returned. Where one dies, all are
-    made anew by `make`, each policy goes on from its last state, gradients that were added up since are computed again,
-    and the call is made again; after `restarts` times in a row its error is raised.
+    Calls that change a policy go to every process, and the result of the first is returned. If a process dies, `create`
+    starts a new group, each policy is restored from its last state, gradients accumulated since then are computed
+    again, and the call is repeated. After `restarts` consecutive deaths the error is raised.
     """
 
-    def __init__(self, make: Callable[[], list[Remote]], remotes: list[Remote], restarts: int) -> None:
-        self._make, self._remotes, self._restarts = make, remotes, restarts
-        self._out_of_step = False  # one has died, or an error of one may have left others in the midst of a call
-        self._held: dict[str, _Held] = {}
+    def __init__(self, create: Callable[[], list[Remote]], remotes: list[Remote], restarts: int) -> None:
+        self._create, self._remotes, self._restarts = create, remotes, restarts
+        self._is_broken = False  # a process died, or an error in one may have left the others inside a call
+        self._backups: dict[str, _Backup] = {}
         self._join()
 
     def open(self, policy: str, setup: Setup, saved: bytes | None = None) -> Adapter:
         adapter: Adapter = self._call(partial(self._on_all, "open", policy, ray.put(setup), ray.put(saved)))
-        self._held[policy] = _Held(setup, saved)
+        self._backups[policy] = _Backup(setup, saved)
         return adapter
 
     def close(self, policy: str) -> None:
-        """`Learner.close` on all, which is not waited for: calls reach them in their order."""
-        self._held.pop(policy, None)
-        if not self._out_of_step:  # else they are made anew without it
+        """`Learner.close` on all, without waiting: a learner's calls run in order."""
+        self._backups.pop(policy, None)
+        if not self._is_broken:  # else the next group is created without the policy
             self._on_all("close", policy)
 
     def rehearse(self) -> list[tuple[str, int]]:
         """`Learner.rehearse` on each."""
-        held: list[tuple[str, int]] = self._call(partial(self._on_each, "rehearse", [()] * len(self._remotes)))
-        return held
+        sizes: list[tuple[str, int]] = self._call(partial(self._on_each, "rehearse", [()] * len(self._remotes)))
+        return sizes
 
     def about(self) -> str:
-        """`Learner.about`, of the first."""
-        words: str = self._call(partial(self._on_first, "about"))
-        return words
+        """`Learner.about` of the first."""
+        text: str = self._call(partial(self._on_first, "about"))
+        return text
 
     def update(self, policy: str, groups: Sequence[Group]) -> tuple[Adapter, UpdateStats]:
-        """`Learner.update` on all; the state after it is kept too, so that what is returned is never lost."""
+        """`Learner.update` on all. The state after it is saved before it returns, so that a death can't undo it."""
         return self.start_update(policy, groups)()
 
     def start_update(self, policy: str, groups: Sequence[Group]) -> Callable[[], tuple[Adapter, UpdateStats]]:
-        """The same, which goes on meanwhile: call what is returned to wait for it."""
-        return self._stepped(policy, "update", ray.put(groups))
+        """Start `update` without blocking. The returned function waits for its result."""
+        return self._change(policy, "update", ray.put(groups))
 
     def forward(self, policy: str, groups: Groups, reference: bool = False) -> list[list[Tensor]]:
-        """`Learner.forward`, the groups dealt out."""
-        calls = [(policy, part, reference) for part in self._dealt(groups)]
-        return _joined(self._call(partial(self._on_each, "forward", calls)))
+        """`Learner.forward`, with the groups divided among the learners."""
+        calls = [(policy, part, reference) for part in self._divide(groups)]
+        return _merge(self._call(partial(self._on_each, "forward", calls)))
 
     def forward_backward(self, policy: str, groups: Groups, loss: Loss) -> ForwardBackwardOutput:
-        """`Learner.forward_backward`, the groups dealt out."""
-        shared = ray.put(loss)  # as it is now, should it have to be sent once more
-        calls = [(policy, part, shared) for part in self._dealt(groups)]
+        """`Learner.forward_backward`, with the groups divided among the learners."""
+        loss_ref = ray.put(loss)  # a copy, so that a repeated call uses the loss as it is now
+        calls = [(policy, part, loss_ref) for part in self._divide(groups)]
         try:
-            computed = self._call(partial(self._on_each, "forward_backward", calls))
+            outputs = self._call(partial(self._on_each, "forward_backward", calls))
         except Exception:
-            self._held[policy].added.clear()  # as the learners' own gradients
+            self._backups[policy].accumulated.clear()  # the learners drop their gradients too
             raise
-        self._held[policy].added.append(calls)
-        return ForwardBackwardOutput(computed[0].sums, _joined([each.outputs for each in computed]))
+        self._backups[policy].accumulated.append(calls)
+        return ForwardBackwardOutput(outputs[0].sums, _merge([output.outputs for output in outputs]))
 
     def optim_step(self, policy: str, adam: Adam) -> StepStats:
-        """`Learner.optim_step` on all; the state after it is kept too."""
-        stats: StepStats = self._stepped(policy, "optim_step", adam)()
+        """`Learner.optim_step` on all. The state after it is saved too."""
+        stats: StepStats = self._change(policy, "optim_step", adam)()
         return stats
 
     def next_version(self, policy: str) -> Adapter:
-        """`Learner.next_version` on all; the state after it is kept too."""
-        added = self._held[policy].added
-        adapter: Adapter = self._stepped(policy, "next_version")()
-        self._held[policy].added = added
+        """`Learner.next_version` on all. The state after it is saved too."""
+        accumulated = self._backups[policy].accumulated
+        adapter: Adapter = self._change(policy, "next_version")()
+        self._backups[policy].accumulated = accumulated
         return adapter
 
     def adapter(self, policy: str) -> Adapter:
@@ -108,88 +111,88 @@ class Ranks:
         return adapter
 
     def state(self, policy: str) -> bytes:
-        held = self._held[policy]
-        if held.saved is None or not held.is_own:
-            held.saved, held.is_own = self._call(partial(self._on_first, "state", policy)), True
-        return held.saved
+        backup = self._backups[policy]
+        if backup.state is None or not backup.is_current_format:
+            backup.state, backup.is_current_format = self._call(partial(self._on_first, "state", policy)), True
+        return backup.state
 
-    def _stepped(self, policy: str, method: str, *arguments: Any) -> Callable[[], Any]:
-        """The result of a call on all that changes a policy, whose state after it is kept."""
+    def _change(self, policy: str, method: str, *arguments: Any) -> Callable[[], Any]:
+        """Call a method that changes a policy. The returned function waits for the result and saves the state."""
 
         def send() -> Callable[[], tuple[Any, bytes]]:
-            changed, state = self._on_all(method, policy, *arguments), self._on_first("state", policy)
-            return lambda: (changed(), state())
+            output, state = self._on_all(method, policy, *arguments), self._on_first("state", policy)
+            return lambda: (output(), state())
 
-        waited = self._begin(send)
+        wait = self._start(send)
 
         def result() -> Any:
             try:
-                made, saved = waited()
+                output, saved = wait()
             except Exception:
-                self._out_of_step = True  # it may have changed the policy before it failed
+                self._is_broken = True  # the policy may have changed before the error
                 raise
-            self._held[policy] = _Held(self._held[policy].setup, saved, is_own=True)
-            return made
+            self._backups[policy] = _Backup(self._backups[policy].setup, saved, is_current_format=True)
+            return output
 
         return result
 
-    def _dealt(self, groups: Groups) -> list[Any]:
-        """Each learner's part: all groups, without the samples of those that are another's."""
+    def _divide(self, groups: Groups) -> list[Any]:
+        """Each learner's groups: the list of all groups, in which those of other learners are empty."""
         sizes = [sum(sample.length for sample in group) for group in groups]
         return [
-            ray.put([group if place in part else [] for place, group in enumerate(groups)])
-            for part in map(set, shares(sizes, len(self._remotes)))
+            ray.put([group if index in indices else [] for index, group in enumerate(groups)])
+            for indices in map(set, shares(sizes, len(self._remotes)))
         ]
 
     def _call(self, send: Callable[[], Callable[[], Any]]) -> Any:
-        return self._begin(send)()
+        return self._start(send)()
 
-    def _begin(self, send: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
-        """Send calls; what is returned waits for their results, and sends them once more where a learner has died."""
-        sent = None if self._out_of_step else (self._remotes, send())
+    def _start(self, send: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
+        """Send calls. The returned function waits for their results, and sends them again if a learner has died."""
+        calls = None if self._is_broken else (self._remotes, send())
 
         def result() -> Any:
-            nonlocal sent
+            nonlocal calls
             deaths = 0
             while True:
                 try:
-                    if self._out_of_step:
-                        self._make_anew()
-                    if sent is None or sent[0] is not self._remotes:
-                        sent = self._remotes, send()
-                    return sent[1]()
+                    if self._is_broken:
+                        self._restart()
+                    if calls is None or calls[0] is not self._remotes:
+                        calls = self._remotes, send()
+                    return calls[1]()
                 except Exception as error:
-                    died = isinstance(error, LostError) or self._one_died()
-                    self._out_of_step |= died or len(self._remotes) > 1
-                    deaths += died
-                    if not died or deaths > self._restarts:
+                    is_death = isinstance(error, LostError) or self._has_died()
+                    self._is_broken |= is_death or len(self._remotes) > 1
+                    deaths += is_death
+                    if not is_death or deaths > self._restarts:
                         raise
-                    print(f"{error}\nIt is started again, and goes on from its last state.", flush=True)
+                    _log.warning("%s\nIt is started again, and continues from its last state.", error)
 
         return result
 
-    def _one_died(self) -> bool:
-        """Whether an error of one learner is that another is gone: it hears of that before Ray does."""
+    def _has_died(self) -> bool:
+        """Whether a learner has died: the error of another one may be a symptom that arrives before Ray's report."""
         if len(self._remotes) == 1:
             return False
         for remote in self._remotes:
-            with suppress(GetTimeoutError):  # it waits for another
+            with suppress(GetTimeoutError):  # it is alive, and waits for another one in a collective
                 try:
-                    ray.get(remote.actor.place.remote(), timeout=5)
+                    ray.get(remote.actor.process.remote(), timeout=5)
                 except RayActorError:
                     return True
         return False
 
-    def _make_anew(self) -> None:
+    def _restart(self) -> None:
         end_actors(self._remotes)
-        self._remotes = self._make()
-        results_of({remote.built: remote for remote in self._remotes}, still_starting)
+        self._remotes = self._create()
+        wait_for_results({remote.built: remote for remote in self._remotes}, report_starting)
         self._join()
-        for policy, held in self._held.items():
-            self._on_all("open", policy, ray.put(held.setup), ray.put(held.saved))()
-            for calls in held.added:
+        for policy, backup in self._backups.items():
+            self._on_all("open", policy, ray.put(backup.setup), ray.put(backup.state))()
+            for calls in backup.accumulated:
                 self._on_each("forward_backward", calls)()
-        self._out_of_step = False
+        self._is_broken = False
 
     def _join(self) -> None:
         if len(self._remotes) > 1:
@@ -201,43 +204,48 @@ class Ranks:
         return partial(first.wait, first.actor.call.remote(method, *arguments))
 
     def _on_all(self, method: str, *arguments: Any) -> Callable[[], Any]:
-        """The first one's result, once it is waited for."""
+        """Call all with the same arguments. The returned function waits for all and returns the first one's result."""
         results = self._on_each(method, [arguments] * len(self._remotes))
         return lambda: results()[0]
 
     def _on_each(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> Callable[[], list[Any]]:
-        """Each one's result. An error of any is raised at once: the others would wait for it for ever."""
+        """Call each with its arguments. The returned function waits for the results.
+
+        It raises the first error immediately: the other learners would wait for the failed one forever.
+        """
         calls = {
-            remote.actor.call.remote(method, *own): remote for remote, own in zip(self._remotes, arguments, strict=True)
+            remote.actor.call.remote(method, *row): remote for remote, row in zip(self._remotes, arguments, strict=True)
         }
 
         def wait() -> list[Any]:
-            results = results_of(calls)
+            results = wait_for_results(calls)
             return [results[call] for call in calls]
 
         return wait
 
 
-def _joined(parts: Sequence[list[list[Tensor]]]) -> list[list[Tensor]]:
-    """What learners give for the samples of each group, which one of them had."""
-    return [next((each for each in of if each), []) for of in zip(*parts, strict=True)]
+def _merge(parts: Sequence[list[list[Tensor]]]) -> list[list[Tensor]]:
+    """Combine the learners' outputs, by group and sample: each group was computed by one of them."""
+    return [next((outputs for outputs in group if outputs), []) for group in zip(*parts, strict=True)]
 
 
-def results_of(calls: Mapping[Any, Remote], late: Callable[[list[Remote]], None] = lambda _: None) -> dict[Any, Any]:
+def wait_for_results(
+    calls: Mapping[Any, Remote], on_wait: Callable[[list[Remote]], None] = lambda _: None
+) -> dict[Any, Any]:
     """Return the result of each call. The first error is raised immediately.
 
-    After each `_PATIENCE` seconds without a result, `late` is called with the remotes that have not answered.
+    After each `_PATIENCE` seconds without a result, `on_wait` is called with the remotes that have not answered.
     """
     results: dict[Any, Any] = {}
     while waiting := [call for call in calls if call not in results]:
-        ended, _ = ray.wait(waiting, timeout=_PATIENCE)
-        for call in ended:
+        ready, _ = ray.wait(waiting, timeout=_PATIENCE)
+        for call in ready:
             results[call] = calls[call].wait(call)
-        if not ended:
-            late([calls[call] for call in waiting])
+        if not ready:
+            on_wait([calls[call] for call in waiting])
     return results
 
 
-def still_starting(remotes: list[Remote]) -> None:
-    waiting = ", ".join(remote.role for remote in remotes)
-    print(f"still starting: {waiting}; Ray has {ray.available_resources()} free for them", flush=True)
+def report_starting(remotes: list[Remote]) -> None:
+    roles = ", ".join(remote.role for remote in remotes)
+    _log.info("still starting: %s; Ray has %s free for them", roles, ray.available_resources())

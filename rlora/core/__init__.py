@@ -1,1 +1,1 @@
-"""The mathematics of a policy and its learner: torch and transformers only, without I/O, Ray and vLLM."""
+"""The mathematics of a policy and its learner: torch and transformers only, no Ray, no vLLM, no run directory."""

@@ -1,7 +1,7 @@
-"""How much memory a pass of the learner takes, counted on a model that has none.
+"""Memory of a learner's forward and backward pass, counted on torch's meta device.
 
-On torch's meta device a tensor has a shape and no data. So a forward and backward pass over the largest row runs there
-in seconds for any model, by the very code that trains, and what it would hold at a time is counted.
+A meta tensor has a shape but no data. The code that trains therefore runs there in seconds, for any model and the
+largest row, while the bytes that its tensors would hold at a time are counted.
 """
 
 import weakref
@@ -24,19 +24,19 @@ from rlora.core.loss import Tokens
 from rlora.core.policy import Policies
 from rlora.core.setup import Setup
 from rlora.machine import DTYPES, release
-from rlora.model.base import META, without_memory
+from rlora.model.base import META, meta_model
 from rlora.records import RloraError
 from rlora.settings import Config, LearnerConfig
 
-CPU_TOKENS = 2048  # of a row: two cost what one of twice the size does, once they have a thousand
-GPU_TOKENS = (16384, 8192, 4096, 2048)  # the more, the less a GPU waits for Python between kernels
-FRAGMENTED = 1.1  # what an allocator takes for rows, over what they hold
+CPU_TOKENS = 2048  # tokens per row: above a thousand, larger rows are no faster
+GPU_TOKENS = (16384, 8192, 4096, 2048)  # tokens per row: with larger rows a GPU waits less for Python between kernels
+FRAGMENTED = 1.1  # bytes that the allocator reserves for rows, per byte that they hold
 _POLICY, _CRITIC = "footprint", "footprint/critic"
-_QUANTISED = {"none": 1.0, "int8": 0.5, "nf4": 0.28}  # of 16 bits, with the scales
+_QUANTISED = {"none": 1.0, "int8": 0.5, "nf4": 0.28}  # size relative to 16 bits, scales included
 
 
 class Rows(NamedTuple):
-    """The tokens of a forward pass, and whether its activations are computed again in the backward pass."""
+    """The most tokens in a row, and whether the backward pass recomputes activations."""
 
     tokens: int
     checkpointing: bool
@@ -47,52 +47,53 @@ class Footprint:
     """Bytes that a learner holds."""
 
     base: int  # the frozen weights
-    adapter: int  # masters, their gradient and Adam's moments, of all that is trained
-    activations: int  # the most at a time in a pass over the largest row, without logits
-    head: int  # logits at a time
+    adapter: int  # fp32 masters, gradients and Adam's moments of the trained weights
+    activations: int  # peak of a pass over the largest row, without logits
+    head: int  # the logits that are held at a time
 
     @property
     def fixed(self) -> int:
-        """What does not depend on the rows."""
+        """Bytes that do not depend on the row."""
         return self.base + self.adapter
 
     @property
-    def of_rows(self) -> int:
+    def per_row(self) -> int:
+        """Bytes that are held only while a row is computed."""
         return self.activations + self.head
 
     @property
     def on_gpu(self) -> int:
-        """What it takes of a card, with what torch's allocator leaves between rows."""
-        return int(self.fixed + FRAGMENTED * self.of_rows)
+        """Bytes of GPU memory, with the fragmentation of torch's allocator."""
+        return int(self.fixed + FRAGMENTED * self.per_row)
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of tensors that are made within it and still held: `now`, and the most at a time, `peak`."""
+    """Context that counts the bytes of live tensors that were created within it: `now`, and their maximum, `peak`."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
-        self._held = set[int]()
+        self._live = set[int]()
 
     def __torch_dispatch__(
         self, operation: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
     ) -> Any:
-        given = {_storage(tensor)._cdata for tensor in _tensors((arguments, options))}  # what was made before stays out
-        made = operation(*arguments, **(options or {}))
-        for tensor in _tensors(made):
+        inputs = {_storage(tensor)._cdata for tensor in _tensors((arguments, options))}  # may be older: not counted
+        outputs = operation(*arguments, **(options or {}))
+        for tensor in _tensors(outputs):
             storage = _storage(tensor)
-            if storage._cdata not in given and storage._cdata not in self._held:
-                self._hold(storage, storage.nbytes())
-        return made
+            if storage._cdata not in inputs and storage._cdata not in self._live:
+                self._add(storage, storage.nbytes())
+        return outputs
 
-    def _hold(self, storage: Any, size: int) -> None:
-        self._held.add(storage._cdata)
+    def _add(self, storage: Any, size: int) -> None:
+        self._live.add(storage._cdata)
         self.now += size
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._drop, storage._cdata, size)
+        weakref.finalize(storage, self._remove, storage._cdata, size)
 
-    def _drop(self, key: int, size: int) -> None:
-        self._held.discard(key)
+    def _remove(self, key: int, size: int) -> None:
+        self._live.discard(key)
         self.now -= size
 
 
@@ -105,33 +106,33 @@ def _storage(tensor: Tensor) -> Any:
 
 
 def footprint(config: Config, base: PreTrainedConfig, rows: Rows, on_gpu: bool) -> Footprint:
-    """Of a learner of one policy over a base with that config of transformers'."""
-    model, learner = without_memory(base, DTYPES[config.dtype]), config.learner
-    held = _held_of(model, learner)
+    """The memory of a learner with one policy; `base` is the config of its base model."""
+    model, learner = meta_model(base, DTYPES[config.dtype]), config.learner
+    base_bytes = _base_bytes(model, learner)
     policies = Policies(model, rows.checkpointing, learner.full_finetuning)
-    trained = _opened(policies, config)
+    trained = _add_policies(policies, config)
     row = largest_row(config, rows.tokens, META, on_gpu)
-    by_autograd = config.algorithm.entropy > 0 or learner.full_finetuning or learner.head  # it has logits in fp32 too
+    by_autograd = config.algorithm.entropy > 0 or learner.full_finetuning or learner.head  # keeps fp32 logits
     with Live() as live:
-        pass_over(policies, _POLICY, row, entropies=config.algorithm.entropy > 0)
+        forward_backward(policies, _POLICY, row, entropies=config.algorithm.entropy > 0)
     gradients = sum(bytes_of(weight.grad) for weight in trained if weight.grad is not None)
     logits = min(len(row.targets), max(1, LOGITS["cuda" if on_gpu else "cpu"] // _vocabulary(base))) * _vocabulary(base)
     return Footprint(
-        base=held,
-        adapter=_bytes_to_train(trained, config),
+        base=base_bytes,
+        adapter=_training_bytes(trained, config),
         activations=live.peak - gradients,
         head=logits * (2 * model.dtype.itemsize + 4 * 4 if by_autograd else model.dtype.itemsize),
     )
 
 
 def adapter_bytes(config: Config, base: PreTrainedConfig) -> int:
-    """`Footprint.adapter` by itself, of a policy and its critic: what one more of them takes of a learner."""
-    policies = Policies(without_memory(base, DTYPES[config.dtype]), whole=config.learner.full_finetuning)
-    return _bytes_to_train(_opened(policies, config), config)
+    """`Footprint.adapter` alone: the bytes that each additional policy with its critic takes in a learner."""
+    policies = Policies(meta_model(base, DTYPES[config.dtype]), full_weights=config.learner.full_finetuning)
+    return _training_bytes(_add_policies(policies, config), config)
 
 
-def _opened(policies: Policies, config: Config) -> list[Tensor]:
-    """The weights of a policy and its critic, which are opened for that."""
+def _add_policies(policies: Policies, config: Config) -> list[Tensor]:
+    """Add a policy and its critic. Returns their trained weights."""
     if config.learner.full_finetuning:
         return list(policies.base.parameters())
     setup, trained = _setup(config), list[Tensor]()
@@ -142,89 +143,90 @@ def _opened(policies: Policies, config: Config) -> list[Tensor]:
     return trained
 
 
-def _bytes_to_train(weights: Sequence[Tensor], config: Config) -> int:
-    masters = (
-        0 if config.learner.full_finetuning and config.dtype == "float32" else 4
-    )  # beside weights that are in 16 bits
+def _training_bytes(weights: Sequence[Tensor], config: Config) -> int:
+    """4 bytes per weight for the gradient, 8 for Adam's moments, and 4 for a master unless the weight is its own."""
+    masters = 0 if config.learner.full_finetuning and config.dtype == "float32" else 4
     return sum(int(weight.numel()) for weight in weights) * (masters + 4 + 8)
 
 
 def rows_for(config: Config, base: str, device: torch.device) -> Rows:
-    """What `learner.microbatch_tokens` = 0 and `learner.checkpointing` = "auto" are on this machine, for the base that
-    is loaded from `base`.
+    """The rows that this machine uses for `learner.microbatch_tokens` = 0 and `learner.checkpointing` = "auto".
 
-    On a GPU the largest rows that fit in the learner's part of the card, without checkpointing where that is possible.
-    Raises RloraError, with what would fit, where nothing does, and for a base that no kernel takes.
+    `base` is the directory of the base model. On a GPU they are the largest rows that fit in the learner's part of the
+    card, preferably without checkpointing. Raises RloraError if no row fits (the message says which would), or if the
+    GPU kernels do not support the base.
     """
     if device.type != "cuda":
-        return given_rows(config)
+        return cpu_rows(config)
     model = AutoConfig.from_pretrained(base, trust_remote_code=False)
     check_heads(model)
     gpus = config.learner.gpus
-    room, part = cards.room_of_learner(1.0 if gpus == "auto" else gpus)
-    return fitting_rows(config, model, room, part)
+    budget, part = cards.room_of_learner(1.0 if gpus == "auto" else gpus)
+    return fitting_rows(config, model, budget, part)
 
 
-def given_rows(config: Config) -> Rows:
-    """On a CPU."""
+def cpu_rows(config: Config) -> Rows:
+    """The rows that a CPU uses: "auto" is without checkpointing."""
     return Rows(config.learner.microbatch_tokens or CPU_TOKENS, config.learner.checkpointing is True)
 
 
-def fitting_rows(config: Config, base: PreTrainedConfig, room: int, part: str) -> Rows:
-    """The largest that fit in `room` bytes of a GPU; `part` says in words of what they are a part.
+def fitting_rows(config: Config, base: PreTrainedConfig, budget: int, part: str) -> Rows:
+    """The largest rows that fit in `budget` bytes of a GPU; `part` describes the budget in error messages.
 
-    One row is counted, of the longest prompt and completion, without checkpointing and with; what others hold grows
-    with their tokens.
+    Only a row of the longest prompt and completion is counted, without and with checkpointing. The activations of
+    larger rows are extrapolated from their tokens. Raises RloraError if no row fits.
     """
-    given, asked, least = config.learner.microbatch_tokens, config.learner.checkpointing, config.max_model_len
-    sizes = [given] if given else [*(size for size in GPU_TOKENS if size > least), least]
-    for checkpointing in [False, True] if asked == "auto" else [asked]:
-        taken = footprint(config, base, Rows(least, checkpointing), on_gpu=True)
-        left = (room - taken.fixed) / FRAGMENTED - taken.head
-        fits = max(0, int(left * least / taken.activations))
+    tokens, checkpointing = config.learner.microbatch_tokens, config.learner.checkpointing
+    shortest = config.max_model_len
+    sizes = [tokens] if tokens else [*(size for size in GPU_TOKENS if size > shortest), shortest]
+    for recompute in [False, True] if checkpointing == "auto" else [checkpointing]:
+        memory = footprint(config, base, Rows(shortest, recompute), on_gpu=True)
+        free = (budget - memory.fixed) / FRAGMENTED - memory.head
+        fits = max(0, int(free * shortest / memory.activations))
         for size in sizes:
-            if max(size, least) <= fits:
-                return Rows(size, checkpointing)
-    if given and asked != "auto" and taken.fixed <= room:
-        return Rows(given, asked)  # as was asked for
+            if max(size, shortest) <= fits:
+                return Rows(size, recompute)
+    if tokens and checkpointing != "auto" and memory.fixed <= budget:
+        return Rows(tokens, checkpointing)  # the user chose both
     gib = cards.GIB
-    instead = (
-        f"rows of about {fits} tokens would fit: lower sampling.max_tokens or sampling.max_prompt_tokens, for a row "
-        "holds a prompt with a completion at least"
+    fix = (
+        f"rows of about {fits} tokens would fit: lower sampling.max_tokens or sampling.max_prompt_tokens, since a row "
+        "holds at least one prompt with one completion"
         if fits
         else "use a smaller model, a larger card, learner.quantise, or learner.shard over several cards"
     )
     raise RloraError(
-        f"GPU: the learner needs {taken.on_gpu / gib:.1f} GiB and has {room / gib:.1f}, {part}: {taken.base / gib:.1f} "
-        f"for the base, {taken.adapter / gib:.2f} for adapter and Adam, {FRAGMENTED * taken.of_rows / gib:.1f} for a "
-        f"row of {least} tokens{' with checkpointing' * bool(asked)}; {instead}"
+        f"GPU: the learner needs {memory.on_gpu / gib:.1f} GiB and has {budget / gib:.1f}, {part}: "
+        f"{memory.base / gib:.1f} for the base, {memory.adapter / gib:.2f} for adapter and Adam, "
+        f"{FRAGMENTED * memory.per_row / gib:.1f} for a row of {shortest} tokens"
+        f"{' with checkpointing' * bool(checkpointing)}; {fix}"
     )
 
 
 def largest_row(config: Config, tokens: int, device: torch.device, on_gpu: bool) -> Microbatch:
-    """The largest of up to `tokens` tokens: groups of the longest prompts, each with the longest completions."""
+    """The largest row of up to `tokens` tokens: the longest prompts, each with the longest completions."""
     completion, prompt = config.sampling.max_tokens, config.sampling.max_prompt_tokens
-    groups, left = list[int](), max(tokens, config.max_model_len)  # completions of each, and tokens
-    while (fit := min(config.group_size, (left - prompt) // completion)) > 0:
-        groups.append(fit)
-        left -= prompt + fit * completion
-    none, places = torch.zeros(completion), tuple(range(prompt - 1, prompt - 1 + completion))
-    sample = Sample((0,) * prompt, (0,) * completion, places, (0,) * completion, Tokens(none, none, none))
-    most = 2 * max(tokens, config.max_model_len)  # all in one row
-    (row,) = microbatches([[sample] * fit for fit in groups], most, DTYPES[config.dtype], device)
-    if on_gpu and device == META:  # elsewhere the layout follows from the device
-        row = replace(row, layout=Segments.of([(prompt, [completion - 1] * fit) for fit in groups], device))
+    groups, remaining = list[int](), max(tokens, config.max_model_len)  # completions per group, and tokens
+    while (count := min(config.group_size, (remaining - prompt) // completion)) > 0:
+        groups.append(count)
+        remaining -= prompt + count * completion
+    zeros, predictors = torch.zeros(completion), tuple(range(prompt - 1, prompt - 1 + completion))
+    sample = Sample((0,) * prompt, (0,) * completion, predictors, (0,) * completion, Tokens(zeros, zeros, zeros))
+    limit = 2 * max(tokens, config.max_model_len)  # large enough for a single row
+    (row,) = microbatches([[sample] * count for count in groups], limit, DTYPES[config.dtype], device)
+    if on_gpu and device == META:  # on other devices `microbatches` chooses the layout
+        lengths = [(prompt, [completion - 1] * count) for count in groups]
+        row = replace(row, layout=Segments.from_lengths(lengths, device))
     return row
 
 
-def rehearsed(policies: Policies, config: Config, tokens: int, device: torch.device) -> int:
-    """Compute the largest row once; returns the bytes that torch took of a GPU at most, of which it gives all back that
-    are free then."""
+def rehearse(policies: Policies, config: Config, tokens: int, device: torch.device) -> int:
+    """Compute the largest row once. Returns the peak bytes that torch reserved on a GPU; unused ones are released."""
     if not policies.full_weights:
         policies.add(_POLICY, _setup(config).spec, seed=0)
     try:
         row = largest_row(config, tokens, device, on_gpu=device.type == "cuda")
-        pass_over(policies, _POLICY, row, config.algorithm.entropy > 0)
+        forward_backward(policies, _POLICY, row, config.algorithm.entropy > 0)
     finally:
         for weight in policies.parameters_of(_POLICY).values():
             weight.grad = None
@@ -234,8 +236,8 @@ def rehearsed(policies: Policies, config: Config, tokens: int, device: torch.dev
     return peak
 
 
-def pass_over(policies: Policies, policy: str, row: Microbatch, entropies: bool = False) -> None:
-    """A forward and backward pass, whose gradients are added to the policy's."""
+def forward_backward(policies: Policies, policy: str, row: Microbatch, entropies: bool = False) -> None:
+    """Run a forward and backward pass with a dummy loss; gradients add up in the policy's parameters."""
     outputs = policies.outputs(row, policy, entropies=entropies)
     (outputs.logprobs if outputs.entropies is None else outputs.logprobs + outputs.entropies).sum().backward()
 
@@ -252,9 +254,9 @@ def _vocabulary(base: PreTrainedConfig) -> int:
     return int(base.get_text_config().vocab_size)
 
 
-def _held_of(model: PreTrainedModel, learner: LearnerConfig) -> int:
-    """Bytes of the base as the learner holds it: in 8 or 4 bit but for embeddings and head, or divided."""
-    own = sum(map(bytes_of, [*model.parameters(), *model.buffers()]))
+def _base_bytes(model: PreTrainedModel, learner: LearnerConfig) -> int:
+    """Bytes of the base in this learner. Embeddings and head are neither quantised nor sharded."""
+    total = sum(map(bytes_of, [*model.parameters(), *model.buffers()]))
     inner = sum(bytes_of(matrix.weight) for matrix in matrices(model) if matrix.kind != "head")
     share = _QUANTISED[learner.quantise] / (learner.replicas if learner.shard else 1)
-    return int(own - inner + inner * share)
+    return int(total - inner + inner * share)

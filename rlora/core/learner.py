@@ -1,4 +1,4 @@
-"""The learner: K policies over one resident base, each with masters, Adam and random state of its own."""
+"""The learner: K policies over one resident base, each with its own masters, Adam and random state."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -14,29 +14,30 @@ import torch.distributed
 from torch import Tensor
 
 from rlora import cards, machine
-from rlora.core import peft_format, state
+from rlora.core import peft_format
 from rlora.core.batch import Microbatch, Sample, empty_batch, microbatches, single_text
-from rlora.core.footprint import rehearsed, rows_for
-from rlora.core.objectives import objective_of, telling_of
+from rlora.core.footprint import rehearse, rows_for
+from rlora.core.objectives import objective_of, plugin_errors
 from rlora.core.objectives.objective import Loss, Need, Objective
 from rlora.core.optimizer import Adam, Optimizer, StepStats
 from rlora.core.policy import Outputs, Policies
 from rlora.core.setup import Setup
 from rlora.core.sharding import shard
+from rlora.core.state import CRITIC, critic_of, split_critic, with_current_names
 from rlora.core.update import update
 from rlora.model.base import auto_lr, load_base, load_quantised
 from rlora.plugin import receive
-from rlora.records import WHOLE_FILES, Adapter, Canary, Group, RloraError, UpdateStats
+from rlora.records import MODEL_FILES, Adapter, Canary, Group, RloraError, UpdateStats
 from rlora.settings import Config
 
-_CANARY = 24  # tokens: one short prompt, and enough logprobs for a mean
-_OTHER_BASE = 0.2  # nats that a base's canary may move, mean over its tokens, between machines and kernels
-Groups = Sequence[Sequence[Sample]]  # the samples of each group have one prompt, which is computed once
+_CANARY_TOKENS = 24  # a short prompt that has enough logprobs for a mean
+_MAX_BASE_DIFFERENCE = 0.2  # nats, mean over a canary's tokens, by which machines and kernels may differ for one base
+Groups = Sequence[Sequence[Sample]]  # the samples of a group share one prompt, which is computed once
 
 
 @dataclass(eq=False)
 class PolicyState:
-    """What the learner keeps of one policy. None of it depends on the policies beside it."""
+    """The learner's state of one policy. It does not depend on the other policies."""
 
     name: str
     setup: Setup
@@ -45,9 +46,9 @@ class PolicyState:
     lr: float
     random: dict[str, Tensor]  # the state of every random generator, between two updates
     critic: "PolicyState | None" = None
-    number: int = 0  # of its version
+    number: int = 0  # of the current version
     skipped_in_a_row: int = 0  # updates whose loss or gradient was not finite
-    canary: Canary | None = None  # of the version; None between a step and the next one
+    canary: Canary | None = None  # of the current version; None after an optimizer step until the next version
 
     def zero_grad(self) -> None:
         """Drop the gradients of the policy and its critic."""
@@ -58,18 +59,18 @@ class PolicyState:
 
 @dataclass(frozen=True)
 class ForwardBackwardOutput:
-    """What a forward and backward pass gives: of all learners the sums, of this one's samples the outputs."""
+    """The result of a forward and backward pass: sums over all learners, outputs of this learner's samples."""
 
-    sums: dict[str, float]  # of the loss's figures over all targets; the targets themselves as `tokens`, the `loss`
-    outputs: list[list[Tensor]]  # of each sample: its targets' logprobs, or values, (C,) float32 on the CPU
+    sums: dict[str, float]  # the loss's figures summed over all targets, with the number of targets `tokens` and `loss`
+    outputs: list[list[Tensor]]  # per sample, the logprobs or values of its targets: (C,) float32 on the CPU
 
 
 class Learner:
-    """Loads the frozen base from `base` and trains policies over it, each opened under a name of its own.
+    """Loads the frozen base from `base` and trains policies over it, each opened under a unique name.
 
-    What a policy learns from the same episodes does not depend on its company, bit for bit: a row of a forward pass
-    belongs to one policy. A policy's critic is a policy too, `<name>/critic`, whose outputs are values. The fields of
-    `config` that concern the process are used here: the model, its dtype, and how it is held.
+    From the same episodes a policy learns bit for bit the same, whichever policies are trained beside it: each row of a
+    forward pass belongs to one policy. A policy's critic is the policy `<name>/critic`, whose outputs are values. Only
+    the process-wide fields of `config` are used here: the model, its dtype, sharding and quantisation.
     """
 
     def __init__(self, config: Config, base: str) -> None:
@@ -78,42 +79,42 @@ class Learner:
         learner, dtype = config.learner, machine.DTYPES[config.dtype]
         if learner.deterministic:
             torch.use_deterministic_algorithms(True)
-        place = torch.device("cpu") if learner.shard else self.device  # `join` moves it, a layer at a time
+        device = torch.device("cpu") if learner.shard else self.device  # `join` moves it, one layer at a time
         quantise = learner.quantise
-        self.rows = rows_for(config, base, self.device)  # before the base is loaded
-        model = load_base(base, dtype, place) if quantise == "none" else load_quantised(base, dtype, quantise)
+        self.rows = rows_for(config, base, self.device)  # before the base takes memory
+        model = load_base(base, dtype, device) if quantise == "none" else load_quantised(base, dtype, quantise)
         self.policies = Policies(model, self.rows.checkpointing, learner.full_finetuning)
-        self.held: dict[str, PolicyState] = {}  # critics too
+        self.states: dict[str, PolicyState] = {}  # by name, critics included
         self.rank, self.ranks = 0, 1
-        self._at_work = self._trained_base = False
-        self._of_base: dict[int, tuple[float, ...]] = {}  # the base's logprobs of canaries, by their tokens
+        self._in_context = self._base_was_trained = False
+        self._base_logprobs: dict[int, tuple[float, ...]] = {}  # the base's canary, by its number of tokens
 
     def join(self, address: str, rank: int, ranks: int) -> None:
-        """Become one of `ranks` learners that share each update; the first listens at `address` (host:port)."""
+        """Become one of `ranks` learners that share each update; rank 0 listens at `address` (host:port)."""
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         host, _, port = address.rpartition(":")
         try:
             store = torch.distributed.TCPStore(  # type: ignore[attr-defined]
                 host, int(port), ranks, rank == 0, timeout=timedelta(minutes=2)
             )
-            torch.distributed.init_process_group(  # Ray tells of a rank that died; one that is slow is waited for
+            torch.distributed.init_process_group(  # Ray reports a dead rank; a slow one must not time out
                 backend, store=store, rank=rank, world_size=ranks, timeout=timedelta(days=1)
             )
             torch.distributed.all_reduce(torch.zeros(1, device=self.device))  # NCCL connects at its first use
         except RuntimeError as error:
-            raise RloraError(f"learner {rank} of {ranks} could not meet the others at {address}: {error}") from error
+            raise RloraError(f"learner {rank} of {ranks}: no connection to rank 0 at {address}: {error}") from error
         self.rank, self.ranks = rank, ranks
         if self.config.learner.shard:
             shard(self.policies.body, self.device)
-            self.policies.base.to(self.device)  # what is not sharded
+            self.policies.base.to(self.device)  # the weights that are not sharded
 
     def rehearse(self) -> tuple[str, int]:
-        """Compute the largest row once, under an adapter that is gone then; returns the card, and the bytes that this
-        process took of it at most. An engine may start beside it in what is left."""
-        return cards.uuid(), rehearsed(self.policies, self.config, self.rows.tokens, self.device)
+        """Compute the largest row once under a temporary adapter. Returns the GPU's UUID and the peak bytes that this
+        process reserved on it; an engine may use the rest of the card."""
+        return cards.uuid(), rehearse(self.policies, self.config, self.rows.tokens, self.device)
 
     def about(self) -> str:
-        """What computes where, in words."""
+        """A line for the log: device, dtype, attention and rows."""
         by_segments = self.device.type == "cuda" and self.config.dtype != "float32"
         attention = "by varlen kernels" if by_segments else "under masks"
         tokens = self.config.learner.microbatch_tokens or self.rows.tokens
@@ -123,100 +124,102 @@ class Learner:
             f"checkpointing {'on' if self.rows.checkpointing else 'off'}"
         )
 
-    # --- policies come and go ---
+    # --- opening and closing policies ---
 
     def open(self, policy: str, setup: Setup, saved: bytes | None = None) -> Adapter:
-        """Begin with a policy, or go on from what `state` gave; returns its adapter.
+        """Start a policy, or restore it from the bytes of `state()`. Returns its adapter.
 
-        Raises RloraError, and leaves the others as they are, where the name is taken, the adapter does not fit the
-        base, or `saved` is of another base, rank or set of matrices.
+        Raises RloraError, leaving other policies unchanged, if the name is taken, the adapter does not fit the base, or
+        `saved` belongs to a different base, rank or set of matrices.
         """
-        whole, critic = self.policies.full_weights, state.critic_of(policy)
-        if policy in self.held or (whole and self.held):
-            beside = 'with learner.adapter = "none" a learner has one policy' if whole else "it is open already"
-            raise RloraError(f"policy {policy}: {beside}; close the one before")
-        if policy.endswith(state.critic_of("")):
-            raise RloraError(f"policy {policy}: a name that ends like this is a critic's; give another")
-        if self._trained_base and saved is None:
-            raise RloraError(f"policy {policy}: all weights were trained by one before; start another learner")
-        receive(setup.given)
+        full_weights, critic = self.policies.full_weights, critic_of(policy)
+        if policy in self.states or (full_weights and self.states):
+            only_one = 'with learner.adapter = "none" a learner has only one policy'
+            reason = only_one if full_weights else "it is already open"
+            raise RloraError(f"policy {policy}: {reason}; close the open policy first")
+        if policy.endswith(suffix := critic_of("")):
+            raise RloraError(f"policy {policy}: names that end in {suffix} are reserved for critics; rename it")
+        if self._base_was_trained and saved is None:
+            raise RloraError(f"policy {policy}: a previous policy trained all weights; start a new learner")
+        receive(setup.plugins)
         try:
-            if not whole:
+            if not full_weights:
                 spec, tensors = peft_format.decode(*setup.start) if setup.start else (setup.spec, None)
                 self.policies.add(policy, spec, setup.seed)
                 if tensors is not None:
                     peft_format.fill(self.policies.bank, policy, tensors)
             auto = setup.learner.lr == "auto"
             lr = auto_lr(setup.learner, self.policies.base.config) if auto else float(setup.learner.lr)
-            opened = self._hold(policy, setup, objective_of(setup.algorithm, setup.max_tokens), lr)
-            self._trained_base = whole
+            opened = self._register(policy, setup, objective_of(setup.algorithm, setup.max_tokens), lr)
+            self._base_was_trained = full_weights
             if setup.critic_spec:
                 self.policies.add(critic, setup.critic_spec, setup.seed + 1, values=True)
-                opened.critic = self._hold(critic, setup, opened.objective, setup.critic.lr)
+                opened.critic = self._register(critic, setup, opened.objective, setup.critic.lr)
             opened.canary = self.canary_of(opened)
             if saved is not None:
-                self._go_on(opened, saved)
+                self._restore(opened, saved)
         except BaseException:
             self.close(policy)
             raise
         return self.adapter(policy)
 
     def close(self, policy: str) -> None:
-        """Forget a policy and its critic."""
-        for name in (policy, state.critic_of(policy)):
-            if held := self.held.pop(name, None):
-                held.optimizer.close()
+        """Remove a policy and its critic, if it is open."""
+        for name in (policy, critic_of(policy)):
+            if state := self.states.pop(name, None):
+                state.optimizer.close()
             self.policies.remove(name)
 
     def adapter(self, policy: str) -> Adapter:
-        """The current version, in PEFT's format; without an adapter all weights, in that of transformers."""
-        held = self.held[policy]
+        """The current version in PEFT's format; with `learner.adapter = "none"` all weights in transformers' format."""
+        state = self.states[policy]
         if not self.policies.full_weights:
             files = peft_format.encode(self.policies.bank, policy, self.base)
-            return Adapter(policy, held.number, *files, canary=held.canary)
-        with TemporaryDirectory() as saved:
-            self.policies.base.save_pretrained(saved, max_shard_size="1000GB")
-            config, weights = ((Path(saved) / name).read_bytes() for name in WHOLE_FILES)
-        return Adapter(policy, held.number, config, weights, full_weights=True, canary=held.canary)
+            return Adapter(policy, state.number, *files, canary=state.canary)
+        with TemporaryDirectory() as directory:
+            self.policies.base.save_pretrained(directory, max_shard_size="1000GB")
+            config, weights = ((Path(directory) / name).read_bytes() for name in MODEL_FILES)
+        return Adapter(policy, state.number, config, weights, full_weights=True, canary=state.canary)
 
     def state(self, policy: str) -> bytes:
-        """All that the policy's next update depends on beside its groups and setup, in safetensors format.
+        """Everything that the policy's next update depends on except its groups and setup, in safetensors format.
 
-        Masters and Adam's moments by matrix and factor, the critic's too, the version's number, the state of every
-        random generator, and the base's canary, by which `open` knows the base.
+        Masters and Adam's moments by matrix and factor (the critic's too), the version's number, the state of every
+        random generator, and the base's canary, by which `open` recognises the base.
         """
-        held = self.held[policy]
-        counts = {"version": held.number, "skipped_in_a_row": held.skipped_in_a_row}
+        state = self.states[policy]
+        counts = {"version": state.number, "skipped_in_a_row": state.skipped_in_a_row}
         tensors = {name: torch.tensor(count) for name, count in counts.items()}
-        if held.canary:
-            tensors["canary.base"] = torch.tensor(held.canary.base_logprobs)
-        if held.critic:
-            tensors |= {f"{state.CRITIC}{name}": each for name, each in held.critic.optimizer.state().items()}
-        return safetensors.torch.save(tensors | held.random | held.optimizer.state())
+        if state.canary:
+            tensors["canary.base"] = torch.tensor(state.canary.base_logprobs)
+        if state.critic:
+            critic_state = state.critic.optimizer.state()
+            tensors |= {f"{CRITIC}{name}": tensor for name, tensor in critic_state.items()}
+        return safetensors.torch.save(tensors | state.random | state.optimizer.state())
 
-    # --- the parts of an update ---
+    # --- steps of an update ---
 
     @torch.no_grad()
     def forward(self, policy: str, groups: Groups, reference: bool = False) -> list[list[Tensor]]:
-        """The logprobs of each sample's targets at the policy's temperature, (C,) float32 on the CPU; a critic's
-        values. With `reference` they are the base's."""
-        held = self.held[policy]
+        """Logprobs of each sample's targets at the policy's temperature, or a critic's values: (C,) float32 on the CPU.
+        With `reference` they are the base's logprobs."""
+        state = self.states[policy]
         return by_sample(
-            groups, [(row.samples, _values(self._outputs(held, row, reference))) for row in self._rows(held, groups)]
+            groups, [(row.samples, _values(self._outputs(state, row, reference))) for row in self._rows(state, groups)]
         )
 
     def forward_backward(self, policy: str, groups: Groups, loss: Loss) -> ForwardBackwardOutput:
-        """Add the gradient of `loss`, summed over microbatches, to the policy's.
+        """Add the gradient of `loss`, summed over microbatches, to the policy's accumulated gradient.
 
-        An error on the way drops what was added up, and so do an update and a step.
+        An error drops the accumulated gradient, and so do `update` and `optim_step`.
         """
-        held, zero = self.held[policy], torch.zeros((), device=self.device)
+        state, zero = self.states[policy], torch.zeros((), device=self.device)
         sums, rows = {"loss": zero, "tokens": zero}, list[tuple[Sequence[Sample], Tensor]]()
 
-        def learn(row: Microbatch) -> None:
-            outputs = self._outputs(held, row)
+        def accumulate(row: Microbatch) -> None:
+            outputs = self._outputs(state, row)
             value, figures = loss(outputs, row)
-            if not row.samples:  # it is there for the other learners' sake
+            if not row.samples:  # an empty row, which only keeps the ranks in step
                 value = _values(outputs).sum()
             value.backward()
             rows.append((row.samples, _values(outputs).detach()))
@@ -225,52 +228,52 @@ class Learner:
                 sums[name] = sums.get(name, zero) + figure.detach().sum()
 
         try:
-            with self._alone(held):
-                for row in self._rows(held, groups):
-                    learn(row)
-                if self.ranks > 1 and len(sums) == 2:  # this learner had no row: the figures' names are not known yet
-                    learn(self._idle(held))
+            with self._policy_context(state):
+                for row in self._rows(state, groups):
+                    accumulate(row)
+                if self.ranks > 1 and len(sums) == 2:  # this learner had no row, so it lacks the figures' names
+                    accumulate(self._empty_row(state))
         except BaseException:
-            held.optimizer.zero_grad()
+            state.optimizer.zero_grad()
             raise
         names = sorted(sums)
-        self._agree(held, names)
-        totals = self.add_up(torch.stack([sums[name] for name in names])).tolist()
+        self._check_figures(state, names)
+        totals = self.all_reduce(torch.stack([sums[name] for name in names])).tolist()
         return ForwardBackwardOutput(dict(zip(names, totals, strict=True)), by_sample(groups, rows))
 
     def optim_step(self, policy: str, adam: Adam) -> StepStats:
-        """One step along the gradient that `forward_backward` has added up, which is gone then. One that is not finite,
-        or was never asked for, steps nothing."""
-        held = self.held[policy]
+        """Step along the gradient that `forward_backward` accumulated, and clear it. Without a gradient, or with one
+        that is not finite, nothing changes."""
+        state = self.states[policy]
         if self.ranks > 1:
-            held.optimizer.add_over_ranks()
-        held.canary = None
-        return held.optimizer.step(adam)
+            state.optimizer.all_reduce()
+        state.canary = None
+        return state.optimizer.step(adam)
 
     def update(self, policy: str, groups: Sequence[Group]) -> tuple[Adapter, UpdateStats]:
-        """One step: what the policy's objective makes of `groups`, an Adam step a minibatch, and version + 1.
+        """Train on `groups` with the policy's objective, one Adam step per minibatch, and make the next version.
 
-        A minibatch with a non-finite loss or gradient leaves adapter and optimizer as they were, and so does a critic's
-        its own; the version goes up all the same. Gradients that were added up before are dropped. Where several
-        learners share the update, each is given all groups and computes its part; the gradients are added up, and all
-        take the same steps.
+        A minibatch with a non-finite loss or gradient leaves adapter and optimizer unchanged, and likewise for the
+        critic; the version number increases anyway. Gradients that were accumulated before are dropped. If several
+        learners share the update, each receives all groups and computes its share. Their gradients are summed, and all
+        learners take the same steps.
         """
-        held = self.held[policy]
-        with self._alone(held):
-            stats = update(self, held, groups)
+        state = self.states[policy]
+        with self._policy_context(state):
+            stats = update(self, state, groups)
         updated = self.next_version(policy)
         machine.release()
         return updated, stats
 
     def next_version(self, policy: str) -> Adapter:
-        """Make what `optim_step` has come to the policy's next version, its number + 1; returns the adapter."""
-        held = self.held[policy]
-        held.number, held.canary = held.number + 1, held.canary or self.canary_of(held)
+        """Number the current weights as the policy's next version, and return its adapter."""
+        state = self.states[policy]
+        state.number, state.canary = state.number + 1, state.canary or self.canary_of(state)
         return self.adapter(policy)
 
-    # --- below, for those above ---
+    # --- helpers ---
 
-    def add_up(self, sums: Tensor) -> Tensor:
+    def all_reduce(self, sums: Tensor) -> Tensor:
         """The sum over all learners."""
         if self.ranks == 1:
             return sums
@@ -278,101 +281,102 @@ class Learner:
         torch.distributed.all_reduce(sums)
         return sums.cpu()
 
-    def _hold(self, name: str, setup: Setup, objective: Objective, lr: float) -> PolicyState:
-        machine.seed(setup.seed)  # for what a user's loss may draw; rlora's own draws are all seeded by themselves
+    def _register(self, name: str, setup: Setup, objective: Objective, lr: float) -> PolicyState:
+        machine.seed(setup.seed)  # for random numbers in a user's loss; rlora seeds its own draws separately
         optimizer = Optimizer(self.policies.parameters_of(name))
-        self.held[name] = held = PolicyState(name, setup, objective, optimizer, lr, machine.random_state())
-        return held
+        self.states[name] = state = PolicyState(name, setup, objective, optimizer, lr, machine.random_state())
+        return state
 
-    def _agree(self, held: PolicyState, names: list[str]) -> None:
-        """Raise RloraError, on all learners, where they have other figures: what would be added up is not the same."""
+    def _check_figures(self, state: PolicyState, names: list[str]) -> None:
+        """Raise RloraError on all learners if their figures differ, since sums over learners would mix figures."""
         if self.ranks > 1:
             digest = int.from_bytes(hashlib.sha256(" ".join(names).encode()).digest()[:4])
             ends = torch.tensor([digest, -digest], device=self.device)
             torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MIN)
             if int(ends.sum()) != 0:
                 raise RloraError(
-                    f"algorithm.name = {held.setup.algorithm.name!r}: its figures, here {names}, differ between "
-                    "microbatches; return the same ones each time, where several learners share an update"
+                    f"algorithm.name = {state.setup.algorithm.name!r}: its loss returns different figures for some "
+                    f"microbatches, here {names}; return the same figures each time if several learners share an update"
                 )
 
     @contextmanager
-    def _alone(self, held: PolicyState) -> Iterator[None]:
-        """Let the policy have its own random state, and say which plug-in is at fault."""
-        if self._at_work:  # within its update
+    def _policy_context(self, state: PolicyState) -> Iterator[None]:
+        """Context with the policy's random state, in which errors of a plug-in name its file and line."""
+        if self._in_context:  # `forward_backward` within `update`
             yield
             return
-        self._at_work = True
-        machine.set_random_state(held.random)
+        self._in_context = True
+        machine.set_random_state(state.random)
         try:
-            with telling_of(held.setup.algorithm.name, held.objective):
+            with plugin_errors(state.setup.algorithm.name, state.objective):
                 yield
         finally:
-            self._at_work = False
-            held.random = machine.random_state()
+            self._in_context = False
+            state.random = machine.random_state()
 
     @torch.no_grad()
-    def canary_of(self, held: PolicyState) -> Canary | None:
-        """What the policy says of the same few random tokens each time.
+    def canary_of(self, state: PolicyState) -> Canary | None:
+        """The policy's logprobs of a few random tokens, which are always the same.
 
-        None where the context does not hold two, or where an adapter is over the head: vLLM can't apply that to the
-        logprobs of a prompt.
+        None if the context is shorter than two tokens, or if the adapter covers the head, which vLLM can't apply to
+        the logprobs of a prompt.
         """
-        count = min(_CANARY, held.setup.max_model_len - 1)  # an engine samples one more
-        if count < 2 or self.policies.adapts_head(held.name):
+        count = min(_CANARY_TOKENS, state.setup.max_model_len - 1)  # an engine samples one more
+        if count < 2 or self.policies.adapts_head(state.name):
             return None
         vocabulary = self.policies.base.config.get_text_config().vocab_size
         tokens = torch.randint(vocabulary, (count,), generator=torch.Generator().manual_seed(0)).tolist()
         row = single_text(tokens, self.policies.base.dtype, self.policies.base.device)
-        logprobs = tuple(self.policies.logprobs(row, held.name).tolist())
-        if count not in self._of_base:
-            self._of_base[count] = tuple(self.policies.logprobs(row, None).tolist())
-        return Canary(tuple(tokens), logprobs, self._of_base[count])
+        logprobs = tuple(self.policies.logprobs(row, state.name).tolist())
+        if count not in self._base_logprobs:
+            self._base_logprobs[count] = tuple(self.policies.logprobs(row, None).tolist())
+        return Canary(tuple(tokens), logprobs, self._base_logprobs[count])
 
-    def _go_on(self, held: PolicyState, saved: bytes) -> None:
+    def _restore(self, state: PolicyState, saved: bytes) -> None:
         tensors = safetensors.torch.load(saved)
-        own = held.canary.base_logprobs if held.canary else ()
-        theirs = tensors.get("canary.base")
-        if theirs is not None and len(own) == len(theirs):  # it is shorter in a context that does not hold it
-            off = (torch.tensor(own) - theirs).abs().mean().item()
-            if off > _OTHER_BASE:
+        current = state.canary.base_logprobs if state.canary else ()
+        previous = tensors.get("canary.base")
+        if previous is not None and len(current) == len(previous):  # a shorter context has a shorter canary
+            difference = (torch.tensor(current) - previous).abs().mean().item()
+            if difference > _MAX_BASE_DIFFERENCE:
                 raise RloraError(
-                    f"model = {self.config.model!r}: the saved adapter was trained over another base: the logprobs of "
-                    f"a few tokens are {off:.2g} nats apart, and would be nearly the same; give the base that it had"
+                    f"model = {self.config.model!r}: the saved adapter was trained on a different base: the logprobs "
+                    f"of a few tokens are {difference:.2g} nats apart; use the base that it was trained on"
                 )
-        of_policy, of_critic = state.parts(state.by_name(tensors, self.policies, held.name))
-        held.optimizer.resume(of_policy)
-        if held.critic or of_critic:
-            (held.critic or held).optimizer.resume(of_critic)
-        held.random = {name: tensor for name, tensor in tensors.items() if name.startswith("random.")}
-        held.number, held.skipped_in_a_row = int(tensors["version"]), int(tensors["skipped_in_a_row"])
-        held.canary = self.canary_of(held)
+        policy_tensors, critic_tensors = split_critic(with_current_names(tensors, self.policies, state.name))
+        state.optimizer.resume(policy_tensors)
+        if state.critic or critic_tensors:
+            (state.critic or state).optimizer.resume(critic_tensors)
+        state.random = {name: tensor for name, tensor in tensors.items() if name.startswith("random.")}
+        state.number, state.skipped_in_a_row = int(tensors["version"]), int(tensors["skipped_in_a_row"])
+        state.canary = self.canary_of(state)
 
-    def _outputs(self, held: PolicyState, row: Microbatch, reference: bool = False) -> Outputs | Tensor:
-        """What a policy, or the base, gives for a row; a critic's values."""
-        if held.name in self.policies.value_heads:
-            return self.policies.values(row, held.name)
-        under = None if reference else held.name
-        return self.policies.outputs(row, under, held.setup.temperature, held.objective.entropies)
+    def _outputs(self, state: PolicyState, row: Microbatch, reference: bool = False) -> Outputs | Tensor:
+        """The outputs of a policy, or with `reference` of the base, for a row; a critic's values."""
+        if state.name in self.policies.value_heads:
+            return self.policies.values(row, state.name)
+        policy = None if reference else state.name
+        return self.policies.outputs(row, policy, state.setup.temperature, state.objective.entropies)
 
-    def _rows(self, held: PolicyState, groups: Groups) -> Iterator[Microbatch]:
-        dtype, tokens = self.policies.base.dtype, held.setup.learner.microbatch_tokens or self.rows.tokens
-        rows = microbatches(groups, tokens, dtype, self.device, held.objective.whole_groups)
-        return self._in_step(rows, held) if self.config.learner.shard else rows
+    def _rows(self, state: PolicyState, groups: Groups) -> Iterator[Microbatch]:
+        dtype, tokens = self.policies.base.dtype, state.setup.learner.microbatch_tokens or self.rows.tokens
+        rows = microbatches(groups, tokens, dtype, self.device, state.objective.whole_groups)
+        return self._pad_rows(rows, state) if self.config.learner.shard else rows
 
-    def _idle(self, held: PolicyState) -> Microbatch:
-        known = [need.value for need in held.objective.needs] + ["returns"] * (Need.VALUES in held.objective.needs)
-        return empty_batch(self.policies.base.dtype, self.device, known)
+    def _empty_row(self, state: PolicyState) -> Microbatch:
+        needs = state.objective.needs
+        optional = [need.value for need in needs] + ["returns"] * (Need.VALUES in needs)
+        return empty_batch(self.policies.base.dtype, self.device, optional)
 
-    def _in_step(self, batches: Iterator[Microbatch], held: PolicyState) -> Iterator[Microbatch]:
-        """`batches`, then idle ones until no rank has any left: each pass of one rank needs the others' weights."""
+    def _pad_rows(self, rows: Iterator[Microbatch], state: PolicyState) -> Iterator[Microbatch]:
+        """`rows`, then empty rows until all ranks are done: with shards, all ranks must run the same passes."""
         while True:
-            batch = next(batches, None)
-            left = torch.tensor(int(batch is not None), device=self.device)
-            torch.distributed.all_reduce(left, torch.distributed.ReduceOp.MAX)
-            if not left:
+            row = next(rows, None)
+            remaining = torch.tensor(int(row is not None), device=self.device)
+            torch.distributed.all_reduce(remaining, torch.distributed.ReduceOp.MAX)
+            if not remaining:
                 return
-            yield batch or self._idle(held)
+            yield row or self._empty_row(state)
 
 
 def _values(outputs: Outputs | Tensor) -> Tensor:
@@ -380,9 +384,9 @@ def _values(outputs: Outputs | Tensor) -> Tensor:
 
 
 def by_sample(groups: Groups, rows: Sequence[tuple[Sequence[Sample], Tensor]]) -> list[list[Tensor]]:
-    """What rows, each its samples and (C,) values, give for each sample: brought to the CPU at once."""
+    """Split the (C,) values of each row by sample, after one copy to the CPU. A row comes with its samples."""
     joined = torch.cat([values for _, values in rows]).cpu() if rows else torch.zeros(0)
-    samples = [sample for of, _ in rows for sample in of]
+    samples = [sample for row_samples, _ in rows for sample in row_samples]
     parts = joined.split([len(sample.targets) for sample in samples])
-    known = {id(sample): part for sample, part in zip(samples, parts, strict=True)}
-    return [[known[id(sample)] for sample in group] for group in groups]
+    part_of = {id(sample): part for sample, part in zip(samples, parts, strict=True)}
+    return [[part_of[id(sample)] for sample in group] for group in groups]

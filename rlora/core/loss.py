@@ -1,9 +1,9 @@
-"""What losses are made of: ratios, and estimators of the KL. Pure torch.
+"""Building blocks of losses: probability ratios and estimators of the KL divergence. Pure torch.
 
-Three policies meet here. The *behaviour* policy sampled (the engine's logprobs, of some version); the *start* is the
-learner's own before the update's first minibatch; *now* is the one that is being trained. Two ratios: `importance` is
-start over behaviour, which undoes the difference of engine and learner and staleness, and is never differentiated;
-the surrogates have now over start, which is 1 in value until the update's second minibatch.
+Three policies meet here. The *behaviour* policy sampled (the engine's logprobs, of some version). The *start* policy is
+the learner's own before the update's first minibatch. The *current* policy is being trained. There are two ratios:
+`importance` is start / behaviour, which corrects for staleness and for the difference between engine and learner, and
+is never differentiated; the surrogates use current / start, whose value is 1 until the update's second minibatch.
 """
 
 from dataclasses import dataclass
@@ -12,83 +12,87 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-FAR = 20.0  # log ratio above which a ratio no longer grows: exp(20) is 5e8, and 32 bits end at exp(88)
+MAX_LOG_RATIO = 20.0  # a ratio no longer grows above exp(20) = 5e8; float32 overflows at exp(88)
 
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """What is known of C tokens before an update: (C,) float32 each, None where the algorithm does without."""
+    """Inputs of the loss for C tokens, (C,) float32 each, known before the forward pass.
+
+    A field that the algorithm does not use is None.
+    """
 
     behaviour_logprobs: Tensor
     advantages: Tensor
-    weights: Tensor  # of each token's loss in that of the minibatch
+    weights: Tensor  # of each token's loss in the minibatch's loss
     start_logprobs: Tensor | None = None  # None: the first minibatch is the only one
     reference_logprobs: Tensor | None = None
     values: Tensor | None = None  # the critic's, before the update
-    returns: Tensor | None = None  # that it should have said
+    returns: Tensor | None = None  # the critic's targets
 
 
-# --- the ratio of now and start; the surrogates that are made of it are in `objectives/` ---
+# --- the ratio current / start; `objectives/` builds the surrogates from it ---
 
 
 def ratio_of(log_ratio: Tensor) -> Tensor:
-    """exp(log_ratio), which stays at exp(FAR) above FAR: the value and the gradient are finite. (C,) -> (C,)"""
+    """exp(log_ratio), capped at exp(MAX_LOG_RATIO), so that value and gradient are finite. (C,) -> (C,)"""
     return _bounded(log_ratio).exp()
 
 
-def beyond(ratio: Tensor, low: float, high: float) -> Tensor:
-    """Whether a ratio is outside of [1 - low, 1 + high]. (C,) -> (C,) bool"""
+def is_outside(ratio: Tensor, low: float, high: float) -> Tensor:
+    """Whether each ratio is outside of [1 - low, 1 + high]. (C,) -> (C,) bool"""
     return (ratio < 1 - low) | (ratio > 1 + high)
 
 
 def sequence_log_ratio(log_ratio: Tensor, lengths: Tensor) -> Tensor:
-    """Each token gets its episode's mean: log s_i of GSPO (arXiv:2507.18071, eq. 7). (C,), (E,) int64 -> (C,)"""
-    return _to_tokens(_of_episodes(log_ratio, lengths) / lengths.clamp(min=1), lengths, len(log_ratio))
+    """Each token gets the mean over its episode: log s_i of GSPO (arXiv:2507.18071, eq. 7). (C,), (E,) int64 -> (C,)"""
+    return _to_tokens(_episode_sums(log_ratio, lengths) / lengths.clamp(min=1), lengths, len(log_ratio))
 
 
-# --- what corrects for who sampled ---
+# --- correction for the policy that sampled ---
 
 
-def importance(start: Tensor, behaviour: Tensor, lengths: Tensor, of_episode: bool) -> Tensor:
-    """p_start / p_behaviour, detached: of each token, or the product over its episode. (C,) each, lengths (E,) -> (C,)
+def importance(start: Tensor, behaviour: Tensor, lengths: Tensor, per_episode: bool) -> Tensor:
+    """p_start / p_behaviour, detached: per token, or the product over each episode. (C,) each, lengths (E,) -> (C,)
 
-    Cut at a cap it is truncated importance sampling (TIS, "Your Efficient RL Framework Secretly Brings You Off-Policy
-    RL Training", Yao et al. 2025); 0 beyond it, masked (MIS).
+    With a cap this is truncated importance sampling (TIS, "Your Efficient RL Framework Secretly Brings You Off-Policy
+    RL Training", Yao et al. 2025). Set to 0 above the cap, it is masked importance sampling (MIS).
     """
     log_ratio = (start - behaviour).detach()
-    if of_episode:
-        log_ratio = _to_tokens(_of_episodes(log_ratio, lengths), lengths, len(log_ratio))
-    return log_ratio.clamp(max=FAR).exp()
+    if per_episode:
+        log_ratio = _to_tokens(_episode_sums(log_ratio, lengths), lengths, len(log_ratio))
+    return log_ratio.clamp(max=MAX_LOG_RATIO).exp()
 
 
 # --- KL ---
 
 
-def kl(logprobs: Tensor, others: Tensor, estimator: Literal["k1", "k2", "k3"]) -> Tensor:
-    """KL(p || q) a token, from tokens of p; d = log p - log q (Schulman 2020, "Approximating KL divergence"). (C,)
+def kl(log_p: Tensor, log_q: Tensor, estimator: Literal["k1", "k2", "k3"]) -> Tensor:
+    """KL(p || q) per token, for tokens sampled from p; d = log p - log q (Schulman 2020, "Approximating KL
+    divergence"). (C,), (C,) -> (C,)
 
-    k1 = d: unbiased, of either sign. k2 = d^2 / 2: biased, its gradient is that of the KL. k3 = exp(-d) - 1 + d:
-    unbiased, never negative (GRPO, arXiv:2402.03300, eq. 4); its exponential stays at exp(FAR) above FAR.
+    k1 = d: unbiased, of either sign. k2 = d^2 / 2: biased, but its gradient is that of the KL. k3 = exp(-d) - 1 + d:
+    unbiased, never negative (GRPO, arXiv:2402.03300, eq. 4); its exponential is capped at exp(MAX_LOG_RATIO).
     """
-    d = logprobs - others
+    d = log_p - log_q
     if estimator == "k1":
         return d
     return d.square() / 2 if estimator == "k2" else _bounded(-d).expm1() + d
 
 
 def _bounded(x: Tensor) -> Tensor:
-    """`x`, or FAR where it is larger, with the gradient of `x` everywhere: a far token is still pushed back. Up to FAR
-    it keeps every bit."""
-    return x.detach().clamp(max=FAR) + (x - x.detach())
+    """min(x, MAX_LOG_RATIO) with gradient 1 everywhere: a token above the cap is still pushed back. Values up to the
+    cap keep every bit."""
+    return x.detach().clamp(max=MAX_LOG_RATIO) + (x - x.detach())
 
 
-def _of_episodes(x: Tensor, lengths: Tensor) -> Tensor:
-    """The sum over each episode's tokens: (C,), (E,) int64 -> (E,)"""
+def _episode_sums(x: Tensor, lengths: Tensor) -> Tensor:
+    """The sum over each episode's tokens. (C,), (E,) int64 -> (E,)"""
     episodes = _to_tokens(torch.arange(len(lengths), device=x.device), lengths, len(x))
     return x.new_zeros(len(lengths)).index_add(0, episodes, x)
 
 
 def _to_tokens(x: Tensor, lengths: Tensor, tokens: int) -> Tensor:
-    """What each episode has, for each of its tokens: (E,), (E,) int64 -> (tokens,). Their number is given, for a GPU
-    would be waited for to tell it."""
+    """Repeat each episode's value for its tokens. (E,), (E,) int64 -> (tokens,). With `tokens` the host needs not wait
+    for a GPU to sum the lengths."""
     return x.repeat_interleave(lengths, output_size=tokens)

@@ -1,4 +1,4 @@
-"""How a policy's state names its tensors: masters and moments by matrix and factor, its critic's after a prefix."""
+"""Names of the tensors in a policy's state: masters and moments by matrix and factor; a critic's have a prefix."""
 
 import re
 from collections.abc import Mapping
@@ -11,42 +11,45 @@ CRITIC = "critic/"
 
 
 def critic_of(policy: str) -> str:
-    """The name of a policy's critic, which is a policy too."""
+    """The name of a policy's critic, which is a policy itself."""
     return f"{policy}/critic"
 
 
-def parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What is the policy's own, and its critic's."""
-    of_critic = {name.removeprefix(CRITIC): each for name, each in tensors.items() if name.startswith(CRITIC)}
-    return {name: each for name, each in tensors.items() if not name.startswith(CRITIC)}, of_critic
+def split_critic(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of the policy, and those of its critic without their prefix."""
+    critic = {name.removeprefix(CRITIC): tensor for name, tensor in tensors.items() if name.startswith(CRITIC)}
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(CRITIC)}, critic
 
 
 def is_by_position(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a release wrote it that numbered masters: a policy's and then its critic's."""
+    """Whether an old release wrote the state, which numbered the masters: the policy's, then its critic's."""
     return "0.master" in tensors
 
 
-def by_name(tensors: Mapping[str, Tensor], policies: Policies, policy: str) -> dict[str, Tensor]:
-    """The state as it is named now. Those of older releases had an empty master where an adapter leaves a matrix alone
-    that its companion, or the other matrix of its module, is over."""
+def with_current_names(tensors: Mapping[str, Tensor], policies: Policies, policy: str) -> dict[str, Tensor]:
+    """The state under current names.
+
+    Old releases numbered the masters. If any adapter of the policy or its critic covered a module, they numbered the
+    A and B of all its matrices for both adapters; those of matrices that are not adapted were empty.
+    """
     if not is_by_position(tensors):
         return dict(tensors)
     names = list(policies.parameters_of(policy))
     if not policies.full_weights:
         factors, owners = policies.bank.factors, {policy: "", critic_of(policy): CRITIC}
-        over = {owner: policies.bank.over(owner) for owner in owners}
-        places = {matrix.place for of in over.values() for matrix in of}
+        pairs = {owner: policies.bank.pairs_of(owner) for owner in owners}
+        modules = {matrix.module_name for adapted in pairs.values() for matrix in adapted}
         names = [
             f"{prefix}{matrix.key}.{factor}"
             for owner, prefix in owners.items()
             for matrix in factors
             for factor in ("lora_A", "lora_B")
-            if over[owner] and matrix.place in places
+            if pairs[owner] and matrix.module_name in modules
         ] + [f"{CRITIC}value_head.{name}" for name in ("weight", "bias")]
     renamed = {}
     for name, tensor in tensors.items():
-        index, _, what = name.partition(".")
-        known = re.fullmatch(r"\d+", index) and int(index) < len(names)
-        if not (known and tensor.numel() == 0):
-            renamed[f"{names[int(index)]}.{what}" if known else name] = tensor
+        index, _, suffix = name.partition(".")
+        is_numbered = re.fullmatch(r"\d+", index) and int(index) < len(names)
+        if not (is_numbered and tensor.numel() == 0):
+            renamed[f"{names[int(index)]}.{suffix}" if is_numbered else name] = tensor
     return renamed

@@ -1,4 +1,4 @@
-"""Small helpers for futures."""
+"""Helpers for futures."""
 
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -10,7 +10,7 @@ _Result = TypeVar("_Result")
 
 @contextmanager
 def errors_to(future: Future[Any]) -> Iterator[None]:
-    """Give an error that is raised within to whoever waits for `future`."""
+    """Set an error of the block on `future` instead of raising it."""
     try:
         yield
     except Exception as error:
@@ -19,7 +19,7 @@ def errors_to(future: Future[Any]) -> Iterator[None]:
 
 
 def resolved(value: _Result) -> Future[_Result]:
-    """A future that is settled."""
+    """A future that already has its result."""
     future: Future[_Result] = Future()
     future.set_result(value)
     return future

@@ -1,4 +1,4 @@
-"""The versions that an engine holds, and which of them may go."""
+"""The versions that an engine has loaded, and which of them can be unloaded."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -12,35 +12,36 @@ if TYPE_CHECKING:
 
 
 @dataclass(eq=False)
-class Loaded:
-    """A version that vLLM holds. Each request has a lease on it, from its submission to its last token."""
+class LoadedAdapter:
+    """An adapter that vLLM has loaded. A request leases it from its submission to its last token."""
 
     adapter: Adapter
-    request: "LoRARequest | None"  # None where it is all weights
-    proof: Receipt = field(init=False)
+    lora_request: "LoRARequest | None"  # None for full weights
+    receipt: Receipt = field(init=False)
     leases: int = 0
-    verdict: Future[None] | None = None  # of its canary, once that is sent; nothing it sampled is given out before
+    verdict: Future[None] | None = None  # of its canary; None until that is submitted
 
     @property
     def version(self) -> Version:
         return self.adapter.version
 
 
-def unused(held: Sequence[Loaded], policy: str) -> list[Loaded]:
-    """Those of a policy that nobody leases, but for its newest and its last.
+def unused(adapters: Sequence[LoadedAdapter], policy: str) -> list[LoadedAdapter]:
+    """A policy's adapters without a lease, except for its newest version and the one that was requested last.
 
-    `held` is in the order in which versions were asked for. Of several with the newest number the last one counts: a
-    number that is trained again after a crash takes the first one's place.
+    `adapters` is in the order of the last request for each. If a number was trained again after a crash, the adapter
+    that was requested last is the newest of that number.
     """
-    own = [each for each in reversed(held) if each.version.policy == policy]
-    newest = max(own, key=lambda each: each.version.number, default=None)
-    return [each for each in own[1:] if each is not newest and not each.leases]
+    candidates = [loaded for loaded in reversed(adapters) if loaded.version.policy == policy]
+    newest = max(candidates, key=lambda loaded: loaded.version.number, default=None)
+    return [loaded for loaded in candidates[1:] if loaded is not newest and not loaded.leases]
 
 
-def in_the_way(held: Sequence[Loaded], policy: str) -> Loaded | None:
-    """Which one makes room for another version of `policy`; None where all are leased.
+def next_to_unload(adapters: Sequence[LoadedAdapter], policy: str) -> LoadedAdapter | None:
+    """The adapter to unload when a version of `policy` needs a slot; None if all are leased.
 
-    Another policy's goes last, the one that was asked for longest ago: it is loaded again when it is asked for.
+    The policy's own adapters come first; among equals, the one that was requested longest ago. Another policy's
+    adapter is loaded again on demand.
     """
-    idle = [each for each in held if not each.leases]
-    return min(idle, key=lambda each: each.version.policy != policy, default=None)
+    idle = [loaded for loaded in adapters if not loaded.leases]
+    return min(idle, key=lambda loaded: loaded.version.policy != policy, default=None)

@@ -1,4 +1,4 @@
-"""What vLLM gives back, as records."""
+"""Converts vLLM's outputs to records."""
 
 from typing import cast
 
@@ -9,12 +9,12 @@ from rlora.records import Episode, Version
 
 
 def prompt_logprobs(output: RequestOutput) -> list[float]:
-    """Of each prompt token but the first."""
+    """Logprobs of the prompt's tokens after the first."""
     tokens, entries = cast(list[int], output.prompt_token_ids), cast(list[dict[int, Logprob]], output.prompt_logprobs)
     return [entry[token].logprob for token, entry in zip(tokens[1:], entries[1:], strict=True)]
 
 
-def episode_of(completion: CompletionOutput, version: Version) -> Episode:
+def to_episode(completion: CompletionOutput, version: Version) -> Episode:
     entries = cast(list[dict[int, Logprob]], completion.logprobs)
     logprobs = tuple(entry[token].logprob for token, entry in zip(completion.token_ids, entries, strict=True))
     return Episode(tuple(completion.token_ids), logprobs, str(completion.finish_reason), version)

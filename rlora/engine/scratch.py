@@ -1,4 +1,8 @@
-"""The files that an engine's adapters are loaded from: in RAM, or on disk where that is full. And what kills left."""
+"""The directory that an engine's adapters are loaded from, in RAM or on disk, and removal of what killed engines left.
+
+A directory is locked, and the kernel releases the lock when its process dies. So other processes can tell, also from
+another PID namespace, whether it is in use.
+"""
 
 import errno
 import fcntl
@@ -16,52 +20,54 @@ from rlora import machine
 from rlora.records import Adapter, RloraError
 from rlora.store import write_adapter
 
-_OPENMP = "__KMP_REGISTERED_LIB_"  # Intel's OpenMP keeps a file of each process: this, its pid, and the user's id
+_OPENMP = "__KMP_REGISTERED_LIB_"  # prefix of the file that Intel's OpenMP keeps per process; pid and user id follow
 
 
 class Scratch:
-    """The directory of process `pid`, which has to be this one. It is locked, and the kernel unlocks it on any death:
-    so other processes know, in any PID namespace, whether what is in it is in use."""
+    """The locked directory of process `pid`, which must be this process."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
-        self._held: dict[Path, tuple[Path, int]] = {}  # a directory and its lock, by where it is
+        self._directories: dict[Path, tuple[Path, int]] = {}  # by root: this process's directory in it, and its lock
 
     def write(
         self, adapter: Adapter, versions: int = 1, write: Callable[[Adapter, Path], Path] = write_adapter
     ) -> Path:
-        """Write an adapter where `versions` like it have room; returns its directory. Raises RloraError if none has."""
+        """Write an adapter to the first root with room for `versions` of its size, and return its directory.
+
+        Raises RloraError if no root has that room.
+        """
         size = versions * sum(map(len, adapter.files.values()))
-        full = []
-        for place in _places():
-            free = shutil.disk_usage(place).free
-            full.append(f"{place} has {free / 1e6:,.1f} MB free")
+        shortages = []
+        for root in _roots():
+            free = shutil.disk_usage(root).free
+            shortages.append(f"{root} has {free / 1e6:,.1f} MB free")
             if free < size:
                 continue
             try:
-                return write(adapter, self._directory(place) / adapter.name)
+                return write(adapter, self._directory(root) / adapter.name)
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
-        count = f"{versions} versions" if versions > 1 else "a version"
+        need = f"{versions} versions of the adapter need" if versions > 1 else "a version of the adapter needs"
         raise RloraError(
-            f"engine: {count} of the adapter need {size / 1e6:,.1f} MB, but {' and '.join(full)}; start the container "
-            "with a larger --shm-size (in Kubernetes, mount an emptyDir of medium Memory at /dev/shm), or set TMPDIR "
-            "to a directory with more room"
+            f"engine: {need} {size / 1e6:,.1f} MB, but {' and '.join(shortages)}; start the container with a larger "
+            "--shm-size (in Kubernetes, mount an emptyDir of medium Memory at /dev/shm), or set TMPDIR to a directory "
+            "with more room"
         )
 
     def close(self) -> None:
         """Remove everything."""
-        for directory, lock in self._held.values():
+        for directory, lock in self._directories.values():
             shutil.rmtree(directory, ignore_errors=True)
             os.close(lock)
-        self._held.clear()
+        self._directories.clear()
 
-    def _directory(self, place: Path) -> Path:
-        """This process's directory there, made and locked. Another container may have a process of the same number."""
-        if place in self._held:
-            return self._held[place][0]
-        first = machine.adapter_directory(self.pid, place)
+    def _directory(self, root: Path) -> Path:
+        """This process's directory in `root`, created and locked. In another container a process may have its pid."""
+        if root in self._directories:
+            return self._directories[root][0]
+        first = machine.adapter_directory(self.pid, root)
         for number in itertools.count():
             directory = first.with_name(f"{first.name}.{number}") if number else first
             try:
@@ -71,43 +77,40 @@ class Scratch:
                 lock = _lock(directory)
             if lock is None:
                 continue
-            if directory.exists():  # else it was taken for a dead one's just before it was locked
-                for name in os.listdir(directory):  # of an earlier process of this number
+            if directory.exists():  # else it was removed as a leftover just before it was locked
+                for name in os.listdir(directory):  # of an earlier process with this pid
                     shutil.rmtree(directory / name, ignore_errors=True)
-                self._held[place] = directory, lock
+                self._directories[root] = directory, lock
                 return directory
             os.close(lock)
         raise AssertionError
 
 
 def remove_leftovers() -> None:
-    """Remove what processes that are gone have left on this machine: adapters, and files of Intel's OpenMP.
-
-    Other users' files that may not be removed stay.
-    """
-    for place in _places():
-        for path in place.glob("rlora-*"):
+    """Remove adapters and OpenMP files of dead processes on this machine. Files that can't be removed stay."""
+    for root in _roots():
+        for path in root.glob("rlora-*"):
             if (name := re.fullmatch(r"rlora-(\d+)(\.\d+)?", path.name)) and (lock := _lock(path)) is not None:
                 with suppress(OSError):
-                    if not _lives(int(name[1]), os.fstat(lock).st_mtime):
+                    if not _is_alive(int(name[1]), os.fstat(lock).st_mtime):
                         shutil.rmtree(path)
                 os.close(lock)
     for path in machine.ram_directory().glob(f"{_OPENMP}*"):
         pid, _, user = path.name.removeprefix(_OPENMP).partition("_")
-        with suppress(OSError):  # its own process would not miss the file either
-            if pid.isdigit() and user == str(os.getuid()) and not _lives(int(pid), path.stat().st_mtime):
+        with suppress(OSError):  # a process that is alive does not need the file either
+            if pid.isdigit() and user == str(os.getuid()) and not _is_alive(int(pid), path.stat().st_mtime):
                 path.unlink()
 
 
-def _places() -> list[Path]:
+def _roots() -> list[Path]:
     return list(dict.fromkeys([machine.ram_directory(), Path(tempfile.gettempdir())]))
 
 
 def _lock(directory: Path, wait: bool = False) -> int | None:
-    """A descriptor that holds the lock of a directory; None where it is in use, another user's, or no directory.
+    """Lock a directory and return the descriptor; None if it is in use, another user's, or not a directory.
 
-    With `wait` it is this process's own, and no more than looked at by others: there it may do without a lock, on a
-    file system that has none.
+    With `wait` the directory is this process's, and others hold its lock only while they inspect it. On a file system
+    without locks the descriptor is returned unlocked then.
     """
     try:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -122,8 +125,8 @@ def _lock(directory: Path, wait: bool = False) -> int | None:
     return descriptor
 
 
-def _lives(pid: int, last_change: float) -> bool:
-    """Whether the process that made a file is there: one that began after its last change has only the same number."""
+def _is_alive(pid: int, last_change: float) -> bool:
+    """Whether the process that created a file is alive. One that began after the file's last change reuses its pid."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

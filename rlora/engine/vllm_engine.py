@@ -1,4 +1,4 @@
-"""The rollout engine: vLLM, which samples under exact adapter versions. The only file that builds an engine of it."""
+"""The rollout engine: samples with vLLM under exact adapter versions."""
 
 import itertools
 import math
@@ -22,11 +22,11 @@ from vllm.sampling_params import RequestOutputKind
 
 from rlora import cards, machine
 from rlora.engine import slots
-from rlora.engine.building import about, build, put, seed_of
-from rlora.engine.canary import distance, judged
+from rlora.engine.building import build, engine_info, load_adapter, sampling_seed
+from rlora.engine.canary import compare_canary, distance
 from rlora.engine.futures import errors_to, resolved
-from rlora.engine.loaded import Loaded, in_the_way, unused
-from rlora.engine.outputs import episode_of, prompt_logprobs
+from rlora.engine.loaded import LoadedAdapter, next_to_unload, unused
+from rlora.engine.outputs import prompt_logprobs, to_episode
 from rlora.engine.scratch import Scratch
 from rlora.model.base import has_experts
 from rlora.records import (
@@ -49,12 +49,12 @@ from rlora.settings import Config
 from rlora.store import write_adapter
 
 _Result = TypeVar("_Result")
-_ALONE = cards.MemoryPlan()
-_COMPANY = 4  # canaries at a time, to see how far the base's own logprobs move
+_NO_LEARNERS = cards.MemoryPlan()
+_CANARY_BATCH = 4  # canaries submitted together to measure how batching changes the base's logprobs
 
 
 @dataclass(eq=False)
-class _Asked:
+class _Request:
     """A request in flight."""
 
     version: Version | None  # None for the base
@@ -62,21 +62,21 @@ class _Asked:
 
 
 class Engine:
-    """vLLM on a thread of its own, with its adapters in a directory of its own, in RAM where there is room.
+    """vLLM on its own thread, with its adapters' files in its own directory, in RAM if there is room.
 
-    Each method posts to that thread and returns a future; what was posted is served between two steps of vLLM. So a
-    version is loaded, and a request taken in, while others are in flight, and those go on under the version that they
-    were submitted with. A version leaves when it is not the newest of its policy and no request has a lease on it.
+    Each method posts a job to that thread and returns a future. Jobs run between two steps of vLLM. So a version is
+    loaded, and a request accepted, while other requests are in flight; those continue under the version that they were
+    submitted with. A version is unloaded when it is not the newest of its policy and no request leases it.
 
-    `base` is where the base is loaded from, `slots` how many versions fit at a time, and `beside` what learners hold of
-    GPUs. No two engines draw the same samples: `number` counts all starts of engines in a job, and `version` is the
-    number of the first version that is served. A completion ends with one of `stop_token_ids`, or of the strings
-    `stop`. Start the process with `machine.engine_environment`.
+    `base` is the path of the base model, `slots` the number of versions that fit at a time, `memory_plan` the memory
+    that learners use on each GPU. `number` counts the engine starts of a job, and `version` is the number of the first
+    version to serve; they seed sampling, so that no two engines draw the same samples. A completion ends with one of
+    `stop_token_ids` or of the strings `stop`. Start the process with `machine.engine_environment`.
     """
 
     def __init__(
         self, config: Config, base: str, stop_token_ids: Sequence[int], stop: Sequence[str], slots: int, number: int,
-        version: int, beside: cards.MemoryPlan = _ALONE,
+        version: int, memory_plan: cards.MemoryPlan = _NO_LEARNERS,
     ) -> None:  # fmt: skip
         self.config = config
         self.stop_token_ids, self.stop = list(stop_token_ids), list(stop)
@@ -84,219 +84,211 @@ class Engine:
         self.scratch = Scratch(os.getpid())
         self.full_weights, self.experts = config.learner.full_finetuning, has_experts(base)
         self.slots = 1 if self.full_weights else slots
-        self.held: list[Loaded] = []  # in the order they were asked for
-        self.noise: float | None = None  # of the base's canary, once it was asked
-        self.canaries: dict[str, float] = {}  # by policy: nats from its last canary to the learner's, mean over tokens
-        self.busy = 0.0  # seconds in vLLM's steps
-        self._engine_ids = itertools.count(1)  # never reused: vLLM's prefix cache and slots go by name and id
+        self.adapters: list[LoadedAdapter] = []  # in the order of the last request for each
+        self.noise: float | None = None  # distance of the base's canary from the learner's; None until it was measured
+        self.canary_distances: dict[str, float] = {}  # by policy: its last canary from the learner's, nats per token
+        self.busy_seconds = 0.0  # in vLLM's steps
+        self._engine_ids = itertools.count(1)  # LoRA ids, never reused: vLLM's prefix cache and slots are keyed by them
         self._request_ids = itertools.count()
-        self._running: dict[str, _Asked] = {}
-        self._posted: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._open: set[Future[Any]] = set()  # promised and not settled yet
-        self._broken: EngineLostError | None = None
-        made_of = (
-            config,
-            base,
-            seed_of(config.seed, number, version),
-            self.slots,
-            self.full_weights,
-            self.experts,
-            beside,
-        )
-        built = self._post(lambda: build(*made_of))
-        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._running: dict[str, _Request] = {}
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._pending: set[Future[Any]] = set()  # returned to callers, without a result yet
+        self._failure: EngineLostError | None = None
+        seed = sampling_seed(config.seed, number, version)
+        arguments = config, base, seed, self.slots, self.full_weights, self.experts, memory_plan
+        building = self._post(lambda: build(*arguments))
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
-        self.llm: LLMEngine = built.result()
+        self.llm: LLMEngine = building.result()
 
     def load(self, adapter: Adapter, oldest: int = 0, kept: int | None = None) -> Future[Receipt]:
-        """Serve `adapter.version` beside those that are served, and prove that it is.
+        """Load `adapter.version` beside the versions that are served, and verify it. Waits while all slots are leased.
 
-        Requests for versions of its policy with numbers below `oldest`, other than `kept`, are given up. It waits where
-        all slots are leased. The proof: the file that vLLM read has the adapter's digest, and the slot holds its very
-        tensors. Third, the canary's logprobs have to be the learner's, as closely as the base's are: it is sampled with
-        the version's first prompts, none of which gets out before. Raises DeliveryError where something else is served,
-        RloraError where vLLM does not take it.
+        Requests for versions of its policy with numbers below `oldest`, except `kept`, are aborted. Checks: the file
+        that vLLM read has the adapter's digest, the slot holds the adapter's tensors, and the canary's logprobs match
+        the learner's about as closely as the base's do. The canary runs with the version's first requests, whose
+        episodes are withheld until it passes. Raises DeliveryError if the engine serves something else, RloraError if
+        vLLM rejects the adapter.
         """
         return self._post(lambda: self._load(adapter, oldest, kept))
 
     def generate(self, prompt: Prompt, sampling: Sampling, version: Version) -> Future[Group]:
-        """Sample `sampling.group_size` completions under `version`; `records.BASE` is the base, without an adapter.
+        """Sample `sampling.group_size` completions under `version`; `records.BASE` is the base without an adapter.
 
-        Behaviour logprobs are natural logs of the sampled tokens' probability at the temperature used. Raises
-        NotLoadedError for a version that is not here, DeliveryError where its canary is not as it should be, and
-        StaleError where it is given up.
+        Behaviour logprobs are natural logs, at the sampling temperature. Raises NotLoadedError if the version is not
+        loaded, DeliveryError if its canary fails, StaleError if the request is aborted.
         """
-        sampled: Future[Group] = self._promise()
-        self._posted.put(lambda: self._generate(prompt, sampling, version, sampled))
-        return sampled
+        group: Future[Group] = self._new_future()
+        self._jobs.put(lambda: self._generate(prompt, sampling, version, group))
+        return group
 
     def stats(self) -> Future[EngineStats]:
-        """Known at once, also in a step."""
-        return resolved(EngineStats(self.busy, dict(self.canaries)))
+        """Figures so far; resolved immediately, also during a step."""
+        return resolved(EngineStats(self.busy_seconds, dict(self.canary_distances)))
 
     def about(self) -> Future[EngineInfo]:
-        """What it runs on and with."""
-        return self._post(lambda: about(self.llm, self.config))
+        """The device and settings that it runs with."""
+        return self._post(lambda: engine_info(self.llm, self.config))
 
     def leave(self, policy: str) -> Future[None]:
-        """Give up the requests of `policy`, and serve none of its versions any more."""
+        """Abort the requests of `policy` and unload its versions."""
         return self._post(lambda: self._leave(policy))
 
     def versions(self) -> Future[list[Version]]:
-        """Those that are served, in the order in which they were asked for."""
-        return self._post(lambda: [held.version for held in self.held])
+        """The loaded versions, in the order of the last request for each."""
+        return self._post(lambda: [loaded.version for loaded in self.adapters])
 
-    def loaded(self) -> Future[list[int]]:
-        """The ids of the adapters that vLLM holds: one for each of `versions` where nothing was lost."""
+    def lora_ids(self) -> Future[list[int]]:
+        """Ids of the adapters that vLLM itself lists: one for each of `versions`."""
         return self._post(lambda: sorted(self.llm.list_loras()))
 
     def close(self) -> Future[None]:
         """Remove the adapters' files, and end the thread after its step."""
-        self._posted.put(None)
+        self._jobs.put(None)
         self.scratch.close()
         return resolved(None)
 
-    # --- what callers promise, and the thread that keeps it ---
+    # --- the engine's thread, and the futures that it resolves ---
 
-    def _promise(self) -> Future[Any]:
+    def _new_future(self) -> Future[Any]:
         future: Future[Any] = Future()
-        self._open.add(future)
-        future.add_done_callback(self._open.discard)
-        if self._broken:
-            future.set_exception(self._broken)
+        self._pending.add(future)
+        future.add_done_callback(self._pending.discard)
+        if self._failure:
+            future.set_exception(self._failure)
         return future
 
     def _post(self, job: Callable[[], _Result]) -> Future[_Result]:
-        """Let the engine's thread do `job` between two steps."""
-        future: Future[_Result] = self._promise()
+        """Run `job` on the engine's thread between two steps."""
+        future: Future[_Result] = self._new_future()
 
         def run() -> None:
             with errors_to(future):
                 future.set_result(job())
 
-        self._posted.put(run)
+        self._jobs.put(run)
         return future
 
-    def _serve(self) -> None:
-        while not self._broken:
-            if self._running and self._posted.empty():
+    def _run(self) -> None:
+        while not self._failure:
+            if self._running and self._jobs.empty():
                 with suppress(EngineLostError):
                     self._step()
-            elif job := self._posted.get():
+            elif job := self._jobs.get():
                 job()
             else:
                 return
-        for future in list(self._open):
+        for future in list(self._pending):
             if not future.done():
-                future.set_exception(self._broken)
+                future.set_exception(self._failure)
 
     def _step(self) -> None:
-        """One step of vLLM: a token of each completion in flight. Raises EngineLostError, for good."""
+        """Run one step of vLLM: one token per completion in flight. Raises EngineLostError; the engine ends then."""
         start = time.perf_counter()
         try:
             outputs = self.llm.step()
-        except Exception as error:  # what state vLLM is in nobody knows
-            self._broken = EngineLostError(f"vLLM failed in a step: {cards.error_text(error)}")
-            raise self._broken from error
-        self.busy += time.perf_counter() - start
+        except Exception as error:  # vLLM's state is undefined now
+            self._failure = EngineLostError(f"vLLM failed in a step: {cards.error_text(error)}")
+            raise self._failure from error
+        self.busy_seconds += time.perf_counter() - start
         for output in outputs:
             assert isinstance(output, RequestOutput)
-            asked = self._running.pop(output.request_id, None) if output.finished else None
-            if asked:  # else it was given up
-                asked.output.set_result(output)
+            request = self._running.pop(output.request_id, None) if output.finished else None
+            if request:  # else it was aborted
+                request.output.set_result(output)
 
-    def _submit(self, tokens: Sequence[int], held: Loaded | None, **params: Any) -> Future[RequestOutput]:
-        """Hand a prompt to vLLM; its output comes with a later step."""
+    def _submit(self, tokens: Sequence[int], loaded: LoadedAdapter | None, **params: Any) -> Future[RequestOutput]:
+        """Submit a prompt to vLLM; a later step resolves its output. The base samples it if `loaded` is None."""
         request_id = str(next(self._request_ids))
         settings = SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY, **{"detokenize": False, **params})
-        request, version = (held.request, held.version) if held else (None, None)
-        self.llm.add_request(request_id, TokensPrompt(prompt_token_ids=list(tokens)), settings, lora_request=request)
-        self._running[request_id] = asked = _Asked(version)
-        return asked.output
+        lora, version = (loaded.lora_request, loaded.version) if loaded else (None, None)
+        self.llm.add_request(request_id, TokensPrompt(prompt_token_ids=list(tokens)), settings, lora_request=lora)
+        self._running[request_id] = request = _Request(version)
+        return request.output
 
     # --- sampling ---
 
-    def _generate(self, prompt: Prompt, sampling: Sampling, version: Version, sampled: Future[Group]) -> None:
-        with errors_to(sampled):
-            held = self._serving(version)
-            verdict = self._verdict(held) if held else resolved(None)
+    def _generate(self, prompt: Prompt, sampling: Sampling, version: Version, group: Future[Group]) -> None:
+        with errors_to(group):
+            loaded = self._find(version)
+            verdict = self._canary_verdict(loaded) if loaded else resolved(None)
             output = self._submit(
                 prompt.token_ids,
-                held,
+                loaded,
                 n=sampling.group_size,
                 temperature=sampling.temperature,
                 max_tokens=sampling.max_tokens,
                 stop_token_ids=self.stop_token_ids,
                 stop=self.stop,
-                detokenize=bool(self.stop),  # to find them
-                skip_special_tokens=False,  # one of them may be such
-                logprobs=0,  # of the sampled token alone
+                detokenize=bool(self.stop),  # vLLM looks for stop strings in the text
+                skip_special_tokens=False,  # a stop string may be one
+                logprobs=0,  # of the sampled token only
             )
 
             def finish(output: Future[RequestOutput]) -> None:
                 verdict.add_done_callback(partial(settle, output))
-                if held:
-                    self._release(held)
+                if loaded:
+                    self._release(loaded)
 
             def settle(output: Future[RequestOutput], verdict: Future[None]) -> None:
-                with errors_to(sampled):
+                with errors_to(group):
                     verdict.result()
-                    episodes = tuple(episode_of(completion, version) for completion in output.result().outputs)
-                    sampled.set_result(Group(prompt, episodes))
+                    episodes = tuple(to_episode(completion, version) for completion in output.result().outputs)
+                    group.set_result(Group(prompt, episodes))
 
-            if held:
-                held.leases += 1
+            if loaded:
+                loaded.leases += 1
             output.add_done_callback(finish)
 
-    def _verdict(self, held: Loaded) -> Future[None]:
-        """Whether a version's canary came back right; it is sent along with the version's first prompt.
+    def _canary_verdict(self, loaded: LoadedAdapter) -> Future[None]:
+        """Resolved once a version's canary has passed. The first call submits it.
 
-        It shares a step with the prompts: alone it would take as long as one for them all.
+        The canary shares a step with the version's first prompt: alone it would take as long as a step of all requests.
         """
-        if held.verdict or not held.adapter.canary:
-            return held.verdict or resolved(None)
+        if loaded.verdict or not loaded.adapter.canary:
+            return loaded.verdict or resolved(None)
         verdict: Future[None] = Future()
-        held.verdict = verdict
+        loaded.verdict = verdict
 
-        def judge(answer: Future[RequestOutput]) -> None:
+        def check(output: Future[RequestOutput]) -> None:
             try:
-                self._judge(held.adapter, prompt_logprobs(answer.result()))
+                self._check_canary(loaded.adapter, prompt_logprobs(output.result()))
             except DeliveryError:
-                self._posted.put(partial(self._judge_alone, held, verdict))
+                self._jobs.put(partial(self._check_canary_alone, loaded, verdict))
                 return
             except Exception as error:
                 verdict.set_exception(error)
             else:
                 verdict.set_result(None)
-            self._release(held)
+            self._release(loaded)
 
-        held.leases += 1
-        self._send_canary(held.adapter.canary, held).add_done_callback(judge)
+        loaded.leases += 1
+        self._submit_canary(loaded.adapter.canary, loaded).add_done_callback(check)
         return verdict
 
-    def _judge_alone(self, held: Loaded, verdict: Future[None]) -> None:
-        """Ask a canary that failed once more when nothing else is in flight: in company roundings differ on a GPU."""
+    def _check_canary_alone(self, loaded: LoadedAdapter, verdict: Future[None]) -> None:
+        """Repeat a failed canary while nothing else is in flight: on a GPU rounding depends on the batch."""
         with errors_to(verdict):
             while self._running:
                 self._step()
-            assert held.adapter.canary
-            self._judge(held.adapter, self._ask(held.adapter.canary, held)[0])
+            assert loaded.adapter.canary
+            self._check_canary(loaded.adapter, self._run_canary(loaded.adapter.canary, loaded)[0])
             verdict.set_result(None)
-        self._release(held)
+        self._release(loaded)
 
-    def _release(self, held: Loaded) -> None:
-        held.leases -= 1
-        self._retire(held.version.policy)
+    def _release(self, loaded: LoadedAdapter) -> None:
+        loaded.leases -= 1
+        self._retire(loaded.version.policy)
 
-    def _serving(self, version: Version) -> Loaded | None:
-        """The version as it is held here; None for the base."""
+    def _find(self, version: Version) -> LoadedAdapter | None:
+        """The loaded adapter of a version; None for the base."""
         if version.number == OFF:
             return None
-        for held in self.held:
-            if held.version == version:
-                return held
-        loaded = ", ".join(str(held.version) for held in self.held) or "none"
-        raise NotLoadedError(f"version {version}: not loaded here (loaded: {loaded}); load it first")
+        for loaded in self.adapters:
+            if loaded.version == version:
+                return loaded
+        names = ", ".join(str(loaded.version) for loaded in self.adapters) or "none"
+        raise NotLoadedError(f"version {version}: not loaded here (loaded: {names}); load it first")
 
     # --- delivery ---
 
@@ -304,105 +296,105 @@ class Engine:
         policy = adapter.policy
         if adapter.number == OFF:
             return Receipt(adapter.digest, 0.0, 0.0)
-        for held in self.held:
-            if held.version == adapter.version:
-                self.held.remove(held)
-                self.held.append(held)
+        for loaded in self.adapters:
+            if loaded.version == adapter.version:
+                self.adapters.remove(loaded)
+                self.adapters.append(loaded)
                 self._retire(policy)
-                return held.proof
+                return loaded.receipt
         start = time.perf_counter()
-        self._give_up(policy, oldest, kept)
-        while len(self.held) >= self.slots:
-            if idle := in_the_way(self.held, policy):
-                self._drop(idle)
+        self._abort(policy, oldest, kept)
+        while len(self.adapters) >= self.slots:
+            if idle := next_to_unload(self.adapters, policy):
+                self._unload(idle)
             else:
                 self._step()
-        canary = adapter.canary if self.noise is None else None  # the first is asked at once, after the base's own
-        base = [*self._ask(canary, None), *self._ask(canary, None, _COMPANY)] if canary else []  # alone, and in company
-        path = self.scratch.write(adapter, 1 if self.held else self.slots, write_adapter)
-        held = Loaded(adapter, self._put(adapter, path))
-        loaded = time.perf_counter()
+        canary = adapter.canary if self.noise is None else None  # the engine's first: it runs now, after the base's
+        base = [*self._run_canary(canary, None), *self._run_canary(canary, None, _CANARY_BATCH)] if canary else []
+        path = self.scratch.write(adapter, 1 if self.adapters else self.slots, write_adapter)
+        loaded = LoadedAdapter(adapter, self._load_adapter(adapter, path))
+        end = time.perf_counter()
         try:
-            digest = self._compare(held, path)
+            digest = self._check_file_and_slot(loaded, path)
             if canary:
                 self.noise = max(distance(logprobs, canary.base_logprobs) for logprobs in base)
-                self._judge(adapter, self._ask(canary, held)[0], base[0])
-                held.verdict = resolved(None)
+                self._check_canary(adapter, self._run_canary(canary, loaded)[0], base[0])
+                loaded.verdict = resolved(None)
         except DeliveryError:
-            self._drop(held)
+            self._unload(loaded)
             raise
         if self.full_weights:
             shutil.rmtree(path)
-        held.proof = Receipt(digest, loaded - start, time.perf_counter() - loaded)
-        self.held.append(held)
+        loaded.receipt = Receipt(digest, end - start, time.perf_counter() - end)
+        self.adapters.append(loaded)
         self._retire(policy)
-        return held.proof
+        return loaded.receipt
 
-    def _put(self, adapter: Adapter, path: Path) -> LoRARequest | None:
-        return put(self.llm, adapter, path, next(self._engine_ids), self.experts)
+    def _load_adapter(self, adapter: Adapter, path: Path) -> LoRARequest | None:
+        return load_adapter(self.llm, adapter, path, next(self._engine_ids), self.experts)
 
-    def _compare(self, held: Loaded, path: Path) -> str:
-        """The digest of the file that vLLM has read. Raises DeliveryError where it or the slot is not the adapter's.
+    def _check_file_and_slot(self, loaded: LoadedAdapter, path: Path) -> str:
+        """Digest of the file that vLLM read. Raises DeliveryError if the file or the slot differs from the adapter.
 
-        Logprobs alone can't tell a version from the one before it in 16 bits: that is what the slots are read for.
+        The slot has to be read because in 16 bits logprobs can't tell a version from the previous one.
         """
-        adapter, found = held.adapter, []
+        adapter, errors = loaded.adapter, []
         config, weights = ((path / name).read_bytes() for name in adapter.files)
         digest = replace(adapter, config=config, weights=weights).digest
         if digest != adapter.digest:
-            found.append(f"the file that it read has the digest {digest[:12]}")
-        if held.request:
-            compare = partial(slots.differences, lora_id=held.request.lora_int_id, adapter=adapter)
-            found += [line for lines in self.llm.apply_model(compare) for line in lines]
-        if found:
-            more = f", and {len(found) - 3} more" if len(found) > 3 else ""
-            raise DeliveryError(f"adapter {adapter.name}: the engine does not serve it: {'; '.join(found[:3])}{more}")
+            errors.append(f"the file that it read has the digest {digest[:12]}")
+        if loaded.lora_request:
+            compare = partial(slots.differences, lora_id=loaded.lora_request.lora_int_id, adapter=adapter)
+            errors += [line for lines in self.llm.apply_model(compare) for line in lines]
+        if errors:
+            more = f", and {len(errors) - 3} more" if len(errors) > 3 else ""
+            raise DeliveryError(f"adapter {adapter.name}: the engine does not serve it: {'; '.join(errors[:3])}{more}")
         return digest
 
-    def _judge(self, adapter: Adapter, logprobs: list[float], base: list[float] | None = None) -> None:
-        """Raise DeliveryError where the canary's logprobs are not the learner's, or the base's where it is the base."""
+    def _check_canary(self, adapter: Adapter, logprobs: list[float], base: list[float] | None = None) -> None:
+        """Raise DeliveryError if a canary's logprobs are not the learner's, or not `base` for a version equal to it."""
         assert adapter.canary
-        self.canaries[adapter.policy], error = judged(adapter.canary, logprobs, self.noise or 0.0, base)
+        self.canary_distances[adapter.policy], error = compare_canary(adapter.canary, logprobs, self.noise or 0.0, base)
         if error:
             raise DeliveryError(f"adapter {adapter.name}: the engine does not serve it: {error}")
 
-    def _ask(self, canary: Canary, held: Loaded | None, times: int = 1) -> list[list[float]]:
-        """What the canary gives, asked so often at once; whatever else is in flight goes on meanwhile."""
-        answers = [self._send_canary(canary, held) for _ in range(times)]
-        while not all(answer.done() for answer in answers):
+    def _run_canary(self, canary: Canary, loaded: LoadedAdapter | None, count: int = 1) -> list[list[float]]:
+        """Logprobs of `count` copies of a canary, submitted together. Other requests in flight continue."""
+        outputs = [self._submit_canary(canary, loaded) for _ in range(count)]
+        while not all(output.done() for output in outputs):
             self._step()
-        return [prompt_logprobs(answer.result()) for answer in answers]
+        return [prompt_logprobs(output.result()) for output in outputs]
 
-    def _send_canary(self, canary: Canary, held: Loaded | None) -> Future[RequestOutput]:
-        return self._submit(canary.token_ids, held, max_tokens=1, prompt_logprobs=0)
+    def _submit_canary(self, canary: Canary, loaded: LoadedAdapter | None) -> Future[RequestOutput]:
+        return self._submit(canary.token_ids, loaded, max_tokens=1, prompt_logprobs=0)
 
-    def _give_up(self, policy: str, oldest: float, kept: int | None = None) -> None:
-        """End the requests for versions of a policy with numbers below `oldest`, other than `kept`."""
+    def _abort(self, policy: str, oldest: float, kept: int | None = None) -> None:
+        """End the requests for versions of a policy with numbers below `oldest`, except `kept`."""
         stale = {
-            request_id: asked.version
-            for request_id, asked in self._running.items()
-            if asked.version and asked.version.policy == policy and asked.version.number < oldest
-            if asked.version.number != kept
+            request_id: request.version
+            for request_id, request in self._running.items()
+            if request.version and request.version.policy == policy and request.version.number < oldest
+            if request.version.number != kept
         }
         self.llm.abort_request(list(stale))
-        why = "its policy has left" if oldest == math.inf else f"those of its policy are given up before {oldest}"
+        reason = "its policy has left" if oldest == math.inf else f"versions of its policy below {oldest} are too old"
         for request_id, version in stale.items():
-            self._running.pop(request_id).output.set_exception(StaleError(f"version {version}: {why}"))
+            self._running.pop(request_id).output.set_exception(StaleError(f"version {version}: aborted, {reason}"))
 
     def _retire(self, policy: str) -> None:
-        for held in unused(self.held, policy):
-            self._drop(held)
+        for loaded in unused(self.adapters, policy):
+            self._unload(loaded)
 
     def _leave(self, policy: str) -> None:
-        self._give_up(policy, math.inf)
-        for held in [held for held in self.held if held.version.policy == policy]:
-            self._drop(held)
-        self.canaries.pop(policy, None)
+        self._abort(policy, math.inf)
+        for loaded in [loaded for loaded in self.adapters if loaded.version.policy == policy]:
+            self._unload(loaded)
+        self.canary_distances.pop(policy, None)
 
-    def _drop(self, held: Loaded) -> None:
-        """Take a version out of vLLM, then its file."""
-        if held in self.held:
-            self.held.remove(held)
-        if held.request:
-            self.llm.remove_lora(held.request.lora_int_id)
-            shutil.rmtree(held.request.lora_path, ignore_errors=True)
+    def _unload(self, loaded: LoadedAdapter) -> None:
+        """Remove a version from vLLM, then delete its files."""
+        if loaded in self.adapters:
+            self.adapters.remove(loaded)
+        if loaded.lora_request:
+            self.llm.remove_lora(loaded.lora_request.lora_int_id)
+            shutil.rmtree(loaded.lora_request.lora_path, ignore_errors=True)

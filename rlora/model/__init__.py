@@ -1,1 +1,1 @@
-"""The frozen base and its text: weights, chat templates, the files of a model."""
+"""The frozen base: weights, tokenizer, chat templates, and checks of a model's files."""

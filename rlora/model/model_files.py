@@ -1,4 +1,4 @@
-"""Why a directory, or what is on a hub, can't be the base: looked at before anything is loaded from it."""
+"""Checks that a directory or a hub model can be the base, before anything is loaded from it."""
 
 import json
 import re
@@ -14,42 +14,41 @@ _GENERATES = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$")
 
 
 def check_config_file(directory: Path) -> None:
-    """Raise RloraError where a directory has no config.json with an object in it."""
+    """Raise RloraError if a directory has no config.json with a JSON object."""
     file = directory / "config.json"
     if file.is_file():
         try:
             if isinstance(json.loads(file.read_bytes()), dict):
                 return
-            reason = "it holds no object"
+            reason = "it contains no object"
         except ValueError as error:
-            _refuse_a_pointer(f"model = {str(directory)!r}", file)
+            _check_no_pointer(f"model = {str(directory)!r}", file)
             reason = str(error)
         raise RloraError(f"model = {str(directory)!r}: its config.json is not valid JSON: {reason}; save it again")
-    _refuse_an_adapter(directory)
+    _check_no_adapter(directory)
     ggufs = sorted(directory.glob("*.gguf"))
     inner = sorted([*directory.glob("*/config.json"), *directory.glob("snapshots/*/config.json")])
-    found = f"it has {ggufs[0].name}, and GGUF is not read" if ggufs else "it has no config.json"
-    fix = f"did you mean {inner[0].parent}?" if inner else "give a directory with config.json and safetensors"
+    reason = f"it has {ggufs[0].name}, but GGUF is not supported" if ggufs else "it has no config.json"
+    fix = f"did you mean {inner[0].parent}?" if inner else "use a directory with config.json and safetensors"
     raise RloraError(
-        f"model = {str(directory)!r}: neither a local directory with a model nor a hub id that can be reached: "
-        f"{found}; {fix}"
+        f"model = {str(directory)!r}: neither a local directory with a model nor a reachable hub id: {reason}; {fix}"
     )
 
 
-def _refuse_a_pointer(what: str, file: Path) -> None:
-    """Raise RloraError where a file is what Git LFS leaves in place of one that was not fetched."""
+def _check_no_pointer(field: str, file: Path) -> None:
+    """Raise RloraError if a file is a Git LFS pointer, which stands for a file that was not fetched."""
     if is_pointer(file):
-        raise RloraError(f"{what}: its {file.name} is a pointer of Git LFS: fetch it by `git lfs pull`")
+        raise RloraError(f"{field}: its {file.name} is a Git LFS pointer: fetch the file with `git lfs pull`")
 
 
 def is_pointer(file: Path) -> bool:
-    """Whether a file is a pointer of Git LFS."""
+    """Whether a file is a Git LFS pointer."""
     with file.open("rb") as opened:
         return opened.read(40).startswith(b"version https://git-lfs")
 
 
-def _refuse_an_adapter(directory: Path) -> None:
-    """Raise RloraError where it holds an adapter in PEFT's format."""
+def _check_no_adapter(directory: Path) -> None:
+    """Raise RloraError if a directory contains an adapter in PEFT's format."""
     file = directory / "adapter_config.json"
     if not file.is_file():
         return
@@ -57,15 +56,14 @@ def _refuse_an_adapter(directory: Path) -> None:
         base = json.loads(file.read_bytes()).get("base_model_name_or_path")
     except (ValueError, AttributeError):
         base = None
-    over = repr(base) if base else "a base that it does not name"
     raise RloraError(
-        f"model = {str(directory)!r}: it is an adapter over {over}, and no model; set model = "
-        f"{over if base else 'its base'} and learner.start_from = {str(directory)!r}"
+        f"model = {str(directory)!r}: it is an adapter for {repr(base) if base else 'an unnamed base'}, not a model; "
+        f"set model = {repr(base) if base else 'its base'} and learner.start_from = {str(directory)!r}"
     )
 
 
 def check_kind(model: str, config: Any) -> None:
-    """Raise RloraError where a config is of anything but a causal language model."""
+    """Raise RloraError if a config is not that of a causal language model."""
     architectures = getattr(config, "architectures", None) or []
     reason = ""
     if type(config) not in AutoModelForCausalLM._model_mapping:
@@ -73,57 +71,57 @@ def check_kind(model: str, config: Any) -> None:
     elif getattr(config, "is_encoder_decoder", False):
         reason = f"type {config.model_type!r} is an encoder-decoder"
     elif architectures and not any(map(_GENERATES.search, architectures)):
-        reason = f"it was saved as {', '.join(architectures)}, which has no head that gives tokens"
+        reason = f"it was saved as {', '.join(architectures)}, which has no language-modelling head"
     if reason:
-        raise RloraError(f"model = {model!r}: no causal language model: {reason}; use one, such as SmolLM2 or Qwen3")
+        raise RloraError(f"model = {model!r}: not a causal language model: {reason}; use one, such as SmolLM2 or Qwen3")
 
 
 def check_weights(directory: Path) -> None:
-    """Raise RloraError where a directory lacks weights, or some of them."""
+    """Raise RloraError if weights are missing or unreadable in a directory."""
     names = {path.name for path in directory.iterdir()}
-    what = f"model = {str(directory)!r}"
+    field = f"model = {str(directory)!r}"
     for name in ("model.safetensors", "pytorch_model.bin"):
         if name in names:
-            _check_file(what, directory / name)
+            _check_file(field, directory / name)
             return
         if f"{name}.index.json" in names:
-            files = _shards(what, directory / f"{name}.index.json")
+            files = _shards(field, directory / f"{name}.index.json")
             if missing := sorted(set(files) - names):
                 raise RloraError(
-                    f"{what}: {len(missing)} of its {len(files)} weight files are missing ({', '.join(missing[:3])}); "
-                    "download or save them too"
+                    f"{field}: {len(missing)} of its {len(files)} weight files are missing ({', '.join(missing[:3])}); "
+                    "download them, or save the model again"
                 )
             for file in files:
-                _check_file(what, directory / file)
+                _check_file(field, directory / file)
             return
-    _refuse_an_adapter(directory)
-    others = sorted(name for name in names if name.endswith((".safetensors", ".bin", ".gguf", ".pt", ".pth")))
+    _check_no_adapter(directory)
+    unread = sorted(name for name in names if name.endswith((".safetensors", ".bin", ".gguf", ".pt", ".pth")))
     raise RloraError(
-        f"{what}: no weights are there (*.safetensors)"
-        + (f" under the names that transformers reads, only {', '.join(others[:3])}" if others else "")
-        + "; save the whole model in it by save_pretrained"
+        f"{field}: it has no weights (*.safetensors)"
+        + (f" with the names that transformers reads, only {', '.join(unread[:3])}" if unread else "")
+        + "; save the complete model there with save_pretrained"
     )
 
 
-def _shards(what: str, index: Path) -> list[str]:
+def _shards(field: str, index: Path) -> list[str]:
     try:
         return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RloraError(f"{what}: its {index.name} can't be read ({error!r}); save the model again") from error
+        raise RloraError(f"{field}: its {index.name} can't be read ({error!r}); save the model again") from error
 
 
-def _check_file(what: str, file: Path) -> None:
-    """Raise RloraError for a safetensors file that is cut off, or a pointer to one."""
+def _check_file(field: str, file: Path) -> None:
+    """Raise RloraError if a safetensors file is truncated or a Git LFS pointer."""
     if file.suffix != ".safetensors":
         return
     try:
         with safe_open(file, "pt"):
             pass
-    except Exception as error:  # of Rust
-        _refuse_a_pointer(what, file)
-        raise RloraError(f"{what}: its {file.name} can't be read ({error}); download or save it again") from error
+    except Exception as error:  # raised by Rust
+        _check_no_pointer(field, file)
+        raise RloraError(f"{field}: its {file.name} can't be read ({error}); download or save it again") from error
 
 
-def reason_of(error: BaseException) -> str:
-    """What an exception says, on one line: its first paragraph."""
+def error_summary(error: BaseException) -> str:
+    """First paragraph of an exception's message, on one line."""
     return " ".join(str(error).strip().split("\n\n")[0].split()).rstrip(".") or type(error).__name__

@@ -1,4 +1,4 @@
-"""How good a version is on held-out prompts."""
+"""Evaluation of an adapter version on held-out prompts."""
 
 import math
 from collections import Counter
@@ -27,23 +27,23 @@ class Interval:
 
 @dataclass(frozen=True)
 class Evaluation:
-    accuracy: Interval  # share of completions whose status is correct; of one greedy completion per prompt, pass@1
-    reward: float  # mean
-    statuses: dict[str, int]  # how many completions have each
+    accuracy: Interval  # share of completions with status "correct": pass@1, averaged over the prompts
+    reward: float  # mean over the completions
+    statuses: dict[str, int]  # number of completions per status
 
 
 class Evaluations:
-    """Answers sets of held-out prompts under one version at a time, while training goes on."""
+    """Samples sets of held-out prompts under one version at a time, while training continues."""
 
     def __init__(self, config: Config, sets: Mapping[str, Sequence[Prompt]], fleet: Fleet, loop: AgentLoop) -> None:
         self.config, self.sets, self.fleet, self.loop = config, sets, fleet, loop
         samples = config.evaluate.samples
         self.sampling = sampling_of(config, samples, 0.0 if samples == 1 else None)
-        self.version: int | None = None  # that is being evaluated
+        self.version: int | None = None  # the version under evaluation
         self._flights: dict[str, list[Flight]] = {}
 
     def start(self, adapter: Adapter, background: bool = True) -> None:
-        """Send all prompts, to be sampled under `adapter` where engines have room beside training."""
+        """Send all prompts, to be sampled under `adapter`; in the background, when training leaves engines room."""
         self.version = adapter.number
         self._flights = {
             name: [self.loop.start(prompt, self.sampling, adapter.number, adapter, background) for prompt in prompts]
@@ -52,40 +52,40 @@ class Evaluations:
 
     @property
     def is_ready(self) -> bool:
-        """Whether `result` would not wait."""
+        """Whether `result` would not block."""
         return all(flight.scored.done() for flights in self._flights.values() for flight in flights)
 
     def result(self) -> "dict[str, Evaluation]":
-        """Wait for the version that was started last, and return what each set came to.
+        """Wait for the version that was started last, and return its evaluation on each set.
 
-        Raises RewardError, which keeps what was sampled, where the reward functions fail.
+        Raises RewardError, which carries the sampled groups, if the reward functions fail.
         """
         flights, self._flights, self.version = self._flights, {}, None
         return {
-            name: summarise(scored_groups(self.config, of_set, self.fleet, self.loop))
-            for name, of_set in flights.items()
+            name: summarise(scored_groups(self.config, set_flights, self.fleet, self.loop))
+            for name, set_flights in flights.items()
         }
 
 
 def answer(config: Config, prompts: Sequence[Prompt], sampling: Sampling, fleet: Fleet, loop: AgentLoop) -> list[Group]:
-    """The scored groups of all prompts, under the version that was swapped in last. Raises RewardError."""
+    """The scored groups of all prompts, sampled under the latest delivered version. Raises RewardError."""
     return scored_groups(config, [loop.start(prompt, sampling) for prompt in prompts], fleet, loop)
 
 
 def scored_groups(config: Config, flights: Sequence[Flight], fleet: Fleet, loop: AgentLoop) -> list[Group]:
-    """Wait for the groups. Raises RewardError, which keeps what was sampled, where the reward functions fail."""
+    """Wait for the groups. Raises RewardError, which carries the sampled groups, if the reward functions fail."""
     scored = [flight.scored for flight in flights]
     wait_for(scored, len(scored), math.inf, config.engine.patience, fleet.check)
     try:
-        groups = [each.result() for each in scored]
-        loop.scoring.refuse_errors(groups)
+        groups = [future.result() for future in scored]
+        loop.scoring.check_errors(groups)
     except RewardError as error:
         raise RewardError(str(error), [flight.played for flight in flights if flight.played]) from error
     return groups
 
 
 def summarise(groups: Sequence[Group]) -> Evaluation:
-    """Over all completions; one that no reward function speaks of counts as 0."""
+    """Evaluation over all completions. A completion that no reward function scored counts as reward 0."""
     episodes = [episode for group in groups for episode in group.episodes]
     statuses = dict(Counter(episode.status or "skipped" for episode in episodes).most_common())
     reward = fmean(episode.reward or 0.0 for episode in episodes)
@@ -93,10 +93,11 @@ def summarise(groups: Sequence[Group]) -> Evaluation:
 
 
 def pass_at(k: int, groups: Sequence[Group]) -> Interval:
-    """The chance that of k completions of a prompt one is correct, mean over the prompts, of n >= k samples each.
+    """pass@k: the probability that at least one of k completions of a prompt is correct, averaged over the prompts.
 
-    Without bias: 1 - C(n - c, k) / C(n, k) where c of n are correct (Chen et al. 2021, arXiv:2107.03374, eq. 1). The
-    interval is Wilson's score interval over the prompts: exact in its kind for one sample a prompt, else a little wide.
+    Uses the unbiased estimator 1 - C(n - c, k) / C(n, k), with c of n >= k samples correct (Chen et al. 2021,
+    arXiv:2107.03374, eq. 1). The interval is Wilson's score interval over the prompts, which is slightly too wide if
+    there is more than one sample per prompt.
     """
     estimates = []
     for group in groups:
@@ -106,14 +107,14 @@ def pass_at(k: int, groups: Sequence[Group]) -> Interval:
 
 
 def wilson(share: float, count: int, z: float = 1.96) -> Interval:
-    """Wilson's score interval of a share of `count` (Wilson 1927)."""
+    """Wilson's score interval for a `share` of `count` trials (Wilson 1927); `z` = 1.96 gives 95%."""
     middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
     return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
 def rows(groups: Sequence[Group]) -> Iterator[dict[str, object]]:
-    """Each completion and its verdict, as JSON has it."""
+    """One JSON-serialisable row per completion, with its status and reward."""
     for number, group in enumerate(groups):
         for sample, episode in enumerate(group.episodes):
             yield {

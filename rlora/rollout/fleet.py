@@ -1,5 +1,6 @@
-"""The engines of a job, seen as one that holds every version it is asked for and loses no prompt."""
+"""The engines of a job behind one interface: routing by load, versions on demand, replay after an engine dies."""
 
+import logging
 import threading
 import time
 from collections import Counter, deque
@@ -20,24 +21,28 @@ from rlora.records import (
     RloraError,
     Sampling,
 )
-from rlora.rollout.requests import FleetStats, Member, Request, checked, left
+from rlora.rollout.requests import FleetStats, Replica, Request, check_receipt, policy_left
 
-_ATTEMPTS = 5  # engines that a prompt may lose before it is taken for the cause
-_PAUSE = 1.0  # seconds between two tries to start an engine
+_log = logging.getLogger(__name__)
+
+_ATTEMPTS = 5  # engines that may die while they sample a prompt before the prompt is considered the cause
+_PAUSE = 1.0  # seconds between two attempts to start an engine
 
 
 class Fleet:
     """Engines that may die, join and leave while prompts are in flight.
 
-    They serve several policies. A prompt goes to the engine with the fewest in flight, under the version of its policy
-    that was swapped in last; of those that wait, one of the policy with the fewest in flight goes first. Where an
-    engine dies its prompts are sampled again elsewhere, under the same version, and another engine is started in its
-    place.
+    A fleet serves several policies. Each prompt goes to the engine with the fewest completions in flight, under its
+    policy's latest delivered version. If requests wait, the policy with the fewest completions in flight goes first.
+    When an engine dies, its prompts are sampled again on other engines, under the same versions, and a replacement is
+    started.
 
-    `start(number)` starts one and returns when it is ready; `engines` are those that were started already. An engine is
-    given prompts until it has `room` completions in flight; the rest wait here for whichever has room first. One that
-    has not taken a swap after `patience` seconds is taken for dead. After `restarts` failed starts in a row no more are
-    tried, and once no engine is left every prompt fails with RloraError.
+    `start(number)` starts an engine and returns when it is ready; `engines` are running already. An engine receives
+    prompts until `room` completions are in flight on it; further requests wait in one queue for all engines. An engine
+    that does not take a swap within `patience` seconds is considered dead. After `restarts` consecutive failed starts,
+    no replacement is started; when no engine remains, every prompt fails with RloraError.
+
+    All methods are thread-safe.
     """
 
     def __init__(
@@ -45,301 +50,307 @@ class Fleet:
     ) -> None:
         self._start_engine = start
         self._room, self._patience, self._restarts = room, patience, restarts
-        self._members = [Member(engine, number) for number, engine in enumerate(engines)]
-        self._asked = self._started = len(engines)  # for, by `resize`, and ever
-        self._starting = 0  # now
-        self._failed, self._last_failed = 0, -1  # starts in a row, and the number of the last one
+        self._replicas = [Replica(engine, number) for number, engine in enumerate(engines)]
+        self._target = self._next_number = len(engines)  # engines wanted; number of the next one to be started
+        self._starting = 0  # engines that are starting now
+        self._failed, self._last_failed = 0, -1  # consecutive failed starts, and the number of the last one
         self._busy_seconds = 0.0
         self._queue: deque[Request] = deque()
-        self._newest: dict[str, Adapter] = {}  # by policy: what every engine has or is given now
-        self._left: set[str] = set()  # policies that nothing is sampled for any more
-        self._adapters: dict[str, Adapter] = {}  # what its prompts are sampled under: the last one that was swapped in
-        self._given_up: RloraError | None = None
+        self._latest: dict[str, Adapter] = {}  # by policy: the adapter that every engine has or is loading
+        self._departed: set[str] = set()  # policies that left
+        self._delivered: dict[str, Adapter] = {}  # by policy: the last adapter that was swapped in; samples its prompts
+        self._failure: RloraError | None = None
         self._changed = threading.Condition()  # its lock guards all of the above
-        self._calls = ThreadPoolExecutor(1)  # runs what engines' futures call back, one after the other
+        self._callbacks = ThreadPoolExecutor(1)  # runs the callbacks of the engines' futures in order
         self._lost = self._replayed = 0
 
     def swap(self, adapter: Adapter, oldest: int = 0, kept: int | None = None) -> list[Receipt]:
-        """Deliver `adapter` to every engine; its policy's prompts are sampled under it from now on. Returns each
-        engine's proof.
+        """Deliver `adapter` to every engine and sample its policy's prompts under it from now on.
 
-        Requests in flight go on under their own versions, but for those of the policy's versions before `oldest`, other
-        than `kept`, which are given up. Raises DeliveryError where an engine serves something else, and RloraError
-        where no engine is left.
+        Returns each engine's receipt. Requests in flight continue under their versions. Exception: requests of the
+        policy for versions below `oldest`, other than `kept`, are cancelled. Raises DeliveryError if an engine serves
+        a different adapter, and RloraError if no engine remains.
         """
         with self._changed:
-            self._left.discard(adapter.policy)
-            self._newest[adapter.policy] = adapter
-            loads = [(adapter, member, member.engine.load(adapter, oldest, kept)) for member in self._members]
+            self._departed.discard(adapter.policy)
+            self._latest[adapter.policy] = adapter
+            loads = [(adapter, replica, replica.engine.load(adapter, oldest, kept)) for replica in self._replicas]
         try:
-            proofs = self._confirmed(loads)
+            receipts = self._wait_for_receipts(loads)
         except RloraError:
             with self._changed:
-                self._newest.pop(adapter.policy, None)  # no engine that joins is to be given it
-                if before := self._adapters.get(adapter.policy):
-                    self._newest[adapter.policy] = before
+                self._latest.pop(adapter.policy, None)  # engines that join must not load the refused adapter
+                if previous := self._delivered.get(adapter.policy):
+                    self._latest[adapter.policy] = previous
             raise
         with self._changed:
-            self._adapters[adapter.policy] = adapter
-            self._send()
-        return proofs
+            self._delivered[adapter.policy] = adapter
+            self._dispatch_queue()
+        return receipts
 
-    def _confirmed(self, loads: Sequence[tuple[Adapter, Member, Future[Receipt]]]) -> list[Receipt]:
-        """Each engine's proof; one that gives none is lost. Raises RloraError where no engine is left."""
+    def _wait_for_receipts(self, loads: Sequence[tuple[Adapter, Replica, Future[Receipt]]]) -> list[Receipt]:
+        """Each engine's receipt; engines that give none are replaced. Raises RloraError if no engine remains."""
         deadline = time.monotonic() + self._patience
-        proofs = []
-        for adapter, member, load in loads:
+        receipts = []
+        for adapter, replica, load in loads:
             try:
-                proofs.append(checked(adapter, load.result(max(0.0, deadline - time.monotonic()))))
+                receipts.append(check_receipt(adapter, load.result(max(0.0, deadline - time.monotonic()))))
             except (EngineLostError, TimeoutError) as error:
                 with self._changed:
-                    self._lose(member, error)
+                    self._replace(replica, error)
         with self._changed:
-            self._changed.wait_for(lambda: self._members or self._given_up)
-            if self._given_up:
-                raise self._given_up
-        return proofs
+            self._changed.wait_for(lambda: self._replicas or self._failure)
+            if self._failure:
+                raise self._failure
+        return receipts
 
     def generate(
         self, prompt: Prompt, sampling: Sampling, policy: str, adapter: Adapter | None = None, background: bool = False
     ) -> Request:
-        """Sample `sampling.group_size` episodes under the policy's version that is swapped in when an engine has room.
+        """Sample `sampling.group_size` episodes under the policy's latest version as of when an engine has room.
 
-        With an `adapter` the request is sampled under it, which is loaded on the engine if needed, and goes before
-        those that wait: it is a later turn of an episode, or was in flight before a resume. In the `background` it goes
-        after them.
+        If `adapter` is given, the request is sampled under it, and engines load it if necessary. Such a request, a
+        later turn of an episode or a request that was in flight before a resume, goes before all that wait. A request
+        in the `background` goes after them.
         """
         request = Request(prompt, sampling, policy, adapter=adapter, background=background)
         with self._changed:
-            if policy in self._left:
-                request.group.set_exception(left(policy))
+            if policy in self._departed:
+                request.group.set_exception(policy_left(policy))
             elif adapter and not background:
                 self._queue.appendleft(request)
             else:
                 self._queue.append(request)
-            self._send()
+            self._dispatch_queue()
         return request
 
     def resize(self, engines: int) -> None:
-        """Have so many engines from now on. Those that are too many get no more prompts and end after their last."""
+        """Change the number of engines. Surplus engines get no more prompts and are closed after their last one."""
         with self._changed:
-            if engines == self._asked:  # nothing new: fewer may be left because some can't be started
+            if engines == self._target:  # fewer may be running because some could not be started: do not retry here
                 return
-            self._asked = engines
-            staying = [member for member in self._members if not member.leaving]
-            for member in staying[engines:]:
-                member.leaving = True
-                self._let_go(member)
+            self._target = engines
+            staying = [replica for replica in self._replicas if not replica.draining]
+            for replica in staying[engines:]:
+                replica.draining = True
+                self._close_if_drained(replica)
             for _ in range(engines - len(staying) - self._starting):
                 self._start()
 
     def leave(self, policy: str) -> None:
-        """Give up what is asked for a policy, and serve none of its versions any more."""
+        """Cancel the requests of a policy and stop serving its versions."""
         with self._changed:
-            self._left.add(policy)
-            self._newest.pop(policy, None)
-            self._adapters.pop(policy, None)
-            asked = [request for member in self._members for request in member.flying] + list(self._queue)
-            for member in self._members:
-                member.flying = [request for request in member.flying if request.policy != policy]
-                member.engine.leave(policy)
+            self._departed.add(policy)
+            self._latest.pop(policy, None)
+            self._delivered.pop(policy, None)
+            requests = [request for replica in self._replicas for request in replica.in_flight] + list(self._queue)
+            for replica in self._replicas:
+                replica.in_flight = [request for request in replica.in_flight if request.policy != policy]
+                replica.engine.leave(policy)
             self._queue = deque(request for request in self._queue if request.policy != policy)
-            for request in asked:
+            for request in requests:
                 if request.policy == policy:
-                    request.group.set_exception(left(policy))
-            for member in list(self._members):
-                self._let_go(member)
-            self._send()
+                    request.group.set_exception(policy_left(policy))
+            for replica in list(self._replicas):
+                self._close_if_drained(replica)
+            self._dispatch_queue()
 
     def check(self) -> None:
-        """Find out which engines answer no more: each has to do so between two of its steps."""
+        """Replace engines that no longer respond: each has to confirm its adapters between two of its steps."""
         with self._changed:
-            loads = [(each, m, m.engine.load(each)) for each in self._newest.values() for m in self._members]
-        self._confirmed(loads)
+            pairs = [(adapter, replica) for adapter in self._latest.values() for replica in self._replicas]
+            loads = [(adapter, replica, replica.engine.load(adapter)) for adapter, replica in pairs]
+        self._wait_for_receipts(loads)
 
     @property
     def engines(self) -> list[Engine]:
-        """Those there are now."""
+        """The engines that are running now."""
         with self._changed:
-            return [member.engine for member in self._members]
+            return [replica.engine for replica in self._replicas]
 
     def stats(self) -> FleetStats:
         with self._changed:
-            asked = {member: member.engine.stats() for member in self._members}
-        wait(asked.values(), timeout=1)
-        stats = {member: each.result() for member, each in asked.items() if each.done() and not each.exception()}
+            futures = {replica: replica.engine.stats() for replica in self._replicas}
+        wait(futures.values(), timeout=1)
+        stats = {
+            replica: future.result() for replica, future in futures.items() if future.done() and not future.exception()
+        }
         with self._changed:
-            for member, each in stats.items():
-                self._busy_seconds += (each.busy_seconds - member.busy_seconds) / len(asked)
-                member.busy_seconds = each.busy_seconds
+            for replica, figures in stats.items():
+                self._busy_seconds += (figures.busy_seconds - replica.busy_seconds) / len(futures)
+                replica.busy_seconds = figures.busy_seconds
             canaries: dict[str, float] = {}
-            for policy, canary in (pair for each in stats.values() for pair in each.canaries.items()):
+            for policy, canary in (pair for figures in stats.values() for pair in figures.canaries.items()):
                 canaries[policy] = max(canary, canaries.get(policy, canary))
-            return FleetStats(len(asked), self._busy_seconds, canaries, self._lost, self._replayed)
+            return FleetStats(len(futures), self._busy_seconds, canaries, self._lost, self._replayed)
 
     def stop(self) -> None:
-        """Start no more engines, and give nothing to those there are."""
+        """Start no more engines and dispatch no more requests."""
         with self._changed:
-            self._given_up = self._given_up or RloraError("the engines are stopped")
+            self._failure = self._failure or RloraError("the engines are stopped")
             self._changed.notify_all()
-        self._calls.shutdown(wait=False, cancel_futures=True)
+        self._callbacks.shutdown(wait=False, cancel_futures=True)
 
-    # --- below, the lock is held ---
+    # --- callers of the methods below hold the lock ---
 
-    def _send(self) -> None:
-        """Hand out what is queued, as far as there is room."""
-        in_flight: Counter[str] = Counter()  # completions
-        for request in (request for member in self._members for request in member.flying):
-            in_flight[request.policy] += request.sampling.group_size
-        while self._queue and not self._given_up:
-            free = [each for each in self._members if not each.leaving and each.completions < self._room]
+    def _dispatch_queue(self) -> None:
+        """Send queued requests to engines as long as one has room."""
+        completions: Counter[str] = Counter()  # in flight, by policy
+        for request in (request for replica in self._replicas for request in replica.in_flight):
+            completions[request.policy] += request.sampling.group_size
+        while self._queue and not self._failure:
+            free = [replica for replica in self._replicas if self._has_room(replica)]
             if not free:
                 break
-            ready = [request for request in self._queue if request.adapter or request.policy in self._adapters]
+            ready = [request for request in self._queue if request.adapter or request.policy in self._delivered]
             if not ready:
                 break
-            request = min(ready, key=lambda each: (each.background, each.adapter is None, in_flight[each.policy]))
+            request = min(ready, key=lambda item: (item.background, item.adapter is None, completions[item.policy]))
             self._queue.remove(request)
             if not request.cancelled:
-                request.adapter = request.adapter or self._adapters[request.policy]
-                in_flight[request.policy] += request.sampling.group_size
-                self._give(min(free, key=lambda each: each.completions), request)
-        if self._given_up:
+                request.adapter = request.adapter or self._delivered[request.policy]
+                completions[request.policy] += request.sampling.group_size
+                self._dispatch(min(free, key=lambda replica: replica.completions), request)
+        if self._failure:
             for request in self._queue:
-                request.group.set_exception(self._given_up)
+                request.group.set_exception(self._failure)
             self._queue.clear()
 
-    def _give(self, member: Member, request: Request) -> None:
-        assert request.adapter is not None
-        member.flying.append(request)
-        sampled = member.engine.generate(request.prompt, request.sampling, request.adapter.version)
-        sampled.add_done_callback(lambda done: self._later(self._settle, member, request, done))
+    def _has_room(self, replica: Replica) -> bool:
+        return not replica.draining and replica.completions < self._room
 
-    def _later(self, call: Callable[..., None], *arguments: Any) -> None:
-        """Call with the lock held, on a thread of our own: not the one that settles an engine's future."""
+    def _dispatch(self, replica: Replica, request: Request) -> None:
+        assert request.adapter is not None
+        replica.in_flight.append(request)
+        sampled = replica.engine.generate(request.prompt, request.sampling, request.adapter.version)
+        sampled.add_done_callback(lambda done: self._call_later(self._on_sampled, replica, request, done))
+
+    def _call_later(self, call: Callable[..., None], *arguments: Any) -> None:
+        """Make the call with the lock held, on the callback thread: the engine's thread must not wait for the lock."""
 
         def locked() -> None:
             with self._changed:
                 try:
                     call(*arguments)
-                except Exception as error:  # a fault of ours: whoever waits is told, or would wait for ever
-                    self._give_up(RloraError(f"engine: {type(error).__name__}: {error}"), error)
+                except Exception as error:  # a bug in the fleet: without this, callers would wait for ever
+                    self._fail(RloraError(f"engine: {type(error).__name__}: {error}"), error)
 
-        with suppress(RuntimeError):  # stopped
-            self._calls.submit(locked)
+        with suppress(RuntimeError):  # `stop` was called
+            self._callbacks.submit(locked)
 
-    def _settle(self, member: Member, request: Request, sampled: Future[Group]) -> None:
-        if request not in member.flying:  # its engine was lost: it is sampled elsewhere, and counts once
+    def _on_sampled(self, replica: Replica, request: Request, sampled: Future[Group]) -> None:
+        if request not in replica.in_flight:  # its engine was lost; another engine samples it, and only that counts
             return
         error = sampled.exception()
         if isinstance(error, NotLoadedError) and request.adapter and not request.cancelled:
-            # another version, on an engine that joined since
-            loaded = member.engine.load(request.adapter)
-            loaded.add_done_callback(lambda done: self._later(self._give_again, member, request, done))
+            # the engine does not hold this version, for example because it joined later
+            loaded = replica.engine.load(request.adapter)
+            loaded.add_done_callback(lambda done: self._call_later(self._on_loaded, replica, request, done))
             return
-        if not error and member.number > self._last_failed:
+        if not error and replica.number > self._last_failed:
             self._failed = 0
-        self._settled(member, request, error, sampled)
+        self._finish(replica, request, error, sampled)
 
-    def _give_again(self, member: Member, request: Request, loaded: Future[Receipt]) -> None:
-        """Send a request to an engine that has its version by now."""
-        if request not in member.flying:
+    def _on_loaded(self, replica: Replica, request: Request, loaded: Future[Receipt]) -> None:
+        """Send a request again after its engine has loaded its version."""
+        if request not in replica.in_flight:
             return
         if error := loaded.exception():
-            self._settled(member, request, error)
+            self._finish(replica, request, error)
         else:
-            member.flying.remove(request)
-            self._give(member, request)
+            replica.in_flight.remove(request)
+            self._dispatch(replica, request)
 
-    def _settled(
-        self, member: Member, request: Request, error: BaseException | None, sampled: Future[Group] | None = None
+    def _finish(
+        self, replica: Replica, request: Request, error: BaseException | None, sampled: Future[Group] | None = None
     ) -> None:
         if isinstance(error, EngineLostError):
-            self._lose(member, error)
+            self._replace(replica, error)
             return
-        member.flying.remove(request)
+        replica.in_flight.remove(request)
         if error:
             request.group.set_exception(error)
         elif sampled:
             request.group.set_result(sampled.result())
-        self._let_go(member)
-        self._send()
+        self._close_if_drained(replica)
+        self._dispatch_queue()
 
-    def _lose(self, member: Member, error: BaseException) -> None:
-        """Replay what an engine had in flight, and start another in its place."""
-        if member not in self._members:
+    def _replace(self, replica: Replica, error: BaseException) -> None:
+        """Queue the requests of a lost engine again and start a replacement."""
+        if replica not in self._replicas:
             return
-        self._end(member)
+        self._close(replica)
         self._lost += 1
-        for request in reversed(member.flying):
+        for request in reversed(replica.in_flight):
             request.attempts += 1
             if request.attempts < _ATTEMPTS:
                 self._replayed += not request.cancelled
                 self._queue.appendleft(request)
             else:
-                what = f"engine: {_ATTEMPTS} engines were lost while they sampled {request.prompt.text!r}"
-                request.group.set_exception(RloraError(f"{what}: {error}"))
-        member.flying.clear()
-        if not member.leaving:
-            self._start_or_do_without(error)
-        self._send()
+                message = f"engine: {_ATTEMPTS} engines died while they sampled {request.prompt.text!r}"
+                request.group.set_exception(RloraError(f"{message}: {error}"))
+        replica.in_flight.clear()
+        if not replica.draining:
+            self._restart_or_continue(error)
+        self._dispatch_queue()
 
-    def _let_go(self, member: Member) -> None:
-        """End an engine that is too many, once it has nothing in flight."""
-        if member.leaving and not member.flying:
-            self._end(member)
+    def _close_if_drained(self, replica: Replica) -> None:
+        if replica.draining and not replica.in_flight:
+            self._close(replica)
 
-    def _end(self, member: Member) -> None:
-        self._members.remove(member)
-        member.engine.close()
+    def _close(self, replica: Replica) -> None:
+        self._replicas.remove(replica)
+        replica.engine.close()
 
-    def _start(self, after: float = 0.0) -> None:
-        threading.Thread(target=self._join, args=(self._started, after), daemon=True).start()
+    def _start(self, pause: float = 0.0) -> None:
+        threading.Thread(target=self._start_replica, args=(self._next_number, pause), daemon=True).start()
         self._starting += 1
-        self._started += 1
+        self._next_number += 1
 
-    def _start_or_do_without(self, error: BaseException) -> None:
+    def _restart_or_continue(self, error: BaseException) -> None:
+        """Start a replacement. If no more starts are allowed, continue on the remaining engines, or fail."""
         if self._failed < self._restarts and not isinstance(error, DeliveryError):
-            self._start(after=_PAUSE if self._failed else 0.0)
+            self._start(pause=_PAUSE if self._failed else 0.0)
             return
-        if any(not member.leaving for member in self._members) or self._starting:
-            print(f"engine: one less from now on, it could not be started again: {error}", flush=True)
+        if any(not replica.draining for replica in self._replicas) or self._starting:
+            _log.warning("engine: restart failed; training continues on the remaining engines: %s", error)
         else:
-            what = f"engine: every engine is gone, and none could be started again in {self._failed} tries ({error})"
-            self._give_up(RloraError(what), error)
+            message = f"engine: no engine is left, and {self._failed} consecutive starts failed ({error})"
+            self._fail(RloraError(message), error)
 
-    def _give_up(self, reason: RloraError, cause: BaseException) -> None:
-        reason.__cause__ = cause
-        self._given_up = self._given_up or reason
-        for member in self._members:
-            for request in member.flying:
-                request.group.set_exception(self._given_up)
-            member.flying.clear()
+    def _fail(self, failure: RloraError, cause: BaseException) -> None:
+        """Fail every request, now and from now on."""
+        failure.__cause__ = cause
+        self._failure = self._failure or failure
+        for replica in self._replicas:
+            for request in replica.in_flight:
+                request.group.set_exception(self._failure)
+            replica.in_flight.clear()
         self._changed.notify_all()
-        self._send()
+        self._dispatch_queue()
 
-    # --- on a thread of its own ---
+    # --- runs on a separate thread, without the lock ---
 
-    def _join(self, number: int, after: float) -> None:
-        """Start an engine, and let it in once it has each policy's version of now, proven."""
+    def _start_replica(self, number: int, pause: float) -> None:
+        """Start an engine, and add it once it serves the latest version of each policy, verified by receipts."""
         engine = None
-        time.sleep(after)
+        time.sleep(pause)
         try:
             engine = self._start_engine(number)
             loaded: dict[str, Adapter] = {}
             while True:
                 with self._changed:
-                    missing = [each for policy, each in self._newest.items() if loaded.get(policy) is not each]
+                    missing = [adapter for policy, adapter in self._latest.items() if loaded.get(policy) is not adapter]
                     if not missing:
-                        for policy in loaded.keys() - self._newest.keys():
+                        for policy in loaded.keys() - self._latest.keys():
                             engine.leave(policy)
                         self._starting -= 1
-                        self._members.append(Member(engine, number))
+                        self._replicas.append(Replica(engine, number))
                         self._changed.notify_all()
-                        self._send()
+                        self._dispatch_queue()
                         return
                 for adapter in missing:
-                    checked(adapter, engine.load(adapter).result(self._patience))
+                    check_receipt(adapter, engine.load(adapter).result(self._patience))
                     loaded[adapter.policy] = adapter
         except Exception as error:
             with self._changed:
@@ -347,24 +358,24 @@ class Fleet:
                 if engine:
                     engine.close()
                 self._failed, self._last_failed = self._failed + 1, number
-                if not self._given_up:
-                    self._start_or_do_without(error)
+                if not self._failure:
+                    self._restart_or_continue(error)
 
 
 def wait_for(
     futures: Sequence[Future[Any]], count: int, seconds: float, patience: float, check: Callable[[], None]
 ) -> None:
-    """Wait until `count` of the futures are done, or one has failed, or for so many seconds.
+    """Wait until `count` of the futures are done, one of them has failed, or `seconds` have passed.
 
-    After each `patience` seconds in which nothing comes `check` is called, to look for engines that hang.
+    Calls `check`, which looks for engines that hang, after each `patience` seconds without a result.
     """
     deadline = time.monotonic() + seconds
-    while len(left := [future for future in futures if not future.done()]) > len(futures) - count:
+    while len(pending := [future for future in futures if not future.done()]) > len(futures) - count:
         if any(future.done() and future.exception() for future in futures):
             return
         timeout = min(deadline - time.monotonic(), patience)
         if timeout <= 0:
             return
-        done, _ = wait(left, timeout, FIRST_COMPLETED)
+        done, _ = wait(pending, timeout, FIRST_COMPLETED)
         if not done and timeout == patience:
             check()

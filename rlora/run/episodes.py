@@ -1,4 +1,4 @@
-"""Groups as a Parquet file, a row an episode, and back."""
+"""Encoding of groups as Parquet, one row per episode."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -13,27 +13,27 @@ from rlora.records import Episode, Group, Prompt, Version
 
 
 def encode(groups: Sequence[Group]) -> bytes:
-    """Compressed by zstd. Logprobs and rewards keep every bit; what JSON does not know of an answer becomes text."""
-    pairs = [(number, group.prompt, each) for number, group in enumerate(groups) for each in group.episodes]
-    prompts, of = [prompt for _, prompt, _ in pairs], [each for _, _, each in pairs]
+    """Encode groups as zstd-compressed Parquet. Logprobs and rewards are exact; objects that JSON lacks become text."""
+    rows = [(number, group.prompt, episode) for number, group in enumerate(groups) for episode in group.episodes]
+    prompts, episodes = [prompt for _, prompt, _ in rows], [episode for _, _, episode in rows]
     table = pyarrow.table({
-        "group": pyarrow.array([number for number, _, _ in pairs], pyarrow.int32()),
+        "group": pyarrow.array([number for number, _, _ in rows], pyarrow.int32()),
         "prompt": _texts(prompt.text for prompt in prompts),
         "answer": _texts(prompt.answer for prompt in prompts),
         "columns": _texts(dict(prompt.columns) for prompt in prompts),
         "prompt_ids": _lists([prompt.token_ids for prompt in prompts], "int32"),
-        "completion_ids": _lists([each.completion_ids for each in of], "int32"),
-        "behaviour_logprobs": _lists([each.behaviour_logprobs for each in of], "float64"),
-        "own": _lists([each.sampled_mask for each in of], "bool"),
-        "version": pyarrow.array([each.version.number for each in of], pyarrow.int32()),
-        "digest": pyarrow.array([each.version.digest for each in of], pyarrow.string()),
-        "finish_reason": pyarrow.array([each.finish_reason for each in of], pyarrow.string()),
-        "reward": pyarrow.array([each.reward for each in of], pyarrow.float64()),
-        "status": pyarrow.array([each.status for each in of], pyarrow.string()),
-        "parts": _texts(dict(each.parts) for each in of),
-        "text": _texts(each.text for each in of),
-        "messages": _texts([dict(message) for message in each.messages] for each in of),
-        "state": _texts(dict(each.state) for each in of),
+        "completion_ids": _lists([episode.completion_ids for episode in episodes], "int32"),
+        "behaviour_logprobs": _lists([episode.behaviour_logprobs for episode in episodes], "float64"),
+        "own": _lists([episode.sampled_mask for episode in episodes], "bool"),
+        "version": pyarrow.array([episode.version.number for episode in episodes], pyarrow.int32()),
+        "digest": pyarrow.array([episode.version.digest for episode in episodes], pyarrow.string()),
+        "finish_reason": pyarrow.array([episode.finish_reason for episode in episodes], pyarrow.string()),
+        "reward": pyarrow.array([episode.reward for episode in episodes], pyarrow.float64()),
+        "status": pyarrow.array([episode.status for episode in episodes], pyarrow.string()),
+        "parts": _texts(dict(episode.parts) for episode in episodes),
+        "text": _texts(episode.text for episode in episodes),
+        "messages": _texts([dict(message) for message in episode.messages] for episode in episodes),
+        "state": _texts(dict(episode.state) for episode in episodes),
     })  # fmt: skip
     file = pyarrow.BufferOutputStream()
     parquet.write_table(table, file, compression="zstd")
@@ -42,11 +42,11 @@ def encode(groups: Sequence[Group]) -> bytes:
 
 
 def decode(content: bytes, policy: str) -> list[Group]:
-    """What `encode` was given, sampled by versions of `policy`. Releases before 0.2 kept no digests."""
+    """Invert `encode`. The episodes' versions belong to `policy`; files of releases before 0.2 have no digests."""
     rows = parquet.read_table(pyarrow.BufferReader(content), use_threads=False).to_pylist()
     return [
-        Group(_prompt(first := next(of)), tuple(_episode(row, policy) for row in (first, *of)))
-        for _, of in groupby(rows, key=lambda row: row["group"])
+        Group(_prompt(first := next(members)), tuple(_episode(row, policy) for row in (first, *members)))
+        for _, members in groupby(rows, key=lambda row: row["group"])
     ]
 
 
@@ -72,18 +72,18 @@ def _episode(row: dict[str, Any], policy: str) -> Episode:
 
 
 def _texts(values: Iterable[Any]) -> Any:
-    """JSON, which is plain ASCII whatever is in it."""
+    """Column of JSON strings. JSON escapes everything to ASCII, so Parquet takes lone surrogates too."""
     return pyarrow.array(list(map(_json, values)), pyarrow.string())
 
 
 def _json(value: Any) -> str:
     try:
         return json.dumps(value, default=str)
-    except (TypeError, ValueError):  # keys that are no text, or a circle
+    except (TypeError, ValueError):  # keys that are not text, or a circular reference
         return json.dumps(str(value))
 
 
 def _lists(rows: Sequence[Sequence[Any]], dtype: str) -> Any:
-    """A list an episode, without a Python object for each of its numbers."""
+    """Column with one list per episode, built without a Python object per number."""
     offsets = numpy.cumsum([0, *map(len, rows)], dtype="int32")
     return pyarrow.ListArray.from_arrays(offsets, pyarrow.array(numpy.fromiter(chain.from_iterable(rows), dtype)))

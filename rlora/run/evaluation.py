@@ -1,4 +1,4 @@
-"""Evaluates a run on held-out prompts: before and after training, and every so many steps beside it."""
+"""Evaluation of a run on held-out prompts: before and after training, and every `evaluate.every` steps."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,129 +18,129 @@ Figures = dict[str, float | None]
 
 
 class HeldOut:
-    """The sets of held-out prompts of a run, and which of its versions they were tried on.
+    """Schedules evaluations of a run's versions and records their results.
 
-    Evaluated are the version `first` that training begins with, the last one, and one every `evaluate.every` steps; all
-    of them beside what else the engines do. What comes of it stands in the summary, and in the line of the step in
-    which the evaluation ended.
+    Evaluates the version `first` that training starts from, the last version, and one every `evaluate.every` steps, at
+    the same time as training. Results go to the summary, and to the metrics of the step in which the evaluation ended.
     """
 
     def __init__(
-        self, config: Config, place: UPath, task: Task, first: int, fleet: Fleet, loop: AgentLoop,
-        tell: Callable[[str], None],
+        self, config: Config, path: UPath, task: Task, first: int, fleet: Fleet, loop: AgentLoop,
+        report: Callable[[str], None],
     ) -> None:  # fmt: skip
-        self.config, self.place, self.sets, self.first, self._tell = config, place, task.sets, first, tell
+        self.config, self.path, self.sets, self.first, self._report = config, path, task.sets, first, report
         self._evaluations = Evaluations(config, task.sets, fleet, loop)
-        self._known = {line.get("accuracy/version") for line in directory.figures(place)}
+        self._evaluated = {line.get("accuracy/version") for line in directory.figures(path)}
         self._failure: RewardError | None = None
 
     @property
     def version(self) -> int | None:
-        """The number of the version that is being evaluated; engines have to hold it."""
+        """Number of the version under evaluation, which engines must keep loaded; None if there is none."""
         return self._evaluations.version
 
     def resume(self, number: int) -> None:
-        """Start again what a death ended: the evaluation of the newest version up to `number` that is due for one."""
+        """Restart an interrupted evaluation: that of the newest due version below `number`, if it has no result yet."""
         due = number // self.config.evaluate.every * self.config.evaluate.every if self.config.evaluate.every else 0
-        if not (due < number and self._is_due(due) and due in versions(self.place)):
+        if not (due < number and self._is_due(due) and due in versions(self.path)):
             return
         try:
-            adapter = read(bundle_path(self.place, due)).adapter
-        except RloraError as error:  # the newest bundle is whole, and what is damaged here is no reason to stop
+            adapter = read(bundle_path(self.path, due)).adapter
+        except RloraError as error:  # the newest bundle is intact, so the run can continue without this one
             directory.warn(f"version {due} is not evaluated: {error}")
             return
         self._evaluations.start(adapter)
 
     def start(self, adapter: Adapter) -> None:
-        """Have a version evaluated, if it is due: the first and the last one before what else is sampled."""
+        """Start evaluating a version if it is due. The first and the last version have priority over other requests."""
         number = adapter.number
-        is_first = number == self.first and not self._before()
+        is_first = number == self.first and not self._summary_before()
         if self.sets and (is_first or number >= self.config.steps):
             self._evaluations.start(adapter, background=False)
         elif self._is_due(number):
             self._evaluations.start(adapter)
 
     def figures(self, number: int) -> Figures:
-        """Return what an evaluation came to that has ended since; nothing where none has.
+        """Results of an evaluation that ended since the last call; empty if there is none.
 
-        It waits for one that has not, where `number`, the version that was just made, is due or the last one, and for
-        that of the first version.
+        Waits for a running evaluation if `number`, the new version, is due or the last one, and if the first version is
+        under evaluation.
         """
         version = self.version
         if version is None:
-            return self._line_of_first() if number == self.first + 1 else {}
-        waits = self._is_due(number) or number >= self.config.steps or version == self.first
-        if not (waits or self._evaluations.is_ready):
+            return self._first_figures() if number == self.first + 1 else {}
+        must_wait = self._is_due(number) or number >= self.config.steps or version == self.first
+        if not (must_wait or self._evaluations.is_ready):
             return {}
         if version == self.first:
             self._summarise("before")
-            return self._line_of_first()
-        found = self._result(f"version {version}", str)
-        if found:
-            found = {"accuracy/version": version} | found
-            self._known.add(version)
-            directory.summarise(self.place, found)
-        return found
+            return self._first_figures()
+        figures = self._result(f"version {version}", str)
+        if figures:
+            figures = {"accuracy/version": version} | figures
+            self._evaluated.add(version)
+            directory.summarise(self.path, figures)
+        return figures
 
-    def refuse(self) -> None:
-        """Raise RewardError where the reward functions have failed in an evaluation."""
+    def check_rewards(self) -> None:
+        """Raise RewardError if the reward functions failed in an evaluation."""
         if self._failure:
             raise self._failure
 
     def end(self) -> None:
-        """Wait for the evaluation of the last version. Raises RewardError."""
+        """Wait for the evaluation of the last version. Raises RewardError if the reward functions failed in it."""
         if self.version is not None:
             self._summarise("after" if self.version >= self.config.steps else "before")
-            self.refuse()
+            self.check_rewards()
 
-    def _summarise(self, when: str) -> None:
-        if found := self._result(f"{when} training", partial(_at, when=when)):
+    def _summarise(self, phase: str) -> None:
+        """Wait for the evaluation and write it to the summary. `phase` is "before" or "after" training."""
+        if figures := self._result(f"{phase} training", partial(_summary_key, phase=phase)):
             prompts = {"accuracy/prompts": len(self.sets[HELD_OUT])} if HELD_OUT in self.sets else {}
-            directory.summarise(self.place, found | prompts)
+            directory.summarise(self.path, figures | prompts)
 
-    def _result(self, what: str, called: Callable[[str], str]) -> Figures:
-        """The figures of each set, `called` by its name; none where the reward functions have failed."""
-        found: Figures = {}
+    def _result(self, label: str, key_of: Callable[[str], str]) -> Figures:
+        """Wait for the evaluation. Results per set, under `key_of` its name; empty if the reward functions failed."""
+        figures: Figures = {}
         try:
             evaluations = self._evaluations.result()
         except RewardError as error:
             self._failure = error
             return {}
         for name, evaluation in evaluations.items():
-            accuracy, of = evaluation.accuracy, called(name)
-            found |= {
-                f"accuracy/{of}": accuracy.estimate,
-                f"accuracy/{of}/low": accuracy.low,
-                f"accuracy/{of}/high": accuracy.high,
-                (f"accuracy/{of}/reward" if of == name else f"reward/{of}"): evaluation.reward,
+            accuracy, key = evaluation.accuracy, key_of(name)
+            figures |= {
+                f"accuracy/{key}": accuracy.estimate,
+                f"accuracy/{key}/low": accuracy.low,
+                f"accuracy/{key}/high": accuracy.high,
+                (f"accuracy/{key}/reward" if key == name else f"reward/{key}"): evaluation.reward,
             }
-            which = "held-out prompts" if name == HELD_OUT else f"prompts of evaluate.sets.{name}"
-            self._tell(f"{what}: accuracy {accuracy} on {which}")
-        return found
+            prompts = "held-out prompts" if name == HELD_OUT else f"prompts of evaluate.sets.{name}"
+            self._report(f"{label}: accuracy {accuracy} on {prompts}")
+        return figures
 
-    def _line_of_first(self) -> Figures:
-        """The accuracy before training, for the line of the first step; a resume takes it from the summary."""
-        known = self._before()
-        if not (self.config.evaluate.every and self.sets and known):
+    def _first_figures(self) -> Figures:
+        """Accuracy before training, for the metrics of the first step. The summary has it after a resume too."""
+        summary = self._summary_before()
+        if not (self.config.evaluate.every and self.sets and summary):
             return {}
-        line: Figures = {"accuracy/version": self.first}
+        figures: Figures = {"accuracy/version": self.first}
         for name in self.sets:
-            of = _at(name, "before")
-            line |= {f"accuracy/{name}{end}": known[f"accuracy/{of}{end}"] for end in ("", "/low", "/high")}
-            line[f"accuracy/{name}/reward"] = known[f"reward/{of}"]
-        return line
+            key = _summary_key(name, "before")
+            figures |= {f"accuracy/{name}{end}": summary[f"accuracy/{key}{end}"] for end in ("", "/low", "/high")}
+            figures[f"accuracy/{name}/reward"] = summary[f"reward/{key}"]
+        return figures
 
-    def _before(self) -> Figures:
-        """The summary, once it has the accuracy before training of every set."""
-        known = directory.summary(self.place)
-        return known if all(f"accuracy/{_at(name, 'before')}/low" in known for name in self.sets) else {}
+    def _summary_before(self) -> Figures:
+        """The summary if it has the accuracy before training of every set, else empty."""
+        summary = directory.summary(self.path)
+        return summary if all(f"accuracy/{_summary_key(name, 'before')}/low" in summary for name in self.sets) else {}
 
     def _is_due(self, number: int) -> bool:
         every = self.config.evaluate.every
         is_due = every > 0 and number % every == 0 and 0 < number < self.config.steps
-        return bool(is_due and self.sets and number not in self._known and number != self.version)
+        return bool(is_due and self.sets and number not in self._evaluated and number != self.version)
 
 
-def _at(name: str, when: str) -> str:
-    """What the summary calls a set before or after training."""
-    return when if name == HELD_OUT else f"{name}/{when}"
+def _summary_key(name: str, phase: str) -> str:
+    """Name of a set in the summary, where `phase` is "before" or "after" training."""
+    return phase if name == HELD_OUT else f"{name}/{phase}"

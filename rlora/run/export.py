@@ -1,4 +1,4 @@
-"""A version of a run for others to load: an adapter, merged weights or all weights, with a model card."""
+"""Export of a version for other software: an adapter, merged weights or all weights, with a model card."""
 
 import json
 from contextlib import suppress
@@ -22,75 +22,75 @@ from rlora.settings import ChatConfig, Config
 from rlora.store import write_adapter, write_file
 from rlora.telemetry.metrics import sparkline
 
-TEMPLATE = "chat_template.jinja"  # as transformers names it
+TEMPLATE = "chat_template.jinja"  # the name that transformers uses
 
 
-def export(run: UPath, bundle: Bundle, to: Path, merged: Literal["bfloat16", "float32"] | None = None) -> str:
-    """Write a version of `run` to the directory `to`, with its model card; returns what was written, in a line.
+def export(run: UPath, bundle: Bundle, target: Path, merged: Literal["bfloat16", "float32"] | None = None) -> str:
+    """Write a version of `run` and its model card to the directory `target`. Returns a one-line report.
 
-    An adapter is written in PEFT's format; with `merged`, the base with the adapter in its weights, in that dtype, as
-    transformers and vLLM load it. Raises RloraError where `to` is there, or where there is no adapter to merge.
+    Writes the adapter in PEFT's format. With `merged`, writes the base in transformers' format, with the adapter merged
+    in that dtype. Raises RloraError if `target` exists, or if there is no adapter to merge.
     """
-    if to.exists():
-        raise RloraError(f"--to {to}: it is there already; name another directory")
+    if target.exists():
+        raise RloraError(f"--to {target}: it exists already; use a different directory")
     adapter, config = bundle.adapter, bundle.config
     if adapter.full_weights and merged:
-        raise RloraError("--merge: this run trained all weights, so there is no adapter to merge; leave it out")
-    what = f"version {adapter.number}"
+        raise RloraError("--merge: this run trained all weights, so there is no adapter to merge; omit the option")
+    version = f"version {adapter.number}"
     if merged:
-        off = _write_merged(config, adapter, to, merged)
-        said = f"{what} merged in {merged}: {to}; the merged update is {off:.2%} off the adapter's"
-        if off > 0.01:
-            said += f". Rounding to {merged} loses that part: export with --dtype float32, or serve the adapter itself"
+        error = _write_merged(config, adapter, target, merged)
+        text = f"{version} merged in {merged}: {target}; the merged update is {error:.2%} off the adapter's"
+        if error > 0.01:
+            text += f". Rounding to {merged} loses that part: export with --dtype float32, or serve the adapter itself"
     elif adapter.full_weights:
-        _write_all_weights(config, adapter, to)
-        said = f"{what}, all weights: {to}"
+        _write_all_weights(config, adapter, target)
+        text = f"{version}, all weights: {target}"
     else:
         base = json.loads(adapter.config)["base_model_name_or_path"]
-        template = _tokenizer(config).chat_template if config.chat.template else None  # else the base brings its own
-        said = f"{what}: {write_adapter(adapter, to)}, over the base {base}"
+        template = _tokenizer(config).chat_template if config.chat.template else None  # otherwise the base's applies
+        text = f"{version}: {write_adapter(adapter, target)}, for the base {base}"
         if template:
-            write_file(to / TEMPLATE, str(template).encode())
-    write_file(to / "README.md", card(run, bundle, merged).encode())
-    return said
+            write_file(target / TEMPLATE, str(template).encode())
+    write_file(target / "README.md", card(run, bundle, merged).encode())
+    return text
 
 
-def _write_merged(config: Config, adapter: Adapter, to: Path, dtype: str) -> float:
-    """Returns `merge`'s share of the update that rounding took."""
+def _write_merged(config: Config, adapter: Adapter, target: Path, dtype: str) -> float:
+    """Write the merged model. Returns the relative error of the merged update, see `merge`."""
     tokenizer = _tokenizer(config)
     base = AutoModelForCausalLM.from_pretrained(locate(config.model), dtype=torch.float32)
-    off = merge(base, adapter, machine.DTYPES[dtype])
-    base.save_pretrained(to)
-    tokenizer.save_pretrained(to)
-    for weights in to.glob("*.safetensors"):  # safetensors lets only their owner read them
-        weights.chmod((to / "config.json").stat().st_mode)
-    return off
+    error = merge(base, adapter, machine.DTYPES[dtype])
+    base.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    for weights in target.glob("*.safetensors"):  # safetensors makes them readable by their owner only
+        weights.chmod((target / "config.json").stat().st_mode)
+    return error
 
 
-def _write_all_weights(config: Config, version: Adapter, to: Path) -> None:
+def _write_all_weights(config: Config, version: Adapter, target: Path) -> None:
     tokenizer = _tokenizer(config)
-    write_adapter(version, to)
-    tokenizer.save_pretrained(to)
-    with suppress(OSError):  # it has none
-        GenerationConfig.from_pretrained(locate(config.model)).save_pretrained(to)
+    write_adapter(version, target)
+    tokenizer.save_pretrained(target)
+    with suppress(OSError):  # the base has no generation_config.json
+        GenerationConfig.from_pretrained(locate(config.model)).save_pretrained(target)
 
 
 def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, with the chat template that was trained with."""
+    """The base's tokenizer, with the chat template that training used."""
     tokenizer = load_tokenizer(locate(config.model))
     tokenizer.chat_template = Chat(tokenizer, config.chat, ()).template
     return tokenizer
 
 
 def card(run: UPath, bundle: Bundle, merged: str | None = None) -> str:
-    """The model card of a version: its base, config, data and curve, with the metadata that model hubs read.
+    """Model card of a version: base, config, data and learning curve, with the metadata that model hubs read.
 
-    `merged` is the dtype of the weights that it was merged into; without one it is of the adapter.
+    `merged` is the dtype of merged weights; None for an adapter.
     """
     config = bundle.config
-    before = [line for line in directory.figures(run) if line["step"] < bundle.version]
-    curve = [line["reward/mean"] or 0.0 for line in before]
-    shown = before[:: max(1, len(before) // 10)]
+    lines = [line for line in directory.figures(run) if line["step"] < bundle.version]
+    curve = [line["reward/mean"] or 0.0 for line in lines]
+    shown = lines[:: max(1, len(lines) // 10)]
     tags = ["lora", "reinforcement-learning", "rlora", config.algorithm.name]
     library = "transformers" if merged or config.learner.full_finetuning else "peft"
     head = {"base_model": config.model, "library_name": library, "pipeline_tag": "text-generation", "tags": tags}
@@ -127,25 +127,25 @@ def card(run: UPath, bundle: Bundle, merged: str | None = None) -> str:
 
 
 def _prompts(config: Config, merged: str | None) -> list[str]:
-    """How prompts were put to the policy, so that whoever serves it can do the same."""
-    chat, usual = asdict(config.chat), asdict(ChatConfig())
-    own = {name: value for name, value in chat.items() if value != usual[name] and name != "template"}
+    """How prompts were formatted in training, so that a server can use the same format."""
+    chat, defaults = asdict(config.chat), asdict(ChatConfig())
+    changed = {name: value for name, value in chat.items() if value != defaults[name] and name != "template"}
     if merged or config.learner.full_finetuning:
-        lines = ["The chat template of its tokenizer, if it has one, is the one that it was trained with."]
+        lines = ["Training used the chat template of this tokenizer, if it has one."]
     elif config.chat.template:
         lines = [
-            f"It was trained with the chat template in `{TEMPLATE}`, not with the one of the base's tokenizer: give "
+            f"Training used the chat template in `{TEMPLATE}` instead of the base tokenizer's: pass "
             f"`--chat-template {TEMPLATE}` to `vllm serve`, or set `tokenizer.chat_template` to its text."
         ]
     else:
-        lines = ["It was trained with the chat template of the base's tokenizer, if that has one."]
-    if own:
+        lines = ["Training used the chat template of the base's tokenizer, if it has one."]
+    if changed:
         lines += [
-            "These settings of its prompts are in no template: a system message (`system`), what each answer begins "
-            "with (`prefill`), strings that end it (`stop`), arguments of the template (`template_args`).",
+            "The template does not contain these settings: the system message (`system`), the beginning of each answer "
+            "(`prefill`), the strings that end it (`stop`), and the arguments of the template (`template_args`).",
             "",
             "```toml",
-            tomli_w.dumps({"chat": own}).strip(),
+            tomli_w.dumps({"chat": changed}).strip(),
             "```",
         ]
     return lines
@@ -154,23 +154,22 @@ def _prompts(config: Config, merged: str | None) -> list[str]:
 def _facts(run: UPath, bundle: Bundle, merged: str | None) -> dict[str, str]:
     config, adapter, learner, summary = bundle.config, bundle.adapter, bundle.config.learner, directory.summary(run)
     kind = f"rank-{learner.rank} LoRA adapter (alpha {learner.alpha:g}, {learner.targets})"
-    what = "model, all weights" if learner.full_finetuning else kind
+    form = "model, all weights" if learner.full_finetuning else kind
     facts = {
         "base": f"`{config.model}`",
-        "what it is": f"{what}, {adapter.parameters:,} parameters" + (f", merged in {merged}" if merged else ""),
+        "type": f"{form}, {adapter.parameters:,} parameters" + (f", merged in {merged}" if merged else ""),
         "algorithm": config.algorithm.name,
         "data": f"`{config.env}` {json.dumps(config.env_args)}",
         "reward": ", ".join(f"`{reward}`" for reward in config.rewards),
         "trained": f"{bundle.version} steps of {config.prompts_per_step} prompts x {config.group_size} completions, "
         f"learning rate {learner.lr}, seed {config.seed}",
-        "made with": ", ".join(f"{name} {version}" for name, version in bundle.origin.packages.items()),
+        "software": ", ".join(f"{name} {version}" for name, version in bundle.origin.packages.items()),
         "SHA-256": f"`{adapter.digest}`",
     }
     if fork := bundle.origin.forked_from:
         facts["forked from"] = f"`{fork['run']}@{fork['version']}` (`{fork['digest'][:12]}`)"
     if summary.get("steps") == bundle.version and "accuracy/after" in summary:
-        before = f"{summary['accuracy/before']:.3f} before, " if "accuracy/before" in summary else ""
-        facts["accuracy"] = (
-            f"{before}{summary['accuracy/after']:.3f} after, greedily on {summary['accuracy/prompts']} held-out prompts"
-        )
+        initial = f"{summary['accuracy/before']:.3f} before, " if "accuracy/before" in summary else ""
+        final, prompts = summary["accuracy/after"], summary["accuracy/prompts"]
+        facts["accuracy"] = f"{initial}{final:.3f} after, greedily on {prompts} held-out prompts"
     return facts

@@ -1,4 +1,4 @@
-"""Tells when a run is ill: rules over the figures of its steps, each with what to do about it."""
+"""Health rules: detect training problems from a run's metrics, each with a remedy."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,59 +6,58 @@ from statistics import fmean, median
 from typing import Any
 
 from rlora.records import RloraError, UpdateStats
-from rlora.scoring.worker import names_of
-from rlora.settings import Config
-from rlora.watch_settings import HealthRule
+from rlora.scoring.worker import reward_names
+from rlora.settings import Config, HealthRule
 
-Line = Mapping[str, Any]  # the figures of a step
-Lines = Sequence[Line]  # of a run so far, the step under way last
-_MOST = 0.5  # share of right completions from which on entropy and length are no matter of health
-_FAR = 0.02  # nats per token: below it engine and learner agree as well as they do in bf16
+Line = Mapping[str, Any]  # metrics of one step
+Lines = Sequence[Line]  # metrics of all steps so far, in order
+_MOSTLY_CORRECT = 0.5  # share of correct completions above which low entropy and truncation are not reported
+_USUAL_KL = 0.02  # nats per token; a lower KL is the usual difference between engine and learner in bf16
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule holds for a run, or not; `remedy` says what that means and what to do."""
+    """A condition on a run's metrics, and the text of its warning: what the condition means and what to do."""
 
     holds: Callable[[Lines, Config], bool]
     remedy: str
 
 
 def check_updates(config: Config, update: UpdateStats) -> None:
-    """Raise RloraError after `learner.max_bad_updates` skipped updates in a row."""
+    """Raise RloraError after `learner.max_bad_updates` consecutive skipped updates."""
     if update.skipped_in_a_row >= config.learner.max_bad_updates:
         raise RloraError(
             f"learner: {update.skipped_in_a_row} updates in a row had a non-finite loss or gradient (loss "
-            f"{update.loss:.3g}, gradient norm {update.grad_norm:.3g}, lr {update.lr:.3g}); the adapter is as it was "
-            'before them. Lower learner.lr or use dtype = "float32"'
+            f"{update.loss:.3g}, gradient norm {update.grad_norm:.3g}, lr {update.lr:.3g}); they did not change the "
+            'adapter. Lower learner.lr or use dtype = "float32"'
         )
 
 
 class Health:
-    """Looks at each step of a run. `lines` are those of the steps before, of a run that goes on."""
+    """Checks the rules after each step. `lines` are the metrics of earlier steps, for a resumed run."""
 
     def __init__(self, config: Config, lines: Lines = ()) -> None:
         self.config, self.lines = config, list(lines)
-        self.fired: dict[str, int] = {}  # the step in which each rule has held first
-        self.holding: dict[str, int] = {}  # since which step each rule holds now
+        self.fired: dict[str, int] = {}  # by rule: the first step in which it held
+        self.holding: dict[str, int] = {}  # by rule: the step since which it holds
         for line in self.lines:
             self._note({name.removeprefix("health/") for name in line if name.startswith("health/")}, line["step"])
 
-    def look(self, line: Line) -> dict[str, str]:
-        """Return the rules that hold now, each with its remedy."""
+    def update(self, line: Line) -> dict[str, str]:
+        """Add the metrics of a step. Returns the rules that hold now, with their remedies."""
         self.lines.append(line)
-        found: dict[str, str] = {
+        remedies: dict[str, str] = {
             name: rule.remedy for name, rule in RULES.items() if rule.holds(self.lines, self.config)
         }
-        self._note(set(found), line["step"])
-        return found
+        self._note(set(remedies), line["step"])
+        return remedies
 
-    def refuse(self, found: Mapping[str, str]) -> None:
-        """Raise RloraError where one of the rules is to stop the run."""
-        if stopping := [name for name in self.config.health.stop if name in found]:
-            told = "\n".join(f"{name}: {found[name]}" for name in stopping)
+    def check_stop(self, remedies: Mapping[str, str]) -> None:
+        """Raise RloraError if `health.stop` lists one of the rules."""
+        if stopping := [name for name in self.config.health.stop if name in remedies]:
+            reasons = "\n".join(f"{name}: {remedies[name]}" for name in stopping)
             raise RloraError(
-                f"health.stop = {list(self.config.health.stop)}: the run stops, with everything saved\n{told}"
+                f"health.stop = {list(self.config.health.stop)}: the run stops, with everything saved\n{reasons}"
             )
 
     def _note(self, names: set[str], step: int) -> None:
@@ -67,87 +66,95 @@ class Health:
             self.fired.setdefault(name, step)
 
 
-def _last(lines: Lines, config: Config) -> Lines:
-    """The last `health.steps` steps; none as long as there are fewer."""
+def _window(lines: Lines, config: Config) -> Lines:
+    """The last `health.steps` steps; empty if there are fewer."""
     count = config.health.steps
     return lines[-count:] if len(lines) >= count else ()
 
 
-def _all(lines: Lines, config: Config, holds: Callable[[Line], bool]) -> bool:
-    return bool(last := _last(lines, config)) and all(holds(line) for line in last)
+def _every_step(lines: Lines, config: Config, holds: Callable[[Line], bool]) -> bool:
+    return bool(last := _window(lines, config)) and all(holds(line) for line in last)
 
 
-def _alike(line: Line) -> bool:
-    """Whether all rewards of a step are the same."""
+def _equal_rewards(line: Line) -> bool:
+    """Whether all rewards of a step are equal."""
     return line["reward/max"] is not None and line["reward/max"] == line.get("reward/min")
 
 
 def _floor(lines: Lines, config: Config) -> bool:
     least = min((line["reward/min"] for line in lines if line.get("reward/min") is not None), default=None)
-    return _all(lines, config, lambda line: _alike(line) and line["reward/max"] == least and line["status/correct"] < 1)
+
+    def at_floor(line: Line) -> bool:
+        return _equal_rewards(line) and bool(line["reward/max"] == least and line["status/correct"] < 1)
+
+    return _every_step(lines, config, at_floor)
 
 
 def _solved(lines: Lines, config: Config) -> bool:
-    return _all(lines, config, lambda line: _alike(line) and line["status/correct"] == 1)
+    return _every_step(lines, config, lambda line: _equal_rewards(line) and line["status/correct"] == 1)
 
 
 def _no_signal(lines: Lines, config: Config) -> bool:
-    """No group is informative, though not all rewards are the same: that is told by other rules."""
+    """No group is informative. Steps whose rewards are all equal are left to the rules `floor` and `solved`."""
     of_group = config.algorithm.of_group
-    alike = _all(lines, config, _alike)
-    return of_group and not alike and _all(lines, config, lambda line: line["reward/informative_groups"] == 0)
+    all_equal = _every_step(lines, config, _equal_rewards)
+    return (
+        of_group and not all_equal and _every_step(lines, config, lambda line: line["reward/informative_groups"] == 0)
+    )
 
 
 def _failing(lines: Lines, config: Config) -> bool:
-    last = _last(lines, config)
+    last = _window(lines, config)
     share = fmean(line["status/timeout"] + line["status/error"] for line in last) if last else 0.0
     return share > config.health.errors
 
 
 def _dead_part(lines: Lines, config: Config) -> bool:
-    """One of several reward functions has given 0 throughout."""
-    last = _last(lines, config)
-    names = names_of(config.rewards)
+    """One of several reward functions returned 0 for every completion."""
+    last = _window(lines, config)
+    names = reward_names(config.rewards)
     return (
         bool(last) and len(names) > 1 and any(all(line.get(f"reward/{name}") == 0 for line in last) for name in names)
     )
 
 
 def _apart(lines: Lines, config: Config) -> bool:
-    """The KL of the last steps is ten times what it was in the steps before them."""
-    known = [line["kl/behaviour"] for line in lines if line["kl/behaviour"] is not None]
+    """The KL of the last steps is more than ten times its median in the steps before them."""
+    values = [line["kl/behaviour"] for line in lines if line["kl/behaviour"] is not None]
     count = config.health.steps
-    before, last = known[:-count], known[-count:]
-    return len(before) >= count and min(last) > max(_FAR, 10 * median(before))
+    earlier, last = values[:-count], values[-count:]
+    return len(earlier) >= count and min(last) > max(_USUAL_KL, 10 * median(earlier))
 
 
 def _collapsed(lines: Lines, config: Config) -> bool:
-    """The entropy is a tenth of what it was at first, and answers are not right for that."""
+    """The entropy is below a tenth of its initial value, and most completions are not correct."""
     count = config.health.steps
-    known = [line["entropy"] for line in lines if line["entropy"] is not None]
-    if len(known) < 2 * count or lines[-1]["status/correct"] > _MOST:
+    values = [line["entropy"] for line in lines if line["entropy"] is not None]
+    if len(values) < 2 * count or lines[-1]["status/correct"] > _MOSTLY_CORRECT:
         return False
-    return bool(max(known[-count:]) < 0.1 * fmean(known[:count]))
+    return bool(max(values[-count:]) < 0.1 * fmean(values[:count]))
 
 
 def _overfits(lines: Lines, config: Config) -> bool:
-    """Held-out accuracy is below the interval of its best, while the training reward has risen since."""
-    known = [(place, line) for place, line in enumerate(lines) if line.get("accuracy/held_out") is not None]
-    if len(known) < 2:
+    """Held-out accuracy is below the 95% interval of its best, and the training reward has risen since."""
+    evaluated = [(index, line) for index, line in enumerate(lines) if line.get("accuracy/held_out") is not None]
+    if len(evaluated) < 2:
         return False
-    best_at, best = max(known, key=lambda each: each[1]["accuracy/held_out"])
+    best_at, best = max(evaluated, key=lambda pair: pair[1]["accuracy/held_out"])
     count = min(config.health.steps, max(1, best_at))
-    then, now = (
+    at_best, now = (
         [line["reward/mean"] for line in part if line["reward/mean"] is not None]
         for part in (lines[max(0, best_at - count) : best_at + 1], lines[-count:])
     )
-    falls = known[-1][1]["accuracy/held_out"] < best["accuracy/held_out/low"]
-    return bool(then and now and falls and fmean(now) > fmean(then))
+    falls = evaluated[-1][1]["accuracy/held_out"] < best["accuracy/held_out/low"]
+    return bool(at_best and now and falls and fmean(now) > fmean(at_best))
 
 
 def _truncated(lines: Lines, config: Config) -> bool:
-    """Every completion is cut off, and most are not right: an answer may stand before the end."""
-    return _all(lines, config, lambda line: line["completion/truncated"] == 1 and line["status/correct"] <= _MOST)
+    """Every completion is cut off, and most are not correct: an answer may come before the cut."""
+    return _every_step(
+        lines, config, lambda line: line["completion/truncated"] == 1 and line["status/correct"] <= _MOSTLY_CORRECT
+    )
 
 
 def _skipped(lines: Lines, config: Config) -> bool:
@@ -157,49 +164,49 @@ def _skipped(lines: Lines, config: Config) -> bool:
 RULES: dict[HealthRule, Rule] = {
     "floor": Rule(
         _floor,
-        "all rewards are the lowest there is, so nothing is learned: try `rlora show prompt` and `rlora check`, easier "
-        "prompts, a larger group_size, or a model that is right now and then",
+        "all rewards are the lowest possible, so nothing is learned: try `rlora show prompt` and `rlora check`, easier "
+        "prompts, a larger group_size, or a model that is sometimes correct",
     ),
     "solved": Rule(
-        _solved, "every completion is correct, so nothing more is learned: take harder prompts, or stop here"
+        _solved, "every completion is correct, so nothing more is learned: use harder prompts, or stop here"
     ),
     "truncated": Rule(
         _truncated,
-        "every completion is cut off: raise sampling.max_tokens, or see by `rlora show prompt` with which token the "
-        "policy's message should end",
+        "every completion is cut off: raise sampling.max_tokens, or check with `rlora show prompt` which token should "
+        "end the policy's message",
     ),
     "failing_rewards": Rule(
         _failing,
-        "reward functions time out or fail for many episodes: see the errors above, mend the function, or raise "
+        "reward functions time out or fail for many episodes: see the errors above, fix the function, or raise "
         "scoring.deadline",
     ),
     "dead_part": Rule(
         _dead_part,
-        "one of the reward functions gives 0 throughout: see reward/NAME in metrics.jsonl; try it on a completion, and "
-        "look whether what it asks for can be in the text that it gets",
+        "one of the reward functions always returns 0: see reward/NAME in metrics.jsonl; try it on a completion, and "
+        "check that its input can contain what it looks for",
     ),
     "engine_learner_apart": Rule(
         _apart,
-        "the KL of engine and learner is far above what it was in this run: see swap/canary; resume the run, or use "
+        "the KL between engine and learner is far above its earlier values: see swap/canary; resume the run, or use "
         'dtype = "float32"',
     ),
     "entropy_collapsed": Rule(
         _collapsed,
-        "the policy always says the same, and it is not right: lower learner.lr, set algorithm.entropy or "
-        "algorithm.kl, and go on from an earlier version (--fork RUN@STEP)",
+        "the policy repeats the same completions, and they are not correct: lower learner.lr, set algorithm.entropy or "
+        "algorithm.kl, and continue from an earlier version (--fork RUN@STEP)",
     ),
     "overfitting": Rule(
         _overfits,
-        "the training reward rises while the held-out accuracy falls: take the best version (checkpoint.best_by = "
-        '"accuracy"), more prompts, or look whether the reward is gamed',
+        "the training reward rises while the held-out accuracy falls: use the best version (checkpoint.best_by = "
+        '"accuracy") or more prompts, or check whether the policy exploits the reward function',
     ),
     "no_signal": Rule(
         _no_signal,
-        "the rewards of each group agree, so there is no gradient: raise group_size or sampling.temperature, or take "
-        "prompts of another difficulty",
+        "the rewards of each group are equal, so there is no gradient: raise group_size or sampling.temperature, or "
+        "use prompts of a different difficulty",
     ),
     "skipped": Rule(
         _skipped,
-        'updates are skipped, for their loss or gradient is not finite: lower learner.lr, or use dtype = "float32"',
+        'updates are skipped, because their loss or gradient is not finite: lower learner.lr, or use dtype = "float32"',
     ),
 }

@@ -1,4 +1,4 @@
-"""What runs there are, and how far each has come."""
+"""List of the runs in a directory, with their progress."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,40 +8,42 @@ from upath import UPath
 from rlora.config import read
 from rlora.records import RloraError
 from rlora.run.checkpoint import versions
-from rlora.run.directory import CONFIG, Provenance, figures, is_held, summary
+from rlora.run.directory import CONFIG, Provenance, figures, is_locked, summary
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """A run, as far as it has come."""
+    """Progress of a run, as text for a table."""
 
     name: str
     status: str  # running, finished, stopped or not readable
-    steps: str  # done, of all
-    best: str  # mean reward of a step, and the version that it started from
-    accuracy: str  # before and after, on held-out prompts
-    origin: str  # what it was forked from
+    steps: str  # done/total
+    best: str  # highest mean reward of a step, and the version that the step started from
+    accuracy: str  # before -> after training, on held-out prompts
+    origin: str  # RUN@VERSION that it was forked from
 
 
 def list_runs(directory: UPath) -> Iterator[RunSummary]:
-    """The runs in a directory, by name."""
+    """Runs in a directory, sorted by name."""
     for run in sorted(directory.iterdir(), key=lambda path: path.name) if directory.is_dir() else ():
         if (run / CONFIG).exists():
-            yield _past(run)
+            yield _summarise(run)
 
 
-def _past(run: UPath) -> RunSummary:
+def _summarise(run: UPath) -> RunSummary:
     try:
         config, origin = read(run / CONFIG), Provenance.of(run)
-    except RloraError:  # another release wrote it
+    except RloraError:  # written by a different release
         return RunSummary(run.name, "not readable", "", "", "", "")
-    lines, told = figures(run), summary(run)
+    lines, totals = figures(run), summary(run)
     logged = lines[-1]["step"] + 1 if lines else origin.first
-    done = min(logged, max(versions(run), default=0))  # a line may be ahead of its bundle, or a bundle be damaged
-    status = "running" if is_held(run) else "finished" if done >= config.steps else "stopped"
+    done = min(
+        logged, max(versions(run), default=0)
+    )  # a line is written before its bundle, and a bundle may be damaged
+    status = "running" if is_locked(run) else "finished" if done >= config.steps else "stopped"
     rewards = {line["step"]: line["reward/mean"] for line in lines if line["reward/mean"] is not None}
     best = max(rewards, key=lambda step: rewards[step], default=None)
-    accuracy = [f"{told[name]:.3f}" for name in ("accuracy/before", "accuracy/after") if name in told]
+    accuracy = [f"{totals[name]:.3f}" for name in ("accuracy/before", "accuracy/after") if name in totals]
     return RunSummary(
         name=run.name,
         status=status,

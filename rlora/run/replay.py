@@ -1,4 +1,4 @@
-"""Computes updates of a run again: proves that a version came of its episodes, or tries other losses on them."""
+"""Recomputes updates of a run: verifies that a version follows from its episodes, or tries a different loss on them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,92 +18,92 @@ from rlora.run.directory import warn
 
 @dataclass(frozen=True)
 class Replayed:
-    """An update that was computed again."""
+    """Result of recomputing an update."""
 
     step: int  # the version it started from
     stats: UpdateStats
-    exact: bool  # the adapter came out bit for bit
-    exact_state: bool  # so did all that the next update depends on: Adam's moments, the critic, random generators
-    off: float  # the largest difference of a number of the adapter
-    moved: float  # the largest change that the update itself made to one
-    rows_were_shared: bool  # by policy and critic, in the release that made it: sums were rounded in another order
+    exact: bool  # whether the adapter is equal bit for bit
+    exact_state: bool  # whether Adam's moments, the critic and random generators are equal bit for bit
+    max_difference: float  # between elements of the recomputed and the stored adapter
+    max_change: float  # of an element of the adapter by the update itself
+    rows_were_shared: bool  # by policy and critic, as in older releases, which sum in a different order
 
 
-def replay(learner: Learner, setup: Setup, before: Bundle, after: Bundle) -> Replayed:
-    """Compute the update from `before` to `after` again, under `setup`, on the episodes that `after` keeps.
+def replay(learner: Learner, setup: Setup, start: Bundle, end: Bundle) -> Replayed:
+    """Recompute the update from `start` to `end` under `setup`, on the episodes that `end` contains.
 
-    Raises RloraError where it keeps none, or was made from another version.
+    Raises RloraError if `end` has no episodes or was not made from `start`.
     """
-    if after.groups is None:
+    if end.groups is None:
         raise RloraError(
-            f"step {before.version}: the bundle of version {after.version} keeps no episodes (config: "
-            f"checkpoint.episodes_mib = {after.config.checkpoint.episodes_mib}), so the update can't be computed again"
+            f"step {start.version}: the bundle of version {end.version} has no episodes (config: "
+            f"checkpoint.episodes_mib = {end.config.checkpoint.episodes_mib}), so the update can't be recomputed"
         )
-    if after.parent != before.adapter.digest:
+    if end.parent != start.adapter.digest:
         raise RloraError(
-            f"step {before.version}: version {after.version} was not made from the version {before.version} that is "
-            f"there, but from {str(after.parent)[:12]}: it was made again; take one of the two bundles away"
+            f"step {start.version}: version {end.version} was made from {str(end.parent)[:12]}, not from the bundle of "
+            f"version {start.version}, which was trained again; remove one of the two bundles"
         )
-    policy = before.adapter.policy
-    learner.open(policy, setup, before.state)
-    adapter, stats = learner.update(policy, after.groups)
-    made_state, kept_state = safetensors.torch.load(learner.state(policy)), safetensors.torch.load(after.state)
+    policy = start.adapter.policy
+    learner.open(policy, setup, start.state)
+    adapter, stats = learner.update(policy, end.groups)
+    new_state, saved_state = safetensors.torch.load(learner.state(policy)), safetensors.torch.load(end.state)
     learner.close(policy)
-    by_position = is_by_position(kept_state)
-    if by_position:  # an older release wrote it: as its tensors are named today
-        learner.open(policy, setup, after.state)
-        kept_state = safetensors.torch.load(learner.state(policy))
+    by_position = is_by_position(saved_state)
+    if by_position:  # written by an older release: convert to the current names of tensors
+        learner.open(policy, setup, end.state)
+        saved_state = safetensors.torch.load(learner.state(policy))
         learner.close(policy)
-    was, made, kept = (safetensors.torch.load(each.weights) for each in (before.adapter, adapter, after.adapter))
+    initial, new, saved = (safetensors.torch.load(version.weights) for version in (start.adapter, adapter, end.adapter))
     return Replayed(
-        step=before.version,
+        step=start.version,
         stats=stats,
-        exact=_alike(made, kept),
-        exact_state=_alike(made_state, kept_state),
-        off=_farthest(made, kept),
-        moved=_farthest(was, kept),
+        exact=_bitwise_equal(new, saved),
+        exact_state=_bitwise_equal(new_state, saved_state),
+        max_difference=_max_difference(new, saved),
+        max_change=_max_difference(initial, saved),
         rows_were_shared=setup.critic_spec is not None and by_position,
     )
 
 
 def pairs(run: UPath, steps: Sequence[int]) -> Iterator[tuple[Bundle, Bundle]]:
-    """The bundles before and after each step; none is read twice in a row.
+    """Yield the bundles before and after each step. Consecutive steps share a bundle, which is read once.
 
-    A step of which one is damaged, or removed meanwhile, is told of and passed over; RloraError if it is the only one.
+    Skips a step with a damaged or removed bundle, with a warning. Raises RloraError if it is the only step.
     """
-    after: Bundle | None = None
+    end: Bundle | None = None
     for step in steps:
         try:
-            before = after if after and after.version == step else read_version(run, step)
-            after = read_version(run, step + 1)
+            start = end if end and end.version == step else read_version(run, step)
+            end = read_version(run, step + 1)
         except RloraError as error:
             if len(steps) == 1:
                 raise
-            warn(f"step {step} is passed over: {error}")
+            warn(f"step {step} is skipped: {error}")
             continue
-        yield before, after
+        yield start, end
 
 
 def updates(versions: Sequence[int], step: int | None) -> list[int]:
-    """The steps whose bundles before and after are both among `versions`. Raises RloraError where `step` is none."""
+    """Steps that have both bundles in `versions`, or only `step`. Raises RloraError if `step` lacks a bundle."""
     steps = [version for version in versions if version + 1 in versions]
     if step is None:
         return steps
     if step not in steps:
         raise RloraError(
-            f"--step {step}: it needs the bundles of versions {step} and {step + 1}, and both are there for the steps "
-            f"{steps} (config: checkpoint.keep_last)"
+            f"--step {step}: needs the bundles of versions {step} and {step + 1}; the steps with both are {steps} "
+            "(config: checkpoint.keep_last)"
         )
     return [step]
 
 
-def _alike(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(_bits(one[name]) == _bits(other[name]) for name in one)
+def _bitwise_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(_bits(a[name]) == _bits(b[name]) for name in a)
 
 
 def _bits(tensor: Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
     return tensor.dtype, tensor.shape, tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
-def _farthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    return max((float((one[name].double() - other[name].double()).abs().max()) for name in one), default=0.0)
+def _max_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    return max((float((a[name].double() - b[name].double()).abs().max()) for name in a), default=0.0)

@@ -1,4 +1,4 @@
-"""From a bundle to a run that goes on, its own or another that starts from it."""
+"""Resuming and forking: turns a bundle into the starting point of a run."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -15,41 +15,42 @@ from rlora.store import names, write_directory
 if TYPE_CHECKING:
     from rlora.model.chat import Chat
 
-# what an episode depends on beside its adapter; where one of these changed, those in flight are not the config's
-_OF_EPISODES = (
+# Fields that episodes depend on besides the adapter. If one changes, prompts in flight are sampled again.
+_EPISODE_FIELDS = (
     "seed", "group_size", "dtype", "env", "env_args", "sampling", "chat", "reward", "reward_args", "reward_weights",
     "scoring",
 )  # fmt: skip
 
 
 def cursor_for(config: Config, bundle: Bundle, origin: Provenance) -> Cursor:
-    """Where `bundle` goes on under `config`, with what it had in flight if that is still what the config asks for."""
-    cursor = _of_policy(bundle.cursor, origin.run)
+    """Cursor to resume `bundle` with under `config`. Drops episodes in flight that no longer match the config."""
+    cursor = _with_policy(bundle.cursor, origin.run)
     if origin.prompts != bundle.origin.prompts:
         warn(
-            f"env = {config.env!r}: its training prompts are others than they were at version {bundle.version}; what "
-            f"was in flight is left out, and the run goes on with prompt {cursor.next} in their order"
+            f"env = {config.env!r}: its training prompts have changed since version {bundle.version}; episodes in "
+            f"flight are dropped, and the run continues with prompt {cursor.next} in the new order"
         )
         return Cursor(cursor.next)
-    changed = [name for name in _OF_EPISODES if getattr(config, name) != getattr(bundle.config, name)]
+    changed = [name for name in _EPISODE_FIELDS if getattr(config, name) != getattr(bundle.config, name)]
     if changed and cursor.in_flight:
-        warn(f"{', '.join(changed)}: changed, so the prompts that were in flight are sampled again")
-        return Cursor(cursor.next, (*(each.place for each in cursor.in_flight), *cursor.again))
+        warn(f"{', '.join(changed)}: changed, so the prompts in flight are sampled again")
+        return Cursor(cursor.next, (*(prompt.position for prompt in cursor.in_flight), *cursor.retries))
     return cursor
 
 
-def _of_policy(cursor: Cursor, policy: str) -> Cursor:
-    """The cursor with adapters in flight known as that policy's: a run's directory may have been renamed."""
+def _with_policy(cursor: Cursor, policy: str) -> Cursor:
+    """Set the policy of adapters in flight to `policy`: the run's directory may have been renamed."""
     in_flight = [
-        replace(each, adapter=each.adapter and replace(each.adapter, policy=policy)) for each in cursor.in_flight
+        replace(prompt, adapter=prompt.adapter and replace(prompt.adapter, policy=policy))
+        for prompt in cursor.in_flight
     ]
     return replace(cursor, in_flight=tuple(in_flight))
 
 
 def adopt(start: Bundle, run: UPath) -> Bundle:
-    """Make another run's bundle the first one of `run`, which `runs.create` made."""
-    origin = replace(Provenance.of(run), prompts=start.origin.prompts)  # those of what was in flight
-    adapter, cursor = replace(start.adapter, policy=run.name), _of_policy(start.cursor, run.name)
+    """Write the bundle of a different run as the first one of `run`, which `directory.create` made. Returns it."""
+    origin = replace(Provenance.of(run), prompts=start.origin.prompts)  # the cursor refers to the source's prompts
+    adapter, cursor = replace(start.adapter, policy=run.name), _with_policy(start.cursor, run.name)
     bundle = replace(start, origin=origin, adapter=adapter, cursor=cursor)
     path = bundle_path(run, bundle.version)
     write_directory(path, bundle.files)
@@ -57,37 +58,38 @@ def adopt(start: Bundle, run: UPath) -> Bundle:
 
 
 def lineage(start: Bundle) -> dict[str, Any]:
-    """What a fork says of where it comes from."""
+    """Provenance of a fork: run, id, version and digest of its source."""
     origin = start.origin
     return {"run": origin.run, "id": origin.id, "version": start.version, "digest": start.adapter.digest}
 
 
 def keep_start(run: UPath, config: Config) -> Config:
-    """Copy what `learner.start_from` names into a new run, for it may go; returns the config with the copy's path."""
+    """Copy the adapter in `learner.start_from` into a new run: the original may be deleted. Returns the config with the
+    copy's path."""
     if not config.learner.start_from:
         return config
     saved = read_files(UPath(config.learner.start_from))
     write_directory(run / "start", dict(zip(ADAPTER_FILES, saved, strict=True)))
-    return with_own_start(run, config)
+    return with_kept_start(run, config)
 
 
-def with_own_start(run: UPath, config: Config) -> Config:
-    """The config of a run that has kept what it started from, with the copy's path."""
-    own = run / "start"
-    if not (config.learner.start_from and names(own)):
+def with_kept_start(run: UPath, config: Config) -> Config:
+    """The config with the path of the run's own copy in `learner.start_from`, if there is a copy."""
+    copy = run / "start"
+    if not (config.learner.start_from and names(copy)):
         return config
-    return replace(config, learner=replace(config.learner, start_from=str(own.absolute())))
+    return replace(config, learner=replace(config.learner, start_from=str(copy.absolute())))
 
 
 def with_template(config: Config, chat: "Chat") -> Config:
-    """The config with the text of its chat template, for a file that it names may change, or go."""
-    if not (config.chat.template and chat.template and "{" in chat.template):  # by that a text is known
+    """The config with the text of its chat template in place of a file's name: the file may change or be deleted."""
+    if not (config.chat.template and chat.template and "{" in chat.template):  # "{" marks a text
         return config
     return replace(config, chat=replace(config.chat, template=chat.template))
 
 
 def describe(run: UPath, adapter: Adapter) -> dict[str, Any]:
-    """What a summary says of the last version."""
+    """Figures of the last version, for the summary."""
     return {
         "steps": adapter.number,
         "adapter/parameters": adapter.parameters,

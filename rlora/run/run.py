@@ -1,4 +1,4 @@
-"""A run: everything that belongs to one policy, and what a step of the loop does with it."""
+"""A run: the state of one policy's training, and the parts of a step that the loop calls."""
 
 import json
 import traceback
@@ -26,29 +26,29 @@ from rlora.telemetry.metrics import Metrics
 
 
 class Observer(Protocol):
-    """Receives the figures of each training step, for example to forward them to a tracker.
+    """Receives the metrics of each training step, for example to forward them to a tracker.
 
-    An exception raised by an observer is reported as a warning and does not end the run.
+    An exception in an observer is reported as a warning and does not end the run.
     """
 
     def on_step(self, run: "Run", figures: Mapping[str, Any]) -> None:
-        """`figures` is the step's line of metrics.jsonl."""
+        """Called after each step. `figures` is the step's line of metrics.jsonl."""
         ...
 
 
 class Callback:
-    """An observer that calls a function with the figures of each step."""
+    """An observer that calls a function with the metrics of each step."""
 
     def __init__(self, function: Callable[[Mapping[str, Any]], object]) -> None:
         self.function = function
 
     def on_step(self, run: "Run", figures: Mapping[str, Any]) -> None:
-        """Call it."""
+        """Call the function."""
         self.function(figures)
 
 
 class RunLearner(Protocol):
-    """What a run asks of its learner."""
+    """Interface of the learner that a run uses."""
 
     def open(self, policy: str, setup: Setup, saved: bytes | None = None) -> Adapter: ...
     def start_update(self, policy: str, groups: Sequence[Group]) -> Callable[[], tuple[Adapter, UpdateStats]]: ...
@@ -57,7 +57,7 @@ class RunLearner(Protocol):
 
 
 class Job(Protocol):
-    """What a run asks of the job that it is in."""
+    """Interface of the job that a run belongs to."""
 
     @property
     def fleet(self) -> Fleet: ...
@@ -66,86 +66,86 @@ class Job(Protocol):
     @property
     def loops(self) -> Mapping[str, AgentLoop]: ...
     @property
-    def slots(self) -> int: ...  # versions that engines hold at a time
+    def slots(self) -> int: ...  # number of versions that engines keep loaded
     @property
-    def is_apart(self) -> bool: ...  # whether engines and learners have cards of their own
+    def is_apart(self) -> bool: ...  # whether engines and learners have separate devices
     def join(self, served: ServedPolicy) -> None: ...
     def leave(self, policy: str) -> None: ...
 
 
 class Run:
-    """One policy's training: its config, task, directory, stream of groups, bundles, figures and failure.
+    """One policy's training: config, task, directory, stream of groups, bundles, metrics and failure.
 
-    `place` is the directory that `directory.create` made; its name is the policy's, and unique in the job. `start` is
-    the bundle to go on from. What a run leaves in its directory: bundles/<number>/, all that a run goes on from, with
-    the adapter in PEFT's format; metrics.jsonl, a line a step; summary.json.
+    `path` is the directory that `directory.create` made. Its name is the policy's name, unique in the job. `start` is
+    the bundle to resume from. The loop calls `begin`; `start_update`, `finish_update` and `deliver` per step; `end`.
+    Files: bundles/<version>/ (see `rlora.run.checkpoint`), metrics.jsonl with one line per step, summary.json.
     """
 
     def __init__(
-        self, config: Config, task: Task, setup: Setup, place: UPath, start: Bundle | None = None,
+        self, config: Config, task: Task, setup: Setup, path: UPath, start: Bundle | None = None,
         observers: Sequence[Observer] = (),
     ) -> None:  # fmt: skip
-        self.config, self.task, self.setup, self.place, self.observers = config, task, setup, place, tuple(observers)
-        self.policy, self.start = place.name, start
+        self.config, self.task, self.setup, self.path, self.observers = config, task, setup, path, tuple(observers)
+        self.policy, self.start = path.name, start
         self.failure: BaseException | None = None
-        self.adapter: Adapter | None = None  # the current version, once the run has begun
+        self.adapter: Adapter | None = None  # the current version; None before `begin`
         self._open = ExitStack()
-        self.together = False  # whether others train beside it
-        self.is_quiet = False  # whether something else shows its steps
-        self._left = False
-        self._engines: int | None = None  # that it has asked for
-        self._proofs: list[Receipt] = []
+        self.has_peers = False  # whether other runs train in the same job
+        self.is_quiet = False  # whether to print no progress lines
+        self._has_left = False
+        self._engines: int | None = None  # the number that was requested last
+        self._receipts: list[Receipt] = []
         self._collection: Collection
-        self._updated: Callable[[], tuple[Adapter, UpdateStats]]
+        self._await_update: Callable[[], tuple[Adapter, UpdateStats]]
 
     @property
     def served(self) -> ServedPolicy:
-        """What engines sample for it."""
+        """The policy as engines serve it."""
         return ServedPolicy(self.policy, self.config, self.task, self.number)
 
     @property
     def number(self) -> int:
-        """Of the current version: the steps that are done."""
+        """Number of the current version, which is the number of completed steps."""
         if self.adapter is None:
             return self.start.version if self.start else 0
         return self.adapter.number
 
     @property
-    def going(self) -> bool:
-        """Whether there are steps left, nothing has failed, and it was not left."""
-        return self.is_here and self.number < self.config.steps
+    def is_active(self) -> bool:
+        """Whether the run is in the job, has not failed and has steps left."""
+        return self.is_open and self.number < self.config.steps
 
     @property
-    def is_here(self) -> bool:
-        """Whether it has not failed, and was not left."""
-        return not (self.failure or self._left)
+    def is_open(self) -> bool:
+        """Whether the run is in the job and has not failed."""
+        return not (self.failure or self._has_left)
 
     @property
     def is_done(self) -> bool:
-        """Whether it has done its last step, and is not at its end yet."""
-        return self.is_here and not self.going
+        """Whether the run has done its last step but `end` has not been called yet."""
+        return self.is_open and not self.is_active
 
     @property
     def due(self) -> bool:
-        """Whether `start_update` would not wait: the step's groups are there."""
+        """Whether the step's groups are complete, so that `start_update` does not wait."""
         return self.stream.due
 
     def begin(self, job: Job) -> None:
-        """Open the policy, from its bundle or fresh; have its accuracy measured, and the first prompts sampled."""
+        """Open the policy, new or from its bundle. Start its first evaluation and send the first prompts."""
         self.job, self.fleet, self.learner = job, job.fleet, job.learners[self.policy]
-        config, start, place = self.config, self.start, self.place
-        origin = directory.Provenance.here(place, self.task)
-        self.saver = self._open.enter_context(CheckpointWriter(place, config, origin, start))
+        config, start, path = self.config, self.start, self.path
+        origin = directory.Provenance.current(path, self.task)
+        self.writer = self._open.enter_context(CheckpointWriter(path, config, origin, start))
         self.metrics = self._open.enter_context(
-            Metrics(config.steps, self.policy if self.together else "", self.is_quiet)
+            Metrics(config.steps, self.policy if self.has_peers else "", self.is_quiet)
         )
         self.adapter = self.learner.open(self.policy, self.setup, start.state if start else None)
-        directory.keep_config(place, config)  # now that all of it is found to work
+        directory.update_config(path, config)  # only now, after all checks of the new config
         if not start:
-            self.saver.save(self.adapter, self.learner.state(self.policy), Cursor())
-        self.health = Health(config, directory.figures(place))
+            self.writer.save(self.adapter, self.learner.state(self.policy), Cursor())
+        self.health = Health(config, directory.figures(path))
         fleet, loop = job.fleet, job.loops[self.policy]
-        self.held_out = HeldOut(config, place, self.task, origin.first, fleet, loop, self.metrics.tell)
+        self.held_out = HeldOut(config, path, self.task, origin.first, fleet, loop, self.metrics.print_line)
         cursor = cursor_for(config, start, origin) if start else Cursor()
         self.stream = Rollouts(config, self.task.prompts, fleet, loop, cursor)
         self.metrics.start(self.number, fleet.stats())
@@ -153,107 +153,107 @@ class Run:
         self.deliver()
 
     def start_update(self) -> None:
-        """Wait for the step's groups, in the order in which their prompts were sent, and hand them to the learner."""
+        """Wait for the step's groups, in the order in which their prompts were sent, and start the learner's update."""
         with self.metrics.timed("wait"):
             self._collection = self.stream.take(self.number)
-        self._updated = self.learner.start_update(self.policy, self._collection.groups)
+        self._await_update = self.learner.start_update(self.policy, self._collection.groups)
 
     def finish_update(self) -> None:
-        """Wait for the next version. Log a line of figures, and have a bundle written in the background."""
+        """Wait for the new version, log the step's metrics and write a bundle in the background."""
         with self.metrics.timed("update"):
-            adapter, update = self._updated()
-        step, metrics, saver, self.adapter = self.number, self.metrics, self.saver, adapter
+            adapter, update = self._await_update()
+        step, metrics, writer, self.adapter = self.number, self.metrics, self.writer, adapter
         collection, fleet = self._collection, self.fleet.stats()
-        others = self.held_out.figures(adapter.number)
-        figures = metrics.log(step, self._proofs, collection, update, fleet, saver.saved, adapter, others)
-        ills = self._look_after(figures)
-        line = json.dumps(figures | {f"health/{name}": self.health.holding[name] for name in ills})
+        accuracy = self.held_out.figures(adapter.number)
+        figures = metrics.log(step, self._receipts, collection, update, fleet, writer.saved, adapter, accuracy)
+        remedies = self._check_health(figures)
+        line = json.dumps(figures | {f"health/{name}": self.health.holding[name] for name in remedies})
         with metrics.timed("save"):
-            saver.save(adapter, self.learner.state(self.policy), self.stream.cursor, collection, line)
+            writer.save(adapter, self.learner.state(self.policy), self.stream.cursor, collection, line)
         for observer in self.observers:
-            self._tell(observer, json.loads(line))
-        self.held_out.refuse()
+            self._notify(observer, json.loads(line))
+        self.held_out.check_rewards()
         check_updates(self.config, update)
-        self.health.refuse(ills)
+        self.health.check_stop(remedies)
 
     def deliver(self) -> None:
-        """Deliver the current version to every engine, proven; have the next prompts sampled under it, or after the
-        last step the held-out ones."""
-        if (engines := directory.wanted_engines(self.place)) and engines != self._engines:
+        """Deliver the current version to every engine and verify it. Then send the next prompts, and start an
+        evaluation if it is due."""
+        if (engines := directory.requested_engines(self.path)) and engines != self._engines:
             self.fleet.resize(engines)
             self._engines = engines
         oldest = self.number - self.config.max_staleness
         with self.metrics.timed("swap"):
-            self._proofs = self.fleet.swap(self.current, oldest, self.held_out.version)
-        if self.going:
+            self._receipts = self.fleet.swap(self.current, oldest, self.held_out.version)
+        if self.is_active:
             self.stream.send(self.number)
         self.held_out.start(self.current)
 
     def end(self) -> None:
-        """Wait for the accuracy after training, write the summary, and leave learner and engines to others."""
+        """Wait for the evaluation after training, write the summary and leave the job."""
         self.held_out.end()
-        directory.summarise(self.place, describe(self.place, self.current) | self.metrics.totals())
+        directory.summarise(self.path, describe(self.path, self.current) | self.metrics.totals())
         self.leave()
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """What fails within ends this run, and no other."""
+    def isolated(self) -> Iterator[None]:
+        """An exception within the context ends this run and no other run. It is stored in `failure`."""
         try:
-            with directory.keeping_unscored(self.place):
+            with directory.saving_unscored(self.path):
                 yield
         except Exception as error:
             self.failure = error
-            if self.together:  # alone, it raises the error at once
-                warn(f"{self.policy} failed after {self.number} steps, and the others go on\n{_told(error)}")
+            if self.has_peers:  # a single run raises the error at its end
+                warn(f"{self.policy} failed after {self.number} steps; the other runs continue\n{_description(error)}")
             self.leave()
 
     def leave(self) -> None:
-        """Write what is not written yet, and leave the learner and the engines to others."""
-        self._left = True
+        """Leave the job: finish pending writes, and close the policy on learner and engines."""
+        self._has_left = True
         self.close(self.failure)
         if self.adapter:
             self.job.leave(self.policy)
 
     def close(self, error: BaseException | None = None) -> None:
-        """Write what is not written yet; `error` is what ends the run, where it is not at its end."""
+        """Finish pending writes. `error` is the exception that ends the run, None if it ends normally."""
         try:
             self._open.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
-        except Exception as another:
-            self.failure = self.failure or another
+        except Exception as write_error:
+            self.failure = self.failure or write_error
 
     @property
     def current(self) -> Adapter:
-        """The current version, once the run has begun."""
+        """The current version. Requires `begin`."""
         assert self.adapter
         return self.adapter
 
-    def _look_after(self, figures: Mapping[str, Any]) -> dict[str, str]:
-        """Return the rules of health that hold now. What holds since this step is told, and noted in the summary."""
-        before = set(self.health.holding)
-        ills = self.health.look(figures)
-        for name in ills.keys() - before:
-            warn(f"{self.policy}, step {self.number}: {name}: {ills[name]}")
-        if ills.keys() - before:
-            directory.summarise(self.place, {"health": self.health.fired})
-        return ills
+    def _check_health(self, figures: Mapping[str, Any]) -> dict[str, str]:
+        """Return the health rules that hold now. Newly holding rules cause a warning and go to the summary."""
+        previous = set(self.health.holding)
+        remedies = self.health.update(figures)
+        for name in remedies.keys() - previous:
+            warn(f"{self.policy}, step {self.number}: {name}: {remedies[name]}")
+        if remedies.keys() - previous:
+            directory.summarise(self.path, {"health": self.health.fired})
+        return remedies
 
-    def _tell(self, observer: Observer, figures: Mapping[str, Any]) -> None:
+    def _notify(self, observer: Observer, figures: Mapping[str, Any]) -> None:
         try:
             observer.on_step(self, figures)
         except Exception as error:
-            what = f"{type(observer).__name__}.on_step raised {type(error).__name__}: {error}"
-            warn(f"{self.policy}: {what}; training goes on")
+            message = f"{type(observer).__name__}.on_step raised {type(error).__name__}: {error}"
+            warn(f"{self.policy}: {message}; training continues")
 
 
 @contextmanager
-def kept(runs: Sequence[Run]) -> Iterator[None]:
-    """Have each run's last bundle written, whatever ends the job. What ended a run is raised at the end."""
+def closing(runs: Sequence[Run]) -> Iterator[None]:
+    """Write each run's last bundle, however the job ends. Afterwards raises the errors that ended runs."""
     for run in runs:
-        run.together |= len(runs) > 1
+        run.has_peers |= len(runs) > 1
     try:
         yield
     except BaseException as error:
-        with ExitStack() as stack:  # all of them, also where one is interrupted
+        with ExitStack() as stack:  # close the remaining runs if one is interrupted
             for run in runs:
                 stack.callback(run.close, error)
         raise
@@ -261,7 +261,7 @@ def kept(runs: Sequence[Run]) -> Iterator[None]:
 
 
 def _raise_failures(runs: Sequence[Run]) -> None:
-    """Raise what ended a lone run; of several which failed, and why."""
+    """Raise the error of a single run, or one RloraError that lists the failed runs and their errors."""
     failed = [run for run in runs if run.failure is not None]
     if not failed:
         return
@@ -273,10 +273,10 @@ def _raise_failures(runs: Sequence[Run]) -> None:
 
 
 def reason(error: BaseException | None) -> str:
-    """Return what an error says, with its type unless its message explains it."""
+    """Message of an error, with its type unless it is an RloraError."""
     return str(error) if isinstance(error, RloraError) else f"{type(error).__name__}: {error}"
 
 
-def _told(error: Exception) -> str:
-    """An error that its message explains, or a traceback."""
+def _description(error: Exception) -> str:
+    """Message of an RloraError, or the traceback of any other error."""
     return str(error) if isinstance(error, RloraError) else "".join(traceback.format_exception(error))

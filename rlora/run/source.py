@@ -1,4 +1,4 @@
-"""Where a config comes from: a file, Python, a run that goes on, or a version that is forked."""
+"""Sources of a config: a TOML file, Python objects, a run to resume, or a version to fork."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -9,7 +9,7 @@ from typing import Any
 from upath import UPath
 
 from rlora.config import changed, flattened, read, read_table, validate
-from rlora.plugin import PYTHON, give
+from rlora.plugin import PYTHON, register
 from rlora.records import RloraError
 from rlora.settings import Config
 from rlora.store import read_file
@@ -18,119 +18,117 @@ Source = Config | Mapping[str, Any] | str | PathLike[str] | None
 
 
 def split(source: str) -> tuple[UPath, int | None]:
-    """RUN or RUN@STEP."""
+    """Split RUN or RUN@STEP into the run's path and the version, None for the newest."""
     run, _, step = source.rpartition("@")
     return (reachable(run), int(step)) if run and step.isdigit() else (reachable(source), None)
 
 
-def reachable(place: str | Path | UPath) -> UPath:
-    """The path. Raises RloraError where fsspec does not know its protocol, or needs another package for it."""
+def reachable(path: str | Path | UPath) -> UPath:
+    """Convert a path or URL. Raises RloraError if fsspec does not know its protocol, or needs a further package."""
     try:
-        path = UPath(place)
-        _ = path.fs
+        upath = UPath(path)
+        _ = upath.fs
     except (ImportError, ValueError) as error:
-        raise RloraError(f"{place}: {error}; install what that names, or give a local directory") from None
-    return path
+        raise RloraError(f"{path}: {error}; install the missing package, or use a local directory") from None
+    return upath
 
 
 def read_run(run: UPath) -> Config:
-    """The config of a run. Raises RloraError where no run is."""
+    """Read the config of a run. Raises RloraError if the directory has no config.toml."""
     path = reachable(run) / "config.toml"
     if read_file(path) is None:
         raise RloraError(
-            f"{run}: no run is there (it has no config.toml); name a directory that `rlora train` made, "
-            "under runs/ or where --run-dir said"
+            f"{run}: not the directory of a run (no config.toml); use a directory that `rlora train` created, in runs/ "
+            "or as --run-dir"
         )
     return read(path)
 
 
 def config_at(run: UPath, step: int | None) -> Config:
-    """That of a version, or of the newest."""
-    newest = read_run(run)  # or it says that no run is there
+    """Read the config that version `step` was trained under; None for the run's current config."""
+    current = read_run(run)  # raises for a directory without a run
     if step is None:
-        return newest
-    from rlora.run.checkpoint import read_config  # which imports torch
+        return current
+    from rlora.run.checkpoint import read_config  # imports torch
 
     return read_config(run, step)
 
 
-def given(
+def resolve_config(
     source: Source, changes: Mapping[str, Any], resume: str | PathLike[str] | None = None, fork: str | None = None,
-    least: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> Config:  # fmt: skip
-    """The config that a call from Python means: that of a TOML file, a mapping or a run, with `changes`.
+    """Build the config of a call from Python: that of a TOML file, a mapping or a run, with `changes`.
 
-    `least` holds the values of fields that are set nowhere else. Raises RloraError that names each field at fault.
+    `defaults` apply to fields that are set nowhere else. Raises RloraError that names each invalid field.
     """
     if bool(source) + bool(resume) + bool(fork) > 1:
-        raise RloraError("train: give one of a config, resume and fork; a run that exists brings its own config")
-    file, before = "", dict[str, Any]()
+        raise RloraError("train: use only one of config, resume and fork; an existing run has its own config")
+    file, previous = "", dict[str, Any]()
     if resume or fork:
-        table = before = asdict(config_at(*split(fork)) if fork else read_run(reachable(str(resume))))
+        table = previous = asdict(config_at(*split(fork)) if fork else read_run(reachable(str(resume))))
     elif isinstance(source, str | PathLike):
         table, file = read_table(Path(source)), f"{source}: "
     else:
-        table = plain(named(asdict(source) if isinstance(source, Config) else source or {}))
-    changes = named(changes, before)
-    if before:
-        _refuse_what_is_gone(before, changes)
-    return validate(changed({**(least or {}), **table}, flattened(plain(changes))), file)
+        table = plain_data(with_specs(asdict(source) if isinstance(source, Config) else source or {}))
+    changes = with_specs(changes, previous)
+    if previous:
+        _check_objects(previous, changes)
+    return validate(changed({**(defaults or {}), **table}, flattened(plain_data(changes))), file)
 
 
-def named(table: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The fields with a spec in place of each object; the one that it had `before`, in a run that goes on."""
-    known = plugged(before or {})
+def with_specs(table: Mapping[str, Any], previous: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Replace each plug-in object by a spec. A resumed run, whose config is `previous`, reuses its specs."""
+    previous_specs = plugin_specs(previous or {})
 
-    def spec(name: str, thing: Any) -> Any:
-        if thing is None or isinstance(thing, str):
-            return thing
-        return give(thing, known[name] if known.get(name, "").startswith(PYTHON) else "")
+    def spec(name: str, plugin: Any) -> Any:
+        if plugin is None or isinstance(plugin, str):
+            return plugin
+        return register(plugin, previous_specs[name] if previous_specs.get(name, "").startswith(PYTHON) else "")
 
-    told = dict(table)
-    if "env" in told:
-        told["env"] = spec("env", told["env"])
-    if isinstance(told.get("reward"), list | tuple):
-        told["reward"] = [spec(f"reward.{number}", each) for number, each in enumerate(told["reward"])]
-    elif "reward" in told:
-        told["reward"] = spec("reward.0", told["reward"])
-    if isinstance(algorithm := told.get("algorithm"), Mapping) and "name" in algorithm:
-        told["algorithm"] = {**algorithm, "name": spec("algorithm.name", algorithm["name"])}
-    return told
+    result = dict(table)
+    if "env" in result:
+        result["env"] = spec("env", result["env"])
+    if isinstance(result.get("reward"), list | tuple):
+        result["reward"] = [spec(f"reward.{number}", reward) for number, reward in enumerate(result["reward"])]
+    elif "reward" in result:
+        result["reward"] = spec("reward.0", result["reward"])
+    if isinstance(algorithm := result.get("algorithm"), Mapping) and "name" in algorithm:
+        result["algorithm"] = {**algorithm, "name": spec("algorithm.name", algorithm["name"])}
+    return result
 
 
-def plugged(table: Mapping[str, Any]) -> dict[str, str]:
-    """What is plugged in by a config: the spec of each, by its field."""
+def plugin_specs(table: Mapping[str, Any]) -> dict[str, str]:
+    """Specs of the plug-ins in a config, by field: env, algorithm.name, reward.0, reward.1, ..."""
     rewards = table.get("reward", ())
     rewards = [rewards] if isinstance(rewards, str) else rewards
     fields = {"env": table.get("env"), "algorithm.name": (table.get("algorithm") or {}).get("name")}
-    fields |= {f"reward.{number}": each for number, each in enumerate(rewards)}
+    fields |= {f"reward.{number}": reward for number, reward in enumerate(rewards)}
     return {name: spec for name, spec in fields.items() if isinstance(spec, str)}
 
 
-def _refuse_what_is_gone(before: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
-    """Raise RloraError where a run was given an object that is not given again."""
-    given_now = plugged(changes)
-    for name, spec in plugged(before).items():
+def _check_objects(previous: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
+    """Raise RloraError if the run got an object from Python that `changes` does not pass again."""
+    passed = {name.partition(".")[0] for name in plugin_specs(changes)}
+    for name, spec in plugin_specs(previous).items():
         field = name.partition(".")[0]
-        if spec.startswith(PYTHON) and field not in {each.partition(".")[0] for each in given_now}:
-            raise RloraError(
-                f"{field} = {spec!r}: the run was given this object from Python; give it again, by {field}=..."
-            )
+        if spec.startswith(PYTHON) and field not in passed:
+            raise RloraError(f"{field} = {spec!r}: the run got this object from Python; pass it again as {field}=...")
 
 
-def plain(table: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields as plain data. Raises RloraError for what is none, such as an object that is no plug-in."""
-    return {name: _plain(name, value) for name, value in table.items()}
+def plain_data(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert the fields to plain data. Raises RloraError for a value without a plain form."""
+    return {name: _plain_value(name, value) for name, value in table.items()}
 
 
-def _plain(name: str, value: Any) -> Any:
+def _plain_value(name: str, value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _plain(f"{name}.{key}", each) for key, each in value.items()}
+        return {key: _plain_value(f"{name}.{key}", item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(name, each) for each in value]
+        return [_plain_value(name, item) for item in value]
     if isinstance(value, PathLike):
         return str(value)
-    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # a number of NumPy or torch
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # a NumPy or torch scalar
         return value.item()
     if value is None or isinstance(value, str | bool | int | float):
         return value

@@ -1,4 +1,4 @@
-"""The adapter that a run starts from, where its config names one: read and checked before anything is trained."""
+"""Reads and checks the adapter in `learner.start_from`, before training starts."""
 
 import json
 from collections.abc import Callable
@@ -24,25 +24,23 @@ Files = tuple[bytes, bytes]  # adapter_config.json and adapter_model.safetensors
 
 
 def read_start(config: Config) -> Files | None:
-    """The files that `learner.start_from` names, fit to start from; None where it names none. Raises RloraError."""
+    """Read and check the adapter in `learner.start_from`. None if it is empty. Raises as `checked_start`."""
     return checked_start(config.learner, partial(base_in_ram, config))
 
 
 def checked_start(learner: LearnerConfig, base: Callable[[], PreTrainedModel]) -> Files | None:
-    """The same, over the model that `base` gives, which is compared with where weights of one were saved too.
+    """Read and check the adapter in `learner.start_from`. `base` loads the model, to compare saved base weights with.
 
-    Raises RloraError where they can't be read, are of another rank or scale than the config says, or hold more than an
-    adapter.
+    Raises RloraError if the files can't be read, if rank or scale differ from the config, or if the files contain more
+    than a LoRA adapter.
     """
     if not learner.start_from:
         return None
     for name in ("targets", "head", "init"):
         if getattr(learner, name) != getattr(LearnerConfig(), name):
-            raise RloraError(
-                f"learner.{name} = {getattr(learner, name)!r}: learner.start_from brings its own; leave it out"
-            )
+            raise RloraError(f"learner.{name} = {getattr(learner, name)!r}: learner.start_from sets it; omit the field")
     try:
-        files = plain(*read(UPath(learner.start_from)), base)
+        files = without_base_weights(*read(UPath(learner.start_from)), base)
         spec, _ = decode(*files)
     except RloraError as error:
         raise RloraError(f"learner.start_from = {learner.start_from!r}: {error}") from error
@@ -51,56 +49,56 @@ def checked_start(learner: LearnerConfig, base: Callable[[], PreTrainedModel]) -
 
 
 def check_same_adapter(source: str, spec: Spec, learner: LearnerConfig) -> None:
-    """Raise RloraError where a saved adapter has another rank or scale than the config says."""
+    """Raise RloraError if the rank or scale of a saved adapter differs from the config."""
     for name in ("rank", "alpha", "rslora"):
-        ours, theirs = getattr(learner, name), getattr(spec, name)
-        if ours != theirs:
+        configured, saved = getattr(learner, name), getattr(spec, name)
+        if configured != saved:
             raise RloraError(
-                f"{source}: its {name} is {theirs}, learner.{name} is {ours}; set learner.{name} to {theirs}"
+                f"{source}: its {name} is {saved}, learner.{name} is {configured}; set learner.{name} to {saved}"
             )
 
 
 def base_in_ram(config: Config) -> PreTrainedModel:
-    """The frozen base in RAM, to compare weights with."""
+    """Load the frozen base into RAM, to compare weights with it."""
     return load_base(locate(config.model), DTYPES[config.dtype], torch.device("cpu"))
 
 
 def read(directory: Path | UPath) -> Files:
-    """The two files of an adapter. Raises RloraError where they are not there."""
+    """Read the two files of an adapter. Raises RloraError if one is missing."""
     try:
         config, weights = (directory / name for name in ADAPTER_FILES)
         return config.read_bytes(), weights.read_bytes()
     except OSError as error:
-        raise RloraError(f"{directory}: no adapter in PEFT's format is there ({error})") from None
+        raise RloraError(f"{directory}: there is no adapter in PEFT's format ({error})") from None
 
 
-def plain(config: bytes, weights: bytes, base: Callable[[], PreTrainedModel]) -> Files:
-    """The files of an adapter without weights of its model, which PEFT saves too (`save_embedding_layers`,
-    `modules_to_save`). `base` loads that model, where there are any.
+def without_base_weights(config: bytes, weights: bytes, base: Callable[[], PreTrainedModel]) -> Files:
+    """Remove base weights from the files of an adapter: PEFT may save them too (`save_embedding_layers`,
+    `modules_to_save`). Calls `base` to load the model only if there are such weights.
 
-    Raises RloraError where they are not the model's: they were trained, or the embeddings were resized.
+    Raises RloraError if they differ from the model's: they were trained, or the embeddings were resized.
     """
     try:
         settings, tensors = json.loads(config), safetensors.torch.load(weights)
     except (ValueError, safetensors.SafetensorError):
-        return config, weights  # `decode` says so
-    whole = {name: place for name in tensors if (place := _place_in_base(name))}
-    if not whole:
+        return config, weights  # `decode` raises the error
+    base_names = {name: base_name for name in tensors if (base_name := _base_name(name))}
+    if not base_names:
         return config, weights
     model = base()
-    owned = dict(model.named_parameters(remove_duplicate=False))
-    for name, place in whole.items():
-        if place in owned:
-            _check_same(name, tensors.pop(name), owned[place].detach().cpu())
-    saved = {place.rpartition(".")[0] for name, place in whole.items() if name not in tensors}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, base_name in base_names.items():
+        if base_name in parameters:
+            _check_equal(name, tensors.pop(name), parameters[base_name].detach().cpu())
+    removed = {base_name.rpartition(".")[0] for name, base_name in base_names.items() if name not in tensors}
     modules = settings.get("modules_to_save") or []
-    settings["modules_to_save"] = [end for end in modules if not any(f".{at}".endswith(f".{end}") for at in saved)]
+    settings["modules_to_save"] = [end for end in modules if not any(f".{key}".endswith(f".{end}") for key in removed)]
     settings["modules_to_save"] = settings["modules_to_save"] or None
     return json.dumps(settings, indent=2).encode(), safetensors.torch.save(tensors, metadata={"format": "pt"})
 
 
-def _place_in_base(name: str) -> str | None:
-    """The model's own name of a weight that is saved whole; None for what belongs to the adapter."""
+def _base_name(name: str) -> str | None:
+    """Name in the base model of a saved base weight; None for a tensor of the adapter."""
     if not name.endswith((".weight", ".bias")) or any(part in name for part in (".lora_", ".token_adapter.")):
         return None
     for wrapper in (".base_layer", ".modules_to_save.default", ".modules_to_save", ".original_module"):
@@ -108,15 +106,16 @@ def _place_in_base(name: str) -> str | None:
     return name.removeprefix(PREFIX)
 
 
-def _check_same(name: str, saved: Tensor, own: Tensor) -> None:
-    if saved.shape != own.shape:
-        what = f"it has the shape {list(saved.shape)} where the model has {list(own.shape)}, so it was resized"
-    elif saved.to(own.dtype).equal(own) or saved.equal(own.to(saved.dtype)):  # the coarser of the two decides
+def _check_equal(name: str, saved: Tensor, expected: Tensor) -> None:
+    """Raise RloraError if a saved base weight differs from the model's, compared in the coarser of the two dtypes."""
+    if saved.shape != expected.shape:
+        reason = f"its shape {list(saved.shape)} differs from the model's {list(expected.shape)}, so it was resized"
+    elif saved.to(expected.dtype).equal(expected) or saved.equal(expected.to(saved.dtype)):
         return
     else:
-        off = float((saved.double() - own.double()).abs().max())
-        what = f"it differs by up to {off:.2g} from the model's, so it was trained, or belongs to another model"
+        difference = float((saved.double() - expected.double()).abs().max())
+        reason = f"it differs by up to {difference:.2g} from the model's, so it was trained or is of a different model"
     raise RloraError(
-        f"adapter_model.safetensors: {name} is {kind_of(name)}, and {what}; only A and B can be loaded: merge the "
-        "adapter into its model with PEFT (merge_and_unload), and set `model` to what you save of that"
+        f"adapter_model.safetensors: {name} is {kind_of(name)}, and {reason}; only A and B can be loaded: merge the "
+        "adapter into its model with PEFT (merge_and_unload), save the result, and set `model` to it"
     )

@@ -1,4 +1,4 @@
-"""Which runs are due: the order in which several share the learner."""
+"""Turn rules: which runs take the next step if several share the learner."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -9,45 +9,46 @@ from rlora.run.run import Run
 Turns = Callable[[Sequence[Run]], Iterator[Sequence[Run]]]
 
 
-def going(runs: Sequence[Run]) -> list[Run]:
+def active(runs: Sequence[Run]) -> list[Run]:
     """Return the runs that have steps left and have not failed."""
-    return [run for run in runs if run.going]
+    return [run for run in runs if run.is_active]
 
 
 def updated(runs: Sequence[Run]) -> list[Run]:
-    """Return the runs whose version is to be delivered: all but those that have failed or are left."""
-    return [run for run in runs if run.is_here]
+    """Return the runs whose version is to be delivered: all that have not failed or left the job."""
+    return [run for run in runs if run.is_open]
 
 
 def ended(runs: Sequence[Run]) -> list[Run]:
-    """Return the runs that have done their last step, and are not ended yet."""
+    """Return the runs that have done their last step and have not ended yet."""
     return [run for run in runs if run.is_done]
 
 
 def rounds(runs: Sequence[Run]) -> Iterator[Sequence[Run]]:
-    """All that are going, together: engines have every run's prompts at once, then the learner has the machine."""
-    while left := going(runs):
-        yield left
+    """Yield all active runs together: engines sample for all of them, then the learner has the machine."""
+    while remaining := active(runs):
+        yield remaining
 
 
 def first(runs: Sequence[Run]) -> Iterator[Sequence[Run]]:
-    """Those whose groups are there, as many as learners work at the same time; the run with the fewest steps first.
+    """Yield the runs whose groups are complete, at most `learner.concurrent`, those with the fewest steps first.
 
-    Engines sample for the others while the learner has one: the throughput of asynchronous training, on policy.
+    Engines sample for the remaining runs during an update: the throughput of asynchronous training, on policy.
     """
-    heard = time.monotonic()
-    while left := going(runs):
-        due = [run for run in left if run.due]
+    last_result = time.monotonic()
+    while remaining := active(runs):
+        due = [run for run in remaining if run.due]
         if due:
-            at_once = due[0].config.learner.concurrent
-            yield sorted(due, key=lambda run: run.number)[:at_once]
-            heard = time.monotonic()
+            count = due[0].config.learner.concurrent
+            yield sorted(due, key=lambda run: run.number)[:count]
+            last_result = time.monotonic()
             continue
-        came, _ = wait([each for run in left for each in run.stream.coming], timeout=1.0, return_when=FIRST_COMPLETED)
+        pending = [future for run in remaining for future in run.stream.pending]
+        completed, _ = wait(pending, timeout=1.0, return_when=FIRST_COMPLETED)
         now = time.monotonic()
-        if came:
-            heard = now
-        elif now - heard > left[0].config.engine.patience:
-            with left[0].alone():
-                left[0].fleet.check()  # an engine may hang
-            heard = now
+        if completed:
+            last_result = now
+        elif now - last_result > remaining[0].config.engine.patience:
+            with remaining[0].isolated():
+                remaining[0].fleet.check()  # an engine may hang
+            last_result = now

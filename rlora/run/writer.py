@@ -1,4 +1,4 @@
-"""Writes a run's bundles and metrics while the next step goes on, whatever the disk does."""
+"""Background writer of a run's bundles and metrics, which tolerates a full or slow disk."""
 
 import json
 import os
@@ -19,17 +19,18 @@ from rlora.rollout.stream import Collection
 from rlora.rollout.task import HELD_OUT
 from rlora.run import episodes
 from rlora.run.checkpoint import BUNDLES, Bundle, Rewards, bundle_path, versions
-from rlora.run.directory import METRICS, Provenance, warn, whole_lines
+from rlora.run.directory import METRICS, Provenance, complete_lines, warn
 from rlora.settings import Config
 from rlora.store import remove, remove_halves, write_directory, write_file
 
 
 class CheckpointWriter:
-    """Keeps a run on a thread of its own: the loop waits for nothing but the bundle before.
+    """Background checkpoint writer. `save` blocks only while the previous bundle is still being written.
 
-    Where the disk does not take a bundle training goes on in memory, loudly, and each step tries again with the newest.
-    After `checkpoint.patience` seconds of that, or of waiting for one write, or at the end, the newest is put where
-    there is room, and RloraError says where. `start` is the bundle that the run goes on from.
+    If a write fails, training continues with a warning, and each step retries with the newest bundle. If writes keep
+    failing for `checkpoint.patience` seconds, if one write takes that long, or if the last write fails, the newest
+    bundle is saved to a temporary directory, and RloraError names it. `start` is the bundle that the run resumes from.
+    One thread writes at a time; `_idle` passes the attributes between it and the caller.
     """
 
     def __init__(self, run: UPath, config: Config, origin: Provenance, start: Bundle | None) -> None:
@@ -37,16 +38,16 @@ class CheckpointWriter:
         self.saved: SaveStats | None = None
         self._parent = start.adapter.digest if start else None
         self._rewards: dict[int, Rewards] = dict(start.rewards) if start else {}
-        self._idle = Event()  # nothing is being written; until then nothing here changes but by the thread
+        self._idle = Event()  # set: no write is running; cleared: only the writing thread changes attributes
         self._idle.set()
-        self._unsaved: Bundle | None = None  # the newest, as long as the disk has not taken it
+        self._unsaved: Bundle | None = None  # the newest bundle, until it is written
         self._failing_since: float | None = None
-        self._stuck: set[int] = set()  # versions whose bundles can't be removed
+        self._unremovable: set[int] = set()  # versions whose bundles can't be removed
         remove_halves(run / BUNDLES)
-        self._logged = self._keep_lines_before(start.version if start else 0)  # bytes
+        self._logged = self._truncate_metrics(start.version if start else 0)  # bytes of metrics.jsonl that are written
         self._unlogged = b""
-        self._accuracies: dict[int, float] = {}  # on the held-out prompts, of the versions that were evaluated
-        for line in whole_lines(run):
+        self._accuracies: dict[int, float] = {}  # on the held-out prompts, by evaluated version
+        for line in complete_lines(run):
             self._count_accuracy(line)
         self._ended = False
 
@@ -54,8 +55,8 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Have everything on the disk, or the newest bundle elsewhere. Ctrl-C ends the wait for a disk that does not
-        answer, once that has been told of, and nothing else."""
+        """Finish all writes, or save the newest bundle to a temporary directory. Ctrl-C only ends the wait for an
+        unresponsive disk, after the first warning about it."""
         if self._ended:
             return
         try:
@@ -63,8 +64,8 @@ class CheckpointWriter:
                 self._start(partial(self._write, self._unsaved) if self._unsaved else self._log)
                 self._wait(ending=True)
         finally:
-            left = self._unsaved  # which a write that wakes up now takes away
-            error = self._put_elsewhere(left) if left else None
+            unsaved = self._unsaved  # read once: a write that completes now clears it
+            error = self._save_elsewhere(unsaved) if unsaved else None
             if error and kind is None:
                 raise error
             if error:
@@ -78,9 +79,9 @@ class CheckpointWriter:
         collection: Collection | None = None,
         line: str = "",
     ) -> None:
-        """Have the bundle of `adapter` written, which an update on `collection` made, and a line of `metrics.jsonl`.
+        """Write the bundle of `adapter`, which an update on `collection` made, and append `line` to `metrics.jsonl`.
 
-        Returns once the bundle before is written. Raises RloraError where none could be for too long.
+        Returns once the previous bundle is written. Raises RloraError if writes fail for `checkpoint.patience` seconds.
         """
         in_time = self._wait()
         if collection:
@@ -91,12 +92,12 @@ class CheckpointWriter:
         self._unlogged += f"{line}\n".encode() if line else b""
         self._count_accuracy(line or "{}")
         if not in_time:
-            raise self._put_elsewhere(self._with_episodes(bundle, groups))
+            raise self._save_elsewhere(self._with_episodes(bundle, groups))
         failing = time.monotonic() - self._failing_since if self._failing_since else 0.0
         self._unsaved = bundle
         self._start(partial(self._write, bundle, groups))
         if failing > self.config.checkpoint.patience and (not self._wait() or self._unsaved):
-            raise self._put_elsewhere(self._unsaved or bundle)
+            raise self._save_elsewhere(self._unsaved or bundle)
 
     def _start(self, write: Callable[[], None]) -> None:
         def run() -> None:
@@ -106,20 +107,20 @@ class CheckpointWriter:
                 self._idle.set()
 
         self._idle.clear()
-        Thread(target=run, daemon=True).start()  # the process may end without it
+        Thread(target=run, daemon=True).start()  # must not keep the process alive
 
     def _wait(self, ending: bool = False) -> bool:
-        """Wait until nothing is being written, but for `checkpoint.patience` seconds at most; returns whether it is."""
-        tenth = self.config.checkpoint.patience / 10
+        """Wait for the running write, at most `checkpoint.patience` seconds. Returns whether it completed."""
+        interval = self.config.checkpoint.patience / 10
         for number in range(1, 11):
             with machine.undisturbed() if ending and number == 1 else nullcontext():
-                if self._idle.wait(tenth):
+                if self._idle.wait(interval):
                     return True
-            warn(f"NOT SAVED: {self.run} has not taken what is being written to it for {number * tenth:.0f} s")
+            warn(f"NOT SAVED: a write to {self.run} has not completed for {number * interval:.0f} s")
         return False
 
     def _count(self, sampled: Sequence[Group]) -> None:
-        """What each version's episodes were worth: they may come in several steps."""
+        """Add rewards to their versions' sums: a version's episodes may arrive in several steps."""
         for episode in (episode for group in sampled for episode in group.episodes):
             if episode.reward is not None:
                 number = episode.version.number
@@ -131,34 +132,34 @@ class CheckpointWriter:
         if (accuracy := figures.get(f"accuracy/{HELD_OUT}")) is not None:
             self._accuracies[figures["accuracy/version"]] = accuracy
 
-    # --- on the thread ---
+    # --- on the writing thread ---
 
     def _write(self, bundle: Bundle, groups: Sequence[Group] | None = None) -> None:
-        """First the lines: one that is there too early is cut when the run is resumed, one that is missing is lost."""
+        """Write lines, then the bundle: a resume removes lines without a bundle, but can't recover missing lines."""
         start = time.perf_counter()
         try:
             self._unsaved = bundle = self._with_episodes(bundle, groups)
             self._log()
             files = bundle.files
             write_directory(bundle_path(self.run, bundle.version), files)
-        except Exception as error:  # of whatever file system it is
+        except Exception as error:  # any file system of fsspec
             now = time.monotonic()
             self._failing_since = self._failing_since or now
-            left = max(0.0, self.config.checkpoint.patience - (now - self._failing_since))
+            remaining = max(0.0, self.config.checkpoint.patience - (now - self._failing_since))
             warn(
-                f"NOT SAVED: version {bundle.version} could not be written to {self.run} ({error}); make room there, "
-                f"or let it be written to. Each step tries again, for up to {left:.0f} s"
+                f"NOT SAVED: version {bundle.version} could not be written to {self.run} ({error}); free disk space or "
+                f"fix its permissions. Each step retries, for up to {remaining:.0f} s"
             )
             return
         if self._failing_since:
-            warn(f"{self.run} takes bundles again: version {bundle.version} is saved")
+            warn(f"{self.run} is writable again: version {bundle.version} is saved")
         self._unsaved = self._failing_since = None
         self.saved = SaveStats(time.perf_counter() - start, sum(map(len, files.values())))
-        with suppress(Exception):  # what is there can't be known now: then there is more than asked for
-            self._retire(bundle.version)
+        with suppress(Exception):  # the store does not answer: keep more bundles than configured for now
+            self._remove_old(bundle.version)
 
     def _with_episodes(self, bundle: Bundle, groups: Sequence[Group] | None) -> Bundle:
-        """The bundle with those of its update, as far as the config has them kept."""
+        """The bundle with the episodes of its update, if they fit `checkpoint.episodes_mib`."""
         limit = self.config.checkpoint.episodes_mib
         if groups is None or not limit:
             return bundle
@@ -166,75 +167,75 @@ class CheckpointWriter:
         if len(update) <= limit * 2**20:
             return replace(bundle, update=update)
         warn(
-            f"checkpoint.episodes_mib = {limit}: the episodes of version {bundle.version} are not kept, they take "
-            f"{len(update) / 2**20:.1f} MiB; raise it, or set it to 0 to keep none"
+            f"checkpoint.episodes_mib = {limit}: the episodes of version {bundle.version} are not stored, they take "
+            f"{len(update) / 2**20:.1f} MiB; raise the limit, or set it to 0 to store none"
         )
         return bundle
 
-    def _retire(self, newest: int) -> None:
-        """Remove the bundles that the config does not ask to keep."""
-        settings, there = self.config.checkpoint, [each for each in versions(self.run) if each <= newest]
-        if self.config.learner.full_finetuning:  # each is a whole model and three times that
+    def _remove_old(self, newest: int) -> None:
+        """Remove bundles that `checkpoint.keep_last`, `keep_every` and `keep_best` do not keep."""
+        settings, existing = self.config.checkpoint, [version for version in versions(self.run) if version <= newest]
+        if self.config.learner.full_finetuning:  # a bundle takes four times the model's size
             settings = replace(settings, keep_last=min(2, settings.keep_last), keep_every=0, keep_best=0)
         means = {version: total / count for version, (total, count) in self._rewards.items()}
-        worth = self._accuracies if settings.best_by == "accuracy" else means
-        best = sorted(worth.keys() & set(there), key=lambda version: worth[version])
-        kept = {*there[-settings.keep_last :], *(best[-settings.keep_best :] if settings.keep_best else ())}
+        scores = self._accuracies if settings.best_by == "accuracy" else means
+        best = sorted(scores.keys() & set(existing), key=lambda version: scores[version])
+        kept = {*existing[-settings.keep_last :], *(best[-settings.keep_best :] if settings.keep_best else ())}
         if settings.keep_every:
-            kept |= {version for version in there if version % settings.keep_every == 0}
-        for version in set(there) - kept:
+            kept |= {version for version in existing if version % settings.keep_every == 0}
+        for version in set(existing) - kept:
             try:
                 remove(bundle_path(self.run, version))
             except Exception as error:
-                if version not in self._stuck:
-                    warn(f"{bundle_path(self.run, version)} could not be removed ({error}); it stays")
-                self._stuck.add(version)
-        self._rewards = {version: of for version, of in self._rewards.items() if version in kept}
+                if version not in self._unremovable:
+                    warn(f"{bundle_path(self.run, version)} could not be removed ({error}); it is kept")
+                self._unremovable.add(version)
+        self._rewards = {version: rewards for version, rewards in self._rewards.items() if version in kept}
 
-    def _keep_lines_before(self, step: int) -> int:
-        """Drop the lines of `step` and later, and one cut off by a crash: they come again. Returns how long it is."""
-        kept = "".join(f"{line}\n" for line in whole_lines(self.run) if json.loads(line)["step"] < step).encode()
+    def _truncate_metrics(self, step: int) -> int:
+        """Drop lines from `step` on and one that a crash cut off: these steps run again. Returns the size in bytes."""
+        kept = "".join(f"{line}\n" for line in complete_lines(self.run) if json.loads(line)["step"] < step).encode()
         write_file(self.run / METRICS, kept)
         return len(kept)
 
     def _log(self) -> None:
-        """Append the lines that are not written yet."""
+        """Append the lines that are not yet written to metrics.jsonl."""
         if not self._unlogged:
             return
         path = self.run / METRICS
         try:
-            if not isinstance(path, Path):  # most of those know no appending
+            if not isinstance(path, Path):  # most object stores can't append
                 write_file(path, path.read_bytes()[: self._logged] + self._unlogged)
             else:
                 with path.open("r+b") as file:
-                    file.truncate(self._logged)  # what a full disk took of a line
+                    file.truncate(self._logged)  # removes a partial line that a full disk left
                     file.seek(self._logged)
                     file.write(self._unlogged)
                     file.flush()
                     os.fsync(file.fileno())
         except Exception as error:
-            warn(f"NOT SAVED: {path} could not be written ({error}); its lines wait for the next step")
+            warn(f"NOT SAVED: {path} could not be written ({error}); its lines will be written with the next step")
             return
         self._logged, self._unlogged = self._logged + len(self._unlogged), b""
 
-    # --- where nothing is on the thread, or it hangs ---
+    # --- with no write running, or one that hangs ---
 
-    def _put_elsewhere(self, bundle: Bundle) -> RloraError:
-        """Write a bundle that could not be written where there is room; returns the error that ends the run."""
+    def _save_elsewhere(self, bundle: Bundle) -> RloraError:
+        """Write the bundle to a temporary directory. Returns the error that ends the run."""
         self._ended = True
-        own, again = bundle_path(self.run, bundle.version), f"go on with `rlora train --resume {self.run}`"
-        what, mend = f"--run-dir {self.run}: version {bundle.version} could not be written there", "make room"
+        destination, command = bundle_path(self.run, bundle.version), f"run `rlora train --resume {self.run}`"
+        failure, fix = f"--run-dir {self.run}: version {bundle.version} could not be written there", "free disk space"
         if not self._idle.is_set():
-            what += f" in time (checkpoint.patience = {self.config.checkpoint.patience:g} s)"
-            mend = "see that it answers"
+            failure += f" in time (checkpoint.patience = {self.config.checkpoint.patience:g} s)"
+            fix = "make sure that it responds"
         with machine.undisturbed():
             try:
-                place = Path(tempfile.mkdtemp(prefix=f"rlora-{self.run.name}-")) / own.name
-                write_directory(place, bundle.files)
-                told = f"{what}. It is kept in {place}: {mend}, move it to {own}, then {again}"
+                copy = Path(tempfile.mkdtemp(prefix=f"rlora-{self.run.name}-")) / destination.name
+                write_directory(copy, bundle.files)
+                message = f"{failure}. It was saved to {copy}: {fix}, move it to {destination}, then {command}"
                 if self._unlogged:
-                    write_file(place.with_name(METRICS), self._unlogged)
-                    told += f". First append its last lines, {place.with_name(METRICS)}, to {self.run / METRICS}"
-            except Exception as full:
-                told = f"{what}, nor to a temporary directory ({full}); make room, then {again}"
-        return RloraError(told)
+                    write_file(copy.with_name(METRICS), self._unlogged)
+                    message += f". First append its last lines, {copy.with_name(METRICS)}, to {self.run / METRICS}"
+            except Exception as error:
+                message = f"{failure}, nor to a temporary directory ({error}); free disk space, then {command}"
+        return RloraError(message)

@@ -1,1 +1,1 @@
-"""Other people's reward functions and envs, in processes of their own."""
+"""User-defined reward functions and envs, run in worker processes."""

@@ -1,4 +1,4 @@
-"""Which call a process is at, since when and how long it may take, in memory that its parent reads."""
+"""Shared-memory record of a worker's current call, from which its parent enforces the deadline."""
 
 import struct
 import time
@@ -9,20 +9,21 @@ _RECORD = struct.Struct("qqqdd")
 _SIZE = _RECORD.size
 
 
-class Call(NamedTuple):
-    job: int  # the number of its job, -1 between two
+class CallRecord(NamedTuple):
+    job: int  # index of the job, -1 between two jobs
     call: int
     function: int
-    since: float  # time.monotonic(), in s
+    start: float  # time.monotonic(), in s
     deadline: float  # s
 
 
 class Clock:
-    """One process writes and another reads, without a lock: what is read may be half written.
+    """Record that one process writes and another reads, without a lock.
 
-    So the record is there twice. It is written to the first place and then to the second, and read the other way round:
-    where both are alike, neither was being written. (`struct.pack_into` clears its target first, so that a process that
-    loses the CPU there shows a deadline of 0 for as long.)
+    A read may see a half-written record, so the record is stored twice. The writer fills the first copy, then the
+    second; the reader loads the second, then the first. If both are equal, no write was in progress.
+    (`struct.pack_into` clears its target first: a writer that loses the CPU there would show a deadline of 0 for as
+    long, so the record is packed before it is copied.)
     """
 
     SIZE = 2 * _SIZE
@@ -35,7 +36,7 @@ class Clock:
         self._memory[:_SIZE] = data
         self._memory[_SIZE:] = data
 
-    def read(self) -> Call | None:
-        """The call; None where it is being written at the moment."""
+    def read(self) -> CallRecord | None:
+        """Return the current call, or None while it is being written."""
         second, first = self._memory[_SIZE:], self._memory[:_SIZE]
-        return Call(*_RECORD.unpack(first)) if first == second else None
+        return CallRecord(*_RECORD.unpack(first)) if first == second else None

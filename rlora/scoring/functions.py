@@ -1,4 +1,4 @@
-"""A user's function as Python sees it: its parameters, its code, and where it is defined."""
+"""Introspection of a user's function: its parameters, code and location."""
 
 import dis
 import functools
@@ -9,53 +9,53 @@ from typing import Any
 
 NO_DEFAULT = inspect.Parameter.empty
 BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-BY_PLACE = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
+BY_POSITION = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
 
 
 def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:
-    """None where it has no signature, as some functions written in C."""
+    """Parameters by name; None if the function has no signature, like some functions written in C."""
     try:
         return inspect.signature(function).parameters
     except (TypeError, ValueError):
         return None
 
 
-def call_of(function: Any) -> Any:
-    """What runs when it is called: of an object its class's method."""
+def callee(function: Any) -> Any:
+    """Return the function that a call runs: for a callable object, the `__call__` of its class."""
     return function if hasattr(function, "__code__") else getattr(type(function), "__call__", None)  # noqa: B004
 
 
-def bare(function: Any) -> Any:
-    """The user's own function, out of its partials and decorators."""
+def unwrap(function: Any) -> Any:
+    """Return the user's function without partials and decorators."""
     while isinstance(function, functools.partial) or hasattr(function, "__wrapped__"):
         function = function.func if isinstance(function, functools.partial) else function.__wrapped__
-    return call_of(function)
+    return callee(function)
 
 
 def code_of(function: Any) -> CodeType | None:
-    code = getattr(bare(function), "__code__", None)
+    code = getattr(unwrap(function), "__code__", None)
     return code if isinstance(code, CodeType) else None
 
 
-def defined(function: Any) -> tuple[str, int]:
-    """File and line; none of what is written in C."""
+def location_of(function: Any) -> tuple[str, int]:
+    """File and first line; ("", 0) for a function written in C."""
     code = code_of(function)
     return (code.co_filename, code.co_firstlineno) if code else ("", 0)
 
 
-def codes_of(code: CodeType, names: Mapping[str, Any]) -> set[CodeType]:
-    """The code, what is defined in it, and that of functions of its file that it calls."""
-    found, left = set[CodeType](), [code]
-    while left:
-        found.add(one := left.pop())
-        called = [each for name in one.co_names if isinstance(each := names.get(name), FunctionType)]
-        inner = [each for each in one.co_consts if isinstance(each, CodeType)]
-        inner += [each.__code__ for each in called if each.__code__.co_filename == code.co_filename]
-        left += [each for each in inner if each not in found]
-    return found
+def reachable_codes(code: CodeType, names: Mapping[str, Any]) -> set[CodeType]:
+    """Return the code, the functions that are defined in it, and the functions of the same file that it calls."""
+    reached, pending = set[CodeType](), [code]
+    while pending:
+        reached.add(current := pending.pop())
+        called = [value for name in current.co_names if isinstance(value := names.get(name), FunctionType)]
+        inner = [constant for constant in current.co_consts if isinstance(constant, CodeType)]
+        inner += [function.__code__ for function in called if function.__code__.co_filename == code.co_filename]
+        pending += [candidate for candidate in inner if candidate not in reached]
+    return reached
 
 
-def used(code: CodeType) -> set[str]:
-    """The variables that a function's code reads."""
-    loads = [each.argval for each in dis.get_instructions(code) if each.opname.startswith("LOAD")]
-    return {name for each in loads for name in (each if isinstance(each, tuple) else (each,)) if isinstance(name, str)}
+def loaded_names(code: CodeType) -> set[str]:
+    """Return the names and the string constants that the code loads."""
+    loads = [step.argval for step in dis.get_instructions(code) if step.opname.startswith("LOAD")]
+    return {name for load in loads for name in (load if isinstance(load, tuple) else (load,)) if isinstance(name, str)}

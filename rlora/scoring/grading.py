@@ -1,4 +1,4 @@
-"""Grades rows of a file as episodes are graded: in processes with a deadline."""
+"""Grades the rows of a file in worker processes with a deadline, as a run grades its episodes."""
 
 import json
 from collections.abc import Sequence
@@ -15,40 +15,43 @@ Row = dict[str, Any]
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows to grade, JSON lines. Raises RloraError that names the line where one has no gold or no prediction."""
+    """Rows of a JSON Lines file. Raises RloraError if it is missing, or if a row lacks "gold" or "prediction"."""
     table = []
     if not path.is_file():
-        raise RloraError(f"{path}: there is no such file; name one with a JSON object a line")
+        raise RloraError(f"{path}: there is no such file; name one with a JSON object per line")
     for number, line in enumerate(path.read_text("utf-8", "replace").split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise RloraError(f"{path}, line {number}: not JSON ({error}); give an object a line") from None
+            raise RloraError(f"{path}, line {number}: not JSON ({error}); write one object per line") from None
         if not isinstance(row, dict) or "gold" not in row or not isinstance(row.get("prediction"), str):
             raise RloraError(
-                f'{path}, line {number}: each row needs "gold", and "prediction", a string; this one is {line[:200]}'
+                f'{path}, line {number}: each row needs "gold" and a string "prediction"; this one is {line[:200]}'
             )
         table.append(row)
     return table
 
 
 def grade(table: Sequence[Row], setup: Setup, workers: int, threshold: float) -> list[Row]:
-    """Each row with its status and reward. A number that has no status is correct from `threshold` on."""
+    """Return each row with its status and reward. A number without a status is correct if it is at least `threshold`.
+
+    Raises RloraError if the reward function can't be loaded.
+    """
     with closing(Pool(setup, workers)) as pool:
-        scores = [pool.do(_case_of(row)) for row in table]
+        scores = [pool.submit(_reward_input(row)) for row in table]
         return [row | _verdict(score.result()[0][0], threshold) for row, score in zip(table, scores, strict=True)]
 
 
-def _case_of(row: Row) -> RewardInput:
-    said = ({"role": "assistant", "content": row["prediction"]},)
+def _reward_input(row: Row) -> RewardInput:
+    messages = ({"role": "assistant", "content": row["prediction"]},)
     columns = {name: value for name, value in row.items() if name not in ("gold", "prediction")}
-    return RewardInput("", "", row["gold"], columns, (row["prediction"],), (said,), ((),), ({},))
+    return RewardInput("", "", row["gold"], columns, (row["prediction"],), (messages,), ((),), ({},))
 
 
 def _verdict(score: Score, threshold: float) -> Row:
-    usual = ScoringConfig()
+    rewards = ScoringConfig()
     status = score.status or ("correct" if (score.value or 0.0) >= threshold else "wrong")
-    reward = score.value if score.value is not None else getattr(usual, status)
+    reward = score.value if score.value is not None else getattr(rewards, status)
     return {"status": status, "reward": reward} | ({"detail": score.detail} if score.detail else {})

@@ -1,7 +1,7 @@
-"""Processes that run what is not trusted: reward functions on a model's text, and an env's replies to it.
+"""Worker processes for untrusted calls: reward functions on a model's text, and an env's replies to it.
 
-A call that overruns its deadline or its memory costs its worker, which is killed and replaced, and gets a status.
-No call is lost because of another.
+If a call exceeds its deadline or memory, its worker is killed and replaced, and the call gets a status. Other calls
+are unaffected.
 """
 
 import json
@@ -20,60 +20,60 @@ from multiprocessing import Pipe
 from typing import Any, TypeAlias, overload
 
 from rlora.records import RewardError, RewardInput, RloraError, Score
-from rlora.scoring.clock import Call, Clock
-from rlora.scoring.worker import COROUTINES, ENV, IDLE, EnvReply, EnvTurn, Job, Setup, names_of, too_long
+from rlora.scoring.clock import CallRecord, Clock
+from rlora.scoring.worker import COROUTINES, ENV, IDLE, EnvReply, EnvTurn, Job, Setup, reward_names, timeout_message
 
 _MAIN = "from rlora.scoring.worker import main; main()"
-_GRACE = 1.0  # seconds over its deadline after which a call is ended from outside; a coroutine is cancelled before
-_BATCH = 64  # jobs that a worker gets at a time
+_GRACE = 1.0  # seconds past its deadline after which a call's process is killed; a coroutine is cancelled before
+_BATCH = 64  # the most jobs that a worker takes at a time, beside the first
 _RETRIES = 3
-_OF_MEMORY = ("signal 6", "signal 7", "signal 11")  # how code in C ends that is refused memory
-_START = 120.0  # seconds in which a worker has to have loaded what it runs
+_MEMORY_SIGNALS = ("signal 6", "signal 7", "signal 11")  # how C code ends when an allocation fails
+_START_TIMEOUT = 120.0  # seconds in which a worker must have loaded its functions
 
-Result: TypeAlias = list[list[Score]] | EnvReply  # of a RewardInput by reward function and episode; of a EnvTurn
+Result: TypeAlias = list[list[Score]] | EnvReply  # scores by reward function and episode, or a reply
 
 
 class Pool:
-    """`workers` processes, each with a thread here that feeds it.
+    """`workers` processes, each fed by a thread of this process.
 
-    Raises RloraError where one can't load what `setup` names.
+    Raises RloraError if a process can't load what `setup` names.
     """
 
     def __init__(self, setup: Setup, workers: int) -> None:
         self._setup = setup
         self._jobs: queue.SimpleQueue[tuple[Job, Future[Result]] | None] = queue.SimpleQueue()
         started: list[Future[list[frozenset[str]]]] = [Future() for _ in range(workers)]
-        self._threads = [threading.Thread(target=self._serve, args=(each,), daemon=True) for each in started]
+        self._threads = [threading.Thread(target=self._serve, args=(future,), daemon=True) for future in started]
         for thread in self._threads:
             thread.start()
         try:
-            self.names, *_ = [each.result() for each in started]  # by which each reward function asks for values
+            self.names, *_ = [future.result() for future in started]  # per function, of the values it asks for
         except BaseException:
             self.close()
             raise
 
     @overload
-    def do(self, of: RewardInput) -> Future[list[list[Score]]]: ...
+    def submit(self, request: RewardInput) -> Future[list[list[Score]]]: ...
     @overload
-    def do(self, of: EnvTurn) -> Future[EnvReply]: ...
-    def do(self, of: RewardInput | EnvTurn) -> Future[Any]:
-        """Have a case scored, or a turn answered. Raises RewardError where the processes can't be started again."""
+    def submit(self, request: EnvTurn) -> Future[EnvReply]: ...
+    def submit(self, request: RewardInput | EnvTurn) -> Future[Any]:
+        """Score a group, or get an env's reply. The future raises RewardError if a worker can't be restarted."""
         future: Future[Result] = Future()
-        self._jobs.put((Job(of), future))
+        self._jobs.put((Job(request), future))
         return future
 
     def close(self) -> None:
-        """End the workers, once they are through with what they have in hand; what waits is cancelled."""
+        """End the workers after their current jobs, and cancel all queued jobs."""
         with suppress(queue.Empty):
-            while waiting := self._jobs.get_nowait():
-                waiting[1].cancel()
+            while queued := self._jobs.get_nowait():
+                queued[1].cancel()
         for _ in self._threads:
             self._jobs.put(None)
         for thread in self._threads:
             thread.join()
 
     def _serve(self, started: Future[list[frozenset[str]]]) -> None:
-        worker = _Worker(self._setup)  # from this thread: a worker dies with the thread that has started it
+        worker = _WorkerProcess(self._setup)  # started by this thread: a worker dies with the thread that started it
         try:
             started.set_result(worker.start())
         except BaseException as error:
@@ -82,7 +82,7 @@ class Pool:
         while (work := self._take()) is not None:
             try:
                 worker.run(work)
-            except Exception as error:  # most likely it can't be started any more
+            except Exception as error:  # most likely the process can't be restarted
                 worker.stop()
                 for _, future in work:
                     if not future.done():
@@ -92,7 +92,7 @@ class Pool:
         worker.stop()
 
     def _take(self) -> "list[tuple[Job, Future[Result]]] | None":
-        """The next jobs, a share of those that wait, without what is cancelled; None at the end."""
+        """Take a share of the queued jobs, without cancelled ones. None if the pool is closed."""
         taken = [self._jobs.get()]
         share = min(_BATCH, self._jobs.qsize() // len(self._threads))
         with suppress(queue.Empty):
@@ -102,43 +102,47 @@ class Pool:
             return None
         if taken[-1] is None:
             self._jobs.put(None)
-        return [each for each in taken if each and each[1].set_running_or_notify_cancel()]
+        return [pair for pair in taken if pair and pair[1].set_running_or_notify_cancel()]
 
 
-class _Worker:
-    """One process."""
+class _WorkerProcess:
+    """One worker process, seen from its parent."""
 
     def __init__(self, setup: Setup) -> None:
-        self.setup, self.names = setup, names_of(setup.rewards)
-        self.slow = 0  # first calls that took longer than they may, one a process
+        self.setup, self.names = setup, reward_names(setup.rewards)
+        self.slow_first_calls = 0  # first calls that exceeded `first_deadline`, one per process
 
     def start(self) -> list[frozenset[str]]:
-        """Start the process; the names by which each reward function asks for values.
+        """Start the process. Returns, per reward function, the names of the values it asks for.
 
-        Raises RloraError where it can't load what it runs.
+        Raises RloraError if it can't load its functions.
         """
-        self.connection, theirs = Pipe()
+        self.connection, child_end = Pipe()
         with tempfile.TemporaryFile() as file:
             file.write(bytes(Clock.SIZE))
             file.flush()
             self.clock = Clock(file.fileno())
-            descriptors = theirs.fileno(), file.fileno()
+            descriptors = child_end.fileno(), file.fileno()
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-c", _MAIN, *map(str, descriptors)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=descriptors,
-                start_new_session=True,  # what a function starts is killed with it
+                start_new_session=True,  # processes that a function starts are killed with it
                 env=os.environ | self.setup.environment | {"PYTHONPATH": _path()},
             )
-        theirs.close()
+        child_end.close()
         self.connection.send(self.setup)
         try:
-            if not self.connection.poll(_START):
-                raise RloraError(f"reward: loading {', '.join(self.setup.rewards)} takes more than {_START:.0f} s")
+            if not self.connection.poll(_START_TIMEOUT):
+                raise RloraError(
+                    f"reward: loading {', '.join(self.setup.rewards)} takes more than {_START_TIMEOUT:.0f} s"
+                )
             answer = json.loads(self.connection.recv_bytes())
         except (EOFError, ConnectionError):
-            how = self._end(patience=1.0)
-            raise RloraError(f"reward: its process ended while it was loaded ({how}){self._remedy(how)}") from None
+            exit_status = self._end(patience=1.0)
+            raise RloraError(
+                f"reward: the worker process ended during loading ({exit_status}){self._remedy(exit_status)}"
+            ) from None
         except BaseException:
             self._end()
             raise
@@ -149,26 +153,26 @@ class _Worker:
         return [frozenset(names) for names in answer["names"]]
 
     def run(self, work: "list[tuple[Job, Future[Result]]]") -> None:
-        """Settle the futures of all jobs, however many processes that takes."""
-        faultless = 0  # deaths in a row that no call can be blamed for
+        """Settle the futures of all jobs, restarting the process as often as needed."""
+        unexplained = 0  # consecutive deaths that no call can be blamed for
         while work:
             try:
                 self._run(work)
                 return
             except _OverrunError as fault:
                 self.start()
-                work, before = [each for each in work if not each[1].done()], work
-                faultless = faultless + 1 if fault.job < 0 else 0
-                if faultless > _RETRIES:
-                    raise RloraError(f"reward: {fault.score.detail}, {faultless} times in a row") from fault
-                if fault.call == COROUTINES and len(work) > 1:  # whose fault it is shows when each is alone
-                    for each in work:
-                        self.run([each])
+                work, previous = [pair for pair in work if not pair[1].done()], work
+                unexplained = unexplained + 1 if fault.job < 0 else 0
+                if unexplained > _RETRIES:
+                    raise RloraError(f"reward: {fault.score.detail}, {unexplained} consecutive times") from fault
+                if fault.call == COROUTINES and len(work) > 1:  # run the jobs one by one to find the one at fault
+                    for pair in work:
+                        self.run([pair])
                     return
                 if fault.job >= 0:
-                    culprit, future = before[fault.job]
-                    blamed = replace(culprit, overran={**culprit.overran, fault.call: fault.score}), future
-                    work = [blamed if each[1] is future else each for each in work]
+                    culprit, future = previous[fault.job]
+                    blamed = replace(culprit, failures={**culprit.failures, fault.call: fault.score}), future
+                    work = [blamed if pair[1] is future else pair for pair in work]
 
     def stop(self) -> None:
         """End the process."""
@@ -177,50 +181,53 @@ class _Worker:
         self._end(patience=1.0)
 
     def _run(self, work: "list[tuple[Job, Future[Result]]]") -> None:
-        """Have the process do the jobs. Raises _OverrunError where it does not get through."""
+        """Run the jobs in the process. Raises _OverrunError if it does not finish them."""
         self.clock.write(*IDLE, self.setup.deadline)
-        left = len(work)
+        unfinished = len(work)
         try:
             self.connection.send([job for job, _ in work])
-            while left:
-                at = self.clock.read()
-                left_for_it = at.since + at.deadline + _GRACE - time.monotonic() if at else _GRACE
-                if self.connection.poll(max(0.0, left_for_it)):
+            while unfinished:
+                current = self.clock.read()
+                patience = current.start + current.deadline + _GRACE - time.monotonic() if current else _GRACE
+                if self.connection.poll(max(0.0, patience)):
                     results = json.loads(self.connection.recv_bytes())
-                    left -= len(results)
+                    unfinished -= len(results)
                     for number, result in results:
                         work[number][1].set_result(_result(work[number][0], result))
-                elif at and self.clock.read() == at:
+                elif current and self.clock.read() == current:
                     self._end()
-                    what = too_long(self.setup, at.deadline, self._name(at.call, at.function))
-                    self._note_slowness(at.deadline)
-                    raise _OverrunError(at.job, at.call, Score("timeout", detail=what))
+                    message = timeout_message(
+                        self.setup, current.deadline, self._function_name(current.call, current.function)
+                    )
+                    self._count_slow_first_call(current.deadline)
+                    raise _OverrunError(current.job, current.call, Score("timeout", detail=message))
         except (EOFError, ConnectionError):
-            at = self.clock.read() or Call(*IDLE, 0.0, 0.0)
-            how, name = self._end(patience=1.0), self._name(at.call, at.function)
-            what = f"the process of a call ended ({how})" + (f" (of {name})" if name else "")
-            raise _OverrunError(at.job, at.call, Score("error", detail=what + self._remedy(how))) from None
+            current = self.clock.read() or CallRecord(*IDLE, 0.0, 0.0)
+            exit_status, name = self._end(patience=1.0), self._function_name(current.call, current.function)
+            message = f"the worker process ended ({exit_status})" + (f" in a call to {name}" if name else "")
+            score = Score("error", detail=message + self._remedy(exit_status))
+            raise _OverrunError(current.job, current.call, score) from None
 
-    def _name(self, call: int, function: int) -> str:
-        """Of which function a call was; of coroutines that are awaited at once, of which it may have been."""
+    def _function_name(self, call: int, function: int) -> str:
+        """Name of the called function; for coroutines that are awaited at once, all candidates."""
         functions = self.coroutines if call == COROUTINES else [function] if function != ENV else []
-        return " or ".join(self.names[each] for each in functions)
+        return " or ".join(self.names[number] for number in functions)
 
-    def _note_slowness(self, deadline: float) -> None:
-        """What hangs is not loading anything: from the third process on, a first call has no more time than others."""
-        self.slow += deadline > self.setup.deadline
-        if self.slow >= _RETRIES:
+    def _count_slow_first_call(self, deadline: float) -> None:
+        """Drop `first_deadline` after `_RETRIES` processes whose first call exceeded it: it hangs, it does not load."""
+        self.slow_first_calls += deadline > self.setup.deadline
+        if self.slow_first_calls >= _RETRIES:
             self.setup = replace(self.setup, first_deadline=0.0)
 
-    def _remedy(self, how: str) -> str:
-        """What to do about how a process ended, where memory may be why."""
+    def _remedy(self, exit_status: str) -> str:
+        """Advice for an exit that a lack of memory may have caused, else an empty string."""
         field = f"scoring.memory_mib = {self.setup.memory_mib}"
-        if how == "signal 9":
+        if exit_status == "signal 9":
             return f"; most likely the machine ran out of memory: lower {field}, or scoring.workers"
-        return f"; if it was refused memory, raise {field}" if how in _OF_MEMORY else ""
+        return f"; if an allocation failed, raise {field}" if exit_status in _MEMORY_SIGNALS else ""
 
     def _end(self, patience: float = 0.0) -> str:
-        """Make sure that the process is gone; how it went."""
+        """Wait `patience` seconds for the process to exit, then kill it. Returns its exit status as text."""
         self.connection.close()
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(patience)
@@ -231,12 +238,12 @@ class _Worker:
 
 
 def _path() -> str:
-    """Where this process finds modules, as PYTHONPATH."""
-    return os.pathsep.join(each or os.getcwd() for each in sys.path)
+    """This process's module search path, as a PYTHONPATH."""
+    return os.pathsep.join(entry or os.getcwd() for entry in sys.path)
 
 
 class _OverrunError(Exception):
-    """A process did not get through its jobs: the number of the job and of the call at fault, -1 for none."""
+    """A process did not finish its jobs. `job` and `call` are the numbers of those at fault, -1 if unknown."""
 
     def __init__(self, job: int, call: int, score: Score) -> None:
         super().__init__(score.detail)
@@ -244,7 +251,7 @@ class _OverrunError(Exception):
 
 
 def _result(job: Job, result: Any) -> Result:
-    if isinstance(job.of, EnvTurn):
+    if isinstance(job.request, EnvTurn):
         return EnvReply(**result)
     verdicts: list[list[Score]] = [[Score(*score) for score in scores] for scores in result]
     return verdicts

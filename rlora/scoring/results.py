@@ -1,4 +1,4 @@
-"""What a reward function returned or raised: numbers, and their text in an error."""
+"""Return values and exceptions of reward functions: as numbers, and as text for errors."""
 
 import math
 import numbers
@@ -8,36 +8,34 @@ from typing import Any
 
 
 class FaultError(Exception):
-    """A function can't be called, or has returned what it may not. Its text says what, and what to do."""
+    """A function can't be called, or returned an invalid value. The message states the fault and the fix."""
 
 
-def listed(result: Any, count: int) -> list[Any]:
-    """A returned list, array or tensor of `count` values."""
+def as_list(result: Any, count: int) -> list[Any]:
+    """A returned list, array or tensor as a list of `count` values. Raises FaultError for anything else."""
     if hasattr(result, "tolist"):
         result = result.tolist()
     if not isinstance(result, Sequence) or isinstance(result, str):
-        raise FaultError(f"returned {show(result)}; let it return a list, one reward for each completion")
+        raise FaultError(f"returned {show(result)}; return a list, one reward per completion")
     if len(result) != count:
-        raise FaultError(
-            f"returned {len(result)} rewards for {count} completions; let it return one for each, in order"
-        )
+        raise FaultError(f"returned {len(result)} rewards for {count} completions; return one per completion, in order")
     return list(result)
 
 
-def at_place(value: Any, place: int) -> Any:
-    """What is logged of one episode: a number that holds for all, or its own in a list or tensor."""
+def value_at(value: Any, index: int) -> Any:
+    """The logged value of one episode: an item of a list or tensor, or a number that holds for all episodes."""
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return value[place] if place < len(value) else None
+        return value[index] if index < len(value) else None
     return value
 
 
 def as_number(value: Any) -> float | None:
-    """A finite number, of Python, numpy or torch, as a float; None of anything else."""
+    """A finite Python, NumPy or torch number as a float; None for anything else."""
     try:
         value = value.item() if hasattr(value, "item") else value
         number = float(value) if isinstance(value, (numbers.Real, Decimal)) else math.nan
-    except Exception:  # of several numbers, or one beyond floats
+    except Exception:  # an array of several numbers, or an integer too large for a float
         return None
     return number if math.isfinite(number) else None
 
@@ -47,7 +45,7 @@ def is_nan(value: Any) -> bool:
     return isinstance(value, numbers.Real | Decimal) and math.isnan(value)
 
 
-def known(values: Iterable[float | None]) -> list[float]:
+def not_none(values: Iterable[float | None]) -> list[float]:
     return [value for value in values if value is not None]
 
 
@@ -56,9 +54,9 @@ def as_numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def show(value: Any) -> str:
-    """A value in an error's text; of what may be large or strange only its type."""
+    """A value as an error shows it; only the type if the value may be large or strange."""
     if isinstance(value, str):
-        return repr(value)  # whole: the worker cuts it, after it has veiled secrets
+        return repr(value)  # not shortened: the worker does that, after it has masked secrets
     return (
         repr(value)
         if value is None or isinstance(value, (bool, float))
@@ -66,10 +64,10 @@ def show(value: Any) -> str:
     )
 
 
-def said(error: BaseException) -> str:
-    """An exception's type and message, whole: the worker cuts it, after it has veiled secrets."""
+def error_text(error: BaseException) -> str:
+    """An exception's type and message, not shortened: the worker does that, after it has masked secrets."""
     try:
         message = str(error)
-    except Exception:  # of its own __str__
+    except Exception:  # raised by the exception's own __str__
         message = ""
     return f"{type(error).__name__}: {message}".encode("utf-8", "backslashreplace").decode().strip()

@@ -1,4 +1,4 @@
-"""A user's reward function as rlora calls it."""
+"""A user's reward function, with the calling convention of its style."""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
@@ -6,16 +6,16 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rlora.plugin import where
+from rlora.plugin import error_location
 from rlora.records import STATUSES, RewardInput, RloraError, Score
-from rlora.scoring.forms import FORMS, Call, text_answer
-from rlora.scoring.functions import bare, code_of, codes_of, defined, parameters_of, used
-from rlora.scoring.results import FaultError, as_number, as_numbers, at_place, is_nan, listed, said, show
+from rlora.scoring.functions import code_of, loaded_names, location_of, parameters_of, reachable_codes, unwrap
+from rlora.scoring.results import FaultError, as_list, as_number, as_numbers, error_text, is_nan, show, value_at
+from rlora.scoring.styles import STYLES, Call, text_answer
 
-_ANSWERS = ("solution", "solutions", "ground_truth", "answer", "answers", "label", "labels", "target")
+_ANSWER_NAMES = ("solution", "solutions", "ground_truth", "answer", "answers", "label", "labels", "target")
 
 
-_TAKES = {  # what stands for a completion
+_COMPLETION_TYPES = {  # type of a completion by style, for errors
     "completion": "a string", "group": "a string", "areal": "a string",
     "verifiers": "a list of messages", "verifiers-group": "a list of messages",
 }  # fmt: skip
@@ -23,165 +23,172 @@ _TAKES = {  # what stands for a completion
 
 @dataclass(frozen=True)
 class RewardFunction:
-    """A user's reward function as rlora calls it."""
+    """A user's reward function. Calling it scores episodes of a group."""
 
     spec: str
-    name: str  # of its part of the reward: as `spec` names it
+    name: str  # label of its part of the reward, from `spec`
     style: str  # never "auto"
-    asynchronous: bool  # a coroutine function: `acall` it
+    asynchronous: bool  # a coroutine function; use `acall`
     function: Callable[..., Any]
-    args: Mapping[str, Any]  # those of the config that it takes
-    takes: frozenset[str]  # names that the config's args may have
-    wanted: tuple[str, ...]  # what it gets of its style's values, by name
-    positional: int  # how many of these it gets by position
-    columns: frozenset[str]  # by which names it gets columns, if they are there
-    anything: bool  # has **kwargs: it gets all columns
+    args: Mapping[str, Any]  # the `reward_args` that it takes
+    arg_names: frozenset[str]  # names of `reward_args` that it could take
+    value_names: tuple[str, ...]  # values of its style that it gets
+    positional_count: int  # how many of `value_names` are passed by position
+    columns: frozenset[str]  # parameters that get the prompt's column of that name, if it exists
+    takes_kwargs: bool  # has **kwargs, and so gets all columns
     required: frozenset[str]  # parameters without a default
     chat: bool  # reads completions as TRL's messages
 
     @property
     def one_at_a_time(self) -> bool:
-        """Whether it is called with one episode at a time, else with all that are asked for."""
-        return FORMS[self.style].one_at_a_time
+        """Whether each call gets one episode; else a call gets all requested episodes."""
+        return STYLES[self.style].one_at_a_time
 
     @property
     def names(self) -> frozenset[str]:
-        """The names by which it asks for values: of parameters, and where it gets a mapping, of keys in its code.
+        """Names of the values it asks for: its parameters, and strings in its code if it gets a mapping.
 
-        What takes two values by position takes the answer second, whatever that is called. A parameter that the style
-        demands counts where the code uses it.
+        A function that takes two values by position takes the answer second, whatever its parameters' names. A
+        parameter that the style prescribes counts only if the code uses it.
         """
-        named = set(parameters_of(self.function) or {}) | ({"answer"} if self.positional > 1 else set())
+        names = set(parameters_of(self.function) or {}) | ({"answer"} if self.positional_count > 1 else set())
         code = code_of(self.function)
         if not code:
-            return frozenset(named)
+            return frozenset(names)
         if self.style not in ("completion", "group", "trl"):
-            named -= set(FORMS[self.style].values) - used(code)
-        if self.anything or not {"extra_info", "extra_infos", "info", "infos"}.isdisjoint(named):
-            codes = codes_of(code, getattr(bare(self.function), "__globals__", {}))
-            named |= {text for each in codes for text in each.co_consts if isinstance(text, str)}
-        return frozenset(named)
+            names -= set(STYLES[self.style].values) - loaded_names(code)
+        if self.takes_kwargs or not {"extra_info", "extra_infos", "info", "infos"}.isdisjoint(names):
+            codes = reachable_codes(code, getattr(unwrap(self.function), "__globals__", {}))
+            names |= {text for reachable in codes for text in reachable.co_consts if isinstance(text, str)}
+        return frozenset(names)
 
-    def __call__(self, case: RewardInput, episodes: Sequence[int]) -> list[Score]:
-        """A Score for each of those episodes of the group, an "error" for those of a call that fails.
+    def __call__(self, inputs: RewardInput, episodes: Sequence[int]) -> list[Score]:
+        """Return a Score for each of these episodes of the group; "error" for all episodes of a call that fails.
 
-        It lets pass what is neither an Exception nor SystemExit, so KeyboardInterrupt and what a deadline may raise.
-        Not within a running event loop where the function is asynchronous.
+        Exceptions other than Exception and SystemExit propagate: KeyboardInterrupt, and what a deadline may raise.
+        An asynchronous function must not be called within a running event loop.
         """
         if self.asynchronous:
-            return asyncio.run(self.acall(case, episodes))
+            return asyncio.run(self.acall(inputs, episodes))
         scores: list[Score] = []
-        for call in self._calls(case, episodes):
+        for call in self._calls(inputs, episodes):
             try:
                 scores += self._scores(self._start(call), call)
             except (Exception, SystemExit) as error:
-                scores += call.each(self._error(error, call))
+                scores += call.repeat(self._error(error, call))
         return scores
 
-    async def acall(self, case: RewardInput, episodes: Sequence[int]) -> list[Score]:
-        """The same where the function is asynchronous; one call after the other."""
+    async def acall(self, inputs: RewardInput, episodes: Sequence[int]) -> list[Score]:
+        """Like `__call__`, for an asynchronous function. Awaits one call after the other."""
         scores: list[Score] = []
-        for call in self._calls(case, episodes):
+        for call in self._calls(inputs, episodes):
             try:
                 scores += self._scores(await self._start(call), call)
             except (Exception, SystemExit) as error:
-                scores += call.each(self._error(error, call))
+                scores += call.repeat(self._error(error, call))
         return scores
 
-    def _calls(self, case: RewardInput, episodes: Sequence[int]) -> list[Call]:
-        chat = self.style == "trl" and (self.chat or not isinstance(case.prompt, str))
-        return [Call(case, of, chat) for of in ([[one] for one in episodes] if self.one_at_a_time else [episodes])]
+    def _calls(self, inputs: RewardInput, episodes: Sequence[int]) -> list[Call]:
+        chat = self.style == "trl" and (self.chat or not isinstance(inputs.prompt, str))
+        parts = [[episode] for episode in episodes] if self.one_at_a_time else [episodes]
+        return [Call(inputs, part, chat) for part in parts]
 
     def _start(self, call: Call) -> Any:
-        """Call the function. Everything that it gets is a copy: what it does to that is its own affair."""
-        values = FORMS[self.style].values
-        got = {name: values[name](call) for name in self.wanted}
-        if FORMS[self.style].columns:
-            got |= self._columns(call)
-        got |= self.args
-        missing = self.required.difference(got)
+        """Call the function. All arguments are copies, which it may modify."""
+        values = STYLES[self.style].values
+        arguments = {name: values[name](call) for name in self.value_names}
+        if STYLES[self.style].columns:
+            arguments |= self._columns(call)
+        arguments |= self.args
+        missing = self.required.difference(arguments)
         if missing:
             raise FaultError(
                 f"needs {', '.join(sorted(missing))}, but the prompt's columns are "
-                f"({', '.join(call.case.columns)}); let the env give such a column, or give the parameter a default"
+                f"({', '.join(call.inputs.columns)}); add the column in the env, or give the parameter a default"
             )
-        by_place = [got.pop(name) for name in self.wanted[: self.positional]]
-        return self.function(*by_place, **got)
+        by_position = [arguments.pop(name) for name in self.value_names[: self.positional_count]]
+        return self.function(*by_position, **arguments)
 
     def _columns(self, call: Call) -> dict[str, Any]:
-        given = call.case.columns
-        names = [name for name in given if name in self.columns or (self.anything and name not in self.wanted)]
+        columns = call.inputs.columns
+        names = [
+            name for name in columns if name in self.columns or (self.takes_kwargs and name not in self.value_names)
+        ]
         if self.style not in ("trl", "areal"):
-            return {name: deepcopy(given[name]) for name in names}
-        answers = [n for n in _ANSWERS if n not in given and (n in self.columns or (self.anything and n == "answer"))]
-        lists = [
-            {name: deepcopy(given[name]) for name in names} | {name: text_answer(call) for name in answers}
+            return {name: deepcopy(columns[name]) for name in names}
+        answers = [
+            name
+            for name in _ANSWER_NAMES
+            if name not in columns and (name in self.columns or (self.takes_kwargs and name == "answer"))
+        ]
+        rows = [
+            {name: deepcopy(columns[name]) for name in names} | {name: text_answer(call) for name in answers}
             for _ in call.episodes
         ]
-        return lists[0] if self.style == "areal" else {name: [each[name] for each in lists] for name in lists[0]}
+        return rows[0] if self.style == "areal" else {name: [row[name] for row in rows] for name in rows[0]}
 
     def _scores(self, result: Any, call: Call) -> list[Score]:
-        """Raises FaultError where the result is not what a function of the style returns."""
+        """Convert a returned value. Raises FaultError if a function of this style may not return it."""
         logs: Mapping[str, Any] = {}
         if self.style == "openrlhf" and isinstance(result, Mapping):
             logs = {"scores": result.get("scores"), **(result.get("extra_logs") or {})}
             result = result.get("rewards")
-        alone = self.one_at_a_time and (not FORMS[self.style].lists or as_number(result) is not None)
-        values = [result] if alone else listed(result, len(call.episodes))
+        scalar = self.one_at_a_time and (not STYLES[self.style].lists or as_number(result) is not None)
+        values = [result] if scalar else as_list(result, len(call.episodes))
         scores = [self._score(value) for value in values]
-        for place, score in enumerate(scores):
-            logged = call.logged(place) | as_numbers({name: at_place(value, place) for name, value in logs.items()})
-            scores[place] = replace(score, extra={**score.extra, **logged}) if logged else score
+        for index, score in enumerate(scores):
+            logged = call.logged(index) | as_numbers({name: value_at(value, index) for name, value in logs.items()})
+            scores[index] = replace(score, extra={**score.extra, **logged}) if logged else score
         return scores
 
     def _score(self, value: Any) -> Score:
-        form = FORMS[self.style]
-        if value is None and form.nothing:
+        style = STYLES[self.style]
+        if value is None and style.allows_none:
             return Score()
-        if isinstance(value, str) and value in STATUSES and form.statuses:
+        if isinstance(value, str) and value in STATUSES and style.allows_status:
             return Score(status=value)
-        if isinstance(value, Mapping) and form.dicts:
-            return self._score_of(value)
+        if isinstance(value, Mapping) and style.allows_dict:
+            return self._score_from_dict(value)
         number = as_number(value)
         if number is None and self.style == "trl" and is_nan(value):
             return Score()
         if number is None:
-            may = [
-                *(["None"] if form.nothing else []),
-                *([f"one of {', '.join(STATUSES)}"] if form.statuses else []),
-                *(['a dict with "score"'] if form.dicts else []),
+            alternatives = [
+                *(["None"] if style.allows_none else []),
+                *([f"one of {', '.join(STATUSES)}"] if style.allows_status else []),
+                *(['a dict with "score"'] if style.allows_dict else []),
             ]
-            raise FaultError(f"returned {show(value)}; let it return {' or '.join(['a finite number', *may])}")
+            raise FaultError(f"returned {show(value)}; return {' or '.join(['a finite number', *alternatives])}")
         return Score(value=number)
 
-    def _score_of(self, value: Mapping[Any, Any]) -> Score:
-        status = value.get("status") if FORMS[self.style].statuses else None
+    def _score_from_dict(self, value: Mapping[Any, Any]) -> Score:
+        status = value.get("status") if STYLES[self.style].allows_status else None
         score = value.get("score")
         number = as_number(score)
         if status is None and score is None:
-            raise FaultError('returned a dict without "score"; let it have that, a finite number')
+            raise FaultError('returned a dict without "score"; add it, as a finite number')
         if status is not None and status not in STATUSES:
             raise FaultError(f'returned a dict whose "status" is {show(status)}; use one of {", ".join(STATUSES)}')
         if score is not None and number is None:
-            raise FaultError(f'returned a dict whose "score" is {show(score)}; let it be a finite number')
-        others = {str(key): other for key, other in value.items() if key not in ("score", "status")}
-        return Score(status, number, as_numbers(others))
+            raise FaultError(f'returned a dict whose "score" is {show(score)}; use a finite number')
+        extra = {str(key): item for key, item in value.items() if key not in ("score", "status")}
+        return Score(status, number, as_numbers(extra))
 
     def _error(self, error: BaseException, call: Call) -> Score:
-        """Says what is wrong, where, and what to do."""
-        file, line = defined(self.function)
+        """A Score of status "error" that names the fault, its location and the fix."""
+        file, line = location_of(self.function)
         if isinstance(error, FaultError):
-            what = str(error)
-        elif isinstance(error, RloraError):  # it says what is wrong, and what to do
+            message = str(error)
+        elif isinstance(error, RloraError):  # its message names the fault and the fix
             return Score("error", detail=f"{self.name}: {error}")
         else:
-            file, line = where(error, file, self.spec.rpartition(":")[0]) or (file, line)
-            what = f"raised {said(error)}; fix it there"
+            file, line = error_location(error, file, self.spec.rpartition(":")[0]) or (file, line)
+            message = f"raised {error_text(error)}; fix it there"
             if isinstance(error, MemoryError):
-                what += ", or raise scoring.memory_mib, which bounds a call"
+                message += ", or raise scoring.memory_mib, the limit of a call"
             if self.style == "trl":
                 form = 'lists of messages (read completion[0]["content"])' if call.chat else "strings"
-                what += f" (its completions were {form})"
-            elif isinstance(error, TypeError | AttributeError) and self.style in _TAKES:
-                what += f" (its completion was {_TAKES[self.style]}; scoring.style names another form)"
-        return Score("error", detail=f"{f'{file}:{line}' if file else self.spec}: {self.name} {what}")
+                message += f" (its completions were {form})"
+            elif isinstance(error, TypeError | AttributeError) and self.style in _COMPLETION_TYPES:
+                message += f" (its completion was {_COMPLETION_TYPES[self.style]}; scoring.style sets a different form)"
+        return Score("error", detail=f"{f'{file}:{line}' if file else self.spec}: {self.name} {message}")

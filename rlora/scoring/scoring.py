@@ -1,6 +1,7 @@
-"""Scores groups and gets an env's replies, in processes where a bad call can take nothing else down with it."""
+"""Scores groups and gets an env's replies in worker processes, which isolate failing calls."""
 
 import asyncio
+import logging
 import re
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -9,76 +10,78 @@ from typing import Any, Protocol
 
 from rlora.model.chat import Chat
 from rlora.records import Episode, Group, RewardError, RewardInput, Score
-from rlora.scoring.worker import EnvReply, EnvTurn, names_of
+from rlora.scoring.worker import EnvReply, EnvTurn, reward_names
 from rlora.settings import Config
+
+_log = logging.getLogger(__name__)
 
 _KIND = re.compile(r".*?( raised \w+| returned )", re.DOTALL)
 
 
 class Pool(Protocol):
-    """Processes that score and answer: a `scoring.pool.Pool`, here or in a Ray actor."""
+    """Worker processes: a `scoring.pool.Pool`, in this process or in a Ray actor."""
 
-    def do(self, of: RewardInput | EnvTurn) -> Future[Any]:
-        """Of a RewardInput the scores by reward function and episode, of a EnvTurn an EnvReply."""
+    def submit(self, request: RewardInput | EnvTurn) -> Future[Any]:
+        """Return a future: scores by reward function and episode for a RewardInput, an EnvReply for an EnvTurn."""
         ...
 
 
 class Scoring:
-    """Gives each case and turn to the pool with the fewest in flight, and makes rewards of what comes back."""
+    """Sends each request to the pool with the fewest in flight, and combines scores into rewards."""
 
     def __init__(self, config: Config, pools: Sequence[Pool], prompts: int = 0) -> None:
         self.config, self.pools = config, pools
-        self._prompts = prompts  # that there are to train on, where it is known
+        self._prompts = prompts  # number of training prompts, 0 if unknown
         self.last_error = ""
-        self._told: set[str] = set()  # kinds of errors that were shown
-        self._flying = [0] * len(pools)
-        self._names = names_of(config.rewards)
+        self._shown: set[str] = set()  # kinds of errors that were printed
+        self._in_flight = [0] * len(pools)
+        self._names = reward_names(config.rewards)
         self._weights = config.reward_weights or (1.0,) * len(self._names)
 
     async def score(self, group: Group, chat: Chat, step: int) -> Group:
-        """The group with statuses, rewards and their parts; what no reward function speaks of has no reward."""
+        """Return the group with statuses, rewards and their parts. An episode that no function scores has no reward."""
         if not self._names:
             return group
-        verdicts: list[list[Score]] = await self._ask(self._case(group, chat, step))
+        verdicts: list[list[Score]] = await self._submit(self._reward_input(group, chat, step))
         episodes = zip(group.episodes, zip(*verdicts, strict=True), strict=True)
         return replace(group, episodes=tuple(self._scored(episode, scores) for episode, scores in episodes))
 
-    def _case(self, group: Group, chat: Chat, step: int) -> RewardInput:
-        case = reward_input(group, chat, step, self.config.steps)
+    def _reward_input(self, group: Group, chat: Chat, step: int) -> RewardInput:
+        inputs = reward_input(group, chat, step, self.config.steps)
         sampled = step * self.config.prompts_per_step
-        return replace(case, epoch=sampled / self._prompts) if self._prompts else case
+        return replace(inputs, epoch=sampled / self._prompts) if self._prompts else inputs
 
     async def answer(self, turn: EnvTurn) -> EnvReply:
-        """What the env says to a message of the policy."""
-        answered: EnvReply = await self._ask(turn)
-        self._tell(answered.detail)
-        return answered
+        """Return the env's reply to a message of the policy."""
+        reply: EnvReply = await self._submit(turn)
+        self._show(reply.detail)
+        return reply
 
-    def refuse_errors(self, groups: Sequence[Group]) -> None:
-        """Raise RewardError where a larger share of the episodes than `scoring.max_errors` is in error."""
+    def check_errors(self, groups: Sequence[Group]) -> None:
+        """Raise RewardError if the share of episodes in error is above `scoring.max_errors`."""
         statuses = [episode.status for group in groups for episode in group.episodes]
         errors, most = statuses.count("error"), self.config.scoring.max_errors
         if errors > most * len(statuses):
             raise RewardError(
                 f"{self.last_error}\n{errors} of {len(statuses)} episodes are in error, and scoring.max_errors = "
-                f"{most:g} is the largest share that a step may have; mend what failed, or raise it"
+                f"{most:g} is the largest share that a step may have; fix the cause, or raise the limit"
             )
 
-    async def _ask(self, of: RewardInput | EnvTurn) -> Any:
-        number = min(range(len(self.pools)), key=self._flying.__getitem__)
-        self._flying[number] += 1
+    async def _submit(self, request: RewardInput | EnvTurn) -> Any:
+        number = min(range(len(self.pools)), key=self._in_flight.__getitem__)
+        self._in_flight[number] += 1
         try:
-            return await asyncio.wrap_future(self.pools[number].do(of))
+            return await asyncio.wrap_future(self.pools[number].submit(request))
         finally:
-            self._flying[number] -= 1
+            self._in_flight[number] -= 1
 
     def _scored(self, episode: Episode, scores: Sequence[Score]) -> Episode:
-        """Its reward is the weighted sum of what each function gives, where it gives something."""
+        """The episode with its reward: the weighted sum over the reward functions that scored it."""
         settings = self.config.scoring
         parts: dict[str, float] = {}
         total: float | None = None
         for name, weight, score in zip(self._names, self._weights, scores, strict=True):
-            self._tell(score.detail)
+            self._show(score.detail)
             value = score.value if score.value is not None or not score.status else getattr(settings, score.status)
             if value is not None:
                 parts[name] = value
@@ -88,27 +91,27 @@ class Scoring:
         failed = [status for status in ("error", "timeout") if status in statuses]
         if episode.status:  # the env failed
             total = getattr(settings, episode.status)
-        first = next(iter(parts.values()), 0.0)  # the rewards of form and length beside it say nothing of the answer
+        first = next(iter(parts.values()), 0.0)  # later functions, for form or length, do not judge the answer
         passed = "correct" if first >= self.config.evaluate.threshold else "wrong"
         status = [*failed, *statuses, passed][0] if total is not None else ""
         return replace(episode, reward=total, status=status, parts=parts)
 
-    def _tell(self, detail: str) -> None:
-        """Show an error, and none of its kind again: the same exception on the same line, whatever its message."""
+    def _show(self, detail: str) -> None:
+        """Print an error, once per kind: the same exception on the same line, whatever its message."""
         if not detail:
             return
         self.last_error = detail
         kind = _KIND.match(detail)
-        if (told := kind[0] if kind else detail) not in self._told:
-            self._told.add(told)
-            print(detail.encode("utf-8", "backslashreplace").decode(), flush=True)
+        if (key := kind[0] if kind else detail) not in self._shown:
+            self._shown.add(key)
+            _log.warning(detail.encode("utf-8", "backslashreplace").decode())
 
 
 def reward_input(group: Group, chat: Chat, step: int, steps: int) -> RewardInput:
-    """The group as reward functions see it."""
+    """Return the inputs of the reward functions for a group."""
     return RewardInput(
         prompt=group.prompt.text,
-        prompt_text=chat.shown(group.prompt.token_ids),
+        prompt_text=chat.decode(group.prompt.token_ids),
         answer=group.prompt.answer,
         columns=group.prompt.columns,
         completions=tuple(episode.text for episode in group.episodes),
@@ -119,7 +122,7 @@ def reward_input(group: Group, chat: Chat, step: int, steps: int) -> RewardInput
             episode.text if len(episode.messages) == 1 else chat.text(episode.completion_ids)
             for episode in group.episodes
         ),
-        queries=tuple(chat.shown(group.prompt.token_ids + episode.completion_ids) for episode in group.episodes),
+        queries=tuple(chat.decode(group.prompt.token_ids + episode.completion_ids) for episode in group.episodes),
         step=step,
         steps=steps,
         epoch=None if step else 0.0,

@@ -1,10 +1,10 @@
-"""Reward functions in the forms in which users have them, called unchanged.
+"""Detects the style of a reward function, so that functions of other frameworks run unchanged.
 
-    style       told by a parameter called                 called with, always by name, and only what it takes
-    completion  completion, completion_ids, messages,      these, of one episode, and what belongs to its prompt
+    style       detected by a parameter named              called with, by name, only the values that it takes
+    completion  completion, completion_ids, messages,      these, of one episode, and the prompt's values
                 state
-    group       completions, answers, states               these and completion_ids, messages as lists over the
-                                                           episodes, and what belongs to the prompt
+    group       completions, answers, states               these, completion_ids and messages, as lists over the
+                                                           episodes, and the prompt's values
     trl         prompts, log_extra, log_metric,            these and completion_ids as lists, and each column as a list
                 trainer_state; or completions and **kwargs
     verl        solution_str                               data_source, solution_str, ground_truth, extra_info
@@ -12,31 +12,33 @@
     openrlhf    queries                                    queries, prompts, labels as lists of one
     verifiers   completion, read as messages; parser       completion and prompt as messages, answer, info, task,
                                                            state, and the prompt's columns
-    verifiers-  completions or answers, infos, tasks, with each of these as a list, by its name in plural
+    verifiers-  completions or answers, infos, tasks, with each of these as a list, named in the plural
     group       completions read as lists of messages
     areal       prompt_ids                                 prompt, completions (text), prompt_ids, completion_ids of one
                                                            episode, and the prompt's columns
 
-What belongs to a prompt is `answer`, `prompt` (text or messages, as the env gave it), `prompt_text` (as the policy read
-it), `step` and `steps` of the run, and each of the prompt's columns by its name: one value, for a group too.
+The prompt's values are `answer`, `prompt` (text or messages, as the env returned it), `prompt_text` (as the policy
+reads it), `step` and `steps` of the run, and each of its columns by name. They are single values, for a group too.
 
-TRL's trainer passes everything to every function, so its functions end in `**kwargs`. That tells `f(completions,
-answers, **kwargs)` (TRL's) from `f(completions, answers)` (ours). Where prompts are chat messages, they get messages;
-where they are plain strings, strings, unless the function reads the "content" of messages: rlora sends a plain string
-as a user's message, so both kinds are written for it. verifiers' functions have the names of ours and take messages
-where ours take text: their source tells them, by `completion[-1]["content"]` and the like.
+TRL's trainer passes everything to every function, so its functions end in `**kwargs`. This distinguishes
+`f(completions, answers, **kwargs)` (TRL's) from `f(completions, answers)` (rlora's). If prompts are chat messages,
+TRL's functions get messages. If prompts are plain strings, they get strings, unless the function reads the "content"
+of messages: rlora sends a plain string as a user's message, so functions of both kinds are written for such prompts.
+verifiers' functions have the parameter names of rlora's and take messages in place of text. Their source distinguishes
+them, by `completion[-1]["content"]` and the like.
 
-A parameter of a function of TRL's or AReaL's that is called like an answer, but is no column, gets the answer. Where
-functions of others get an answer that is a number, they get its text, as their data sets hold it.
+If a parameter of a TRL or AReaL function has a usual name of the answer, and no column has this name, it gets the
+answer. Functions of other frameworks get an answer that is a number as text, as their data sets hold it.
 
-A function of ours returns for each episode a finite number, a bool, a status of `records.STATUSES`, None where it has
-nothing to say of it, or a dict with "score" (a number) or "status", whose other numbers are logged. The others return
-what they may where they come from; of TRL's NaN is None. Whatever else they return or raise makes a Score of status
-"error". What a function can't get here, such as a parser that verifiers' rubrics make, is refused when it is loaded.
+A function of rlora's own styles returns for each episode a finite number, a bool, a status of `records.STATUSES`, None
+if it does not apply, or a dict with "score" (a number) or "status", whose other numbers are logged. Functions of other
+frameworks return what they may return there; NaN from TRL's means None. Any other return value, and any exception,
+becomes a Score of status "error". A function that needs a value that rlora does not have, such as the parser of
+verifiers' rubrics, is refused when it is loaded.
 
 Sources: TRL, docs/source/grpo_trainer.md and GRPOTrainer._calculate_rewards; verl,
 docs/preparation/reward_function.rst, its reward managers `naive` and `batch`, and its reward loop; OpenRLHF,
-examples/python/reward_func.py and math_reward_func.py, and SingleTurnAgentExecutor, which gives lists of one;
+examples/python/reward_func.py and math_reward_func.py, and SingleTurnAgentExecutor, which passes lists of one;
 verifiers, docs/v0/environments.md and Rubric.score_objects; AReaL, docs/en/customization/reward.md and areal/reward.
 """
 
@@ -45,12 +47,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rlora.records import RloraError, Style
-from rlora.scoring.forms import FORMS, NOT_HERE
-from rlora.scoring.functions import BY_NAME, BY_PLACE, NO_DEFAULT, bare, call_of, parameters_of
-from rlora.scoring.results import said, show
+from rlora.scoring.functions import BY_NAME, BY_POSITION, NO_DEFAULT, callee, parameters_of, unwrap
+from rlora.scoring.results import error_text, show
 from rlora.scoring.reward_function import RewardFunction
 from rlora.scoring.source import takes_messages
 from rlora.scoring.source_values import Fields, Many
+from rlora.scoring.styles import STYLES, UNAVAILABLE
 
 
 def reward_function(
@@ -60,127 +62,134 @@ def reward_function(
     args: Mapping[str, Any] | None = None,
     agent: bool = False,
 ) -> RewardFunction:
-    """The function that the config names `spec`, ready to be called.
+    """Prepare the function that the config names `spec` for calls.
 
-    A class is made first, with those of `args` that its constructor takes. Where `style` is given and none of the
-    function's parameters has a name of that style, it gets the style's values by position, as `lambda text, gold: ...`.
-    With an `agent` there is a state of each episode, which is TRL's environment.
+    A class is instantiated first, with those of `args` that its constructor takes. If `style` is not "auto" and no
+    parameter has a name of that style, the function gets the style's values by position, such as
+    `lambda text, gold: ...`. With an `agent`, each episode has a state, which stands in for TRL's environment.
 
-    Raises RloraError where the form can't be told from the parameters' names, where the class can't be made, and where
-    the function needs what there is only in the framework that it was written for.
+    Raises RloraError if the parameters' names match no style, if the class can't be instantiated, or if the function
+    needs a value that only its own framework has.
     """
     args = args or {}
-    if style != "auto" and style not in FORMS:
-        raise RloraError(f"reward = {spec!r}: there is no style {style!r}; use auto or one of {', '.join(FORMS)}")
-    takes: set[str] = set()
+    if style != "auto" and style not in STYLES:
+        raise RloraError(f"reward = {spec!r}: there is no style {style!r}; use auto or one of {', '.join(STYLES)}")
+    constructor_names: set[str] = set()
     if inspect.isclass(function):
-        takes = {name for name, parameter in (parameters_of(function) or {}).items() if parameter.kind in BY_NAME}
-        function = _made(spec, function, {name: args[name] for name in takes & args.keys()})
+        parameters = parameters_of(function) or {}
+        constructor_names = {name for name, parameter in parameters.items() if parameter.kind in BY_NAME}
+        function = _instance(spec, function, {name: args[name] for name in constructor_names & args.keys()})
     if not callable(function):
         raise RloraError(f"reward = {spec!r}: it is {show(function)}; name a function, or a class with __call__")
-    if inspect.isgeneratorfunction(bare(function)) or inspect.isasyncgenfunction(bare(function)):
-        raise RloraError(f"reward = {spec!r}: it yields; let it return its reward, or a list of them")
-    parameters = parameters_of(function)
-    chosen = style if style != "auto" else _told(parameters or {}, function)
+    if inspect.isgeneratorfunction(unwrap(function)) or inspect.isasyncgenfunction(unwrap(function)):
+        raise RloraError(f"reward = {spec!r}: it is a generator; return the reward, or a list of rewards")
+    signature = parameters_of(function)
+    parameters = signature or {}
+    chosen = style if style != "auto" else _detect_style(parameters, function)
     if not chosen:
-        shown = "can't be seen" if parameters is None else f"are ({', '.join(map(str, parameters.values()))})"
-        forms = "; ".join(f"{form.about} ({name})" for name, form in FORMS.items())
+        shown = "can't be read" if signature is None else f"are ({', '.join(map(str, parameters.values()))})"
+        forms = "; ".join(f"{form.description} ({name})" for name, form in STYLES.items())
         raise RloraError(
-            f"reward = {spec!r}: its parameters {shown}. Name them as one of these does, or set style: {forms}"
+            f"reward = {spec!r}: its parameters {shown}. Name them like one of these, or set scoring.style: {forms}"
         )
-    values = FORMS[chosen].values
-    named = {name for name, each in (parameters or {}).items() if each.kind in BY_NAME}
-    anything = any(each.kind is each.VAR_KEYWORD for each in (parameters or {}).values())
-    by_place = _by_place(parameters, values)
-    without_default = {n for n in named if (parameters or {})[n].default is NO_DEFAULT}
-    mine = named - without_default if by_place else named - values.keys()
-    required = set() if by_place else without_default
-    if chosen == "areal" and parameters and (first := _firsts(parameters, len(values))):
-        by_place = list(values)
-        mine, required = named - first, {n for n in named - first if parameters[n].default is NO_DEFAULT}
-    wanted = by_place or [name for name in values if name in named or anything]
+    values = STYLES[chosen].values
+    names = {name for name, parameter in parameters.items() if parameter.kind in BY_NAME}
+    takes_kwargs = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    positional = _positional_values(signature, values)
+    without_default = {name for name in names if parameters[name].default is NO_DEFAULT}
+    free = names - without_default if positional else names - values.keys()  # for `reward_args` and columns
+    required = set() if positional else without_default
+    if chosen == "areal" and parameters and (leading := _leading_parameters(parameters, len(values))):
+        positional = list(values)
+        free = names - leading
+        required = {name for name in free if parameters[name].default is NO_DEFAULT}
+    value_names = positional or [name for name in values if name in names or takes_kwargs]
     if not agent:
-        wanted = [name for name in wanted if name != "environments"]
-    for name, remedy in NOT_HERE.get(chosen, {}).items():
-        if name in required - args.keys() and name not in wanted:
+        value_names = [name for name in value_names if name != "environments"]
+    for name, remedy in UNAVAILABLE.get(chosen, {}).items():
+        if name in required - args.keys() and name not in value_names:
             raise RloraError(f"reward = {spec!r}: it needs {name}; {remedy}")
     return RewardFunction(
         spec=spec,
         name=spec.rpartition(":")[2],
         style=chosen,
-        asynchronous=inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call_of(function)),
+        asynchronous=inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(callee(function)),
         function=function,
-        args={name: args[name] for name in mine if name in args},
-        takes=frozenset(takes | mine),
-        wanted=tuple(wanted),
-        positional=len(by_place),
-        columns=frozenset(mine),
-        anything=anything,
+        args={name: args[name] for name in free if name in args},
+        arg_names=frozenset(constructor_names | free),
+        value_names=tuple(value_names),
+        positional_count=len(positional),
+        columns=frozenset(free),
+        takes_kwargs=takes_kwargs,
         required=frozenset(required),
-        chat=chosen == "trl" and _takes_messages(function, "trl", by_place),
+        chat=chosen == "trl" and _takes_messages(function, "trl", positional),
     )
 
 
-def _told(parameters: Mapping[str, inspect.Parameter], function: Callable[..., Any]) -> str | None:
-    """The style that the parameters' names tell, and between text and messages the function's source."""
+def _detect_style(parameters: Mapping[str, inspect.Parameter], function: Callable[..., Any]) -> str | None:
+    """Detect the style by the parameters' names; the source decides between text and messages."""
     names = parameters.keys()
-    anything = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    takes_kwargs = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     lists = bool(names & {"completions", "completion_ids"}) and "completion" not in names
-    trls = names & {"prompts", "trainer_state", "log_extra", "log_metric", "completions_ids", "environments"}
-    theirs = names & {"infos", "tasks"} or (not anything and names & {"answers", "states"})  # verifiers' beside prompts
-    told = {
+    trl = names & {"prompts", "trainer_state", "log_extra", "log_metric", "completions_ids", "environments"}
+    # verifiers' groups may have `prompts` too
+    verifiers_group = names & {"infos", "tasks"} or (not takes_kwargs and names & {"answers", "states"})
+    matches = {
         "verl": "solution_str" in names,
         "verl-batch": "solution_strs" in names,
         "openrlhf": "queries" in names,
         "areal": "prompt_ids" in names,
-        "verifiers-group": (theirs or (lists and not anything and not trls))
+        "verifiers-group": (verifiers_group or (lists and not takes_kwargs and not trl))
         and _takes_messages(function, "verifiers-group"),
-        "trl": trls or (anything and lists),
+        "trl": trl or (takes_kwargs and lists),
         "group": names & {"completions", "answers", "states"},
         "verifiers": names & {"completion", "state"}
-        and (names & NOT_HERE["verifiers"].keys() or _takes_messages(function, "verifiers")),
+        and (names & UNAVAILABLE["verifiers"].keys() or _takes_messages(function, "verifiers")),
         "completion": names & {"completion", "completion_ids", "messages", "state"},
     }
-    return next((style for style, is_told in told.items() if is_told), None)
+    return next((style for style, is_match in matches.items() if is_match), None)
 
 
-_READ: dict[str, dict[str, Any]] = {  # what may be read as messages
+_MESSAGE_VALUES: dict[str, dict[str, Any]] = {  # values that may be read as messages; see `source_values`
     "verifiers": {"completion": 1, "state": Fields({"completion": 1})},
     "verifiers-group": {"completions": 2, "states": Many(Fields({"completion": 1}))},
     "trl": {"prompts": 2, "completions": 2},
 }
 
 
-def _takes_messages(function: Callable[..., Any], style: str, by_place: Sequence[str] = ()) -> bool:
-    """Whether it reads its completions as chat messages; `by_place` names the values that it gets by position."""
-    places = dict(zip(by_place, parameters_of(function) or {}, strict=False))
-    return takes_messages(function, {places.get(name, name): kind for name, kind in _READ[style].items()})
+def _takes_messages(function: Callable[..., Any], style: str, positional: Sequence[str] = ()) -> bool:
+    """Whether the function reads completions as chat messages. `positional` names the values it gets by position."""
+    parameters = dict(zip(positional, parameters_of(function) or {}, strict=False))
+    return takes_messages(
+        function, {parameters.get(name, name): value for name, value in _MESSAGE_VALUES[style].items()}
+    )
 
 
-def _firsts(parameters: Mapping[str, inspect.Parameter], count: int) -> set[str]:
-    """So many parameters that are first, whatever they are called; none where all have names that tell their values."""
-    first = [name for name, each in parameters.items() if each.kind in BY_PLACE][:count]
-    return set() if len(first) < count or set(first) <= FORMS["areal"].values.keys() else set(first)
+def _leading_parameters(parameters: Mapping[str, inspect.Parameter], count: int) -> set[str]:
+    """The first `count` parameters, whatever their names; empty if there are fewer, or if all have AReaL's names."""
+    leading = [name for name, parameter in parameters.items() if parameter.kind in BY_POSITION][:count]
+    return set() if len(leading) < count or set(leading) <= STYLES["areal"].values.keys() else set(leading)
 
 
-def _by_place(parameters: Mapping[str, inspect.Parameter] | None, values: Iterable[str]) -> list[str]:
-    """The names of the values that a function gets by position; none where it takes them by name."""
+def _positional_values(parameters: Mapping[str, inspect.Parameter] | None, values: Iterable[str]) -> list[str]:
+    """Names of the values that a function gets by position; empty if it takes them by name."""
     order = list(values)
     if parameters is None:  # written in C
         return order[:2]
-    needed = [each for each in parameters.values() if each.kind in BY_PLACE and each.default is NO_DEFAULT]
-    if any(each.kind is each.POSITIONAL_ONLY for each in needed) and all(each.name in order for each in needed):
-        return [each.name for each in needed]
-    if not needed and any(each.kind is each.VAR_POSITIONAL for each in parameters.values()):
-        return order[:2]  # behind a decorator that does not say what it wraps
+    needed = [p for p in parameters.values() if p.kind in BY_POSITION and p.default is NO_DEFAULT]
+    if any(p.kind is p.POSITIONAL_ONLY for p in needed) and all(p.name in order for p in needed):
+        return [p.name for p in needed]
+    if not needed and any(p.kind is p.VAR_POSITIONAL for p in parameters.values()):
+        return order[:2]  # a decorator that hides the function it wraps
     return [] if set(order) & parameters.keys() else order[: len(needed)]
 
 
-def _made(spec: str, kind: type, args: Mapping[str, Any]) -> Callable[..., Any]:
+def _instance(spec: str, cls: type, args: Mapping[str, Any]) -> Callable[..., Any]:
     try:
-        made: Callable[..., Any] = kind(**args)
+        instance: Callable[..., Any] = cls(**args)
     except Exception as error:
         raise RloraError(
-            f"reward = {spec!r}: making it with {dict(args)!r} raised {said(error)}; give the arguments that it needs"
+            f"reward = {spec!r}: constructing it with {dict(args)!r} raised {error_text(error)}; set reward_args to "
+            "the arguments that it needs"
         ) from error
-    return made
+    return instance

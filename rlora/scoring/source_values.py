@@ -1,14 +1,14 @@
-"""What `source` knows of a value while it reads a function, and what it asks of Python's own objects.
+"""Abstract values of `source` for the variables of a function, and lookups in Python's objects for them.
 
-Values that are followed; anything else is None:
+A value is one of these, or None if it is not followed:
 
-    int      derived from the completion: 0 a message, 1 a conversation, 2 a list of conversations
-    str      a text of the source, such as a key
-    tuple    a list or tuple whose items are known one by one
-    Many     a list of items that are alike
-    Fields   a dict whose keys are known
-    Known   an object of a module
-    Local   a function whose source is known
+    int             derived from the completion: 0 a message, 1 a conversation, 2 a list of conversations
+    str             a string constant of the source, such as a key
+    tuple           a list or tuple with a value for each item
+    Many            a list whose items all have one value
+    Fields          a dict with known keys
+    PythonObject    an object of a module
+    SourceFunction  a function with its source
 """
 
 import ast
@@ -26,53 +26,54 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlora.scoring.source import Scope
 
-SAME = frozenset(
+RETURNS_ARGUMENT = frozenset(
     ["list", "tuple", "reversed", "sorted", "iter", "copy", "deepcopy", "dict", "deque", "islice", "chain"]
 )
-ITEM = frozenset(["next", "max", "min", "choice", "from_iterable", "pop", "popleft", "__getitem__"])
-LIBRARY = SAME | ITEM | {"zip", "zip_longest", "enumerate", "map", "starmap", "filter", "filterfalse", "takewhile"}
-LIBRARY |= {"dropwhile", "itemgetter", "attrgetter"}  # classes among them are followed by their names
-ADD = frozenset(["append", "appendleft", "add", "insert", "extend"])
-MOST_CALLS, DEEPEST = 1000, 6  # calls that are followed, and calls within calls
-Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+RETURNS_ITEM = frozenset(["next", "max", "min", "choice", "from_iterable", "pop", "popleft", "__getitem__"])
+LIBRARY = RETURNS_ARGUMENT | RETURNS_ITEM
+LIBRARY |= {"zip", "zip_longest", "enumerate", "map", "starmap", "filter", "filterfalse", "takewhile"}
+LIBRARY |= {"dropwhile", "itemgetter", "attrgetter"}  # classes with these names are followed as functions
+ADDS_ITEM = frozenset(["append", "appendleft", "add", "insert", "extend"])
+MAX_CALLS, MAX_DEPTH = 1000, 6  # calls to follow, and calls within calls
+FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 Value = Any
 
 
 @dataclass(frozen=True)
 class Many:
-    """A list of items that are alike."""
+    """A list whose items all have one value."""
 
     item: Value
 
 
 @dataclass(frozen=True)
 class Fields:
-    """A dict whose keys are known."""
+    """A dict with known keys."""
 
     fields: Mapping[str, Value]
 
 
 @dataclass(frozen=True, eq=False)
-class Known:
-    """An object of a module, or where `made`, an instance of that class."""
+class PythonObject:
+    """An object of a module, or an instance of `object` if `is_instance`."""
 
     object: Any
-    made: bool = False
+    is_instance: bool = False
 
 
 @dataclass(frozen=True, eq=False)
-class Local:
-    """A function whose source is known."""
+class SourceFunction:
+    """A function with its source."""
 
-    node: Function
-    names: Mapping[str, Any]  # of its module and its closure
-    scope: "Scope | None" = None  # the call of the function that it is defined in
-    first: tuple[Value, ...] = ()  # arguments before all others, such as `self`
+    node: FunctionNode
+    names: Mapping[str, Any]  # variables of its module and its closure
+    scope: "Scope | None" = None  # the call in which it is defined
+    leading: tuple[Value, ...] = ()  # arguments before all others, such as `self`
 
 
 @dataclass(frozen=True, eq=False)
-class Case:
-    """A case of a `match` statement, as a statement."""
+class MatchCase:
+    """A case of a `match` statement, to be run like a statement."""
 
     case: ast.match_case
     subject: Value
@@ -80,23 +81,23 @@ class Case:
 
 @dataclass
 class Budget:
-    """Calls that may still be followed; only functions of the directory are."""
+    """How many more calls may be followed. Only functions from files in `directory` are."""
 
     directory: str
-    calls: int = MOST_CALLS
+    calls: int = MAX_CALLS
     depth: int = 0
 
 
 def is_derived(value: Value) -> bool:
-    return value is not None and not isinstance(value, str | Known)
+    return value is not None and not isinstance(value, str | PythonObject)
 
 
 def is_getter(value: Value) -> bool:
-    return isinstance(value, Known) and isinstance(value.object, operator.itemgetter | operator.attrgetter)
+    return isinstance(value, PythonObject) and isinstance(value.object, operator.itemgetter | operator.attrgetter)
 
 
 def value_of(value: Any) -> Value:
-    return value if value is None or isinstance(value, str) else Known(value)
+    return value if value is None or isinstance(value, str) else PythonObject(value)
 
 
 def list_of(item: Value) -> Value:
@@ -105,69 +106,71 @@ def list_of(item: Value) -> Value:
     return None if item is None or isinstance(item, str) else Many(item)
 
 
-def items_of(values: Value) -> Value:
+def item_of(values: Value) -> Value:
     match values:
         case int():
             return values - 1 if values else None
         case tuple():
-            return either_of(*values)
+            return union_of(*values)
         case Many(item):
             return item
     return None
 
 
-def either_of(*values: Value) -> Value:
-    """What is one of these values."""
-    known = [value for value in values if value is not None]
-    if not known or all(value == known[0] for value in known):
-        return known[0] if known else None
-    if derived := [value for value in known if isinstance(value, int)]:
+def union_of(*values: Value) -> Value:
+    """Value of something that is one of these values."""
+    followed = [value for value in values if value is not None]
+    if not followed or all(value == followed[0] for value in followed):
+        return followed[0] if followed else None
+    if derived := [value for value in followed if isinstance(value, int)]:
         return min(derived)
-    if all(isinstance(value, tuple) and len(value) == len(known[0]) for value in known):
-        return tuple(either_of(*items) for items in zip(*known, strict=True))
-    if lists := [value for value in known if isinstance(value, tuple | Many)]:
-        return list_of(either_of(*map(items_of, lists)))
-    return known[0]
+    if all(isinstance(value, tuple) and len(value) == len(followed[0]) for value in followed):
+        return tuple(union_of(*items) for items in zip(*followed, strict=True))
+    if lists := [value for value in followed if isinstance(value, tuple | Many)]:
+        return list_of(union_of(*map(item_of, lists)))
+    return followed[0]
 
 
-def concatenation(one: Value, other: Value) -> Value:
-    return one + other if isinstance(one, tuple) and isinstance(other, tuple) else either_of(one, other)
+def concatenate(left: Value, right: Value) -> Value:
+    return left + right if isinstance(left, tuple) and isinstance(right, tuple) else union_of(left, right)
 
 
-def unpacking(targets: Sequence[ast.AST], value: Value, star: type[ast.AST]) -> list[Value]:
-    """The value of each target that a list or tuple is unpacked into; one of them may have a star."""
-    stars = [place for place, target in enumerate(targets) if isinstance(target, star)]
+def unpack(targets: Sequence[ast.AST], value: Value, star: type[ast.AST]) -> list[Value]:
+    """Value of each target of an unpacking. One target may have a star."""
+    stars = [index for index, target in enumerate(targets) if isinstance(target, star)]
     if isinstance(value, tuple) and not stars and len(value) == len(targets):
         return list(value)
     if isinstance(value, tuple) and stars and len(value) >= len(targets) - 1:
         end = len(value) - (len(targets) - 1 - stars[0])
         return [*value[: stars[0]], value[stars[0] : end], *value[end:]]
-    item = items_of(value)
+    item = item_of(value)
     return [list_of(item) if isinstance(target, star) else item for target in targets]
 
 
-def attribute_of(known: Known, name: str) -> Value:
-    """Of a module, a class or an object, without running code of the user."""
-    found = inspect.getattr_static(known.object, name, None)
-    is_class = inspect.isclass(known.object)
-    if isinstance(found, staticmethod):
-        return Known(found.__func__)
-    if isinstance(found, classmethod):
-        return Known(MethodType(found.__func__, known.object if is_class else type(known.object)))
-    if isinstance(found, FunctionType) and (known.made or not (is_class or isinstance(known.object, ModuleType))):
-        return Known(MethodType(found, known if known.made else known.object))
-    return value_of(found)
+def attribute_of(value: PythonObject, name: str) -> Value:
+    """Attribute of a module, a class or an object, found without running the user's code."""
+    attribute = inspect.getattr_static(value.object, name, None)
+    is_class = inspect.isclass(value.object)
+    if isinstance(attribute, staticmethod):
+        return PythonObject(attribute.__func__)
+    if isinstance(attribute, classmethod):
+        return PythonObject(MethodType(attribute.__func__, value.object if is_class else type(value.object)))
+    if isinstance(attribute, FunctionType) and (
+        value.is_instance or not (is_class or isinstance(value.object, ModuleType))
+    ):
+        return PythonObject(MethodType(attribute, value if value.is_instance else value.object))
+    return value_of(attribute)
 
 
 def plain_function(function: Any) -> tuple[FunctionType | None, tuple[Value, ...]]:
-    """The user's own function, out of its partials and decorators, and what it gets first."""
+    """Return the user's function without partials and decorators, and the arguments that these pass first."""
     if isinstance(function, functools.partial):
-        plain, first = plain_function(function.func)
-        return plain, (*first, *[None] * len(function.args))
+        plain, leading = plain_function(function.func)
+        return plain, (*leading, *[None] * len(function.args))
     if isinstance(function, MethodType):
-        plain, first = plain_function(function.__func__)
+        plain, leading = plain_function(function.__func__)
         owner = function.__self__
-        return plain, (owner if isinstance(owner, Known) else Known(owner), *first)
+        return plain, (owner if isinstance(owner, PythonObject) else PythonObject(owner), *leading)
     if wrapped := inspect.getattr_static(function, "__wrapped__", None):
         return plain_function(wrapped)
     if isinstance(function, FunctionType):
@@ -176,8 +179,8 @@ def plain_function(function: Any) -> tuple[FunctionType | None, tuple[Value, ...
     return plain_function(MethodType(call, function)) if isinstance(call, FunctionType) else (None, ())
 
 
-def names_of(function: FunctionType) -> Mapping[str, Any]:
-    """The names of its module and its closure."""
+def namespace_of(function: FunctionType) -> Mapping[str, Any]:
+    """Variables of the function's module and closure, by name."""
     closure = dict[str, Any]()
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
         with suppress(ValueError):  # not bound yet
@@ -186,21 +189,21 @@ def names_of(function: FunctionType) -> Mapping[str, Any]:
 
 
 @functools.lru_cache(256)
-def node_of(code: CodeType) -> Function | None:
-    """Where a function stands in its file."""
+def node_of(code: CodeType) -> FunctionNode | None:
+    """Find a function's syntax tree in its file."""
     linecache.checkcache(code.co_filename)
-    arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    parameters = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     for node in functions_in("".join(linecache.getlines(code.co_filename))):
-        first = min([node.lineno, *(each.lineno for each in getattr(node, "decorator_list", ()))])
-        given = tuple(each.arg for each in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs))
-        if (first, getattr(node, "name", "<lambda>"), given) == (code.co_firstlineno, code.co_name, arguments):
+        first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", ()))])
+        names = tuple(p.arg for p in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs))
+        if (first, getattr(node, "name", "<lambda>"), names) == (code.co_firstlineno, code.co_name, parameters):
             return node
     return None
 
 
 @functools.lru_cache(16)
-def functions_in(source: str) -> list[Function]:
+def functions_in(source: str) -> list[FunctionNode]:
     try:
-        return [node for node in ast.walk(ast.parse(source)) if isinstance(node, Function)]
+        return [node for node in ast.walk(ast.parse(source)) if isinstance(node, FunctionNode)]
     except (SyntaxError, ValueError, RecursionError):
         return []

@@ -1,1 +1,1 @@
-"""Runs that train together over one base: what they differ in, which go on, and what came of them."""
+"""Sweeps: runs that train together over one base, their schedule, successive halving and results."""

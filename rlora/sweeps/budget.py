@@ -1,11 +1,11 @@
-"""What a sweep will take: rows in flight, slots, memory and disk; known before anything is started."""
+"""Estimates what a sweep needs before it starts: completions in flight, adapter slots, memory and disk."""
 
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rlora.cluster import shared, versions_of
+from rlora.cluster import shared_config, slots_needed
 from rlora.core.footprint import adapter_bytes
 from rlora.model.base import read_config
 from rlora.planning import gib, plan
@@ -15,90 +15,90 @@ from rlora.settings import AlgorithmConfig, Config
 from rlora.sweeps.members import Member
 
 _MIB = 2**20
-_OF_STATE = 12 / 16  # of masters, gradient and moments, without the gradient: what the driver and a bundle hold
+_STATE_SHARE = 12 / 16  # of masters, gradient and moments: all but the gradient, as the driver and a bundle hold
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Of members that train together; sizes in bytes."""
+    """Needs of the members that train together; sizes in bytes."""
 
     members: int
     rows: int  # completions in flight
-    at_once: int  # that the engines sample at a time
-    slots: int  # versions that engines hold
-    of_slot: int
+    concurrent_rows: int  # completions that the engines sample at a time
+    slots: int  # adapter versions that each engine holds
+    slot_bytes: int
     base: int  # learner, engines and driver with the first member
-    of_members: int  # what all take together in the learner, the driver and the slots
+    member_bytes: int  # all members together, in the learner, the driver and the slots
     disk: int
-    free: int  # of the disk
-    total: int  # of the RAM, or of the card
-    where: str
+    free: int  # disk space
+    total: int  # RAM, or memory of the card
+    device: str
 
     @property
     def lines(self) -> list[tuple[str, str]]:
-        """In words."""
-        more = f"; the engines sample {self.at_once} at a time" if self.rows > self.at_once else ""
+        """Label and text of each line of the report."""
+        limit = f"; the engines sample {self.concurrent_rows} at a time" if self.rows > self.concurrent_rows else ""
         return [
             ("members", str(self.members)),
-            ("completions in flight", f"{self.rows}{more}"),
-            ("versions that engines hold", f"{self.slots}, {self.of_slot / _MIB:.1f} MiB each"),
-            ("memory", f"base and processes {gib(self.base)}, members {gib(self.of_members)} of {gib(self.total)}"),
-            ("disk", f"{gib(self.disk)} of {gib(self.free)} that are free"),
+            ("completions in flight", f"{self.rows}{limit}"),
+            ("adapter slots per engine", f"{self.slots}, {self.slot_bytes / _MIB:.1f} MiB each"),
+            ("memory", f"base and processes {gib(self.base)}, members {gib(self.member_bytes)} of {gib(self.total)}"),
+            ("disk", f"{gib(self.disk)} of {gib(self.free)} free"),
         ]
 
     def check(self) -> None:
-        """Raise RloraError where memory or disk can't hold it."""
-        if self.base + self.of_members > self.total:
-            each = self.of_members / self.members
-            fit = max(0, int((self.total - self.base) / each))
+        """Raise RloraError if memory or disk space is too small."""
+        if self.base + self.member_bytes > self.total:
+            per_member = self.member_bytes / self.members
+            fit = max(0, int((self.total - self.base) / per_member))
             raise RloraError(
-                f"sweep: {self.members} members take {gib(self.of_members)} beside {gib(self.base)} of base and "
-                f"processes, and {self.where} has {gib(self.total)}: {fit} of them fit; train fewer at a time, or "
+                f"sweep: {self.members} members need {gib(self.member_bytes)} in addition to {gib(self.base)} for base "
+                f"and processes, but {self.device} has {gib(self.total)}: {fit} members fit; train fewer at a time, or "
                 "lower engine.kv_cache_gib"
             )
         if self.disk > self.free:
             raise RloraError(
-                f"sweep: {self.members} members take {gib(self.disk)} of disk, and {gib(self.free)} are free; lower "
-                "checkpoint.keep_last, or give another --run-dir"
+                f"sweep: {self.members} members need {gib(self.disk)} of disk space, but {gib(self.free)} are free; "
+                "lower checkpoint.keep_last, or use a different --run-dir"
             )
 
 
-def budget(group: Sequence[Member], tasks: Mapping[str, Task], place: Path) -> Budget:
-    """What the members of a group take together; `tasks` has what each trains on, and `place` is on the disk."""
+def budget(group: Sequence[Member], tasks: Mapping[str, Task], path: Path) -> Budget:
+    """Estimate the needs of a group. `tasks` has each member's task, by name; `path` is the sweep's directory."""
     base = read_config(group[0].config.model)
-    job = shared([ServedPolicy(each.name, each.config, tasks[each.name]) for each in group])
-    made = plan(job)
+    job = shared_config([ServedPolicy(member.name, member.config, tasks[member.name]) for member in group])
+    estimate = plan(job)
     bucket = replace(job, learner=replace(job.learner, rank=1 if job.learner.rank == 1 else 8))
-    of_slot = (
+    slot_bytes = (
         0
         if job.learner.full_finetuning
         else adapter_bytes(replace(bucket, algorithm=AlgorithmConfig()), base) // 16 * 2
     )
-    slots = sum(versions_of(each.config) for each in group)
-    known, sizes = dict[str, int](), list[int]()
-    for each in group:
-        key = str((each.config.learner, each.config.critic, each.config.algorithm.advantage))
-        known[key] = known.get(key) or adapter_bytes(each.config, base)
-        sizes.append(known[key])
+    slots = sum(slots_needed(member.config) for member in group)
+    size_of, sizes = dict[str, int](), list[int]()
+    for member in group:
+        key = str((member.config.learner, member.config.critic, member.config.algorithm.advantage))
+        size_of[key] = size_of.get(key) or adapter_bytes(member.config, base)
+        sizes.append(size_of[key])
     engines = job.engine.replicas
-    learner = made.learner.fixed + made.learner.of_rows + made.slack
-    engine = made.weights + made.overhead + made.kv_cache
-    alone = made.taken if made.on_gpu else made.overhead + learner + engines * engine
+    learner = estimate.learner.fixed + estimate.learner.per_row + estimate.slack
+    engine = estimate.weights + estimate.overhead + estimate.kv_cache
+    base_bytes = estimate.used if estimate.on_gpu else estimate.overhead + learner + engines * engine
     return Budget(
         members=len(group),
-        rows=sum(_rows(each.config) for each in group),
-        at_once=engines * job.engine.sequences(made.on_gpu),
+        rows=sum(_rows(member.config) for member in group),
+        concurrent_rows=engines * job.engine.sequences(estimate.on_gpu),
         slots=slots,
-        of_slot=of_slot,
-        base=alone,
-        of_members=sum(int(size * (1 + _OF_STATE)) for size in sizes) + engines * slots * of_slot,
-        disk=sum(  # a bundle holds the adapter beside the state: as much as the learner
-            size * min(each.config.checkpoint.keep_last, each.config.steps + 1)
-            for size, each in zip(sizes, group, strict=True)
+        slot_bytes=slot_bytes,
+        base=base_bytes,
+        member_bytes=sum(int(size * (1 + _STATE_SHARE)) for size in sizes) + engines * slots * slot_bytes,
+        disk=sum(  # a bundle contains adapter and state, which take as much as in the learner
+            size * min(member.config.checkpoint.keep_last, member.config.steps + 1)
+            for size, member in zip(sizes, group, strict=True)
         ),
-        free=shutil.disk_usage(_there(place)).free,
-        total=made.total,
-        where=made.where,
+        free=shutil.disk_usage(_existing_parent(path)).free,
+        total=estimate.total,
+        device=estimate.device,
     )
 
 
@@ -106,9 +106,9 @@ def _rows(config: Config) -> int:
     return config.prompts_per_step * config.group_size * (config.max_staleness + 1)
 
 
-def _there(place: Path) -> Path:
-    """The nearest directory that is there."""
-    place = place.absolute()
-    while not place.exists():
-        place = place.parent
-    return place
+def _existing_parent(path: Path) -> Path:
+    """The path or its nearest parent that exists."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path

@@ -1,4 +1,4 @@
-"""Shows how the members of a sweep come along, a row each on a terminal and else a line a turn; logs the turns."""
+"""Progress of a sweep: a table of its members on a terminal, otherwise one line per turn. Logs the turns."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,40 +9,40 @@ from rich.live import Live
 from rich.table import Table
 
 from rlora.run.run import Run
-from rlora.sweeps.diary import append, whole_lines
+from rlora.sweeps.diary import append, complete_lines
 from rlora.telemetry.metrics import sparkline
 
 TURNS = "metrics.jsonl"
 
 
 class Display:
-    """An observer of all members' runs. It writes a line a turn to `<sweep>/metrics.jsonl`."""
+    """An observer of all members' runs. Writes one line per turn to `<sweep>/metrics.jsonl`."""
 
-    def __init__(self, place: Path) -> None:
-        self.place = place
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.console = Console()
         self.live = Live(console=self.console, transient=True)
-        self.latest: dict[str, Mapping[str, Any]] = {}  # figures of each member's last step
+        self.latest: dict[str, Mapping[str, Any]] = {}  # metrics of each member's last step
         self.rewards: dict[str, list[float]] = {}
-        self.turns = len(whole_lines(place / TURNS))
+        self.turns = len(complete_lines(path / TURNS))
         self._busy = 0.0
 
     def begin(self) -> None:
-        """Show the runs of each turn in place, on a terminal."""
+        """Start the live table, on a terminal."""
         if self.console.is_terminal:
             self.live.start()
 
     def end(self) -> None:
-        """Show nothing any more."""
+        """Stop the live table."""
         self.live.stop()
 
     def on_step(self, run: Run, figures: Mapping[str, Any]) -> None:
-        """Take a member's figures."""
+        """Record a member's metrics."""
         self.latest[run.policy] = figures
         self.rewards.setdefault(run.policy, []).append(figures["reward/mean"] or 0.0)
 
     def turn(self, runs: Sequence[Run], due: Sequence[Run], seconds: float) -> None:
-        """Log and show a turn in which `due` took a step."""
+        """Log and show a turn in which the runs `due` took a step."""
         stepped = [self.latest[run.policy] for run in due if run.policy in self.latest]
         tokens = sum(figures["completion/tokens"] or 0 for figures in stepped)
         learning = sum((figures["learner/busy"] or 0.0) * figures["time/step"] for figures in stepped)
@@ -51,7 +51,7 @@ class Display:
         line = {
             "turn": self.turns,
             "steps": {run.policy: run.number for run in due},
-            "members": sum(run.is_here for run in runs),
+            "members": sum(run.is_open for run in runs),
             "time/turn": seconds,
             "completions": sum(run.config.prompts_per_step * run.config.group_size for run in due),
             "completion/tokens": tokens,
@@ -60,7 +60,7 @@ class Display:
             "engine/busy": busy / seconds,
             "learner/busy": learning / seconds,
         }
-        append(self.place / TURNS, line)
+        append(self.path / TURNS, line)
         self.turns += 1
         self._show(runs, line)
 
@@ -69,12 +69,13 @@ class Display:
             self.live.update(self._table(runs))
             return
         steps = sorted(set(line["steps"].values()))
-        of = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
+        span = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
         best = max(self.latest, key=lambda name: self.latest[name]["reward/mean"] or 0.0, default="")
-        left = max((run.config.steps - run.number for run in runs if run.going), default=0) * line["time/turn"]
-        what = f"{len(line['steps'])} members, {of}, {line['tokens_per_second']:.0f} tokens/s"
+        remaining = max((run.config.steps - run.number for run in runs if run.is_active), default=0) * line["time/turn"]
+        text = f"{len(line['steps'])} members, {span}, {line['tokens_per_second']:.0f} tokens/s"
         reward = f", best {best} {self.latest[best]['reward/mean'] or 0.0:.3f}" if best else ""
-        print(f"turn {line['turn']}: {what}{reward}, time {line['time/turn']:.1f} s, left {left:.0f} s", flush=True)
+        text += f"{reward}, time {line['time/turn']:.1f} s, left {remaining:.0f} s"
+        print(f"turn {line['turn']}: {text}", flush=True)
 
     def _table(self, runs: Sequence[Run]) -> Table:
         table = Table("member", "step", "reward", "reward so far", "accuracy", "", box=None)
@@ -89,6 +90,6 @@ class Display:
                 "" if reward is None else f"{reward:.3f}",
                 sparkline(self.rewards.get(run.policy, [0.0]), 24),
                 "" if accuracy is None else f"{accuracy:.3f}",
-                "" if run.going else ended,
+                "" if run.is_active else ended,
             )
         return table

@@ -1,7 +1,7 @@
-"""Successive halving: at a few steps the better part of the configurations goes on, and the others are dropped.
+"""Successive halving: at some steps the better configurations continue, and the worse ones are dropped.
 
-Li et al. 2018, "Hyperband", JMLR 18(185), algorithm "SuccessiveHalving". What is halved are configurations, each by the
-mean over its seeds, and never single runs: a run's reward scatters by its seed (Eimer et al. 2023, arXiv:2306.01324).
+Li et al. 2018, "Hyperband", JMLR 18(185), algorithm "SuccessiveHalving". Compares configurations by the mean over their
+seeds, never single runs, because rewards vary with the seed (Eimer et al. 2023, arXiv:2306.01324).
 """
 
 import math
@@ -16,64 +16,64 @@ from rlora.sweeps.members import Member
 
 @dataclass(frozen=True)
 class Halving:
-    """When configurations are dropped, how many stay, and by what."""
+    """Rule of successive halving: when configurations are dropped, how many remain, and by which metric."""
 
-    at: tuple[int, ...] = ()  # steps, the rungs
-    keep: float = 0.5  # share of the configurations that goes on, rounded up
-    by: str = "reward/mean"  # a figure of metrics.jsonl, the higher the better
-    over_last: int = 4  # steps that it is averaged over
-    pool: tuple[str, ...] = ("seed",)  # fields by which members are repetitions of one configuration
+    at: tuple[int, ...] = ()  # steps of the rungs
+    keep: float = 0.5  # share of the configurations that continues, rounded up
+    by: str = "reward/mean"  # metric of metrics.jsonl, higher is better
+    over_last: int = 4  # number of steps that the metric is averaged over
+    pool: tuple[str, ...] = ("seed",)  # members that differ only in these fields are one configuration
 
     @staticmethod
     def of(table: Mapping[str, Any]) -> "Halving":
-        """Of a table of a TOML file. Raises RloraError for a field that there is not."""
-        given: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
+        """Build the rule from a table of a TOML file. Raises RloraError for an unknown field."""
+        values: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
         try:
-            return Halving(**given)
+            return Halving(**values)
         except TypeError as error:
-            there = ", ".join(each.name for each in fields(Halving))
-            raise RloraError(f"halving: {error}; there are {there}") from None
+            names = ", ".join(field.name for field in fields(Halving))
+            raise RloraError(f"halving: {error}; the fields are {names}") from None
 
     def check(self, members: Sequence[Member]) -> None:
-        """Raise RloraError for what can't be done."""
+        """Raise RloraError if the rule is invalid for the members."""
         if not self.at:
             return
-        fewest = min(members, key=lambda each: each.config.steps)
+        fewest = min(members, key=lambda member: member.config.steps)
         for rung in self.at:
             if not 0 < rung < fewest.config.steps:
                 raise RloraError(
-                    f"--halve-at {rung}: {fewest.name} has steps = {fewest.config.steps}; give steps between 0 and that"
+                    f"--halve-at {rung}: {fewest.name} has steps = {fewest.config.steps}; use steps between 0 and that"
                 )
         if list(self.at) != sorted(set(self.at)):
-            raise RloraError(f"--halve-at {','.join(map(str, self.at))}: give steps that increase")
+            raise RloraError(f"--halve-at {','.join(map(str, self.at))}: use increasing steps")
         if not 0 < self.keep < 1:
-            raise RloraError(f"--keep {self.keep:g}: give a share between 0 and 1, such as 0.5")
+            raise RloraError(f"--keep {self.keep:g}: use a share between 0 and 1, such as 0.5")
         if self.over_last < 1:
-            raise RloraError(f"halving.over_last = {self.over_last}: give 1 or more")
-        if len({each.configuration(self.pool) for each in members}) < 2:
+            raise RloraError(f"halving.over_last = {self.over_last}: use 1 or more")
+        if len({member.configuration(self.pool) for member in members}) < 2:
             pooled = ", ".join(self.pool)
             raise RloraError(
-                f"--halve-at: the members differ in {pooled} only, so they are one configuration, and there is nothing "
-                "to choose between; leave it out, or add an axis"
+                f"--halve-at: the members differ in {pooled} only, so there is only one configuration; omit the "
+                "option, or add an axis"
             )
 
     def dropped(
         self, rung: int, members: Sequence[Member], lines: Mapping[str, Sequence[Mapping[str, Any]]]
     ) -> list[str]:
-        """The names of the members that are dropped at a rung; configurations that are level with one that stays, stay.
+        """Names of the members that are dropped at a rung. Configurations tied with the worst that remains are kept.
 
-        `lines` has each member's lines of metrics.jsonl.
+        `lines` has each member's lines of metrics.jsonl, by name.
         """
-        found: dict[str, list[float]] = {}
-        for each in members:
-            values = self.values(rung, lines[each.name])
-            found.setdefault(each.configuration(self.pool), []).append(fmean(values) if values else -math.inf)
-        scores = {configuration: fmean(values) for configuration, values in found.items()}
+        means: dict[str, list[float]] = {}  # of each member, by configuration
+        for member in members:
+            values = self.values(rung, lines[member.name])
+            means.setdefault(member.configuration(self.pool), []).append(fmean(values) if values else -math.inf)
+        scores = {configuration: fmean(values) for configuration, values in means.items()}
         ordered = sorted(scores.values(), reverse=True)
-        least = ordered[math.ceil(self.keep * len(ordered)) - 1]
-        return [each.name for each in members if scores[each.configuration(self.pool)] < least]
+        threshold = ordered[math.ceil(self.keep * len(ordered)) - 1]
+        return [member.name for member in members if scores[member.configuration(self.pool)] < threshold]
 
     def values(self, rung: int, lines: Iterable[Mapping[str, Any]]) -> list[float]:
-        """The last values of the figure before a rung."""
+        """The last `over_last` values of the metric before a rung."""
         values = [line[self.by] for line in lines if line["step"] < rung and line.get(self.by) is not None]
         return values[-self.over_last :]

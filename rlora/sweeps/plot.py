@@ -1,31 +1,33 @@
-"""A picture of a sweep: the curve of every member, and the reward against the learning rate for each rank."""
+"""Plot of a sweep: the learning curve of every member, and the result by learning rate and rank."""
 
 from pathlib import Path
 from typing import Any
 
 from rlora.records import RloraError
-from rlora.sweeps.results import Ended, standings
+from rlora.sweeps.results import MemberResult, standings
 
 _LR, _RANK = "learner.lr", "learner.rank"
 
 
-def plot(members: list[Ended], file: Path) -> None:
-    """Draw it into a file, PNG or whatever its ending says. Raises RloraError where matplotlib is not installed."""
+def plot(members: list[MemberResult], file: Path) -> None:
+    """Write the plot to a file in the format of its suffix. Raises RloraError if matplotlib is not installed."""
     try:
         import matplotlib as mpl
 
         mpl.use("Agg")
         from matplotlib import pyplot
     except ImportError as error:
-        raise RloraError(f"--plot: {error}; install it by pip install 'rlora[plot]'") from error
+        raise RloraError(f"--plot: {error}; install it with pip install 'rlora[plot]'") from error
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5), width_ratios=(3, 2), layout="constrained")
-    configurations = list(dict.fromkeys(each.configuration for each in members))
+    configurations = list(dict.fromkeys(member.configuration for member in members))
     colours = dict(zip(configurations, pyplot.get_cmap("turbo")(_spaced(len(configurations))), strict=True))
-    for number, each in enumerate(members):
-        first = each.configuration not in {before.configuration for before in members[:number]}
-        left.plot(each.rewards, color=colours[each.configuration], label=each.configuration if first else None, lw=1.2)
-        if each.status == "dropped" and each.rewards:
-            left.plot(len(each.rewards) - 1, each.rewards[-1], "x", color=colours[each.configuration])
+    labelled: set[str] = set()
+    for member in members:
+        name, colour = member.configuration, colours[member.configuration]
+        left.plot(member.rewards, color=colour, label=None if name in labelled else name, lw=1.2)
+        labelled.add(name)
+        if member.status == "dropped" and member.rewards:
+            left.plot(len(member.rewards) - 1, member.rewards[-1], "x", color=colour)
     left.set(xlabel="version", ylabel="mean reward", title="Every member (x: dropped)")
     if len(configurations) <= 16:
         left.legend(fontsize=7)
@@ -34,33 +36,36 @@ def plot(members: list[Ended], file: Path) -> None:
     pyplot.close(figure)
 
 
-def _compare(axes: Any, members: list[Ended], colours: dict[str, Any]) -> None:
-    """Each finished member as a point: over the learning rates, a line a rank, or else over the configurations."""
-    label, found = standings(members)
+def _compare(axes: Any, members: list[MemberResult], colours: dict[str, Any]) -> None:
+    """Plot each finished member as a point: by learning rate with a line per rank, or by configuration."""
+    label, ranking = standings(members)
     axes.set(ylabel=label)
-    done = [each for each in members if each.status == "finished"]
-    values = {each.name: each.after if "accuracy" in label else each.reward for each in done}
-    rates = {each.changes.get(_LR) for each in done}
+    done = [member for member in members if member.status == "finished"]
+    values = {member.name: member.final_accuracy if "accuracy" in label else member.reward for member in done}
+    rates = {member.changes.get(_LR) for member in done}
     if len(rates) > 1 and all(isinstance(rate, int | float) for rate in rates):
-        ranks = sorted({each.changes.get(_RANK, 0) for each in done})
+        ranks = sorted({member.changes.get(_RANK, 0) for member in done})
         for number, rank in enumerate(ranks):
-            own = [each for each in done if each.changes.get(_RANK, 0) == rank]
-            points = axes.plot([each.changes[_LR] for each in own], [values[each.name] for each in own], "o", ms=4)
-            means = [
-                (rate, [values[each.name] or 0.0 for each in own if each.changes[_LR] == rate])
-                for rate in sorted({each.changes[_LR] for each in own})
+            peers = [member for member in done if member.changes.get(_RANK, 0) == rank]
+            x, y = [member.changes[_LR] for member in peers], [values[member.name] for member in peers]
+            points = axes.plot(x, y, "o", ms=4)
+            by_rate = [
+                (rate, [values[member.name] or 0.0 for member in peers if member.changes[_LR] == rate])
+                for rate in sorted({member.changes[_LR] for member in peers})
             ]
             name = f"rank {rank}" if rank else "mean"
-            line = [sum(of) / len(of) for _, of in means]
-            axes.plot([rate for rate, _ in means], line, "-", color=points[0].get_color(), label=name, zorder=-number)
+            means = [sum(group) / len(group) for _, group in by_rate]
+            axes.plot(
+                [rate for rate, _ in by_rate], means, "-", color=points[0].get_color(), label=name, zorder=-number
+            )
         axes.set(xscale="log", xlabel="learning rate", title="Each seed, and the mean by rank")
         axes.legend(fontsize=8)
         return
-    for place, each in enumerate(reversed(found)):
-        axes.plot(each.values, [place] * len(each.values), "o", color=colours[each.configuration], ms=4)
-        axes.plot(each.mean, place, "|", color="black", ms=14)
+    for height, standing in enumerate(reversed(ranking)):
+        axes.plot(standing.values, [height] * len(standing.values), "o", color=colours[standing.configuration], ms=4)
+        axes.plot(standing.mean, height, "|", color="black", ms=14)
     axes.set(xlabel=label, ylabel="", title="Each member, and the mean")
-    axes.set_yticks(range(len(found)), [each.configuration for each in reversed(found)], fontsize=7)
+    axes.set_yticks(range(len(ranking)), [standing.configuration for standing in reversed(ranking)], fontsize=7)
 
 
 def _spaced(count: int) -> list[float]:

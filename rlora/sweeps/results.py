@@ -1,4 +1,4 @@
-"""What a sweep has come to: its members side by side, which configuration to take, and how sure that is."""
+"""Results of a sweep: its members, the ranking of its configurations, and confidence intervals."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,36 +11,36 @@ import mpmath
 from upath import UPath
 
 from rlora.run import directory
-from rlora.sweeps.diary import DIARY, fates, whole_lines
+from rlora.sweeps.diary import DIARY, complete_lines, member_states
 from rlora.sweeps.sweep import read_members
 
-_OVER_LAST = 4  # steps over which the reward of a member that has no accuracy is averaged
+_OVER_LAST = 4  # number of last steps that a member's reward is averaged over
 
 
 @dataclass(frozen=True)
-class Ended:
-    """A member, as far as it has come."""
+class MemberResult:
+    """Progress and results of a member."""
 
     name: str
-    configuration: str  # what it changes, but for the fields of the pool
+    configuration: str  # its changes as text, without the fields of the pool
     changes: Mapping[str, Any]
     status: str
     rewards: Sequence[float]  # by step
-    before: float | None  # accuracy on held-out prompts
-    after: float | None
+    initial_accuracy: float | None  # on held-out prompts, before training
+    final_accuracy: float | None  # the same, after training
 
     @property
     def reward(self) -> float | None:
-        """Mean reward of its last steps."""
+        """Mean reward of the last steps; None before the first step."""
         return fmean(self.rewards[-_OVER_LAST:]) if self.rewards else None
 
 
 @dataclass(frozen=True)
 class Standing:
-    """A configuration, over its members that have finished."""
+    """Result of a configuration: the values of its finished members."""
 
     configuration: str
-    values: Sequence[float]  # of each member: its accuracy after, or its last rewards
+    values: Sequence[float]  # per member: accuracy after training, or mean reward of the last steps
 
     @property
     def mean(self) -> float:
@@ -48,7 +48,7 @@ class Standing:
 
     @property
     def half(self) -> float:
-        """Half of the 95% confidence interval of the mean over the members (Student's t); infinite for one member."""
+        """Half-width of the mean's 95% confidence interval over members (Student's t); infinite for one member."""
         count = len(self.values)
         return quantile(count - 1) * stdev(self.values) / math.sqrt(count) if count > 1 else math.inf
 
@@ -60,70 +60,71 @@ class Standing:
 
 
 def quantile(freedom: float) -> float:
-    """The 0.975 quantile of Student's t distribution, by degrees of freedom."""
-    beyond = lambda t: mpmath.betainc(freedom / 2, 0.5, 0, freedom / (freedom + t * t), regularized=True) - 0.05  # noqa: E731
-    return float(mpmath.findroot(beyond, (1.5, 13.0), solver="anderson"))
+    """0.975 quantile of Student's t distribution with `freedom` degrees of freedom."""
+    excess = lambda t: mpmath.betainc(freedom / 2, 0.5, 0, freedom / (freedom + t * t), regularized=True) - 0.05  # noqa: E731
+    return float(mpmath.findroot(excess, (1.5, 13.0), solver="anderson"))
 
 
-def ended(place: Path) -> list[Ended]:
-    """The members of the sweep in a directory. Raises RloraError where none is there."""
-    members, pool = read_members(place)
-    known, found = fates(whole_lines(place / DIARY)), []
+def read_results(path: Path) -> list[MemberResult]:
+    """Read the results of the sweep in a directory. Raises RloraError if there is no sweep."""
+    members, pool = read_members(path)
+    states, results = member_states(complete_lines(path / DIARY)), []
     for member in members:
-        run = UPath(place / member.name)
+        run = UPath(path / member.name)
         summary = directory.summary(run)
         label = ", ".join(f"{field} = {value}" for field, value in member.changes.items() if field not in pool)
-        found.append(
-            Ended(
+        results.append(
+            MemberResult(
                 member.name, label or "as given", member.changes,
-                known[member.name].status if member.name in known else "waiting",
+                states[member.name].status if member.name in states else "waiting",
                 [line["reward/mean"] or 0.0 for line in directory.figures(run)],
                 summary.get("accuracy/before"), summary.get("accuracy/after"),
             )
         )  # fmt: skip
-    return found
+    return results
 
 
-def standings(members: Sequence[Ended]) -> tuple[str, list[Standing]]:
-    """The figure that configurations are compared by, and each by its members that have finished, the best first."""
-    done = [each for each in members if each.status == "finished"]
-    by_accuracy = bool(done) and all(each.after is not None for each in done)
-    figure = "accuracy after training" if by_accuracy else f"mean reward of the last {_OVER_LAST} steps"
+def standings(members: Sequence[MemberResult]) -> tuple[str, list[Standing]]:
+    """Name of the metric that configurations are compared by, and the configurations' results, the best first."""
+    done = [member for member in members if member.status == "finished"]
+    by_accuracy = bool(done) and all(member.final_accuracy is not None for member in done)
+    metric = "accuracy after training" if by_accuracy else f"mean reward of the last {_OVER_LAST} steps"
     values: dict[str, list[float]] = {}
-    for each in done:
-        values.setdefault(each.configuration, []).append((each.after if by_accuracy else each.reward) or 0.0)
-    found = [Standing(configuration, own) for configuration, own in values.items()]
-    return figure, sorted(found, key=lambda each: each.mean, reverse=True)
+    for member in done:
+        value = member.final_accuracy if by_accuracy else member.reward
+        values.setdefault(member.configuration, []).append(value or 0.0)
+    ranking = [Standing(configuration, results) for configuration, results in values.items()]
+    return metric, sorted(ranking, key=lambda standing: standing.mean, reverse=True)
 
 
-def verdict(members: Sequence[Ended]) -> str:
-    """Which configuration to take, and which others can't be told from it."""
-    figure, found = standings(members)
-    if not found:
+def verdict(members: Sequence[MemberResult]) -> str:
+    """Text that names the best configuration, and those that are not significantly worse."""
+    metric, ranking = standings(members)
+    if not ranking:
         return "no member has finished"
-    best, *others = found
-    lines = [f"take {best.configuration}: {figure} {best}"]
-    level = [each for each in others if not _is_better(best, each)]
+    best, *remaining = ranking
+    lines = [f"best configuration {best.configuration}: {metric} {best}"]
+    similar = [standing for standing in remaining if not _is_better(best, standing)]
     if len(best.values) == 1:
-        lines.append("it is of one member: train more seeds to know how sure that is (--over seed=0,1,2)")
-    elif level:
-        lines.append(f"can't be told from it: {'; '.join(f'{each.configuration} {each}' for each in level)}")
-    elif others:
-        lines.append("each other configuration is worse by more than chance (Welch's t test, 95%)")
+        lines.append("it has one member: train more seeds for a confidence interval (--over seed=0,1,2)")
+    elif similar:
+        lines.append(f"not significantly worse: {'; '.join(f'{item.configuration} {item}' for item in similar)}")
+    elif remaining:
+        lines.append("every other configuration is significantly worse (Welch's t-test, 95%)")
     return "\n".join(lines)
 
 
-def _is_better(best: Standing, other: Standing) -> bool:
-    mean, half = difference(best, other)
+def _is_better(a: Standing, b: Standing) -> bool:
+    mean, half = difference(a, b)
     return mean > half
 
 
-def difference(one: Standing, other: Standing) -> tuple[float, float]:
-    """The difference of two means, and half of its 95% interval (Welch 1947); infinite for one member."""
-    mean, counts = one.mean - other.mean, [len(one.values), len(other.values)]
+def difference(a: Standing, b: Standing) -> tuple[float, float]:
+    """Difference of two means, and half-width of its 95% confidence interval (Welch 1947); infinite for one member."""
+    mean, counts = a.mean - b.mean, [len(a.values), len(b.values)]
     if min(counts) < 2:
         return mean, math.inf
-    parts = [stdev(each.values) ** 2 / count for each, count in zip((one, other), counts, strict=True)]
+    parts = [stdev(standing.values) ** 2 / count for standing, count in zip((a, b), counts, strict=True)]
     if not sum(parts):
         return mean, 0.0
     freedom = sum(parts) ** 2 / sum(part**2 / (count - 1) for part, count in zip(parts, counts, strict=True))

@@ -1,1 +1,1 @@
-"""What a run tells while it goes on: figures, the console."""
+"""Metrics of a run and their console output."""

@@ -1,4 +1,4 @@
-"""What a run tells: one JSON object a step in metrics.jsonl, and a live display of the same figures."""
+"""Metrics of a training step: the line of metrics.jsonl, and progress on the console."""
 
 import math
 import time
@@ -17,19 +17,19 @@ from rlora.rollout.requests import FleetStats
 from rlora.rollout.stream import Collection
 from rlora.telemetry.bottleneck import advice, bottleneck
 
-_SHOWN = {  # in a line of progress: label and format
+_SHOWN = {  # metrics in a progress line: label and format
     "reward/mean": ("reward", "{:.3f}"),
     "completion/length": ("length", "{:.1f} tokens"),
     "rollout/tokens_per_second": ("engine", "{:.0f} tokens/s"),
     "learner/tokens_per_second": ("learner", "{:.0f} tokens/s"),
     "kl/behaviour": ("KL", "{:.5f}"),
 }
-_FAILED = {"status/error": "errors", "status/timeout": "timeouts"}  # shown where there are any
+_FAILED = {"status/error": "errors", "status/timeout": "timeouts"}  # shown if above 0
 _BARS = " ▁▂▃▄▅▆▇█"
 
 
 def summarise(groups: Sequence[Group], version: int) -> dict[str, float | None]:
-    """Figures of a step's episodes; `version` is the one that the update starts from."""
+    """Metrics of a step's episodes. `version` is the version that the update starts from."""
     episodes = [episode for group in groups for episode in group.episodes]
     rewards = [reward for group in groups for reward in group.rewards]
     parts = sorted({name for episode in episodes for name in episode.parts})
@@ -49,18 +49,19 @@ def summarise(groups: Sequence[Group], version: int) -> dict[str, float | None]:
 
 
 class Metrics:
-    """Makes one line per step, and shows progress: live on a terminal, as plain lines elsewhere.
+    """Builds the metrics of each step and shows progress: updated in place on a terminal, otherwise as lines.
 
-    With a `name`, which tells several runs apart, progress is plain lines; where it `is_quiet` none are shown.
+    `name` is the prefix of lines if several runs train together; progress is then always lines. `is_quiet` turns
+    progress off.
     """
 
     def __init__(self, steps: int, name: str = "", is_quiet: bool = False) -> None:
         self.steps, self.name, self.is_quiet = steps, name, is_quiet
         self.console = Console()
         self.live = Live(console=self.console, transient=True)
-        self.seconds: dict[str, float] = {}  # by phase, of the step under way
+        self.seconds: dict[str, float] = {}  # by phase of the current step
         self.rewards: list[float] = []
-        self._advised: set[str] = set()  # bottlenecks whose settings were named
+        self._advised: set[str] = set()  # bottlenecks whose settings were printed
         self.entered = time.perf_counter()
 
     def __enter__(self) -> "Metrics":
@@ -73,17 +74,17 @@ class Metrics:
 
     @property
     def is_live(self) -> bool:
-        """Whether figures are shown in place."""
+        """Whether progress is updated in place."""
         return self.console.is_terminal and not self.name
 
     def start(self, step: int, fleet: FleetStats) -> None:
-        """Begin at `step`, with what the fleet has done so far."""
-        self.first_step, self.began, self.lapped = step, time.perf_counter(), time.perf_counter()
+        """Start timing at `step`. `fleet` has the fleet's statistics so far."""
+        self.first_step, self.started, self.lapped = step, time.perf_counter(), time.perf_counter()
         self.busy_seconds = fleet.busy_seconds
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Count the time within as `time/<phase>` of the step under way."""
+        """Record the time within the context as `time/<phase>` of the current step."""
         start = time.perf_counter()
         yield
         self.seconds[phase] = time.perf_counter() - start
@@ -91,17 +92,17 @@ class Metrics:
     def log(
         self,
         step: int,
-        proofs: Sequence[Receipt],
+        receipts: Sequence[Receipt],
         collection: Collection,
         update: UpdateStats,
         fleet: FleetStats,
         saved: SaveStats | None,
-        made: Adapter,
-        others: Mapping[str, float | None],
+        adapter: Adapter,
+        extra: Mapping[str, float | None],
     ) -> dict[str, Any]:
-        """Show the figures of a step that made an adapter, and return them and `others` (docs/metrics.md)."""
+        """Show and return the metrics of the step that made `adapter`, with `extra` metrics (docs/metrics.md)."""
         now = time.perf_counter()
-        whole, sampling = now - self.lapped, fleet.busy_seconds - self.busy_seconds
+        total, sampling = now - self.lapped, fleet.busy_seconds - self.busy_seconds
         self.lapped, self.busy_seconds = now, fleet.busy_seconds
         figures = summarise(collection.sampled, step) | {
             "loss": update.loss,
@@ -113,7 +114,7 @@ class Metrics:
             "ratio/truncated": update.ratio_truncated,
             "ratio/clipped": update.clipped,
             "entropy": update.entropy,
-            **{f"objective/{name}": value for name, value in update.others.items()},
+            **{f"objective/{name}": value for name, value in update.objective_metrics.items()},
             "critic/loss": update.value_loss,
             "critic/explained_variance": update.explained_variance,
             "update/minibatches": update.minibatches,
@@ -123,21 +124,21 @@ class Metrics:
             "rollout/replayed": fleet.replayed,
             "engine/count": fleet.engines,
             "engine/lost": fleet.lost,
-            "engine/busy": sampling / whole if sampling > 0 else None,
-            "learner/busy": update.seconds / whole,
-            "swap/load": max((proof.load_seconds for proof in proofs), default=None),
-            "swap/proof": max((proof.proof_seconds for proof in proofs), default=None),
-            "swap/canary": fleet.canaries.get(made.policy),
+            "engine/busy": sampling / total if sampling > 0 else None,
+            "learner/busy": update.seconds / total,
+            "swap/load": max((receipt.load_seconds for receipt in receipts), default=None),
+            "swap/proof": max((receipt.proof_seconds for receipt in receipts), default=None),
+            "swap/canary": fleet.canaries.get(adapter.policy),
             **{f"time/{phase}": seconds for phase, seconds in self.seconds.items()},
-            "time/sampling": sampling if sampling > 0 else None,  # 0: no engine answered
+            "time/sampling": sampling if sampling > 0 else None,  # 0 if no engine reported
             "time/reward": collection.reward_seconds,
             "time/stragglers": collection.straggler_seconds,
             "checkpoint/seconds": saved.seconds if saved else None,
             "checkpoint/bytes": saved.bytes if saved else None,
-            "memory/driver": machine.own_bytes(),
-            "memory/learner": update.own_bytes,
-            "time/step": whole,
-            **others,
+            "memory/driver": machine.private_bytes(),
+            "memory/learner": update.private_bytes,
+            "time/step": total,
+            **extra,
         }
         tokens = figures["completion/tokens"] or 0
         figures["rollout/tokens_per_second"] = tokens / sampling if sampling > 0 else None
@@ -149,38 +150,39 @@ class Metrics:
         self._show(step, finite, slowest)
         if slowest:
             finite["bottleneck"], finite["bottleneck/share"] = slowest
-        return {"step": step, "adapter": made.digest, **finite}
+        return {"step": step, "adapter": adapter.digest, **finite}
 
     def totals(self) -> dict[str, float]:
-        """Seconds of this process's training and of all of it so far, start of the actors and evaluation included."""
+        """Seconds of training in this process, and total seconds including the start of actors and evaluations."""
         now = time.perf_counter()
-        return {"time/train": self.lapped - self.began, "time/total": now - self.entered}
+        return {"time/train": self.lapped - self.started, "time/total": now - self.entered}
 
-    def tell(self, text: str) -> None:
-        """Print a line, with the run's name where there are several."""
+    def print_line(self, text: str) -> None:
+        """Print a line, with the run's name if several runs train together."""
         print(f"{self.name}: {text}" if self.name else text, flush=True)
 
     def _show(self, step: int, figures: Mapping[str, float | None], slowest: tuple[str, float] | None) -> None:
         self.rewards.append(figures["reward/mean"] or 0.0)
         if self.is_quiet:
             return
-        left = (time.perf_counter() - self.began) / (step + 1 - self.first_step) * (self.steps - step - 1)
+        remaining = (time.perf_counter() - self.started) / (step + 1 - self.first_step) * (self.steps - step - 1)
         shown = {
             label: form.format(value)
             for name, (label, form) in _SHOWN.items()
             if (value := figures.get(name)) is not None
         }
         shown |= {label: f"{share:.0%}" for name, label in _FAILED.items() if (share := figures.get(name))}
-        shown |= {"time": f"{figures['time/step']:.1f} s", "left": f"{left:.0f} s"}
+        shown |= {"time": f"{figures['time/step']:.1f} s", "left": f"{remaining:.0f} s"}
         if slowest:
             shown["bottleneck"] = "{} {:.0%}".format(*slowest)
         if self.is_live:
             self.live.update(self._table(step, shown))
         else:
-            self.tell(f"step {step + 1}/{self.steps}: {', '.join(f'{name} {value}' for name, value in shown.items())}")
+            values = ", ".join(f"{name} {value}" for name, value in shown.items())
+            self.print_line(f"step {step + 1}/{self.steps}: {values}")
         if slowest and slowest[0] not in self._advised:
             self._advised.add(slowest[0])
-            self.tell(f"bottleneck {slowest[0]}: to shorten the step, change {advice(slowest[0])}")
+            self.print_line(f"bottleneck {slowest[0]}: to shorten the step, change {advice(slowest[0])}")
 
     def _table(self, step: int, shown: Mapping[str, str]) -> Table:
         table = Table(title=f"step {step + 1} of {self.steps}", show_header=False)
@@ -191,7 +193,7 @@ class Metrics:
 
 
 def sparkline(values: Sequence[float], width: int = 40) -> str:
-    """The last `width` values as bars between the least and the greatest of them."""
+    """Bar chart of the last `width` values in one line, scaled between their minimum and maximum."""
     tail = values[-width:]
     low, high = min(tail), max(tail)
     return "".join(_BARS[1 + round((value - low) / (high - low or 1) * (len(_BARS) - 2))] for value in tail)

@@ -1,1 +1,1 @@
-"""Trackers of runs, each over its own library, in a process of its own: W&B, TensorBoard, trackio, MLflow."""
+"""Experiment trackers, each in a separate process: W&B, TensorBoard, trackio, MLflow."""

@@ -1,10 +1,10 @@
-"""The process of one tracker: follows the directory of a run, and hands on the steps that are there to stay.
+"""Process of one tracker: follows a run's directory and sends completed steps to the tracker.
 
-    python -m rlora.trackers.process    reads a JSON line from stdin: what it is `Asked`
+    python -m rlora.trackers.process    reads a `TrackerJob` as a JSON line from stdin
 
-A line of metrics.jsonl is handed on once a later bundle is on the disk: then no resume makes the step come again. What
-was handed on is noted in <run>/trackers/<name>.json. The next line of stdin, "end" or "failed", or its end, ends it.
-SIGTERM does not: `ray job stop` sends it to all processes of a job, and the run still has something to say.
+A line of metrics.jsonl is sent once a later bundle is on disk, because a resume can't repeat the step after that. The
+last step sent is stored in <run>/trackers/<name>.json. The next line of stdin ("end" or "failed"), or its end, ends the
+process. SIGTERM is ignored: `ray job stop` sends it to all processes of a job, and the run still logs its end.
 """
 
 import json
@@ -28,58 +28,58 @@ from rlora.run import episodes
 from rlora.store import names, read_file, write_file
 from rlora.trackers.tracker import Tracked, Tracker, make
 
-_PAUSE = 1.0  # seconds between two looks at the run
-_FAR_PAUSE = 20.0  # of a run at a URL, where each look is a few requests
+_PAUSE = 1.0  # seconds between two reads of the run's directory
+_FAR_PAUSE = 20.0  # the same for a run at a URL, where a read takes several requests
 _COLUMNS = ("step", "prompt", "completion", "answer", "reward", "status")
-_ROWS = 8  # completions in a table
+_ROWS = 8  # completions per table
 
 
 @dataclass
-class Asked:
-    """What a process is to do."""
+class TrackerJob:
+    """Parameters of a tracker's process."""
 
     name: str  # of the tracker
     directory: str  # of the run
-    config: dict[str, Any]  # of the run, as it is from now on
+    config: dict[str, Any]  # of the run, for the steps from now on
     project: str
     samples_every: int
-    patience: float  # seconds after the end of the run in which this process ends too
+    patience: float  # seconds until this process ends after the end of the run
 
 
 class Follower:
-    """What a tracker was told, and what there is to tell."""
+    """Reads a run's directory and sends new steps to the tracker, each once."""
 
-    def __init__(self, asked: Asked) -> None:
-        self.asked, self.run = asked, UPath(asked.directory)
-        self._state = self.run / "trackers" / f"{re.sub(r'[^a-zA-Z0-9]+', '-', asked.name).strip('-')}.json"
-        self.last: int = json.loads(read_file(self._state) or b"{}").get("step", -1)  # the step handed on last
-        self._noted = self.last
+    def __init__(self, job: TrackerJob) -> None:
+        self.job, self.run = job, UPath(job.directory)
+        self._state = self.run / "trackers" / f"{re.sub(r'[^a-zA-Z0-9]+', '-', job.name).strip('-')}.json"
+        self.last: int = json.loads(read_file(self._state) or b"{}").get("step", -1)  # the last step sent
+        self._stored = self.last
         self.tracker: Tracker | None = None
 
     def start(self) -> None:
-        """Start the tracker. Raises RloraError where it is not installed, and whatever its library raises."""
-        self.tracker = self.tracker or make(self.asked.name, self._tracked(), self.last)
+        """Start the tracker. Raises RloraError if it is not installed, and whatever its library raises."""
+        self.tracker = self.tracker or make(self.job.name, self._tracked(), self.last)
 
     def catch_up(self) -> None:
-        """Hand on the steps that are there to stay."""
+        """Send the steps that a resume can't repeat, and store the last one."""
         newest = max(self._bundles(), default=0)
         for line in self._lines():
             if self.last < line["step"] < newest:
-                self._hand_on(line)
+                self._send(line)
         if self.tracker:
             self.tracker.flush()
-        if self.last != self._noted:
-            self._noted = self.last
+        if self.last != self._stored:
+            self._stored = self.last
             (self.run / "trackers").mkdir(parents=True, exist_ok=True)
             write_file(self._state, json.dumps({"step": self.last}).encode())
 
     def end(self, failed: bool) -> None:
-        """Hand on the rest, and end the tracker's run."""
+        """Send the remaining steps and end the tracker's run."""
         self.catch_up()
         if self.tracker:
             self.tracker.finish(failed, json.loads(read_file(self.run / "summary.json") or b"{}"))
 
-    def _hand_on(self, line: Mapping[str, Any]) -> None:
+    def _send(self, line: Mapping[str, Any]) -> None:
         step = line["step"]
         self.start()
         assert self.tracker
@@ -87,7 +87,7 @@ class Follower:
         figures.pop("step")
         self.tracker.log(step, figures)
         self.last = step
-        if self.asked.samples_every and step % self.asked.samples_every == 0:
+        if self.job.samples_every and step % self.job.samples_every == 0:
             rows = list(self._samples(step))
             if rows:
                 self.tracker.samples(step, _COLUMNS, rows)
@@ -95,7 +95,7 @@ class Follower:
     def _tracked(self) -> Tracked:
         table = tomllib.loads((read_file(self.run / "config.toml") or b"").decode())
         id = table.get("provenance", {}).get("id", self.run.name)
-        return Tracked(self.run.name, id, str(self.run), self.asked.project, self.asked.config)
+        return Tracked(self.run.name, id, str(self.run), self.job.project, self.job.config)
 
     def _lines(self) -> list[dict[str, Any]]:
         lines = (read_file(self.run / "metrics.jsonl") or b"").decode(errors="replace").splitlines()
@@ -105,7 +105,7 @@ class Follower:
         return [int(name) for name in names(self.run / "bundles") if name.isdigit()]
 
     def _samples(self, step: int) -> Iterator[tuple[Any, ...]]:
-        """A few of the episodes of a step, as far as its bundle has them."""
+        """The first episode of up to `_ROWS` groups of a step, if its bundle contains episodes."""
         content = read_file(self.run / "bundles" / str(step + 1) / "update.parquet")
         for group in episodes.decode(content, self.run.name)[:_ROWS] if content else ():
             episode = group.episodes[0]
@@ -116,47 +116,47 @@ class Follower:
 def main() -> None:
     """Follow a run until its end."""
     messages = os.dup(1)
-    os.dup2(2, 1)  # what a library prints is no message
+    os.dup2(2, 1)  # keep prints of libraries out of the messages
 
-    def tell(error: Exception) -> None:
-        """Say once what is wrong."""
+    def report(error: Exception) -> None:
+        """Send an error to the run, once."""
         text = str(error) if isinstance(error, RloraError) else f"{type(error).__name__}: {error}"
-        if text not in told:
-            told.add(text)
+        if text not in reported:
+            reported.add(text)
             os.write(messages, json.dumps({"error": text}).encode() + b"\n")
 
     def listen() -> None:
-        """Wait for the word that ends it; from then on its time is limited, whatever it is at."""
-        words.put(sys.stdin.readline().strip())
-        time.sleep(asked.patience)
+        """Wait for the outcome of the run. After that the process has `patience` seconds."""
+        outcomes.put(sys.stdin.readline().strip())
+        time.sleep(job.patience)
         os._exit(1)
 
-    told: set[str] = set()
+    reported: set[str] = set()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    asked = Asked(**json.loads(sys.stdin.readline()))
-    follower, words = Follower(asked), queue.Queue[str]()
+    job = TrackerJob(**json.loads(sys.stdin.readline()))
+    follower, outcomes = Follower(job), queue.Queue[str]()
     threading.Thread(target=listen, daemon=True).start()
     try:
         follower.start()
         ready = {"ready": True, "where": getattr(follower.tracker, "where", "")}
         os.write(messages, json.dumps(ready).encode() + b"\n")
     except Exception as error:
-        tell(error)
-        if isinstance(error, RloraError):  # it is not installed, or can't track this run
+        report(error)
+        if isinstance(error, RloraError):  # the tracker is not installed, or can't track this run
             os._exit(0)
-    word = None
-    while word is None:
+    outcome = None
+    while outcome is None:
         with suppress(queue.Empty):
-            word = words.get(timeout=_FAR_PAUSE if "://" in asked.directory else _PAUSE)
+            outcome = outcomes.get(timeout=_FAR_PAUSE if "://" in job.directory else _PAUSE)
         try:
             follower.catch_up()
         except Exception as error:
-            tell(error)
+            report(error)
     try:
-        follower.end(failed=word != "end")
+        follower.end(failed=outcome != "end")
     except Exception as error:
-        tell(error)
-    os._exit(0)  # without what a library has registered for the end: it may hang
+        report(error)
+    os._exit(0)  # skip exit handlers of libraries, which may hang
 
 
 if __name__ == "__main__":

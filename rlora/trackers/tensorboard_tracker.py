@@ -1,4 +1,4 @@
-"""TensorBoard, in the run's own directory."""
+"""TensorBoard tracker. Event files go to the run's directory."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,13 +11,13 @@ from rlora.trackers.tracker import Tracked
 
 
 class TensorBoard:
-    """Event files in <run>/tensorboard. A resume has TensorBoard leave out what a death made come twice."""
+    """Writes event files to <run>/tensorboard. On a resume, `purge_step` hides steps that are logged twice."""
 
     def __init__(self, tracked: Tracked, last: int) -> None:
         if tracked.is_far:
             raise RloraError(
-                f"trackers.use = 'tensorboard': it writes to a local directory, and the run is at {tracked.directory}; "
-                "use another tracker, or a local --run-dir"
+                f"trackers.use = 'tensorboard': it writes to a local directory, but the run is at {tracked.directory}; "
+                "use a different tracker, or a local --run-dir"
             )
         directory = Path(tracked.directory) / "tensorboard"
         self.where = f"tensorboard --logdir {directory}"

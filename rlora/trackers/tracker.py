@@ -1,4 +1,4 @@
-"""What a tracker is, and how one is found."""
+"""The tracker interface, and how trackers are built by name."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,13 +15,13 @@ READY = {"wandb": "Wandb", "tensorboard": "TensorBoard", "trackio": "Trackio", "
 
 @dataclass(frozen=True)
 class Tracked:
-    """A run, as a tracker is told of it."""
+    """Information about a run for its trackers."""
 
     name: str  # of the run
-    id: str  # that no other run has
-    directory: str  # of the run, where a tracker may keep files
+    id: str  # unique id of the run
+    directory: str  # of the run; trackers may write files there
     project: str
-    config: Mapping[str, Any] = field(default_factory=dict)  # the run's tables of settings
+    config: Mapping[str, Any] = field(default_factory=dict)  # the run's config, as tables
 
     @property
     def is_far(self) -> bool:
@@ -30,7 +30,7 @@ class Tracked:
 
     @property
     def flat(self) -> dict[str, Any]:
-        """The settings by their full names, each a number or text."""
+        """The config by full field names, each value a number or text."""
         return {
             name: value if isinstance(value, str | int | float) else json.dumps(value)
             for name, value in by_full_names(self.config).items()
@@ -38,41 +38,41 @@ class Tracked:
 
 
 class Tracker(Protocol):
-    """Built as `Tracker(tracked, last)`, where `last` is the step that it was told of last, -1 before the first.
+    """Built as `Tracker(tracked, last)`, where `last` is the last step that it received, -1 before the first.
 
-    It runs in a process of its own. Where it raises, training goes on, and it is asked again later. An attribute
-    `where`, if it has one, is printed at the start of a run: a URL, or the command that shows the figures.
+    Runs in a separate process. If it raises an exception, training continues, and the step is sent again later. The
+    optional attribute `where` is printed at the start of a run: a URL, or the command that shows the metrics.
     """
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """Take the numbers of a line of metrics.jsonl."""
+        """Log the numbers of a line of metrics.jsonl."""
         ...
 
     def samples(self, step: int, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Take a table of sampled completions."""
+        """Log a table of sampled completions."""
         ...
 
     def flush(self) -> None:
-        """Have what was taken where it stays."""
+        """Store everything that was logged so far."""
         ...
 
     def finish(self, failed: bool, summary: Mapping[str, Any]) -> None:
-        """End; `summary` is summary.json."""
+        """End the run. `failed`: whether an exception ended it; `summary`: its summary.json."""
         ...
 
 
 def make(name: str, tracked: Tracked, last: int) -> Tracker:
-    """One of the ready trackers, or a class of the user's own, module:Name or path/to/file.py:Name.
+    """Build a ready tracker by name, or the user's class module:Name or path/to/file.py:Name.
 
-    Raises RloraError where its package is not installed.
+    Raises RloraError if its package is not installed.
     """
     if ":" in name:
-        own: Tracker = load("trackers.use", name)(tracked, last)
-        return own
+        custom: Tracker = load("trackers.use", name)(tracked, last)
+        return custom
     try:
-        made: Tracker = getattr(import_module(f"rlora.trackers.{name}_tracker"), READY[name])(tracked, last)
+        tracker: Tracker = getattr(import_module(f"rlora.trackers.{name}_tracker"), READY[name])(tracked, last)
     except ImportError as error:
         raise RloraError(
-            f"trackers.use = {name!r}: {error}; install it by pip install 'rlora[{name}]', or leave the tracker out"
+            f"trackers.use = {name!r}: {error}; install it with pip install 'rlora[{name}]', or remove the tracker"
         ) from error
-    return made
+    return tracker

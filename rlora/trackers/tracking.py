@@ -1,4 +1,4 @@
-"""Has a run tracked: a process for each tracker, which costs a warning and never a step."""
+"""Starts one process per tracker of a run. A failing tracker causes a warning and never delays a step."""
 
 import json
 import os
@@ -13,14 +13,14 @@ from dataclasses import asdict
 from rlora.records import RloraError
 from rlora.run.directory import warn
 from rlora.run.run import Run
-from rlora.trackers.process import Asked
+from rlora.trackers.process import TrackerJob
 
-_GRACE = 5.0  # seconds in which a process is gone that has ended itself
-_START = 60.0  # seconds in which a tracker has to be ready, with `trackers.strict`
+_GRACE = 5.0  # seconds for a process to exit after it ended itself
+_START = 60.0  # seconds for a tracker to become ready, with `trackers.strict`
 
 
 class _Process:
-    """A tracker's process. What goes wrong in it is told as a warning."""
+    """Handle of a tracker's process. Reports its errors as warnings."""
 
     def __init__(self, name: str, run: Run) -> None:
         self.name, self.settings = name, run.config.trackers
@@ -28,38 +28,38 @@ class _Process:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "rlora.trackers.process"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(each or os.getcwd() for each in sys.path)},
-            start_new_session=True,  # Ctrl-C is for the run, which ends it
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)},
+            start_new_session=True,  # without Ctrl-C: the run ends it
         )  # fmt: skip
-        given = self.settings.project, self.settings.samples_every, self.settings.patience
-        self.say(json.dumps(asdict(Asked(name, str(run.place), asdict(run.config), *given))), last=False)
+        settings = self.settings.project, self.settings.samples_every, self.settings.patience
+        self.send(json.dumps(asdict(TrackerJob(name, str(run.path), asdict(run.config), *settings))), last=False)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def require(self) -> None:
-        """Wait until it is ready. Raises RloraError where it can't be."""
+        """Wait until the tracker is ready. Raises RloraError if it fails to start."""
         deadline = time.monotonic() + _START
         while not self.ready.wait(0.1):
             if self.error or self.process.poll() is not None or time.monotonic() > deadline:
                 self.process.kill()
-                self._reader.join(timeout=5.0)  # which may have read why just now
+                self._reader.join(timeout=5.0)  # it may just have read the reason
                 reason = self.error or f"it was not ready after {_START:.0f} s"
                 raise RloraError(f"trackers.strict = true: {self.name}: {reason}")
 
     def wait(self) -> None:
-        """Wait until it has handed on the rest. One that hangs ends itself after `trackers.patience` seconds."""
+        """Wait until the remaining steps are sent. A hanging process ends itself after `trackers.patience` seconds."""
         try:
             self.process.wait(self.settings.patience + _GRACE)
         except subprocess.TimeoutExpired:
             self.process.kill()
         self._reader.join(timeout=_GRACE)
 
-    def say(self, word: str, last: bool = True) -> None:
-        """Send a line, after which none comes where it is the last."""
+    def send(self, line: str, last: bool = True) -> None:
+        """Send a line to the process; `last` closes the pipe."""
         assert self.process.stdin
         self._ending = last
-        with suppress(OSError):  # it is gone, and has said why
-            self.process.stdin.write(f"{word}\n")
+        with suppress(OSError):  # the process has ended, after reporting the reason
+            self.process.stdin.write(f"{line}\n")
             self.process.stdin.flush()
         if last:
             with suppress(OSError):
@@ -75,31 +75,31 @@ class _Process:
                     if message["where"]:
                         print(f"tracker {self.name}: {message['where']}", flush=True)
                 else:
-                    self._note(message["error"])
+                    self._report(message["error"])
         status = self.process.wait()
         if status and self._ending:
             patience = f"trackers.patience = {self.settings.patience:g} s"
-            warn(f"tracker {self.name}: it has not ended after {patience}; all figures stand in metrics.jsonl")
+            warn(f"tracker {self.name}: it did not end within {patience}; metrics.jsonl has all metrics")
         elif status and not self.error:
-            self._note(f"its process ended with status {status}")
+            self._report(f"its process ended with status {status}")
 
-    def _note(self, error: str) -> None:
+    def _report(self, error: str) -> None:
         self.error = error
-        if self.ready.is_set() or not self.settings.strict:  # else it is raised
-            warn(f"tracker {self.name}: {error}; training goes on")
+        if self.ready.is_set() or not self.settings.strict:  # otherwise `require` raises it
+            warn(f"tracker {self.name}: {error}; training continues")
 
 
 @contextmanager
 def tracked(run: Run) -> Iterator[None]:
-    """Have the run tracked within by what `trackers.use` names.
+    """Run the trackers in `trackers.use` within the context.
 
-    Raises RloraError, with `trackers.strict`, where a tracker can't start.
+    With `trackers.strict`, raises RloraError if a tracker can't start.
     """
     processes = [_Process(name, run) for name in run.config.trackers.use]
     try:
         if run.config.trackers.strict:
-            for each in processes:
-                each.require()
+            for process in processes:
+                process.require()
         yield
     except BaseException:
         _end(processes, "failed")
@@ -107,8 +107,8 @@ def tracked(run: Run) -> Iterator[None]:
     _end(processes, "end")
 
 
-def _end(processes: Sequence[_Process], word: str) -> None:
-    for each in processes:
-        each.say(word)
-    for each in processes:
-        each.wait()
+def _end(processes: Sequence[_Process], outcome: str) -> None:
+    for process in processes:
+        process.send(outcome)
+    for process in processes:
+        process.wait()

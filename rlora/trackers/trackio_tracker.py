@@ -1,4 +1,4 @@
-"""trackio. TRACKIO_DIR and TRACKIO_SPACE_ID are its own."""
+"""trackio tracker. Configured by TRACKIO_DIR and TRACKIO_SPACE_ID."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from rlora.trackers.tracker import Tracked
 
 
 class Trackio:
-    """A run of trackio with the name and the id of the run: a resume continues it."""
+    """A trackio run, named by the run's name and id. A resume continues it."""
 
     def __init__(self, tracked: Tracked, last: int) -> None:
         self.run = trackio.init(
@@ -27,7 +27,7 @@ class Trackio:
         self.run.log({"samples": table}, step=step)
 
     def flush(self) -> None:
-        """It writes on its own."""
+        """Nothing to do: trackio writes in the background."""
 
     def finish(self, failed: bool, summary: Mapping[str, Any]) -> None:
         self.run.finish()

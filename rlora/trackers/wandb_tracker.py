@@ -1,4 +1,4 @@
-"""Weights & Biases. WANDB_MODE, WANDB_ENTITY, WANDB_API_KEY and the like are its own."""
+"""Weights & Biases tracker. Configured by WANDB_MODE, WANDB_ENTITY, WANDB_API_KEY and the like."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,10 +10,10 @@ from rlora.trackers.tracker import Tracked
 
 
 class Wandb:
-    """A run of W&B with the id of the run: a resume continues it, and it takes no step twice."""
+    """A W&B run with the run's id. A resume continues it, and W&B ignores steps that it has already."""
 
     def __init__(self, tracked: Tracked, last: int) -> None:
-        directory = None if tracked.is_far else tracked.directory  # None: W&B's own choice
+        directory = None if tracked.is_far else tracked.directory  # None: W&B's default
         self.run = wandb.init(
             project=tracked.project, name=tracked.name, id=tracked.id, resume="allow", dir=directory,
             config=dict(tracked.config), allow_val_change=True, settings=wandb.Settings(silent=True, console="off"),
@@ -27,7 +27,7 @@ class Wandb:
         self.run.log({"samples": wandb.Table(columns=list(columns), data=[list(row) for row in rows])}, step=step)
 
     def flush(self) -> None:
-        """It writes on its own."""
+        """Nothing to do: W&B writes in the background."""
 
     def finish(self, failed: bool, summary: Mapping[str, Any]) -> None:
         self.run.summary.update(dict(summary))

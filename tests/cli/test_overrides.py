@@ -9,7 +9,10 @@ import tomli_w
 from conftest import ROOT
 from upath import UPath
 
-from rlora.cli.overrides import parse_eval, parse_replay, parse_show, parse_train, with_changes
+from rlora.cli.arguments import Eval, Plan, Replay, Show
+from rlora.cli.grammar import split as split_fields
+from rlora.cli.overrides import parse_source, parse_train, with_changes
+from rlora.cli.sweep import parse_sweep
 from rlora.config import differences, read, validate
 from rlora.records import RloraError
 from rlora.run.checkpoint import Bundle, bundle_path
@@ -33,41 +36,46 @@ def test_a_run_and_a_step() -> None:
     assert split("runs/x@40") == (UPath("runs/x"), 40)
     assert split("runs/x@home") == (UPath("runs/x@home"), None)
     assert split("memory://bucket/runs/x@7") == (UPath("memory://bucket/runs/x"), 7)
-    with pytest.raises(RloraError, match=r"s33://runs/x: .*s33.*; install what that names, or give a local directory"):
+    with pytest.raises(
+        RloraError, match=r"s33://runs/x: .*s33.*; install the missing package, or use a local directory"
+    ):
         split("s33://runs/x@7")
 
 
 def test_a_resumed_run_has_its_own_config_and_what_is_asked_for_by_name(run: str) -> None:
-    own = read(Path(TOML))
-    assert parse_train(["--resume", run]).config == own
-    given = parse_train(["--resume", run, "--set", "steps=200", "learner.lr=1e-4", "learner.betas=[0.5, 0.9]"])
-    assert differences(own, given.config) == {
+    saved = read(Path(TOML))
+    assert parse_train(["--resume", run]).config == saved
+    resumed = parse_train(["--resume", run, "--steps", "200", "--learner.lr=1e-4", "--learner.betas", "0.5", "0.9"])
+    assert differences(saved, resumed.config) == {
         "steps": (48, 200), "learner.lr": (5e-4, 1e-4), "learner.betas": ([0.9, 0.95], [0.5, 0.9]),
     }  # fmt: skip
-    of_env = parse_train(["--resume", run, "--set", "env_args.high=12", "env-args.name=x"]).config
-    assert of_env.env_args == own.env_args | {"high": 12, "name": "x"}
-    grpo = parse_train(["--resume", run, "--set", "algorithm.name=grpo"]).config.algorithm
+    env_args = parse_train(["--resume", run, "--env_args.high=12", "--env-args.name", "x"]).config.env_args
+    assert env_args == saved.env_args | {"high": 12, "name": "x"}
+    grpo = parse_train(["--resume", run, "--algorithm.name", "grpo"]).config.algorithm
     assert (grpo.name, grpo.advantage, grpo.loss) == ("grpo", "standardised", "clip")
-    assert parse_train([TOML, "--resume", run]).config == own  # the file says the same
+    assert parse_train([TOML, "--resume", run]).config == saved  # the file says the same
+    assert parse_train([TOML, "--resume", run, "--steps=200"]).config == replace(saved, steps=200)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--learner.lr", "1e-4"), r"learner\.lr: 0\.0005 -> 0\.0001\n.*--set learner\.lr=0\.0001"),
-        (("--steps", "200", "--set", "learner.lr=1e-4"), r"steps: 48 -> 200"),
-        (("{other}",), r"learner\.lr: 0\.0005 -> 0\.1\n.*--set learner\.lr=0\.1"),
-        (("--num-generations", "4"), r"--num_generations: no such option; here it is --group-size"),
-        (("--set", "learner.rnak=1"), r"--set learner\.rnak=1: no such field; did you mean learner\.rank"),
-        (("--set", "steps"), r"--set steps: no value; give NAME=VALUE"),
-        (("--set", "steps=0"), r"steps = 0: .*greater than or equal to 1"),
-        (("--set", "steps=many"), r"steps = 'many': .*valid integer"),
-        (("--set", "model=other"), r"model = 'other': --resume goes on with an adapter that was trained with 'demo:"),
-        (("--set", "learner.rank=2"), r"learner\.rank = 2: .* trained with 1, .*leave it out, or start a new run"),
-        (("--set", "learner.targets=mlp"), r"learner\.targets = 'mlp': .* trained with 'all'"),
-        (("--set", "learner.alpha=16.0"), r"learner\.alpha = 16\.0: "),
-        (("--set", "algorithm.name=ppo"), r"algorithm\.advantage = 'gae': "),
-        (("--overwrite",), r"a run goes on where it is; leave out --run-dir, --overwrite and --fork"),
+        (
+            ("{other}",),
+            r"other\.toml differs from it:\n  learner\.lr: 0\.0005 -> 0\.1\n.*set the fields to change by name",
+        ),
+        (("{other}", "--steps=4"), r"other\.toml differs from it:\n  learner\.lr: 0\.0005 -> 0\.1\nRemove"),
+        (("--num-generations", "4"), r"--num-generations: no such option; here it is --group-size"),
+        (("--learner.rnak=1",), r"--learner\.rnak: no such field; did you mean learner\.rank"),
+        (("--steps",), r"--steps: no value; give --steps=VALUE"),
+        (("--steps=0",), r"steps = 0: .*greater than 0"),
+        (("--steps=many",), r"steps = 'many': .*valid integer"),
+        (("--model=other",), r"model = 'other': --resume continues an adapter that was trained with 'demo:"),
+        (("--learner.rank=2",), r"learner\.rank = 2: .* trained with 1, .*remove it, or start a new run"),
+        (("--learner.targets=mlp",), r"learner\.targets = 'mlp': .* trained with 'all'"),
+        (("--learner.alpha=16",), r"learner\.alpha = 16\.0: "),
+        (("--algorithm.name=ppo",), r"algorithm\.advantage = 'gae': "),
+        (("--overwrite",), r"a run is resumed where it is; remove --run-dir, --overwrite and --fork"),
     ],
 )
 def test_nothing_else_is_taken(arguments: tuple[str, ...], message: str, run: str, tmp_path: Path) -> None:
@@ -81,15 +89,12 @@ def test_nothing_else_is_taken(arguments: tuple[str, ...], message: str, run: st
 def test_sets_to_evaluate_on_are_given_by_name(run: str) -> None:
     hard = ["--evaluate.sets.hard.prompts", "7", "--evaluate.sets.hard.env-args.operator=*"]
     sets = parse_train([TOML, "--evaluate.sets.easy.prompts=3", *hard]).config.evaluate.sets
-    assert {name: given.prompts for name, given in sets.items()} == {"easy": 3, "hard": 7}
+    assert {name: evaluated.prompts for name, evaluated in sets.items()} == {"easy": 3, "hard": 7}
     assert sets["hard"].env_args == {"operator": "*"}
-    assert (
-        parse_train(["--resume", run, "--set", "evaluate.sets.hard.prompts=7"]).config.evaluate.sets["hard"].prompts
-        == 7
-    )
+    assert parse_train(["--resume", run, "--evaluate.sets.hard.prompts=7"]).config.evaluate.sets["hard"].prompts == 7
     with pytest.raises(RloraError, match=r"evaluate\.sets\.hard\.promts = 7: no such field"):
         parse_train([TOML, "--evaluate.sets.hard.promts", "7"])
-    with pytest.raises(RloraError, match=r"evaluate\.sets\.hard = 7: .*Other sets of held-out prompts"):
+    with pytest.raises(RloraError, match=r"evaluate\.sets\.hard = 7: .*Additional sets of held-out prompts"):
         parse_train([TOML, "--evaluate.sets.hard", "7"])
 
 
@@ -101,7 +106,7 @@ def test_a_run_is_begun_where_none_is_yet_if_a_file_says_how(tmp_path: Path) -> 
 def test_a_fork_takes_any_field_that_its_adapter_does_not_hang_on(run: str) -> None:
     given = parse_train(["--fork", run, "--learner.lr", "2e-4", "--seed", "1"])
     assert set(differences(read(Path(TOML)), given.config)) == {"learner.lr", "seed"}
-    with pytest.raises(RloraError, match=r"learner\.rank = 4: --fork goes on with an adapter that was trained with 1"):
+    with pytest.raises(RloraError, match=r"learner\.rank = 4: --fork continues an adapter that was trained with 1"):
         parse_train(["--fork", run, "--learner.rank", "4"])
 
 
@@ -111,7 +116,7 @@ def test_a_fork_of_a_version_has_the_config_that_it_was_made_under(run: str, bun
     write_directory(bundle_path(UPath(run), 3), bundle(3, config=made).files)
     given = parse_train(["--fork", f"{run}@3", "--learner.lr", "2e-4"])
     assert set(differences(made, given.config)) == {"learner.lr"}
-    with pytest.raises(RloraError, match=r"it keeps no bundle of version 4; there are 3"):
+    with pytest.raises(RloraError, match=r"there is no bundle of version 4; the versions are 3"):
         parse_train(["--fork", f"{run}@4"])
 
 
@@ -119,13 +124,15 @@ def test_a_replay_is_over_the_config_that_its_version_was_made_under(run: str) -
     """What is given counts also where the run's own config says the same by now."""
     own = read(Path(TOML))
     made = replace(own, learner=replace(own.learner, lr=1e-5))
-    asked = parse_replay([run, "--learner.lr", str(own.learner.lr)], made).config
-    assert differences(made, asked) == {"learner.lr": (1e-5, own.learner.lr)}
-    assert parse_replay([run], made).config == made
+    replayed = parse_source(Replay, "rlora replay", [run, "--learner.lr", str(own.learner.lr)])
+    config = with_changes(asdict(made), replayed.changes)
+    assert differences(made, config) == {"learner.lr": (1e-5, own.learner.lr)}
+    assert with_changes(asdict(made), parse_source(Replay, "rlora replay", [run]).changes) == made
 
 
 def test_changes_of_every_kind(config: Callable[..., Config]) -> None:
-    changed = with_changes(config(), ['chat.stop=["="]', "learner.head=true", "dtype=bfloat16", 'reward=["a.py:f"]'])
+    arguments = ['--chat.stop=["="]', "--learner.head=true", "--dtype=bfloat16", '--reward=["a.py:f"]']
+    changed = with_changes(asdict(config()), split_fields(arguments, ())[0])
     assert (changed.chat.stop, changed.learner.head, changed.dtype, changed.reward) == (
         ("=",),
         True,
@@ -148,8 +155,8 @@ def test_the_command_line_fills_a_file_without_a_required_field(name: str, tmp_p
     file, value = without(tmp_path, name), str(getattr(own, name))
     assert parse_train([file, f"--{name}", value]).config == own
     assert parse_train([file, f"--{name}={value}"]).config == own
-    assert parse_eval([file, f"--{name}", value]).config == own
-    assert parse_show(["prompt", file, f"--{name}", value]).config == own
+    assert parse_source(Eval, "rlora eval", [file, f"--{name}", value]).config == own
+    assert parse_source(Show, "rlora show", ["prompt", file, f"--{name}", value]).config == own
     with pytest.raises(RloraError, match=rf"part\.toml: {name}: not set, and it has no default"):
         parse_train([file])
 
@@ -202,7 +209,7 @@ def test_lists_of_numbers_and_texts_are_arguments(tmp_path: Path) -> None:
     assert config.env_args == wanted | {"levels": [3]}
     assert config.reward_args == wanted | {"names": ["c"]}
     assert config.chat.template_args == wanted | {"none": [1.5]}
-    assert with_changes(config, ["env_args.levels=[4, 5]"]).env_args["levels"] == [4, 5]
+    assert with_changes(asdict(config), {"env_args.levels": [4, 5]}).env_args["levels"] == [4, 5]
 
 
 @pytest.mark.parametrize("value", ["[[1], 2]", '{"a": 1}', "null", "[null]", "NaN"])
@@ -213,3 +220,59 @@ def test_other_arguments_are_refused_with_what_they_may_be(value: str) -> None:
             RloraError, match=rf"^{name}\.x = .*: use text, a number, true or false, or a list of them$"
         ):
             parse_train([TOML, f"--{option}.x", value])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field", "value"),
+    [
+        (["--learner.rank", "4"], "learner.rank", 4),
+        (["--learner.rank=4"], "learner.rank", 4),
+        (["--learner.lr", "auto"], "learner.lr", "auto"),
+        (["--learner.lr=1e-4"], "learner.lr", 1e-4),
+        (["--seed", "-1"], "seed", -1),
+        (["--model", "7"], "model", "7"),  # a text, though it reads as a number
+        (["--learner.shard"], "learner.shard", True),
+        (["--learner.shard", "false"], "learner.shard", False),
+        (["--learner.checkpointing", "auto"], "learner.checkpointing", "auto"),
+        (["--learner.checkpointing"], "learner.checkpointing", True),
+        (["--trackers.use", "wandb"], "trackers.use", ["wandb"]),
+        (["--trackers.use", "wandb", "mlflow"], "trackers.use", ["wandb", "mlflow"]),
+        (['--trackers.use=["wandb", "mlflow"]'], "trackers.use", ["wandb", "mlflow"]),
+        (["--reward", "a.py:f"], "reward", "a.py:f"),
+        (["--reward", "a.py:f", "b.py:g"], "reward", ["a.py:f", "b.py:g"]),
+        (["--chat.stop", "7"], "chat.stop", ["7"]),
+        (["--learner.betas", "0.5", "0.9"], "learner.betas", [0.5, 0.9]),
+        (["--env-args.high", "12"], "env_args.high", 12),
+        (["--evaluate.sets.hard.env-args.operator=*"], "evaluate.sets.hard.env_args.operator", "*"),
+        # forms of earlier releases, which are accepted with a warning
+        (["--learner.no-shard"], "learner.shard", False),
+        (["--set", "learner.rank=4"], "learner.rank", 4),
+    ],
+)
+def test_one_grammar_for_every_command(arguments: list[str], field: str, value: object, run: str) -> None:
+    """After a file, a run that is resumed or forked, one that is replayed, and the members of a sweep."""
+    for command in ([TOML], ["--resume", run], ["--fork", run]):
+        assert split_fields([*command, *arguments], {"resume", "fork"}) == ({field: value}, command)
+    if not field.startswith(("model", "env_args", "reward", "learner.rank", "evaluate", "learner.shard")):
+        for options in (
+            parse_train([TOML, *arguments]), parse_train(["--resume", run, *arguments]),
+            parse_train(["--fork", run, *arguments]), parse_source(Replay, "rlora replay", [run, *arguments]),
+            parse_source(Plan, "rlora plan", [TOML, *arguments]), parse_sweep([TOML, *arguments])[0],
+        ):  # fmt: skip
+            assert options.changes == {field: value}
+
+
+def test_an_old_form_is_shown_in_the_new_one(capsys: pytest.CaptureFixture[str]) -> None:
+    split_fields(["--set", "steps=4", "learner.lr=1e-3", "--learner.no-head"], ())
+    assert capsys.readouterr().err.splitlines() == [
+        "rlora: --set is the form of an earlier release; write --steps=4 --learner.lr=1e-3",
+        "rlora: --learner.no-head is the form of an earlier release; write --learner.head=false",
+    ]
+
+
+def test_every_broken_rule_has_a_line() -> None:
+    with pytest.raises(RloraError) as refused:
+        parse_train([TOML, "--group-size", "1", "--critic.warmup", "99", "--algorithm.name", "ppo",
+                     "--algorithm.target-kl", "0", "--algorithm.minibatches", "17", "--chat.stop", ""])  # fmt: skip
+    names = [line.partition(" = ")[0] for line in str(refused.value).splitlines()]
+    assert names == ["chat.stop", "critic.warmup", "algorithm.minibatches"]

@@ -12,7 +12,7 @@ from conftest import exit_status as run
 import rlora.sweeps.results
 import rlora.sweeps.sweep
 from rlora.settings import Config
-from rlora.sweeps.diary import Diary, whole_lines
+from rlora.sweeps.diary import Diary, complete_lines
 from rlora.sweeps.halving import Halving
 from rlora.sweeps.sweep import Swept
 
@@ -29,7 +29,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return Swept(Path("-"), {}, {})
 
     monkeypatch.setattr(rlora.sweeps.sweep, "sweep", sweep)
-    monkeypatch.setattr(rlora.sweeps.results, "ended", lambda place: [])
+    monkeypatch.setattr(rlora.sweeps.results, "read_results", lambda place: [])
     return found
 
 
@@ -69,9 +69,10 @@ def test_a_file_may_hold_all_of_it(config: str, asked: dict[str, Any], tmp_path:
     [
         (("--over", "learner.rank"), r"--over learner\.rank: give FIELD=VALUE,VALUE"),
         (("--member", "hot"), r"--member hot: give NAME:FIELD=VALUE"),
-        (("--member", "hot:learner.lr"), r"--member hot:learner\.lr: learner\.lr has no value"),
-        (("--over", "seed=0,1", "--halve-at", "a"), r"--halve-at a: give steps between commas"),
-        (("--resume", "x", "--steps", "3"), r"--resume x: members go on under their own configs"),
+        (("--member", "hot:learner.lr"), r"--member hot: learner\.lr: no value"),
+        (("--member", "hot:learner.lrr=1"), r"--member hot: learner\.lrr: no such field; did you mean learner\.lr"),
+        (("--over", "seed=0,1", "--halve-at", "a"), r"--halve-at a: give steps separated by commas"),
+        (("--resume", "x", "--steps", "3"), r"--resume x: members keep their own configs; remove --steps"),
     ],
 )  # fmt: skip
 def test_bad_input(
@@ -90,13 +91,13 @@ def test_what_is_asked_of_a_sweep(
     diary.note("began", "b")
     for what in ("pause", "drop"):
         assert run(what, str(tmp_path / "a")) == 0
-    assert f"pause a, once it goes on: `rlora sweep --resume {tmp_path}`" in capsys.readouterr().out
-    assert whole_lines(tmp_path / "wanted.jsonl") == [{"what": each, "member": "a"} for each in ("pause", "drop")]
+    assert f"pause a, once it is resumed: `rlora sweep --resume {tmp_path}`" in capsys.readouterr().out
+    assert complete_lines(tmp_path / "wanted.jsonl") == [{"what": each, "member": "a"} for each in ("pause", "drop")]
     assert run("go", str(tmp_path / "b")) == 1
-    assert "b: it is running, so there is nothing to go" in capsys.readouterr().err
+    assert "b: the member is running, so `rlora go` is not possible" in capsys.readouterr().err
     monkeypatch.setattr("rlora.run.checkpoint.read_version", lambda run, version: bundle(version or 7))
     assert run("fork", str(tmp_path / "b"), "c", "learner.lr=1e-3", "seed=2") == 0
     expected: Mapping[str, Any] = {
         "what": "fork", "member": "b", "version": 7, "name": "c", "changes": {"learner.lr": 1e-3, "seed": 2},
     }  # fmt: skip
-    assert whole_lines(tmp_path / "wanted.jsonl")[-1] == expected
+    assert complete_lines(tmp_path / "wanted.jsonl")[-1] == expected

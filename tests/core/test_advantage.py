@@ -16,10 +16,10 @@ def test_a_groups_advantages_by_hand() -> None:
     assert leave_one_out(RETURNS).tolist() == pytest.approx([1.0, -1 / 3, -1 / 3, -1 / 3])
 
 
-@pytest.mark.parametrize("of", [centred, standardised, leave_one_out])
-def test_returns_that_agree_give_exactly_nothing(of: object) -> None:
-    assert callable(of)
-    assert of(torch.full((3,), 0.1)).tolist() == [0.0, 0.0, 0.0]
+@pytest.mark.parametrize("advantages", [centred, standardised, leave_one_out])
+def test_equal_returns_give_exactly_0(advantages: object) -> None:
+    assert callable(advantages)
+    assert advantages(torch.full((3,), 0.1)).tolist() == [0.0, 0.0, 0.0]
 
 
 def test_leave_one_out_is_each_less_the_mean_of_the_others() -> None:
@@ -56,8 +56,8 @@ def test_gae_with_lambda_1_is_the_return_less_the_value_and_with_0_the_td_error(
         return torch.tensor(returns[::-1])
 
     for bootstrap in (0.0, 0.7):  # terminated, and cut off
-        of = generalised(rewards, values, bootstrap, 0.9, 1.0)
-        torch.testing.assert_close(of, discounted(bootstrap, 0.9) - values)
+        advantages = generalised(rewards, values, bootstrap, 0.9, 1.0)
+        torch.testing.assert_close(advantages, discounted(bootstrap, 0.9) - values)
         following = torch.cat([values[1:], torch.tensor([bootstrap])])
         torch.testing.assert_close(
             generalised(rewards, values, bootstrap, 0.9, 0.0), rewards + 0.9 * following - values

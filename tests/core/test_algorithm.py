@@ -1,4 +1,4 @@
-"""Which token learns what, by hand."""
+"""Advantages, weights and losses per token, computed by hand."""
 
 import random
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from rlora.core.batch import Microbatch, Sample, microbatches, sample_of
 from rlora.core.objectives import READY
 from rlora.core.objectives.policy_gradient import PolicyGradient
 from rlora.core.policy import Outputs
-from rlora.core.update import _with, whiten
+from rlora.core.update import _with_advantages, whiten
 from rlora.records import Episode, Group
 from rlora.settings import AlgorithmConfig
 
@@ -31,48 +31,50 @@ def algorithm(name: str = "reinforce", **changes: Any) -> AlgorithmConfig:
 
 
 def objective(name: str = "reinforce", **changes: Any) -> PolicyGradient:
-    made = algorithm(name, **changes)
-    return READY[made.loss](made, MAX_TOKENS)
+    settings = algorithm(name, **changes)
+    return READY[settings.loss](settings, MAX_TOKENS)
 
 
-def credit(of: Group, known: Sequence[Sample], by: PolicyGradient) -> list[Sample]:
-    return [_with(sample, each) for sample, each in zip(known, by.advantages(of, known), strict=True)]
+def credit(group: Group, samples: Sequence[Sample], objective: PolicyGradient) -> list[Sample]:
+    advantages = objective.advantages(group, samples)
+    return [_with_advantages(sample, tensor) for sample, tensor in zip(samples, advantages, strict=True)]
 
 
-def token_losses(row: Microbatch, now: Tensor, entropies: Tensor | None, by: PolicyGradient) -> tuple[Tensor, Any]:
-    """The loss of each token: that of a row in which no other has a weight."""
-    every = []
-    for place in range(len(now)):
+def token_losses(
+    row: Microbatch, now: Tensor, entropies: Tensor | None, objective: PolicyGradient
+) -> tuple[Tensor, Any]:
+    """The loss of each token: the loss of a row in which all other tokens have weight 0."""
+    losses = []
+    for index in range(len(now)):
         weights = torch.zeros(len(now))
-        weights[place] = 1.0
+        weights[index] = 1.0
         weighted = replace(row, tokens=replace(row.tokens, weights=weights))
-        loss, figures = by.loss(Outputs(now, entropies), weighted)
-        every.append(loss)
-    return torch.stack(every), figures
+        loss, figures = objective.loss(Outputs(now, entropies), weighted)
+        losses.append(loss)
+    return torch.stack(losses), figures
 
 
-def of_group(of: Group, **known: Sequence[float]) -> list[Sample]:
-    made = [sample_of(of.prompt.token_ids, each) for each in of.episodes if each.completion_ids]
-    return [
-        replace(each, tokens=replace(each.tokens, **{k: torch.tensor(v) for k, v in known.items()})) for each in made
-    ]
+def samples_of(group: Group, **values: Sequence[float]) -> list[Sample]:
+    tensors = {name: torch.tensor(numbers) for name, numbers in values.items()}
+    episodes = [episode for episode in group.episodes if episode.completion_ids]
+    return [sample_of(group.prompt.token_ids, episode).with_tokens(**tensors) for episode in episodes]
 
 
 def test_each_token_has_its_episodes_advantage_and_empty_episodes_count_for_the_mean() -> None:
     three = group([5], episode([6, 7], 1.0), episode([8], 0.0), episode([], 0.5))
-    credited = credit(three, of_group(three), objective())
-    assert [each.tokens.advantages.tolist() for each in credited] == [[0.5, 0.5], [-0.5]]
-    assert all(each.tokens.returns is None for each in credited)
+    credited = credit(three, samples_of(three), objective())
+    assert [sample.tokens.advantages.tolist() for sample in credited] == [[0.5, 0.5], [-0.5]]
+    assert all(sample.tokens.returns is None for sample in credited)
 
 
 def test_kl_in_the_reward_is_paid_by_the_episode_or_by_its_tokens() -> None:
     two = group([5], episode([6, 7], 1.0), episode([8, 9], 0.0))
-    known = of_group(two, start_logprobs=[-1.0, -1.0], reference_logprobs=[-1.5, -3.0])
-    known[1] = of_group(two, start_logprobs=[-1.0, -1.0], reference_logprobs=[-1.0, -1.0])[1]
+    first, _ = samples_of(two, start_logprobs=[-1.0, -1.0], reference_logprobs=[-1.5, -3.0])
+    _, second = samples_of(two, start_logprobs=[-1.0, -1.0], reference_logprobs=[-1.0, -1.0])
     settings = {"kl": 0.1, "kl_in": "reward", "kl_estimator": "k1"}
-    by_episode = credit(two, known, objective("rloo", **settings))
+    by_episode = credit(two, [first, second], objective("rloo", **settings))
     assert by_episode[0].tokens.advantages.tolist() == pytest.approx([0.75, 0.75])  # 1 - 0.1 * 2.5
-    by_token = credit(two, known, objective("reinforce++", gamma=0.5, **settings))
+    by_token = credit(two, [first, second], objective("reinforce++", gamma=0.5, **settings))
     assert by_token[0].tokens.advantages.tolist() == pytest.approx([-0.05 + 0.5 * 0.8, 1 - 0.2])
 
 
@@ -81,9 +83,9 @@ def test_kl_in_the_reward_is_paid_by_the_episode_or_by_its_tokens() -> None:
 )
 def test_gae_bootstraps_where_an_episode_was_cut_off(reason: str, bootstrap: bool, last: float) -> None:
     one = group([5], replace(episode([6, 7], 1.0), finish_reason=reason), episode([8], 0.0))
-    known = of_group(one, values=[0.5, 0.25])[0]
+    sample = samples_of(one, values=[0.5, 0.25])[0]
     settings = objective("ppo", gamma=0.9, lam=0.5, bootstrap_truncated=bootstrap)
-    (credited,) = credit(one, [known.with_tokens(end=torch.tensor([0.7]))], settings)
+    (credited,) = credit(one, [sample.with_tokens(end=torch.tensor([0.7]))], settings)
     second = 1 + 0.9 * last - 0.25
     first = 0.9 * 0.25 - 0.5 + 0.45 * second
     assert credited.tokens.advantages.tolist() == pytest.approx([first, second])
@@ -97,16 +99,16 @@ def test_an_overlong_completion_pays_more_and_more() -> None:
     assert returns == [1.0, 1.0, 0.875, 0.5]
 
 
-def cut(of: Episode) -> Episode:
-    return replace(of, finish_reason="length")
+def cut_off(episode: Episode) -> Episode:
+    return replace(episode, finish_reason="length")
 
 
 def test_weights_by_hand() -> None:
-    groups = [group([5], episode([6, 7, 8], 1.0), episode([9], 0.0)), group([5], cut(episode([6, 7], 1.0)))]
+    groups = [group([5], episode([6, 7, 8], 1.0), episode([9], 0.0)), group([5], cut_off(episode([6, 7], 1.0)))]
 
     def weights(**settings: Any) -> list[float]:
         weight = objective(**settings).weights(groups)
-        return [weight(each) for of in groups for each in of.episodes]
+        return [weight(episode) for group in groups for episode in group.episodes]
 
     assert weights() == pytest.approx([1 / 6] * 3)
     assert weights(drop_truncated=True)[:2] == pytest.approx([1 / 4, 1 / 4])
@@ -115,7 +117,7 @@ def test_weights_by_hand() -> None:
 
 
 def test_tokens_of_a_tool_are_read_and_not_learned() -> None:
-    called = replace(episode([6, 7, 8, 9], 1.0, [-1.0, 0.0, 0.0, -2.0]), own=(True, False, False, True))
+    called = replace(episode([6, 7, 8, 9], 1.0, [-1.0, 0.0, 0.0, -2.0]), sampled_mask=(True, False, False, True))
     two = group([5], called, episode([10, 11], 0.0))
     (row,) = microbatches(samples([two]), 100, torch.float32, torch.device("cpu"))
     assert row.input_ids.tolist() == [5, 6, 7, 8, 10]
@@ -123,18 +125,19 @@ def test_tokens_of_a_tool_are_read_and_not_learned() -> None:
     assert row.input_ids[row.predictors].tolist() == [5, 8, 5, 10]
     assert row.tokens.behaviour_logprobs.tolist() == [-1.0, -2.0, -1.0, -1.0]
     assert row.lengths.tolist() == [2, 2]
-    to_the_end = [[each.to_the_end() for each in of] for of in samples([two])]
-    (row,) = microbatches(to_the_end, 100, torch.float32, torch.device("cpu"))
+    with_end = [[sample.to_the_end() for sample in group] for group in samples([two])]
+    (row,) = microbatches(with_end, 100, torch.float32, torch.device("cpu"))
     assert row.input_ids.tolist() == [5, 6, 7, 8, 9, 10, 11]
     assert row.input_ids[row.predictors].tolist() == [5, 8, 9, 5, 10, 11]
     assert row.lengths.tolist() == [3, 3]
     assert objective().weights([two])(called) == 1 / 4
 
 
-def test_a_tokens_loss_is_the_sum_of_what_was_asked_for() -> None:
+def test_a_tokens_loss_is_the_sum_of_its_terms() -> None:
     two = group([5], episode([6, 7], 1.0, [-2.0, -1.0]), episode([8], 0.0, [-4.0]))
-    of_two = of_group(two, reference_logprobs=[-1.0, -1.0])[:1] + of_group(two, reference_logprobs=[-1.0])[1:]
-    credited = credit(two, of_two, objective())
+    first, _ = samples_of(two, reference_logprobs=[-1.0, -1.0])
+    _, second = samples_of(two, reference_logprobs=[-1.0])
+    credited = credit(two, [first, second], objective())
     (row,) = microbatches([credited], 100, torch.float32, torch.device("cpu"))
     now, entropies = torch.tensor([-1.0, -1.5, -1.0]), torch.tensor([1.0, 2.0, 3.0])
     settings = objective(kl=0.1, kl_estimator="k2", entropy=0.01)
@@ -158,10 +161,10 @@ def test_a_tokens_loss_is_the_sum_of_what_was_asked_for() -> None:
         ("none", [1.0, 1.0, 1.0]),
     ],
 )
-def test_what_the_engine_gave_too_rarely_counts_no_more_than_the_cap(correction: str, weights: list[float]) -> None:
+def test_the_importance_ratio_is_capped(correction: str, weights: list[float]) -> None:
     log_half = torch.tensor(0.5).log().item()
     two = group([5], episode([6, 7], 1.0, [-300.0, log_half + 0.1]), episode([8], 0.0, [-1.0]))
-    (row,) = microbatches([of_group(two)], 100, torch.float32, torch.device("cpu"))
+    (row,) = microbatches([samples_of(two)], 100, torch.float32, torch.device("cpu"))
     row = replace(row, tokens=replace(row.tokens, advantages=torch.ones(3)))
     now = torch.tensor([-1.0, 2 * log_half + 0.1, -1.0])  # ratios e^299, 1/2 and 1
     losses, figures = token_losses(row, now, None, objective(correction=correction))
@@ -172,7 +175,7 @@ def test_what_the_engine_gave_too_rarely_counts_no_more_than_the_cap(correction:
 @pytest.mark.parametrize("name", ["grpo", "dr-grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++"])
 def test_on_policy_every_algorithm_has_the_gradient_of_its_advantages(name: str) -> None:
     two = group([5], episode([6, 7], 1.0, [-2.0, -1.0]), episode([8], 0.0, [-4.0]))
-    credited = credit(two, of_group(two), objective(name, kl=0))
+    credited = credit(two, samples_of(two), objective(name, kl=0))
     (row,) = microbatches([credited], 100, torch.float32, torch.device("cpu"))
     now = row.tokens.behaviour_logprobs.clone().requires_grad_()
     losses, _ = token_losses(row, now, None, objective(name, kl=0))
@@ -183,23 +186,23 @@ def test_on_policy_every_algorithm_has_the_gradient_of_its_advantages(name: str)
 
 
 CORRECTIONS = ["episode-truncate", "episode-mask", "none", "token-truncate", "token-mask"]
-LOSSES = [(name, by) for name in ("reinforce", "grpo", "dapo", "cispo", "ppo") for by in CORRECTIONS]
+LOSSES = [(name, method) for name in ("reinforce", "grpo", "dapo", "cispo", "ppo") for method in CORRECTIONS]
 
 
-@pytest.mark.parametrize(("name", "correction"), [*LOSSES, *(("gspo", by) for by in CORRECTIONS[:3])])
+@pytest.mark.parametrize(("name", "correction"), [*LOSSES, *(("gspo", method) for method in CORRECTIONS[:3])])
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
 def test_finite_logprobs_have_finite_losses_gradients_and_figures(name: str, correction: str, estimator: str) -> None:
-    """However far apart the policy of now, of the start, the behaviour policy and the reference are."""
+    """However far apart the current, start, behaviour and reference policies are."""
     far = [-1.0, -101.0, -1001.0]
     two = group([5], episode([6, 7, 8], 1.0, far), episode([9, 10, 11], 0.0, far[::-1]))
-    known = {"start_logprobs": far[1:] + far[:1], "reference_logprobs": far[::-1]}
-    (row,) = microbatches([of_group(two, **known)], 100, torch.float32, torch.device("cpu"))
+    logprobs = {"start_logprobs": far[1:] + far[:1], "reference_logprobs": far[::-1]}
+    (row,) = microbatches([samples_of(two, **logprobs)], 100, torch.float32, torch.device("cpu"))
     settings = objective(name, kl=0.1, kl_in="loss", kl_estimator=estimator, correction=correction)
     for advantage in (1.0, -1.0, 0.0):
-        of_row = replace(row, tokens=replace(row.tokens, advantages=torch.full((6,), advantage)))
-        for logprobs in permutations(far):
-            now = torch.tensor(logprobs * 2, requires_grad=True)
-            losses, figures = token_losses(of_row, now, None, settings)
+        credited = replace(row, tokens=replace(row.tokens, advantages=torch.full((6,), advantage)))
+        for current in permutations(far):
+            now = torch.tensor(current * 2, requires_grad=True)
+            losses, figures = token_losses(credited, now, None, settings)
             losses.sum().backward()
             assert now.grad is not None
             assert now.grad.isfinite().all()
@@ -208,15 +211,16 @@ def test_finite_logprobs_have_finite_losses_gradients_and_figures(name: str, cor
 
 
 def advantages(rewards: Sequence[float], **settings: Any) -> list[float]:
-    of = group([5], *(episode([6], reward) for reward in rewards))
-    return [float(each.tokens.advantages) for each in credit(of, of_group(of), objective(**settings))]
+    scored = group([5], *(episode([6], reward) for reward in rewards))
+    credited = credit(scored, samples_of(scored), objective(**settings))
+    return [float(sample.tokens.advantages) for sample in credited]
 
 
 @pytest.mark.parametrize(
     "rewards",
     [
         [20_000_000.0, 20_000_001.0],
-        [10_000_000.0, 10_000_001.0],  # 32 bits hold both, and not their mean
+        [10_000_000.0, 10_000_001.0],  # float32 holds both, but not their mean
         [-16_777_217.0, -16_777_216.0],
         [1e12, 1e12 + 1],
         [3.0, 3.0 + 1e-9],
@@ -231,40 +235,42 @@ def test_rewards_are_compared_in_the_64_bits_in_which_they_arrive(rewards: list[
     assert centred == pytest.approx([reward - mean for reward in rewards], rel=1e-3)
     assert len(set(centred)) == len(set(rewards))
     count = len(rewards)
-    alone = [reward - (mean * count - reward) / (count - 1) for reward in rewards]
-    assert advantages(rewards, advantage="leave-one-out") == pytest.approx(alone, rel=1e-3, abs=1e-9 * abs(mean))
+    left_out = [reward - (mean * count - reward) / (count - 1) for reward in rewards]
+    assert advantages(rewards, advantage="leave-one-out") == pytest.approx(left_out, rel=1e-3, abs=1e-9 * abs(mean))
     std = stdev(rewards)
     standard = [(reward - mean) / (std + 1e-4) for reward in rewards]
     assert advantages(rewards, advantage="standardised") == pytest.approx(standard, rel=1e-3)
 
 
-OLD = {"centred": centred, "standardised": standardised, "leave-one-out": leave_one_out}
+FLOAT32 = {"centred": centred, "standardised": standardised, "leave-one-out": leave_one_out}
 
 
-@pytest.mark.parametrize("advantage", sorted(OLD))
+@pytest.mark.parametrize("advantage", sorted(FLOAT32))
 def test_ordinary_rewards_have_the_advantages_that_they_had_bit_for_bit(advantage: str) -> None:
-    """Those of 32 bits, with which runs were recorded."""
+    """Those in float32, with which old runs were recorded."""
     generator = random.Random(0)
-    groups = [list(of) for count in range(2, 9) for of in product((0.0, 1.0), repeat=count)]
-    groups += [list(of) for count in (3, 4) for of in product((-1.0, 0.0, 0.1, 0.5, 1.0, 2.0), repeat=count)]
+    groups = [list(rewards) for count in range(2, 9) for rewards in product((0.0, 1.0), repeat=count)]
+    groups += [list(rewards) for count in (3, 4) for rewards in product((-1.0, 0.0, 0.1, 0.5, 1.0, 2.0), repeat=count)]
     groups += [[round(generator.uniform(-1, 1), 3) for _ in range(8)] for _ in range(500)]
-    for of in groups:
-        assert advantages(of, advantage=advantage) == OLD[advantage](torch.tensor(of)).tolist(), of
+    for rewards in groups:
+        expected = FLOAT32[advantage](torch.tensor(rewards)).tolist()
+        assert advantages(rewards, advantage=advantage) == expected, rewards
 
 
 def white(rewards: Sequence[Sequence[float]], **settings: Any) -> list[float]:
-    groups = [group([5], *(episode([6, 7], reward) for reward in of)) for of in rewards]
-    made = objective("reinforce++", kl=0, **settings)
-    credited = [credit(of, of_group(of), made) for of in groups]
+    """The whitened advantages of all tokens of a step; each group has these rewards."""
+    groups = [group([5], *(episode([6, 7], reward) for reward in group_rewards)) for group_rewards in rewards]
+    reinforce = objective("reinforce++", kl=0, **settings)
+    credited = [credit(scored, samples_of(scored), reinforce) for scored in groups]
     whitened_samples, _ = whiten(credited, lambda sums: sums)
-    tokens = [each.tokens for of in whitened_samples for each in of]
-    assert all(each.advantages.dtype == torch.float32 for each in tokens)
-    return torch.cat([each.advantages for each in tokens]).tolist()
+    tokens = [sample.tokens for group_samples in whitened_samples for sample in group_samples]
+    assert all(item.advantages.dtype == torch.float32 for item in tokens)
+    return torch.cat([item.advantages for item in tokens]).tolist()
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0, 20_000_000.0, -20_000_000.0, 1e9, 1e14])
 def test_a_whole_step_is_whitened_in_64_bits_too(offset: float) -> None:
-    """Where each group agrees, the other group's reward is all that there is to compare with."""
+    """The rewards of each group are equal, so only the difference between the groups counts."""
     assert white([[offset] * 2, [offset + 1] * 2]) == pytest.approx([-1.0] * 4 + [1.0] * 4, rel=1e-6)
     assert white([[offset + 0.1] * 2] * 2) == [0.0] * 8
 
@@ -274,5 +280,5 @@ def test_ordinary_rewards_are_whitened_as_they_were_bit_for_bit() -> None:
     for rewards in (torch.randint(2, (4, 4), generator=generator).float(), torch.randn(4, 4, generator=generator)):
         x = rewards.flatten().repeat_interleave(2)
         mean, square = x.double().sum() / len(x), x.double().square().sum() / len(x)
-        old = whitened(x, mean.float(), (square - mean.square()).clamp(min=0).float())
-        assert white(rewards.tolist()) == old.tolist()
+        expected = whitened(x, mean.float(), (square - mean.square()).clamp(min=0).float())
+        assert white(rewards.tolist()) == expected.tolist()

@@ -1,4 +1,4 @@
-"""What a policy learns does not depend on the policies beside it: bit for bit what it would learn alone."""
+"""A policy learns bit for bit the same, whether it is trained alone or beside other policies."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -51,35 +51,38 @@ def setups(config: Callable[..., Config], tmp_path_factory: pytest.TempPathFacto
 
 
 def recorded(name: str, number: int) -> list[Group]:
-    """The same episodes whenever a policy makes that update."""
+    """The episodes of a policy's update `number`, the same in each call."""
     draw = random.Random(f"{name} {number}")
 
-    def made(reward: float) -> Any:
+    def sampled(reward: float) -> Any:
         tokens = [draw.randrange(2, 97) for _ in range(draw.randint(1, 6))]
-        played = episode(tokens, reward, [-4 * draw.random() for _ in tokens])
-        return replace(played, finish_reason=draw.choice(["stop", "length"]))
+        completed = episode(tokens, reward, [-4 * draw.random() for _ in tokens])
+        return replace(completed, finish_reason=draw.choice(["stop", "length"]))
 
-    return [group([draw.randrange(2, 97) for _ in range(3)], *(made(float(k % 2)) for k in range(4))) for _ in range(4)]
+    def prompt() -> list[int]:
+        return [draw.randrange(2, 97) for _ in range(3)]
+
+    return [group(prompt(), *(sampled(float(k % 2)) for k in range(4))) for _ in range(4)]
 
 
 def bits(learner: Learner, name: str) -> dict[str, bytes]:
-    """Of all that the next update depends on: masters, moments, random state, counts."""
+    """The bytes of everything that the next update depends on: masters, moments, random state, counts."""
     state = safetensors.torch.load(learner.state(name))
     return {key: tensor.flatten().view(torch.uint8).numpy().tobytes() for key, tensor in sorted(state.items())}
 
 
 @pytest.fixture(scope="module")
 def alone(tiny: str, config: Callable[..., Config], setups: dict[str, Setup]) -> dict[str, list[dict[str, bytes]]]:
-    """The bits of each policy after each of its updates, by a learner that has no other."""
-    found: dict[str, list[dict[str, bytes]]] = {}
+    """The bits of each policy after each of its updates, in a learner that has only this policy."""
+    history: dict[str, list[dict[str, bytes]]] = {}
     for name, setup in setups.items():
         learner = Learner(config(), tiny)
         learner.open(name, setup)
-        found[name] = []
+        history[name] = []
         for number in range(UPDATES):
             learner.update(name, recorded(name, number))
-            found[name].append(bits(learner, name))
-    return found
+            history[name].append(bits(learner, name))
+    return history
 
 
 def turns(seed: int) -> Iterator[str]:
@@ -99,13 +102,13 @@ def together(tiny: str, config: Callable[..., Config], setups: dict[str, Setup])
 
 def run(learner: Learner, alone: dict[str, list[dict[str, bytes]]], between: Callable[[str], None]) -> None:
     for name in turns(seed=0):
-        number = learner.held[name].number
+        number = learner.states[name].number
         learner.update(name, recorded(name, number))
         assert bits(learner, name) == alone[name][number], (name, number)
         between(name)
-    for name, of_name in alone.items():
-        assert bits(learner, name) == of_name[-1]
-        assert of_name[-1] != of_name[0]
+    for name, history in alone.items():
+        assert bits(learner, name) == history[-1]
+        assert history[-1] != history[0]
 
 
 def test_eight_policies_learn_what_each_would_alone(
@@ -117,16 +120,14 @@ def test_eight_policies_learn_what_each_would_alone(
 def test_a_policy_that_was_closed_goes_on_as_if_it_had_stayed(
     together: Learner, alone: dict[str, list[dict[str, bytes]]], setups: dict[str, Setup]
 ) -> None:
-    left: dict[str, bytes] = {}
-
-    def come_and_go(name: str) -> None:
-        """The one that has just learned is closed, or each now and then, and opened again before its next turn."""
-        left[name] = together.state(name)
+    def reopen(name: str) -> None:
+        """Close the policy that was just updated, and open it again from its state."""
+        state = together.state(name)
         together.close(name)
-        assert name not in together.held
-        together.open(name, setups[name], left[name])
+        assert name not in together.states
+        together.open(name, setups[name], state)
 
-    run(together, alone, come_and_go)
+    run(together, alone, reopen)
 
 
 def test_a_policy_whose_gradients_are_not_finite_harms_no_other(
@@ -148,13 +149,13 @@ def test_a_policy_whose_gradients_are_not_finite_harms_no_other(
 
 def test_opening_says_what_does_not_fit_and_leaves_the_others(together: Learner, setups: dict[str, Setup]) -> None:
     before = {name: bits(together, name) for name in POLICIES}
-    with pytest.raises(RloraError, match="policy a: it is open already; close the one before"):
+    with pytest.raises(RloraError, match="policy a: it is already open; close the open policy first"):
         together.open("a", setups["a"])
-    with pytest.raises(RloraError, match="another model or rank"):
+    with pytest.raises(RloraError, match="a different model or rank"):
         together.open("new", setups["a"], together.state("b"))
-    with pytest.raises(RloraError, match="another model or rank"):  # it has a critic
+    with pytest.raises(RloraError, match="a different model or rank"):  # it has a critic
         together.open("new", setups["a"], together.state("d"))
-    with pytest.raises(RloraError, match="policy new/critic: a name that ends like this is a critic's"):
+    with pytest.raises(RloraError, match="policy new/critic: names that end in /critic are reserved"):
         together.open("new/critic", setups["a"])
-    assert set(together.held) == {*POLICIES, "d/critic", "h/critic"}
+    assert set(together.states) == {*POLICIES, "d/critic", "h/critic"}
     assert {name: bits(together, name) for name in POLICIES} == before

@@ -1,4 +1,4 @@
-"""Memory counted on the meta device, beside what a pass really holds."""
+"""Memory counted on the meta device, compared with the memory that a real pass holds."""
 
 from collections.abc import Callable
 
@@ -13,11 +13,11 @@ from rlora.core.footprint import (
     FRAGMENTED,
     Live,
     Rows,
+    cpu_rows,
     fitting_rows,
     footprint,
-    given_rows,
+    forward_backward,
     largest_row,
-    pass_over,
     rows_for,
 )
 from rlora.core.lora import Spec
@@ -47,7 +47,7 @@ def test_what_is_held_is_counted_once() -> None:
         assert live.now == 400
         y = x + 1
         del x
-        assert live.now == 800  # the view holds it
+        assert live.now == 800  # the view keeps it alive
         del view, y
         assert (live.now, live.peak) == (0, 800)
 
@@ -55,20 +55,20 @@ def test_what_is_held_is_counted_once() -> None:
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma", "phi3"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_without_memory_as_much_is_counted_as_with(config: MakeConfig, kind: str, checkpointing: bool) -> None:
-    """The same pass over real tensors, by the same counter."""
+    """The same pass over real tensors, with the same counter."""
     settings = config(sampling={"max_tokens": 8, "max_prompt_tokens": 12}, group_size=3, learner={"rank": 2})
     base = AutoConfig.for_model(kind, **TINY_CONFIGS[kind])
     counted = footprint(settings, base, Rows(60, checkpointing), on_gpu=False)
     policies = Policies(tiny_model(kind), checkpointing)
     policies.add("run", Spec(2), seed=0)
     row = largest_row(settings, 60, CPU, on_gpu=False)
-    assert len(row.input_ids) == 12 + 3 * 7 + 12 + 7  # a group, and what fits of another; no last token is read
+    assert len(row.input_ids) == 12 + 3 * 7 + 12 + 7  # a group, and a part of a second one; last tokens are not read
     with Live() as live:
-        pass_over(policies, "run", row)
+        forward_backward(policies, "run", row)
     weights = policies.parameters_of("run").values()
     assert counted.adapter == 16 * sum(weight.numel() for weight in weights)
-    held = live.peak - sum(4 * weight.numel() for weight in weights)
-    assert counted.of_rows == pytest.approx(held, rel=0.1)
+    activations = live.peak - sum(4 * weight.numel() for weight in weights)
+    assert counted.per_row == pytest.approx(activations, rel=0.1)
 
 
 def test_experts_are_counted_as_if_few_were_met(config: MakeConfig) -> None:
@@ -78,39 +78,39 @@ def test_experts_are_counted_as_if_few_were_met(config: MakeConfig) -> None:
     policies = Policies(tiny_model("qwen3_moe"))
     policies.add("run", Spec(), seed=0)
     with Live() as live:
-        pass_over(policies, "run", largest_row(settings, 60, CPU, on_gpu=False))
-    assert counted.of_rows == pytest.approx(live.peak, rel=0.25)
+        forward_backward(policies, "run", largest_row(settings, 60, CPU, on_gpu=False))
+    assert counted.per_row == pytest.approx(live.peak, rel=0.25)
 
 
 def test_the_budget_of_8b(config: MakeConfig, large: PreTrainedConfig) -> None:
-    """Beside the arithmetic of a review by reading: 15.3 GiB for the base, 0.05 for the adapter, 15 for rows of 2,048
-    tokens by masks and copies of keys, which kernels by segments need less of."""
+    """Compared with arithmetic by hand: 15.3 GiB for the base, 0.05 for the adapter, and 15 for rows of 2,048 tokens
+    under masks with copied keys; varlen kernels need less."""
     settings = config(dtype="bfloat16", sampling={"max_tokens": 256, "max_prompt_tokens": 384})
     counted = footprint(settings, large, Rows(2048, False), on_gpu=True)
     assert counted.base / GIB == pytest.approx(15.3, rel=0.01)
     assert counted.adapter / GIB == pytest.approx(0.05, rel=0.25)
     assert 10 < counted.activations / GIB < 15
-    again = footprint(settings, large, Rows(2048, True), on_gpu=True)
-    assert again.activations < counted.activations / 4
+    checkpointed = footprint(settings, large, Rows(2048, True), on_gpu=True)
+    assert checkpointed.activations < counted.activations / 4
 
 
 def test_rows_on_a_cpu_are_as_they_were(config: MakeConfig) -> None:
     assert rows_for(config(), "", CPU) == Rows(2048, False)
-    assert given_rows(config(learner={"microbatch_tokens": 64, "checkpointing": True})) == Rows(64, True)
+    assert cpu_rows(config(learner={"microbatch_tokens": 64, "checkpointing": True})) == Rows(64, True)
 
 
 def test_rows_on_a_gpu_are_the_largest_that_fit(config: MakeConfig) -> None:
     base = Qwen3Config(**QWEN3_8B | {"num_hidden_layers": 4})
     lengths = {"max_tokens": 1024, "max_prompt_tokens": 1024}
 
-    def rows(room: float, **learner: object) -> Rows:
+    def rows(budget: float, **learner: object) -> Rows:
         settings = config(dtype="bfloat16", sampling=lengths, learner=learner)
-        return fitting_rows(settings, base, int(room), "half of a card")
+        return fitting_rows(settings, base, int(budget), "half of a card")
 
     def needed(tokens: int, checkpointing: bool) -> float:
         settings = config(dtype="bfloat16", sampling=lengths)
-        taken = footprint(settings, base, Rows(tokens, checkpointing), on_gpu=True)
-        return taken.fixed + FRAGMENTED * taken.of_rows
+        memory = footprint(settings, base, Rows(tokens, checkpointing), on_gpu=True)
+        return memory.fixed + FRAGMENTED * memory.per_row
 
     assert rows(1.01 * needed(8192, False)) == Rows(8192, False)
     assert rows(1.01 * needed(4096, False)) == Rows(4096, False)
@@ -119,7 +119,7 @@ def test_rows_on_a_gpu_are_the_largest_that_fit(config: MakeConfig) -> None:
     assert rows(0.99 * needed(2048, False)).checkpointing
     assert rows(1.01 * needed(8192, True), checkpointing=True, microbatch_tokens=4096) == Rows(4096, True)
     too_little = 0.99 * needed(2048, True)
-    assert rows(too_little, checkpointing=True, microbatch_tokens=8192) == Rows(8192, True)  # as asked for
+    assert rows(too_little, checkpointing=True, microbatch_tokens=8192) == Rows(8192, True)  # the user chose both
     with pytest.raises(RloraError, match=r"the learner needs \d\.\d GiB .*, half of a card.*rows of about \d+"):
         rows(too_little)
     with pytest.raises(RloraError, match=r"use a smaller model, a larger card, learner\.quantise"):
@@ -132,7 +132,7 @@ def test_more_is_held_of_a_base_that_is_trained(config: MakeConfig) -> None:
         learner={"adapter": "none"}, dtype="bfloat16", sampling={"max_tokens": 8, "max_prompt_tokens": 12}
     )
     counted = footprint(settings, base, Rows(60, False), on_gpu=False)
-    assert counted.adapter == pytest.approx(8 * counted.base, rel=0.01)  # 16 bytes for each of 2
+    assert counted.adapter == pytest.approx(8 * counted.base, rel=0.01)  # 16 bytes per weight of 2 bytes
 
 
 @pytest.mark.parametrize(("quantise", "least", "most"), [("int8", 0.5, 0.75), ("nf4", 0.28, 0.6)])
@@ -140,11 +140,11 @@ def test_a_base_in_few_bits_is_smaller(
     config: MakeConfig, large: PreTrainedConfig, quantise: str, least: float, most: float
 ) -> None:
     settings = config(dtype="bfloat16", sampling={"max_tokens": 8, "max_prompt_tokens": 12})
-    whole = footprint(settings, large, Rows(20, False), on_gpu=True).base
+    full = footprint(settings, large, Rows(20, False), on_gpu=True).base
     small = config(
         dtype="bfloat16", learner={"quantise": quantise}, sampling={"max_tokens": 8, "max_prompt_tokens": 12}
     )
-    assert least < footprint(small, large, Rows(20, False), on_gpu=True).base / whole < most
+    assert least < footprint(small, large, Rows(20, False), on_gpu=True).base / full < most
 
 
 def test_heads_that_no_kernel_takes_are_refused(large: PreTrainedConfig) -> None:

@@ -32,7 +32,7 @@ def learner(tiny: str, config: MakeConfig) -> Solo:
 
 
 def on_policy(learner: Solo, groups: list[Group]) -> list[Group]:
-    """The groups with the behaviour logprobs that the learner itself gives."""
+    """The groups, with the learner's own logprobs as behaviour logprobs."""
 
     def measured(prompt: tuple[int, ...], completion: tuple[int, ...]) -> tuple[float, ...]:
         ids = torch.tensor([prompt + completion])
@@ -54,10 +54,10 @@ def test_on_policy_the_loss_is_the_plain_policy_gradient(learner: Solo, groups: 
     for g, advantages in zip(measured, ([0.5, -0.5], [0.0, 0.0], [0.0, -0.5, 0.5]), strict=True):
         for e, advantage in zip(g.episodes, advantages, strict=True):
             by_hand -= advantage * len(e.completion_ids)  # the ratio is 1
-    tokens = 3 + 2 + 4 + 1 + 2 + 3  # those of the group whose rewards agree count too
+    tokens = 3 + 2 + 4 + 1 + 2 + 3  # the group with equal rewards counts too
     adapter, stats = learner.update(measured)
     assert stats.loss == pytest.approx(by_hand / tokens, rel=1e-4)
-    assert stats.tokens == 3 + 2 + 3  # those with an advantage
+    assert stats.tokens == 3 + 2 + 3  # tokens with an advantage
     assert stats.kl_behaviour == pytest.approx(0.0, abs=1e-6)
     assert stats.ratio_truncated == 0.0
     assert not stats.skipped_in_a_row
@@ -115,14 +115,18 @@ def test_microbatches_do_not_change_the_update(tiny: str, config: MakeConfig, gr
 
 
 def first_moments(learner: Learner) -> torch.Tensor:
-    """Adam's, of the policy and its critic: the gradient, decayed, where there was one minibatch."""
-    optimizers = [held.optimizer for held in learner.held.values()]
-    moments = [of.adam.state[p]["exp_avg"].flatten() for of in optimizers for p in of.masters.values()]
+    """Adam's first moments of the policy and its critic: after one minibatch, the gradient times 1 - beta_1."""
+    optimizers = [state.optimizer for state in learner.states.values()]
+    moments = [
+        optimizer.adam.state[master]["exp_avg"].flatten()
+        for optimizer in optimizers
+        for master in optimizer.masters.values()
+    ]
     return torch.cat(moments)
 
 
-def _of_two(rank: int, address: str, config: Config, base: str, groups: list[Group], out: str) -> None:
-    """One of two learners, in a process of its own: what its update leaves, and how much of the layers it holds."""
+def _run_rank(rank: int, address: str, config: Config, base: str, groups: list[Group], out: str) -> None:
+    """Run one of two learners, and save the results of its update and the size of the layers that it holds."""
     torch.set_num_threads(1)
     learner = Learner(config, base)
     layers = learner.policies.body.layers
@@ -132,9 +136,9 @@ def _of_two(rank: int, address: str, config: Config, base: str, groups: list[Gro
     adapter, stats = learner.update("run", groups)
     moments = first_moments(learner)
     frozen = list(layers.parameters())
-    held = sum((weight.to_local() if isinstance(weight, DTensor) else weight).numel() for weight in frozen)
-    kept = sum(weight() is not None for weight in loaded)
-    torch.save((moments, adapter, replace(stats, seconds=0), held, kept), f"{out}/{rank}")
+    size = sum((weight.to_local() if isinstance(weight, DTensor) else weight).numel() for weight in frozen)
+    alive = sum(weight() is not None for weight in loaded)
+    torch.save((moments, adapter, replace(stats, seconds=0), size, alive), f"{out}/{rank}")
     torch.distributed.destroy_process_group()
 
 
@@ -142,8 +146,8 @@ def _of_two(rank: int, address: str, config: Config, base: str, groups: list[Gro
     ("algorithm", "settings", "taken"),
     [
         ({}, {}, slice(None)),
-        ({}, {"shard": True, "microbatch_tokens": 9}, slice(None)),  # one rank has more passes to run
-        ({}, {"shard": True, "checkpointing": True}, slice(1)),  # one has none of its own
+        ({}, {"shard": True, "microbatch_tokens": 9}, slice(None)),  # one rank runs more passes
+        ({}, {"shard": True, "checkpointing": True}, slice(1)),  # one rank has no groups
         ({"name": "ppo", "minibatches": 2, "kl": 0.1}, {}, slice(None)),
         ({"name": "ppo", "minibatches": 2, "kl": 0.1}, {"shard": True, "checkpointing": True}, slice(None)),
         ({"name": "ppo", "minibatches": 2}, {"shard": True}, slice(1)),
@@ -156,29 +160,29 @@ def test_two_learners_take_the_step_of_one(
 ) -> None:  # fmt: skip
     groups = groups[taken]
     alone = Solo(config(learner={"rank": 2, "lr": 0.01}, algorithm=algorithm), tiny)
-    whole = sum(weight.numel() for weight in alone.policies.body.layers.parameters())
+    full_size = sum(weight.numel() for weight in alone.policies.body.layers.parameters())
     _, stats = alone.update(groups)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        address = f"localhost:{listener.getsockname()[1]}"
     shared_config = config(learner={"rank": 2, "lr": 0.01, "replicas": 2} | settings, algorithm=algorithm)
-    torch.multiprocessing.spawn(_of_two, (address, shared_config, tiny, groups, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(_run_rank, (address, shared_config, tiny, groups, str(tmp_path)), nprocs=2)
     results = [torch.load(tmp_path / str(rank), weights_only=False) for rank in range(2)]
     assert results[0][1] == results[1][1]  # the same adapter, bit for bit
     gradient, _, shared, *_ = results[0]
     expected = first_moments(alone.learner)
-    near = 1e-5 if stats.minibatches == 1 else 1e-3  # Adam's first step takes the sign of what is almost 0
-    assert (gradient.double() - expected.double()).norm() <= near * expected.double().norm()
+    tolerance = 1e-5 if stats.minibatches == 1 else 1e-3  # Adam's first step is the sign even of tiny gradients
+    assert (gradient.double() - expected.double()).norm() <= tolerance * expected.double().norm()
     assert (shared.tokens, shared.minibatches) == (stats.tokens, stats.minibatches)
     for name in ("loss", "grad_norm", "kl_behaviour", "kl_update", "kl_reference", "value_loss", "explained_variance"):
-        ours, its = getattr(shared, name), getattr(stats, name)
-        assert ours == (its if its is None else pytest.approx(its, rel=near, abs=1e-6)), name
-    held, kept = zip(*(result[3:] for result in results), strict=True)
+        actual, figure = getattr(shared, name), getattr(stats, name)
+        assert actual == (figure if figure is None else pytest.approx(figure, rel=tolerance, abs=1e-6)), name
+    sizes, alive = zip(*(result[3:] for result in results), strict=True)
     if shared_config.learner.shard:
-        assert held == (whole / 2, whole / 2)
-        assert kept == (0, 0)  # what was loaded is gone
+        assert sizes == (full_size / 2, full_size / 2)
+        assert alive == (0, 0)  # the full weights are freed
     else:
-        assert held == (whole, whole)
+        assert sizes == (full_size, full_size)
 
 
 def test_groups_that_agree_cost_no_forward_pass(learner: Solo, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +205,7 @@ def test_a_non_finite_loss_changes_nothing_and_two_in_a_row_stop(learner: Solo, 
     assert adapter.number == before.number + 1
     assert adapter.weights == before.weights
     assert len(learner.state()) == len(state)
-    learner.update(on_policy(learner, groups))  # a good one in between starts the count again
+    learner.update(on_policy(learner, groups))  # a finite update resets the count
     check_updates(learner.config, learner.update(broken)[1])
     with pytest.raises(RloraError, match=r"2 updates in a row had a non-finite loss.*learner\.lr"):
         check_updates(learner.config, learner.update(broken)[1])
@@ -215,7 +219,7 @@ def test_resuming_continues_bit_for_bit(tiny: str, config: MakeConfig, learner: 
     assert other.resume(state).number == 1
     resumed, _ = other.update(groups)
     assert resumed == straight
-    with pytest.raises(RloraError, match="another model or rank"):
+    with pytest.raises(RloraError, match="a different model or rank"):
         Solo(config(learner={"rank": 3}), tiny).resume(state)
 
 
@@ -228,10 +232,10 @@ def test_peft_loads_the_adapter_and_gives_the_same_logits(
     ids = torch.randint(97, (2, 11), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         with learner.bank.serving(learner.name):
-            ours = learner.policies.base(ids).logits
-        torch.testing.assert_close(peft(ids).logits, ours, atol=1e-5, rtol=1e-5)
+            logits = learner.policies.base(ids).logits
+        torch.testing.assert_close(peft(ids).logits, logits, atol=1e-5, rtol=1e-5)
         with learner.bank.serving(None):
-            assert not torch.allclose(learner.policies.base(ids).logits, ours, atol=1e-3)
+            assert not torch.allclose(learner.policies.base(ids).logits, logits, atol=1e-3)
     assert json.loads(adapter.config)["r"] == 2
 
 
@@ -244,9 +248,9 @@ def test_a_run_may_start_from_a_saved_adapter(
     assert (started.number, started.weights) == (0, trained.weights)
     with pytest.raises(RloraError, match=r"its rank is 2, learner\.rank is 1; set learner\.rank to 2"):
         Solo(config(learner={"start_from": path}), tiny)
-    with pytest.raises(RloraError, match=r"learner\.head = True: learner\.start_from brings its own"):
+    with pytest.raises(RloraError, match=r"learner\.head = True: learner\.start_from sets it"):
         Solo(config(learner={"rank": 2, "head": True, "start_from": path}), tiny)
-    with pytest.raises(RloraError, match="no adapter in PEFT's format is there"):
+    with pytest.raises(RloraError, match="there is no adapter in PEFT's format"):
         Solo(config(learner={"start_from": str(tmp_path)}), tiny)
 
 
@@ -292,15 +296,15 @@ def test_16_bit_weights_are_rounded_from_masters_that_keep_small_steps(
         master = optimizer.masters[name]
         assert weight.dtype == torch.bfloat16
         assert weight.equal(master.to(torch.bfloat16))
-        assert weight.grad is None  # it was gathered in fp32
+        assert weight.grad is None  # it was accumulated in fp32
         moved = (master - before.float()).abs()
         assert 0 < moved.max() <= 1.01e-5
-        assert weight.ndim > 1 or weight.equal(before)  # those of norms are 1, where 16 bits can't tell such a step
+        assert weight.ndim > 1 or weight.equal(before)  # norm weights are 1, and 16 bits round such a step away
     straight, _ = learner.update(groups)
     other = Solo(settings, str(tmp_path))
     other.resume(state)
     assert other.update(groups)[0] == straight
-    with pytest.raises(RloraError, match="all weights were trained by one before"):
+    with pytest.raises(RloraError, match="a previous policy trained all weights"):
         other.resume()
     path = write_adapter(straight, tmp_path / "1")
     loaded = AutoModelForCausalLM.from_pretrained(str(path))

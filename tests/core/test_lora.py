@@ -10,8 +10,8 @@ from rlora.core.peft_format import masters
 from rlora.records import RloraError
 
 
-def over(base: nn.Linear, spec: Spec, seed: int = 0) -> tuple[LoRALinear, Bank, Pair]:
-    """The layer over one matrix, its bank, and the factors of its adapter."""
+def adapted_linear(base: nn.Linear, spec: Spec, seed: int = 0) -> tuple[LoRALinear, Bank, Pair]:
+    """A LoRA layer around `base`, its bank, and the factors of its adapter."""
     model = nn.Sequential(base)
     bank = adapted(model, spec, seed)
     layer = model[0]
@@ -20,7 +20,7 @@ def over(base: nn.Linear, spec: Spec, seed: int = 0) -> tuple[LoRALinear, Bank, 
 
 
 def filled(model: nn.Module, **specs: Spec) -> Bank:
-    """A bank whose B is not 0."""
+    """A bank whose adapters have random B."""
     bank = Bank(model)
     for name, spec in specs.items():
         bank.add(name, spec)
@@ -31,7 +31,7 @@ def filled(model: nn.Module, **specs: Spec) -> Bank:
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 6.0 / 2), (True, 6.0 / 2**0.5)])
 def test_forward_is_the_paper_equation(rslora: bool, scale: float) -> None:
     base = nn.Linear(3, 2)
-    layer, bank, pair = over(base, Spec(rank=2, alpha=6.0, rslora=rslora))
+    layer, bank, pair = adapted_linear(base, Spec(rank=2, alpha=6.0, rslora=rslora))
     x = torch.randn(5, 3)
     assert layer(x).equal(base(x))  # B = 0
     pair.b.data.normal_()
@@ -42,7 +42,7 @@ def test_forward_is_the_paper_equation(rslora: bool, scale: float) -> None:
 
 
 def test_a_is_uniform_within_its_bound_and_follows_the_seed() -> None:
-    first, again, other = (over(nn.Linear(400, 8), Spec(4), seed=seed)[2].a for seed in (1, 1, 2))
+    first, again, other = (adapted_linear(nn.Linear(400, 8), Spec(4), seed=seed)[2].a for seed in (1, 1, 2))
     assert first.equal(again)
     assert not first.equal(other)
     bound = 1 / 400**0.5
@@ -51,12 +51,12 @@ def test_a_is_uniform_within_its_bound_and_follows_the_seed() -> None:
 
 
 def test_a_may_start_orthonormal() -> None:
-    a = over(nn.Linear(40, 8), Spec(4, init="orthonormal"))[2].a
+    a = adapted_linear(nn.Linear(40, 8), Spec(4, init="orthonormal"))[2].a
     torch.testing.assert_close(a @ a.T, torch.eye(4))
 
 
 def test_forward_rounds_as_the_engine_does_and_gradients_reach_the_masters() -> None:
-    layer, _, pair = over(nn.Linear(4, 3).bfloat16(), Spec(1, 3.0))
+    layer, _, pair = adapted_linear(nn.Linear(4, 3).bfloat16(), Spec(1, 3.0))
     a, b = pair.a, pair.b
     b.data.normal_()
     x = torch.randn(2, 4, dtype=torch.bfloat16)
@@ -80,41 +80,41 @@ def test_gradients_are_those_of_finite_differences() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
-def test_adapters_come_and_go_and_none_has_a_part_in_another(name: str) -> None:
-    """Logits and gradients under an adapter are those of a bank that holds it alone, bit for bit."""
+def test_adapters_come_and_go_and_never_affect_each_other(name: str) -> None:
+    """Logits and gradients with an adapter are bit for bit those of a bank that holds only this adapter."""
     ids = torch.randint(97, (4, 6), generator=torch.Generator().manual_seed(0))
     specs = {"one": Spec(1), "two": Spec(3, 8.0, targets="attention"), "three": Spec(8, rslora=True)}
 
-    def under(bank: Bank, of: str | None) -> tuple[Tensor, list[Tensor]]:
-        with bank.serving(of):
+    def outputs(bank: Bank, adapter: str | None) -> tuple[Tensor, list[Tensor]]:
+        with bank.serving(adapter):
             logits: Tensor = bank.model(ids).logits
-        if of is None:
+        if adapter is None:
             return logits, []
-        return logits.detach(), list(torch.autograd.grad(logits.sum(), list(bank.parameters_of(of).values())))
+        return logits.detach(), list(torch.autograd.grad(logits.sum(), list(bank.parameters_of(adapter).values())))
 
     with torch.no_grad():
         pristine = tiny_model(name)(ids).logits
     bank = Bank(tiny_model(name))
     bank.add("gone", Spec(2))
-    for seed, (of, spec) in enumerate(specs.items()):
-        bank.add(of, spec, seed)
+    for seed, (adapter, spec) in enumerate(specs.items()):
+        bank.add(adapter, spec, seed)
     bank.remove("gone")
-    for seed, (of, spec) in enumerate(specs.items()):
+    for seed, (adapter, spec) in enumerate(specs.items()):
         alone = adapted(tiny_model(name), spec, seed)
-        masters_of, masters_alone = bank.parameters_of(of), alone.parameters_of("run")
-        assert masters_of.keys() == masters_alone.keys()
-        for key, master in masters_of.items():
+        masters_together, masters_alone = bank.parameters_of(adapter), alone.parameters_of("run")
+        assert masters_together.keys() == masters_alone.keys()
+        for key, master in masters_together.items():
             assert master.equal(masters_alone[key])  # A
             if key.endswith("lora_B"):
                 master.data.normal_(std=0.1)
                 masters_alone[key].data.copy_(master.data)
-        (logits, gradients), (expected, of_alone) = under(bank, of), under(alone, "run")
+        (logits, gradients), (expected, expected_gradients) = outputs(bank, adapter), outputs(alone, "run")
         assert logits.equal(expected)
         assert not logits.equal(pristine)
-        assert all(ours.equal(theirs) for ours, theirs in zip(gradients, of_alone, strict=True))
-    assert under(bank, None)[0].equal(pristine)
+        assert all(a.equal(b) for a, b in zip(gradients, expected_gradients, strict=True))
+    assert outputs(bank, None)[0].equal(pristine)
     assert set(bank.specs) == set(specs)
-    assert not bank.over("gone")
+    assert not bank.pairs_of("gone")
 
 
 def names(bank: Bank) -> set[str]:
@@ -151,11 +151,11 @@ def test_experts_are_adapted_and_routers_left_alone(name: str, shared_experts: s
     for matrix, factors in bank.factors.items():
         fused = len(matrix.shape) == 3
         if matrix.kind != "head":
-            assert bank.specs["run"].rank_of(matrix) == (8 // 2 if fused else 8)  # 2 experts a token
+            assert bank.specs["run"].rank_of(matrix) == (8 // 2 if fused else 8)  # 2 experts per token
             assert factors.pairs["run"].a.shape == ((4 * 4 if fused else 8), matrix.shape[-1])
 
 
-def test_experts_in_another_layout_are_refused() -> None:
+def test_experts_in_a_different_layout_are_refused() -> None:
     config = GptOssConfig(
         vocab_size=97, hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, head_dim=16, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0,
@@ -173,30 +173,30 @@ def test_a_model_without_linear_layers_is_refused() -> None:
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match")  # PEFT asks modules, not parameters
 @pytest.mark.parametrize("name", sorted(TINY_CONFIGS))
 def test_gradients_equal_those_of_autograd_through_peft(name: str) -> None:
-    """Logits and gradients, in fp64, with PEFT's own layers over the same matrices and the same numbers."""
-    ours, theirs = tiny_model(name).double(), tiny_model(name).double()
-    bank = filled(ours, run=Spec(2, 8.0))
+    """Logits and gradients, in fp64, with PEFT's layers over the same matrices and the same numbers."""
+    model, peft_base = tiny_model(name).double(), tiny_model(name).double()
+    bank = filled(model, run=Spec(2, 8.0))
     bank.serves.adapter = "run"
-    fused = [matrix for matrix in bank.over("run") if len(matrix.shape) == 3]
-    modules = [matrix.key for matrix in bank.over("run") if len(matrix.shape) == 2]
+    fused = [matrix for matrix in bank.pairs_of("run") if len(matrix.shape) == 3]
+    modules = [matrix.key for matrix in bank.pairs_of("run") if len(matrix.shape) == 2]
     config = LoraConfig(
         r=2, lora_alpha=8.0, target_modules=modules,
         target_parameters=[matrix.key for matrix in fused] or None, rank_pattern={matrix.key: 1 for matrix in fused},
     )  # fmt: skip
-    theirs.set_experts_implementation("eager")  # the others have no fp64
-    peft = get_peft_model(theirs, config)
-    of_peft = {n.replace(".default", ""): p for n, p in peft.named_parameters() if "lora_" in n}
-    ours_by_name = masters(bank, "run")
-    assert of_peft.keys() == ours_by_name.keys()
-    for key, parameter in of_peft.items():
-        parameter.data = ours_by_name[key].data.double()
+    peft_base.set_experts_implementation("eager")  # the other implementations do not support fp64
+    peft = get_peft_model(peft_base, config)
+    peft_parameters = {n.replace(".default", ""): p for n, p in peft.named_parameters() if "lora_" in n}
+    parameters = masters(bank, "run")
+    assert peft_parameters.keys() == parameters.keys()
+    for key, parameter in peft_parameters.items():
+        parameter.data = parameters[key].data.double()
     ids = torch.randint(97, (2, 7), generator=torch.Generator().manual_seed(0))
-    for logits in (ours(ids).logits, peft(ids).logits):
+    for logits in (model(ids).logits, peft(ids).logits):
         logits.log_softmax(-1)[..., 5].sum().backward()
     with torch.no_grad():
-        torch.testing.assert_close(ours(ids).logits, peft(ids).logits, atol=1e-9, rtol=1e-9)
-    for key, parameter in of_peft.items():
-        expected, got = parameter.grad, ours_by_name[key].grad
+        torch.testing.assert_close(model(ids).logits, peft(ids).logits, atol=1e-9, rtol=1e-9)
+    for key, parameter in peft_parameters.items():
+        expected, gradient = parameter.grad, parameters[key].grad
         assert expected is not None
-        assert got is not None
-        torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-5)  # ours are cast to fp32
+        assert gradient is not None
+        torch.testing.assert_close(gradient.double(), expected, atol=1e-5, rtol=1e-5)  # the masters are fp32

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from rlora.core.loss import (
-    FAR,
+    MAX_LOG_RATIO,
     importance,
     kl,
     ratio_of,
@@ -33,11 +33,11 @@ def test_surrogates_by_hand() -> None:
     assert weighted.tolist() == pytest.approx([2.6, -2.6, 1.6, -1.6, -2.6])
 
 
-def gradient(of: object, start: Tensor) -> list[float]:
-    """By the logprobs of now, which are those of the start."""
-    assert callable(of)
+def gradient(loss: object, start: Tensor) -> list[float]:
+    """The gradient with respect to the current policy's logprobs, which equal those of the start policy."""
+    assert callable(loss)
     logprobs = start.clone().requires_grad_()
-    of(logprobs).sum().backward()
+    loss(logprobs).sum().backward()
     assert logprobs.grad is not None
     return logprobs.grad.tolist()
 
@@ -54,7 +54,7 @@ def test_on_policy_all_gradients_are_those_of_reinforce() -> None:
     assert by_episode == pytest.approx(plain)  # both tokens of an episode have its advantage
 
 
-def test_what_is_clipped_has_no_gradient_but_in_cispo() -> None:
+def test_clipped_tokens_have_no_gradient_except_in_cispo() -> None:
     start, now = logs(0.1, 0.1), logs(0.4, 0.01)
     advantages = torch.tensor([1.0, -1.0])
     assert gradient(lambda x: clipped((x - start).exp(), advantages, 0.2, 0.2), now) == [0.0, 0.0]
@@ -70,9 +70,9 @@ def test_the_ratio_of_an_episode_is_the_geometric_mean_of_its_tokens() -> None:
 
 def test_importance_by_hand() -> None:
     start, behaviour = logs(0.5, 0.5, 0.2).requires_grad_(), logs(0.5, 0.1, 0.4)
-    assert importance(start, behaviour, LENGTHS, of_episode=False).tolist() == pytest.approx([1.0, 5.0, 0.5])
-    assert importance(start, behaviour, LENGTHS, of_episode=True).tolist() == pytest.approx([5.0, 5.0, 0.5])
-    assert not importance(start, behaviour, LENGTHS, of_episode=False).requires_grad
+    assert importance(start, behaviour, LENGTHS, per_episode=False).tolist() == pytest.approx([1.0, 5.0, 0.5])
+    assert importance(start, behaviour, LENGTHS, per_episode=True).tolist() == pytest.approx([5.0, 5.0, 0.5])
+    assert not importance(start, behaviour, LENGTHS, per_episode=False).requires_grad
 
 
 def test_kl_by_hand() -> None:
@@ -101,18 +101,20 @@ def test_the_gradient_of_k2_is_that_of_the_kl() -> None:
 
 
 def test_value_loss_by_hand() -> None:
-    values, before, returns = (
+    values, previous, returns = (
         torch.tensor([2.0, 0.1, -1.0]),
         torch.tensor([0.0, 0.0, 0.0]),
         torch.tensor([1.0, 1.0, -1.0]),
     )
-    assert value_loss(values, before, returns, 0.0).tolist() == pytest.approx([0.5, 0.405, 0.0])
-    # clipped to 0.5, 0.1 and -0.5: the larger error counts
-    assert value_loss(values, before, returns, 0.5).tolist() == pytest.approx([0.5, 0.405, 0.125])
+    assert value_loss(values, previous, returns, 0.0).tolist() == pytest.approx([0.5, 0.405, 0.0])
+    # Clipped to 0.5, 0.1 and -0.5; the larger error counts.
+    assert value_loss(values, previous, returns, 0.5).tolist() == pytest.approx([0.5, 0.405, 0.125])
 
 
 FAR_AWAY = [sign * size for size in (21.0, 89.0, 100.0, 150.0, 1000.0, 1e5) for sign in (1.0, -1.0)]
-ORDINARY = torch.cat([torch.linspace(-FAR, FAR, 4001), torch.randn(4000, generator=torch.Generator().manual_seed(0))])
+ORDINARY = torch.cat(
+    [torch.linspace(-MAX_LOG_RATIO, MAX_LOG_RATIO, 4001), torch.randn(4000, generator=torch.Generator().manual_seed(0))]
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -127,11 +129,11 @@ def test_a_far_token_has_a_finite_ratio_and_a_gradient_of_the_right_sign(dtype: 
     kls = {estimator: torch.tensor(gradient(lambda x, e=estimator: kl(x, 0 * x, e), far)) for estimator in ("k2", "k3")}
     for slope in kls.values():
         assert slope.isfinite().all()
-        assert (slope.sign() == far.float().sign()).all()  # back to the other policy
+        assert (slope.sign() == far.float().sign()).all()  # towards the other policy
     assert kl(far, 0 * far, "k3").isfinite().all()
 
 
-def test_a_far_token_is_silent_where_the_clip_silences_it() -> None:
+def test_a_far_token_that_is_clipped_has_no_gradient() -> None:
     far, ones = torch.tensor([100.0, 1000.0, -100.0, -1000.0]), torch.ones(4)
     advantages = torch.tensor([1.0, 1.0, -1.0, -1.0])
     assert gradient(lambda x: clipped(ratio_of(x), advantages, 0.2, 0.2), far) == [0.0] * 4
@@ -147,22 +149,25 @@ def test_a_far_token_is_silent_where_the_clip_silences_it() -> None:
 
 
 def test_a_far_value_has_a_finite_gradient() -> None:
-    values, before, returns = torch.tensor([1e6, -1e6]), torch.zeros(2), torch.tensor([-1e6, 1e6])
-    assert gradient(lambda x: value_loss(x, before, returns, 0.2), values) == [2e6, -2e6]
-    assert gradient(lambda x: value_loss(x, before, -returns, 0.2), values) == [0.0, 0.0]  # the clipped error is larger
+    values, previous, returns = torch.tensor([1e6, -1e6]), torch.zeros(2), torch.tensor([-1e6, 1e6])
+    assert gradient(lambda x: value_loss(x, previous, returns, 0.2), values) == [2e6, -2e6]
+    assert gradient(lambda x: value_loss(x, previous, -returns, 0.2), values) == [
+        0.0,
+        0.0,
+    ]  # the clipped error is larger
 
 
-def test_what_corrects_for_who_sampled_is_finite() -> None:
+def test_the_importance_ratio_is_finite() -> None:
     start, behaviour = torch.tensor([-1.0, -1000.0, -1.0]), torch.tensor([-1000.0, -1.0, -1.0])
-    for of_episode in (False, True):
-        assert importance(start, behaviour, LENGTHS, of_episode).isfinite().all()
-    assert importance(start, behaviour, LENGTHS, of_episode=False)[1] == 0
+    for per_episode in (False, True):
+        assert importance(start, behaviour, LENGTHS, per_episode).isfinite().all()
+    assert importance(start, behaviour, LENGTHS, per_episode=False)[1] == 0
     assert kl(behaviour, start, "k3").isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ordinary_ratios_keep_every_bit(dtype: torch.dtype) -> None:
-    """Of value and gradient: so that a run of before replays."""
+    """Values and gradients stay the same bit for bit, so that old runs replay."""
     ordinary = ORDINARY.to(dtype)
     pairs = [
         (lambda x: x.exp(), ratio_of),
@@ -172,6 +177,6 @@ def test_ordinary_ratios_keep_every_bit(dtype: torch.dtype) -> None:
             lambda x: clipped(ratio_of(x), torch.ones_like(x), 0.2, 0.2),
         ),
     ]
-    for was, now in pairs:
-        assert torch.equal(was(ordinary), now(ordinary))
-        assert gradient(was, ordinary) == gradient(now, ordinary)
+    for plain, bounded in pairs:
+        assert torch.equal(plain(ordinary), bounded(ordinary))
+        assert gradient(plain, ordinary) == gradient(bounded, ordinary)

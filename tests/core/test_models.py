@@ -1,4 +1,4 @@
-"""Every class of models: one update, its adapter in PEFT, and in the engine where vLLM's CPU build serves it."""
+"""Every model class: one update, and its adapter in PEFT and, if vLLM's CPU build supports it, in the engine."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ from rlora.settings import Config
 from rlora.store import write_adapter
 
 DENSE = sorted(name for name, config in TINY_CONFIGS.items() if "num_experts_per_tok" not in config)
-HEAD = {"llama", "qwen3", "phi3"}  # vLLM serves an adapter over the output head of these
+HEAD = {"llama", "qwen3", "phi3"}  # model classes whose output head vLLM can adapt
 EXPERTS = sorted(TINY_CONFIGS.keys() - set(DENSE))
 
 MakeConfig = Callable[..., Config]
@@ -24,7 +24,7 @@ MakeConfig = Callable[..., Config]
 
 @pytest.fixture
 def base(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The directory of a tiny model of the class that the test is given, with a tokenizer of 97 words."""
+    """The directory of a tiny model of the class `request.param`, with a tokenizer of 97 words."""
     path = str(tmp_path / request.param)
     tiny_model(request.param).save_pretrained(path)
     save_words(path)
@@ -45,9 +45,9 @@ def test_an_update_loads_in_peft(base: str, config: MakeConfig, groups: list[Gro
     ids = torch.randint(97, (2, 11), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         with learner.bank.serving(learner.name):
-            ours = learner.policies.base(ids).logits
-        assert not torch.allclose(ours, tiny_model(name)(ids).logits, atol=1e-2)
-        torch.testing.assert_close(peft(ids).logits, ours, atol=1e-4, rtol=1e-4)
+            logits = learner.policies.base(ids).logits
+        assert not torch.allclose(logits, tiny_model(name)(ids).logits, atol=1e-2)
+        torch.testing.assert_close(peft(ids).logits, logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.vllm
@@ -65,18 +65,18 @@ def test_the_engine_gives_the_logprobs_of_an_update(
         return
     (sampled,) = sample(base, settings, [adapter], groups)
     for batch in microbatches(samples(sampled), 1000, torch.float32, learner.device):
-        agree(learner, batch)
+        assert_engine_agrees(learner, batch)
         with torch.no_grad():
-            of_base = learner.policies.logprobs(batch, None)
-        assert (of_base - batch.tokens.behaviour_logprobs).abs().mean() > 0.02
+            base_logprobs = learner.policies.logprobs(batch, None)
+        assert (base_logprobs - batch.tokens.behaviour_logprobs).abs().mean() > 0.02
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("base", ["llama", "gemma"], indirect=True)  # which have the head in two places in vLLM
+@pytest.mark.parametrize("base", ["llama", "gemma"], indirect=True)  # vLLM holds their head in two places
 def test_the_engine_gives_the_logprobs_of_all_weights_trained(
     base: str, config: MakeConfig, groups: list[Group]
 ) -> None:
-    """Two versions after each other: nothing of the base, or of the version before, is left in the engine."""
+    """The engine serves two versions in turn, and keeps no weights of the base or of the previous version."""
     tiny_model(Path(base).name, tie_word_embeddings=True).save_pretrained(base)
     settings = config(model=base, learner={"adapter": "none", "lr": 0.01})
     learners = [Solo(settings, base) for _ in range(2)]
@@ -84,20 +84,20 @@ def test_the_engine_gives_the_logprobs_of_all_weights_trained(
     adapters[1] = learners[1].update(groups)[0]
     for learner, sampled in zip(learners, sample(base, settings, adapters, groups), strict=True):
         (batch,) = microbatches(samples(sampled), 1000, torch.float32, learner.device)
-        agree(learner, batch)
+        assert_engine_agrees(learner, batch)
         other = learners[1 - learners.index(learner)]
         with torch.no_grad():
             assert (other.logprobs(batch) - batch.tokens.behaviour_logprobs).abs().mean() > 0.02
 
 
 def sample(base: str, settings: Config, adapters: list[Adapter], groups: list[Group]) -> list[list[Group]]:
-    """What an engine samples under each version, with rewards that differ in every group."""
+    """Groups that an engine samples under each version, with rewards that differ in every group."""
     from rlora import cluster
 
-    chat = SimpleNamespace(stop_token_ids=(1,))  # all that an engine needs of it
+    chat = SimpleNamespace(stop_token_ids=(1,))  # the only attribute that an engine reads
     task = Task(base, chat, (), False, [], [], 0)  # type: ignore[arg-type]
     prompts = [Prompt("", token_ids=group.prompt.token_ids) for group in groups]
-    found = []
+    results = []
     with cluster.start([ServedPolicy("run", settings, task)], learn=False) as job:
         fleet = job.fleet
         for adapter in adapters:
@@ -105,10 +105,11 @@ def sample(base: str, settings: Config, adapters: list[Adapter], groups: list[Gr
             requests = [fleet.generate(prompt, Sampling(6, 1.0, 4), "run") for prompt in prompts]
             sampled = [request.group.result() for request in requests]
             assert {episode.version for group in sampled for episode in group.episodes} == {adapter.version}
-            found.append([group.with_rewards([0.0, 1.0, 0.0, 1.0]) for group in sampled])
-    return found
+            results.append([group.with_rewards([0.0, 1.0, 0.0, 1.0]) for group in sampled])
+    return results
 
 
-def agree(learner: Solo, batch: Microbatch) -> None:
+def assert_engine_agrees(learner: Solo, batch: Microbatch) -> None:
+    """The learner's logprobs are those of the engine that sampled."""
     with torch.no_grad():
         torch.testing.assert_close(learner.logprobs(batch), batch.tokens.behaviour_logprobs, atol=2e-4, rtol=1e-4)

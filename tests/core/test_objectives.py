@@ -1,4 +1,4 @@
-"""An objective of the user's own plugs in by its name, and says what is wrong with it."""
+"""User-defined objectives load by name, and errors name their file and line."""
 
 from collections.abc import Callable
 from itertools import chain
@@ -9,6 +9,7 @@ import torch
 from conftest import Solo, group
 
 from rlora.config import validate
+from rlora.core.batch import Sample, sample_of
 from rlora.core.learner import Learner
 from rlora.core.objectives import objective_of
 from rlora.core.optimizer import Adam
@@ -18,8 +19,8 @@ from rlora.settings import Config
 
 MakeConfig = Callable[..., Config]
 
-# On its own: none of the ready ones is under it.
-OWN = """
+# Defines every member of the protocol, without a base class.
+FULL = """
 import torch
 
 class BestOfGroup:
@@ -47,8 +48,8 @@ class BestOfGroup:
         learned = batch.tokens.advantages
         return -(learned * now.logprobs * batch.tokens.weights).sum(), {"share_learned": learned, "loss": learned * 7}
 """
-# On the protocol, which has what is usual: supervised learning on what was rewarded.
-SHORT = """
+# Inherits the protocol's defaults: supervised learning on rewarded episodes.
+DEFAULTS = """
 import torch
 from rlora import Objective
 
@@ -59,8 +60,8 @@ class Rewarded(Objective):
     def loss(self, now, batch):
         return -(batch.tokens.advantages * now.logprobs * batch.tokens.weights).sum(), {}
 """
-# On what is there: the surrogate alone is another.
-SMALL = """
+# Replaces only the surrogate of the built-in policy gradient.
+SURROGATE = """
 from rlora.core.loss import ratio_of
 from rlora.core.objectives.policy_gradient import PolicyGradient
 
@@ -77,14 +78,12 @@ def solo(config: MakeConfig, base: str, file: Path, text: str, **settings: objec
 
 
 def logprob(learner: Solo, groups: list[Group], number: int) -> float:
-    """Of an episode of the first group."""
-    from rlora.core.batch import sample_of
-
-    of = groups[0]
-    return float(learner.learner.forward("run", [[sample_of(of.prompt.token_ids, of.episodes[number])]])[0][0].sum())
+    """The logprob of an episode of the first group."""
+    sample = sample_of(groups[0].prompt.token_ids, groups[0].episodes[number])
+    return float(learner.learner.forward("run", [[sample]])[0][0].sum())
 
 
-@pytest.mark.parametrize("text", [OWN, SHORT, SMALL])
+@pytest.mark.parametrize("text", [FULL, DEFAULTS, SURROGATE])
 def test_an_objective_of_fewer_than_50_lines_plugs_in(
     text: str, tiny: str, config: MakeConfig, groups: list[Group], tmp_path: Path
 ) -> None:
@@ -94,12 +93,12 @@ def test_an_objective_of_fewer_than_50_lines_plugs_in(
     for _ in range(5):
         _, stats = learner.update(groups)
     after = [logprob(learner, groups, number) for number in (0, 1)]
-    assert after[0] > before[0]  # the one with the reward
+    assert after[0] > before[0]  # the episode with the reward
     assert stats.skipped_in_a_row == 0
-    if text is OWN:
-        assert stats.others == {"share_learned": 1.0}
+    if text is FULL:
+        assert stats.objective_metrics == {"share_learned": 1.0}
         assert stats.kl_behaviour is None
-    elif text is SMALL:
+    elif text is SURROGATE:
         assert stats.kl_behaviour is not None
     state = learner.state()
     straight = learner.update(groups)[0]
@@ -110,20 +109,20 @@ def test_an_objective_of_fewer_than_50_lines_plugs_in(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (OWN.replace("return [torch.full_like", "return samples and [torch.zeros(99)] or [torch.full_like"),
-         r".*mine\.py:BestOfGroup.: its advantages have the shapes \[\(99,\)\]; there are \[3, 2\]"),
-        (OWN.replace("-(learned", "-(undefined"), r"mine\.py:27: algorithm\.name = .*NameError: name .undefined."),
-        (OWN.replace(".sum(), {", ", {"), "grad can be implicitly created only for scalar outputs"),
-        (OWN.replace("BestOfGroup:", "Other:"), "mine.py has no 'BestOfGroup'"),
-        (OWN.replace("(self, algorithm, max_tokens)", "(self)"), "mine.py:BestOfGroup.: building it raised TypeError"),
-        (OWN.replace("skips_zeros", "skips"), r"mine.py:BestOfGroup.: it has no skips_zeros; write it"),
-        (OWN.replace("frozenset()", "frozenset([Need.VALUES])").replace(
+        (FULL.replace("return [torch.full_like", "return samples and [torch.zeros(99)] or [torch.full_like"),
+         r".*mine\.py:BestOfGroup.: its advantages have the shapes \[\(99,\)\]; .* \[3, 2\] tokens"),
+        (FULL.replace("-(learned", "-(undefined"), r"mine\.py:27: algorithm\.name = .*NameError: name .undefined."),
+        (FULL.replace(".sum(), {", ", {"), "grad can be implicitly created only for scalar outputs"),
+        (FULL.replace("BestOfGroup:", "Other:"), "mine.py has no 'BestOfGroup'"),
+        (FULL.replace("(self, algorithm, max_tokens)", "(self)"), "BestOfGroup.: its constructor raised TypeError"),
+        (FULL.replace("skips_zeros", "skips"), r"mine.py:BestOfGroup.: it has no skips_zeros; define it"),
+        (FULL.replace("frozenset()", "frozenset([Need.VALUES])").replace(
             "import torch", "import torch\nfrom rlora.core.objectives.objective import Need"
-        ), 'a critic\'s values are there with algorithm.advantage = "gae" and only then'),
+        ), "it needs .'VALUES'., but algorithm.advantage = 'centred'"),
     ],
     ids=["shapes", "error", "no sum", "name", "init", "member", "values"],
 )  # fmt: skip
-def test_what_is_wrong_with_one_is_told_with_its_file_and_line(
+def test_errors_of_an_objective_name_its_file_and_line(
     text: str, message: str, tiny: str, config: MakeConfig, groups: list[Group], tmp_path: Path
 ) -> None:
     (tmp_path / "mine.py").write_text(text)
@@ -132,7 +131,7 @@ def test_what_is_wrong_with_one_is_told_with_its_file_and_line(
         Solo(settings, tiny).update(groups)
 
 
-def test_a_name_that_is_none_is_refused_with_those_there_are() -> None:
+def test_an_unknown_name_is_refused_and_the_known_names_are_listed() -> None:
     values = {"model": "-", "env": "-", "reward": "-"}
     with pytest.raises(RloraError, match=r"algorithm\.name = 'grop': it should be 'reinforce', 'grpo',.*docs/alg"):
         validate(values | {"algorithm": {"name": "grop"}})
@@ -143,9 +142,7 @@ def test_a_name_that_is_none_is_refused_with_those_there_are() -> None:
 def test_gradients_add_up_over_requests_and_each_step_has_its_settings(
     tiny: str, config: MakeConfig, groups: list[Group]
 ) -> None:
-    """The verbs as a server uses them: a loss with each request, and Adam's settings with each step."""
-    from rlora.core.batch import sample_of
-
+    """The learner's methods as a server uses them: a loss with each request, and Adam's settings with each step."""
     learner = Learner(config(), tiny)
     for name in ("parts", "whole"):
         learner.open(name, Setup(seed=3))
@@ -153,26 +150,26 @@ def test_gradients_add_up_over_requests_and_each_step_has_its_settings(
     def cross_entropy(now: object, batch: object) -> object:
         return -(now.logprobs * batch.tokens.weights).sum(), {"logprobs": now.logprobs}  # type: ignore[attr-defined]
 
-    samples = [[sample_of(of.prompt.token_ids, each) for each in of.episodes if each.sampled_tokens] for of in groups]
+    samples = non_empty_samples(groups)
     before = learner.forward("whole", samples)
     whole = learner.forward_backward("whole", samples, cross_entropy)  # type: ignore[arg-type]
     sums = whole.sums
-    assert [[each.shape for each in of] for of in whole.outputs] == [[each.shape for each in of] for of in before]
+    assert shapes(whole.outputs) == shapes(before)
     assert all(torch.equal(a, b) for a, b in zip(chain(*whole.outputs), chain(*before), strict=True))
     in_parts = [
-        learner.forward_backward("parts", [of], cross_entropy).sums  # type: ignore[arg-type]
-        for of in samples
+        learner.forward_backward("parts", [group_samples], cross_entropy).sums  # type: ignore[arg-type]
+        for group_samples in samples
     ]
-    assert sum(each["loss"] for each in in_parts) == pytest.approx(sums["loss"], rel=1e-5)
-    assert sum(each["tokens"] for each in in_parts) == sums["tokens"] == 15
+    assert sum(part["loss"] for part in in_parts) == pytest.approx(sums["loss"], rel=1e-5)
+    assert sum(part["tokens"] for part in in_parts) == sums["tokens"] == 15
     steps = [
         learner.optim_step(name, Adam(lr=0.01, weight_decay=0.1, max_grad_norm=0.5)) for name in ("parts", "whole")
     ]
     assert steps[0].grad_norm == pytest.approx(steps[1].grad_norm, rel=1e-4)
     assert all(step.stepped for step in steps)
-    said = [torch_sum(learner.forward(name, samples)) for name in ("parts", "whole")]
-    assert said[0] == pytest.approx(said[1], rel=1e-4)
-    assert not learner.optim_step("parts", Adam(lr=0.01)).stepped  # there is no gradient any more
+    totals = [torch_sum(learner.forward(name, samples)) for name in ("parts", "whole")]
+    assert totals[0] == pytest.approx(totals[1], rel=1e-4)
+    assert not learner.optim_step("parts", Adam(lr=0.01)).stepped  # the step cleared the gradient
     assert learner.optim_step("parts", Adam(lr=0.01)).grad_norm == 0.0
     adapter = learner.next_version("parts")
     assert (adapter.number, adapter.version) == (1, learner.adapter("parts").version)
@@ -180,12 +177,10 @@ def test_gradients_add_up_over_requests_and_each_step_has_its_settings(
     assert learner.adapter("whole").number == 0
 
 
-def test_an_error_in_a_loss_drops_what_was_added_up(tiny: str, config: MakeConfig, groups: list[Group]) -> None:
-    from rlora.core.batch import sample_of
-
+def test_an_error_in_a_loss_drops_the_accumulated_gradient(tiny: str, config: MakeConfig, groups: list[Group]) -> None:
     learner = Learner(config(learner={"microbatch_tokens": 8}), tiny)
     learner.open("run", Setup(learner=config(learner={"microbatch_tokens": 8}).learner))
-    samples = [[sample_of(of.prompt.token_ids, each) for each in of.episodes if each.sampled_tokens] for of in groups]
+    samples = non_empty_samples(groups)
     calls = 0
 
     def faulty(now: object, batch: object) -> object:
@@ -200,8 +195,19 @@ def test_an_error_in_a_loss_drops_what_was_added_up(tiny: str, config: MakeConfi
     assert not learner.optim_step("run", Adam(lr=0.01)).stepped
 
 
-def torch_sum(said: list[list[object]]) -> float:
-    return float(sum(each.sum() for of in said for each in of))  # type: ignore[attr-defined]
+def non_empty_samples(groups: list[Group]) -> list[list[Sample]]:
+    return [
+        [sample_of(group.prompt.token_ids, episode) for episode in group.episodes if episode.sampled_tokens]
+        for group in groups
+    ]
+
+
+def shapes(outputs: list[list[torch.Tensor]]) -> list[list[torch.Size]]:
+    return [[tensor.shape for tensor in tensors] for tensors in outputs]
+
+
+def torch_sum(outputs: list[list[torch.Tensor]]) -> float:
+    return float(sum(tensor.sum() for tensors in outputs for tensor in tensors))
 
 
 def test_an_empty_group_is_nothing_to_learn_from(tiny: str, config: MakeConfig) -> None:

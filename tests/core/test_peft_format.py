@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rlora.core.lora import Bank, Spec
 from rlora.core.peft_format import decode, encode, fill, masters
 from rlora.records import Adapter, RloraError
-from rlora.run.start import checked_start, plain, read
+from rlora.run.start import checked_start, read, without_base_weights
 from rlora.settings import LearnerConfig
 from rlora.store import write_adapter
 
@@ -34,9 +34,9 @@ def test_peft_loads_what_we_save(name: str, spec: Spec, tmp_path: Path) -> None:
     path = saved(adapted(model, spec), tmp_path)
     peft = PeftModel.from_pretrained(tiny_model(name), path)
     with torch.no_grad():
-        plain, ours = tiny_model(name)(IDS).logits, model(IDS).logits
-        assert not torch.allclose(plain, ours, atol=1e-2)
-        torch.testing.assert_close(peft(IDS).logits, ours, atol=1e-4, rtol=1e-4)
+        base_logits, logits = tiny_model(name)(IDS).logits, model(IDS).logits
+        assert not torch.allclose(base_logits, logits, atol=1e-2)
+        torch.testing.assert_close(peft(IDS).logits, logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_what_peft_saves_loads_here(name: str, config: dict[str, Any], tmp_path:
         if "lora_B" in parameter_name:
             torch.nn.init.normal_(parameter, std=0.1)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Setting `save_embedding_layers`")  # it copies the head, which is the base's
+        warnings.filterwarnings("ignore", "Setting `save_embedding_layers`")  # it copies the base's head
         peft.save_pretrained(tmp_path / "peft")
     spec, tensors = decode(*read(tmp_path / "peft"))
     model = tiny_model(name)
@@ -74,12 +74,13 @@ def test_what_peft_saves_loads_here(name: str, config: dict[str, Any], tmp_path:
     fill(bank, "run", tensors)
     with torch.no_grad():
         torch.testing.assert_close(model(IDS).logits, peft(IDS).logits, atol=1e-4, rtol=1e-4)
-    again_spec, again = decode(*encode(bank, "run", "base"))
-    assert again.keys() == tensors.keys()
-    assert all(again[key].equal(tensors[key]) for key in tensors)
-    other = adapted(tiny_model(name), again_spec)
-    fill(other, "run", again)
-    assert [pair.scale for pair in other.over("run").values()] == [pair.scale for pair in bank.over("run").values()]
+    decoded_spec, decoded = decode(*encode(bank, "run", "base"))
+    assert decoded.keys() == tensors.keys()
+    assert all(decoded[key].equal(tensors[key]) for key in tensors)
+    copy = adapted(tiny_model(name), decoded_spec)
+    fill(copy, "run", decoded)
+    scales, expected = ([pair.scale for pair in b.pairs_of("run").values()] for b in (copy, bank))
+    assert scales == expected
 
 
 def test_an_adapter_of_some_layers_names_only_those(tmp_path: Path) -> None:
@@ -94,8 +95,8 @@ def test_an_adapter_of_some_layers_names_only_those(tmp_path: Path) -> None:
         ({"peft_type": "LOHA"}, "peft_type = 'LOHA'"),
         ({"use_dora": True}, "use_dora = True can't be loaded"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save = ['lm_head']"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' started from a base that was changed"),
-        ({"r": 9}, "r has rank 9; ranks go from 1 to 8"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' also changed the base"),
+        ({"r": 9}, "r has rank 9; use a rank from 1 to 8"),
         ({"rank_pattern": {"q_proj": 16}}, "q_proj has rank 16"),
     ],
 )
@@ -105,31 +106,33 @@ def test_what_is_not_plain_lora_is_refused_by_name(change: dict[str, Any], messa
         decode(json.dumps(json.loads(config) | change).encode(), weights)
 
 
-def test_other_tensors_are_refused_and_change_nothing() -> None:
+def test_tensors_that_do_not_fit_are_refused_and_change_nothing() -> None:
     bank = adapted(tiny_model("llama"), Spec())
     before = encode(bank, "run", "base")
     config, weights = encode(adapted(tiny_model("llama"), Spec(2)), "run", "base")
-    with pytest.raises(RloraError, match=r"lora_A\.weight is \[2, \d+\] where this model and rank have \[1, \d+\]"):
+    with pytest.raises(RloraError, match=r"lora_A\.weight: found \[2, \d+\], expected \[1, \d+\]"):
         fill(bank, "run", decode(config, weights)[1])
-    with pytest.raises(RloraError, match="is nothing where"):
+    with pytest.raises(RloraError, match="found no tensor, expected"):
         fill(bank, "run", {})
     assert encode(bank, "run", "base") == before
     odd = safetensors.torch.save({"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(1)})
     with pytest.raises(RloraError, match="neither A nor B of a weight matrix: it is LoRA over embeddings"):
         decode(config, odd)
-    with pytest.raises(RloraError, match="its files are not whole"):
+    with pytest.raises(RloraError, match="its files are corrupt"):
         decode(config, weights[:100])
 
 
-def saved_by_peft(path: Path, tied: bool = False, whole: bool | str = "auto", size: int = 0, **settings: Any) -> Any:
-    """What PEFT saves in `path` of an adapter over q_proj; returns its model, to be changed and saved again."""
+def saved_by_peft(
+    path: Path, tied: bool = False, embeddings: bool | str = "auto", size: int = 0, **settings: Any
+) -> Any:
+    """Let PEFT save an adapter over q_proj to `path`. Returns its model, so that it can be changed and saved again."""
     model = tiny_model("llama", tie_word_embeddings=tied)
     if size:
         model.resize_token_embeddings(size, mean_resizing=False)
     peft = get_peft_model(model, LoraConfig(r=1, lora_alpha=32, target_modules=["q_proj"], **settings))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
-        peft.save_pretrained(path, save_embedding_layers=whole)
+        peft.save_pretrained(path, save_embedding_layers=embeddings)
     return peft
 
 
@@ -146,16 +149,18 @@ BOTH = ["lm_head", "embed_tokens"]
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("settings", [{"whole": True}, {"modules_to_save": ["lm_head"]}, {"modules_to_save": BOTH}, {}])
-def test_embeddings_that_are_the_bases_are_taken(
+@pytest.mark.parametrize(
+    "settings", [{"embeddings": True}, {"modules_to_save": ["lm_head"]}, {"modules_to_save": BOTH}, {}]
+)
+def test_embeddings_that_equal_the_bases_are_accepted(
     tied: bool, dtype: torch.dtype, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    """However they were saved, and in whichever precision the base is loaded."""
+    """However they were saved, and whatever dtype the base is loaded in."""
     saved_by_peft(tmp_path, tied, **settings)
     tensors = start(tmp_path, tied, dtype)
     assert len(tensors) == 4
     assert all(".lora_" in name for name in tensors)
-    config, weights = plain(*read(tmp_path), lambda: tiny_model("llama", tie_word_embeddings=tied))
+    config, weights = without_base_weights(*read(tmp_path), lambda: tiny_model("llama", tie_word_embeddings=tied))
     assert not json.loads(config)["modules_to_save"]
     assert safetensors.torch.load(weights).keys() == tensors.keys()
 
@@ -163,26 +168,26 @@ def test_embeddings_that_are_the_bases_are_taken(
 def test_a_model_is_loaded_only_where_there_is_something_to_compare(tmp_path: Path) -> None:
     saved_by_peft(tmp_path)
     files = read(tmp_path)
-    assert plain(*files, lambda: pytest.fail("loaded")) == files
+    assert without_base_weights(*files, lambda: pytest.fail("loaded")) == files
 
 
-@pytest.mark.parametrize("settings", [{"whole": True}, {"modules_to_save": BOTH}])
+@pytest.mark.parametrize("settings", [{"embeddings": True}, {"modules_to_save": BOTH}])
 def test_trained_embeddings_are_refused_as_such(settings: dict[str, Any], tmp_path: Path) -> None:
     peft = saved_by_peft(tmp_path, **settings)
     with torch.no_grad():
         peft.get_output_embeddings().weight[3, 5] += 0.25
-    peft.save_pretrained(tmp_path, save_embedding_layers=settings.get("whole", "auto"))
+    peft.save_pretrained(tmp_path, save_embedding_layers=settings.get("embeddings", "auto"))
     with pytest.raises(
         RloraError, match=r"lm_head\.weight is embeddings .* differs by up to 0\.25 .* was trained"
-    ) as told:
+    ) as raised:
         start(tmp_path)
-    assert str(told.value).startswith(f"learner.start_from = '{tmp_path}'")
-    assert "merge_and_unload" in str(told.value)
+    assert str(raised.value).startswith(f"learner.start_from = '{tmp_path}'")
+    assert "merge_and_unload" in str(raised.value)
 
 
 def test_resized_embeddings_are_refused_as_such(tmp_path: Path) -> None:
-    saved_by_peft(tmp_path, whole=True, size=101)
-    with pytest.raises(RloraError, match=r"is embeddings .* shape \[101, 64\] where .* \[97, 64\], so it was resized"):
+    saved_by_peft(tmp_path, embeddings=True, size=101)
+    with pytest.raises(RloraError, match=r"is embeddings .* shape \[101, 64\] differs from .* \[97, 64\], so it was resized"):
         start(tmp_path)
 
 
@@ -212,13 +217,13 @@ def test_what_else_was_trained_beside_an_adapter_is_named(
         ("layers.0.self_attn.q_proj.lora_magnitude_vector", "a magnitude vector of DoRA"),
         ("embed_tokens.lora_embedding_A", "LoRA over embeddings"),
         ("embed_tokens.token_adapter.trainable_tokens_delta", "trained embeddings of single tokens"),
-        ("layers.0.self_attn.q_proj.lora_B.bias", "a bias beside B"),
+        ("layers.0.self_attn.q_proj.lora_B.bias", "a bias of B"),
         ("layers.0.self_attn.q_proj.base_layer.bias", "a bias of the model"),
-        ("embed_tokens.weight", "embeddings that were saved whole"),
+        ("embed_tokens.weight", "embeddings "),
         ("layers.0.extra.weight", "a weight of the model"),
     ],
 )
-def test_a_tensor_that_is_neither_a_nor_b_is_told_by_its_kind(name: str, kind: str) -> None:
+def test_the_error_names_the_kind_of_a_tensor_that_is_neither_a_nor_b(name: str, kind: str) -> None:
     config, _ = encode(adapted(tiny_model("llama"), Spec()), "run", "base")
     weights = safetensors.torch.save({f"base_model.model.model.{name}": torch.zeros(2)})
     with pytest.raises(RloraError, match=f"neither A nor B of a weight matrix: it is {kind}"):

@@ -24,48 +24,49 @@ def _longest(group: Group) -> int:
     return max(len(episode.completion_ids) for episode in group.episodes)
 
 
-def with_one(base: PreTrainedModel, spec: Spec, checkpointing: bool = False) -> Policies:
-    """A base with the adapter "run", whose B is not 0."""
+def with_adapter(base: PreTrainedModel, spec: Spec, checkpointing: bool = False) -> Policies:
+    """A base with the adapter "run", whose B is random."""
     policies = Policies(base, checkpointing)
     policies.add("run", spec, seed=0)
     stir(policies.bank)
     return policies
 
 
-def logits_of(policies: Policies, ids: torch.Tensor, under: str | None = "run") -> torch.Tensor:
-    with policies.bank.serving(under):
+def logits_of(policies: Policies, ids: torch.Tensor, name: str | None = "run") -> torch.Tensor:
+    with policies.bank.serving(name):
         logits: torch.Tensor = policies.base(ids).logits
     return logits
 
 
 def naive_logprobs(policy: Policies, groups: list[Group], temperature: float) -> torch.Tensor:
-    """Row by row, with no packing and no sharing."""
+    """Logprobs episode by episode, without packing and shared prompts."""
     rows = []
-    for of in sorted(groups, key=_longest):
-        for played in of.episodes:
-            if of.informative and played.completion_ids:
-                ids = torch.tensor([of.prompt.token_ids + played.completion_ids])
+    for scored in sorted(groups, key=_longest):
+        prompt = scored.prompt.token_ids
+        for completion in [completed.completion_ids for completed in scored.episodes]:
+            if scored.informative and completion:
+                ids = torch.tensor([prompt + completion])
                 logprobs = (logits_of(policy, ids)[0] / temperature).log_softmax(-1)
-                start = len(of.prompt.token_ids)
+                start = len(prompt)
                 rows.append(logprobs[start - 1 : -1].gather(1, ids[0, start:, None])[:, 0])
     return torch.cat(rows)
 
 
 def assert_plain(policy: Policies, batch: Microbatch, groups: list[Group], temperature: float) -> None:
-    """Logprobs and gradients of the packed row are those of its episodes row by row."""
+    """The packed row has the logprobs and gradients of its episodes one by one."""
     parameters = list(policy.parameters_of("run").values())
     packed, plain = policy.logprobs(batch, "run", temperature), naive_logprobs(policy, groups, temperature)
     torch.testing.assert_close(packed, plain, atol=1e-5, rtol=1e-5)
     weights = torch.randn(len(plain))
     packed_gradient = torch.autograd.grad((packed * weights).sum(), parameters)
     plain_gradient = torch.autograd.grad((plain * weights).sum(), parameters)
-    for ours, expected in zip(packed_gradient, plain_gradient, strict=True):
-        torch.testing.assert_close(ours, expected, atol=5e-4, rtol=1e-4)
+    for actual, expected in zip(packed_gradient, plain_gradient, strict=True):
+        torch.testing.assert_close(actual, expected, atol=5e-4, rtol=1e-4)
 
 
 @pytest.fixture
 def policy(tiny_base: PreTrainedModel) -> Policies:
-    return with_one(tiny_base, Spec(2))
+    return with_adapter(tiny_base, Spec(2))
 
 
 @pytest.fixture
@@ -81,12 +82,12 @@ def test_shared_prompts_give_the_plain_logprobs_and_gradients(
     assert_plain(policy, batch, groups, temperature)
 
 
-def test_activations_computed_again_give_the_same_gradients(tiny: str, groups: list[Group]) -> None:
+def test_recomputed_activations_give_the_same_gradients(tiny: str, groups: list[Group]) -> None:
     def gradients(checkpointing: bool) -> tuple[int, tuple[torch.Tensor, ...]]:
-        """How many numbers the forward pass keeps, and the gradients."""
+        """The number of values that the forward pass keeps, and the gradients."""
         torch.manual_seed(0)
         base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
-        policy = with_one(base, Spec(2), checkpointing)
+        policy = with_adapter(base, Spec(2), checkpointing)
         (batch,) = microbatches(samples(groups), 100, torch.float32, torch.device("cpu"))
         kept: list[int] = []
 
@@ -96,27 +97,27 @@ def test_activations_computed_again_give_the_same_gradients(tiny: str, groups: l
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             logprobs = policy.logprobs(batch, "run")
-        parameters = list(policy.parameters_of("run").values())  # the backward pass has to remember the adapter
+        parameters = list(policy.parameters_of("run").values())  # the adapter is no longer served here
         return sum(kept), torch.autograd.grad(logprobs.sum(), parameters)
 
-    (all_kept, expected), (few_kept, computed_again) = gradients(False), gradients(True)
+    (all_kept, expected), (few_kept, recomputed) = gradients(False), gradients(True)
     assert few_kept < all_kept / 2
-    assert all(ours.equal(theirs) for ours, theirs in zip(computed_again, expected, strict=True))
+    assert all(a.equal(b) for a, b in zip(recomputed, expected, strict=True))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_an_adapted_head_gives_the_plain_logprobs_and_gradients(
     tiny_base: PreTrainedModel, batch: Microbatch, groups: list[Group], temperature: float
 ) -> None:
-    policy = with_one(tiny_base, Spec(2, head=True))
+    policy = with_adapter(tiny_base, Spec(2, head=True))
     parameters = list(policy.parameters_of("run").values())
     assert len(parameters) == 2 * (2 * 7 + 1)
     assert_plain(policy, batch, groups, temperature)
 
 
 @pytest.mark.parametrize("head", [False, True])
-def test_an_idle_row_reaches_every_layer_and_teaches_nothing(tiny_base: PreTrainedModel, head: bool) -> None:
-    policy = with_one(tiny_base, Spec(2, head=head))
+def test_an_empty_row_reaches_every_layer_and_has_zero_gradients(tiny_base: PreTrainedModel, head: bool) -> None:
+    policy = with_adapter(tiny_base, Spec(2, head=head))
     logprobs = policy.logprobs(empty_batch(torch.float32, torch.device("cpu")), "run")
     assert logprobs.shape == (0,)
     logprobs.sum().backward()
@@ -126,16 +127,16 @@ def test_an_idle_row_reaches_every_layer_and_teaches_nothing(tiny_base: PreTrain
 
 def test_a_tied_head_is_refused(tiny_base: PreTrainedModel) -> None:
     tiny_base.get_output_embeddings().weight = tiny_base.get_input_embeddings().weight
-    with pytest.raises(RloraError, match=r"learner\.head = true: the output head of LlamaForCausalLM is its embedding"):
-        with_one(tiny_base, Spec(head=True))
+    with pytest.raises(RloraError, match=r"learner\.head = true: the output head of LlamaForCausalLM is tied to its"):
+        with_adapter(tiny_base, Spec(head=True))
 
 
 def test_targets_are_free(policy: Policies) -> None:
-    """Any place may predict any token, and several: also places of the prompt, and places after all that is read."""
+    """Any index, in prompt or completion, may predict any token, and several tokens."""
     prompt, completion = (5, 6, 7), (8, 9, 10)
     predictors, targets = (0, 1, 1, 3, 5), (20, 30, 31, 40, 50)
-    none = torch.zeros(5)
-    free = Sample(prompt, completion, predictors, targets, Tokens(none, none, none))
+    zeros = torch.zeros(5)
+    free = Sample(prompt, completion, predictors, targets, Tokens(zeros, zeros, zeros))
     ordinary = sample_of(prompt, episode([8, 1]))
     (row,) = microbatches([[free, ordinary]], 100, torch.float32, torch.device("cpu"))
     logprobs = policy.logprobs(row, "run")
@@ -176,7 +177,7 @@ def test_a_base_that_caps_its_logits_is_refused() -> None:
         vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, head_dim=8, final_logit_softcapping=1.0, pad_token_id=0, initializer_range=0.5,
     )  # fmt: skip
-    with pytest.raises(RloraError, match="Gemma2ForCausalLM does more with its logits"):
+    with pytest.raises(RloraError, match="Gemma2ForCausalLM changes its logits after the output head"):
         Policies(Gemma2ForCausalLM(config))
 
 
@@ -187,41 +188,41 @@ def test_a_context_longer_than_the_attention_window_is_refused(batch: Microbatch
     )  # fmt: skip
     assert Policies(MistralForCausalLM(config)).logprobs(batch, None).isfinite().all()  # 5 + 2 tokens
     config.sliding_window = 6
-    with pytest.raises(RloraError, match="attention sees 6 tokens, and a prompt and completion have 7"):
+    with pytest.raises(RloraError, match="window has 6 tokens, but a prompt with its completion has 7"):
         Policies(MistralForCausalLM(config)).logprobs(batch, None)
 
 
-@pytest.mark.parametrize("held", [2**20, 40, 1])
+@pytest.mark.parametrize("scores", [2**20, 40, 1])
 @pytest.mark.parametrize("biases", [1, 4])
-def test_attention_computed_again_has_the_gradients_of_autograd(
-    monkeypatch: pytest.MonkeyPatch, held: int, biases: int
+def test_recomputed_attention_has_the_gradients_of_autograd(
+    monkeypatch: pytest.MonkeyPatch, scores: int, biases: int
 ) -> None:
-    """Whole, some pairs of a sequence and a key's heads at a time, and a single row of one at a time."""
-    monkeypatch.setattr(attention, "_SCORES", held)
+    """Everything at once, some pairs of sequence and key head at a time, and one row of one pair at a time."""
+    monkeypatch.setattr(attention, "_SCORES", scores)
     torch.manual_seed(0)
     B, H, K, T, S, D = 4, 6, 2, 5, 7, 3
     q, k, v = (torch.randn(B, heads, n, D).double().requires_grad_() for heads, n in ((H, T), (K, S), (K, S)))
     bias = torch.randn(biases, 1, T, S).double().masked_fill_(torch.ones(T, S).tril(2) == 0, -math.inf)
-    seen = torch.randn(B, H, T, D).double()
+    d_out = torch.randn(B, H, T, D).double()
 
     def gradients(out: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad((out * seen).sum(), (q, k, v))
+        return torch.autograd.grad((out * d_out).sum(), (q, k, v))
 
     plain = (q.view(B, K, H // K, T, D) @ k[:, :, None].mT * 0.7 + bias[:, :, None]).softmax(-1) @ v[:, :, None]
     expected = gradients(plain.view(B, H, T, D))
-    found = gradients(attention._attention(q, k, v, bias, 0.7))
-    for gradient, autograd in zip(found, expected, strict=True):
+    actual = gradients(attention._attention(q, k, v, bias, 0.7))
+    for gradient, autograd in zip(actual, expected, strict=True):
         torch.testing.assert_close(gradient, autograd, rtol=1e-10, atol=1e-10)
 
 
 def test_large_keys_cost_no_digits_in_16_bits() -> None:
-    """Some models' keys share a large part, which shifts all scores of a query and should change nothing."""
+    """In some models all keys share a large component, which shifts the scores of a query and must change nothing."""
     torch.manual_seed(0)
     q, k, v, d_out = (torch.randn(2, 2, 16, 128).bfloat16() for _ in range(4))
     shifted = (k + 30 * torch.randn(128).bfloat16()).requires_grad_()
     bias = torch.zeros(1, 1, 16, 16).masked_fill_(torch.ones(16, 16).tril() == 0, -math.inf).bfloat16()
-    (got,) = torch.autograd.grad((attention._attention(q, shifted, v, bias, 0.1) * d_out).sum(), shifted)
+    (gradient,) = torch.autograd.grad((attention._attention(q, shifted, v, bias, 0.1) * d_out).sum(), shifted)
     exact = shifted.detach().double().requires_grad_()
     plain = (q.double() @ exact.mT * 0.1 + bias).softmax(-1) @ v.double()
     (expected,) = torch.autograd.grad((plain * d_out).sum(), exact)
-    assert (got - expected).norm() < 0.02 * expected.norm()
+    assert (gradient - expected).norm() < 0.02 * expected.norm()

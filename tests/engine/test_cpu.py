@@ -1,4 +1,4 @@
-"""What stands in the place of vLLM's own parts on CPU, against plain loops and known probabilities."""
+"""The replacements for parts of vLLM's CPU build, against plain loops and known probabilities."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -7,46 +7,46 @@ import pytest
 import torch
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]  # importing vLLM warns
-SLOT_OF = {7: 0, 9: 1}
+SLOTS = {7: 0, 9: 1}  # by LoRA id
 
 
-@pytest.mark.parametrize(("most", "rank"), [(1, 1), (8, 1), (8, 2), (8, 3), (8, 5), (8, 8)])
+@pytest.mark.parametrize(("max_rank", "rank"), [(1, 1), (8, 1), (8, 2), (8, 3), (8, 5), (8, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("widths", [(4,), (4, 2)])
 @pytest.mark.parametrize("ids", [(7, 7, 7, 7), (7, 0, 9, 7), (0, 0, 0, 0)])
 def test_each_row_gets_its_own_adapter_or_none(
-    ids: tuple[int, ...], widths: tuple[int, ...], dtype: torch.dtype, most: int, rank: int
+    ids: tuple[int, ...], widths: tuple[int, ...], dtype: torch.dtype, max_rank: int, rank: int
 ) -> None:
     from vllm.lora.layers import LoRAMapping
 
-    from rlora.engine.cpu.patches import ThinProducts, lay_out, tell_rank
+    from rlora.engine.cpu.patches import ThinProducts, fuse_slots, set_rank
 
     torch.manual_seed(0)
     d_in = 5
     layer: Any = SimpleNamespace(
-        lora_a_stacked=tuple(torch.zeros(2, 1, most, d_in, dtype=dtype) for _ in widths),
-        lora_b_stacked=tuple(torch.zeros(2, 1, width, most, dtype=dtype) for width in widths),
+        lora_a_stacked=tuple(torch.zeros(2, 1, max_rank, d_in, dtype=dtype) for _ in widths),
+        lora_b_stacked=tuple(torch.zeros(2, 1, width, max_rank, dtype=dtype) for width in widths),
     )
     model = SimpleNamespace(lora_manager=SimpleNamespace(modules={"qkv_proj": layer}, lora_index_to_id=[7, 9]))
-    lay_out(model)
+    fuse_slots(model)
     for part in (*layer.lora_a_stacked, *layer.lora_b_stacked):
-        part[0].normal_(), part[1].normal_()  # as vLLM writes them: into one slot of one part
+        part[0].normal_(), part[1].normal_()  # like vLLM: one slot of one part at a time
     ranks = rank, 1
-    for slot, (adapter, own) in enumerate(zip(SLOT_OF, ranks, strict=True)):
-        tell_rank(model, adapter, own)
-        read = next(count for count in (1, 2, 4, 8) if count >= own)
+    for slot, (adapter, slot_rank) in enumerate(zip(SLOTS, ranks, strict=True)):
+        set_rank(model, adapter, slot_rank)
+        rows = next(count for count in (1, 2, 4, 8) if count >= slot_rank)
         for a, b in zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True):
-            a[slot, 0, own:], b[slot, 0, :, own:] = 0.0, 0.0  # as vLLM pads them
-            a[slot, 0, read:], b[slot, 0, :, read:] = torch.nan, torch.nan  # not read
+            a[slot, 0, slot_rank:], b[slot, 0, :, slot_rank:] = 0.0, 0.0  # like vLLM's padding
+            a[slot, 0, rows:], b[slot, 0, :, rows:] = torch.nan, torch.nan  # must not be read
     x, y = torch.randn(4, d_in).to(dtype), torch.randn(4, sum(widths)).to(dtype)
     expected = y.double()
     for row, adapter in enumerate(ids):
         if adapter:
-            slot = SLOT_OF[adapter]
+            slot = SLOTS[adapter]
             parts = zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True)
-            own = ranks[slot]
+            r = ranks[slot]
             expected[row] += torch.cat(
-                [b[slot, 0, :, :own].double() @ a[slot, 0, :own].double() @ x[row].double() for a, b in parts]
+                [b[slot, 0, :, :r].double() @ a[slot, 0, :r].double() @ x[row].double() for a, b in parts]
             )
     products = ThinProducts(16, 4, torch.device("cpu"))
     products.update_metadata(LoRAMapping(ids, ids, is_prefill=True), [7, 9], 3, 100)
@@ -55,8 +55,8 @@ def test_each_row_gets_its_own_adapter_or_none(
     torch.testing.assert_close(got, expected.to(dtype))
     if dtype == torch.bfloat16:  # rounded once, to the nearest
         assert got.equal(expected.to(dtype))
-    without = [row for row, adapter in enumerate(ids) if not adapter]
-    assert got[without].equal(y[without])
+    base_rows = [row for row, adapter in enumerate(ids) if not adapter]
+    assert got[base_rows].equal(y[base_rows])
     if len(widths) == 1:
         padded = torch.cat([y, y[:, :1]], 1)
         got = padded[:, :-1]
@@ -64,19 +64,19 @@ def test_each_row_gets_its_own_adapter_or_none(
         torch.testing.assert_close(got, expected.to(dtype))
 
 
-def test_where_compiled_code_has_no_place_on_disk_it_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_cache_directory_code_is_compiled_in_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
     from numba.core.caching import CacheImpl
 
     from rlora.engine.cpu import product
 
-    def next_one(number: int) -> int:
+    def add_one(number: int) -> int:
         return number + 1
 
     monkeypatch.setattr(CacheImpl, "_locator_classes", [])
-    assert product._compiled(next_one)(1) == 2
+    assert product._compile(add_one)(1) == 2
 
 
-def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:
+def test_tokens_are_drawn_with_their_probabilities() -> None:
     from rlora.engine.cpu.patches import draw
 
     torch.manual_seed(0)
@@ -85,6 +85,6 @@ def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:
     sampler: Any = SimpleNamespace(logprobs_mode="processed_logprobs")
     tokens, logprobs = draw(sampler, p.log().expand(count, -1), {}, None, None)
     drawn = torch.bincount(tokens, minlength=len(p)) / count
-    assert ((drawn - p).abs() <= 5 * (p * (1 - p) / count).sqrt()).all()  # 0 where p is
+    assert ((drawn - p).abs() <= 5 * (p * (1 - p) / count).sqrt()).all()  # exactly 0 if p is 0
     assert logprobs is not None
     torch.testing.assert_close(logprobs[0].exp(), p)

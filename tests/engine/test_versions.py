@@ -1,4 +1,4 @@
-"""Several versions in a real engine at a time, and engines that go wrong: fp32, versions one update of a run apart."""
+"""Several versions in an engine at a time, and engines that fail. In fp32, with versions one update apart."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,15 +20,15 @@ from rlora.records import BASE, OFF, Adapter, DeliveryError, Group, NotLoadedErr
 from rlora.rollout.task import ServedPolicy, Task, load_task
 
 pytestmark = pytest.mark.vllm
-KINDS = (  # of faulty_engine.py
-    "a flipped byte", "a missing module", "two modules swapped", "another alpha", "the version before",
-    "the same version of another life", "no load at all",
+KINDS = (  # of faults, see faulty_engine.py
+    "a flipped byte", "a missing module", "two modules swapped", "a different alpha",
+    "the previous version", "the same number trained again", "no load at all",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Line:
-    """A learner's versions 0 to 4 of one run, and an engine that can be made to fail."""
+    """Versions 0 to 4 of one run, their learner, and an engine that fails on request."""
 
     learner: Solo
     task: Task
@@ -39,17 +39,15 @@ class Line:
         """`OFF` is the base."""
         return BASE.version if number == OFF else self.versions[number].version
 
-    def logprobs(self, number: int, groups: Sequence[Group]) -> torch.Tensor:
-        """What the learner says of the groups' tokens under that version; `OFF` is the base."""
+    def differences(self, number: int, groups: Sequence[Group]) -> torch.Tensor:
+        """Absolute differences of the groups' logprobs between engine and learner; `OFF` is the base."""
         if number != OFF:
             fill(self.learner.bank, "run", safetensors.torch.load(self.versions[number].weights))
         batches = list(microbatches(samples(marked(groups)), 1000, torch.float32, self.learner.device))
         with torch.no_grad():
-            under = None if number == OFF else "run"
-            ours = [self.learner.policies.logprobs(row, under) for row in batches]
-        return torch.cat(
-            [own - batch.tokens.behaviour_logprobs for own, batch in zip(ours, batches, strict=True)]
-        ).abs()
+            policy = None if number == OFF else "run"
+            logprobs = torch.cat([self.learner.policies.logprobs(batch, policy) for batch in batches])
+        return (logprobs - torch.cat([batch.tokens.behaviour_logprobs for batch in batches])).abs()
 
 
 @pytest.fixture(scope="module")
@@ -72,55 +70,56 @@ def line() -> Iterator[Line]:
             fleet = job.fleet
             (engine,) = fleet.engines
             engine.load(versions[0]).result()
-            asked = [engine.generate(prompt, Sampling(24, 1.0, 4), versions[0].version) for prompt in task.prompts[:8]]
-            groups = marked([each.result() for each in asked])
+            sampling, version = Sampling(24, 1.0, 4), versions[0].version
+            futures = [engine.generate(prompt, sampling, version) for prompt in task.prompts[:8]]
+            groups = marked([future.result() for future in futures])
             versions += [learner.update(groups)[0] for _ in range(4)]
             yield Line(learner, task, engine, versions)
 
 
 def test_versions_in_flight_at_once_each_match_their_own_learner(line: Line) -> None:
-    """64 requests on three versions and the base, versions loaded while others are in flight (vllm#47724)."""
+    """64 requests on three versions and the base. Versions are loaded while others are in flight (vllm#47724)."""
     sampling = Sampling(max_tokens=24, group_size=2)
-    asked: dict[int, list[Any]] = {}
+    futures: dict[int, list[Any]] = {}
     for turn, number in enumerate((OFF, 0, 1, 2)):
         if number >= 0:
             line.engine.load(line.versions[number]).result()
         prompts = line.task.prompts[turn * 8 : turn * 8 + 8]
-        asked[number] = [line.engine.generate(prompt, sampling, line.version(number)) for prompt in prompts]
-    for of_version in asked.values():
-        assert not all(each.done() for each in of_version)  # they overlap
+        futures[number] = [line.engine.generate(prompt, sampling, line.version(number)) for prompt in prompts]
+    for row in futures.values():
+        assert not all(future.done() for future in row)  # they overlap
     assert line.engine.versions().result() == [line.version(number) for number in (0, 1, 2)]
-    groups = {number: [each.result() for each in of_version] for number, of_version in asked.items()}
-    for number, own in groups.items():
-        assert {episode.version for group in own for episode in group.episodes} == {line.version(number)}
-        assert line.logprobs(number, own).max() < 1e-3
-        if number > 0:  # 0 and the base are one policy
-            assert line.logprobs(number - 1, own).mean() > 20 * line.logprobs(number, own).mean()
-            assert line.logprobs(number - 1, own).mean() > 1e-3
-    assert line.engine.versions().result() == [line.version(2)]  # the others went with their last lease
-    assert len(line.engine.loaded().result()) == 1
+    groups = {number: [future.result() for future in row] for number, row in futures.items()}
+    for number, sampled in groups.items():
+        assert {episode.version for group in sampled for episode in group.episodes} == {line.version(number)}
+        assert line.differences(number, sampled).max() < 1e-3
+        if number > 0:  # version 0 equals the base
+            assert line.differences(number - 1, sampled).mean() > 20 * line.differences(number, sampled).mean()
+            assert line.differences(number - 1, sampled).mean() > 1e-3
+    assert line.engine.versions().result() == [line.version(2)]  # the others were unloaded with their last lease
+    assert len(line.engine.lora_ids().result()) == 1
 
 
-def test_a_request_too_stale_to_learn_from_is_given_up(line: Line) -> None:
+def test_a_request_too_stale_to_learn_from_is_aborted(line: Line) -> None:
     line.engine.load(line.versions[0]).result()
     stale = [line.engine.generate(prompt, Sampling(24, 1.0, 4), line.version(0)) for prompt in line.task.prompts[:4]]
     fresh = line.engine.generate(line.task.prompts[0], Sampling(24, 1.0, 2), BASE.version)
     line.engine.load(line.versions[3], oldest=1).result()
-    for each in stale:
-        with pytest.raises(StaleError, match=rf"version {line.version(0)}: those of its policy are given up before 1"):
-            each.result()
+    for future in stale:
+        with pytest.raises(StaleError, match=rf"version {line.version(0)}: aborted, .* below 1 are too old"):
+            future.result()
     assert len(fresh.result().episodes) == 2
     assert line.engine.versions().result() == [line.version(3)]
 
 
-def test_a_canary_that_is_off_in_company_is_asked_again_alone(line: Line) -> None:
-    """Where roundings depend on the batch, that ends no run: its version is served after the second answer."""
+def test_a_canary_that_fails_in_a_batch_is_repeated_alone(line: Line) -> None:
+    """Rounding that depends on the batch ends no run: the version is served after the second canary."""
     engine, prompts = line.engine, line.task.prompts
-    before = engine.be_shy(True).result()
+    checked = engine.fail_canaries_in_batch(True).result()
     engine.load(line.versions[2]).result()
-    asked = [engine.generate(prompt, Sampling(24, 1.0, 4), line.version(2)) for prompt in prompts[:4]]
-    assert all(len(each.result().episodes) == 4 for each in asked)
-    assert engine.be_shy(False).result() == before + 2
+    futures = [engine.generate(prompt, Sampling(24, 1.0, 4), line.version(2)) for prompt in prompts[:4]]
+    assert all(len(future.result().episodes) == 4 for future in futures)
+    assert engine.fail_canaries_in_batch(False).result() == checked + 2
 
 
 @pytest.mark.parametrize(
@@ -131,24 +130,24 @@ def test_a_canary_that_is_off_in_company_is_asked_again_alone(line: Line) -> Non
         *((kind, ("canary",)) for kind in KINDS[2:-1]),
     ],
 )
-def test_an_engine_that_serves_something_else_is_found_out(line: Line, kind: str, checks: tuple[str, ...]) -> None:
-    """One part of the proof at a time, the others blind."""
+def test_an_engine_that_serves_something_else_is_detected(line: Line, kind: str, checks: tuple[str, ...]) -> None:
+    """With one check at a time, the others disabled."""
     engine, prompt, sampling = line.engine, line.task.prompts[0], Sampling(4, 1.0, 1)
     engine.load(line.versions[1]).result()
     assert engine.generate(prompt, sampling, line.version(1)).result()
     engine.fail(kind, checks).result()
-    if checks == ("canary",):  # which comes with the first prompt
+    if checks == ("canary",):  # it runs with the first prompt
         engine.load(line.versions[2]).result()
-        with pytest.raises(DeliveryError, match=r"adapter run-v2-\w+: .* the canary is .* nats off the learner's"):
+        with pytest.raises(DeliveryError, match=r"adapter run-v2-\w+: .* differs from the learner's by .* nats"):
             engine.generate(prompt, sampling, line.version(2)).result()
     else:
         with pytest.raises(DeliveryError, match=r"adapter run-v2-.* does not serve it: .*(digest|adapter's|slot)"):
             engine.load(line.versions[2]).result()
         with pytest.raises(NotLoadedError, match=rf"version {line.version(2)}: not loaded here"):
             engine.generate(prompt, sampling, line.version(2)).result()
-    engine.load(line.versions[3]).result()  # it goes on, and nothing of the other is left
+    engine.load(line.versions[3]).result()  # the engine recovers, and the failed version is gone
     assert engine.generate(prompt, sampling, line.version(3)).result()
     assert engine.versions().result() == [line.version(3)]
-    assert len(engine.loaded().result()) == 1
-    _, pid = ray.get(engine.placed)
+    assert len(engine.lora_ids().result()) == 1
+    _, pid = ray.get(engine.process)
     assert [path.name for path in adapter_directory(pid).iterdir()] == [line.versions[3].name]

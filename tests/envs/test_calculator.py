@@ -38,7 +38,7 @@ def test_a_call_gets_its_result_and_the_last_message_gets_nothing() -> None:
     assert env.reply(PROMPT, "Let me see: <<347*28=", state) == "9716>>"
     assert env.reply(PROMPT, " and <<9716+1 =", state) == "9717>>"
     assert state == {"calls": 2}
-    assert env.reply(PROMPT, " and <<1+1=", state) is None  # one more than it may
+    assert env.reply(PROMPT, " and <<1+1=", state) is None  # one call too many
     assert Calculator().reply(PROMPT, " The answer is 9716.", {}) is None
     assert Calculator().reply(PROMPT, "347 * 28 =", {}) is None
     assert Calculator().reply(PROMPT, "<<__import__('os')=", {}) is None
@@ -79,20 +79,20 @@ def test_examples_stand_before_the_problem() -> None:
     assert prompt.text[-1]["content"] == prompt.columns["question"]  # type: ignore[index]
 
 
-def test_stories_have_the_answer_of_what_they_tell() -> None:
-    found = 0
+def test_stories_have_the_right_answer() -> None:
+    checked = 0
     for prompt in Calculator(levels="3,4", size=200).train():
         box = re.fullmatch(
             r"A box holds (\d+) pens. How many pens are in (\d+) boxes(?: and (\d+) loose ones)?\?",
             prompt.columns["question"],
         )
         if box:
-            found += 1
+            checked += 1
             assert prompt.answer == int(box[1]) * int(box[2]) + int(box[3] or 0)
-    assert found > 20
+    assert checked > 20
 
 
-def test_held_out_problems_are_others() -> None:
+def test_held_out_problems_are_different() -> None:
     env = Calculator(size=100, held_out_size=20)
     train, held_out = ({prompt.columns["question"] for prompt in part} for part in (env.train(), env.held_out()))
     assert (len(train), len(held_out), len(train & held_out)) == (100, 20, 0)
@@ -103,6 +103,6 @@ def test_held_out_problems_are_others() -> None:
     [({"levels": "5"}, "levels = '5'"), ({"shots": 4}, "shots = 4"), ({"max_calls": 0}, "max_calls = 0"),
      ({"size": 0}, "size = 0")],
 )  # fmt: skip
-def test_calculator_refuses_what_it_can_not_do(arguments: dict[str, object], message: str) -> None:
+def test_calculator_refuses_invalid_arguments(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(RloraError, match=message):
         Calculator(**arguments).train()  # type: ignore[arg-type]

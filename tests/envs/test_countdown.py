@@ -23,7 +23,7 @@ HAND = [3, 3, 8, 8]
         ("<think>8*3</think><answer>8/(3-8/3)</answer>", "correct"),
         ("-8/(8/3-3)", "correct"),
         ("8/(3-8/3) = 25", "wrong"),
-        ("8*3", "wrong"),  # not all of them
+        ("8*3", "wrong"),  # not all numbers
         ("8*3+8-8", "wrong"),
         ("8/(3-8/3)+8-8", "wrong"),
         ("24", "wrong"),
@@ -56,14 +56,14 @@ def test_countdown_answer(completion: str, status: str) -> None:
     assert countdown_answer(completion, 24, HAND) == status
 
 
-def test_numbers_may_be_left_over_where_not_all_have_to_be_used() -> None:
+def test_numbers_may_be_left_over_without_use_all() -> None:
     assert countdown_answer("8*3", 24, HAND, use_all=False) == "correct"
     assert countdown_answer("8+8+8", 24, HAND, use_all=False) == "wrong"
     assert countdown_answer("8*3 = 24", 24, HAND, use_all=True) == "wrong"
 
 
 def solvable(numbers: list[int], target: int) -> bool:
-    """Whether three numbers give the target in some order and shape, by the reward's own arithmetic."""
+    """Whether some expression of the three numbers equals the target, according to the reward."""
     shapes = ["({}{}{}){}{}", "{}{}({}{}{})"]
     return any(
         countdown_answer(shape.format(a, p, b, q, c), target, numbers) == "correct"
@@ -97,16 +97,16 @@ def test_countdown_is_graded_by_how_many_numbers_there_are() -> None:
         ({"count": "3,x"}, "count = '3,x'"),
         ({"low": 9, "high": 8}, "low = 9"),
         ({"target_low": 9, "target_high": 8}, "target_low = 9"),
-        ({"template": "Go."}, "template = 'Go.': it needs {numbers}"),
+        ({"template": "Go."}, "template = 'Go.': it needs the placeholder {numbers}"),
     ],
 )
-def test_countdown_refuses_what_it_can_not_do(arguments: dict[str, object], message: str) -> None:
+def test_countdown_refuses_invalid_arguments(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(RloraError, match=message):
         Countdown(**arguments)  # type: ignore[arg-type]
 
 
-def test_countdown_says_that_there_are_not_so_many_problems() -> None:
-    with pytest.raises(RloraError, match="different problems were found"):
+def test_countdown_reports_too_few_problems() -> None:
+    with pytest.raises(RloraError, match="distinct problems were found"):
         Countdown(count=2, high=3, target_low=1, target_high=9, size=1000).train()
 
 

@@ -38,7 +38,7 @@ def test_arithmetic_answers(operator: str, answer: int) -> None:
         ({"operator": "/"}, "operator = '/'"),
     ],
 )
-def test_arithmetic_refuses_what_it_can_not_do(arguments: dict[str, object], message: str) -> None:
+def test_arithmetic_refuses_invalid_arguments(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(RloraError, match=message):
         Arithmetic(**arguments)  # type: ignore[arg-type]
 
@@ -51,8 +51,8 @@ def test_graded_arithmetic_follows_the_rules_of_python() -> None:
     assert {prompt.columns["level"] for prompt in prompts if prompt.columns["digits"] == 2} == {2, 4}
 
 
-def test_graded_arithmetic_holds_other_problems_out() -> None:
-    env = GradedArithmetic(digits=1, terms=2, operators="+", size=50, held_out_size=31)  # all there are
+def test_graded_arithmetic_holds_out_different_problems() -> None:
+    env = GradedArithmetic(digits=1, terms=2, operators="+", size=50, held_out_size=31)  # all problems
     train, held_out = ({prompt.text for prompt in part} for part in (env.train(), env.held_out()))
     assert (len(train), len(held_out), len(train | held_out)) == (50, 31, 81)
     assert GradedArithmetic(size=9).train() == GradedArithmetic(size=9).train()
@@ -65,10 +65,10 @@ def test_graded_arithmetic_holds_other_problems_out() -> None:
         ({"digits": 0}, "digits = 0: use 1 to 9"),
         ({"terms": "2,x"}, "terms = '2,x'"),
         ({"operators": "+/"}, "operators = '[+]/'"),
-        ({"digits": 1, "terms": 2, "operators": "+", "size": 82}, "only 81 different problems were found"),
+        ({"digits": 1, "terms": 2, "operators": "+", "size": 82}, "only 81 distinct problems were found"),
     ],
 )
-def test_graded_arithmetic_refuses_what_it_can_not_do(arguments: dict[str, object], message: str) -> None:
+def test_graded_arithmetic_refuses_invalid_arguments(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(RloraError, match=message):
         GradedArithmetic(**{"held_out_size": 0} | arguments).train()  # type: ignore[arg-type]
 
@@ -88,7 +88,7 @@ def test_gsm8k_reads_a_local_directory(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_gsm8k_reads_a_local_copy_of_the_hubs(tmp_path: Path) -> None:
-    """With or without the README.md that tells of its subsets."""
+    """With or without a README.md that lists its subsets."""
     for subset, answer in (("main", 4), ("socratic", 5)):
         (tmp_path / subset).mkdir()
         for split in ("train", "test"):

@@ -18,7 +18,7 @@ from rlora.rewards.gym import gym_answer
         ("12", "<think><answer>12</answer></think> none", "unparsable"),
         ("12", "<answer>10 + 2</answer>", "wrong"),
         ("12", "<answer>12 13 14</answer>", "wrong"),
-        ("1/2", "<answer>2/4</answer>", "wrong"),  # it was to be reduced
+        ("1/2", "<answer>2/4</answer>", "wrong"),  # not reduced
         ("True", "<answer>true</answer>", "correct"),
         ("1 0\n0 1", "<answer>1 0\n 0 1\n</answer>", "correct"),
         ("1 0\n0 1", "<answer>1 0 0 0</answer>", "wrong"),
@@ -34,19 +34,19 @@ def test_gym_answer(answer: str, completion: str, status: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tasks": "gcd,n_queens"}, "'n_queens' can't be graded: it may have several right answers"),
+        ({"tasks": "gcd,n_queens"}, "'n_queens' can't be graded: it may have several correct answers"),
         ({"tasks": "simple_integration"}, "can be written in several ways"),
         ({"tasks": "gdc"}, "there is no such task; use some of ab, acre"),
         ({"tasks": ""}, "there is no such task"),
         ({"tasks": "gcd", "size": 0}, "size = 0"),
     ],
 )
-def test_gym_refuses_what_it_can_not_grade(arguments: dict[str, object], message: str) -> None:
+def test_gym_refuses_tasks_that_it_can_not_grade(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(RloraError, match=message):
         ReasoningGym(**arguments)  # type: ignore[arg-type]
 
 
-def test_gym_makes_problems_by_name_and_holds_others_out() -> None:
+def test_gym_generates_problems_by_name_and_holds_some_out() -> None:
     pytest.importorskip("reasoning_gym")
     env = ReasoningGym("gcd,lcm", size=30, held_out_size=10)
     train, held_out = list(env.train()), list(env.held_out())
@@ -60,7 +60,7 @@ def test_gym_makes_problems_by_name_and_holds_others_out() -> None:
     assert "Give the final answer in <answer> </answer>." in str(train[0].text)
 
 
-def test_gym_says_what_a_task_does_not_take() -> None:
+def test_gym_names_arguments_that_a_task_does_not_accept() -> None:
     pytest.importorskip("reasoning_gym")
-    with pytest.raises(RloraError, match=r"env_args\.tasks: gcd take no {'digits': 3}"):
+    with pytest.raises(RloraError, match=r"env_args\.tasks: gcd do not accept {'digits': 3}"):
         list(ReasoningGym("gcd", digits=3).train())

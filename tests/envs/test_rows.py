@@ -1,4 +1,4 @@
-"""Local data: every value as it is in its file, every fault with its file and line, every usual layout."""
+"""Local data: values as in the file, errors with file and line, and all common layouts."""
 
 import bz2
 import gzip
@@ -25,7 +25,7 @@ def rows(path: Path, name: str | None = None, split: str = "train") -> list[dict
     return [dict(row) for row in read_rows("env_args.path", str(path), name, split)]
 
 
-def written(path: Path, data: str | bytes) -> Path:
+def write(path: Path, data: str | bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data if isinstance(data, bytes) else data.encode())
     return path
@@ -42,8 +42,8 @@ VALUES: list[Any] = [
 def test_json_values_keep_their_type_and_text(name: str, tmp_path: Path) -> None:
     table = [{"value": value, "row": number} for number, value in enumerate(VALUES)] + [{"row": -1}]
     text = json.dumps(table) if name in ("a.json", "b.jsonl") else "\n".join(map(json.dumps, table))
-    path = written(tmp_path / name, gzip.compress(text.encode()) if name.endswith(".gz") else text)
-    assert repr(rows(path)) == repr(table)  # and 4 is not 4.0, nor True 1
+    path = write(tmp_path / name, gzip.compress(text.encode()) if name.endswith(".gz") else text)
+    assert repr(rows(path)) == repr(table)  # distinguishes 4, 4.0 and True
 
 
 CELLS = ["007", "1.50", "NA", "None", "null", "NaN", "1e5", "true", "3.0", "4", "2024-01-31", " a ", "a, b", 'a "b"',
@@ -54,7 +54,7 @@ CELLS = ["007", "1.50", "NA", "None", "null", "NaN", "1e5", "true", "3.0", "4", 
 def test_all_that_a_csv_has_is_text(name: str, separator: str, tmp_path: Path) -> None:
     quoted = [f'"{cell.replace(chr(34), chr(34) * 2)}"' if re.search(r'[,"\n]', cell) else cell for cell in CELLS]
     text = "".join(f"{cell}{separator}{number}\r\n" for number, cell in enumerate(quoted))
-    path = written(tmp_path / name, f"\ufeffcell{separator}n\r\n{text}\r\n{separator}x\r\n")
+    path = write(tmp_path / name, f"\ufeffcell{separator}n\r\n{text}\r\n{separator}x\r\n")
     assert rows(path) == [{"cell": cell, "n": str(n)} for n, cell in enumerate(CELLS)] + [{"cell": None, "n": "x"}]
 
 
@@ -66,18 +66,18 @@ def test_parquet_values_keep_their_type(tmp_path: Path) -> None:
 
 def test_a_date_is_text_in_prompt_answer_and_columns(tmp_path: Path) -> None:
     row = {"day": "2024-01-31", "answer": "2024-02-01"}
-    path = written(tmp_path / "day.jsonl", json.dumps(row) + "\n")
+    path = write(tmp_path / "day.jsonl", json.dumps(row) + "\n")
     (prompt,) = Table(str(path), template="Which weekday is {day}?").train()
     assert (prompt.text, prompt.answer, prompt.columns) == ("Which weekday is 2024-01-31?", "2024-02-01", row)
 
 
 def test_json_with_a_byte_order_mark_or_crlf(tmp_path: Path) -> None:
-    path = written(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"a": "x"}\r\n\r\n{"a": "y"}\r\n')
+    path = write(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"a": "x"}\r\n\r\n{"a": "y"}\r\n')
     assert rows(path) == [{"a": "x"}, {"a": "y"}]
 
 
 @pytest.mark.parametrize(
-    ("text", "wanted"),
+    ("text", "expected"),
     [
         ('{"version": "1", "data": [{"a": 1}, {"a": 2}]}', [{"a": 1}, {"a": 2}]),
         ('{"train": [{"a": 1}], "test": [{"a": 2}]}', [{"a": 1}]),
@@ -98,13 +98,13 @@ def test_json_with_a_byte_order_mark_or_crlf(tmp_path: Path) -> None:
         ('{"q": "?", "choices": ["a", "b"]}', [{"q": "?", "choices": ["a", "b"]}]),
     ],
 )  # fmt: skip
-def test_json_documents_of_other_shapes(text: str, wanted: list[dict[str, Any]], tmp_path: Path) -> None:
-    assert rows(written(tmp_path / "a.json", text)) == wanted
+def test_json_documents_of_other_shapes(text: str, expected: list[dict[str, Any]], tmp_path: Path) -> None:
+    assert rows(write(tmp_path / "a.json", text)) == expected
 
 
 def test_one_line_of_json_lines_is_one_row(tmp_path: Path) -> None:
     row = {"question": "?", "choices": [{"label": "A"}, {"label": "B"}]}
-    assert rows(written(tmp_path / "a.jsonl", json.dumps(row))) == [row]
+    assert rows(write(tmp_path / "a.jsonl", json.dumps(row))) == [row]
 
 
 @pytest.mark.parametrize(
@@ -113,11 +113,11 @@ def test_one_line_of_json_lines_is_one_row(tmp_path: Path) -> None:
         ("a.jsonl", '{"a": 1}\n{"a": }\n', r"a\.jsonl, line 2: it is not JSON: Expecting value.*char 6"),
         ("a.jsonl", '{"a": 1}\n\n{"a": "x}\n', r"a\.jsonl, line 3: it is not JSON: .*string"),
         ("a.jsonl", '{"a": 1} {"a": 2}\n', r"a\.jsonl, line 1: it is not JSON: Extra data"),
-        ("a.jsonl", "[1, 2]\n", r"a\.jsonl, row 0: 1 is no object with columns"),
-        ("a.jsonl", '"a"\n', r"a\.jsonl, line 1: 'a' is no object with columns"),
+        ("a.jsonl", "[1, 2]\n", r"a\.jsonl, row 0: 1 is not an object with columns"),
+        ("a.jsonl", '"a"\n', r"a\.jsonl, line 1: 'a' is not an object with columns"),
         ("a.json", "[{", r"a\.json: it is not JSON: .*line 1 column"),
         ("a.json", "3", r"a\.json holds 3; write a list of objects"),
-        ("a.json", '{"a": [{"x": 1}], "b": [{"x": 2}]}', r"several lists of rows \(a, b\); give each a file"),
+        ("a.json", '{"a": [{"x": 1}], "b": [{"x": 2}]}', r"several lists of rows \(a, b\); write each to a sep"),
         ("a.jsonl", '{"a": "ok"}\n{"prompt": "q \\ud83d end"}\n',
          r"a\.jsonl, line 2: column 'prompt' holds '\\ud83d', half of a character"),
         ("a.json", '[{"a": {"b": ["\\udc00"]}}]', r"a\.json, row 0: column 'a' holds '\\udc00'"),
@@ -131,26 +131,26 @@ def test_one_line_of_json_lines_is_one_row(tmp_path: Path) -> None:
         ("a.json", '[{"prompt": "你好世界你好世界"}]'.encode("utf-16-le"), r"a\.json is in UTF-16-LE without"),
         ("a.csv", "prompt,answer\nq,4\n".encode("utf-32"), r"a\.csv is in UTF-32; save it as UTF-8"),
         ("a.csv", "prompt,answer\nq,4\n".encode("utf-32-le"), r"a\.csv is in UTF-32-LE without a byte order mark"),
-        ("a.csv", "prompt,answer\n" + "q,4\n" * 100 + "\0,5\n", r"a\.csv, line 102: a NUL byte; mend or drop the row"),
+        ("a.csv", "prompt,answer\n" + "q,4\n" * 100 + "\0,5\n", r"a\.csv, line 102: a NUL byte; fix or drop the row"),
         ("a.jsonl", '{"a": 1}\n{"a": [1e400]}\n',
-         r"a\.jsonl, line 2: the number 1e400 does not fit a float; write it as a string"),
-        ("a.json", '[{"a": -1E999}]', r"a\.json: the number -1E999 does not fit a float"),
-        ("a.jsonl", '{"a": 1.5e-400}', r"a\.jsonl, line 1: the number 1\.5e-400 does not fit a float"),
+         r"a\.jsonl, line 2: the number 1e400 does not fit into a float; write it as a string"),
+        ("a.json", '[{"a": -1E999}]', r"a\.json: the number -1E999 does not fit into a float"),
+        ("a.jsonl", '{"a": 1.5e-400}', r"a\.jsonl, line 1: the number 1\.5e-400 does not fit into a float"),
         ("a.csv", "a,b\n1,2\n3\n", r"a\.csv, line 3: the row has 1 cells, the header 2; .*quotes"),
         ("a.csv", "a,b\n1,2,3\n", r"a\.csv, line 2: the row has 3 cells, the header 2"),
-        ("a.csv", "a,b,a\n1,2,3\n", r"a\.csv, line 1: two columns are called 'a'; rename one"),
+        ("a.csv", "a,b,a\n1,2,3\n", r"a\.csv, line 1: two columns are named 'a'; rename one"),
         ("a.csv", 'a,b\n"x,2\n', r"a\.csv, line 2: unexpected end of data"),
         ("a.parquet", b"PAR1 no",
-         r"a\.parquet can't be read as parquet: .*[Pp]arquet.*; where it is .*cut off, fetch it again"),
+         r"a\.parquet can't be read as parquet: .*[Pp]arquet.*; if it is .*truncated, download it again"),
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99)[:-9],
-         r"a\.jsonl\.gz can't be unpacked: .*end-of-stream.*; it is damaged or cut off, so fetch it again"),
-        ("a.csv.gz", gzip.compress(b"a,b\n1,2\n")[:12] + b"xxxxxxxxxxxxxxxx", r"a\.csv\.gz can't be unpacked: "),
-        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid", r"pointer of Git LFS.*git lfs pull"),
-        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid", r"pointer of Git LFS"),
+         r"a\.jsonl\.gz can't be decompressed: .*end-of-stream.*; it is damaged or truncated, so download it again"),
+        ("a.csv.gz", gzip.compress(b"a,b\n1,2\n")[:12] + b"xxxxxxxxxxxxxxxx", r"a\.csv\.gz can't be decompressed: "),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid", r"Git LFS pointer.*git lfs pull"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid", r"Git LFS pointer"),
         ("a.jsonl", '{"a": ' * 100_000, r"a\.jsonl, line 1: it is not JSON: .*recursion"),
         ("a.jsonl", '{"a": ' + "9" * 5000 + "}", r"a\.jsonl, line 1: it is not JSON: .*digits"),
-        ("a.txt", "a", r"it ends with '\.txt'"),
-        ("a.jsonl", "", "train has no rows; fill it"),
+        ("a.txt", "a", r"its extension is '\.txt'"),
+        ("a.jsonl", "", "train has no rows; name a different"),
         ("a.jsonl", "\n \n", "train has no rows"),
         ("a.json", "", "train has no rows"),
         ("a.json", "[]", "train has no rows"),
@@ -163,7 +163,7 @@ def test_one_line_of_json_lines_is_one_row(tmp_path: Path) -> None:
 def test_a_file_that_can_not_be_used_says_why_and_where(
     name: str, data: str | bytes, message: str, tmp_path: Path
 ) -> None:
-    path = written(tmp_path / name, data)
+    path = write(tmp_path / name, data)
     with pytest.raises(RloraError) as refused:
         rows(path)
     assert str(refused.value).startswith(f"env_args.path = {str(path)!r}: train ")
@@ -181,9 +181,9 @@ def shard(path: Path, *values: object) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         datasets.Dataset.from_list([{"v": value} for value in values]).to_parquet(path)
     elif path.suffix == ".csv":
-        written(path, "v\n" + "".join(f"{value}\n" for value in values))
+        write(path, "v\n" + "".join(f"{value}\n" for value in values))
     else:
-        written(path, "".join(json.dumps({"v": value}) + "\n" for value in values))
+        write(path, "".join(json.dumps({"v": value}) + "\n" for value in values))
 
 
 def values(path: Path, name: str | None = None, split: str = "train") -> list[Any]:
@@ -196,10 +196,10 @@ def test_shards_are_read_in_their_order(pattern: str, end: str, tmp_path: Path) 
     for split, numbers in (("train", "abcd"), ("test", "efgh")):
         shard(tmp_path / f"{pattern.format(split, 0)}.{end}", *numbers[:2])
         shard(tmp_path / f"{pattern.format(split, 1)}.{end}", *numbers[2:])
-    written(tmp_path / "README.md", "# About\n")
+    write(tmp_path / "README.md", "# About\n")
     assert values(tmp_path) == list("abcd")
     assert values(tmp_path, split="test") == list("efgh")
-    with pytest.raises(RloraError, match=r"dev can't be read: there is no such split; there are .*train"):
+    with pytest.raises(RloraError, match=r"dev can't be read: there is no such split, only .*train"):
         values(tmp_path, split="dev")
 
 
@@ -209,10 +209,10 @@ def test_dates_in_shards_stay_text(end: str, tmp_path: Path) -> None:
     assert values(tmp_path) == ["2024-01-31", "007"]
 
 
-def test_a_shard_that_is_missing_is_told(tmp_path: Path) -> None:
+def test_a_missing_shard_is_reported(tmp_path: Path) -> None:
     shard(tmp_path / "data" / "train-00000-of-00003.parquet", 1)
     shard(tmp_path / "data" / "train-00002-of-00003.parquet", 3)
-    with pytest.raises(RloraError, match=r"1 of its 00003 shards are missing, such as train-00001-of-00003; get"):
+    with pytest.raises(RloraError, match=r"1 of 00003 shards are missing, such as train-00001-of-00003; download"):
         values(tmp_path)
 
 
@@ -222,59 +222,57 @@ def test_subsets_are_those_of_the_readme_or_directories(tmp_path: Path) -> None:
             shard(tmp_path / subset / f"{split}-00000-of-00001.parquet", f"{subset} {split}")
     assert values(tmp_path, "main", "test") == ["main test"]
     part = "- config_name: {0}\n  data_files:\n  - split: train\n    path: {1}/train-*\n"
-    written(
-        tmp_path / "README.md", f"---\nconfigs:\n{part.format('first', 'main')}{part.format('second', 'other')}---\n"
-    )
+    write(tmp_path / "README.md", f"---\nconfigs:\n{part.format('first', 'main')}{part.format('second', 'other')}---\n")
     assert values(tmp_path, "second") == ["other train"]
-    with pytest.raises(RloraError, match=r"no subset is called 'third'; there are first, second"):
+    with pytest.raises(RloraError, match=r"there is no subset 'third', only first, second"):
         values(tmp_path, "third")
     with pytest.raises(RloraError, match=r"(?s)Config name is missing.*first"):
         values(tmp_path)
-    assert values(tmp_path, "main") == ["main train"]  # a directory, though README.md calls it otherwise
+    assert values(tmp_path, "main") == ["main train"]  # a directory, although README.md has a different name for it
 
 
-def test_what_save_to_disk_wrote_is_read(tmp_path: Path) -> None:
+def test_the_output_of_save_to_disk_is_read(tmp_path: Path) -> None:
     parts = {
         "train": datasets.Dataset.from_list([{"v": value} for value in "abc"]),
         "test": datasets.Dataset.from_list([{"v": "d"}]),
     }
-    shuffled = datasets.DatasetDict(parts | {"train": parts["train"].select([2, 0])})  # indices over all rows
+    shuffled = datasets.DatasetDict(parts | {"train": parts["train"].select([2, 0])})  # stored as indices over all rows
     shuffled.save_to_disk(tmp_path / "dict")
     assert values(tmp_path / "dict") == ["c", "a"]
     assert values(tmp_path / "dict", split="test") == ["d"]
-    with pytest.raises(RloraError, match=r"dev can't be read: there is no such split; there are train, test"):
+    with pytest.raises(RloraError, match=r"dev can't be read: there is no such split, only train, test"):
         values(tmp_path / "dict", split="dev")
     parts["test"].save_to_disk(tmp_path / "single")
     assert values(tmp_path / "single") == ["d"]
-    with pytest.raises(RloraError, match="no such split; there are train"):
+    with pytest.raises(RloraError, match="no such split, only train"):
         values(tmp_path / "single", split="test")
 
 
 def test_a_directory_with_nothing_to_read(tmp_path: Path) -> None:
-    with pytest.raises(RloraError, match=r"train can't be read \(.*data files\); give a hub id"):
+    with pytest.raises(RloraError, match=r"train can't be read \(.*data files\); use a hub id"):
         rows(tmp_path)
     shard(tmp_path / "train.jsonl", 1)
     shard(tmp_path / "train.csv", 1)
-    with pytest.raises(RloraError, match="the directory has 2 files for it"):
+    with pytest.raises(RloraError, match="the directory has 2 files for this split"):
         rows(tmp_path)
 
 
 def test_numbers_keep_the_text_of_their_file(tmp_path: Path) -> None:
-    path = written(tmp_path / "a.jsonl", '{"x": 1.50, "y": 1e5, "z": 0.10000000000000001, "n": -7, "zero": -0.0}\n')
+    path = write(tmp_path / "a.jsonl", '{"x": 1.50, "y": 1e5, "z": 0.10000000000000001, "n": -7, "zero": -0.0}\n')
     (row,) = rows(path)
     assert [str(value) for value in row.values()] == ["1.50", "1e5", "0.10000000000000001", "-7", "-0.0"]
     assert repr(row) == "{'x': 1.5, 'y': 100000.0, 'z': 0.1, 'n': -7, 'zero': -0.0}"
     assert row["x"] + 1 == 2.5
-    assert type(pickle.loads(pickle.dumps(row))["x"]) is float  # other processes get plain floats
+    assert type(pickle.loads(pickle.dumps(row))["x"]) is float  # other processes receive plain floats
     assert json.dumps(row["x"]) == "1.5"
 
 
 def test_infinity_that_a_file_spells_out_is_read(tmp_path: Path) -> None:
-    assert rows(written(tmp_path / "a.jsonl", '{"a": [Infinity, 0.0, 0e5]}')) == [{"a": [float("inf"), 0.0, 0.0]}]
+    assert rows(write(tmp_path / "a.jsonl", '{"a": [Infinity, 0.0, 0e5]}')) == [{"a": [float("inf"), 0.0, 0.0]}]
 
 
 @pytest.mark.parametrize(
-    ("split", "wanted"),
+    ("split", "expected"),
     [
         ("train[:1]", "a"),
         ("train[1:3]", "bc"),
@@ -288,15 +286,15 @@ def test_infinity_that_a_file_spells_out_is_read(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("layout", ["{}.jsonl", "data/{}-00000-of-00001.parquet", "{}/part.csv", "saved"])
-def test_slices_and_sums_of_splits(layout: str, split: str, wanted: str, tmp_path: Path) -> None:
+def test_slices_and_sums_of_splits(layout: str, split: str, expected: str, tmp_path: Path) -> None:
     parts = {"train": "abcd", "test": "ef"}
     if layout == "saved":
-        made = {name: datasets.Dataset.from_dict({"v": list(values)}) for name, values in parts.items()}
-        datasets.DatasetDict(made).save_to_disk(tmp_path)
+        splits = {name: datasets.Dataset.from_dict({"v": list(values)}) for name, values in parts.items()}
+        datasets.DatasetDict(splits).save_to_disk(tmp_path)
     else:
         for name, letters in parts.items():
             shard(tmp_path / layout.format(name), *letters)
-    assert values(tmp_path, split=split) == list(wanted)
+    assert values(tmp_path, split=split) == list(expected)
 
 
 def test_a_slice_of_one_file(tmp_path: Path) -> None:
@@ -311,11 +309,11 @@ def test_a_slice_of_one_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("split", "message"),
     [
-        ("train[:1", r"it is no slice or sum of splits \(.*\); write train\[:100\], train\[:10%\] or train\+test"),
-        ("train[:200%]", r"no slice or sum of splits \(Percent slice"),
-        ("train[1]", "no slice or sum of splits"),
-        ("train+", "no slice or sum of splits"),
-        ("train+dev", r"there is no such split; there are .*train"),
+        ("train[:1", r"it is not a slice or a sum of splits \(.*\); write train\[:100\], train\[:10%\] or train\+test"),
+        ("train[:200%]", r"not a slice or a sum of splits \(Percent slice"),
+        ("train[1]", "not a slice or a sum of splits"),
+        ("train+", "not a slice or a sum of splits"),
+        ("train+dev", r"there is no such split, only .*train"),
         ("train[5:5]", r"train\[5:5\] has no rows"),
     ],
 )
@@ -326,18 +324,16 @@ def test_a_slice_that_is_wrong_is_refused(split: str, message: str, tmp_path: Pa
 
 
 def described(path: Path, options: str, files: dict[str, str | bytes]) -> Path:
-    """A directory with a README.md whose `configs` block has these options, as hubs keep them."""
+    """Write a directory like a hub's, whose README.md has these options in its `configs` block."""
     for name, data in files.items():
-        written(path / name, data)
+        write(path / name, data)
     lines = "".join(f"  {line}\n" for line in options.splitlines())
-    written(
-        path / "README.md", f"---\nconfigs:\n- config_name: default\n  data_files: {next(iter(files))}\n{lines}---\n"
-    )
+    write(path / "README.md", f"---\nconfigs:\n- config_name: default\n  data_files: {next(iter(files))}\n{lines}---\n")
     return path
 
 
 @pytest.mark.parametrize(
-    ("options", "name", "data", "wanted"),
+    ("options", "name", "data", "expected"),
     [
         ("sep: ';'", "train.csv", "a;b\n007;x,y\n", [{"a": "007", "b": "x,y"}]),
         ("delimiter: '|'", "train.csv", "a|b\n1|2\n", [{"a": "1", "b": "2"}]),
@@ -355,9 +351,9 @@ def described(path: Path, options: str, files: dict[str, str | bytes]) -> Path:
     ],
 )  # fmt: skip
 def test_options_of_the_readme_are_honoured(
-    options: str, name: str, data: str | bytes, wanted: list[dict[str, Any]], tmp_path: Path
+    options: str, name: str, data: str | bytes, expected: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    assert rows(described(tmp_path, options, {name: data})) == wanted
+    assert rows(described(tmp_path, options, {name: data})) == expected
 
 
 def test_columns_of_parquet_that_the_readme_chooses(tmp_path: Path) -> None:
@@ -369,13 +365,13 @@ def test_columns_of_parquet_that_the_readme_chooses(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "name", "data", "message"),
     [
-        ("thousands: '.'", "train.csv", "a\n1.000\n", r"README\.md sets thousands = '\.' for it; that option is not"),
+        ("thousands: '.'", "train.csv", "a\n1.000\n", r"README\.md sets thousands = '\.'; this option is not"),
         ("skiprows: 3", "train.csv", "a\n1\n", r"README\.md sets skiprows = 3"),
         ("na_values: [x]", "train.csv", "a\nx\n", r"README\.md sets na_values = \['x'\]"),
-        ("sep: '\\s+'", "train.csv", "a b\n1 2\n", r"README\.md sets sep = '\\\\s\+' for it; .*one character"),
+        ("sep: '\\s+'", "train.csv", "a b\n1 2\n", r"README\.md sets sep = '\\\\s\+'; .*one character"),
         ("encoding: nowhere", "train.csv", "a\n1\n", r"README\.md sets encoding = 'nowhere'.*; .*known to Python"),
         ("encoding: ascii", "train.csv", "a\ncafé\n", r"train\.csv, line 2: byte 0xc3 is not ascii"),
-        ("field: items", "train.json", '{"data": []}', r"train\.json has no 'items', which README\.md names as field"),
+        ("field: items", "train.json", '{"data": []}', r"train\.json has no 'items', which README\.md sets as field"),
     ],
 )  # fmt: skip
 def test_an_option_of_the_readme_that_can_not_be_honoured_is_refused(
@@ -388,7 +384,7 @@ def test_an_option_of_the_readme_that_can_not_be_honoured_is_refused(
 def test_a_readme_that_only_names_the_files_changes_nothing(tmp_path: Path) -> None:
     files: dict[str, str | bytes] = {"train.csv": "v\n007\n"}
     assert values(described(tmp_path, "", files)) == ["007"]
-    assert values(tmp_path, "main") == ["007"]  # GSM8K names a subset, also where there are none
+    assert values(tmp_path, "main") == ["007"]  # GSM8K names a subset even if there are none
 
 
 def zipped(path: Path, **files: str) -> Path:
@@ -403,7 +399,7 @@ def test_a_zip_in_a_directory_is_read(tmp_path: Path) -> None:
     zipped(tmp_path / "train.zip", **files)
     assert values(tmp_path) == [1, "007"]
     zipped(tmp_path / "train.zip", **{"1.jsonl": '{"v": 2}\n', "about.txt": "x"})
-    assert values(tmp_path) == [2]  # no copy of what was there before
+    assert values(tmp_path) == [2]  # not a cached copy of the earlier file
 
 
 @pytest.mark.parametrize(
@@ -412,11 +408,11 @@ def test_a_zip_in_a_directory_is_read(tmp_path: Path) -> None:
         ({"a.jsonl": '{"v": }\n'}, r"train\.zip/a\.jsonl, line 1: it is not JSON"),
         (
             {"a.jsonl": '{"v": 1}\n', "b.txt": "v", "b.csv": "v\n1\n"},
-            r"train\.zip holds files of several formats \(csv, json\)",
+            r"train\.zip contains files of several formats \(csv, json\)",
         ),
     ],
 )
-def test_what_is_wrong_in_a_zip_is_told(files: dict[str, str], message: str, tmp_path: Path) -> None:
+def test_errors_in_a_zip_name_its_file(files: dict[str, str], message: str, tmp_path: Path) -> None:
     zipped(tmp_path / "train.zip", **files)
     with pytest.raises(RloraError, match=message):
         rows(tmp_path)
@@ -424,29 +420,33 @@ def test_what_is_wrong_in_a_zip_is_told(files: dict[str, str], message: str, tmp
 
 def test_a_zip_that_is_cut_off_is_named(tmp_path: Path) -> None:
     zipped(tmp_path / "train.zip", **{"a.jsonl": '{"v": 1}\n'})
-    written(tmp_path / "train.zip", (tmp_path / "train.zip").read_bytes()[:-30])
-    with pytest.raises(RloraError, match=r"train\.zip can't be unpacked: .*; it is cut off or damaged, so fetch it"):
+    write(tmp_path / "train.zip", (tmp_path / "train.zip").read_bytes()[:-30])
+    with pytest.raises(RloraError, match=r"train\.zip can't be decompressed: .*; it is damaged or truncated, so"):
         rows(tmp_path)
 
 
-PACKED = [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)]
+COMPRESSED = [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)]
 
 
-@pytest.mark.parametrize(("end", "pack"), PACKED)
-def test_packed_files_of_a_directory_are_read_anew(end: str, pack: Callable[[bytes], bytes], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("end", "compress"), COMPRESSED)
+def test_changed_compressed_files_of_a_directory_are_read_again(
+    end: str, compress: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
     for value in ("007", "008"):
-        written(tmp_path / f"train.csv.{end}", pack(f"v\n{value}\n".encode()))
+        write(tmp_path / f"train.csv.{end}", compress(f"v\n{value}\n".encode()))
         assert values(tmp_path) == [value]
 
 
-@pytest.mark.parametrize(("end", "pack"), PACKED)
-def test_a_packed_file_that_is_cut_off_is_told_every_time(
-    end: str, pack: Callable[[bytes], bytes], tmp_path: Path
+@pytest.mark.parametrize(("end", "compress"), COMPRESSED)
+def test_a_truncated_compressed_file_is_reported_every_time(
+    end: str, compress: Callable[[bytes], bytes], tmp_path: Path
 ) -> None:
     numbers = "".join(f"{number**5}\n" for number in range(5000))
-    written(tmp_path / f"train.csv.{end}", pack(f"v\n{numbers}".encode())[:-100])
-    for _ in range(2):  # a part that was unpacked does not count as the whole
-        with pytest.raises(RloraError, match=rf"train\.csv\.{end} can't be unpacked: .*; it is damaged or cut off"):
+    write(tmp_path / f"train.csv.{end}", compress(f"v\n{numbers}".encode())[:-100])
+    for _ in range(2):  # a partial result is not cached
+        with pytest.raises(
+            RloraError, match=rf"train\.csv\.{end} can't be decompressed: .*; it is damaged or truncated"
+        ):
             values(tmp_path)
 
 
@@ -457,7 +457,7 @@ def test_a_shard_that_is_cut_off_is_named(tmp_path: Path) -> None:
     broken.write_bytes(broken.read_bytes()[:-20])
     with pytest.raises(
         RloraError,
-        match=r"train-00001-of-00002\.parquet can't be read as parquet: .*cut off, fetch it again",
+        match=r"train-00001-of-00002\.parquet can't be read as parquet: .*truncated, download it again",
     ):
         values(tmp_path)
 
@@ -471,12 +471,10 @@ def test_a_shard_that_is_cut_off_is_named(tmp_path: Path) -> None:
         (["train.00001-of-00003", "train.00003-of-00003"], "train.00002-of-00003"),  # counted from 1
     ],
 )
-def test_missing_shards_of_other_names_are_told(names: list[str], missing: str, tmp_path: Path) -> None:
+def test_missing_shards_of_other_naming_schemes_are_reported(names: list[str], missing: str, tmp_path: Path) -> None:
     for name in names:
         shard(tmp_path / f"{name}.jsonl", 1)
-    with pytest.raises(
-        RloraError, match=rf"1 of its \d+ shards are missing, such as {re.escape(missing)}; get them too"
-    ):
+    with pytest.raises(RloraError, match=rf"1 of \d+ shards are missing, such as {re.escape(missing)}; download them"):
         values(tmp_path)
 
 

@@ -57,9 +57,9 @@ def test_code_runs_with_the_standard_library_and_its_own_files() -> None:
     ],
 )
 def test_what_is_refused(code: str) -> None:
-    said = run(code.replace("OUTSIDE", str(os.getpid())) + "\nprint('done')")
-    assert "Error" in said
-    assert "done" not in said
+    output = run(code.replace("OUTSIDE", str(os.getpid())) + "\nprint('done')")
+    assert "Error" in output
+    assert "done" not in output
 
 
 @pytest.mark.parametrize(
@@ -70,25 +70,25 @@ def test_what_is_refused(code: str) -> None:
 def test_a_file_elsewhere_can_not_be_changed(change: str, tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_text("kept")
-    before = path.stat()
-    kept = (before.st_mode, before.st_uid, before.st_size, before.st_mtime_ns, before.st_ctime_ns)
-    said = run(f"import os\npath = {str(path)!r}\nos.{change}\nprint('done')")
-    assert "PermissionError" in said
-    assert "done" not in said
-    after = path.stat()
-    assert (after.st_mode, after.st_uid, after.st_size, after.st_mtime_ns, after.st_ctime_ns) == kept
+    old = path.stat()
+    original = (old.st_mode, old.st_uid, old.st_size, old.st_mtime_ns, old.st_ctime_ns)
+    output = run(f"import os\npath = {str(path)!r}\nos.{change}\nprint('done')")
+    assert "PermissionError" in output
+    assert "done" not in output
+    new = path.stat()
+    assert (new.st_mode, new.st_uid, new.st_size, new.st_mtime_ns, new.st_ctime_ns) == original
 
 
 def command_lines() -> list[str]:
-    """Of this process's children, and of theirs."""
-    found = []
+    """The command lines of this process's descendants."""
+    lines = []
     for child in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):  # it has ended meanwhile
-            found.append(" ".join(child.cmdline()))
-    return found
+        with suppress(psutil.Error):  # it has ended
+            lines.append(" ".join(child.cmdline()))
+    return lines
 
 
-def test_it_ends_when_its_time_is_over_and_nothing_is_left() -> None:
+def test_it_ends_after_its_time_limit_and_leaves_no_process() -> None:
     for code in ("while True: pass", "import time\ntime.sleep(60)"):
         start = time.monotonic()
         assert run(code, seconds=1.0) == "\ntime is over"
@@ -107,18 +107,18 @@ def test_a_crash_is_not_the_callers() -> None:
     assert run("import ctypes\nctypes.string_at(0)") == "\nit was ended"
 
 
-def test_it_has_nothing_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_inherits_nothing_from_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "kept")
     read, write = os.pipe()
     os.set_inheritable(write, True)
     code = f"import os\nprint(os.environ.get('SECRET'), os.getppid())\nos.write({write}, b'x')"
     try:
-        said = run(code)
+        output = run(code)
     finally:
         os.close(read)
         os.close(write)
-    assert said.startswith("None 0\n")
-    assert "OSError: [Errno 9]" in said
+    assert output.startswith("None 0\n")
+    assert "OSError: [Errno 9]" in output
 
 
 def test_the_policy_gets_what_its_code_prints() -> None:
@@ -133,7 +133,7 @@ def test_the_policy_gets_what_its_code_prints() -> None:
     assert env.reply(prompt, "</python>", {}) is None
 
 
-def test_problems_are_the_other_envs_with_an_instruction() -> None:
+def test_problems_are_the_wrapped_envs_with_an_instruction() -> None:
     env = PythonTool("rlora.envs.arithmetic:Arithmetic", allow_python=True, low=1, high=2, held_out_share=0.0)
     assert next((prompt.text, prompt.answer) for prompt in env.train()) == (
         "What is 1 + 1?\nYou can run Python: write <python> code that prints </python>, and you get its output. "
@@ -155,7 +155,7 @@ def test_it_is_off_by_default() -> None:
         PythonTool("rlora.envs.arithmetic:Arithmetic", allow_python=True, memory_mib=1)
 
 
-def test_elsewhere_than_on_linux_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_runs_on_other_systems_than_linux(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
-    with pytest.raises(RloraError, match="it needs Linux, and this is darwin"):
+    with pytest.raises(RloraError, match="the Python tool needs Linux, and this is darwin"):
         run("print(1)")

@@ -14,8 +14,8 @@ from rlora.records import RloraError
 ROWS = [{"q": f"What is {n}+{n}?", "a": f"so #### {2 * n}", "level": n} for n in range(10)]
 
 
-def saved(path: Path, rows: list[dict[str, object]] = ROWS) -> str:
-    """The rows in a file, in the format that its name ends with."""
+def save(path: Path, rows: list[dict[str, object]] = ROWS) -> str:
+    """Write rows to a file in the format of its extension. Returns its path."""
     data = datasets.Dataset.from_list(rows)
     if path.suffix == ".parquet":
         data.to_parquet(path)
@@ -28,26 +28,26 @@ def saved(path: Path, rows: list[dict[str, object]] = ROWS) -> str:
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv", "a.parquet"])
 def test_a_file_of_each_format_gives_the_same_prompts(name: str, tmp_path: Path) -> None:
-    prompts = Table(saved(tmp_path / name), template="{q} {{x}} \\boxed{}", answer="a", answer_after="####").train()
+    prompts = Table(save(tmp_path / name), template="{q} {{x}} \\boxed{}", answer="a", answer_after="####").train()
     assert [prompt.text for prompt in prompts[:2]] == ["What is 0+0? {x} \\boxed{}", "What is 1+1? {x} \\boxed{}"]
     assert [prompt.answer for prompt in prompts] == [str(2 * n) for n in range(10)]
-    level = "3" if name == "a.csv" else 3  # all that a CSV has is text
+    level = "3" if name == "a.csv" else 3  # all values of a CSV are text
     assert prompts[3].columns == ROWS[3] | {"level": level}
 
 
 def test_a_share_is_held_out_by_seed(tmp_path: Path) -> None:
-    path = saved(tmp_path / "a.jsonl")
-    env, other = (Table(path, prompt="q", answer="a", held_out_share=0.3, seed=seed) for seed in (0, 1))
+    path = save(tmp_path / "a.jsonl")
+    env, reseeded = (Table(path, prompt="q", answer="a", held_out_share=0.3, seed=seed) for seed in (0, 1))
     train, held_out = ([prompt.text for prompt in part] for part in (env.train(), env.held_out()))
     assert (len(train), len(held_out)) == (7, 3)
     assert sorted(train + held_out) == sorted(str(row["q"]) for row in ROWS)
-    assert [prompt.text for prompt in other.held_out()] != held_out
+    assert [prompt.text for prompt in reseeded.held_out()] != held_out
     assert list(Table(path, prompt="q", answer="a").held_out()) == []
 
 
 def test_splits_are_the_files_of_a_directory(tmp_path: Path) -> None:
-    saved(tmp_path / "train.jsonl")
-    saved(tmp_path / "test.csv", ROWS[:2])
+    save(tmp_path / "train.jsonl")
+    save(tmp_path / "test.csv", ROWS[:2])
     env = Table(str(tmp_path), held_out_split="test", prompt="q", answer="", columns="level")
     assert (len(env.train()), len(env.held_out())) == (10, 2)
     assert [(prompt.answer, prompt.columns) for prompt in env.held_out()] == [
@@ -56,8 +56,8 @@ def test_splits_are_the_files_of_a_directory(tmp_path: Path) -> None:
     ]
     with pytest.raises(RloraError, match=r"env_args\.held_out_split = 'test': .*train\.jsonl is one file"):
         Table(str(tmp_path / "train.jsonl"), held_out_split="test", prompt="q", answer="a")
-    other = Table(str(tmp_path / "train.jsonl"), held_out_path=str(tmp_path / "test.csv"), prompt="q", answer="a")
-    assert (len(other.train()), len(other.held_out())) == (10, 2)
+    two_files = Table(str(tmp_path / "train.jsonl"), held_out_path=str(tmp_path / "test.csv"), prompt="q", answer="a")
+    assert (len(two_files.train()), len(two_files.held_out())) == (10, 2)
 
 
 def test_the_parquet_files_of_verl_load(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_the_parquet_files_of_verl_load(tmp_path: Path) -> None:
         "reward_model": {"style": "rule", "ground_truth": "4"},
         "extra_info": {"index": 0},
     }
-    (prompt,) = Table(saved(tmp_path / "train.parquet", [row]), answer="reward_model.ground_truth").train()
+    (prompt,) = Table(save(tmp_path / "train.parquet", [row]), answer="reward_model.ground_truth").train()
     assert prompt.text == row["prompt"]
     assert prompt.answer == "4"
     assert (prompt.columns["data_source"], prompt.columns["extra_info"]) == ("openai/gsm8k", {"index": 0})
@@ -86,17 +86,17 @@ def test_the_parquet_files_of_verl_load(tmp_path: Path) -> None:
 )
 def test_table_names_the_column_and_the_row(arguments: dict[str, str], message: str, tmp_path: Path) -> None:
     with pytest.raises(RloraError, match=message):
-        Table(saved(tmp_path / "a.jsonl"), **arguments).train()
+        Table(save(tmp_path / "a.jsonl"), **arguments).train()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"template": "What?"}, "template = 'What[?]': it has no {column}"),
+        ({"template": "What?"}, "template = 'What[?]': it has no {column} placeholder"),
         ({"template": "{q} {answer}"}, "it shows the answer"),
         ({"held_out_share": 1.0}, "held_out_share = 1.0"),
-        ({"held_out_share": 0.5, "held_out_split": "test"}, "says already what is held out"),
-        ({"held_out_split": "train"}, "it is what is trained on"),
+        ({"held_out_share": 0.5, "held_out_split": "test"}, "already selects the held-out rows"),
+        ({"held_out_split": "train"}, "it is the training data"),
     ],
 )
 def test_table_refuses_arguments_before_it_reads(arguments: dict[str, object], message: str) -> None:
@@ -104,12 +104,12 @@ def test_table_refuses_arguments_before_it_reads(arguments: dict[str, object], m
         Table("nowhere", **arguments)  # type: ignore[arg-type]
 
 
-def test_table_says_what_it_can_not_read(tmp_path: Path) -> None:
+def test_table_names_paths_that_it_can_not_read(tmp_path: Path) -> None:
     for path in (str(tmp_path / "nowhere"), str(tmp_path)):
         with pytest.raises(RloraError, match=r"env_args\.path = .*: train can't be read"):
             Table(path).train()
     (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(RloraError, match=r"it ends with '\.txt'"):
+    with pytest.raises(RloraError, match=r"its extension is '\.txt'"):
         Table(str(tmp_path / "a.txt")).train()
 
 
@@ -120,7 +120,7 @@ def math(tmp_path: Path, **arguments: object) -> CompetitionMath:
         {"problem": "Lost?", "answer": None, "level": "Level 5", "type": "Geometry"},
     ]
     test = [{"problem": "2+2?", "answer": "4", "level": 5, "subject": "Algebra"}]
-    paths = saved(tmp_path / "a.jsonl", train), saved(tmp_path / "b.jsonl", test)
+    paths = save(tmp_path / "a.jsonl", train), save(tmp_path / "b.jsonl", test)
     return CompetitionMath(*paths, **arguments)  # type: ignore[arg-type]
 
 
@@ -140,7 +140,7 @@ def test_math_chooses_by_level_and_subject(tmp_path: Path) -> None:
     assert [prompt.answer for prompt in math(tmp_path, subjects="Algebra").train()] == ["2"]
     with pytest.raises(RloraError, match="no problem is left"):
         math(tmp_path, levels=3).train()
-    with pytest.raises(RloraError, match="levels = '6': '6' is none of 1, 2"):
+    with pytest.raises(RloraError, match="levels = '6': '6' is not one of 1, 2"):
         math(tmp_path, levels="6")
     with pytest.raises(RloraError, match="subjects = 'Algbra'"):
         math(tmp_path, subjects="Algbra")
@@ -171,11 +171,11 @@ def test_math_real_data() -> None:
     assert not {prompt.text for prompt in train} & {prompt.text for prompt in held_out}
 
 
-def one(tmp_path: Path, prompt: object, name: str = "chat.jsonl") -> object:
-    """The text of the prompt that such a column gives."""
+def read_prompt(tmp_path: Path, prompt: object, name: str = "chat.jsonl") -> object:
+    """The prompt text that Table reads from a JSON Lines file with this prompt column."""
     (tmp_path / name).write_text(json.dumps({"prompt": prompt, "answer": "4"}) + "\n")
-    (made,) = Table(str(tmp_path / name)).train()
-    return made.text
+    (row,) = Table(str(tmp_path / name)).train()
+    return row.text
 
 
 SYSTEM, USER = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}
@@ -194,7 +194,7 @@ SYSTEM, USER = {"role": "system", "content": "Be brief."}, {"role": "user", "con
         [{"from": "system", "value": "Be brief."}, {"from": "user", "value": "2+2?"}],
         json.dumps([SYSTEM, USER]),
         "\n " + json.dumps([SYSTEM, USER], indent=1),
-        str([SYSTEM, USER]),  # as pandas writes it into a CSV
+        str([SYSTEM, USER]),  # written by pandas to a CSV
         json.dumps([{"from": "system", "value": "Be brief."}, {"from": "human", "value": "2+2?"}]),
         json.dumps({"messages": [SYSTEM, USER]}),
         json.dumps({"conversations": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "2+2?"}]}),
@@ -212,7 +212,7 @@ SYSTEM, USER = {"role": "system", "content": "Be brief."}, {"role": "user", "con
     ],
 )
 def test_chat_messages_in_each_usual_form(prompt: object, tmp_path: Path) -> None:
-    assert one(tmp_path, prompt) == [SYSTEM, USER]
+    assert read_prompt(tmp_path, prompt) == [SYSTEM, USER]
 
 
 TEXTS = [
@@ -230,7 +230,7 @@ TEXTS = [
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_text_that_is_no_chat_stays_as_it_is(text: str, tmp_path: Path) -> None:
-    assert one(tmp_path, text) == text
+    assert read_prompt(tmp_path, text) == text
 
 
 @pytest.mark.parametrize(
@@ -246,21 +246,21 @@ def test_a_text_that_is_no_chat_stays_as_it_is(text: str, tmp_path: Path) -> Non
     ],
 )
 def test_a_content_that_is_no_list_of_parts_stays_as_it_is(text: str, tmp_path: Path) -> None:
-    assert one(tmp_path, [{"role": "user", "content": text}]) == [{"role": "user", "content": text}]
+    assert read_prompt(tmp_path, [{"role": "user", "content": text}]) == [{"role": "user", "content": text}]
 
 
 def test_one_message_is_a_chat(tmp_path: Path) -> None:
     for prompt in (USER, json.dumps(USER), str(USER), {"from": "human", "value": "2+2?"}, json.dumps(json.dumps(USER))):
-        assert one(tmp_path, prompt) == [USER]
+        assert read_prompt(tmp_path, prompt) == [USER]
 
 
 def test_a_line_break_inside_a_json_string_is_read(tmp_path: Path) -> None:
-    assert one(tmp_path, '[{"role": "user", "content": "a\nb"}]') == [{"role": "user", "content": "a\nb"}]
+    assert read_prompt(tmp_path, '[{"role": "user", "content": "a\nb"}]') == [{"role": "user", "content": "a\nb"}]
 
 
 def test_sharegpt_calls_and_observations_are_the_assistants_and_the_tools(tmp_path: Path) -> None:
     turns = [("human", "Weather?"), ("function_call", '{"name": "weather"}'), ("observation", "sunny")]
-    assert one(tmp_path, [{"from": role, "value": text} for role, text in turns]) == [
+    assert read_prompt(tmp_path, [{"from": role, "value": text} for role, text in turns]) == [
         {"role": "user", "content": "Weather?"},
         {"role": "assistant", "content": '{"name": "weather"}'},
         {"role": "tool", "content": "sunny"},
@@ -268,7 +268,7 @@ def test_sharegpt_calls_and_observations_are_the_assistants_and_the_tools(tmp_pa
 
 
 UNREADABLE = [
-    "[{'role': 'system', 'content': 'a'}\n {'role': 'user', 'content': 'b'}]",  # to_csv of verl's parquet
+    "[{'role': 'system', 'content': 'a'}\n {'role': 'user', 'content': 'b'}]",  # written by to_csv from verl's parquet
     "[{'content': 'a', 'role': 'system'}\n {'content': 'b', 'role': 'user'}]",
     "array([{'role': 'user', 'content': 'b'}], dtype=object)",
     "array([{'content': 'b', 'role': 'user'}],\n      dtype=object)",
@@ -292,14 +292,14 @@ def test_a_chat_in_a_string_that_can_not_be_read_is_refused(text: str, tmp_path:
     with pytest.raises(
         RloraError, match=r"chat\.jsonl, train, row 0: column 'prompt' begins like chat messages"
     ) as refused:
-        one(tmp_path, text)
+        read_prompt(tmp_path, text)
     assert re.search(
         r"neither JSON nor a Python literal.*json\.dumps, or save the table as parquet", str(refused.value)
     )
 
 
 def test_a_chat_in_the_second_row_is_refused_by_its_number(tmp_path: Path) -> None:
-    path = saved(tmp_path / "a.jsonl", [{"prompt": "2+2?", "answer": ""}, {"prompt": UNREADABLE[0], "answer": ""}])
+    path = save(tmp_path / "a.jsonl", [{"prompt": "2+2?", "answer": ""}, {"prompt": UNREADABLE[0], "answer": ""}])
     with pytest.raises(RloraError, match=r"a\.jsonl, train, row 1: column 'prompt' begins like chat"):
         Table(path).train()
 
@@ -309,7 +309,7 @@ def test_a_chat_in_the_second_row_is_refused_by_its_number(tmp_path: Path) -> No
 )
 def test_a_content_in_a_string_that_can_not_be_read_is_refused(text: str, tmp_path: Path) -> None:
     with pytest.raises(RloraError, match=r"row 0: column 'prompt', message 0: content begins like a list of parts"):
-        one(tmp_path, [{"role": "user", "content": text}])
+        read_prompt(tmp_path, [{"role": "user", "content": text}])
 
 
 IMAGE = {"type": "image_url", "image_url": {"url": "x.png"}}
@@ -319,7 +319,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x.png"}}
     ("prompt", "message"),
     [
         ([SYSTEM, {"role": "user", "content": [{"type": "text", "text": "a"}, IMAGE]}],
-         r"row 0: column 'prompt', message 1: content has a part .*image_url.*; only text can be read"),
+         r"row 0: column 'prompt', message 1: content has a part .*image_url.*, but only text is supported"),
         ([{"role": "user", "content": [{"type": "image"}]}], r"message 0: content has a part \{'type': 'image'\}"),
         ([{"role": "user", "content": [{"type": "text", "text": None}]}], r"message 0: content has a part"),
         ([{"role": "user", "content": [7]}], r"message 0: content has a part 7"),
@@ -327,11 +327,11 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x.png"}}
         ([{"role": "user", "content": 4}], r"message 0: content is 4; it must be a string"),
         ([{"role": "user"}], r"message 0: content is None"),
         ([USER, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, {"role": "tool", "content": "4"}],
-         r"message 1: content is null beside tool_calls, .* write the call into content, or drop the row"),
-        ([{"from": "robot", "value": "hi"}], r"message 0: from = 'robot' is none of human, user, gpt, .*; rename it"),
+         r"message 1: content is null next to tool_calls, .* write the call into content, or drop the row"),
+        ([{"from": "robot", "value": "hi"}], r"message 0: from = 'robot' is not one of human, user, .*; rename it"),
         ([{"from": "human", "value": None}], r"message 0: content is None"),
         ([{"role": 3, "content": "a"}], r"message 0 is .*; it must have a role, a string"),
-        ([USER, {"role": "assistant", "content": "4"}], r"last message is the assistant's, '4'; .*drop that message"),
+        ([USER, {"role": "assistant", "content": "4"}], r"last message is the assistant's, '4', .*drop the last"),
         ([{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}], r"its last message is the assistant's"),
         (json.dumps([{"role": "user", "content": [IMAGE]}]), r"message 0: content has a part .*image_url"),
         ([], r"is \[\]; it must be a string or a list of chat messages"),
@@ -341,26 +341,26 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x.png"}}
         (json.dumps([[USER]]), r"it must be a string or a list of chat messages"),
         (json.dumps([USER, {"text": "a"}]), r"message 1 is .*; it must have a role"),
         (json.dumps([{"type": "text", "text": "a"}]), r"message 0 is .*; it must have a role"),
-        (json.dumps({"messages": [USER], "tools": [{"name": "f"}]}), r"has tools beside messages, .*drop"),
-        ({"messages": [USER], "tools": [{"name": "f"}]}, r"has tools beside messages"),
+        (json.dumps({"messages": [USER], "tools": [{"name": "f"}]}), r"has tools next to messages, .*drop"),
+        ({"messages": [USER], "tools": [{"name": "f"}]}, r"has tools next to messages"),
         ([{"role": "user", "content": json.dumps([{"type": "text", "text": "a"}, IMAGE])}],
          r"message 0: content has a part .*image_url"),
         ([{"role": "user", "content": json.dumps([IMAGE])}], r"message 0: content has a part .*image_url"),
-        ([USER, {"from": "function_response", "value": "4"}], r"message 1: from = 'function_response' is none of"),
+        ([USER, {"from": "function_response", "value": "4"}], r"message 1: from = 'function_response' is not one of"),
     ],
 )  # fmt: skip
-def test_other_chat_messages_are_refused_with_row_and_column(prompt: object, message: str, tmp_path: Path) -> None:
+def test_invalid_chat_messages_are_refused_with_row_and_column(prompt: object, message: str, tmp_path: Path) -> None:
     with pytest.raises(RloraError, match=r"chat\.jsonl, train, row 0: column 'prompt'") as refused:
-        one(tmp_path, prompt)
+        read_prompt(tmp_path, prompt)
     assert re.search(message, str(refused.value))
 
 
-def test_a_value_that_is_not_there_is_refused_where_it_is_asked_for(tmp_path: Path) -> None:
+def test_a_missing_value_is_refused_if_it_is_used(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"q": "a", "a": NaN, "x": null}\n')
-    (made,) = Table(str(path), prompt="q", answer="", columns="q").train()
-    assert made.columns == {"q": "a"}
-    with pytest.raises(RloraError, match=r"row 0: column 'a' is NaN; mend or drop the row"):
+    (row,) = Table(str(path), prompt="q", answer="", columns="q").train()
+    assert row.columns == {"q": "a"}
+    with pytest.raises(RloraError, match=r"row 0: column 'a' is NaN; fix or drop the row"):
         Table(str(path), prompt="q", answer="a").train()
     with pytest.raises(RloraError, match=r"row 0: column 'x' is null"):
         Table(str(path), template="{x}", answer="").train()
@@ -371,7 +371,7 @@ def test_a_local_copy_of_math_by_subject(tmp_path: Path) -> None:
     for subject in subjects.split():
         (tmp_path / "math" / subject).mkdir(parents=True)
         row = {"problem": f"{subject}?", "solution": "It is \\boxed{4}.", "level": "Level 3", "type": "Algebra"}
-        saved(tmp_path / "math" / subject / "train-00000-of-00001.parquet", [row])
+        save(tmp_path / "math" / subject / "train-00000-of-00001.parquet", [row])
     prompts = CompetitionMath(str(tmp_path / "math"), template="{problem}").train()
     assert [prompt.text for prompt in prompts] == [f"{subject}?" for subject in subjects.split()]
     assert {prompt.answer for prompt in prompts} == {"4"}
@@ -383,7 +383,7 @@ def test_a_local_copy_of_math_by_subject(tmp_path: Path) -> None:
         ({"held_out_split": "test"}, r"held_out_split = 'test': .* holds one split, as save_to_disk wrote it; "),
         ({"split": "test", "held_out_split": "train"}, r"held_out_split = 'train': .* holds one split"),
         ({"split": "train[:50%]", "held_out_split": "test[50%:]"}, r"holds one split"),
-        ({"held_out_path": "{}/../one"}, r"it is what is trained on"),
+        ({"held_out_path": "{}/../one"}, r"it is the training data"),
     ],
 )
 @pytest.mark.parametrize("split", ["test", "train", None])
@@ -401,7 +401,7 @@ def test_one_split_that_was_saved_can_not_be_two(
 
 @pytest.mark.parametrize("path", ["train.jsonl", ""])
 def test_a_slice_can_be_held_out(path: str, tmp_path: Path) -> None:
-    saved(tmp_path / "train.jsonl")
+    save(tmp_path / "train.jsonl")
     env = Table(
         str(tmp_path / path),
         split="train[:8]",
@@ -424,11 +424,13 @@ def test_a_slice_can_be_held_out(path: str, tmp_path: Path) -> None:
     ],
 )
 def test_rows_of_both_parts_are_refused(split: str, held_out_split: str, shared: str, tmp_path: Path) -> None:
-    saved(tmp_path / "train.jsonl")
-    saved(tmp_path / "test.jsonl", ROWS[:2])
+    save(tmp_path / "train.jsonl")
+    save(tmp_path / "test.jsonl", ROWS[:2])
     env = Table(str(tmp_path), split=split, held_out_split=held_out_split, prompt="q", answer="a")
     for part in (env.train, env.held_out):
-        with pytest.raises(RloraError, match=rf"{shared} are also in .*; train on one slice and hold out another"):
+        with pytest.raises(
+            RloraError, match=rf"{shared} are also in .*; train on one slice and hold out a different one"
+        ):
             part()
 
 
@@ -438,8 +440,8 @@ def test_rows_of_both_parts_are_refused(split: str, held_out_split: str, shared:
 )
 def test_a_template_keeps_the_text_of_the_file(value: str, text: str, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(f'{{"v": {value}, "n": {{"v": {value}}}}}\n')
-    (made,) = Table(str(tmp_path / "a.jsonl"), template="Is {v}, {n.v}?", answer="").train()
-    assert made.text == f"Is {text}, {text}?"
+    (row,) = Table(str(tmp_path / "a.jsonl"), template="Is {v}, {n.v}?", answer="").train()
+    assert row.text == f"Is {text}, {text}?"
 
 
 @pytest.mark.parametrize(
@@ -452,7 +454,7 @@ def test_a_template_keeps_the_text_of_the_file(value: str, text: str, tmp_path: 
         ([], r"column 'v' holds a list, \[\]"),
     ],
 )
-def test_a_template_refuses_what_is_no_text(value: object, message: str, tmp_path: Path) -> None:
+def test_a_template_refuses_values_other_than_text_and_numbers(value: object, message: str, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"v": value}) + "\n")
     with pytest.raises(RloraError, match=rf"a\.jsonl, train, row 0: {message}"):
         Table(str(tmp_path / "a.jsonl"), template="Solve: {v}", answer="").train()
@@ -460,7 +462,7 @@ def test_a_template_refuses_what_is_no_text(value: object, message: str, tmp_pat
 
 def test_a_template_takes_dates_of_parquet_and_refuses_bytes(tmp_path: Path) -> None:
     row = {"day": datetime.date(2024, 1, 31), "raw": b"x", "on": True}
-    path = saved(tmp_path / "a.parquet", [row])
+    path = save(tmp_path / "a.parquet", [row])
     assert [prompt.text for prompt in Table(path, template="{day} {on}", answer="").train()] == ["2024-01-31 true"]
     with pytest.raises(RloraError, match=r"row 0: column 'raw' holds bytes, b'x'"):
         Table(path, template="{raw}", answer="").train()

@@ -45,17 +45,17 @@ class Doubling(vf.Taskset[Task, Config]):
 
 
 @pytest.mark.skipif(find_spec("verifiers") is not None, reason="verifiers is installed")
-def test_it_says_what_to_install() -> None:
+def test_the_error_names_the_package_to_install() -> None:
     with pytest.raises(RloraError, match=r"pip install 'rlora\[verifiers\]'"):
         Verifiers("doubling").train()
 
 
-def test_it_refuses_a_share_of_all() -> None:
+def test_a_share_of_1_is_an_error() -> None:
     with pytest.raises(RloraError, match=r"held_out_share = 1\.0"):
         Verifiers("doubling", held_out_share=1.0)
 
 
-def test_tasks_become_prompts_and_their_own_rewards_score_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tasks_become_prompts_and_their_rewards_score_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("verifiers.v1")
     (tmp_path / "rlora_doubling.py").write_text(TASKSET)
     monkeypatch.syspath_prepend(tmp_path)
@@ -70,5 +70,5 @@ def test_tasks_become_prompts_and_their_own_rewards_score_them(tmp_path: Path, m
         assert scored == {"score": score, "exact": score}
     with pytest.raises(RloraError, match="can't be loaded"):
         Verifiers("rlora-doubling", hgih=20).train()
-    with pytest.raises(RloraError, match="only tasks of one turn are supported"):
+    with pytest.raises(RloraError, match="only single-turn tasks are supported"):
         Verifiers("rlora-doubling", hard=True).train()

@@ -1,4 +1,4 @@
-"""Text to tokens and back, with the demo model's own template."""
+"""Text to tokens and back, with the demo model's template."""
 
 import json
 import re
@@ -25,70 +25,68 @@ def with_settings(chat: Chat, **settings: object) -> Chat:
     return Chat(chat.tokenizer, ChatConfig(**settings), STOP)  # type: ignore[arg-type]
 
 
-def test_a_string_is_a_user_message_where_there_is_a_template_and_bare_text_where_there_is_none(chat: Chat) -> None:
-    assert chat.shown(chat.prompt_ids("2 + 2?")).endswith("user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n")
+def test_a_string_is_a_user_message_with_a_template_and_bare_text_without_one(chat: Chat) -> None:
+    assert chat.decode(chat.prompt_ids("2 + 2?")).endswith("user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n")
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}]
-    assert "Be brief." in chat.shown(chat.prompt_ids(messages))
+    assert "Be brief." in chat.decode(chat.prompt_ids(messages))
     chat.tokenizer.chat_template = None
     bare = Chat(chat.tokenizer, ChatConfig(), STOP)
-    assert bare.shown(bare.prompt_ids("2 + 2?")) == "2 + 2?"
-    for unfit in (lambda: bare.prompt_ids(messages), lambda: bare.reply_ids(messages, (5,))):
+    assert bare.decode(bare.prompt_ids("2 + 2?")) == "2 + 2?"
+    for call in (lambda: bare.prompt_ids(messages), lambda: bare.reply_ids(messages, (5,))):
         with pytest.raises(RloraError, match="no chat template"):
-            unfit()
+            call()
 
 
-def test_the_config_gives_a_system_message_where_the_env_gives_none(chat: Chat) -> None:
+def test_the_config_gives_a_system_message_if_the_env_gives_none(chat: Chat) -> None:
     brief = with_settings(chat, system="Be brief.")
-    assert brief.shown(brief.prompt_ids("2 + 2?")).startswith("<|im_start|>system\nBe brief.<|im_end|>")
-    own = [{"role": "system", "content": "Be long."}, {"role": "user", "content": "2 + 2?"}]
-    assert "Be brief." not in brief.shown(brief.prompt_ids(own))
+    assert brief.decode(brief.prompt_ids("2 + 2?")).startswith("<|im_start|>system\nBe brief.<|im_end|>")
+    messages = [{"role": "system", "content": "Be long."}, {"role": "user", "content": "2 + 2?"}]
+    assert "Be brief." not in brief.decode(brief.prompt_ids(messages))
 
 
-def test_what_a_message_is_made_to_begin_with_is_in_the_prompt_and_in_its_text(chat: Chat) -> None:
+def test_the_prefill_is_in_the_prompt_and_in_the_text_of_the_message(chat: Chat) -> None:
     thinking = with_settings(chat, prefill="<reason>", think=("<reason>", "</reason>"))
-    assert thinking.shown(thinking.prompt_ids("2 + 2?")).endswith("assistant\n<reason>")
+    assert thinking.decode(thinking.prompt_ids("2 + 2?")).endswith("assistant\n<reason>")
     ids = chat.tokenizer.encode("two twos</reason>4")
     assert thinking.text(ids) == "<think>two twos</think>4"
-    assert thinking.text(ids, whole=False) == "two twos</think>4"
+    assert thinking.text(ids, with_opening=False) == "two twos</think>4"
 
 
-def test_a_template_of_ones_own_and_what_it_takes(chat: Chat) -> None:
-    own = with_settings(
+def test_a_template_of_the_config_and_its_arguments(chat: Chat) -> None:
+    loud = with_settings(
         chat, template="{{ messages[0].content }}{% if loud %}!{% endif %}", template_args={"loud": True}
     )
-    assert own.shown(own.prompt_ids("hello")) == "hello!"
+    assert loud.decode(loud.prompt_ids("hello")) == "hello!"
     with pytest.raises(RloraError, match=r"chat\.template = 'none\.jinja': can't be read"):
         with_settings(chat, template="none.jinja")
 
 
-def test_messages_that_the_template_refuses_are_told(chat: Chat) -> None:
+def test_messages_that_the_template_rejects_raise_an_error(chat: Chat) -> None:
     strict = with_settings(chat, template="{{ raise_exception('System role not supported') }}")
-    with pytest.raises(RloraError, match=r"takes no .*'2 \+ 2\?'.* \(System role not supported\)"):
+    with pytest.raises(RloraError, match=r"rejects .*'2 \+ 2\?'.* \(System role not supported\)"):
         strict.prompt_ids("2 + 2?")
 
 
 @pytest.mark.parametrize("ended", [True, False])
-def test_a_reply_of_messages_follows_as_in_a_conversation_whether_or_not_the_policy_has_ended_its_own(
-    chat: Chat, ended: bool
-) -> None:
-    question, said = [{"role": "user", "content": "2 + 2?"}], [{"role": "user", "content": "Are you sure?"}]
+def test_a_reply_of_messages_follows_as_in_a_conversation_with_or_without_an_end_token(chat: Chat, ended: bool) -> None:
+    question, reply = [{"role": "user", "content": "2 + 2?"}], [{"role": "user", "content": "Are you sure?"}]
     completion = tuple(chat.tokenizer.encode("It is 4.")) + STOP * ended
-    ids = chat.prompt_ids(question) + completion + chat.reply_ids(said, completion)
-    whole = chat.prompt_ids([*question, {"role": "assistant", "content": "It is 4."}, *said])
-    assert chat.shown(ids) == chat.shown(whole)
-    assert ids == whole  # here text and tokens agree; nothing was made again from text
+    ids = chat.prompt_ids(question) + completion + chat.reply_ids(reply, completion)
+    conversation = chat.prompt_ids([*question, {"role": "assistant", "content": "It is 4."}, *reply])
+    assert chat.decode(ids) == chat.decode(conversation)
+    assert ids == conversation  # here text and tokens agree; no token was decoded and encoded again
 
 
-def test_a_reply_of_a_string_goes_on_in_the_message(chat: Chat) -> None:
+def test_a_reply_of_a_string_continues_the_message(chat: Chat) -> None:
     assert chat.reply_ids(" 9716>>", (5,)) == tuple(chat.tokenizer.encode(" 9716>>"))
 
 
-# --- what the template opens ---
+# --- text with which the template opens a message ---
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 ASSISTANT = "{% if add_generation_prompt %}<|im_start|>assistant\n"
 END = "{% endif %}"
-QWEN3 = (  # as its own: thinking of earlier turns is dropped, the last turn gets an empty block
+QWEN3 = (  # as in Qwen3: thinking of earlier turns is dropped, the last turn gets an empty block
     "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
     "{% endif %}{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
     "{% set content = m.content.split('</think>')[-1].lstrip('\n') %}{% if loop.index0 > ns.last %}"
@@ -98,7 +96,7 @@ QWEN3 = (  # as its own: thinking of earlier turns is dropped, the last turn get
 QWEN3_HYBRID = (
     QWEN3 + "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}" + END
 )
-DEEPSEEK = (  # V3.1: </think> stands before each message that was not thought about
+DEEPSEEK = (  # V3.1: </think> precedes each message without thinking
     "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}{% else %}<|im_end|></think>"
     "{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_end|>"
     "{% if thinking %}<think>{% else %}</think>{% endif %}{% endif %}"
@@ -122,7 +120,7 @@ ZERO = (
         (QWEN3 + "<think>\n" + END, {}, "<think>\n"),  # Qwen3 Thinking 2507
         (QWEN3_HYBRID, {}, ""),
         (QWEN3_HYBRID, {"enable_thinking": True}, ""),
-        (QWEN3_HYBRID, {"enable_thinking": False}, ""),  # nothing is thought, so there is nothing to see
+        (QWEN3_HYBRID, {"enable_thinking": False}, ""),  # an empty block is left out
         (DEEPSEEK, {"thinking": True}, "<think>"),
         (DEEPSEEK, {}, ""),
         (GLM, {}, ""),
@@ -130,7 +128,7 @@ ZERO = (
         (GLM, {"nothink": True}, ""),
         (CHATML + ASSISTANT + "Sure, " + END, {}, "Sure, "),
         (CHATML + ASSISTANT + "Sure, <think>\n" + END, {}, "Sure, <think>\n"),
-        (CHATML + "<|im_start|>assistant\n", {}, ""),  # whether or not it is asked for
+        (CHATML + "<|im_start|>assistant\n", {}, ""),  # regardless of add_generation_prompt
         (CHATML + "<|im_start|>assistant\nSure, ", {}, "Sure, "),
         (CHATML + "<|im_start|>assistant\n<think>\n", {}, "<think>"),  # Jinja drops a template's last line break
         (ZERO, {}, "<think>"),
@@ -145,74 +143,77 @@ def test_rewards_see_what_the_template_opens(
     chat: Chat, template: str, arguments: dict[str, object], opened: str
 ) -> None:
     thinking = with_settings(chat, template=template, template_args=arguments)
-    assert thinking.shown(thinking.prompt_ids("2 + 2?")).endswith(opened)
+    assert thinking.decode(thinking.prompt_ids("2 + 2?")).endswith(opened)
     ids = chat.tokenizer.encode("2 and 2 is 4</think>\nfour")
     assert thinking.text(ids) == f"{opened}2 and 2 is 4</think>\nfour"
-    assert thinking.text(ids, whole=False) == "2 and 2 is 4</think>\nfour"
+    assert thinking.text(ids, with_opening=False) == "2 and 2 is 4</think>\nfour"
 
 
-def test_what_is_opened_may_hang_on_the_messages(chat: Chat) -> None:
-    """As Nemotron's template looks for /no_think, and DeepSeek's opens nothing after a tool."""
+def test_the_opening_may_depend_on_the_messages(chat: Chat) -> None:
+    """Like Nemotron's template, which looks for /no_think, and DeepSeek's, which opens nothing after a tool."""
     template = (
         CHATML + "{% if add_generation_prompt and messages[-1].role != 'tool' %}<|im_start|>assistant\n"
         "{% if '/no_think' in (messages | map(attribute='content') | join) %}<think></think>{% else %}"
         "<think>\n{% endif %}{% endif %}"
     )
     ids = chat.tokenizer.encode("4")
-    own = with_settings(chat, template=template)
-    assert own.text(ids, prompt="2 + 2?") == "<think>\n4"
-    assert own.text(ids, prompt="2 + 2? /no_think") == "4"
-    assert own.text(ids, prompt=[{"role": "user", "content": "2 + 2? /no_think"}]) == "4"
-    assert own.text(ids, prompt=own.conversation([{"role": "user", "content": "Sure?"}])) == "<think>\n4"
-    assert own.text(ids, prompt=own.conversation([{"role": "tool", "content": "4"}])) == "4"
+    dependent = with_settings(chat, template=template)
+    assert dependent.text(ids, prompt="2 + 2?") == "<think>\n4"
+    assert dependent.text(ids, prompt="2 + 2? /no_think") == "4"
+    assert dependent.text(ids, prompt=[{"role": "user", "content": "2 + 2? /no_think"}]) == "4"
+    assert dependent.text(ids, prompt=dependent.conversation([{"role": "user", "content": "Sure?"}])) == "<think>\n4"
+    assert dependent.text(ids, prompt=dependent.conversation([{"role": "tool", "content": "4"}])) == "4"
     never = with_settings(chat, template=template, system="/no_think")
     assert never.text(ids) == never.text(ids, prompt="2 + 2?") == "4"
-    said = [{"role": "user", "content": "Sure?"}]
-    assert never.shown(never.reply_ids(said, (5,))).endswith("assistant\n<think></think>")
-    assert never.text(ids, prompt=never.conversation(said)) == "4"
+    reply = [{"role": "user", "content": "Sure?"}]
+    assert never.decode(never.reply_ids(reply, (5,))).endswith("assistant\n<think></think>")
+    assert never.text(ids, prompt=never.conversation(reply)) == "4"
 
 
 @pytest.mark.parametrize("opens", ["", "<think>", "<think>\n", "<think>\n\n"])
 @pytest.mark.parametrize("prefill", ["<think>", "<think>\n", "<think>\nOkay, ", "\n<think>\n"])
-def test_a_prefill_that_the_template_opens_too_stands_there_once(chat: Chat, opens: str, prefill: str) -> None:
+def test_a_prefill_that_the_template_also_opens_appears_once(chat: Chat, opens: str, prefill: str) -> None:
     both = with_settings(chat, template=CHATML + ASSISTANT + opens + END, prefill=prefill)
-    prompt = both.shown(both.prompt_ids("2 + 2?"))
-    begun = prompt.rpartition("assistant\n")[2]
-    assert begun.count("<think>") == 1
-    assert begun.split() == prefill.split()
-    assert both.text(chat.tokenizer.encode("4")) == begun + "4"  # rewards see what the policy goes on from
-    assert both.shown(both.reply_ids([{"role": "user", "content": "Sure?"}], (5,))).endswith(begun)
+    prompt = both.decode(both.prompt_ids("2 + 2?"))
+    opening = prompt.rpartition("assistant\n")[2]
+    assert opening.count("<think>") == 1
+    assert opening.split() == prefill.split()
+    assert both.text(chat.tokenizer.encode("4")) == opening + "4"  # rewards see the text that the policy continues
+    assert both.decode(both.reply_ids([{"role": "user", "content": "Sure?"}], (5,))).endswith(opening)
 
 
-def test_a_prefill_beside_another_opening_follows_it(chat: Chat) -> None:
+def test_a_prefill_follows_a_different_opening(chat: Chat) -> None:
     both = with_settings(chat, template=CHATML + ASSISTANT + "<think>\n" + END, prefill="First, ")
-    assert both.shown(both.prompt_ids("?")).endswith("assistant\n<think>\nFirst, ")
+    assert both.decode(both.prompt_ids("?")).endswith("assistant\n<think>\nFirst, ")
     assert both.text(chat.tokenizer.encode("4")) == "<think>\nFirst, 4"
     closed = with_settings(chat, template=CHATML + ASSISTANT + "<think>\n" + END, prefill="<think>\n\n</think>\n\n")
-    assert closed.shown(closed.prompt_ids("?")).endswith("assistant\n<think>\n\n</think>\n\n")
+    assert closed.decode(closed.prompt_ids("?")).endswith("assistant\n<think>\n\n</think>\n\n")
 
 
 @pytest.mark.parametrize(
     ("template", "arguments"),
     [(QWEN3_HYBRID, {"enable_thinking": False}), (DEEPSEEK, {}), (QWEN3 + "<think>\n" + END, {})],
 )
-def test_a_prefill_that_thinks_again_is_refused(chat: Chat, template: str, arguments: dict[str, object]) -> None:
+def test_a_prefill_that_repeats_a_tag_is_refused(chat: Chat, template: str, arguments: dict[str, object]) -> None:
     again = with_settings(chat, template=template, template_args=arguments, prefill="Hm. <think>\n")
-    with pytest.raises(RloraError, match=r"chat\.prefill = 'Hm\. <think>\\n': .*already.*; leave chat\.prefill out"):
+    with pytest.raises(
+        RloraError,
+        match=r"chat\.prefill = 'Hm\. <think>\\n': the chat template already ends .*; leave chat\.prefill out",
+    ):
         again.prompt_ids("2 + 2?")
 
 
-def test_a_bare_prompt_that_ends_with_the_tag_opens_it(chat: Chat) -> None:
+def test_a_bare_prompt_that_ends_with_the_thinking_tag_opens_it(chat: Chat) -> None:
     chat.tokenizer.chat_template = None
     bare = Chat(chat.tokenizer, ChatConfig(prefill="<think>\n"), STOP)
     ids = chat.tokenizer.encode("2</think>4")
     for end in ("<think>", "<think>\n"):
         prompt = f"Think in <think> </think> tags. Assistant: {end}"
-        shown = bare.shown(bare.prompt_ids(prompt))
+        shown = bare.decode(bare.prompt_ids(prompt))
         assert shown == "Think in <think> </think> tags. Assistant: <think>\n"
         assert bare.text(ids, prompt=prompt) == "<think>\n2</think>4"
-    assert bare.text(ids, prompt="Think in <think> tags.") == "<think>\n2</think>4"  # of the prefill
-    assert bare.text(ids, whole=False, prompt=prompt) == "2</think>4"
+    assert bare.text(ids, prompt="Think in <think> tags.") == "<think>\n2</think>4"  # from the prefill
+    assert bare.text(ids, with_opening=False, prompt=prompt) == "2</think>4"
 
 
 HARMONY = ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>")
@@ -221,13 +222,13 @@ HARMONY = ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel
 @pytest.mark.parametrize(
     "think", [("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("\u25c1think\u25b7", "\u25c1/think\u25b7"), HARMONY]
 )
-def test_tags_that_are_special_tokens_are_seen_as_tags(chat: Chat, think: tuple[str, str]) -> None:
+def test_thinking_tags_that_are_special_tokens_are_kept(chat: Chat, think: tuple[str, str]) -> None:
     tokenizer = chat.tokenizer
     pieces = [piece for tag in think for piece in (re.findall(r"<\|\w+\|>", tag) or [tag])]
     tokenizer.add_special_tokens({"additional_special_tokens": [*dict.fromkeys(pieces)]})
     special = Chat(tokenizer, ChatConfig(think=think), STOP)
-    said = f"{think[0]}2 and 2{think[1]}4<|im_end|>"
-    ids = tokenizer.encode(said, add_special_tokens=False)
+    message = f"{think[0]}2 and 2{think[1]}4<|im_end|>"
+    ids = tokenizer.encode(message, add_special_tokens=False)
     assert any(token in special._special for token in ids[:1])
     assert special.text(ids) == "<think>2 and 2</think>4"
     assert special.text(tokenizer.encode("2 and 2")) == "2 and 2"
@@ -236,42 +237,43 @@ def test_tags_that_are_special_tokens_are_seen_as_tags(chat: Chat, think: tuple[
     assert opening.text(tokenizer.encode(f"2{think[1]}4")) == "<think>\n2</think>4"
 
 
-# --- several templates, and none that fits ---
+# --- several templates, and errors ---
 
 
 def test_several_named_templates(chat: Chat, tmp_path: Path) -> None:
     tokenizer = chat.tokenizer
-    own = tokenizer.chat_template
-    tokenizer.chat_template = {"default": own, "tool_use": "TOOLS {{ messages[0].content }}"}
+    template = tokenizer.chat_template
+    tokenizer.chat_template = {"default": template, "tool_use": "TOOLS {{ messages[0].content }}"}
     tokenizer.save_pretrained(tmp_path / "named")
     settings = json.loads((tmp_path / "named" / "tokenizer_config.json").read_text())
-    old = tmp_path / "old"  # in tokenizer_config.json, as it was saved before
+    old = tmp_path / "old"  # in tokenizer_config.json, as earlier versions of transformers saved it
     tokenizer.save_pretrained(old)
     shutil.rmtree(old / "additional_chat_templates", ignore_errors=True)
     (old / "chat_template.jinja").unlink(missing_ok=True)
-    listed = [{"name": "default", "template": own}, {"name": "tool_use", "template": "TOOLS {{ messages[0].content }}"}]
+    listed = [
+        {"name": "default", "template": template},
+        {"name": "tool_use", "template": "TOOLS {{ messages[0].content }}"},
+    ]
     (old / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": listed}))
     for path in (tmp_path / "named", old):
         named = load_tokenizer(str(path))
         default = Chat(named, ChatConfig(), STOP)
-        assert default.shown(default.prompt_ids("hi")) == chat.shown(chat.prompt_ids("hi"))
+        assert default.decode(default.prompt_ids("hi")) == chat.decode(chat.prompt_ids("hi"))
         other = Chat(named, ChatConfig(template="tool_use"), STOP)
-        assert other.shown(other.prompt_ids("hi")) == "TOOLS hi"
+        assert other.decode(other.prompt_ids("hi")) == "TOOLS hi"
         with pytest.raises(
             RloraError, match=r"chat\.template = 'rag': can't be read .*several .*\(default, tool_use\)"
         ):
             Chat(named, ChatConfig(template="rag"), STOP)
-    named.chat_template = {"tool_use": own, "rag": own}
-    with pytest.raises(
-        RloraError, match=r"model: .*\(tool_use, rag\), and none is the default; name one as chat\.templ"
-    ):
+    named.chat_template = {"tool_use": template, "rag": template}
+    with pytest.raises(RloraError, match=r"model: .*\(tool_use, rag\), and none is the default; set chat\.templ"):
         Chat(named, ChatConfig(), STOP)
 
 
 def test_a_template_in_a_file(chat: Chat, tmp_path: Path) -> None:
     (tmp_path / "a.jinja").write_bytes(b"\xef\xbb\xbfQ: {{ messages[0].content }}")
-    own = with_settings(chat, template=str(tmp_path / "a.jinja"))
-    assert own.shown(own.prompt_ids("hi")) == "Q: hi"
+    loaded = with_settings(chat, template=str(tmp_path / "a.jinja"))
+    assert loaded.decode(loaded.prompt_ids("hi")) == "Q: hi"
     (tmp_path / "a.jinja").write_bytes(b"\xff\xff{{ messages }}")
     with pytest.raises(RloraError, match=r"chat\.template = .*a\.jinja': can't be read \(.*utf-8"):
         with_settings(chat, template=str(tmp_path / "a.jinja"))
@@ -289,37 +291,37 @@ ALTERNATE = "{% if messages|length % 2 == 0 %}{{ raise_exception('no turn') }}{%
     ("settings", "message"),
     [
         ({"template": NO_SYSTEM, "system": "Be brief."},
-         r"^chat\.system = 'Be brief\.': the chat template takes no system message \(System role not supported\)"),
+         r"^chat\.system = 'Be brief\.': the chat template rejects system messages \(System role not supported\)"),
         ({"template": ALTERNATE, "system": "Be brief."}, r"^chat\.system = 'Be brief\.': "),
         ({"template": "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "system": "Be brief."},
          r"^chat\.system = 'Be brief\.': the chat template shows no system message; leave it out"),
         ({"template": CHATML + "{{ raise_exception('no ' + mode) if mode }}", "template_args": {"mode": "x"}},
-         r"^chat\.template_args = \{'mode': 'x'\}: the chat template fails with them \(no x\); give what it takes"),
-        ({"template": CHATML + "{{ 1 / n }}", "template_args": {"n": 0}}, r"takes no .* \(division by zero\)|_args"),
+         r"^chat\.template_args = \{'mode': 'x'\}: the chat template fails with them \(no x\); set arguments"),
+        ({"template": CHATML + "{{ 1 / n }}", "template_args": {"n": 0}}, r"rejects .* \(division by zero\)|_args"),
         ({"template": "{% for m in messages %}{{ m.content }}"},
-         r"^chat\.template = .*: line 1 is no valid Jinja \(.*endfor.*\); mend it"),
-        ({"template": "Q:\n{{ messages[0].content | nofilter }}"}, r"^chat\.template = .*: line 2 is no valid Jinja"),
-        ({"template": "{{ 'Hello' }}"}, r"^chat\.template = .*: .*it leaves out number 0, user; mend it"),
-        ({"template": "{{ messages[0].content[0].text }}"}, r"it leaves out number 0, user|takes no"),
-        ({"template": "{{ messages[0].content + 1 }}"}, r"^env: the model's chat template takes no .*or mend chat"),
+         r"^chat\.template = .*: line 1 is not valid Jinja \(.*endfor.*\); fix it"),
+        ({"template": "Q:\n{{ messages[0].content | nofilter }}"}, r"^chat\.template = .*: line 2 is not valid Jinja"),
+        ({"template": "{{ 'Hello' }}"}, r"^chat\.template = .*: .*it leaves out number 0, user; fix it"),
+        ({"template": "{{ messages[0].content[0].text }}"}, r"it leaves out number 0, user|rejects"),
+        ({"template": "{{ messages[0].content + 1 }}"}, r"^env: the model's chat template rejects .*or fix chat"),
     ],
 )  # fmt: skip
-def test_a_template_that_does_not_take_the_settings_is_told_with_the_field(
+def test_a_template_that_rejects_the_settings_names_the_field(
     chat: Chat, settings: dict[str, object], message: str
 ) -> None:
     with pytest.raises(RloraError, match=message):
         with_settings(chat, **settings).prompt_ids("2 + 2?")
 
 
-def test_a_message_of_the_env_that_the_template_leaves_out_is_told(chat: Chat) -> None:
+def test_a_message_that_the_template_leaves_out_raises_an_error(chat: Chat) -> None:
     last = with_settings(chat, template="{{ messages[-1].content }}")
-    assert last.shown(last.prompt_ids("hi")) == "hi"
+    assert last.decode(last.prompt_ids("hi")) == "hi"
     few_shot = [
         {"role": "user", "content": "1+1?"},
         {"role": "assistant", "content": "2"},
         {"role": "user", "content": "?"},
     ]
-    with pytest.raises(RloraError, match=r"roles are user, assistant, user it leaves out number 1, assistant; mend"):
+    with pytest.raises(RloraError, match=r"of the roles user, assistant, user it leaves out number 1, assistant; fix"):
         last.prompt_ids(few_shot)
 
 
@@ -332,11 +334,11 @@ def test_a_message_of_the_env_that_the_template_leaves_out_is_told(chat: Chat) -
         ONE_TURN,
     ],
 )
-def test_a_template_that_can_not_show_a_reply_is_refused(chat: Chat, template: str) -> None:
+def test_a_template_that_does_not_show_a_reply_is_refused(chat: Chat, template: str) -> None:
     short = with_settings(chat, template=template)
-    with pytest.raises(RloraError, match=r"does not show what the env says|takes no"):
+    with pytest.raises(RloraError, match=r"does not show an env's reply|rejects"):
         short.check_replies()
-    with pytest.raises(RloraError, match=r"does not show what the env says|takes no"):
+    with pytest.raises(RloraError, match=r"does not show an env's reply|rejects"):
         short.reply_ids([{"role": "user", "content": "go on"}], (5, 2))
 
 
@@ -344,22 +346,22 @@ def test_a_reply_in_a_role_that_the_template_leaves_out_is_refused(chat: Chat) -
     chat.check_replies()
     two = with_settings(chat, template="{% for m in messages if m.role != 'tool' %}{{ m.content }}{% endfor %}")
     two.check_replies()
-    with pytest.raises(RloraError, match=r"roles are user, assistant, tool it leaves out number 2, tool"):
+    with pytest.raises(RloraError, match=r"of the roles user, assistant, tool it leaves out number 2, tool"):
         two.reply_ids([{"role": "tool", "content": "4"}], (5, 2))
-    trims = with_settings(chat, template=QWEN3_HYBRID)  # which rewrites what the policy said
+    trims = with_settings(chat, template=QWEN3_HYBRID)  # it rewrites the policy's messages
     trims.check_replies()
-    assert trims.shown(trims.reply_ids([{"role": "user", "content": "Sure?"}], (5,))) == (
+    assert trims.decode(trims.reply_ids([{"role": "user", "content": "Sure?"}], (5,))) == (
         "<|im_end|>\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n"
     )
 
 
-# --- what a tokenizer puts around a bare prompt ---
+# --- special tokens around a bare prompt ---
 
 
 @pytest.mark.parametrize("prefill", ["", "So"])
 @pytest.mark.parametrize("single", ["$A", "<|im_start|> $A", "$A <|im_end|>", "<|im_start|> $A <|im_end|>",
                                     "$A <|im_end|> <|im_end|>"])  # fmt: skip
-def test_a_bare_prompt_keeps_what_goes_before_it_and_ends_with_no_end_token(
+def test_a_bare_prompt_keeps_special_tokens_before_it_and_has_no_end_token(
     chat: Chat, single: str, prefill: str
 ) -> None:
     tokenizer = chat.tokenizer
@@ -368,17 +370,17 @@ def test_a_bare_prompt_keeps_what_goes_before_it_and_ends_with_no_end_token(
     tokenizer._tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=special)
     bare = Chat(tokenizer, ChatConfig(prefill=prefill), STOP)
     begins = "<|im_start|>" if single.startswith("<") else ""
-    assert bare.shown(bare.prompt_ids("1+1=")) == f"{begins}1+1={prefill}"
-    assert bare.shown(bare.prompt_ids("<|im_start|>1+1=")) == f"<|im_start|>1+1={prefill}"  # once
+    assert bare.decode(bare.prompt_ids("1+1=")) == f"{begins}1+1={prefill}"
+    assert bare.decode(bare.prompt_ids("<|im_start|>1+1=")) == f"<|im_start|>1+1={prefill}"  # once
     assert bare.prompt_ids("")[:1] != STOP
 
 
 def test_a_chat_prompt_has_no_second_bos_nor_an_end_token(chat: Chat) -> None:
     tokenizer = chat.tokenizer
-    before = chat.prompt_ids("hi")
+    expected = chat.prompt_ids("hi")
     special = [("<|im_start|>", 1), ("<|im_end|>", 2)]
     tokenizer._tokenizer.post_processor = TemplateProcessing(
         single="<|im_start|> $A <|im_end|>", special_tokens=special
     )
-    assert Chat(tokenizer, ChatConfig(), STOP).prompt_ids("hi") == before
+    assert Chat(tokenizer, ChatConfig(), STOP).prompt_ids("hi") == expected
     assert chat.reply_ids("4", (5,)) == tuple(tokenizer.encode("4", add_special_tokens=False))

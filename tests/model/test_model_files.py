@@ -1,4 +1,4 @@
-"""Every reason why a `model` can't be used is told, and nothing is asked on the terminal."""
+"""Every reason why a `model` can't be used raises an error, and nothing is read from the terminal."""
 
 import json
 import shutil
@@ -23,13 +23,13 @@ AUTO_MAP = {"auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "m
 
 @pytest.fixture(autouse=True)
 def silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever reads from the terminal fails."""
+    """Makes reading from the terminal fail."""
 
-    def asked(*_: object) -> str:
-        raise AssertionError("a question was asked")
+    def fail(*_: object) -> str:
+        raise AssertionError("the terminal was read")
 
-    monkeypatch.setattr("builtins.input", asked)
-    monkeypatch.setattr(sys.stdin, "readline", asked)
+    monkeypatch.setattr("builtins.input", fail)
+    monkeypatch.setattr(sys.stdin, "readline", fail)
 
 
 def saved(directory: Path, files: Files) -> str:
@@ -54,22 +54,22 @@ INDEX = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors", 
     [
         ({"config.json": {"model_type": "qwen9"}}, r"has model type `qwen9` but Transformers does not recognize"),
         ({"config.json": {"model_type": "mine"} | AUTO_MAP},
-         r"it needs code of its own \(auto_map .*\), which rlora does not run; use a model whose class"),
-        ({"config.json": AUTO_MAP}, r"it needs code of its own|Should have a `model_type`"),
+         r"it needs custom code \(auto_map .*\), which rlora does not run; use a model whose class"),
+        ({"config.json": AUTO_MAP}, r"it needs custom code|Should have a `model_type`"),
         ({"config.json": b"{nope"}, r"its config\.json is not valid JSON: .*line 1 column 2.*; save it again"),
         ({"config.json": b"\xff\xfe"}, r"its config\.json is not valid JSON"),
-        ({"config.json": []}, r"its config\.json is not valid JSON: it holds no object"),
+        ({"config.json": []}, r"its config\.json is not valid JSON: it contains no object"),
         ({"config.json": {}}, r"Should have a `model_type` key in its config\.json"),
         ({"adapter_config.json": {"base_model_name_or_path": "org/base"}},
-         r"it is an adapter over 'org/base', and no model; set model = 'org/base' and learner\.start_from = '.*/m'"),
-        ({"adapter_config.json": {}}, r"it is an adapter over a base that it does not name, .*learner\.start_from"),
-        ({"adapter_config.json": b"{"}, r"it is an adapter over a base that it does not name"),
+         r"it is an adapter for 'org/base', not a model; set model = 'org/base' and learner\.start_from = '.*/m'"),
+        ({"adapter_config.json": {}}, r"it is an adapter for an unnamed base, .* its base and learner\.start_from"),
+        ({"adapter_config.json": b"{"}, r"it is an adapter for an unnamed base"),
         ({"adapter_config.json": {"base_model_name_or_path": "org/base"}, "config.json": LLAMA,
-          "model.safetensors": None, "adapter_model.safetensors": b""}, r"it is an adapter over 'org/base'"),
-        ({}, r"neither a local directory with a model .*it has no config\.json; give a directory"),
-        ({"model.safetensors": None, "q4.gguf": b"GGUF"}, r"it has q4\.gguf, and GGUF is not read; give a directory"),
+          "model.safetensors": None, "adapter_model.safetensors": b""}, r"it is an adapter for 'org/base'"),
+        ({}, r"neither a local directory with a model .*it has no config\.json; use a directory"),
+        ({"model.safetensors": None, "q4.gguf": b"GGUF"}, r"it has q4\.gguf, but GGUF is not supported; use a dir"),
         ({"snapshots/0a/config.json": LLAMA}, r"it has no config\.json; did you mean .*/m/snapshots/0a\?"),
-        ({"config.json": LLAMA, "model.safetensors": None}, r"no weights are there \(\*\.safetensors\); save the"),
+        ({"config.json": LLAMA, "model.safetensors": None}, r"it has no weights \(\*\.safetensors\); save the"),
         ({"config.json": LLAMA, "model.safetensors": None, "q4.gguf": b"GGUF"}, r"no weights .* only q4\.gguf; save"),
         ({"config.json": LLAMA, "model.safetensors": None, "model-00001-of-00002.safetensors": b""},
          r"no weights .* only model-00001-of-00002\.safetensors"),
@@ -81,18 +81,18 @@ INDEX = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors", 
          r"its model\.safetensors\.index\.json can't be read"),
         ({"config.json": LLAMA, "model.safetensors": b"cut"}, r"its model\.safetensors can't be read .*again"),
         ({"config.json": LLAMA, "model.safetensors": b"version https://git-lfs.github.com/spec/v1\noid sha256:00"},
-         r"its model\.safetensors is a pointer of Git LFS: fetch it"),
+         r"its model\.safetensors is a Git LFS pointer: fetch the file"),
         ({"config.json": b"version https://git-lfs.github.com/spec/v1\noid sha256:00"},
-         r"its config\.json is a pointer of Git LFS: fetch it"),
+         r"its config\.json is a Git LFS pointer: fetch the file"),
         ({"config.json": {"model_type": "t5"}}, r"no causal language model of type 't5'"),
         ({"config.json": {"model_type": "vit"}}, r"no causal language model of type 'vit'"),
         ({"config.json": {"model_type": "clip"}}, r"no causal language model of type 'clip'"),
         ({"config.json": {"model_type": "bart", "architectures": ["BartForConditionalGeneration"]}},
          r"type 'bart' is an encoder-decoder"),
         ({"config.json": {"model_type": "bert", "architectures": ["BertForMaskedLM"]}},
-         r"no causal language model: it was saved as BertForMaskedLM"),
+         r"not a causal language model: it was saved as BertForMaskedLM"),
         ({"config.json": LLAMA | {"architectures": ["LlamaForSequenceClassification"]}},
-         r"it was saved as LlamaForSequenceClassification, which has no head that gives tokens"),
+         r"it was saved as LlamaForSequenceClassification, which has no language-modelling head"),
     ],
 )  # fmt: skip
 def test_a_directory_that_can_not_be_the_base_says_why(files: Files, message: str, tmp_path: Path) -> None:
@@ -104,31 +104,31 @@ def test_a_directory_that_can_not_be_the_base_says_why(files: Files, message: st
     assert "trust_remote_code" not in str(refused.value)
 
 
-def test_what_is_no_directory_says_why(tmp_path: Path) -> None:
+def test_a_model_that_is_not_a_directory_says_why(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    with pytest.raises(RloraError, match=r"a\.gguf': it is a file; name the directory"):
+    with pytest.raises(RloraError, match=r"a\.gguf': it is a file; use a model's directory"):
         locate(str(tmp_path / "a.gguf"))
     for name in ("./no/such/model", "/no/such", "no/such/model", "~/model"):
         with pytest.raises(RloraError, match=rf"model = '{name}': there is no such directory"):
             locate(name)
-    for name, why in (("org/name", "connect"), ("", "")):
-        with pytest.raises(RloraError, match=rf"model = '{name}': neither a local directory with a model .*{why}"):
+    for name, reason in (("org/name", "connect"), ("", "")):
+        with pytest.raises(RloraError, match=rf"model = '{name}': neither a local directory with a model .*{reason}"):
             locate(name)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "mistral"])
-def test_a_model_without_a_tokenizer_is_told(kind: str, tmp_path: Path) -> None:
+def test_a_model_without_a_tokenizer_is_refused(kind: str, tmp_path: Path) -> None:
     path = saved(tmp_path / "m", {"config.json": {"model_type": kind}})
     with pytest.raises(
         RloraError, match=r"model = '.*/m': (its tokenizer can't be loaded: |it has no tokenizer)"
-    ) as no:
+    ) as refused:
         load_tokenizer(path)
-    assert "\n" not in str(no.value)
+    assert "\n" not in str(refused.value)
     save_words(path)
     assert len(load_tokenizer(path)) == 97
 
 
-def test_a_tokenizer_that_needs_code_of_its_own_is_not_run(tmp_path: Path) -> None:
+def test_custom_code_of_a_tokenizer_is_not_run(tmp_path: Path) -> None:
     tokenizer = {"auto_map": {"AutoTokenizer": ["mine.Mine", None]}, "tokenizer_class": "Mine"}
     path = saved(tmp_path / "m", {"config.json": {"model_type": "mine"}, "tokenizer_config.json": tokenizer})
     (tmp_path / "m" / "mine.py").write_text("raise SystemExit('it ran')\n")
@@ -136,8 +136,8 @@ def test_a_tokenizer_that_needs_code_of_its_own_is_not_run(tmp_path: Path) -> No
         load_tokenizer(path)
 
 
-def test_code_that_is_not_needed_is_left_alone(demo: str, tmp_path: Path, config: Callable[..., Config]) -> None:
-    """A model whose class transformers has loads, whatever else its config names; nothing of that runs."""
+def test_custom_code_that_is_not_needed_is_ignored(demo: str, tmp_path: Path, config: Callable[..., Config]) -> None:
+    """A model whose class is part of transformers loads although its config names custom code, which does not run."""
     shutil.copytree(demo, tmp_path / "m")
     maps = {"config.json": AUTO_MAP["auto_map"], "tokenizer_config.json": {"AutoTokenizer": ["mine.T", None]}}
     for name, auto_map in maps.items():
@@ -147,7 +147,7 @@ def test_code_that_is_not_needed_is_left_alone(demo: str, tmp_path: Path, config
     assert load_task(config(model=str(tmp_path / "m"))).prompts
 
 
-def test_a_task_tells_of_its_missing_tokenizer(demo: str, tmp_path: Path, config: Callable[..., Config]) -> None:
+def test_a_task_without_a_tokenizer_is_refused(demo: str, tmp_path: Path, config: Callable[..., Config]) -> None:
     for file in Path(demo).iterdir():
         if "token" not in file.name:
             shutil.copy(file, tmp_path)

@@ -1,4 +1,4 @@
-"""Random pairs of answers with mutations of their texts, drawn from a seed."""
+"""Random pairs of answers with mutated texts, drawn from a seed."""
 
 import json
 import random
@@ -45,8 +45,8 @@ _JOINED = ("{}, {}", "{} or {}", "{} = {}", "({}, {})", "{}{}", r"\frac{{{}}}{{{
 Mutation = Callable[[str, str, random.Random], str]
 
 
-def answers(directories: list[Path], longest: int = 200) -> list[str]:
-    """Golds, predictions and boxes alone of labelled rows, the last `longest` characters of each."""
+def answers(directories: list[Path], max_length: int = 200) -> list[str]:
+    """Golds, predictions and box contents of labelled rows, each cut to its last `max_length` characters."""
     rows = [
         json.loads(line)
         for directory in directories
@@ -56,11 +56,11 @@ def answers(directories: list[Path], longest: int = 200) -> list[str]:
     ]
     texts = {str(row[side]) for row in rows for side in ("gold", "prediction")}
     boxed = {box for text in texts for box in re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", text)}
-    return sorted({text[-longest:] for text in texts | boxed})
+    return sorted({text[-max_length:] for text in texts | boxed})
 
 
 def mutated_pairs(texts: list[str], count: int, seed: int) -> Iterator[tuple[str, str]]:
-    """Pairs of gold and prediction, one a mutation of the other or of anything; two in three are short answers."""
+    """Pairs of gold and prediction. The prediction mutates the gold or a random text; two thirds are short answers."""
     random_ = random.Random(seed)
     short = [text for text in texts if len(text) <= 60]
 
@@ -87,39 +87,39 @@ def _cut(text: str, random_: random.Random) -> tuple[str, str, str]:
     return text[:start], text[start:end], text[end:]
 
 
-def _within(make: Callable[[str, random.Random], str]) -> Mutation:
-    """A mutation that changes up to five characters somewhere."""
+def _within(change: Callable[[str, random.Random], str]) -> Mutation:
+    """A mutation that changes up to five characters at a random position."""
 
     def mutation(text: str, _: str, random_: random.Random) -> str:
-        before, cut, after = _cut(text, random_)
-        return before + make(cut, random_) + after
+        head, cut, tail = _cut(text, random_)
+        return head + change(cut, random_) + tail
 
     return mutation
 
 
 def _digit(text: str, _: str, random_: random.Random) -> str:
-    places = [place for place, letter in enumerate(text) if letter.isascii() and letter.isdigit()]
-    if not places:
+    indices = [index for index, letter in enumerate(text) if letter.isascii() and letter.isdigit()]
+    if not indices:
         return text
-    place = random_.choice(places)
-    return text[:place] + random_.choice("0123456789") + text[place + 1 :]
+    index = random_.choice(indices)
+    return text[:index] + random_.choice("0123456789") + text[index + 1 :]
 
 
 def _sign(text: str, _: str, random_: random.Random) -> str:
-    places = [place for place, letter in enumerate(text) if letter in "+-<>"]
-    if not places:
+    indices = [index for index, letter in enumerate(text) if letter in "+-<>"]
+    if not indices:
         return "-" + text
-    place = random_.choice(places)
-    return text[:place] + {"+": "-", "-": "+", "<": ">", ">": "<"}[text[place]] + text[place + 1 :]
+    index = random_.choice(indices)
+    return text[:index] + {"+": "-", "-": "+", "<": ">", ">": "<"}[text[index]] + text[index + 1 :]
 
 
 def _swapped(text: str, _: str, random_: random.Random) -> str:
-    """Two parts between commas, signs or relations exchanged."""
+    """Exchanges two parts between commas, signs or relations."""
     parts = re.split(r"(,|\+|-|=|<|>|\}\{|\\\\|&|:|\\cup)", text)
     if len(parts) < 3:
         return text
-    one, other = random_.sample(range(0, len(parts), 2), 2)
-    parts[one], parts[other] = parts[other], parts[one]
+    first, second = random_.sample(range(0, len(parts), 2), 2)
+    parts[first], parts[second] = parts[second], parts[first]
     return "".join(parts)
 
 
@@ -143,7 +143,7 @@ _MUTATIONS: tuple[Mutation, ...] = (
     lambda text, _, random_: text + " " + random_.choice(_UNITS),
     lambda text, _, random_: text[: random_.randrange(len(text) + 1)],
     lambda text, _, random_: text[random_.randrange(len(text) + 1) :],
-    lambda text, other, random_: _cut(text, random_)[0] + other[random_.randrange(len(other) + 1) :],
-    lambda text, other, random_: random_.choice(_JOINED).format(text, other[:60]),
+    lambda text, second, random_: _cut(text, random_)[0] + second[random_.randrange(len(second) + 1) :],
+    lambda text, second, random_: random_.choice(_JOINED).format(text, second[:60]),
     lambda text, _, random_: rf"\text{{{text}}}",
 )  # fmt: skip

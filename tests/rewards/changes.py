@@ -1,15 +1,15 @@
 r"""Structural changes of a gold that change its value: sign, order, one member, multiplicity, a function around it.
 
-Each is right by construction (`\ln x = 5` is no 5) or proven by `oracle.py`; what it can't prove is left out.
+Each changes the value by construction (`\ln x = 5` is not 5), or `oracle.py` proves it. Unproven changes are left out.
 """
 
 import re
 from collections.abc import Iterator
 
-from members import Change, of_intervals, of_matrix, of_members, read_intervals, read_members
+from members import Change, interval_changes, matrix_changes, member_changes, read_intervals, read_members
 from oracle import differ, joined, number, proportional
 
-# Around a value or an expression, kept where the oracle sees that the value changed.
+# Templates around a value or an expression; used if the oracle sees that the value changes.
 AROUND = {
     "sign": [r"-({})", r"-|{}|"],
     "function": [
@@ -26,7 +26,7 @@ AROUND = {
         r"360-({})", r"({})-\pi", r"({})+(1009x-1)(1009x-2)", r"100-({})",
     ],
 }  # fmt: skip
-# On the left of a value: what x is then, or None where it is another value by construction.
+# Left side of "= value" -> the value of x, or None if it differs by construction.
 LEFT_SIDES = {
     "-x": "-({})", "2x": r"\frac{{{}}}{{2}}", r"\sqrt{{x}}": "({})^2", "x^2": r"\sqrt{{{}}}", "x^3": r"\sqrt[3]{{{}}}",
     r"\frac{{1}}{{x}}": r"\frac{{1}}{{{}}}", "|x|": "-({})", r"\ln x": None, "e^x": None, "x + 1": None, "xy": None,
@@ -52,51 +52,51 @@ _NAME = re.compile(r"\s*[A-Za-z]\s*")
 
 
 def changes(gold: str) -> list[Change]:
-    """The kind and the text of each change, all of another value."""
+    """The kind and the text of each change; each has a different value."""
     gold = gold.strip().rstrip(".")
-    made = {text: (kind, text) for kind, text in _changes(gold) if text != gold}
-    return list(made.values())
+    by_text = {text: (kind, text) for kind, text in _all_changes(gold) if text != gold}
+    return list(by_text.values())
 
 
-def _changes(gold: str) -> Iterator[Change]:
+def _all_changes(gold: str) -> Iterator[Change]:
     name, _, rest = gold.rpartition("=")
     if _NAME.fullmatch(name) and number(rest) is not None:
-        yield from _of_value(rest.strip())
-        yield from (("name kept", f"{name}= {text}") for kind, text in _of_value(rest.strip()) if kind in AROUND)
+        yield from _value_changes(rest.strip())
+        yield from (("name kept", f"{name}= {text}") for kind, text in _value_changes(rest.strip()) if kind in AROUND)
     elif gold.count("=") == 1 and not re.search(r"\\(?:text|approx|begin|[lg]e)|[<>,]", gold):
-        yield from _of_equation(*gold.split("="))
+        yield from _equation_changes(*gold.split("="))
     elif parts := read_intervals(gold):
-        yield from of_intervals(parts)
+        yield from interval_changes(parts)
     elif matrix := re.fullmatch(r"\\begin\{pmatrix\}(.*)\\end\{pmatrix\}", gold, re.DOTALL):
-        yield from of_matrix(matrix[1])
+        yield from matrix_changes(matrix[1])
     elif members := read_members(gold):
-        yield from of_members(*members)
+        yield from member_changes(*members)
     elif letters := re.fullmatch(r"(?:\\text\{)?([A-J](?:, ?[A-J])+)\}?", gold):
-        yield from _of_letters(re.findall("[A-J]", letters[1]))
+        yield from _letter_set_changes(re.findall("[A-J]", letters[1]))
     elif re.fullmatch(r"\(?\\text\{\(?[A-Z]\)?\},?\)?|[A-J]", gold):
-        yield from _of_choice(re.sub(r"\\text|[{}(),]", "", gold))
+        yield from _choice_changes(re.sub(r"\\text|[{}(),]", "", gold))
     elif ratio := re.fullmatch(r"(\d+) *: *(\d+)", gold):
-        yield from _of_ratio(int(ratio[1]), int(ratio[2]))
+        yield from _ratio_changes(int(ratio[1]), int(ratio[2]))
     elif words := re.fullmatch(r"\\(?:text|mbox)\{([a-zA-Z ]+)\}", gold):
-        yield from _of_words(words[1])
+        yield from _word_changes(words[1])
     elif number(gold) is None and re.search(r"\d", gold) and not re.search(r"frac|=|sqrt|begin|\\[alg]|f\(|_", gold):
-        yield from _of_digits(gold)
+        yield from _digit_changes(gold)
     else:
-        yield from _of_value(gold)
+        yield from _value_changes(gold)
 
 
-def _of_value(gold: str) -> Iterator[Change]:
+def _value_changes(gold: str) -> Iterator[Change]:
     for kind, templates in AROUND.items():
         for text in (template.format(gold) for template in templates):
-            is_rounded = len(re.sub(r"\D", "", gold)) >= 8  # a printed float: what it rounds is a convention
+            is_rounded = len(re.sub(r"\D", "", gold)) >= 8  # a printed float may stand for a value near it
             if differ(gold, text) and not (is_rounded and "-9" in text):
                 yield kind, text
     yield from (("edit", text) for text in _edited(gold) if differ(gold, text))
     if number(gold) is not None:
-        yield from _of_number(gold)
+        yield from _number_changes(gold)
 
 
-def _of_number(gold: str) -> Iterator[Change]:
+def _number_changes(gold: str) -> Iterator[Change]:
     yield "function", f"f({gold})"
     for left, solved in LEFT_SIDES.items():
         if solved is None or differ(gold, solved.format(gold)):
@@ -105,7 +105,7 @@ def _of_number(gold: str) -> Iterator[Change]:
     yield from (("company", template.format(*[gold] * 2)) for template in COMPANY)
     if not _WORDS.search(gold) and "_" not in gold:
         words = [*WORDS, *(WORDS_UNLESS_ZERO if number(gold) not in (0, 1) else ())]
-        yield from (("words", rf"{gold}\text{{ {each}}}") for each in words)
+        yield from (("words", rf"{gold}\text{{ {phrase}}}") for phrase in words)
         if number(gold) != 0:
             yield "per cent", rf"{gold}\%"
             yield "sign", rf"\pm ({gold})"
@@ -116,25 +116,25 @@ def _of_number(gold: str) -> Iterator[Change]:
 
 
 def _edited(gold: str) -> Iterator[str]:
-    """One number, sign or name in the text changed."""
+    """The text with one number, sign or name changed."""
     plain = joined(gold)
-    for found in re.finditer(r"\d+", plain):
-        digits, number_ = found[0], int(found[0])
-        others = {str(number_ + 1), str(abs(number_ - 1)), str(number_ + 9), digits + "0", digits + digits[-1]}
-        for other in sorted(others | {digits[::-1], digits[:-1] or "3"}):
-            yield plain[: found.start()] + other + plain[found.end() :]
-    for found in re.finditer("[+-]", plain):
-        yield plain[: found.start()] + {"+": "-", "-": "+"}[found[0]] + plain[found.end() :]
-    if found := re.search(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", plain):
-        yield plain[: found.start()] + rf"\frac{{{found[2]}}}{{{found[1]}}}" + plain[found.end() :]
+    for match in re.finditer(r"\d+", plain):
+        digits, number_ = match[0], int(match[0])
+        numbers = {str(number_ + 1), str(abs(number_ - 1)), str(number_ + 9), digits + "0", digits + digits[-1]}
+        for changed in sorted(numbers | {digits[::-1], digits[:-1] or "3"}):
+            yield plain[: match.start()] + changed + plain[match.end() :]
+    for match in re.finditer("[+-]", plain):
+        yield plain[: match.start()] + {"+": "-", "-": "+"}[match[0]] + plain[match.end() :]
+    if match := re.search(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", plain):
+        yield plain[: match.start()] + rf"\frac{{{match[2]}}}{{{match[1]}}}" + plain[match.end() :]
     for old, new in _NAMES:
         if old in plain:
             yield plain.replace(old, new)
             yield plain.replace(old, new, 1)
 
 
-def _of_equation(left: str, right: str) -> Iterator[Change]:
-    whole = f"({left})-({right})"
+def _equation_changes(left: str, right: str) -> Iterator[Change]:
+    difference = f"({left})-({right})"
     if _NAME.fullmatch(left) and left.strip() not in right:
         name = left.strip()
         texts = [*_edited(right), *(template.format(right) for templates in AROUND.values() for template in templates)]
@@ -144,7 +144,7 @@ def _of_equation(left: str, right: str) -> Iterator[Change]:
                 yield "left side", f"{form.format(name)} = {right}"
             yield from (("relation", f"{name} {sign} {right}") for sign in (r"\le", "<", ">", r"\ge", r"\ne"))
     for text in [*_edited(left), *(form.format(left) for form in (*AROUND["term"], "x({})", "({})^2 + 1"))]:
-        if not proportional(whole, f"({text})-({right})"):
+        if not proportional(difference, f"({text})-({right})"):
             yield "left side", f"{text}={right}"
     if right.strip() == "0" and differ(left, f"{left} + 1"):
         for form in (
@@ -154,13 +154,13 @@ def _of_equation(left: str, right: str) -> Iterator[Change]:
             yield "equation", form.format(left.strip())
 
 
-def _of_choice(letter: str) -> Iterator[Change]:
-    others = [other for other in "ABCDEFGHIJ" if other != letter]
-    for other in others:
-        yield from (("letter", form.format(other)) for form in ("{}", r"\text{{({})}}", r"\textbf{{({})}}"))
-    for other in others[:5]:
+def _choice_changes(letter: str) -> Iterator[Change]:
+    alternatives = [changed for changed in "ABCDEFGHIJ" if changed != letter]
+    for changed in alternatives:
+        yield from (("letter", form.format(changed)) for form in ("{}", r"\text{{({})}}", r"\textbf{{({})}}"))
+    for changed in alternatives[:5]:
         for form in ("{} or {}", "{}, {}", r"\text{{({})}} and ({})", "{1} or {0}", "{}/{}"):
-            yield "hedged", form.format(letter, other)
+            yield "hedged", form.format(letter, changed)
     for words in ("is wrong", "but not always", "is not it", "or (J)", "and (I)"):
         if letter not in words:
             yield "words", rf"\text{{{letter} {words}}}"
@@ -168,43 +168,43 @@ def _of_choice(letter: str) -> Iterator[Change]:
         yield "function", form.format(letter)
 
 
-def _of_letters(letters: list[str]) -> Iterator[Change]:
+def _letter_set_changes(letters: list[str]) -> Iterator[Change]:
     absent = [letter for letter in "ABCDEFGHIJ" if letter not in letters]
-    for place, letter in enumerate(letters):
-        rest = [*letters[:place], *letters[place + 1 :]]
+    for index, letter in enumerate(letters):
+        rest = [*letters[:index], *letters[index + 1 :]]
         yield "one less", ", ".join(rest)
         yield "half", letter
-        yield from (("letter", ", ".join([*rest, other])) for other in absent)
+        yield from (("letter", ", ".join([*rest, added])) for added in absent)
         yield "words", rf"\text{{not {letter}}}"
         yield "words", ", ".join(letters) + rf"\text{{ but not {letter}}}"
-    for other in absent:
-        yield "one more", ", ".join([*letters, other])
-        yield "hedged", rf"\text{{{', '.join(letters)} or {other}}}"
-        yield "hedged", rf"{' or '.join(letters)} or {other}"
+    for added in absent:
+        yield "one more", ", ".join([*letters, added])
+        yield "hedged", rf"\text{{{', '.join(letters)} or {added}}}"
+        yield "hedged", rf"{' or '.join(letters)} or {added}"
 
 
-def _of_ratio(one: int, other: int) -> Iterator[Change]:
-    pairs = [(a, b) for a in range(one - 4, one + 5) for b in range(other - 3, other + 4)]
-    yield from (("ratio", f"{a}:{b}") for a, b in pairs if a > 0 < b and a * other != b * one)
-    yield from (("ratio", text) for text in (f"-{one}:{other}", f"{one}:{other}:1", f"({one}, {other})"))
-    if one != 1 != other:
-        yield from (("half", str(part)) for part in (one, other))
+def _ratio_changes(first: int, second: int) -> Iterator[Change]:
+    pairs = [(a, b) for a in range(first - 4, first + 5) for b in range(second - 3, second + 4)]
+    yield from (("ratio", f"{a}:{b}") for a, b in pairs if a > 0 < b and a * second != b * first)
+    yield from (("ratio", text) for text in (f"-{first}:{second}", f"{first}:{second}:1", f"({first}, {second})"))
+    if first != 1 != second:
+        yield from (("half", str(part)) for part in (first, second))
 
 
-def _of_words(words: str) -> Iterator[Change]:
+def _word_changes(words: str) -> Iterator[Change]:
     for form in ("not {}", "{} or 7", "neither {} nor 7", "{} is wrong", "un{}", "{}x", "x{}"):
         yield "words", rf"\text{{{form.format(words)}}}"
-    for other in ("cat", "Friday", "seven", "no", "April", "green", "none", "B", "x", "7"):
-        if other.lower() != words.lower():
-            yield "word", rf"\text{{{other}}}"
-    for place, letter in enumerate(words):
+    for word in ("cat", "Friday", "seven", "no", "April", "green", "none", "B", "x", "7"):
+        if word.lower() != words.lower():
+            yield "word", rf"\text{{{word}}}"
+    for index, letter in enumerate(words):
         if letter.isalpha():
-            yield "word", words[:place] + words[place + 1 :]
+            yield "word", words[:index] + words[index + 1 :]
 
 
-def _of_digits(gold: str) -> Iterator[Change]:
-    """Of a time, a date and the like: another number in it."""
-    for found in re.finditer(r"(?<![\d.])\d+(?![\d.])", gold):
-        for other in range(1, 60):
-            if other != int(found[0]):
-                yield "number", f"{gold[: found.start()]}{other:0{len(found[0])}}{gold[found.end() :]}"
+def _digit_changes(gold: str) -> Iterator[Change]:
+    """A time, a date or the like with one number changed."""
+    for match in re.finditer(r"(?<![\d.])\d+(?![\d.])", gold):
+        for changed in range(1, 60):
+            if changed != int(match[0]):
+                yield "number", f"{gold[: match.start()]}{changed:0{len(match[0])}}{gold[match.end() :]}"

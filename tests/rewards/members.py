@@ -1,4 +1,4 @@
-"""Changes of tuples, lists, sets, intervals and matrices that change their value."""
+"""Changes of tuples, lists, sets, intervals and matrices that change the value."""
 
 import re
 from collections import Counter
@@ -10,7 +10,7 @@ from oracle import differ, number
 
 Change = tuple[str, str]  # the kind and the changed text
 Interval = tuple[str, str, str, str]  # bracket, end, end, bracket
-_OTHERS = [
+_TEMPLATES = [
     "({})+1", "({})-1", "-({})", "2({})", "({})^2", "({})i", "({})+0.001", r"\frac{{1}}{{{}}}", r"({})+\sqrt{{2}}",
     "({})+10", "10({})", "({})^3", r"\frac{{{}}}{{2}}", r"({})\pi", "e^{{{}}}", "100-({})",
 ]  # fmt: skip
@@ -20,52 +20,54 @@ _INTERVAL = re.compile(r"([(\[])([^()\[\],]+),([^()\[\],]+)([)\]])")
 
 
 def read_members(gold: str) -> tuple[str, list[str]] | None:
-    """The opening bracket and the members, where the oracle can read them all."""
+    """The opening bracket and the members, if the oracle can read all of them."""
     text = re.sub(r"\\left|\\right|\\[,;]", "", gold).strip()
-    found = re.fullmatch(r"(\(|\\\{)(.*)(?:\)|\\\})", text, re.DOTALL)
-    opening, inside = found.groups() if found else ("", text)
-    members = [member.strip() for member in inside.split(",")]
+    match = re.fullmatch(r"(\(|\\\{)(.*)(?:\)|\\\})", text, re.DOTALL)
+    opening, content = match.groups() if match else ("", text)
+    members = [member.strip() for member in content.split(",")]
     is_number = not opening and re.search(r"\d,\d{3}|\{,\}|,\\!", gold)
-    if len(members) < 2 or is_number or any(not _is_read(member) for member in members):
+    if len(members) < 2 or is_number or any(not _is_readable(member) for member in members):
         return None
     return opening, members
 
 
-def of_members(opening: str, members: list[str]) -> Iterator[Change]:
+def member_changes(opening: str, members: list[str]) -> Iterator[Change]:
     is_tuple = opening == "("
-    for place, member in enumerate(members):
-        before, after = members[:place], members[place + 1 :]
-        for changed in ([*before, template.format(member), *after] for template in _OTHERS):
-            if differ(member, changed[place]) and (is_tuple or _counted(changed) not in (None, _counted(members))):
-                yield "member", _shown(opening, changed)
+    for index, member in enumerate(members):
+        head, tail = members[:index], members[index + 1 :]
+        for changed in ([*head, template.format(member), *tail] for template in _TEMPLATES):
+            if differ(member, changed[index]) and (
+                is_tuple or _value_counts(changed) not in (None, _value_counts(members))
+            ):
+                yield "member", _text(opening, changed)
         if opening != r"\{":
-            yield "twice", _shown(opening, [*before, member, member, *after])
-        yield "one less", _shown(opening, [*before, *after]) if len(members) > 2 else member
-    for one, other in combinations(range(len(members)), 2):
-        if differ(members[one], members[other]):
-            yield from _of_two(opening, members, one, other)
-    yield "one more", _shown(opening, [*members, "1234"])
-    yield "one more", _shown(opening, ["-99", *members])
+            yield "twice", _text(opening, [*head, member, member, *tail])
+        yield "one less", _text(opening, [*head, *tail]) if len(members) > 2 else member
+    for first, second in combinations(range(len(members)), 2):
+        if differ(members[first], members[second]):
+            yield from _pair_changes(opening, members, first, second)
+    yield "one more", _text(opening, [*members, "1234"])
+    yield "one more", _text(opening, ["-99", *members])
     yield "half", members[0]
     yield "half", members[-1]
     yield "product", r" \cdot ".join(f"({member})" for member in members)
     yield "sum", "+".join(f"({member})" for member in members)
     if all(re.fullmatch(r"\d+", member) for member in members):
         yield "joined", "".join(members)
-    yield from _of_tuple(members) if is_tuple else _of_list(members)
+    yield from _tuple_changes(members) if is_tuple else _list_changes(members)
 
 
-def _of_two(opening: str, members: list[str], one: int, other: int) -> Iterator[Change]:
+def _pair_changes(opening: str, members: list[str], first: int, second: int) -> Iterator[Change]:
     swapped, copied = list(members), list(members)
-    swapped[one], swapped[other] = members[other], members[one]
-    copied[one] = members[other]
+    swapped[first], swapped[second] = members[second], members[first]
+    copied[first] = members[second]
     if opening == "(":
-        yield "order", _shown(opening, swapped)
-        yield "order", f"({', '.join('xyzwuv'[: len(members)])}) = {_shown(opening, swapped)}"
-    yield "multiplicity", _shown(opening, copied)
+        yield "order", _text(opening, swapped)
+        yield "order", f"({', '.join('xyzwuv'[: len(members)])}) = {_text(opening, swapped)}"
+    yield "multiplicity", _text(opening, copied)
 
 
-def _of_tuple(members: list[str]) -> Iterator[Change]:
+def _tuple_changes(members: list[str]) -> Iterator[Change]:
     inside = ", ".join(members)
     yield "set", rf"\{{{inside}\}}"
     yield "function", rf"f({inside})"
@@ -76,14 +78,14 @@ def _of_tuple(members: list[str]) -> Iterator[Change]:
     yield from (("function", form.format(f"({inside})")) for form in (r"\ln{}", r"\sqrt{{{}}}", "|{}|", "{}^2"))
 
 
-def _of_list(members: list[str]) -> Iterator[Change]:
+def _list_changes(members: list[str]) -> Iterator[Change]:
     inside = ", ".join(members)
     for form in _FUNCTIONS:
         changed = [form.format(f"({member})") for member in members]
-        if _counted(changed) not in (None, _counted(members)):
+        if _value_counts(changed) not in (None, _value_counts(members)):
             yield "function", ", ".join(changed)
     for left, form in _LEFT_SIDES.items():
-        if _counted([form.format(member) for member in members]) not in (None, _counted(members)):
+        if _value_counts([form.format(member) for member in members]) not in (None, _value_counts(members)):
             yield "left side", f"{left} = {inside}"
     yield "bound", f"x > {members[0]}, x < {members[1]}"
     yield "tuple", f"({inside}, 0)"
@@ -91,53 +93,53 @@ def _of_list(members: list[str]) -> Iterator[Change]:
     yield "words", rf"\text{{not }} {inside}"
 
 
-def _shown(opening: str, members: list[str]) -> str:
+def _text(opening: str, members: list[str]) -> str:
     return opening + ", ".join(members) + {"(": ")", r"\{": r"\}", "": ""}[opening]
 
 
-def _is_read(text: str) -> bool:
+def _is_readable(text: str) -> bool:
     return number(text) is not None or differ(text, f"({text})+1")
 
 
-def _counted(members: list[str]) -> Counter[str] | None:
-    """The values, to 12 digits, and how often each is there; None where one is not known."""
+def _value_counts(members: list[str]) -> Counter[str] | None:
+    """Counts of the values, rounded to 12 digits; None if one is unknown."""
     values = [number(member) for member in members]
-    known = [value for value in values if value is not None]
-    if len(known) < len(values):
+    known_values = [value for value in values if value is not None]
+    if len(known_values) < len(values):
         return None
-    return Counter(f"{float(value.real) + 0.0:.12g} {float(value.imag) + 0.0:.12g}" for value in known)
+    return Counter(f"{float(value.real) + 0.0:.12g} {float(value.imag) + 0.0:.12g}" for value in known_values)
 
 
 def read_intervals(gold: str) -> list[Interval]:
-    """The parts of an interval or a union; none where it could be a point."""
+    """The parts of an interval or a union; empty if it could be a point."""
     text = re.sub(r"\\(?:left|right)(?![a-z])|\\!", "", gold)
-    found = [_INTERVAL.fullmatch(part.strip()) for part in text.split(r"\cup")]
+    matches = [_INTERVAL.fullmatch(part.strip()) for part in text.split(r"\cup")]
     if not re.search(r"[\[\]]|infty|cup", gold):
         return []
-    parts = [(part[1], part[2].strip(), part[3].strip(), part[4]) for part in found if part]
-    is_read = len(parts) == len(found) and all(_end(one) is not None is not _end(other) for _, one, other, _ in parts)
+    parts = [(part[1], part[2].strip(), part[3].strip(), part[4]) for part in matches if part]
+    is_read = len(parts) == len(matches) and all(_end(low) is not None is not _end(high) for _, low, high, _ in parts)
     return parts if is_read else []
 
 
-def of_intervals(parts: list[Interval]) -> Iterator[Change]:
-    whole: Interval = ("(", r"-\infty", r"\infty", ")")
-    made = [("one more", [*parts, ("[", "1234", "1235", "]")]), ("one more", [("[", "-1235", "-1234", ")"), *parts])]
-    made += [("all", [whole]), ("sign", [_mirrored(part) for part in parts])]
-    for place, part in enumerate(parts):
-        made += [(kind, [*parts[:place], other, *parts[place + 1 :]]) for kind, other in _of_interval(*part)]
-        made += [("one less", [*parts[:place], *parts[place + 1 :]])] if len(parts) > 1 else []
-    for kind, other in made:
-        if _are_other(parts, other):
-            yield kind, _union(other)
-            yield f"{kind}, named", rf"x \in {_union(other)}"
-    yield from _of_set(parts)
+def interval_changes(parts: list[Interval]) -> Iterator[Change]:
+    real_line: Interval = ("(", r"-\infty", r"\infty", ")")
+    changes = [("one more", [*parts, ("[", "1234", "1235", "]")]), ("one more", [("[", "-1235", "-1234", ")"), *parts])]
+    changes += [("all", [real_line]), ("sign", [_mirrored(part) for part in parts])]
+    for index, part in enumerate(parts):
+        changes += [(kind, [*parts[:index], changed, *parts[index + 1 :]]) for kind, changed in _end_changes(*part)]
+        changes += [("one less", [*parts[:index], *parts[index + 1 :]])] if len(parts) > 1 else []
+    for kind, changed in changes:
+        if _differ(parts, changed):
+            yield kind, _union(changed)
+            yield f"{kind}, named", rf"x \in {_union(changed)}"
+    yield from _set_changes(parts)
     if len(parts) == 1:
-        yield from _of_ends(*parts[0])
+        yield from _bounded_changes(*parts[0])
 
 
-def _of_interval(opening: str, low: str, high: str, closing: str) -> Iterator[tuple[str, Interval]]:
-    """One end moved, opened, closed or dropped."""
-    templates = [*(each for each in _OTHERS if each != "({})i"), "({})-0.01", "-1234", "1234"]
+def _end_changes(opening: str, low: str, high: str, closing: str) -> Iterator[tuple[str, Interval]]:
+    """Changes of one end: moved, opened, closed or dropped."""
+    templates = [*(template for template in _TEMPLATES if template != "({})i"), "({})-0.01", "-1234", "1234"]
     if "infty" not in low:
         yield from (("end", (opening, form.format(low), high, closing)) for form in templates)
         yield "open or closed", ("[" if opening == "(" else "(", low, high, closing)
@@ -148,7 +150,7 @@ def _of_interval(opening: str, low: str, high: str, closing: str) -> Iterator[tu
         yield "end", (opening, low, r"\infty", ")")
 
 
-def _of_set(parts: list[Interval]) -> Iterator[Change]:
+def _set_changes(parts: list[Interval]) -> Iterator[Change]:
     text = _union(parts)
     for form in (r"\mathbb{{R}} \setminus ({})", r"x \notin {}", r"\ln x \in {}", r"x + 1234 \in {}"):
         if parts != [("(", r"-\infty", r"\infty", ")")]:
@@ -162,7 +164,7 @@ def _of_set(parts: list[Interval]) -> Iterator[Change]:
             yield "half", f"{point:.9g}"
 
 
-def _of_ends(opening: str, low: str, high: str, closing: str) -> Iterator[Change]:
+def _bounded_changes(opening: str, low: str, high: str, closing: str) -> Iterator[Change]:
     yield from (("half", end) for end in (low, high) if "infty" not in end)
     if "infty" not in low + high:
         yield "set", rf"\{{{low}, {high}\}}"
@@ -188,8 +190,8 @@ def _union(parts: list[Interval]) -> str:
 def _end(text: str) -> float | None:
     if "infty" in text:
         return -inf if "-" in text else inf
-    known = number(text)
-    return None if known is None or known.imag else float(known.real)
+    value = number(text)
+    return None if value is None or value.imag else float(value.real)
 
 
 def _has(parts: list[Interval], point: float) -> bool:
@@ -203,38 +205,38 @@ def _has(parts: list[Interval], point: float) -> bool:
     return False
 
 
-def _are_other(parts: list[Interval], other: list[Interval]) -> bool:
+def _differ(parts: list[Interval], changed: list[Interval]) -> bool:
     """Whether two unions differ at, between or beside their ends."""
-    known = {_end(end) for _, low, high, _ in [*parts, *other] for end in (low, high)}
-    if None in known:
+    known_ends = {_end(end) for _, low, high, _ in [*parts, *changed] for end in (low, high)}
+    if None in known_ends:
         return False
-    ends = sorted(end for end in known if end is not None and not isinf(end)) or [0.0]
-    points = [*ends, *((one + next_) / 2 for one, next_ in pairwise(ends)), ends[0] - 1, ends[-1] + 1]
-    return any(_has(parts, point) != _has(other, point) for point in points)
+    ends = sorted(end for end in known_ends if end is not None and not isinf(end)) or [0.0]
+    points = [*ends, *((low + high) / 2 for low, high in pairwise(ends)), ends[0] - 1, ends[-1] + 1]
+    return any(_has(parts, point) != _has(changed, point) for point in points)
 
 
-def of_matrix(inside: str) -> Iterator[Change]:
-    rows = [[cell.strip() for cell in row.split("&")] for row in inside.replace(r"\phantom -", "").split(r"\\")]
+def matrix_changes(content: str) -> Iterator[Change]:
+    rows = [[cell.strip() for cell in row.split("&")] for row in content.replace(r"\phantom -", "").split(r"\\")]
     if any(number(cell) is None for row in rows for cell in row):
         return
-    for place, row in enumerate(rows):
-        for changed in _rows(row):
-            yield "entry", _matrix([*rows[:place], changed, *rows[place + 1 :]])
+    for index, row in enumerate(rows):
+        for changed in _row_changes(row):
+            yield "entry", _matrix([*rows[:index], changed, *rows[index + 1 :]])
         if len(rows) > 1:
-            yield "row less", _matrix([*rows[:place], *rows[place + 1 :]])
-            yield "row twice", _matrix([*rows[: place + 1], row, *rows[place + 1 :]])
-    for one, other in combinations(range(len(rows)), 2):
-        if _differ_somewhere(rows[one], rows[other]):
+            yield "row less", _matrix([*rows[:index], *rows[index + 1 :]])
+            yield "row twice", _matrix([*rows[: index + 1], row, *rows[index + 1 :]])
+    for first, second in combinations(range(len(rows)), 2):
+        if _differ_somewhere(rows[first], rows[second]):
             swapped = list(rows)
-            swapped[one], swapped[other] = rows[other], rows[one]
+            swapped[first], swapped[second] = rows[second], rows[first]
             yield "order", _matrix(swapped)
     columns = [list(column) for column in zip(*rows, strict=True)]
     if len(rows) == len(columns) and any(map(_differ_somewhere, rows, columns)):
         yield "transposed", _matrix(columns)
-    yield from _of_whole_matrix(rows)
+    yield from _whole_matrix_changes(rows)
 
 
-def _of_whole_matrix(rows: list[list[str]]) -> Iterator[Change]:
+def _whole_matrix_changes(rows: list[list[str]]) -> Iterator[Change]:
     text = _matrix(rows)
     cells = [cell for row in rows for cell in row]
     yield from (("half", cell) for cell in cells)
@@ -250,22 +252,22 @@ def _of_whole_matrix(rows: list[list[str]]) -> Iterator[Change]:
         yield from (("factor", form.format(text)) for form in ("-{}", "2{}", r"\frac{{1}}{{3}}{}", "{}i", "x{}"))
 
 
-def _rows(row: list[str]) -> Iterator[list[str]]:
-    """A row with one entry changed, or two exchanged."""
-    for place, cell in enumerate(row):
-        for form in _OTHERS:
+def _row_changes(row: list[str]) -> Iterator[list[str]]:
+    """The row with one entry changed or two entries exchanged."""
+    for index, cell in enumerate(row):
+        for form in _TEMPLATES:
             if differ(cell, form.format(cell)):
-                yield [*row[:place], form.format(cell), *row[place + 1 :]]
-        yield [*row[:place], f"{cell}+x", *row[place + 1 :]]
-    for one, other in combinations(range(len(row)), 2):
-        if differ(row[one], row[other]):
+                yield [*row[:index], form.format(cell), *row[index + 1 :]]
+        yield [*row[:index], f"{cell}+x", *row[index + 1 :]]
+    for first, second in combinations(range(len(row)), 2):
+        if differ(row[first], row[second]):
             swapped = list(row)
-            swapped[one], swapped[other] = row[other], row[one]
+            swapped[first], swapped[second] = row[second], row[first]
             yield swapped
 
 
-def _differ_somewhere(row: list[str], other: list[str]) -> bool:
-    return any(differ(one, two) for one, two in zip(row, other, strict=True))
+def _differ_somewhere(left: list[str], right: list[str]) -> bool:
+    return any(differ(left_cell, right_cell) for left_cell, right_cell in zip(left, right, strict=True))
 
 
 def _matrix(rows: list[list[str]], kind: str = "pmatrix") -> str:

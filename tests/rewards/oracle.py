@@ -1,7 +1,7 @@
-r"""Values of LaTeX, read without the grader, so that an attack can prove that its change of a gold changes the value.
+r"""Values of LaTeX, computed without the grader, to prove that an attack changes the value of a gold.
 
-It reads what answers of MATH are made of: numbers, fractions, roots, powers, names, functions, `N_b` in a base.
-Everything else is None: nothing is said about it. Units and dollars are dropped. k, m and n are natural numbers.
+It reads the notation of MATH answers: numbers, fractions, roots, powers, names, functions, `N_b` in a base. Other texts
+have no known value: None. Units and dollars are dropped. k, m and n are natural numbers.
 """
 
 import re
@@ -25,7 +25,7 @@ _FUNCTIONS: Mapping[str, Callable[[mpc], mpc]] = {
 _NAMES = [*"abcdghjlopqrstuvwxyzABCDFGHKLMNPQRSTXYZ", r"\alpha", r"\beta", r"\theta", r"\phi", r"\lambda", r"\omega"]
 _POINTS = [
     {
-        **{name: mpf(start + 37 * place % 101) / 29 - shift for place, name in enumerate(_NAMES)},
+        **{name: mpf(start + 37 * index % 101) / 29 - shift for index, name in enumerate(_NAMES)},
         **{"k": mpf(natural), "m": mpf(natural + 3), "n": mpf(natural + 4)},
     }
     for start, shift, natural in ((11, 0, 2), (5, 2, 5), (23, 0.5, 3), (70, 4, 1))
@@ -41,15 +41,15 @@ _ERRORS = (
 )
 
 
-def differ(one: str, other: str) -> bool:
-    """Whether the values of two texts are known and differ somewhere, with a degree as 1 and as pi/180."""
-    degrees = (mpf(1), mpf("0.0174532925199432957692")) if "circ" in one else (mpf(1),)
-    return all(_differ(*(_values(text, degree) for text in (one, other))) for degree in degrees)
+def differ(left: str, right: str) -> bool:
+    """Whether the values of two texts are known and differ at some point, with a degree as 1 and as pi/180."""
+    degrees = (mpf(1), mpf("0.0174532925199432957692")) if "circ" in left else (mpf(1),)
+    return all(_differ(*(_values(text, degree) for text in (left, right))) for degree in degrees)
 
 
-def proportional(one: str, other: str) -> bool:
-    """Whether two expressions are one up to a factor, as far as is known."""
-    values = [*zip(_values(one), _values(other), strict=True)]
+def proportional(left: str, right: str) -> bool:
+    """Whether two expressions are equal up to a factor; True if a value is unknown or 0."""
+    values = [*zip(_values(left), _values(right), strict=True)]
     if any(not a or not b for a, b in values):
         return True
     with mp.workdps(40):
@@ -58,7 +58,7 @@ def proportional(one: str, other: str) -> bool:
 
 
 def number(text: str) -> mpc | None:
-    """The value of a text without unknowns."""
+    """The value of a text without unknowns, or None."""
     return value(text, {})
 
 
@@ -69,16 +69,16 @@ def value(text: str, unknowns: Mapping[str, mpf], degree: mpf | None = None) -> 
         return None
     try:
         with mp.workdps(40):
-            reader = _Reader(_TOKEN.findall(text), unknowns, mpf(1) if degree is None else degree)
-            result = mpc(reader.sum())
-            return result if not reader.tokens and mpmath.isfinite(result) else None
+            parser = _Parser(_TOKEN.findall(text), unknowns, mpf(1) if degree is None else degree)
+            result = mpc(parser.sum())
+            return result if not parser.tokens and mpmath.isfinite(result) else None
     except _ERRORS:
         return None
 
 
 def joined(text: str) -> str:
-    """The text without separators of thousands."""
-    return _THOUSANDS.sub(lambda found: re.sub(r"\D", "", found[0]), text)
+    """The text without thousands separators."""
+    return _THOUSANDS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
 
 
 @lru_cache(4096)
@@ -86,18 +86,18 @@ def _values(text: str, degree: mpf | None = None) -> list[mpc | None]:
     return [value(text, point, degree) for point in _POINTS]
 
 
-def _differ(ones: list[mpc | None], others: list[mpc | None]) -> bool:
-    """Where the first is real, if it is so anywhere."""
-    pairs = [(a, b) for a, b in zip(ones, others, strict=True) if a is not None and b is not None]
-    if len(pairs) < len(ones):
+def _differ(left_values: list[mpc | None], right_values: list[mpc | None]) -> bool:
+    """Whether all values are known and differ where the left one is real, or anywhere if it never is."""
+    pairs = [(a, b) for a, b in zip(left_values, right_values, strict=True) if a is not None and b is not None]
+    if len(pairs) < len(left_values):
         return False
     with mp.workdps(40):
         real = [(a, b) for a, b in pairs if abs(a.imag) < mpf(10) ** -30]
         return any(abs(a - b) > mpf(10) ** -25 * max(1, abs(a)) for a, b in real or pairs)
 
 
-class _Reader:
-    """Recursive descent over tokens, the next one first."""
+class _Parser:
+    """Recursive descent over tokens; `tokens[0]` is the next one."""
 
     def __init__(self, tokens: list[str], unknowns: Mapping[str, mpf], degree: mpf) -> None:
         self.tokens, self.unknowns, self.degree = tokens, unknowns, degree
@@ -113,10 +113,10 @@ class _Reader:
     def _next_is(self, *tokens: str) -> bool:
         return bool(self.tokens) and self.tokens[0] in tokens
 
-    def _taken(self, token: str) -> bool:
+    def _accept(self, token: str) -> bool:
         return self._next_is(token) and bool(self.tokens.pop(0))
 
-    def _take(self, token: str) -> None:
+    def _expect(self, token: str) -> None:
         if self.tokens.pop(0) != token:
             raise ValueError(token)
 
@@ -125,16 +125,16 @@ class _Reader:
         while self.tokens and not self._next_is("+", "-", ")", "}", "]", r"\rfloor", r"\rceil"):
             if self._next_is("|") and self._open_bars:
                 break
-            if self._taken("*"):
+            if self._accept("*"):
                 total *= self._signed()
-            elif self._taken("/"):
+            elif self._accept("/"):
                 total /= self._signed()
             else:
                 total *= self._power()
         return total
 
     def _signed(self) -> mpc:
-        return -self._power() if self._taken("-") else self._power()
+        return -self._power() if self._accept("-") else self._power()
 
     def _power(self) -> mpc:
         base = self._atom()
@@ -150,7 +150,7 @@ class _Reader:
         return base
 
     def _argument(self) -> mpc:
-        """A group, or one token; of a number its first digit."""
+        """A group or one token; the first digit of a number."""
         if self._next_is("{"):
             return self._group("{", "}")
         if self.tokens[0][0].isdigit() and len(self.tokens[0]) > 1:
@@ -159,11 +159,11 @@ class _Reader:
         return self._atom()
 
     def _group(self, opening: str, closing: str) -> mpc:
-        self._take(opening)
+        self._expect(opening)
         bars, self._open_bars = self._open_bars, 0
         result = self.sum()
         self._open_bars = bars
-        self._take(closing)
+        self._expect(closing)
         return result
 
     def _atom(self) -> mpc:
@@ -177,7 +177,7 @@ class _Reader:
             self._open_bars += 1
             result = mpc(abs(self.sum()))
             self._open_bars -= 1
-            self._take("|")
+            self._expect("|")
             return result
         if token.startswith("\\") and token not in self.unknowns:
             return self._command(token)
@@ -197,30 +197,30 @@ class _Reader:
             return _root(self._argument(), degree)
         if token in (r"\lfloor", r"\lceil"):
             inside = self.sum()
-            self._take(token.replace(r"\l", r"\r"))
+            self._expect(token.replace(r"\l", r"\r"))
             return mpc(mpmath.floor(inside) if "floor" in token else mpmath.ceil(inside))
         if token == r"\log":
-            self._take("_")
+            self._expect("_")
             base = self._argument()
-            return mpmath.log(self._of_function()) / mpmath.log(base)
-        power = self._argument() if self._taken("^") else mpc(1)
+            return mpmath.log(self._function_argument()) / mpmath.log(base)
+        power = self._argument() if self._accept("^") else mpc(1)
         if power.real < 0:
             raise ValueError("inverse or reciprocal")
-        return mpmath.power(_FUNCTIONS[token](self._of_function()), power)
+        return mpmath.power(_FUNCTIONS[token](self._function_argument()), power)
 
     def _digits(self, token: str) -> mpc:
-        if self._taken("_"):
+        if self._accept("_"):
             return mpc(int(token, int(self._argument().real)))
         if self._next_is(r"\frac") and "." not in token:
-            before = list(self.tokens)
+            tokens = list(self.tokens)
             fraction = self._atom()
-            read = "".join(before[: len(before) - len(self.tokens)])
-            is_mixed = re.fullmatch(r"\\frac[{}\d]+", read) is not None
+            text = "".join(tokens[: len(tokens) - len(self.tokens)])
+            is_mixed = re.fullmatch(r"\\frac[{}\d]+", text) is not None
             return mpc(token) + fraction if is_mixed else mpc(token) * fraction
         return mpc(token)
 
-    def _of_function(self) -> mpc:
-        """The argument of a function: a bracket, or factors up to the next sign or function."""
+    def _function_argument(self) -> mpc:
+        """The argument of a function: a group, or the factors up to the next sign or function."""
         if self._next_is("(", "{"):
             return self._power()
         total = self._power()
@@ -230,7 +230,7 @@ class _Reader:
 
 
 def _root(inside: mpc, degree: mpc) -> mpc:
-    """The real one where there is one."""
+    """The real root if there is one, else the principal root."""
     if inside == 0:
         return inside
     if inside.imag == 0 and inside.real < 0 and degree.imag == 0 and degree.real % 2 == 1:

@@ -1,4 +1,4 @@
-"""Where the answer is found: choices, headings and checks, formats, scripts, long and empty golds."""
+"""Finding the answer: choices, headings and checks, formats, scripts, long and empty golds."""
 
 # ruff: noqa: E501, RUF001 - whole completions, and signs of other scripts
 
@@ -450,7 +450,7 @@ def test_the_answer_is_found(gold: str, completion: str) -> None:
 
 
 @pytest.mark.parametrize(("gold", "completion"), rows(WRONG))
-def test_nothing_else_is_taken_for_it(gold: str, completion: str) -> None:
+def test_no_other_value_is_found(gold: str, completion: str) -> None:
     assert grade(gold, completion) != "correct"
 
 
@@ -469,11 +469,11 @@ SENTENCE = "Every room of kind $A$ costs $240$ yuan a night and every room of ki
         (r"\frac{1}{2}x^2 + \frac{1}{3}x^3 + \frac{1}{4}x^4 + \frac{1}{5}x^5 + \frac{1}{6}x^6 + C", None),
     ],
 )  # fmt: skip
-def test_a_long_gold_gives_the_answer_that_it_marks_else_itself(gold: str, text: str | None) -> None:
+def test_a_long_gold_gives_its_marked_answer_or_itself(gold: str, text: str | None) -> None:
     assert find_gold(gold).text == (text or gold)
 
 
-def test_a_long_sentence_is_paid_for_itself() -> None:
+def test_a_long_sentence_equals_itself() -> None:
     assert grade(SENTENCE, rf"\boxed{{\text{{{SENTENCE}}}}}") == "correct"
 
 

@@ -1,4 +1,4 @@
-"""Attacks on the grader: no mutation raises, no change of a gold's value is paid. benchmarks/attack.py makes more."""
+"""Attacks on the grader: no mutation raises, and no changed value is paid. benchmarks/attack.py runs more of them."""
 
 import json
 from pathlib import Path
@@ -43,7 +43,7 @@ def test_no_change_of_a_value_is_paid(gold: str) -> None:
 
 
 @NEEDS_SHARED
-def test_no_change_of_a_gold_of_math_is_paid() -> None:
+def test_no_change_of_a_math_gold_is_paid() -> None:
     rows = json.loads((SHARED / "data" / "math_train" / "math.json").read_text("utf-8"))
     assert not paid(sorted({find_gold(row["answer"]).text.strip("$ ") for row in rows if row["answer"]})[::60])
 
@@ -55,16 +55,16 @@ def test_no_change_of_a_gold_of_math_is_paid() -> None:
         ("2|-3|", 6), ("2^3!", 40320),
     ],
 )  # fmt: skip
-def test_the_oracle_reads_what_golds_are_made_of(text: str, value: float) -> None:
-    found = number(text)
-    assert found is not None
-    assert abs(found - value) < 1e-12
+def test_the_oracle_reads_the_notation_of_golds(text: str, value: float) -> None:
+    result = number(text)
+    assert result is not None
+    assert abs(result - value) < 1e-12
 
 
-def test_the_oracle_says_that_values_differ_only_where_they_do() -> None:
+def test_the_oracle_finds_differences_only_if_they_exist() -> None:
     assert differ("x", r"\sqrt{x^2}")
     assert differ("n", "n + 10^{-9}")
     assert not differ(r"\frac12", "0.5")
     assert not differ("(x+1)^2", "x^2 + 2x + 1")
-    assert not differ(r"\tan 15^\circ", r"|\tan 15^\circ|")  # true of degrees
+    assert not differ(r"\tan 15^\circ", r"|\tan 15^\circ|")  # equal in degrees
     assert not differ("f(2)", "3")  # can't be read

@@ -1,6 +1,6 @@
-"""What equals what. Each table has near misses beside it."""
+"""Pairs of equal answers, and near misses of the same kinds."""
 
-# ruff: noqa: RUF001 - signs of other scripts are what it is about
+# ruff: noqa: RUF001 - signs of other scripts are intended
 
 import signal
 import threading
@@ -365,35 +365,35 @@ def test_answers_over_the_bounds_are_unparsable() -> None:
         assert grade(42, rf"\boxed{{{answer}}}") in ("unparsable", "wrong"), answer[:20]
 
 
-def test_a_long_float_stands_for_what_it_rounds() -> None:
+def test_a_long_float_equals_the_value_that_it_rounds() -> None:
     assert grade(r"\frac{1}{12}", "$0.0833333333333333$") == grade("3.33333333", r"\boxed{\frac{10}{3}}") == "correct"
     assert grade(r"\frac{1}{12}", "$0.0833333333333433$") == "wrong"
 
 
-def test_the_soft_limit_gives_a_status_and_the_old_timer_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_deadline_gives_a_status_and_restores_the_timer(monkeypatch: pytest.MonkeyPatch) -> None:
     def stuck(*_: object) -> bool:
         try:
             while True:
                 time.sleep(0.01)
-        except Exception:  # what a library on the way might do
+        except Exception:  # as a library in between might do
             return True
 
     monkeypatch.setattr(equivalence, "equal", stuck)
     monkeypatch.setattr(equivalence, "SECONDS", 0.1)
-    before = signal.getsignal(signal.SIGALRM)
+    handler = signal.getsignal(signal.SIGALRM)
     started = time.monotonic()
     assert grade("x", r"\boxed{y}") == "timeout"
     assert time.monotonic() - started < 1
-    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getsignal(signal.SIGALRM) is handler
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
-def test_another_thread_grades_too() -> None:
-    found: list[str] = []
-    thread = threading.Thread(target=lambda: found.append(grade("x+1", r"\boxed{1+x}")))
+def test_grading_works_on_other_threads() -> None:
+    statuses: list[str] = []
+    thread = threading.Thread(target=lambda: statuses.append(grade("x+1", r"\boxed{1+x}")))
     thread.start()
     thread.join()
-    assert found == ["correct"]
+    assert statuses == ["correct"]
 
 
 def test_grading_gives_no_warnings() -> None:

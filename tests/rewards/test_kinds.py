@@ -1,5 +1,5 @@
-"""Kinds of answers that graders get wrong, each beside near misses: names on the left of a relation, solution sets, what
-is written around a value, what stands behind a number."""
+"""Kinds of answers that graders get wrong, with near misses: names on the left of a relation, solution sets, text around
+a value, text after a number."""
 
 # ruff: noqa: E501 - one pair per line
 
@@ -408,37 +408,37 @@ def pairs(table: str) -> list[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize(("gold", "prediction"), pairs(RIGHT))
-def test_the_same_said_otherwise_is_correct(gold: str, prediction: str) -> None:
+def test_equivalent_notations_are_correct(gold: str, prediction: str) -> None:
     assert grade(gold, rf"Hence \boxed{{{prediction}}}.") == "correct"
 
 
 @pytest.mark.parametrize(("gold", "prediction"), pairs(WRONG))
-def test_what_is_another_value_is_not_correct(gold: str, prediction: str) -> None:
+def test_different_values_are_not_correct(gold: str, prediction: str) -> None:
     assert grade(gold, rf"Hence \boxed{{{prediction}}}.") != "correct"
     assert grade(gold, f"The answer is ${prediction}$.") != "correct"
 
 
 @pytest.mark.parametrize("degree", [1, 5, 20])
-def test_no_polynomial_vanishes_where_unknowns_are_tried(degree: int) -> None:
-    """Not at whole numbers, their halves, or the points of another pair."""
+def test_no_polynomial_vanishes_at_the_random_points(degree: int) -> None:
+    """Roots at integers and at half-integers are tried."""
     roots = [*range(-degree, degree + 1), *(f"{n}/2" for n in range(degree))]
     vanishing = "".join(f"(x-({root}))" for root in roots)
     assert grade("x^2+1", rf"\boxed{{x^2+1+{vanishing}}}") == "wrong"
 
 
-def test_points_are_the_same_for_a_pair_and_a_seed_and_others_for_another_pair_or_seed() -> None:
+def test_points_depend_on_the_pair_and_the_seed() -> None:
     def points(seed: int, prediction: str) -> str:
-        """What an unknown was worth when the pair was graded in a worker of a run of that seed."""
+        """The value of an unknown when a worker of a run with that seed graded the pair."""
         with closing(Pool(Setup((f"{__file__}:value_of_x",), seed=seed), 1)) as pool:
-            verdicts: Any = pool.do(case(prediction, answer="x^2+1")).result()
+            verdicts: Any = pool.submit(case(prediction, answer="x^2+1")).result()
         return str(verdicts[0][0].value)
 
-    one, other = r"\boxed{1+x^2}", r"\boxed{x^2+ 1}"
-    assert points(0, one) == points(0, one)
-    assert len({points(0, one), points(1, one), points(0, other)}) == 3
+    first, second = r"\boxed{1+x^2}", r"\boxed{x^2+ 1}"
+    assert points(0, first) == points(0, first)
+    assert len({points(0, first), points(1, first), points(0, second)}) == 3
 
 
 def value_of_x(completion: str, answer: str) -> float:
     """A reward function for the test above."""
     assert grade(answer, completion) == "correct"
-    return float(values._random("x", 0))
+    return float(values._random_value("x", 0))

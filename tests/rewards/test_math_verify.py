@@ -1,4 +1,4 @@
-"""math-verify as a reward: its own verdicts, as statuses."""
+"""math-verify as a reward: the library's verdicts as statuses."""
 
 import json
 import logging
@@ -32,33 +32,33 @@ SPEC = "rlora.rewards.math_verify:answer"
         ("4", "", "unparsable"),
     ],
 )
-def test_its_verdicts_are_statuses(gold: object, completion: str, status: str) -> None:
+def test_verdicts_are_statuses(gold: object, completion: str, status: str) -> None:
     assert ours.answer(completion, gold) == status
 
 
 @pytest.mark.parametrize("gold", [None, "", " ", [4], True, {"answer": 4}, float("nan"), "$$"])
-def test_a_gold_that_it_can_not_read_is_an_error(gold: object) -> None:
-    with pytest.raises(RloraError, match=r"the gold answer .*let the env give"):
+def test_an_unreadable_gold_is_an_error(gold: object) -> None:
+    with pytest.raises(RloraError, match=r"the gold answer .*make the env return"):
         ours.answer("4", gold)
 
 
 @NEEDS_SHARED
 @pytest.mark.parametrize("name", ["math_verify", "trl_rewards", "hendrycks_math", "verifiers_math_rubric"])
-def test_it_says_what_the_library_says(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_reward_agrees_with_the_library(name: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL)
     for line in (SHARED / "graders" / f"{name}.jsonl").read_text().splitlines():
         row = json.loads(line)
         marked = row["gold"] if "$" in row["gold"] or "boxed" in row["gold"] else f"${row['gold']}$"
-        theirs = math_verify.verify(math_verify.parse(marked), math_verify.parse(row["prediction"]))
-        assert (ours.answer(row["prediction"], row["gold"]) == "correct") == theirs, row
+        expected = math_verify.verify(math_verify.parse(marked), math_verify.parse(row["prediction"]))
+        assert (ours.answer(row["prediction"], row["gold"]) == "correct") == expected, row
 
 
-def test_it_has_time_limits_in_a_worker_and_none_on_another_thread() -> None:
+def test_time_limits_apply_in_a_worker_but_not_on_other_threads() -> None:
     slow = "$" + "(" * 12 + "x" + "+1)^{99}" * 12 + "$"
     with closing(Pool(Setup((SPEC,), deadline=20.0), 1)) as pool:
-        found = pool.do(case(r"\boxed{4}", slow, "5", answer="4")).result(timeout=120)[0]
-        assert [found[0].status, found[2].status] == ["correct", "wrong"]  # type: ignore[union-attr]
-        assert found[1].status in ("wrong", "unparsable")  # type: ignore[union-attr]
+        scores = pool.submit(case(r"\boxed{4}", slow, "5", answer="4")).result(timeout=120)[0]
+        assert [scores[0].status, scores[2].status] == ["correct", "wrong"]  # type: ignore[union-attr]
+        assert scores[1].status in ("wrong", "unparsable")  # type: ignore[union-attr]
     with ThreadPoolExecutor() as threads:
         assert threads.submit(ours.answer, "4", "4").result() == "correct"
 
@@ -72,6 +72,6 @@ def missing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("missing")
-def test_where_it_is_missing_it_is_told_how_to_install_it() -> None:
+def test_the_error_for_a_missing_library_says_how_to_install_it() -> None:
     with pytest.raises(RloraError, match=r"can't be imported .*; run `pip install 'rlora\[math-verify\]'`"):
         ours.answer("4", "8")

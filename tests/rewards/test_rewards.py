@@ -35,7 +35,7 @@ from rlora.scoring.signatures import reward_function
         ("It is \N{FULLWIDTH HYPHEN-MINUS}4", -4),
         ("It is \N{EN DASH}4", -4),
         ("12\N{MINUS SIGN}5", 5),
-        ("- 4", -4),  # as a gold is read
+        ("- 4", -4),  # golds are read alike
         ("x = - 4", -4),
         ("- 4 apples", 4),  # an item of a list
         ("-$4", -4),
@@ -101,7 +101,7 @@ def test_integer_answer() -> None:
 @pytest.mark.parametrize(
     "text", ["\N{MINUS SIGN}4", "\N{EN DASH}4", "- 4", "4.0", "\N{FULLWIDTH DIGIT FOUR}", "+4", "1,234"]
 )
-def test_a_completion_is_read_as_a_gold_is(text: str) -> None:
+def test_completions_and_golds_are_read_alike(text: str) -> None:
     assert integer_answer(text, text) == 1.0
     assert integer_answer(text, -gold_integer(text)) == 0.0
 
@@ -173,25 +173,25 @@ def test_a_gold_may_be_the_text_of_an_integer(gold: object, value: int) -> None:
     ],
 )
 @pytest.mark.parametrize("reward", [integer_answer, calculator.answered])
-def test_a_gold_that_is_no_integer_is_an_error(gold: object, reward: Callable[..., Any]) -> None:
+def test_a_gold_that_is_not_an_integer_is_an_error(gold: object, reward: Callable[..., Any]) -> None:
     (score,) = reward_function("rlora:f", reward)(case("It is 4.", answer=gold), [0])
     assert score.status == "error"
-    assert re.search(r"the gold answer .* is no integer; let the env give one", score.detail), score.detail
+    assert re.search(r"the gold answer .* is not an integer: make the env return one", score.detail), score.detail
     assert "fix it there" not in score.detail
 
 
-HAND = [3, 3, 8, 8]
+NUMBERS = [3, 3, 8, 8]
 
 
 @pytest.mark.parametrize("target", [24, "24", 24.0, " 24 "])
 @pytest.mark.parametrize(
     "numbers",
     [
-        HAND,
-        tuple(HAND),
-        np.array(HAND),
-        [str(n) for n in HAND],
-        [float(n) for n in HAND],
+        NUMBERS,
+        tuple(NUMBERS),
+        np.array(NUMBERS),
+        [str(n) for n in NUMBERS],
+        [float(n) for n in NUMBERS],
         "[3, 3, 8, 8]",
         "3,3,8,8",
         "3 3 8 8",
@@ -199,7 +199,7 @@ HAND = [3, 3, 8, 8]
         '["3", "3", "8", "8"]',
     ],
 )
-def test_countdown_takes_numbers_as_data_sets_hold_them(target: object, numbers: object) -> None:
+def test_countdown_takes_numbers_as_data_sets_store_them(target: object, numbers: object) -> None:
     statuses = [
         countdown.countdown_answer(text, target, numbers) for text in ("8/(3-8/3) = 24", "8/(3-8/3) = 25", "8*3", "?")
     ]
@@ -207,7 +207,7 @@ def test_countdown_takes_numbers_as_data_sets_hold_them(target: object, numbers:
 
 
 @pytest.mark.parametrize(
-    ("target", "numbers", "more"),
+    ("target", "numbers", "options"),
     [
         (24, None, {}),
         (24, [], {}),
@@ -216,18 +216,20 @@ def test_countdown_takes_numbers_as_data_sets_hold_them(target: object, numbers:
         (24, [True], {}),
         (24, [3.5], {}),
         (24, {"a": 1}, {}),
-        (None, HAND, {}),
-        ("many", HAND, {}),
-        (24, HAND, {"use_all": "false"}),
+        (None, NUMBERS, {}),
+        ("many", NUMBERS, {}),
+        (24, NUMBERS, {"use_all": "false"}),
     ],
 )
-def test_countdown_refuses_what_are_no_integers(target: object, numbers: object, more: dict[str, Any]) -> None:
-    with pytest.raises(RloraError, match=r"is no integer; let the env|has none; let the env|give true or false"):
-        countdown.countdown_answer("8/(3-8/3)", target, numbers, **more)
+def test_countdown_refuses_values_that_are_not_integers(
+    target: object, numbers: object, options: dict[str, Any]
+) -> None:
+    with pytest.raises(RloraError, match=r"is not an integer: make the env|has none; make the env|use true or false"):
+        countdown.countdown_answer("8/(3-8/3)", target, numbers, **options)
 
 
 @pytest.mark.parametrize(
-    ("gold", "given", "status"),
+    ("gold", "completion", "status"),
     [
         (12, "12", "correct"),
         (12, "12.0", "correct"),
@@ -239,11 +241,11 @@ def test_countdown_refuses_what_are_no_integers(target: object, numbers: object,
         (1e22, "10000000000000000000000", "correct"),
     ],
 )
-def test_a_gold_of_a_gym_may_be_a_number(gold: object, given: str, status: str) -> None:
-    assert gym.gym_answer(f"<answer>{given}</answer>", gold) == status
+def test_a_gym_gold_may_be_a_number(gold: object, completion: str, status: str) -> None:
+    assert gym.gym_answer(f"<answer>{completion}</answer>", gold) == status
 
 
 @pytest.mark.parametrize("gold", [None, "", "  ", [], [12], {}, float("nan"), float("inf")])
-def test_a_gold_of_a_gym_that_is_neither_text_nor_a_number_is_an_error(gold: object) -> None:
-    with pytest.raises(RloraError, match=r"the gold answer .* is neither text nor a number; let the env"):
+def test_a_gym_gold_that_is_neither_text_nor_a_number_is_an_error(gold: object) -> None:
+    with pytest.raises(RloraError, match=r"the gold answer .* is neither text nor a number; make the env"):
         gym.gym_answer("<answer>12</answer>", gold)

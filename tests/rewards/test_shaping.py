@@ -8,7 +8,7 @@ from rlora.scoring.signatures import reward_function
 
 
 @NEEDS_SHARED
-def test_open_r1s_own_cases_of_its_format() -> None:
+def test_open_r1_format_cases() -> None:
     rows = [json.loads(line) for line in (SHARED / "graders" / "open_r1_format.jsonl").read_text().splitlines()]
     assert len(rows) == 6
     for row in rows:
@@ -19,7 +19,7 @@ BLOCKS = "<think>\n{}\n</think>\n<answer>\n{}\n</answer>"
 EMPTY = ["", " ", "\n\t", "\u200b", "\xa0\u3000", "\u2800", "&nbsp;", "<b></b>", "<!-- so -->"]
 
 
-NOTHING = [  # what LaTeX prints as nothing, or as signs that say nothing
+BLANK = [  # text that LaTeX prints as nothing, or as signs that are not content
     "{}", "~", "$$", r"\,", r"\ \quad", r"\text{}", r"\mathrm{ }", r"\phantom{4}", r"\left.\right.", r"\hspace{1cm}",
     r"\emph{}", r"\operatorname{}", r"\ensuremath{}", r"\smash{}", r"\enspace", r"\label{x}", r"\color{red}",
     r"\rule{0pt}{0pt}", r"\rule[1pt]{0pt}{0pt}", r"\underline{\hspace{2cm}}", r"\(\)", r"\[\]",
@@ -31,7 +31,7 @@ NOTHING = [  # what LaTeX prints as nothing, or as signs that say nothing
     "\u2014", "*", "_", "+", r"\pm", r"\times", "\u00d7", "\u2212", "!", r"\%", "&nbsp;", "% 4\n", r"\unknown{}",
     r"{\bf }", r"\tag{1}", r"\ref{x}", r"\phantom{4",
 ]  # fmt: skip
-SOMETHING = [
+CONTENT = [
     r"\emptyset", r"\{\}", r"\{ \}", r"\left\{\right\}", r"\infty", r"-\infty", r"\pi", r"\pi{}", r"\varnothing",
     r"\text{A}", "A", "4", "-4", "x+1", "\u221e", "\u2205", "\u03c0", "\u4e00", r"\mathbb{R}", r"\R",
     r"\textcolor{red}{4}", r"\color{red}4", r"\color{red}{4}", "50%", r"50\%", r"\begin{pmatrix}1\\2\end{pmatrix}",
@@ -60,10 +60,10 @@ SOMETHING = [
         ("<think>a</think><think about='b'>", 0.0),
         ("<Think>So.</Think>It is 4.", 0.0),
         ("<think></think ></think>It is 4.", 0.0),
-        *((f"<think>{nothing}</think>It is 4.", 0.0) for nothing in EMPTY),
+        *((f"<think>{blank}</think>It is 4.", 0.0) for blank in EMPTY),
     ],
 )
-def test_one_block_of_thought_at_the_beginning(text: str, expected: float) -> None:
+def test_think_wants_one_block_at_the_start(text: str, expected: float) -> None:
     assert shaping.think(text) == expected
 
 
@@ -86,18 +86,18 @@ def test_one_block_of_thought_at_the_beginning(text: str, expected: float) -> No
         ("It is. " + BLOCKS.format("So.", "4"), 0.0),
         (BLOCKS.format("So.", "4").replace("</think>\n", "</think>\nHence\n"), 0.0),
         (BLOCKS.format("So.", "4").upper(), 0.0),
-        *((BLOCKS.format(nothing, "4"), 0.0) for nothing in EMPTY),
-        *((BLOCKS.format("So.", nothing), 0.0) for nothing in EMPTY),
-        *((BLOCKS.format("So.", nothing), 0.0) for nothing in NOTHING),
-        *((BLOCKS.format("So.", something), 1.0) for something in SOMETHING),
-        *((BLOCKS.format("So.", rf"\boxed{{{nothing}}}"), 0.0) for nothing in NOTHING),
+        *((BLOCKS.format(blank, "4"), 0.0) for blank in EMPTY),
+        *((BLOCKS.format("So.", blank), 0.0) for blank in EMPTY),
+        *((BLOCKS.format("So.", blank), 0.0) for blank in BLANK),
+        *((BLOCKS.format("So.", content), 1.0) for content in CONTENT),
+        *((BLOCKS.format("So.", rf"\boxed{{{blank}}}"), 0.0) for blank in BLANK),
         (BLOCKS.format("So.", r"\boxed{}"), 0.0),
         (BLOCKS.format("So.", r"\boxed{ }"), 0.0),
         (BLOCKS.format("So.", r"\boxed{4}"), 1.0),
         (BLOCKS.format("...", "4"), 0.0),
     ],
 )
-def test_one_block_of_thought_and_one_of_the_answer(text: str, expected: float) -> None:
+def test_think_answer_wants_one_block_of_each_kind(text: str, expected: float) -> None:
     assert shaping.think_answer(text) == expected
 
 
@@ -127,12 +127,12 @@ def test_one_block_of_thought_and_one_of_the_answer(text: str, expected: float) 
         (r"\boxed 4", 0.0),
         (r"\boxed", 0.0),
         (r"\boxed{}4}", 0.0),
-        *((rf"\boxed{{{nothing}}}", 0.0) for nothing in EMPTY),
-        *((rf"\boxed{{{nothing}}}", 0.0) for nothing in NOTHING),
-        *((rf"\boxed{{{something}}}", 1.0) for something in SOMETHING),
+        *((rf"\boxed{{{blank}}}", 0.0) for blank in EMPTY),
+        *((rf"\boxed{{{blank}}}", 0.0) for blank in BLANK),
+        *((rf"\boxed{{{content}}}", 1.0) for content in CONTENT),
     ],
 )  # fmt: skip
-def test_one_box_after_all_thinking(text: str, expected: float) -> None:
+def test_boxed_wants_one_box_after_all_thinking(text: str, expected: float) -> None:
     assert shaping.boxed(text) == expected
 
 
@@ -150,7 +150,7 @@ def test_repetition() -> None:
 
 
 @pytest.mark.parametrize("name", ["think_answer", "think", "boxed", "short", "shortest", "repeated", "cosine"])
-def test_each_can_be_named_as_a_reward(name: str) -> None:
-    made = reward_function(f"rlora.rewards.shaping:{name}", getattr(shaping, name))
-    found = made(case("one", "two three"), range(2))
-    assert all(score.value is not None for score in found), found
+def test_each_function_loads_as_a_reward(name: str) -> None:
+    function = reward_function(f"rlora.rewards.shaping:{name}", getattr(shaping, name))
+    scores = function(case("one", "two three"), range(2))
+    assert all(score.value is not None for score in scores), scores

@@ -1,4 +1,4 @@
-"""A fleet of engines that the test plays: who is given what, and what happens to it when an engine goes."""
+"""A fleet of fake engines: which engine gets which request, and what happens when an engine dies."""
 
 import threading
 import time
@@ -39,14 +39,14 @@ def version(number: int, policy: str = "run") -> Version:
 
 
 class FakeEngine:
-    """Holds what it is asked until the test answers it."""
+    """Holds its requests until the test answers them."""
 
     def __init__(self) -> None:
         self.canaries = {"run": 0.1}
         self.held: list[Version] = []
-        self.asked: list[tuple[Any, Version, Future[Group]]] = []
-        self.oldest: list[int] = []  # of each load
-        self.left: list[str] = []
+        self.requests: list[tuple[Any, Version, Future[Group]]] = []
+        self.oldest: list[int] = []  # argument of each load
+        self.departed: list[str] = []
         self.dead: EngineLostError | None = None
         self.hangs = self.lies = False
 
@@ -57,16 +57,16 @@ class FakeEngine:
             loaded.set_exception(self.dead)
         elif not self.hangs:
             self.held.append(adapter.version)
-            loaded.set_result(Receipt("another" if self.lies else adapter.digest, 0.0, 0.0))
+            loaded.set_result(Receipt("different" if self.lies else adapter.digest, 0.0, 0.0))
         return loaded
 
     def generate(self, prompt: Prompt, sampling: Sampling, version: Version) -> Future[Group]:
         sampled: Future[Group] = Future()
-        self.asked.append((prompt.answer, version, sampled))
+        self.requests.append((prompt.answer, version, sampled))
         if self.dead:
             sampled.set_exception(self.dead)
         elif version not in self.held:
-            sampled.set_exception(NotLoadedError("it is not here"))
+            sampled.set_exception(NotLoadedError("not loaded"))
         return sampled
 
     def stats(self) -> Future[EngineStats]:
@@ -75,9 +75,9 @@ class FakeEngine:
         return stats
 
     def leave(self, policy: str) -> Future[None]:
-        self.left.append(policy)
+        self.departed.append(policy)
         self.held = [version for version in self.held if version.policy != policy]
-        for _, version, sampled in self.asked:
+        for _, version, sampled in self.requests:
             if version.policy == policy and not sampled.done():
                 sampled.set_exception(StaleError("its policy has left"))
         done: Future[None] = Future()
@@ -88,20 +88,20 @@ class FakeEngine:
         self.closed = True
 
     def answer(self) -> None:
-        """Sample all that was asked and not answered."""
-        for prompt, version, sampled in self.asked:
+        """Answer all open requests."""
+        for prompt, version, sampled in self.requests:
             if not sampled.done():
                 sampled.set_result(Group(Prompt("?", prompt), (Episode((1,), (-1.0,), "stop", version),) * 2))
 
     def die(self) -> None:
         self.dead = EngineLostError("it died")
-        for _, _, sampled in self.asked:
+        for _, _, sampled in self.requests:
             if not sampled.done():
                 sampled.set_exception(self.dead)
 
 
 class Stage:
-    """A fleet, the engines it began with, and those it starts."""
+    """A fleet, its initial engines, and those that it starts."""
 
     def __init__(self, engines: int, start: Callable[[int], Any] | None = None, **settings: Any) -> None:
         self.engines = [FakeEngine() for _ in range(engines)]
@@ -137,11 +137,11 @@ def _no_pause(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_prompts_go_to_the_engine_with_the_fewest_under_the_version_that_was_swapped_in() -> None:
     stage = Stage(2)
     waiting = stage.ask(0)
-    assert waiting[0].version is None  # nothing was swapped in yet
+    assert waiting[0].version is None  # no adapter was delivered yet
     stage.fleet.swap(adapter(4))
     requests = waiting + stage.ask(1, 2, 3)
-    asked = [[each[:2] for each in engine.asked] for engine in stage.engines]
-    assert asked == [[(0, version(4)), (2, version(4))], [(1, version(4)), (3, version(4))]]
+    requests_by_engine = [[request[:2] for request in engine.requests] for engine in stage.engines]
+    assert requests_by_engine == [[(0, version(4)), (2, version(4))], [(1, version(4)), (3, version(4))]]
     for engine in stage.engines:
         engine.answer()
     groups = [request.group.result(SOON) for request in requests]
@@ -154,27 +154,27 @@ def test_an_engine_is_given_no_more_than_it_has_room_for() -> None:
     stage.fleet.swap(adapter(0))
     requests = stage.ask(0, 1, 2)
     (engine,) = stage.engines
-    assert len(engine.asked) == 2
+    assert len(engine.requests) == 2
     stage.fleet.swap(adapter(1))
     engine.answer()
-    until(lambda: len(engine.asked) == 3)
+    until(lambda: len(engine.requests) == 3)
     engine.answer()
     sampled = [request.group.result(SOON).episodes[0].version for request in requests]
-    assert sampled == [version(0), version(0), version(1)]  # the latest there was
+    assert sampled == [version(0), version(0), version(1)]  # the latest delivered version
 
 
-def test_what_a_dead_engine_had_is_sampled_elsewhere_under_the_same_version_and_counts_once() -> None:
+def test_requests_of_a_dead_engine_are_sampled_elsewhere_under_the_same_version_and_count_once() -> None:
     stage = Stage(2)
     stage.fleet.swap(adapter(1))
     requests = stage.ask(0, 1, 2, 3)
     stage.fleet.swap(adapter(2))
     first, second = stage.engines
-    lost = [sampled for _, _, sampled in first.asked]
-    second.held.remove(version(1))  # nobody leases it there, say
+    lost = [sampled for _, _, sampled in first.requests]
+    second.held.remove(version(1))  # as if no request leased it there
     first.dead = EngineLostError("it died")
     lost[0].set_exception(first.dead)
-    until(lambda: stage.numbers == [2])  # another is started
-    until(lambda: len(second.asked) >= 3)
+    until(lambda: stage.numbers == [2])  # a replacement is started
+    until(lambda: len(second.requests) >= 3)
     for _ in range(2):
         for engine in stage.engines[1:]:
             engine.answer()
@@ -187,21 +187,21 @@ def test_what_a_dead_engine_had_is_sampled_elsewhere_under_the_same_version_and_
     until(lambda: stage.fleet.stats().engines == 2)
     stats = stage.fleet.stats()
     assert (stats.lost, stats.replayed, stats.busy_seconds, stats.canaries) == (1, 2, 2.0, {"run": 0.1})
-    assert stage.engines[2].held[0] == version(2)  # it came in with the version of now
+    assert stage.engines[2].held[0] == version(2)  # it joined with the latest version
 
 
-def test_an_engine_that_serves_something_else_is_found_out() -> None:
+def test_an_engine_that_serves_a_different_adapter_is_detected() -> None:
     stage = Stage(2)
     stage.engines[1].lies = True
-    with pytest.raises(DeliveryError, match=r"adapter run-v3-\w+: an engine says that it serves another, not"):
+    with pytest.raises(DeliveryError, match=r"adapter run-v3-\w+: an engine serves digest different instead of"):
         stage.fleet.swap(adapter(3))
 
 
 def test_an_engine_that_takes_no_swap_is_replaced() -> None:
     stage = Stage(2, patience=0.1)
     stage.engines[0].hangs = True
-    (proof,) = stage.fleet.swap(adapter(3))
-    assert proof.digest == adapter(3).digest
+    (receipt,) = stage.fleet.swap(adapter(3))
+    assert receipt.digest == adapter(3).digest
     until(lambda: stage.fleet.stats().engines == 2)
     assert stage.engines[0].closed
     assert stage.engines[2].held == [version(3)]
@@ -213,7 +213,7 @@ def test_an_engine_that_hangs_is_found_by_a_check() -> None:
     (request,) = stage.ask(0)
     stage.engines[0].hangs = True
     stage.fleet.check()
-    until(lambda: stage.engines[1].asked)
+    until(lambda: stage.engines[1].requests)
     stage.engines[1].answer()
     assert request.group.result(SOON).prompt.answer == 0
 
@@ -251,15 +251,15 @@ def test_when_no_engine_can_be_started_every_prompt_fails_with_the_reason() -> N
     requests = stage.ask(0, 1)
     stage.engines[0].die()
     for request in requests:
-        with pytest.raises(RloraError, match=r"every engine is gone.*in 1 tries \(no memory\)"):
+        with pytest.raises(RloraError, match=r"no engine is left, and 1 consecutive starts failed \(no memory\)"):
             request.group.result(SOON)
-    with pytest.raises(RloraError, match="every engine is gone"):
+    with pytest.raises(RloraError, match="no engine is left"):
         stage.fleet.swap(adapter(1))
-    with pytest.raises(RloraError, match="every engine is gone"):
+    with pytest.raises(RloraError, match="no engine is left"):
         stage.ask(2)[0].group.result(SOON)
 
 
-def test_an_engine_that_can_not_be_started_is_not_tried_for_ever_beside_those_that_work() -> None:
+def test_failing_starts_are_limited_while_other_engines_work() -> None:
     tries = []
 
     def start(number: int) -> Any:
@@ -274,35 +274,35 @@ def test_an_engine_that_can_not_be_started_is_not_tried_for_ever_beside_those_th
     stage.engines[1].answer()
     assert all(request.group.result(SOON) for request in requests)
     until(lambda: stage.fleet.stats().engines == 1)
-    stage.fleet.resize(2)  # as it was asked before: nothing new
+    stage.fleet.resize(2)  # the same number as before: no effect
     stage.fleet.swap(adapter(1))
     time.sleep(0.1)
     assert tries == [2, 3]
 
 
-def test_what_nobody_waits_for_is_not_sampled_again() -> None:
+def test_a_cancelled_request_is_not_sampled_again() -> None:
     stage = Stage(1)
     stage.fleet.swap(adapter(0))
     dropped, kept = stage.ask(0, 1)
     dropped.cancelled = True
     stage.engines[0].die()
-    until(lambda: len(stage.engines) == 2 and stage.engines[1].asked)
+    until(lambda: len(stage.engines) == 2 and stage.engines[1].requests)
     stage.engines[1].answer()
     assert kept.group.result(SOON).prompt.answer == 1
-    assert [answer for answer, _, _ in stage.engines[1].asked] == [1]
+    assert [answer for answer, _, _ in stage.engines[1].requests] == [1]
     assert stage.fleet.stats().replayed == 1
 
 
-def test_a_prompt_that_every_engine_dies_of_is_told() -> None:
+def test_a_prompt_that_kills_every_engine_is_reported() -> None:
     stage = Stage(1)
     stage.fleet.swap(adapter(0))
     (request,) = stage.ask(7)
     while not request.group.done():
-        until(lambda: request.group.done() or any(engine.asked and not engine.dead for engine in stage.engines))
+        until(lambda: request.group.done() or any(engine.requests and not engine.dead for engine in stage.engines))
         for engine in stage.engines:
-            if engine.asked:
+            if engine.requests:
                 engine.die()
-    with pytest.raises(RloraError, match=r"5 engines were lost while they sampled '\?'"):
+    with pytest.raises(RloraError, match=r"5 engines died while they sampled '\?'"):
         request.group.result()
 
 
@@ -310,7 +310,7 @@ def test_a_user_error_reaches_the_one_who_asked() -> None:
     stage = Stage(1)
     stage.fleet.swap(adapter(0))
     (request,) = stage.ask(0)
-    stage.engines[0].asked[0][2].set_exception(ValueError("the prompt is too long"))
+    stage.engines[0].requests[0][2].set_exception(ValueError("the prompt is too long"))
     with pytest.raises(ValueError, match="too long"):
         request.group.result(SOON)
     assert stage.fleet.stats().lost == 0
@@ -324,7 +324,7 @@ def test_engines_come_and_go_as_asked() -> None:
     assert [engine.held for engine in stage.engines] == [[version(0)]] * 3
     requests = stage.ask(0, 1, 2)
     stage.fleet.resize(1)
-    assert stage.fleet.stats().engines == 3  # they end after their last prompt
+    assert stage.fleet.stats().engines == 3  # they are closed after their last prompt
     late = stage.ask(3)
     for engine in stage.engines:
         engine.answer()
@@ -346,24 +346,24 @@ def test_versions_of_one_number_are_kept_apart_by_their_policies() -> None:
     stage.fleet.swap(adapter(3, "other"))
     assert engine.held == [version(3), version(3, "other")]
     requests = stage.ask(0) + stage.ask(1, policy="other") + stage.ask(2)
-    stage.fleet.swap(adapter(4, "other"))  # which is nothing to the first
+    stage.fleet.swap(adapter(4, "other"))  # no effect on the first policy
     requests += stage.ask(3) + stage.ask(4, policy="other")
-    assert [each[:2] for each in engine.asked] == [
+    assert [request[:2] for request in engine.requests] == [
         (0, version(3)), (1, version(3, "other")), (2, version(3)), (3, version(3)), (4, version(4, "other")),
     ]  # fmt: skip
     engine.answer()
     sampled = [request.group.result(SOON).episodes[0].version for request in requests]
-    assert sampled == [request.version for request in requests] == [asked for _, asked, _ in engine.asked]
+    assert sampled == [request.version for request in requests] == [version for _, version, _ in engine.requests]
 
 
-def test_a_version_that_is_not_there_is_loaded_though_another_policy_has_one_of_its_number() -> None:
+def test_a_missing_version_is_loaded_even_if_another_policy_has_the_same_number() -> None:
     stage = Stage(1)
     (engine,) = stage.engines
     stage.fleet.swap(adapter(3))
     stage.fleet.swap(adapter(3, "other"))
-    engine.held.remove(version(3, "other"))  # nobody leased it, say
+    engine.held.remove(version(3, "other"))  # as if no request leased it
     (request,) = stage.ask(0, policy="other")
-    until(lambda: len(engine.asked) == 2)
+    until(lambda: len(engine.requests) == 2)
     assert engine.held == [version(3), version(3, "other")]
     engine.answer()
     assert request.group.result(SOON).episodes[0].version == version(3, "other")
@@ -375,12 +375,12 @@ def test_a_prompt_waits_for_its_own_policys_swap_and_holds_up_no_other() -> None
     (waiting,) = stage.ask(0, policy="other")
     stage.fleet.swap(adapter(2))
     (goes,) = stage.ask(1)
-    assert [each[:2] for each in engine.asked] == [(1, version(2))]
+    assert [request[:2] for request in engine.requests] == [(1, version(2))]
     engine.answer()
     assert goes.group.result(SOON).prompt.answer == 1
-    assert (waiting.version, waiting.group.done(), len(engine.asked)) == (None, False, 1)
+    assert (waiting.version, waiting.group.done(), len(engine.requests)) == (None, False, 1)
     stage.fleet.swap(adapter(7, "other"))
-    assert [each[:2] for each in engine.asked[1:]] == [(0, version(7, "other"))]
+    assert [request[:2] for request in engine.requests[1:]] == [(0, version(7, "other"))]
     engine.answer()
     assert waiting.group.result(SOON).prompt.answer == 0
 
@@ -390,15 +390,15 @@ def test_the_policy_with_the_fewest_completions_in_flight_goes_first() -> None:
     (engine,) = stage.engines
     for policy in ("run", "other"):
         stage.fleet.swap(adapter(0, policy))
-    requests = stage.ask(*range(6)) + stage.ask(10, 11, policy="other")  # which come last
-    assert [answer for answer, _, _ in engine.asked] == [0, 1]
+    requests = stage.ask(*range(6)) + stage.ask(10, 11, policy="other")  # queued last
+    assert [answer for answer, _, _ in engine.requests] == [0, 1]
     answered: list[int] = []
     while len(answered) < len(requests):  # one at a time
-        answer, asked, sampled = engine.asked[len(answered)]
-        sampled.set_result(Group(Prompt("?", answer), (Episode((1,), (-1.0,), "stop", asked),) * 2))
+        answer, requested, sampled = engine.requests[len(answered)]
+        sampled.set_result(Group(Prompt("?", answer), (Episode((1,), (-1.0,), "stop", requested),) * 2))
         answered.append(answer)
-        until(lambda: len(engine.asked) == min(len(answered) + 2, len(requests)))
-    assert answered == [0, 1, 10, 2, 11, 3, 4, 5]  # each policy's in their order
+        until(lambda: len(engine.requests) == min(len(answered) + 2, len(requests)))
+    assert answered == [0, 1, 10, 2, 11, 3, 4, 5]  # the prompts of a policy keep their order
     assert [request.group.result(SOON).prompt.answer for request in requests] == [*range(6), 10, 11]
 
 
@@ -413,16 +413,16 @@ def test_completions_are_counted_and_not_prompts() -> None:
 
     ask(0, "run", 3)
     ask(1, "other", 1)
-    ask(2, "other", 1)  # three of one policy, two of the other: there is no more room
+    ask(2, "other", 1)  # three completions of one policy, two of the other: no more room
     ask(3, "run", 1)
     ask(4, "other", 1)
-    assert [answer for answer, _, _ in engine.asked] == [0, 1, 2]
-    engine.asked[1][2].set_result(Group(Prompt("?", 1), ()))
-    until(lambda: len(engine.asked) == 4)
-    assert engine.asked[3][:2] == (4, version(0, "other"))  # of the policy with more prompts and fewer completions
+    assert [answer for answer, _, _ in engine.requests] == [0, 1, 2]
+    engine.requests[1][2].set_result(Group(Prompt("?", 1), ()))
+    until(lambda: len(engine.requests) == 4)
+    assert engine.requests[3][:2] == (4, version(0, "other"))  # of the policy with more prompts but fewer completions
 
 
-def test_what_has_an_adapter_goes_before_all_that_waits() -> None:
+def test_a_request_with_an_adapter_goes_before_all_that_wait() -> None:
     stage = Stage(1, room=4)
     (engine,) = stage.engines
     for policy in ("run", "other"):
@@ -431,9 +431,9 @@ def test_what_has_an_adapter_goes_before_all_that_waits() -> None:
     stage.ask(2)
     turn = stage.fleet.generate(Prompt("?", 3), SAMPLING, "other", adapter(0, "other"))
     engine.held.append(version(0, "other"))
-    engine.asked[0][2].set_result(Group(Prompt("?", 0), ()))
-    until(lambda: len(engine.asked) == 3)
-    assert engine.asked[2][:2] == (3, version(0, "other"))  # though its policy has more in flight than the other
+    engine.requests[0][2].set_result(Group(Prompt("?", 0), ()))
+    until(lambda: len(engine.requests) == 3)
+    assert engine.requests[2][:2] == (3, version(0, "other"))  # though its policy has more in flight than the other
     engine.answer()
     assert turn.group.result(SOON).prompt.answer == 3
 
@@ -475,7 +475,7 @@ def test_a_check_loads_every_policys_newest() -> None:
     assert sorted(map(str, engine.held)) == sorted(map(str, [version(2), version(4, "other")]))
 
 
-def test_engines_are_told_which_versions_are_too_old() -> None:
+def test_engines_learn_which_versions_are_too_old() -> None:
     stage = Stage(2)
     stage.fleet.swap(adapter(3), oldest=2)
     stage.fleet.swap(adapter(1, "other"))
@@ -495,7 +495,7 @@ def test_a_policy_leaves_and_the_others_prompts_go_on() -> None:
     for request in (flies, *waits):
         with pytest.raises(StaleError):
             request.group.result(SOON)
-    assert [engine.left for engine in stage.engines] == [["other"], ["other"]]
+    assert [engine.departed for engine in stage.engines] == [["other"], ["other"]]
     assert [engine.held for engine in stage.engines] == [[version(3)]] * 2
 
     def answered() -> bool:
@@ -506,7 +506,7 @@ def test_a_policy_leaves_and_the_others_prompts_go_on() -> None:
     until(answered)
     assert [request.group.result().prompt.answer for request in stays] == [1, 4, 5]
     assert not unknown.group.done()
-    assert sorted(answer for engine in stage.engines for answer, _, _ in engine.asked) == [0, 1, 4, 5]
+    assert sorted(answer for engine in stage.engines for answer, _, _ in engine.requests) == [0, 1, 4, 5]
     (late,) = stage.ask(7, policy="other")
     pinned = stage.fleet.generate(Prompt("?", 8), SAMPLING, "other", adapter(3, "other"))  # an episode's next turn
     for request in (late, pinned):
@@ -518,19 +518,19 @@ def test_a_policy_leaves_and_the_others_prompts_go_on() -> None:
     assert stage.fleet.stats().lost == 0
 
 
-def test_where_an_engine_dies_what_has_left_is_not_sampled_again() -> None:
+def test_requests_of_a_policy_that_left_are_not_replayed() -> None:
     stage = Stage(1)
     for policy in ("run", "other"):
         stage.fleet.swap(adapter(3, policy))
-    (left,), (stays,) = stage.ask(0, policy="other"), stage.ask(1)
+    (cancelled,), (stays,) = stage.ask(0, policy="other"), stage.ask(1)
     stage.fleet.leave("other")
     stage.engines[0].die()
-    until(lambda: len(stage.engines) == 2 and stage.engines[1].asked)
+    until(lambda: len(stage.engines) == 2 and stage.engines[1].requests)
     stage.engines[1].answer()
     assert stays.group.result(SOON).episodes[0].version == version(3)
     with pytest.raises(StaleError):
-        left.group.result(SOON)
-    assert [answer for answer, _, _ in stage.engines[1].asked] == [1]
+        cancelled.group.result(SOON)
+    assert [answer for answer, _, _ in stage.engines[1].requests] == [1]
     assert stage.engines[1].held == [version(3)]
     assert stage.fleet.stats().replayed == 1
 
@@ -549,7 +549,7 @@ def test_an_engine_that_is_leaving_ends_with_the_policy_that_it_last_served() ->
     stage.ask(0)
     (last,) = stage.ask(1, policy="other")
     stage.fleet.resize(1)
-    (going,) = [engine for engine in stage.engines if any(answer == 1 for answer, _, _ in engine.asked)]
+    (going,) = [engine for engine in stage.engines if any(answer == 1 for answer, _, _ in engine.requests)]
     assert len(stage.fleet.engines) == 2
     stage.fleet.leave("other")
     assert stage.fleet.engines == [engine for engine in stage.engines if engine is not going]

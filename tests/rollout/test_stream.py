@@ -35,12 +35,12 @@ PROMPTS = [Prompt("?", answer=number, token_ids=(number,)) for number in range(5
 
 
 def version_of(number: int) -> Version:
-    """Of the adapter that FakeFleet samples under."""
+    """The version of the adapter that FakeFleet samples under."""
     return Adapter("run", number, b"{}", b"").version
 
 
 class FakeFleet:
-    """Completes every prompt with its own token ids, at once but for the answers in `held`."""
+    """Completes a prompt with its token ids, immediately unless its answer is in `held`."""
 
     def __init__(self) -> None:
         self.version = 0
@@ -67,7 +67,7 @@ def answer(request: Request) -> None:
 
 
 class FakeTokenizer:
-    """Tokens are numbers, and text is these."""
+    """Tokens are numbers; text lists them."""
 
     chat_template = None
 
@@ -78,22 +78,22 @@ class FakeTokenizer:
         return [int(word) for word in text.split()]
 
 
-class HerePool:
-    """Scores and answers in this process."""
+class InProcessPool:
+    """Scores and replies in this process."""
 
     def __init__(self, reward: Callable[..., Any], reply: Callable[..., Any] | None = None) -> None:
-        self.plug, self.reply = reward_function("mine.py:f", reward), reply
-        self.cases: list[RewardInput] = []
+        self.reward_function, self.reply = reward_function("mine.py:f", reward), reply
+        self.groups: list[RewardInput] = []
 
-    def do(self, of: RewardInput | EnvTurn) -> Future[Any]:
+    def submit(self, job: RewardInput | EnvTurn) -> Future[Any]:
         done: Future[Any] = Future()
-        if isinstance(of, RewardInput):
-            self.cases.append(of)
-            done.set_result([self.reward_function(of, range(len(of.completions)))])
+        if isinstance(job, RewardInput):
+            self.groups.append(job)
+            done.set_result([self.reward_function(job, range(len(job.completions)))])
         else:
             assert self.reply
-            state = dict(of.state)
-            done.set_result(EnvReply(self.reply(of.prompt, of.message, state), state))
+            state = dict(job.state)
+            done.set_result(EnvReply(self.reply(job.prompt, job.message, state), state))
         return done
 
 
@@ -103,7 +103,7 @@ def equal(completions: list[str], answers: list[Any]) -> list[float]:
 
 @pytest.fixture
 def rollouts() -> Iterator[Callable[..., Rollouts]]:
-    made: list[Rollouts] = []
+    all_rollouts: list[Rollouts] = []
 
     def make(
         reward: Callable[..., Any] = equal, reply: Callable[..., Any] | None = None, cursor: Any = None, **changes: Any
@@ -114,13 +114,13 @@ def rollouts() -> Iterator[Callable[..., Rollouts]]:
         fleet: Any = FakeFleet()
         chat = Chat(FakeTokenizer(), ChatConfig(), ())  # type: ignore[arg-type]
         task = Task("", chat, (), reply is not None, PROMPTS, [], 0)
-        loop = AgentLoop(task, fleet, Scoring(config, [HerePool(reward, reply)]), "run")
-        made.append(Rollouts(config, PROMPTS, fleet, loop, cursor or Cursor()))
-        return made[-1]
+        loop = AgentLoop(task, fleet, Scoring(config, [InProcessPool(reward, reply)]), "run")
+        all_rollouts.append(Rollouts(config, PROMPTS, fleet, loop, cursor or Cursor()))
+        return all_rollouts[-1]
 
     yield make
-    for each in made:
-        each.loop.close()
+    for stream in all_rollouts:
+        stream.loop.close()
 
 
 def fleet_of(rollouts: Rollouts) -> FakeFleet:
@@ -132,64 +132,64 @@ def answers(groups: tuple[Group, ...]) -> list[int]:
 
 
 def order(count: int) -> list[int]:
-    return [prompt_at(PROMPTS, place, seed=0).answer for place in range(count)]
+    return [prompt_at(PROMPTS, position, seed=0).answer for position in range(count)]
 
 
 def test_a_step_gets_its_prompts_groups_in_their_order_with_rewards(rollouts: Callable[..., Rollouts]) -> None:
-    made = rollouts()
-    collection = made.take(0)
+    stream = rollouts()
+    collection = stream.take(0)
     assert answers(collection.groups) == order(4)
     assert all(group.rewards == [1.0, 1.0] for group in collection.groups)
     assert (collection.late, collection.stale) == (0, 0)
-    assert len(fleet_of(made).requests) == 4  # on policy: no more than one step in flight
+    assert len(fleet_of(stream).requests) == 4  # on policy: one step in flight
 
 
 def test_steps_ahead_are_sampled_before_they_are_asked_for_and_no_more_than_the_run_needs(
     rollouts: Callable[..., Rollouts],
 ) -> None:
-    made = rollouts(max_staleness=1, steps=3)
+    stream = rollouts(max_staleness=1, steps=3)
     taken = []
     for version in range(3):
-        fleet_of(made).version = version
-        taken.append(made.take(version).groups)
+        fleet_of(stream).version = version
+        taken.append(stream.take(version).groups)
     assert [answer for groups in taken for answer in answers(groups)] == order(12)
     versions = [{episode.version for group in groups for episode in group.episodes} for groups in taken]
     assert versions == [{version_of(0)}, {version_of(0)}, {version_of(1)}]
-    assert len(fleet_of(made).requests) == 12
+    assert len(fleet_of(stream).requests) == 12
 
 
-def test_refills_do_not_wait_for_what_was_late(rollouts: Callable[..., Rollouts]) -> None:
-    made = rollouts(algorithm={"refills": 2})
+def test_refills_do_not_wait_for_late_groups(rollouts: Callable[..., Rollouts]) -> None:
+    stream = rollouts(algorithm={"refills": 2})
     slow = order(4)[2]
-    fleet_of(made).held = {slow}
-    collection = made.take(0)
+    fleet_of(stream).held = {slow}
+    collection = stream.take(0)
     assert (answers(collection.sampled), collection.late) == ([a for a in order(4) if a != slow], 1)
-    assert len(fleet_of(made).requests) == 4
+    assert len(fleet_of(stream).requests) == 4
 
 
-def test_what_makes_up_for_groups_that_agree_is_waited_for_no_longer_than_a_straggler(
+def test_a_refill_is_waited_for_no_longer_than_a_straggler(
     rollouts: Callable[..., Rollouts],
 ) -> None:
-    made = rollouts(algorithm={"refills": 2})
+    stream = rollouts(algorithm={"refills": 2})
     held = order(5)[4]
-    fleet_of(made).held = {held}
-    collection = made.take(0)  # all rewards agree, so 4 more are asked for, once
+    fleet_of(stream).held = {held}
+    collection = stream.take(0)  # all rewards are equal, so 4 more prompts are sent, once
     assert answers(collection.sampled) == [answer for answer in order(8) if answer != held]
     assert (collection.groups, collection.late) == ((), order(8).count(held))
 
 
 def test_a_late_group_counts_for_a_later_step_while_it_is_fresh(rollouts: Callable[..., Rollouts]) -> None:
-    made = rollouts(max_staleness=1)
-    fleet = fleet_of(made)
+    stream = rollouts(max_staleness=1)
+    fleet = fleet_of(stream)
     slow = order(4)[1]
     fleet.held = {slow}
-    first = made.take(0)
+    first = stream.take(0)
     assert (answers(first.groups), first.late) == ([a for a in order(4) if a != slow], 1)
     fleet.version, fleet.held = 1, set()
     for request in fleet.requests:
         if not request.group.done():
             answer(request)
-    second = made.take(1)
+    second = stream.take(1)
     assert answers(second.groups)[0] == slow
     assert (second.late, second.stale, len(second.groups)) == (0, 0, 4)
 
@@ -197,22 +197,22 @@ def test_a_late_group_counts_for_a_later_step_while_it_is_fresh(rollouts: Callab
 def test_a_group_that_comes_too_late_is_counted_and_its_prompt_comes_first_again(
     rollouts: Callable[..., Rollouts],
 ) -> None:
-    made = rollouts()
-    fleet = fleet_of(made)
+    stream = rollouts()
+    fleet = fleet_of(stream)
     slow = order(4)[1]
     fleet.held = {slow}
-    assert made.take(0).late == 1
-    answer(fleet.requests[1])  # when the step is over: it is of version 0, and too stale
+    assert stream.take(0).late == 1
+    answer(fleet.requests[1])  # after the step: its version 0 is too stale
     fleet.version, fleet.held = 1, set()
-    second = made.take(1)
+    second = stream.take(1)
     assert (answers(second.groups)[0], second.stale) == (slow, 1)
     assert {episode.version for group in second.groups for episode in group.episodes} == {version_of(1)}
-    assert answers(second.groups)[1:] == order(7)[4:]  # no prompt is left out, and none comes twice
+    assert answers(second.groups)[1:] == order(7)[4:]  # no prompt is skipped or repeated
 
 
 def test_half_of_a_step_is_waited_for_however_long_it_takes(rollouts: Callable[..., Rollouts]) -> None:
-    made = rollouts(engine={"straggler_seconds": 0.01, "patience": 0.05})
-    fleet = fleet_of(made)
+    stream = rollouts(engine={"straggler_seconds": 0.01, "patience": 0.05})
+    fleet = fleet_of(stream)
     fleet.held = set(order(4)[:3])
     checked = []
 
@@ -222,7 +222,7 @@ def test_half_of_a_step_is_waited_for_however_long_it_takes(rollouts: Callable[.
             answer(fleet.requests[0])
 
     fleet.check = check  # type: ignore[method-assign]
-    collection = made.take(0)
+    collection = stream.take(0)
     assert (len(collection.groups), collection.late, len(checked)) == (2, 2, 2)
 
 
@@ -234,7 +234,7 @@ def raises(completions: list[str], answers: list[Any]) -> list[float]:
     ("reward", "message"),
     [
         (raises, r"test_stream\.py:\d+: f raised KeyError: 'boom'"),
-        (lambda completions, answers: [float("nan"), 1.0], r"f returned nan; let it return a finite number"),
+        (lambda completions, answers: [float("nan"), 1.0], r"f returned nan; return a finite number"),
         (lambda completions, answers: [1.0], r"f returned .*1 .*2"),
         (lambda completions, answers: 1.0, r"f returned 1\.0"),
         (lambda completions, answers: ["1", "0"], r"f returned '1'"),
@@ -260,13 +260,13 @@ def test_an_episode_in_error_gets_its_status_and_number_and_the_others_theirs(
     def sometimes(completion: str, answer: int) -> float:
         return 1.0 / (int(completion) - bad)
 
-    made = rollouts(sometimes, scoring={"error": -0.5})
-    collection = made.take(0)
+    stream = rollouts(sometimes, scoring={"error": -0.5})
+    collection = stream.take(0)
     statuses = [{episode.status for episode in group.episodes} for group in collection.sampled]
     assert statuses[2] == {"error"}
     assert collection.sampled[2].rewards == [-0.5, -0.5]
-    assert "error" not in set.union(*(each for place, each in enumerate(statuses) if place != 2))
-    assert capsys.readouterr().out.count("ZeroDivisionError") == 1  # told once, not for each episode
+    assert "error" not in set.union(*statuses[:2], *statuses[3:])
+    assert capsys.readouterr().out.count("ZeroDivisionError") == 1  # shown once, not for each episode
 
 
 def test_statuses_are_numbers_as_the_config_has_it(rollouts: Callable[..., Rollouts]) -> None:
@@ -299,8 +299,8 @@ def test_an_error_is_shown_once_for_each_line_and_kind(capsys: pytest.CaptureFix
         "a.py:3: f raised ValueError: invalid literal for int(): 'two'; fix it there",
         "a.py:3: f raised KeyError: 'two'; fix it there",
         "a.py:4: f raised ValueError: 'one'; fix it there",
-        "a.py:1: f returned 'a word'; let it return a finite number",
-        "a.py:1: f returned 'another'; let it return a finite number",
+        "a.py:1: f returned 'a word'; return a finite number",
+        "a.py:1: f returned 'another'; return a finite number",
         "scoring.deadline = 1: f took longer",
         "scoring.deadline = 1: f took longer",
     ]
@@ -311,7 +311,7 @@ def test_an_error_is_shown_once_for_each_line_and_kind(capsys: pytest.CaptureFix
     assert scoring.last_error == details[-1]
 
 
-def test_what_a_reward_says_nothing_of_is_not_learned_from(rollouts: Callable[..., Rollouts]) -> None:
+def test_episodes_without_a_reward_are_not_learned_from(rollouts: Callable[..., Rollouts]) -> None:
     skipped = order(4)[1]
 
     def some(completions: list[str], answers: list[int]) -> list[float | None]:
@@ -319,28 +319,29 @@ def test_what_a_reward_says_nothing_of_is_not_learned_from(rollouts: Callable[..
 
     collection = rollouts(some).take(0)
     assert answers(collection.sampled) == order(4)
-    assert answers(collection.groups) == [answer for answer in order(4) if answer != skipped]  # one alone has no peers
+    # the group with one reward has no baseline
+    assert answers(collection.groups) == [answer for answer in order(4) if answer != skipped]
     assert collection.sampled[1].rewards == [1.0]
 
 
-def test_where_a_run_ends_another_goes_on_with_what_was_late_first(rollouts: Callable[..., Rollouts]) -> None:
-    made = rollouts(max_staleness=1)
+def test_a_new_process_resumes_with_late_prompts_first(rollouts: Callable[..., Rollouts]) -> None:
+    stream = rollouts(max_staleness=1)
     late = order(4)[1]
-    fleet_of(made).held = {late}
-    made.take(0)
-    wait([each.flight.scored for each in made._sent if each.flight.request.prompt.answer != late])
-    cursor = made.cursor
-    assert (cursor.next, cursor.again) == (8, ())
-    assert [each.place for each in cursor.in_flight] == [1, 4, 5, 6, 7]
+    fleet_of(stream).held = {late}
+    stream.take(0)
+    wait([sent.flight.scored for sent in stream._sent if sent.flight.request.prompt.answer != late])
+    cursor = stream.cursor
+    assert (cursor.next, cursor.retries) == (8, ())
+    assert [prompt.position for prompt in cursor.in_flight] == [1, 4, 5, 6, 7]
     assert rollouts(cursor=cursor).cursor == cursor
-    another = rollouts(cursor=cursor, max_staleness=1)
-    assert answers(another.take(1).sampled) == [late, *order(8)[4:7]]
-    requests = fleet_of(another).requests
+    resumed = rollouts(cursor=cursor, max_staleness=1)
+    assert answers(resumed.take(1).sampled) == [late, *order(8)[4:7]]
+    requests = fleet_of(resumed).requests
     again = [answer for answer in order(8)[4:] if answer == late]
-    assert [request.prompt.answer for request in requests] == [late, *again, *order(11)[8:]]  # the rest was sampled
+    assert [request.prompt.answer for request in requests] == [late, *again, *order(11)[8:]]  # others were sampled
 
 
-def test_what_was_sampled_and_scored_by_another_is_not_done_again(rollouts: Callable[..., Rollouts]) -> None:
+def test_groups_sampled_and_scored_by_an_earlier_process_are_not_redone(rollouts: Callable[..., Rollouts]) -> None:
     old, played = Adapter("run", 3, b"{}", b""), PROMPTS[order(3)[2]]
     episode = Episode((played.answer,), (-1.0,), "stop", old.version, text=str(played.answer))
     unscored = Episode((2,), (-1.0,), "stop", old.version)
@@ -350,37 +351,37 @@ def test_what_was_sampled_and_scored_by_another_is_not_done_again(rollouts: Call
         InFlight(2, 3, old, Group(played, (episode,) * 2)),
         InFlight(3, 3, old),
     ))  # fmt: skip
-    made = rollouts(cursor=cursor, max_staleness=1, prompts_per_step=3)
-    fleet_of(made).version = 4
-    taken = made.take(4)
+    stream = rollouts(cursor=cursor, max_staleness=1, prompts_per_step=3)
+    fleet_of(stream).version = 4
+    taken = stream.take(4)
     assert [group.rewards for group in taken.sampled] == [[0.25], [1.0, 1.0], [1.0, 1.0]]
-    first = fleet_of(made).requests[0]
+    first = fleet_of(stream).requests[0]
     pinned = first.prompt, first.version
-    assert pinned == (PROMPTS[order(4)[3]], old.version)  # under the version that it was pinned to
-    assert {request.version for request in fleet_of(made).requests[1:]} == {version_of(4)}
-    pool: Any = made.loop.scoring.pools[0]
-    assert [case.answer for case in pool.cases if case.step == 3] == [played.answer, first.prompt.answer]
+    assert pinned == (PROMPTS[order(4)[3]], old.version)  # the version in its cursor
+    assert {request.version for request in fleet_of(stream).requests[1:]} == {version_of(4)}
+    pool: Any = stream.loop.scoring.pools[0]
+    assert [group.answer for group in pool.groups if group.step == 3] == [played.answer, first.prompt.answer]
 
 
-def test_what_is_too_stale_by_now_is_sampled_again(rollouts: Callable[..., Rollouts]) -> None:
-    before = InFlight(0, 1, Adapter("run", 1, b"{}", b""))
-    made = rollouts(cursor=Cursor(1, (), (before,)), max_staleness=1)
-    fleet_of(made).version = 3
-    taken = made.take(3)
+def test_inherited_prompts_that_are_too_stale_are_sampled_again(rollouts: Callable[..., Rollouts]) -> None:
+    stale = InFlight(0, 1, Adapter("run", 1, b"{}", b""))
+    stream = rollouts(cursor=Cursor(1, (), (stale,)), max_staleness=1)
+    fleet_of(stream).version = 3
+    taken = stream.take(3)
     assert taken.stale == 1
     assert answers(taken.sampled) == order(4)
     assert {group.episodes[0].version for group in taken.sampled} == {version_of(3)}
 
 
 def test_a_failed_fleet_ends_the_step(rollouts: Callable[..., Rollouts]) -> None:
-    made = rollouts()
-    fleet = fleet_of(made)
+    stream = rollouts()
+    fleet = fleet_of(stream)
     fleet.held = set(order(4))
     gone: Future[Group] = Future()
     gone.set_exception(RuntimeError("every engine is gone"))
     fleet.generate = lambda prompt, sampling, policy, *_: Request(prompt, sampling, policy, gone)  # type: ignore
     with pytest.raises(RuntimeError, match="every engine is gone"):
-        made.take(0)
+        stream.take(0)
 
 
 def test_each_epoch_goes_once_through_all_prompts_in_its_own_order() -> None:
@@ -388,32 +389,32 @@ def test_each_epoch_goes_once_through_all_prompts_in_its_own_order() -> None:
     first, second = seen[:5], seen[5:]
     assert sorted(first) == sorted(second) == [0, 1, 2, 3, 4]
     assert first != second
-    assert [prompt_at(PROMPTS, place, seed=1).answer for place in range(10)] != seen
+    assert [prompt_at(PROMPTS, position, seed=1).answer for position in range(10)] != seen
 
 
-def test_groups_that_agree_are_made_up_for_so_many_times(rollouts: Callable[..., Rollouts]) -> None:
+def test_groups_with_equal_rewards_are_refilled_a_limited_number_of_times(rollouts: Callable[..., Rollouts]) -> None:
     def sometimes(completions: list[str], answers: list[Any]) -> list[float]:
-        return [0.0, float(int(completions[0]) >= 2)]  # prompts 0 and 1 teach nothing
+        return [0.0, float(int(completions[0]) >= 2)]  # prompts 0 and 1 have no learning signal
 
     def informative(answer: int) -> bool:
         return answer >= 2
 
     for refills in (1, 3):
-        made = rollouts(sometimes, algorithm={"refills": refills})
-        collection = made.take(0)
+        stream = rollouts(sometimes, algorithm={"refills": refills})
+        collection = stream.take(0)
         taken = answers(collection.sampled)
         assert taken == order(len(taken))
         assert answers(collection.groups) == [answer for answer in taken if informative(answer)]
-        assert len(fleet_of(made).requests) == len(taken) > 4
+        assert len(fleet_of(stream).requests) == len(taken) > 4
     assert len(collection.groups) == 4
-    assert len(rollouts(sometimes).take(0).groups) == 4  # without it all are learned from, and count
+    assert len(rollouts(sometimes).take(0).groups) == 4  # without refills all groups are learned from
 
 
 # --- several turns ---
 
 
 def dialogue(prompt: Prompt, message: str, state: dict[str, Any]) -> str | None:
-    """Says 7 8 twice, then ends."""
+    """Replies "7 8" twice, then ends the episode."""
     state["turns"] = [*state.get("turns", []), message]
     return "7 8" if len(state["turns"]) <= 2 else None
 
@@ -422,11 +423,11 @@ def last_number(completion: str, answer: int) -> float:
     return float(completion.rsplit(maxsplit=1)[-1])
 
 
-def test_turns_are_appended_under_one_version_and_what_the_env_says_is_not_the_policys(
+def test_turns_are_appended_under_one_version_and_the_envs_tokens_are_masked(
     rollouts: Callable[..., Rollouts],
 ) -> None:
-    made = rollouts(last_number, dialogue, sampling={"max_tokens": 20, "max_prompt_tokens": 4})
-    (group, *_) = made.take(0).sampled
+    stream = rollouts(last_number, dialogue, sampling={"max_tokens": 20, "max_prompt_tokens": 4})
+    (group, *_) = stream.take(0).sampled
     n = group.prompt.answer
     for episode in group.episodes:
         assert episode.completion_ids == (n, 7, 8, n, 7, 8, n)
@@ -436,7 +437,7 @@ def test_turns_are_appended_under_one_version_and_what_the_env_says_is_not_the_p
         assert episode.text == f"{n} 7 8 {n} 7 8 {n}"
         assert episode.state == {"turns": [str(n)] * 3}
         assert episode.reward == n
-    turns = [request for request in fleet_of(made).requests if request.prompt.answer == n]
+    turns = [request for request in fleet_of(stream).requests if request.prompt.answer == n]
     assert [request.prompt.token_ids for request in turns[:2]] == [(n,), (n, n, 7, 8)]
     assert [(r.sampling.max_tokens, r.sampling.group_size) for r in turns] == [
         (20, 2),
@@ -449,36 +450,36 @@ def test_turns_are_appended_under_one_version_and_what_the_env_says_is_not_the_p
 
 
 def test_an_episode_that_outgrows_its_context_ends_there_and_is_scored(rollouts: Callable[..., Rollouts]) -> None:
-    made = rollouts(last_number, dialogue, sampling={"max_tokens": 6, "max_prompt_tokens": 4})
-    (group, *_) = made.take(0).sampled
+    stream = rollouts(last_number, dialogue, sampling={"max_tokens": 6, "max_prompt_tokens": 4})
+    (group, *_) = stream.take(0).sampled
     n = group.prompt.answer
-    assert [e.completion_ids for e in group.episodes] == [(n, 7, 8, n)] * 2  # two more of the env's leave no room
+    assert [e.completion_ids for e in group.episodes] == [(n, 7, 8, n)] * 2  # the env's next two tokens leave no room
     assert {e.finish_reason for e in group.episodes} == {"context"}
     assert group.rewards == [n, n]
 
 
 def test_a_reply_that_fails_costs_its_episode_only(rollouts: Callable[..., Rollouts]) -> None:
     bad = order(4)[0]
-    made = rollouts(last_number, dialogue, scoring={"error": -1.0})
-    pool: Any = made.loop.scoring.pools[0]
-    do = pool.do
+    stream = rollouts(last_number, dialogue, scoring={"error": -1.0})
+    pool: Any = stream.loop.scoring.pools[0]
+    submit = pool.submit
 
-    def fails(of: RewardInput | EnvTurn) -> Future[Any]:
-        if isinstance(of, EnvTurn) and of.prompt.answer == bad:
+    def fails(job: RewardInput | EnvTurn) -> Future[Any]:
+        if isinstance(job, EnvTurn) and job.prompt.answer == bad:
             done: Future[Any] = Future()
             done.set_result(EnvReply(None, {}, "error", "env = 'mine': its reply raised KeyError: 'x'"))
             return done
-        return do(of)  # type: ignore[no-any-return]
+        return submit(job)  # type: ignore[no-any-return]
 
-    pool.do = fails
-    groups = made.take(0).sampled
+    pool.submit = fails
+    groups = stream.take(0).sampled
     assert groups[0].rewards == [-1.0, -1.0]
     assert {episode.status for episode in groups[0].episodes} == {"error"}
     assert all(group.rewards == [group.prompt.answer] * 2 for group in groups[1:])
 
 
 def test_each_message_begins_with_what_the_template_opens(rollouts: Callable[..., Rollouts], demo: str) -> None:
-    """So the env reads it, and rewards do, in later turns too."""
+    """The env and the rewards read it, also in later turns."""
 
     def ask_again(prompt: Prompt, message: str, state: dict[str, Any]) -> list[dict[str, str]] | None:
         state["heard"] = [*state.get("heard", []), message]
@@ -488,11 +489,11 @@ def test_each_message_begins_with_what_the_template_opens(rollouts: Callable[...
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
     )
-    made = rollouts(lambda completions: [1.0] * len(completions), ask_again, sampling={"max_tokens": 99})
+    stream = rollouts(lambda completions: [1.0] * len(completions), ask_again, sampling={"max_tokens": 99})
     chat = Chat(load_tokenizer(demo), ChatConfig(template=template), ())
-    made.loop.task = replace(made.loop.task, chat=chat)
-    for group in made.take(0).sampled:
+    stream.loop.task = replace(stream.loop.task, chat=chat)
+    for group in stream.take(0).sampled:
         for episode in group.episodes:
-            assert episode.state == {"heard": ["<think>\n", "<think>\n"]}  # FakeFleet says a special token
+            assert episode.state == {"heard": ["<think>\n", "<think>\n"]}  # FakeFleet samples a special token
             assert [m["content"] for m in episode.messages] == ["<think>\n", "Sure?", "<think>\n"]
             assert episode.text == "<think>\n"

@@ -20,8 +20,8 @@ def test_task_of_the_main_job(config: MakeConfig) -> None:
     assert len(task.held_out) == 10
     assert task.dropped == 0
     prompt = task.prompts[0]
-    assert task.chat.shown(prompt.token_ids).count("<|im_start|>") == 3  # one system turn, no second BOS
-    assert task.chat.shown(prompt.token_ids).endswith(f"{prompt.text}<|im_end|>\n<|im_start|>assistant\n")
+    assert task.chat.decode(prompt.token_ids).count("<|im_start|>") == 3  # one system turn, no second BOS
+    assert task.chat.decode(prompt.token_ids).endswith(f"{prompt.text}<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_prompts_that_are_too_long_are_left_out_and_counted(config: MakeConfig) -> None:
@@ -42,74 +42,70 @@ def test_every_end_token_of_the_model_stops(demo: str) -> None:
     ("changes", "message"),
     [
         ({"model": "./no/such/model"}, r"model = './no/such/model': there is no such directory"),
-        ({"model": "demo:gpt-5"}, r"model = 'demo:gpt-5': no such demo model; there is demo:smollm2-135m"),
+        ({"model": "demo:gpt-5"}, r"model = 'demo:gpt-5': unknown demo model; use demo:smollm2-135m"),
         (
             {"env_args": {"hihg": 3}},
-            r"env_args = \{'hihg': 3\}: it raised TypeError: .*'hihg'; give the arguments that it takes",
+            r"env_args = \{'hihg': 3\}: it raised TypeError: .*'hihg'; fix env_args",
         ),
         ({"env_args": {"operator": "/"}}, r"env_args\.operator = '/': use one of"),
-        ({"sampling": {"max_tokens": 100000}}, r"max_tokens = 100512: the context of .* is \d+ tokens"),
+        ({"sampling": {"max_tokens": 100000}}, r"max_tokens = 100512: the context length of .* is \d+"),
         ({"reward": "rlora.config:read"}, r"reward = 'rlora\.config:read': its parameters are \(path"),
         ({"reward": "mine.py:f"}, r"reward = 'mine\.py:f': there is no file mine\.py"),
         ({"reward_args": {"hihg": 3}}, r"reward_args\.hihg = 3: no reward function has a parameter of that name"),
     ],
 )
-def test_what_is_wrong_stops_before_anything_starts(
-    changes: dict[str, object], message: str, config: MakeConfig
-) -> None:
+def test_errors_are_found_before_anything_starts(changes: dict[str, object], message: str, config: MakeConfig) -> None:
     with pytest.raises(RloraError, match=message):
         load_task(config(**changes))
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("value", "message"),
     [
-        ("['What is 1 + 1?']", r"its train\(\) gave 'What is 1 \+ 1\?'; give a rlora\.records\.Prompt"),
-        ("'2 + 2?'", r"its train\(\) gave '2'; give a rlora\.records\.Prompt"),
+        ("['What is 1 + 1?']", r"its train\(\) returned 'What is 1 \+ 1\?'; return a rlora\.records\.Prompt"),
+        ("'2 + 2?'", r"its train\(\) returned '2'; return a rlora\.records\.Prompt"),
         ("None", r"it raised TypeError: 'NoneType' .*train\(\) and held_out\(\) that return Prompts"),
-        ("[Prompt(7)]", r"gave a Prompt whose text is 7; give a string"),
-        ("[Prompt([])]", r"gave a Prompt whose text is \[\]; give a string"),
+        ("[Prompt(7)]", r"returned a Prompt whose text is 7; use a string"),
+        ("[Prompt([])]", r"returned a Prompt whose text is \[\]; use a string"),
         ("[Prompt([{'role': 'user'}])]", r"text is \[\{'role': 'user'\}\]; .*\"content\""),
-        ("[Prompt([{'role': 'user', 'content': 4}])]", r"text is .*4\}\]; .*with a string each"),
+        ("[Prompt([{'role': 'user', 'content': 4}])]", r"text is .*4\}\]; .*with string values"),
     ],
 )
-def test_an_env_that_gives_no_prompts_is_named_with_what_it_gave(
-    given: str, message: str, tmp_path: Path, config: MakeConfig
+def test_an_env_that_returns_no_prompts_is_named_with_its_value(
+    value: str, message: str, tmp_path: Path, config: MakeConfig
 ) -> None:
-    env = write_env(tmp_path, given)
+    env = write_env(tmp_path, value)
     with pytest.raises(RloraError, match=re.escape(f"env = {env!r}") + ".*" + message):
         load_task(config(env=env))
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("value", "message"),
     [
-        ("[Prompt('a'), Prompt(None)]", r"gave a Prompt whose text is None; give a string.*\(prompt 1\)"),
-        ("[Prompt('a'), Prompt(b'b')]", r"text is b'b'; give a string.*\(prompt 1\)"),
-        ("[Prompt('a'), 7]", r"gave 7; .*\(prompt 1\)"),
+        ("[Prompt('a'), Prompt(None)]", r"returned a Prompt whose text is None; use a string.*\(prompt 1\)"),
+        ("[Prompt('a'), Prompt(b'b')]", r"text is b'b'; use a string.*\(prompt 1\)"),
+        ("[Prompt('a'), 7]", r"returned 7; .*\(prompt 1\)"),
         ("[Prompt([{'role': 'user', 'content': None}])]", r"text is .*None\}\]; .*\(prompt 0\)"),
-        ("[Prompt('a', columns=None)]", r"whose columns are None; give a dict of them by name \(prompt 0\)"),
-        ("[Prompt('a', columns={1: 2})]", r"whose columns are \{1: 2\}; give a dict"),
+        ("[Prompt('a', columns=None)]", r"whose columns are None; use a dict with column names as keys \(prompt 0\)"),
+        ("[Prompt('a', columns={1: 2})]", r"whose columns are \{1: 2\}; use a dict"),
         ("[Prompt('a'), Prompt('b', columns={'f': lambda: 1})]", r"can't be sent to the processes .*\(prompt 1\)"),
-        ("[Prompt('a', answer=iter(i for i in [1]))]", r"answer or columns can't be sent .*; give plain data"),
+        ("[Prompt('a', answer=iter(i for i in [1]))]", r"answer or columns can't be sent .*; use plain data"),
     ],
 )
-def test_what_is_wrong_with_a_prompt_is_told_with_its_number(
-    given: str, message: str, tmp_path: Path, config: MakeConfig
-) -> None:
+def test_an_error_in_a_prompt_names_its_number(value: str, message: str, tmp_path: Path, config: MakeConfig) -> None:
     with pytest.raises(RloraError, match=message):
-        load_task(config(env=write_env(tmp_path, given)))
+        load_task(config(env=write_env(tmp_path, value)))
 
 
 def test_half_of_a_character_in_a_prompt_is_replaced_as_in_replies(tmp_path: Path, config: MakeConfig) -> None:
     messages = "[{'role': 'user', 'content': 'bad \\ud83d', 'name': 3}]"
-    given = f"[Prompt('bad \\ud83d end', answer=1), Prompt('good \U0001f600', answer=1), Prompt({messages}, answer=1)]"
-    task = load_task(config(env=write_env(tmp_path, given), evaluate={"prompts": 3}))
+    value = f"[Prompt('bad \\ud83d end', answer=1), Prompt('good \U0001f600', answer=1), Prompt({messages}, answer=1)]"
+    task = load_task(config(env=write_env(tmp_path, value), evaluate={"prompts": 3}))
     for prompts in (task.prompts, task.held_out):
         assert [prompt.text for prompt in prompts] == [
             "bad ? end", "good \U0001f600", [{"role": "user", "content": "bad ?", "name": 3}],
         ]  # fmt: skip
-        assert "bad ? end" in task.chat.shown(prompts[0].token_ids)
+        assert "bad ? end" in task.chat.decode(prompts[0].token_ids)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +120,7 @@ def test_an_agent_whose_replies_the_template_does_not_show_is_refused(
     settings = config(env=env, chat={"template": "{{ messages[0].content }}"})
     if refused:
         with pytest.raises(
-            RloraError, match=r"chat\.template = .*does not show what the env says after .*; .* set another"
+            RloraError, match=r"chat\.template = .*does not show an env's reply after .*; .* set a different"
         ):
             load_task(settings)
     else:
@@ -132,21 +128,21 @@ def test_an_agent_whose_replies_the_template_does_not_show_is_refused(
     assert load_task(config(env=env)).agent
 
 
-def test_an_env_that_raises_is_told_with_its_line(tmp_path: Path, config: MakeConfig) -> None:
+def test_an_env_that_raises_is_reported_with_its_line(tmp_path: Path, config: MakeConfig) -> None:
     env = write_env(tmp_path, "[1 / 0]")
     with pytest.raises(RloraError, match=re.escape(f"{tmp_path}/mine.py:6: env = {env!r}") + ".*it raised ZeroDivis"):
         load_task(config(env=env))
 
 
-def test_an_env_may_give_any_iterable(tmp_path: Path, config: MakeConfig) -> None:
+def test_an_env_may_return_any_iterable(tmp_path: Path, config: MakeConfig) -> None:
     task = load_task(config(env=write_env(tmp_path, "(Prompt(f'{n}?') for n in range(9))"), evaluate={"prompts": 4}))
     assert [len(task.prompts), len(task.held_out)] == [9, 4]
 
 
-def write_env(directory: Path, given: str) -> str:
-    """An env whose two methods return `given`, as the config names it."""
+def write_env(directory: Path, value: str) -> str:
+    """Write an env whose methods both return `value`, an expression. Returns its spec."""
     file = directory / "mine.py"
-    methods = "".join(f"    def {name}(self):\n        return {given}\n" for name in ("train", "held_out"))
+    methods = "".join(f"    def {name}(self):\n        return {value}\n" for name in ("train", "held_out"))
     file.write_text(f"from rlora.records import Prompt\n\n\nclass Mine:\n{methods}")
     return f"{file}:Mine"
 
@@ -158,7 +154,7 @@ def test_a_local_directory_is_a_model(demo: str, tmp_path: Path, config: MakeCon
     with pytest.raises(RloraError, match="neither a local directory"):
         load_task(config(model=str(tmp_path)))  # empty
     shutil.copy(Path(demo) / "config.json", tmp_path)
-    with pytest.raises(RloraError, match="no weights are there"):
+    with pytest.raises(RloraError, match="it has no weights"):
         load_task(config(model=str(tmp_path)))
 
 
@@ -169,18 +165,18 @@ def test_every_end_token_ends_a_completion(demo: str, tmp_path: Path) -> None:
     assert stop_token_ids(str(tmp_path), tokenizer) == tuple(sorted([tokenizer.eos_token_id, 7, 11]))
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_is_told(demo: str, tmp_path: Path, config: MakeConfig) -> None:
+def test_a_tokenizer_with_more_tokens_than_the_model_is_reported(demo: str, tmp_path: Path, config: MakeConfig) -> None:
     model = tmp_path / "m"
     shutil.copytree(demo, model)
     settings = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(settings | {"vocab_size": 2000}))
     with pytest.raises(
-        RloraError, match=r"model = .*: its tokenizer gives token \d+, and the model has 2000 embeddings"
+        RloraError, match=r"model = .*: its tokenizer produces token \d+, but the model has 2000 embeddings"
     ):
         load_task(config(model=str(model)))
 
 
-def test_weights_that_do_not_fit_their_config_are_told(demo: str, tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_their_config_are_reported(demo: str, tmp_path: Path) -> None:
     model = tmp_path / "m"
     shutil.copytree(demo, model)
     (model / "model.safetensors").unlink()

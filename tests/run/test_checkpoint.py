@@ -35,10 +35,10 @@ def test_a_bundle_comes_back_as_it_was(run: UPath, bundle: Callable[..., Bundle]
         InFlight(11, 2, adapter(10), played, False),
         InFlight(12, 2, adapter(10)),
     )
-    before = bundle(11, cursor=Cursor(13, (3, 4), in_flight), parent="the digest before")
-    after = checkpoint.read(write(run, before))
-    assert after == before
-    assert after.groups == groups
+    written = bundle(11, cursor=Cursor(13, (3, 4), in_flight), parent="digest of version 10")
+    read = checkpoint.read(write(run, written))
+    assert read == written
+    assert read.groups == groups
     assert json.loads((bundle_path(run, 11) / "bundle.json").read_text())["versions"] == {
         "9": adapter(9).digest,
         "10": adapter(10).digest,
@@ -48,7 +48,7 @@ def test_a_bundle_comes_back_as_it_was(run: UPath, bundle: Callable[..., Bundle]
 def test_what_is_not_kept_is_not_there(run: UPath, bundle: Callable[..., Bundle]) -> None:
     path = write(run, replace(bundle(1), update=None))
     assert checkpoint.read(path).groups is None
-    assert {each.name for each in path.iterdir()} == {
+    assert {file.name for file in path.iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "state.safetensors", "bundle.json",
     }  # fmt: skip
 
@@ -75,7 +75,7 @@ FILES = (
 
 @pytest.mark.parametrize("damage", [damage_by_truncation, damage_by_a_bit, damage_by_removal])
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_bundle_is_passed_over(
+def test_a_damaged_bundle_is_skipped(
     damage: Callable[[UPath], None],
     name: str,
     run: UPath,
@@ -85,26 +85,25 @@ def test_a_damaged_bundle_is_passed_over(
     in_flight = (InFlight(1, 1, adapter(1), group([7], episode([8], 1.0)), True),)
     write(run, bundle(1))
     path = write(run, bundle(2, cursor=Cursor(2, (), in_flight)))
-    assert {each.name for each in path.iterdir()} == set(FILES)
+    assert {file.name for file in path.iterdir()} == set(FILES)
     damage(path / name)
     with pytest.raises(BundleError, match=name):
         checkpoint.read(path)
-    found = checkpoint.newest(run, ORIGIN)
-    assert found == bundle(1)
-    said = capsys.readouterr().err
-    assert f"{path} is passed over" in said
-    assert name in said
+    assert checkpoint.newest(run, ORIGIN) == bundle(1)
+    warning = capsys.readouterr().err
+    assert f"{path} is skipped" in warning
+    assert name in warning
 
 
 @pytest.mark.parametrize("flipped", [0xFF, 0x01, 0x10])
 def test_every_byte_of_a_manifest_counts(flipped: int, run: UPath, bundle: Callable[..., Bundle]) -> None:
     path = write(run, bundle(1)) / "bundle.json"
-    whole = path.read_bytes()
-    for place in range(0, len(whole), 97):
-        content = bytearray(whole)
-        content[place] ^= flipped
+    original = path.read_bytes()
+    for index in range(0, len(original), 97):
+        content = bytearray(original)
+        content[index] ^= flipped
         path.write_bytes(bytes(content))
-        if json_of(bytes(content)) != json_of(whole):  # white space between may change
+        if json_of(bytes(content)) != json_of(original):  # changes of white space are harmless
             with pytest.raises(BundleError):
                 checkpoint.read(path.parent)
 
@@ -116,38 +115,35 @@ def json_of(content: bytes) -> Any:
         return None
 
 
-def test_halves_strangers_and_misnamed_ones_are_passed_over(
+def test_incomplete_foreign_and_misnamed_bundles_are_skipped(
     run: UPath, bundle: Callable[..., Bundle], capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(run, bundle(1))
-    write_directory(run / "bundles" / ".2.half", bundle(2).files)  # the machine died before it was renamed
-    (run / "bundles" / "3").mkdir(parents=True)  # or a store while it was filled
+    write_directory(run / "bundles" / ".2.half", bundle(2).files)  # the machine died before the rename
+    (run / "bundles" / "3").mkdir(parents=True)  # an incomplete upload to a store
     write_directory(bundle_path(run, 4), bundle(5).files)
     write(run, replace(bundle(6), origin=replace(ORIGIN, run="other", id="fedcba9876543210")))
-    found = checkpoint.newest(run, ORIGIN)
-    assert found == bundle(1)
-    said = capsys.readouterr().err
-    assert "it is of another run, other (fedcba9876543210)" in said
-    assert "`rlora train --fork` starts a run from it" in said
-    assert "it is the bundle of version 5, under another's name" in said
-    assert ".half" not in said
+    assert checkpoint.newest(run, ORIGIN) == bundle(1)
+    warning = capsys.readouterr().err
+    assert "belongs to a different run, other (fedcba9876543210)" in warning
+    assert "`rlora train --fork` starts a run from it" in warning
+    assert "contains version 5, so its directory has the wrong name" in warning
+    assert ".half" not in warning
 
 
-def test_a_run_without_a_whole_bundle_is_not_begun_again_silently(
+def test_a_run_without_an_intact_bundle_does_not_silently_start_again(
     run: UPath, bundle: Callable[..., Bundle], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert checkpoint.newest(run, ORIGIN) is None  # nothing was saved yet
     damage_by_removal(write(run, bundle(1)) / "bundle.json")
-    with pytest.raises(RloraError, match=r"none of its 1 bundles is whole.*bring back a copy of one, or start a"):
+    with pytest.raises(RloraError, match=r"none of its 1 bundles is intact.*restore a copy of one, or start a"):
         checkpoint.newest(run, ORIGIN)
 
 
-def test_a_run_whose_bundles_are_gone_is_not_begun_again_silently(run: UPath) -> None:
+def test_a_run_whose_bundles_are_gone_does_not_silently_start_again(run: UPath) -> None:
     run.mkdir(parents=True, exist_ok=True)
     (run / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
-    with pytest.raises(
-        RloraError, match=r"metrics\.jsonl tells of 2 steps, but there is no bundle to go on from; brin"
-    ):
+    with pytest.raises(RloraError, match=r"metrics\.jsonl has 2 steps, but there is no bundle to resume from; restore"):
         checkpoint.newest(run, ORIGIN)
 
 
@@ -165,16 +161,20 @@ def test_a_store_that_does_not_answer_is_not_an_empty_one(
         checkpoint.newest(run, ORIGIN)
 
 
-def test_another_release_is_told(run: UPath, bundle: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_format_of_a_different_release_is_named(
+    run: UPath, bundle: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(checkpoint, "_FORMAT", 2)
     path = write(run, bundle(1))
     monkeypatch.undo()
-    with pytest.raises(RloraError, match=r"format = 2; this release of rlora reads 1"):
-        checkpoint.newest(run, ORIGIN)  # what a later release wrote is not passed over, and then overwritten
+    with pytest.raises(RloraError, match=r"format = 2; this release of rlora reads format 1"):
+        checkpoint.newest(
+            run, ORIGIN
+        )  # a later release's bundle must not be skipped, because it would then be overwritten
     assert path.exists()
 
 
-def test_what_can_not_be_read_now_is_not_passed_over(
+def test_a_bundle_that_can_not_be_read_now_is_not_skipped(
     run: UPath, bundle: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(run, bundle(1))
@@ -188,38 +188,40 @@ def test_what_can_not_be_read_now_is_not_passed_over(
         return content
 
     monkeypatch.setattr(type(path), "read_bytes", failing)
-    with pytest.raises(RloraError, match=r"it can't be read \(the store does not answer\); try again, or move its"):
+    with pytest.raises(RloraError, match=r"can't be read \(the store does not answer\); try again, or move its"):
         checkpoint.newest(run, ORIGIN)
 
 
-def test_what_was_in_flight_of_all_weights_is_sampled_again(run: UPath, bundle: Callable[..., Bundle]) -> None:
-    """They are too many to be kept for it, and its episodes would be of a version that nobody knows."""
-    whole = Adapter("run", 2, b"{}", WEIGHTS, whole=True)
-    sent = InFlight(3, 1, replace(whole, number=1), group([7], episode([8], 1.0)), scored=True)
-    before = bundle(2, adapter=whole, cursor=Cursor(4, (), (sent,)))
-    assert checkpoint.read(write(run, before)).cursor.in_flight == (InFlight(3, 1),)
+def test_prompts_in_flight_of_all_weights_are_sampled_again(run: UPath, bundle: Callable[..., Bundle]) -> None:
+    """A bundle does not contain the model that sampled them, so their version would be unknown."""
+    model = Adapter("run", 2, b"{}", WEIGHTS, full_weights=True)
+    sent = InFlight(3, 1, replace(model, number=1), group([7], episode([8], 1.0)), scored=True)
+    written = bundle(2, adapter=model, cursor=Cursor(4, (), (sent,)))
+    assert checkpoint.read(write(run, written)).cursor.in_flight == (InFlight(3, 1),)
 
 
-def test_a_version_is_asked_for(tmp_path: Path, bundle: Callable[..., Bundle]) -> None:
+def test_a_version_is_read_by_its_number(tmp_path: Path, bundle: Callable[..., Bundle]) -> None:
     run = UPath(tmp_path)
     write_provenance(tmp_path)
-    with pytest.raises(RloraError, match=r"it has no bundle yet; `rlora train --resume .*` begins it again"):
+    with pytest.raises(RloraError, match=r"there is no bundle yet; `rlora train --resume .*` starts the run again"):
         checkpoint.read_version(run)
     for version in (1, 2, 3, 5, 8, 9):
         write(run, bundle(version))
     assert checkpoint.read_version(run).version == 9
     assert checkpoint.read_version(run, 3) == bundle(3)
-    with pytest.raises(RloraError, match=r"no bundle of version 4; there are 1 to 3, 5, 8 to 9 \(config: checkpoint"):
+    with pytest.raises(
+        RloraError, match=r"no bundle of version 4; the versions are 1 to 3, 5, 8 to 9 \(config: checkpoint"
+    ):
         checkpoint.read_version(run, 4)
     shutil.rmtree(tmp_path / "bundles" / "9")
     damage_by_a_bit(bundle_path(run, 8) / "state.safetensors")
     assert checkpoint.read_version(run).version == 5
-    with pytest.raises(BundleError, match=r"state\.safetensors: it is damaged: its digest"):
+    with pytest.raises(BundleError, match=r"state\.safetensors: damaged: its digest"):
         checkpoint.read_version(run, 8)
 
 
 def test_all_weights_are_a_bundle_too(run: UPath, bundle: Callable[..., Bundle]) -> None:
-    before = bundle(1, adapter=Adapter("run", 1, b"{}", b"weights", whole=True))
-    path = write(run, before)
-    assert {"config.json", "model.safetensors"} < {each.name for each in path.iterdir()}
-    assert checkpoint.read(path).adapter == before.adapter
+    written = bundle(1, adapter=Adapter("run", 1, b"{}", b"weights", full_weights=True))
+    path = write(run, written)
+    assert {"config.json", "model.safetensors"} < {file.name for file in path.iterdir()}
+    assert checkpoint.read(path).adapter == written.adapter

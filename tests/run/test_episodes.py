@@ -9,24 +9,24 @@ from rlora.records import Episode, Group, Prompt, Version
 from rlora.run import episodes
 
 
-def test_groups_come_back_as_they_were(groups: list[Group]) -> None:
+def test_encode_and_decode_are_inverse(groups: list[Group]) -> None:
     prompt = Prompt([{"role": "user", "content": "two \ud800 halves?"}], {"a": [1, None]}, (4, 5), {"level": "hard"})
     played = Episode(
         completion_ids=(1, 2, 3),
-        behaviour_logprobs=(-0.1, 0.0, -1 / 3),  # a third has no end in binary: every bit counts
+        behaviour_logprobs=(-0.1, 0.0, -1 / 3),  # 1/3 is not exact in binary: tests every bit
         finish_reason="context",
         version=Version("run", 7, "0123456789abcdef"),
         text="the last \ud800",
         reward=0.1,
-        own=(True, False, True),
+        sampled_mask=(True, False, True),
         messages=({"role": "assistant", "content": "é"}, {"role": "tool", "content": "4"}),
         state={"tries": 2},
         status="wrong",
         parts={"f": 0.1, "f/extra": 2.0},
     )
     unscored = replace(played, reward=None, status="", parts={})
-    every = [*groups, Group(prompt, (played, unscored))]
-    assert episodes.decode(episodes.encode(every), "run") == every
+    written = [*groups, Group(prompt, (played, unscored))]
+    assert episodes.decode(episodes.encode(written), "run") == written
     assert episodes.decode(episodes.encode([]), "run") == []
 
 
@@ -36,17 +36,17 @@ def test_a_file_of_a_release_without_digests_is_read() -> None:
     sink = pyarrow.BufferOutputStream()
     parquet.write_table(table.drop_columns(["digest"]), sink)
     (read,) = episodes.decode(sink.getvalue().to_pybytes(), "run")
-    assert [each.version for each in read.episodes] == [Version("run", 7, ""), Version("run", 0, "")]
+    assert [episode.version for episode in read.episodes] == [Version("run", 7, ""), Version("run", 0, "")]
     assert read == replace(one, episodes=(replace(one.episodes[0], version=Version("run", 7)), one.episodes[1]))
 
 
-def test_what_json_does_not_know_of_an_answer_becomes_text() -> None:
+def test_an_answer_that_json_lacks_becomes_text() -> None:
     one = Group(Prompt("?", answer=1 + 2j, token_ids=(1,)), (episode([2]),))
     assert episodes.decode(episodes.encode([one]), "run")[0].prompt.answer == "(1+2j)"
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 3000])
-def test_it_is_small(tokens: int) -> None:
+def test_the_file_is_small(tokens: int) -> None:
     one = group([1] * 50, *[episode([7] * tokens, logprobs=[-0.5] * tokens) for _ in range(8)])
     assert len(episodes.encode([one])) < 20_000
     assert episodes.decode(episodes.encode([one]), "run") == [one]

@@ -15,7 +15,7 @@ from rlora.cli import overrides
 from rlora.config import read
 from rlora.core.lora import Spec
 from rlora.core.peft_format import encode, masters
-from rlora.records import WHOLE_FILES, Adapter, RloraError
+from rlora.records import MODEL_FILES, Adapter, RloraError
 from rlora.run import directory
 from rlora.run.checkpoint import Bundle
 from rlora.run.export import card, export
@@ -31,24 +31,23 @@ def metrics(run: UPath, rewards: Sequence[float]) -> None:
     (run / directory.METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 9')
 
 
-def test_a_model_card_says_what_an_adapter_is_and_where_it_comes_from(
+def test_a_model_card_describes_an_adapter_and_its_provenance(
     tmp_path: Path, config: Callable[..., Config], bundle: Callable[..., Bundle]
 ) -> None:
     run = UPath(tmp_path) / "run"
     metrics(run, [0.0, 0.1, 0.2, 0.3])
     directory.summarise(run, {"steps": 4, "accuracy/before": 0.25, "accuracy/after": 0.75, "accuracy/prompts": 40})
-    own = config(algorithm={"name": "grpo"}, env_args={"high": 7})
+    settings = config(algorithm={"name": "grpo"}, env_args={"high": 7})
     fork = replace(ORIGIN, forked_from={"run": "other", "version": 2, "digest": "0123456789abcdef", "id": "1"})
-    version = bundle(4, config=own, origin=fork)
-    text = card(run, version)
-    _, head, body = text.split("---\n", 2)
+    version = bundle(4, config=settings, origin=fork)
+    _, head, body = card(run, version).split("---\n", 2)
     assert yaml.safe_load(head) == {
-        "base_model": own.model,
+        "base_model": settings.model,
         "library_name": "peft",
         "pipeline_tag": "text-generation",
         "tags": ["lora", "reinforcement-learning", "rlora", "grpo"],
     }
-    for said in (
+    for text in (
         "# run, version 4",
         "rank-1 LoRA adapter (alpha 32, all)",
         '`rlora.envs.arithmetic:Arithmetic` {"high": 7}',
@@ -61,7 +60,7 @@ def test_a_model_card_says_what_an_adapter_is_and_where_it_comes_from(
         "| 3 | 0.300 | 9.5 |",
         'name = "grpo"',
     ):
-        assert said in body, said
+        assert text in body, text
     merged = card(run, version, "bfloat16")
     assert "merged in bfloat16" in merged
     assert yaml.safe_load(merged.split("---\n")[1])["library_name"] == "transformers"
@@ -75,7 +74,7 @@ def base(tmp_path: Path) -> str:
     return str(tmp_path / "base")
 
 
-def test_an_adapter_is_exported_as_it_is_or_as_a_model_that_it_is_merged_into(
+def test_an_adapter_is_exported_unchanged_or_merged(
     tmp_path: Path, base: str, config: Callable[..., Config], bundle: Callable[..., Bundle]
 ) -> None:
     model = tiny_model("llama")
@@ -87,14 +86,14 @@ def test_an_adapter_is_exported_as_it_is_or_as_a_model_that_it_is_merged_into(
     version = bundle(3, adapter=adapter, config=config(model=base))
     run = UPath(tmp_path) / "run"
 
-    said = export(run, version, tmp_path / "adapter")
-    assert said == f"version 3: {tmp_path}/adapter, over the base {base}"
+    report = export(run, version, tmp_path / "adapter")
+    assert report == f"version 3: {tmp_path}/adapter, for the base {base}"
     assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == adapter.weights
     assert "# run, version 3" in (tmp_path / "adapter" / "README.md").read_text()
 
-    said = export(run, version, tmp_path / "merged", "float32")
-    assert said.startswith(f"version 3 merged in float32: {tmp_path}/merged; the merged update is 0.00% off")
-    assert "--dtype float32" not in said
+    report = export(run, version, tmp_path / "merged", "float32")
+    assert report.startswith(f"version 3 merged in float32: {tmp_path}/merged; the merged update is 0.00% off")
+    assert "--dtype float32" not in report
     assert (tmp_path / "merged" / "model.safetensors").stat().st_mode & 0o077 == (
         tmp_path / "merged" / "config.json"
     ).stat().st_mode & 0o077
@@ -110,16 +109,16 @@ def test_an_adapter_is_exported_as_it_is_or_as_a_model_that_it_is_merged_into(
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").decode([5]) == "w5"
     assert "merged in float32" in (tmp_path / "merged" / "README.md").read_text()
 
-    with pytest.raises(RloraError, match=r"--to .*adapter: it is there already; name another directory"):
+    with pytest.raises(RloraError, match=r"--to .*adapter: it exists already; use a different directory"):
         export(run, version, tmp_path / "adapter")
 
 
 def test_all_weights_are_exported_as_a_model(
     tmp_path: Path, base: str, config: Callable[..., Config], bundle: Callable[..., Bundle]
 ) -> None:
-    parts = [(Path(base) / name).read_bytes() for name in WHOLE_FILES]
-    whole = Adapter("run", 2, *parts, whole=True)
-    version = bundle(2, adapter=whole, config=config(model=base, learner={"adapter": "none"}))
+    parts = [(Path(base) / name).read_bytes() for name in MODEL_FILES]
+    adapter = Adapter("run", 2, *parts, full_weights=True)
+    version = bundle(2, adapter=adapter, config=config(model=base, learner={"adapter": "none"}))
     with pytest.raises(RloraError, match="--merge: this run trained all weights"):
         export(UPath(tmp_path) / "run", version, tmp_path / "model", "bfloat16")
     assert not (tmp_path / "model").exists()
@@ -147,18 +146,18 @@ def version(base: str, config: Callable[..., Config], bundle: Callable[..., Bund
 def test_an_export_has_the_chat_template_that_was_trained_with(
     named: bool, tmp_path: Path, base: str, version: Callable[..., Bundle]
 ) -> None:
-    """Of one's own, or one of several that the base's tokenizer has."""
+    """The template is the user's, or one of several that the base's tokenizer has."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template = {"default": "{{ messages }}", "tools": TEMPLATE} if named else "{{ messages }}"
     tokenizer.save_pretrained(base)
-    own, run = version(template="tools" if named else TEMPLATE), UPath(tmp_path) / "run"
-    export(run, own, tmp_path / "merged", "float32")
+    trained, run = version(template="tools" if named else TEMPLATE), UPath(tmp_path) / "run"
+    export(run, trained, tmp_path / "merged", "float32")
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == TEMPLATE
-    export(run, own, tmp_path / "adapter")
+    export(run, trained, tmp_path / "adapter")
     assert (tmp_path / "adapter" / "chat_template.jinja").read_text() == TEMPLATE
     assert "--chat-template chat_template.jinja" in (tmp_path / "adapter" / "README.md").read_text()
     export(run, version(), tmp_path / "plain")
-    assert not (tmp_path / "plain" / "chat_template.jinja").exists()  # it is the base's
+    assert not (tmp_path / "plain" / "chat_template.jinja").exists()  # the base's template applies
     export(run, version(), tmp_path / "merged-plain", "float32")
     assert AutoTokenizer.from_pretrained(tmp_path / "merged-plain").chat_template == "{{ messages }}"
 
@@ -166,37 +165,36 @@ def test_an_export_has_the_chat_template_that_was_trained_with(
 def test_all_weights_are_exported_with_the_chat_template_too(
     tmp_path: Path, base: str, config: Callable[..., Config], bundle: Callable[..., Bundle]
 ) -> None:
-    whole = Adapter("run", 2, *((Path(base) / name).read_bytes() for name in WHOLE_FILES), whole=True)
+    adapter = Adapter("run", 2, *((Path(base) / name).read_bytes() for name in MODEL_FILES), full_weights=True)
     settings = config(model=base, learner={"adapter": "none"}, chat={"template": TEMPLATE})
-    export(UPath(tmp_path) / "run", bundle(2, adapter=whole, config=settings), tmp_path / "model")
+    export(UPath(tmp_path) / "run", bundle(2, adapter=adapter, config=settings), tmp_path / "model")
     assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template == TEMPLATE
 
 
-def test_a_template_that_can_not_be_had_is_told_before_anything_is_written(
+def test_a_missing_template_is_an_error_before_anything_is_written(
     tmp_path: Path, version: Callable[..., Bundle]
 ) -> None:
-    gone = version(template=str(tmp_path / "gone.jinja"))  # as runs of earlier versions kept it
+    gone = version(template=str(tmp_path / "gone.jinja"))  # as runs of earlier releases stored it
     for merged in (None, "float32"):
         with pytest.raises(RloraError, match=r"chat\.template = '.*gone\.jinja': can't be read"):
             export(UPath(tmp_path) / "run", gone, tmp_path / "out", merged)
         assert not (tmp_path / "out").exists()
 
 
-def test_a_card_says_how_prompts_were_put(tmp_path: Path, version: Callable[..., Bundle]) -> None:
+def test_a_card_describes_the_format_of_prompts(tmp_path: Path, version: Callable[..., Bundle]) -> None:
     run = UPath(tmp_path) / "run"
     chat = {"system": "Be\nbrief.", "prefill": "<think>\n", "stop": ["##"], "template_args": {"thinking": True}}
     text = card(run, version(**chat))
     section = text.partition("## Prompts")[2].partition("## Mean reward")[0]
-    said = tomllib.loads(section.partition("```toml")[2].partition("```")[0])
-    assert said == {"chat": chat}
+    assert tomllib.loads(section.partition("```toml")[2].partition("```")[0]) == {"chat": chat}
     assert "chat template of the base's tokenizer" in section
     assert "toml" not in card(run, version()).partition("## Prompts")[2].partition("## Mean reward")[0]
-    for one in ("bfloat16", None):
-        assert ("chat_template.jinja" in card(run, version(template=TEMPLATE), one)) == (one is None)
+    for merged in ("bfloat16", None):
+        assert ("chat_template.jinja" in card(run, version(template=TEMPLATE), merged)) == (merged is None)
 
 
 def test_a_run_keeps_the_text_of_its_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file may be changed or gone once the run is exported, evaluated or resumed."""
+    """The file may be changed or deleted before the run is exported, evaluated or resumed."""
     monkeypatch.chdir(ROOT)
     file = tmp_path / "own.jinja"
     file.write_text(TEMPLATE)
@@ -211,5 +209,5 @@ def test_a_run_keeps_the_text_of_its_template(tmp_path: Path, monkeypatch: pytes
     file.write_text(other)
     resumed = resume_run(overrides.parse_train(["--resume", str(run)]).config, UPath(run)).config
     assert resumed.chat.template == TEMPLATE
-    changed = overrides.parse_train(["--resume", str(run), "--set", f'chat.template="{file}"'])
+    changed = overrides.parse_train(["--resume", str(run), f"--chat.template={file}"])
     assert resume_run(changed.config, UPath(run)).config.chat.template == other

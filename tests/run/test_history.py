@@ -21,28 +21,28 @@ def task(config: Callable[..., Config]) -> Task:
 
 
 def trained(run: UPath, config: Config, task: Task, steps: int, lineage: dict[str, object] | None = None) -> None:
-    """A run of so many steps, as its directory has it."""
+    """Write the directory of a run of `steps` steps."""
     directory.create(run, config, task, forked_from=lineage)
     lines = [{"step": step, "reward/mean": step / 10, "completion/length": 9.5} for step in range(steps)]
     (run / directory.METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 9')
-    bundle = Bundle(directory.Provenance.here(run, task), adapter(steps), b"", Cursor(), config)
+    bundle = Bundle(directory.Provenance.current(run, task), adapter(steps), b"", Cursor(), config)
     write_directory(bundle_path(run, steps), bundle.files)
 
 
-def test_what_became_of_each_run(tmp_path: Path, config: Callable[..., Config], task: Task) -> None:
-    place = UPath(tmp_path)
-    trained(place / "done", config(steps=3), task, 3)
-    directory.summarise(place / "done", {"accuracy/before": 0.25, "accuracy/after": 0.75})
-    trained(place / "forked", config(steps=9), task, 5, {"run": "done", "version": 2, "digest": "00ff", "id": "1"})
-    (place / "no run").mkdir()
-    (place / "old").mkdir()
-    (place / "old" / "config.toml").write_text("fields = 'of another release'")
-    with directory.held(place / "forked"):
-        listed = [(p.name, p.status, p.steps, p.best, p.accuracy, p.origin) for p in list_runs(place)]
+def test_the_progress_of_each_run(tmp_path: Path, config: Callable[..., Config], task: Task) -> None:
+    path = UPath(tmp_path)
+    trained(path / "done", config(steps=3), task, 3)
+    directory.summarise(path / "done", {"accuracy/before": 0.25, "accuracy/after": 0.75})
+    trained(path / "forked", config(steps=9), task, 5, {"run": "done", "version": 2, "digest": "00ff", "id": "1"})
+    (path / "no run").mkdir()
+    (path / "old").mkdir()
+    (path / "old" / "config.toml").write_text("fields = 'of another release'")
+    with directory.locked(path / "forked"):
+        listed = [(run.name, run.status, run.steps, run.best, run.accuracy, run.origin) for run in list_runs(path)]
     assert listed == [
         ("done", "finished", "3/3", "0.200 at version 2", "0.250 -> 0.750", ""),
         ("forked", "running", "5/9", "0.400 at version 4", "", "done@2"),
         ("old", "not readable", "", "", "", ""),
     ]
-    assert [past.status for past in list_runs(place)] == ["finished", "stopped", "not readable"]
-    assert list(list_runs(place / "nowhere")) == []
+    assert [run.status for run in list_runs(path)] == ["finished", "stopped", "not readable"]
+    assert list(list_runs(path / "nowhere")) == []

@@ -22,7 +22,7 @@ def trained(name: str, spec: Spec, std: float) -> tuple[Adapter, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "mixtral", "qwen3_moe"])
-def test_merged_in_fp32_is_the_policy(name: str) -> None:
+def test_a_merge_in_fp32_equals_the_policy(name: str) -> None:
     adapter, logits = trained(name, Spec(4, rslora=True), 0.1)
     base = tiny_model(name)
     assert merge(base, adapter, torch.float32) < 1e-3
@@ -31,14 +31,14 @@ def test_merged_in_fp32_is_the_policy(name: str) -> None:
 
 
 @pytest.mark.parametrize(("std", "least", "most"), [(1e-5, 0.5, 1.5), (10.0, 0.0, 0.01)])
-def test_bf16_loses_small_updates_and_says_how_much(std: float, least: float, most: float) -> None:
+def test_a_merge_in_bf16_reports_how_much_of_a_small_update_is_lost(std: float, least: float, most: float) -> None:
     adapter, _ = trained("llama", Spec(), std)
     assert least <= merge(tiny_model("llama").bfloat16().float(), adapter, torch.bfloat16) <= most
 
 
-def test_an_adapter_of_another_model_is_refused() -> None:
+def test_an_adapter_of_a_different_model_is_refused() -> None:
     adapter, _ = trained("llama", Spec(), 0.1)
-    with pytest.raises(RloraError, match="its matrices are not those of Phi3ForCausalLM"):
+    with pytest.raises(RloraError, match="its matrices do not match Phi3ForCausalLM"):
         merge(tiny_model("phi3"), adapter, torch.float32)
     with pytest.raises(RloraError, match="load it in float32"):
         merge(tiny_model("llama").bfloat16(), adapter, torch.float32)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ORIGIN, adapter, episode, group, save_words
 from killed import DRIVER, LEARNER, RAY, WRITE, Driver
-from recorded_run import made_up
+from recorded_run import generated
 from upath import UPath
 
 from rlora.records import Adapter, Cursor, InFlight, Version
@@ -45,7 +45,7 @@ def lines(run: Path) -> list[str]:
 
 
 def digests(run: Path) -> list[tuple[int, str]]:
-    """Of the version that each step made, by the step."""
+    """Each step, and the digest of the version that it made."""
     return [(line["step"], line["adapter"]) for line in map(json.loads, lines(run))]
 
 
@@ -54,53 +54,55 @@ def digests(run: Path) -> list[tuple[int, str]]:
 def test_no_kill_costs_more_than_the_step_in_flight(
     kills: int, config_file: Callable[[int, int], str], tmp_path: Path
 ) -> None:
-    """kill -9 of the driver, the learner and Ray at random moments, and of the driver in mid-write and mid-removal."""
+    """kill -9 of the driver, the learner and Ray at random times, and of the driver during a write or a removal."""
     draw, steps = random.Random(kills), 6 * kills
-    config, whole, run = config_file(steps, 3), tmp_path / "whole" / "run", tmp_path / "run"  # of one policy's name
-    whole.parent.mkdir()
-    reference = Driver(whole, config_file(steps, steps + 1), "-")
+    config, uninterrupted, run = config_file(steps, 3), tmp_path / "uninterrupted" / "run", tmp_path / "run"
+    uninterrupted.parent.mkdir()
+    reference = Driver(uninterrupted, config_file(steps, steps + 1), "-")
     assert reference.wait() == 0, reference.printed
 
     driver: Driver | None = None
-    reached = least = 0  # steps that were done, and saved for certain
-    for number, what in enumerate(([WRITE, LEARNER, RAY, WRITE, DRIVER] * kills)[:kills]):
+    reached = least = 0  # completed steps, and steps that are certainly saved
+    for number, target in enumerate(([WRITE, LEARNER, RAY, WRITE, DRIVER] * kills)[:kills]):
         if not driver:
             least = max(len(lines(run)) - 1, reached - 1)  # a line is written before its bundle
-            fault = [str(draw.randrange(5, 50) if number else 1)] if what == WRITE else []  # the first of all, too
-            driver = Driver(run, config, str(whole), *fault)
-        if what != WRITE:
+            fault = [str(draw.randrange(5, 50) if number else 1)] if target == WRITE else []  # 1: the very first write
+            driver = Driver(run, config, str(uninterrupted), *fault)
+        if target != WRITE:
             driver.wait_for(max(reached, driver.done) + 1)
             time.sleep(draw.random() * 0.3)
-            driver.kill(what)
-        if what != LEARNER:  # of that it needs no help to go on
+            driver.kill(target)
+        if target != LEARNER:  # the driver replaces a learner by itself
             assert driver.wait() != 0, driver.printed
             reached = max(reached, driver.done)
         if driver.start is not None:
             assert driver.start >= least
-        driver = driver if what == LEARNER else None
-    assert not driver, "the last kill has to end the driver: two can't train one run"
+        driver = driver if target == LEARNER else None
+    assert not driver, "the last kill must end the driver: two can't train one run"
 
-    last = Driver(run, config, str(whole))
+    last = Driver(run, config, str(uninterrupted))
     assert last.wait() == 0, last.printed
     assert last.start is not None
     assert last.start >= reached - 1
 
-    assert digests(run) == digests(whole)  # each episode was learned from once, in its step
+    assert digests(run) == digests(uninterrupted)  # each episode was used once, in its step
     assert [step for step, _ in digests(run)] == list(range(steps))
     kept = checkpoint.versions(UPath(run))
     assert kept[-3:] == [steps - 2, steps - 1, steps]
-    assert len(kept) <= 4  # one of them the best
+    assert len(kept) <= 4  # including the best version
     for version in kept:
-        ours, theirs = (checkpoint.read(checkpoint.bundle_path(UPath(each), version)) for each in (run, whole))
-        assert ours.groups == theirs.groups
-        assert ours.groups == (list(made_up(version - 1)) if version else None)
-        assert ours.cursor.next == 2 * version
-        assert ours.adapter.weights == theirs.adapter.weights
-        assert ours.state == theirs.state
+        bundle, expected = (
+            checkpoint.read(checkpoint.bundle_path(UPath(path), version)) for path in (run, uninterrupted)
+        )
+        assert bundle.groups == expected.groups
+        assert bundle.groups == (list(generated(version - 1)) if version else None)
+        assert bundle.cursor.next == 2 * version
+        assert bundle.adapter.weights == expected.adapter.weights
+        assert bundle.state == expected.state
     assert not [path for path in (run / "bundles").iterdir() if not path.name.isdigit()]
 
 
-def test_a_fork_begins_with_the_bundle_as_its_own(tmp_path: Path, bundle: Callable[..., Bundle]) -> None:
+def test_a_fork_adopts_the_bundle(tmp_path: Path, bundle: Callable[..., Bundle]) -> None:
     (tmp_path / "config.toml").write_text(
         '[provenance]\nid = "ff"\nprompts_sha256 = "others"\nmachine = ""\n[provenance.packages]\n'
     )
@@ -114,7 +116,7 @@ def test_a_fork_begins_with_the_bundle_as_its_own(tmp_path: Path, bundle: Callab
     }  # fmt: skip
 
 
-def test_what_a_fork_has_in_flight_is_of_its_own_policy(tmp_path: Path, bundle: Callable[..., Bundle]) -> None:
+def test_prompts_in_flight_of_a_fork_belong_to_its_policy(tmp_path: Path, bundle: Callable[..., Bundle]) -> None:
     fork = tmp_path / "fork"
     fork.mkdir()
     (fork / "config.toml").write_text(
@@ -124,15 +126,15 @@ def test_what_a_fork_has_in_flight_is_of_its_own_policy(tmp_path: Path, bundle: 
     in_flight = (InFlight(9, 2, None), InFlight(10, 2, adapter(2), played, True), InFlight(11, 2, adapter(3)))
     adopted = resume.adopt(bundle(3, cursor=Cursor(12, (), in_flight)), UPath(fork))
     assert adopted.adapter.version == Version("fork", 3, adapter(3).digest)
-    adapters = [each.adapter for each in adopted.cursor.in_flight]
-    assert [each and each.version for each in adapters] == [
+    adapters = [prompt.adapter for prompt in adopted.cursor.in_flight]
+    assert [item and item.version for item in adapters] == [
         None, Version("fork", 2, adapter(2).digest), Version("fork", 3, adapter(3).digest),
     ]  # fmt: skip
-    assert [each and each.weights for each in adapters] == [None, adapter(2).weights, adapter(3).weights]
+    assert [item and item.weights for item in adapters] == [None, adapter(2).weights, adapter(3).weights]
     assert checkpoint.newest(UPath(fork), Provenance.of(UPath(fork))) == adopted
 
 
-def test_what_was_in_flight_goes_on_only_where_it_is_still_asked_for(
+def test_prompts_in_flight_are_kept_only_if_the_config_still_asks_for_them(
     config: Callable[..., Config], bundle: Callable[..., Bundle], capsys: pytest.CaptureFixture[str]
 ) -> None:
     cursor = Cursor(20, (4,), (InFlight(18, 2, adapter(1)), InFlight(19, 2, None)))
@@ -141,18 +143,18 @@ def test_what_was_in_flight_goes_on_only_where_it_is_still_asked_for(
     assert capsys.readouterr().err == ""
     hotter = config(sampling={"max_tokens": 8, "max_prompt_tokens": 48, "temperature": 0.5})
     assert resume.cursor_for(hotter, start, ORIGIN) == Cursor(20, (18, 19, 4))
-    assert "sampling: changed, so the prompts that were in flight are sampled again" in capsys.readouterr().err
+    assert "sampling: changed, so the prompts in flight are sampled again" in capsys.readouterr().err
     assert resume.cursor_for(config(), start, replace(ORIGIN, prompts="others")) == Cursor(20)
-    assert "its training prompts are others than they were" in capsys.readouterr().err
+    assert "its training prompts have changed since version 2" in capsys.readouterr().err
 
 
-def test_a_run_keeps_what_it_started_from(tmp_path: Path, config: Callable[..., Config]) -> None:
-    given = write_adapter(Adapter("", 0, b"{}", b"weights"), tmp_path / "given")
-    run, plain, started = UPath(tmp_path / "run"), config(), config(learner={"start_from": str(given)})
-    assert resume.keep_start(run, plain) == resume.with_own_start(run, plain) == plain
-    assert resume.with_own_start(run, started) == started  # there is no copy yet
-    own = resume.keep_start(run, started)
-    assert own.learner.start_from == str(run / "start")
-    shutil.rmtree(given)
-    assert resume.with_own_start(run, started) == own
+def test_a_run_keeps_a_copy_of_its_start(tmp_path: Path, config: Callable[..., Config]) -> None:
+    original = write_adapter(Adapter("", 0, b"{}", b"weights"), tmp_path / "original")
+    run, plain, started = UPath(tmp_path / "run"), config(), config(learner={"start_from": str(original)})
+    assert resume.keep_start(run, plain) == resume.with_kept_start(run, plain) == plain
+    assert resume.with_kept_start(run, started) == started  # there is no copy yet
+    kept = resume.keep_start(run, started)
+    assert kept.learner.start_from == str(run / "start")
+    shutil.rmtree(original)
+    assert resume.with_kept_start(run, started) == kept
     assert (run / "start" / "adapter_model.safetensors").read_bytes() == b"weights"

@@ -1,4 +1,4 @@
-"""Reward functions of TRL's, verl's and OpenRLHF's documentation drive training, unchanged, on real vLLM and Ray."""
+"""Training with unchanged reward functions from the documentation of TRL, verl and OpenRLHF, on real vLLM and Ray."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -32,7 +32,7 @@ class Running:
 
 @pytest.fixture(scope="module")
 def running(config: Callable[..., Config]) -> Iterator[Running]:
-    """One learner and one engine for all."""
+    """One learner and one engine for all tests."""
     settings = config(prompts_per_step=2, group_size=6, steps=100, sampling={"max_tokens": 16, "max_prompt_tokens": 64})
     task = load_task(settings)
     with cluster.start([ServedPolicy("run", settings, task)]) as job:
@@ -55,12 +55,12 @@ def running(config: Callable[..., Config]) -> Iterator[Running]:
         (("reward_func",), "auto"),
         (("reward_func_of_lengths",), "openrlhf"),
     ],
-    ids=lambda each: each[0] if isinstance(each, tuple) else "",
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
-def test_an_update_is_made_of_what_it_says(running: Running, names: tuple[str, ...], style: str) -> None:
+def test_rewards_of_borrowed_functions_lead_to_an_update(running: Running, names: tuple[str, ...], style: str) -> None:
     rewards = [f"{BORROWED}:{name}" for name in names]
     config = replace(running.config, reward=tuple(rewards), scoring=replace(running.config.scoring, style=style))
-    task = replace(running.task, prompts=[replace(each, columns={"task": "math"}) for each in running.task.prompts])
+    task = replace(running.task, prompts=[replace(prompt, columns={"task": "math"}) for prompt in running.task.prompts])
     adapter = running.learner.adapter("run")
     running.fleet.swap(adapter, oldest=adapter.number)
     pool = Pool(setup_of(config, agent=False), 1)

@@ -6,7 +6,7 @@ from rlora.scoring.clock import Clock
 
 
 def test_what_is_half_written_is_not_read() -> None:
-    """A process writes without a pause, in which another reads: all that is read is of one call."""
+    """One process writes without a pause while another reads: each record that is read belongs to one call."""
     with tempfile.TemporaryFile() as file:
         file.write(bytes(Clock.SIZE))
         file.flush()
@@ -20,12 +20,12 @@ def test_what_is_half_written_is_not_read() -> None:
                 clock.write(number, number, number, float(number))
             os._exit(0)
         try:
-            seen = []
+            records = []
             while time.monotonic() < deadline:
-                seen.append(clock.read())
+                records.append(clock.read())
         finally:
             os.waitpid(writer, 0)
-    calls = [call for call in seen if call]
+    calls = [call for call in records if call]
     assert len({call.job for call in calls}) > 10
     assert all(call.job == call.call == call.function == call.deadline for call in calls)
-    assert [call.since for call in calls] == sorted(call.since for call in calls)
+    assert [call.start for call in calls] == sorted(call.start for call in calls)

@@ -1,4 +1,4 @@
-"""Variables of the environment that reward functions get: by name, on every node, and never stored by value."""
+"""Environment variables for reward functions: passed by name to every node, and never stored by value."""
 
 import json
 import os
@@ -43,17 +43,17 @@ def test_a_variable_that_is_not_set_is_named(config: MakeConfig, monkeypatch: py
     assert setup_of(config(scoring={"environment": [NAME]}), agent=False).environment == {NAME: ""}
 
 
-@pytest.mark.parametrize("given", [f"{NAME}={VALUE}", VALUE, f"${NAME}", "", " ", "A B"])
-def test_a_value_in_place_of_a_name_is_refused_and_not_shown(given: str, config: MakeConfig) -> None:
+@pytest.mark.parametrize("setting", [f"{NAME}={VALUE}", VALUE, f"${NAME}", "", " ", "A B"])
+def test_a_value_in_place_of_a_name_is_refused_and_not_shown(setting: str, config: MakeConfig) -> None:
     with pytest.raises(RloraError, match=r"scoring\.environment: its item 1 is no name of .*give names alone") as error:
-        validate(config(scoring={"environment": ["PATH", given]}))
+        validate(config(scoring={"environment": ["PATH", setting]}))
     assert VALUE not in str(error.value)
 
 
-@pytest.mark.parametrize("given", [f"{NAME}={VALUE}", {NAME: VALUE}, [{NAME: VALUE}], [[NAME, VALUE]]])
-def test_other_forms_are_refused_and_not_shown(given: object, config: MakeConfig) -> None:
+@pytest.mark.parametrize("setting", [f"{NAME}={VALUE}", {NAME: VALUE}, [{NAME: VALUE}], [[NAME, VALUE]]])
+def test_other_forms_are_refused_and_not_shown(setting: object, config: MakeConfig) -> None:
     with pytest.raises(RloraError, match=r"^scoring\.environment: give a list of names .*, without") as error:
-        config(scoring={"environment": given})
+        config(scoring={"environment": setting})
     assert VALUE not in str(error.value)
 
 
@@ -87,10 +87,10 @@ def raising(message: Callable[[str], object]) -> Callable[[str], float]:
         lambda value: "x" * 100_000 + value,
     ],
 )
-def test_secrets_are_veiled_before_a_message_is_cut(value: str, message: Callable[[str], object]) -> None:
+def test_secrets_are_masked_before_a_message_is_shortened(value: str, message: Callable[[str], object]) -> None:
     setup = Setup(environment={NAME: value, "OTHER": "x"})
     (score,) = reward_function("mine.py:f", raising(message))(case(value), [0])
-    detail = worker._veiled(score.detail, setup)
+    detail = worker._masked(score.detail, setup)
     assert len(detail) < 2100
     assert "; fix it there" in detail
     assert not [part for part in (value[:6], value[-6:].strip(), repr(value)[1:7], value[6:12]) if part in detail], (
@@ -101,12 +101,12 @@ def test_secrets_are_veiled_before_a_message_is_cut(value: str, message: Callabl
 def test_a_returned_text_is_no_place_for_a_secret() -> None:
     value = "secret" * 20
     (score,) = reward_function("mine.py:f", lambda completion: completion)(case(value), [0])
-    assert f"returned '<{NAME}>'; let it return" in worker._veiled(score.detail, Setup(environment={NAME: value}))
+    assert f"returned '<{NAME}>'; return" in worker._masked(score.detail, Setup(environment={NAME: value}))
 
 
-def test_the_longer_secret_is_veiled_first() -> None:
+def test_the_longer_secret_is_masked_first() -> None:
     setup = Setup(environment={"SHORT": "abcdef", "LONG": "abcdefghi"})
-    assert worker._veiled("abcdefghi abcdef abcde", setup) == "<LONG> <SHORT> abcde"
+    assert worker._masked("abcdefghi abcdef abcde", setup) == "<LONG> <SHORT> abcde"
 
 
 SCORES = """
@@ -119,11 +119,11 @@ from rlora.config import validate
 from rlora.rollout.task import ServedPolicy, setup_of
 
 config = validate({{"model": "m", "env": "e:E", "reward": {reward!r}, "scoring": {{"environment": {names!r}}}}})
-with cluster._crew(config, "") as crew:
+with cluster._start_actors(config, "") as actors:
     task = SimpleNamespace(scoring=setup_of(config, agent=False))
-    (pool,) = crew.pools([ServedPolicy("run", config, task)])["run"]
-    crew.wait()
-    scores = pool.do(case("secret-7f3a", "guessed", answer=1)).result(timeout=120)[0]
+    (pool,) = actors.pools([ServedPolicy("run", config, task)])["run"]
+    actors.wait()
+    scores = pool.submit(case("secret-7f3a", "guessed", answer=1)).result(timeout=120)[0]
     print(json.dumps({{"values": [score.value for score in scores], "details": [score.detail for score in scores]}}))
 """
 
@@ -133,7 +133,7 @@ TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 @pytest.fixture(scope="module")
 def started() -> Iterator[tuple[str, Path]]:
-    """The address of a Ray cluster that was there before, without the variable, and where it keeps its files."""
+    """Address and directory of a Ray cluster that was started without the variable."""
     files = Path(tempfile.mkdtemp(prefix="ray-"))  # short, for Ray's sockets
     environment = {name: value for name, value in os.environ.items() if name != NAME} | TOKEN
     with ray_head(files, environment) as address:
@@ -149,12 +149,12 @@ def test_a_cluster_that_was_there_before_gets_them_by_name(names: list[str], sta
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    said = json.loads(done.stdout.splitlines()[-1])
+    output = json.loads(done.stdout.splitlines()[-1])
     if names:
-        assert said["values"] == [1.0, None]
-        assert said["details"][1].endswith(f"PermissionError: no access with <{NAME}>; fix it there")
+        assert output["values"] == [1.0, None]
+        assert output["details"][1].endswith(f"PermissionError: no access with <{NAME}>; fix it there")
     else:
-        assert all(f"KeyError: '{NAME}'" in detail for detail in said["details"])
+        assert all(f"KeyError: '{NAME}'" in detail for detail in output["details"])
     logs = [file for file in files.rglob("*") if file.is_file()]
     assert len(logs) > 5
     assert not [file for file in logs if VALUE.encode() in file.read_bytes()]

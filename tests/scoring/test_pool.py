@@ -1,4 +1,4 @@
-"""What a reward function does to its process, it does to nothing else."""
+"""A reward function that harms its process affects no other call."""
 
 import itertools
 import re
@@ -29,28 +29,28 @@ def workers() -> set[int]:
 
 @pytest.fixture
 def pool() -> Iterator[MakePool]:
-    made = []
-    before = workers()
+    pools = []
+    previous = workers()
 
     def make(*functions: str, workers: int = 1, **settings: Any) -> Pool:
         rewards = tuple(f"{SHADY}:{name}" for name in functions)
-        made.append(Pool(Setup(rewards, **{"deadline": 1.0, "memory_mib": 512} | settings), workers))
-        return made[-1]
+        pools.append(Pool(Setup(rewards, **{"deadline": 1.0, "memory_mib": 512} | settings), workers))
+        return pools[-1]
 
     yield make
-    for each in made:
-        each.close()
-    assert workers() <= before
+    for started in pools:
+        started.close()
+    assert workers() <= previous
 
 
 def scores(pool: Pool, *completions: str, answer: object = 7) -> list[Score]:
-    verdicts = pool.do(case(*completions, answer=answer)).result(timeout=60)
+    verdicts = pool.submit(case(*completions, answer=answer)).result(timeout=60)
     assert isinstance(verdicts, list)
     return verdicts[0]
 
 
-def values(found: list[Score]) -> list[float | str | None]:
-    return [score.status or score.value for score in found]
+def values(scores: list[Score]) -> list[float | str | None]:
+    return [score.status or score.value for score in scores]
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def values(found: list[Score]) -> list[float | str | None]:
         ("hang", "timeout", r"more than scoring\.deadline = 1 s"),
         ("hold the GIL", "timeout", r"more than scoring\.deadline = 1 s"),
         ("memory", "error", "MemoryError"),
-        ("die", "error", r"the process of a call ended \(exit status 3\)"),
+        ("die", "error", r"the worker process ended \(exit status 3\)"),
         ("exit", "error", "SystemExit: 4"),
         ("raise", "error", r"shady_rewards\.py:\d+: shady raised KeyError: 'no judge today'"),
     ],
@@ -68,25 +68,25 @@ def test_a_call_that_goes_wrong_gets_a_status_and_all_others_their_scores(
     pool: MakePool, bad: str, status: str, detail: str
 ) -> None:
     made = pool("shady")
-    before = [made.do(case("7", "8", answer=7)) for _ in range(5)]
-    found = scores(made, "7", bad, "8", bad)
-    after = [made.do(case("7", answer=7)) for _ in range(5)]
-    assert values(found) == [1.0, status, 0.0, status]
-    assert re.search(detail, found[1].detail)
-    assert re.search(detail, found[3].detail)
-    assert [values(each.result()[0]) for each in before] == [[1.0, 0.0]] * 5
-    assert [values(each.result()[0]) for each in after] == [[1.0]] * 5
+    earlier = [made.submit(case("7", "8", answer=7)) for _ in range(5)]
+    results = scores(made, "7", bad, "8", bad)
+    later = [made.submit(case("7", answer=7)) for _ in range(5)]
+    assert values(results) == [1.0, status, 0.0, status]
+    assert re.search(detail, results[1].detail)
+    assert re.search(detail, results[3].detail)
+    assert [values(future.result()[0]) for future in earlier] == [[1.0, 0.0]] * 5
+    assert [values(future.result()[0]) for future in later] == [[1.0]] * 5
 
 
 def test_only_the_call_at_fault_is_not_made_again(pool: MakePool, tmp_path: Path) -> None:
     calls = tmp_path / "calls"
-    found = scores(pool("counted"), "die", "a", "b", answer=str(calls))
-    assert values(found) == ["error", 2.0, 3.0]
+    results = scores(pool("counted"), "die", "a", "b", answer=str(calls))
+    assert values(results) == ["error", 2.0, 3.0]
 
 
 def test_what_is_sent_while_another_hangs_is_done_by_the_other_workers(pool: MakePool) -> None:
     made = pool("shady", workers=2, deadline=3.0)
-    hangs = made.do(case("hang", answer=7))
+    hangs = made.submit(case("hang", answer=7))
     time.sleep(0.3)
     start = time.monotonic()
     assert values(scores(made, "7")) == [1.0]
@@ -100,23 +100,23 @@ def test_a_function_may_print_and_use_alarms_of_its_own(pool: MakePool, capfd: p
 
 
 def test_many_functions_are_called_on_each(pool: MakePool) -> None:
-    verdicts: Any = pool("shady", "slow").do(case("0", "0.1", answer=0)).result()
-    assert [values(each) for each in verdicts] == [[1.0, 0.0], [1.0, 1.0]]
+    verdicts: Any = pool("shady", "slow").submit(case("0", "0.1", answer=0)).result()
+    assert [values(results) for results in verdicts] == [[1.0, 0.0], [1.0, 1.0]]
 
 
 def test_coroutines_are_awaited_together_so_many_at_once_and_each_has_a_deadline(pool: MakePool) -> None:
     made = pool("judge", concurrency=8)
     start = time.monotonic()
-    asked = [made.do(case(*["0.4"] * 8)) for _ in range(2)]
-    assert all(values(each.result()[0]) == [1.0] * 8 for each in asked)
-    assert 0.8 <= time.monotonic() - start < 3  # one after the other would be 6.4
+    futures = [made.submit(case(*["0.4"] * 8)) for _ in range(2)]
+    assert all(values(future.result()[0]) == [1.0] * 8 for future in futures)
+    assert 0.8 <= time.monotonic() - start < 3  # one after the other would take 6.4
     assert values(scores(made, "0", "30", "0")) == [1.0, "timeout", 1.0]
 
 
 def test_a_coroutine_that_blocks_the_others_costs_its_group_only(pool: MakePool) -> None:
     made = pool("blocking_judge")
-    asked = [made.do(case(*of)) for of in (("a", "b"), ("a", "block"), ("c",))]
-    assert [values(each.result()[0]) for each in asked] == [[1.0, 1.0], ["timeout", "timeout"], [1.0]]
+    futures = [made.submit(case(*group)) for group in (("a", "b"), ("a", "block"), ("c",))]
+    assert [values(future.result()[0]) for future in futures] == [[1.0, 1.0], ["timeout", "timeout"], [1.0]]
 
 
 @pytest.mark.parametrize(
@@ -128,20 +128,20 @@ def test_a_coroutine_that_blocks_the_others_costs_its_group_only(pool: MakePool)
         ({"env": f"{SHADY}:Guarded", "env_args": {"x": 1}}, r"unexpected keyword argument 'x'"),
     ],
 )
-def test_what_can_not_be_loaded_is_told_at_once(settings: dict[str, Any], message: str) -> None:
-    before = workers()
+def test_what_can_not_be_loaded_is_refused_at_once(settings: dict[str, Any], message: str) -> None:
+    previous = workers()
     with pytest.raises(RloraError, match=message):
         Pool(Setup(**{"rewards": (f"{SHADY}:shady",)} | settings), 2)
-    assert workers() <= before
+    assert workers() <= previous
 
 
 def test_an_env_answers_where_rewards_run_and_keeps_what_it_knows(pool: MakePool) -> None:
     made = pool("shady", env=f"{SHADY}:Guarded", env_args={"greeting": "hi"})
 
     def answer(message: str, state: dict[str, Any]) -> EnvReply:
-        answered = made.do(EnvTurn(Prompt("greet", answer="hello"), message, state)).result(timeout=60)
-        assert isinstance(answered, EnvReply)
-        return answered
+        reply = made.submit(EnvTurn(Prompt("greet", answer="hello"), message, state)).result(timeout=60)
+        assert isinstance(reply, EnvReply)
+        return reply
 
     assert answer("hello", {"seen": 4}) == EnvReply("hi 5", {"seen": 5})
     assert answer("chat", {}) == EnvReply([{"role": "user", "content": "and you?"}], {"seen": 1})
@@ -150,14 +150,14 @@ def test_an_env_answers_where_rewards_run_and_keeps_what_it_knows(pool: MakePool
         ("raise", r"shady_rewards\.py:\d+: env = .*Guarded': its reply raised ValueError: no such tool"),
         ("not plain", r"its reply raised TypeError: .*not JSON serializable"),
         ("not plain inside", r"its reply raised TypeError: .*not JSON serializable"),
-        ("no text", r"its reply raised ValueError: it gave neither text nor None nor chat messages"),
+        ("no text", r"its reply raised ValueError: expected text, None or chat messages"),
         ("hang", r"more than scoring\.deadline = 1 s"),
     ):
-        answered = answer(bad, {"seen": 4, "list": []})
-        assert (answered.said, answered.state) == (None, {"seen": 4, "list": []})
-        assert answered.status == ("timeout" if bad == "hang" else "error")
-        assert re.search(detail, answered.detail)
-    assert answer("surrogate", {}).said == "?"
+        reply = answer(bad, {"seen": 4, "list": []})
+        assert (reply.content, reply.state) == (None, {"seen": 4, "list": []})
+        assert reply.status == ("timeout" if bad == "hang" else "error")
+        assert re.search(detail, reply.detail)
+    assert answer("surrogate", {}).content == "?"
     assert values(scores(made, "7")) == [1.0]
 
 
@@ -179,18 +179,18 @@ def test_memory_that_calls_keep_is_not_held_against_later_ones(pool: MakePool) -
 
 
 def test_closing_does_not_wait_for_what_was_never_begun(pool: MakePool) -> None:
-    """A worker takes 64 jobs at most beside its first one; how many it takes before the end is a matter of chance."""
+    """A worker takes at most 64 jobs beside its first. How many it takes before the pool closes depends on timing."""
     made = pool("slow", deadline=5.0)
-    workers_here = len(made._threads)
-    asked = [made.do(case("0.05")) for _ in range(400)]
+    worker_count = len(made._threads)
+    futures = [made.submit(case("0.05")) for _ in range(400)]
     made.close()
-    assert all(each.done() for each in asked)
-    assert sum(each.cancelled() for each in asked) >= 400 - 65 * workers_here
+    assert all(future.done() for future in futures)
+    assert sum(future.cancelled() for future in futures) >= 400 - 65 * worker_count
 
 
 def test_fifty_thousand_pairs_leave_nothing_behind() -> None:
-    """Hostile ones among them."""
-    before = workers()
+    """Some of the pairs are hostile."""
+    previous = workers()
     pairs = [pair for pair in hostile() if len(pair[1]) < 1000 and not is_empty(pair[0])] + [
         ("7", "so it is \\boxed{7}"),
         ("1/2", "#### 0.5"),
@@ -199,13 +199,14 @@ def test_fifty_thousand_pairs_leave_nothing_behind() -> None:
     with closing(made):
         sizes = []
         for _ in range(10):
-            asked = [made.do(case(text, answer=gold)) for gold, text in itertools.islice(itertools.cycle(pairs), 5000)]
-            statuses = Counter(each.result()[0][0].status for each in asked)
+            batch = itertools.islice(itertools.cycle(pairs), 5000)
+            futures = [made.submit(case(text, answer=gold)) for gold, text in batch]
+            statuses = Counter(future.result()[0][0].status for future in futures)
             sizes.append(sum(psutil.Process(pid).memory_info().rss for pid in workers()) / 2**20)
         assert statuses.keys() <= {"correct", "wrong", "unparsable", "timeout"}
         assert statuses["correct"] > 1000
     assert sizes[-1] - sizes[1] < 50  # MiB
-    assert workers() <= before
+    assert workers() <= previous
 
 
 @pytest.mark.parametrize("name", ["lazy", "lazy_judge"])
@@ -213,18 +214,18 @@ def test_the_first_call_in_a_process_may_take_longer(pool: MakePool, name: str) 
     made = pool(name, first_deadline=20.0)
     assert values(scores(made, "a", "b")) == [1.0, 1.0]
     start = time.monotonic()
-    (found,) = scores(made, "hang")  # which is not the first
-    assert found.status == "timeout"
-    assert found.detail == f"a call took more than scoring.deadline = 1 s (of {name})"
+    (score,) = scores(made, "hang")  # not the first call
+    assert score.status == "timeout"
+    assert score.detail == f"a call to {name} took more than scoring.deadline = 1 s"
     assert time.monotonic() - start < 10
-    assert values(scores(made, "a")) == [1.0]  # in another process, where one is in its place
+    assert values(scores(made, "a")) == [1.0]  # the first call in the process that replaced it
 
 
 def test_a_first_call_has_its_deadline_too_and_no_function_has_more_for_ever(pool: MakePool) -> None:
     made = pool("lazy", first_deadline=1.5)
-    found = [scores(made, "hang")[0] for _ in range(4)]
-    assert [each.status for each in found] == ["timeout"] * 4
-    fields = [re.sub(r".*than scoring\.(.*) = .*", r"\1", each.detail) for each in found]
+    results = [scores(made, "hang")[0] for _ in range(4)]
+    assert [score.status for score in results] == ["timeout"] * 4
+    fields = [re.sub(r".*than scoring\.(.*) = .*", r"\1", score.detail) for score in results]
     assert fields == ["first_deadline", "first_deadline", "first_deadline", "deadline"]
 
 
@@ -235,43 +236,45 @@ def test_a_first_call_has_no_less_time_than_others(pool: MakePool) -> None:
 @pytest.mark.parametrize(
     ("names", "completion", "detail"),
     [
-        (("with_a_key", "shady"), "die", "the process of a call ended (exit status 3) (of shady)"),
-        (("shady", "killed"), "9", "the process of a call ended (signal 9) (of killed); most likely the machine ran "
-         "out of memory: lower scoring.memory_mib = 512, or scoring.workers"),
-        (("killed", "shady"), "6", "the process of a call ended (signal 6) (of killed); if it was refused memory, "
-         "raise scoring.memory_mib = 512"),
-        (("killed",), "15", "the process of a call ended (signal 15) (of killed)"),
-        (("slow", "dying_judge"), "0", "the process of a call ended (exit status 3) (of dying_judge)"),
-        (("judge", "dying_judge"), "0", "the process of a call ended (exit status 3) (of judge or dying_judge)"),
-        (("blocking_judge",), "block", "a call took more than scoring.deadline = 1 s (of blocking_judge)"),
-        (("judge",), "30", "a call took more than scoring.deadline = 1 s (of judge)"),
-        (("shady",), "hang", "a call took more than scoring.deadline = 1 s (of shady)"),
+        (("with_a_key", "shady"), "die", "the worker process ended (exit status 3) in a call to shady"),
+        (("shady", "killed"), "9", "the worker process ended (signal 9) in a call to killed; most likely the "
+         "machine ran out of memory: lower scoring.memory_mib = 512, or scoring.workers"),
+        (("killed", "shady"), "6", "the worker process ended (signal 6) in a call to killed; if an allocation "
+         "failed, raise scoring.memory_mib = 512"),
+        (("killed",), "15", "the worker process ended (signal 15) in a call to killed"),
+        (("slow", "dying_judge"), "0", "the worker process ended (exit status 3) in a call to dying_judge"),
+        (("judge", "dying_judge"), "0", "the worker process ended (exit status 3) in a call to judge or dying_judge"),
+        (("blocking_judge",), "block", "a call to blocking_judge took more than scoring.deadline = 1 s"),
+        (("judge",), "30", "a call to judge took more than scoring.deadline = 1 s"),
+        (("shady",), "hang", "a call to shady took more than scoring.deadline = 1 s"),
     ],
 )  # fmt: skip
-def test_it_is_said_whose_call_it_was(pool: MakePool, names: tuple[str, ...], completion: str, detail: str) -> None:
+def test_the_error_names_the_function_of_the_call(
+    pool: MakePool, names: tuple[str, ...], completion: str, detail: str
+) -> None:
     made = pool(*names)
-    verdicts: Any = made.do(case(completion, answer=7)).result(timeout=60)
+    verdicts: Any = made.submit(case(completion, answer=7)).result(timeout=60)
     assert detail in [scores[0].detail for scores in verdicts]
 
 
-def test_two_functions_of_a_name_are_told_by_their_files(pool: MakePool, tmp_path: Path) -> None:
+def test_two_functions_with_one_name_are_named_with_their_files(pool: MakePool, tmp_path: Path) -> None:
     (tmp_path / "other.py").write_text("def shady(completion):\n    import os\n    os._exit(4)\n")
     rewards = (f"{SHADY}:shady", f"{tmp_path}/other.py:shady")
     with closing(Pool(Setup(rewards), 1)) as made:
-        verdicts: Any = made.do(case("7", answer=7)).result(timeout=60)
+        verdicts: Any = made.submit(case("7", answer=7)).result(timeout=60)
     assert verdicts[0][0].value == 1.0
-    assert verdicts[1][0].detail == f"the process of a call ended (exit status 4) (of {rewards[1]})"
+    assert verdicts[1][0].detail == f"the worker process ended (exit status 4) in a call to {rewards[1]}"
 
 
 def test_variables_that_are_handed_on_are_there_and_never_shown(pool: MakePool) -> None:
     environment = {"RLORA_TEST_KEY": "secret-7f3a"}
     made = pool("with_a_key", environment=environment)
     assert values(scores(made, "secret-7f3a")) == [1.0]
-    (found,) = scores(made, "guessed")
-    assert "PermissionError: no access with <RLORA_TEST_KEY>; fix it there" in found.detail
+    (score,) = scores(made, "guessed")
+    assert "PermissionError: no access with <RLORA_TEST_KEY>; fix it there" in score.detail
     assert "secret" not in repr(Setup(environment=environment))
-    (found,) = scores(pool("with_a_key"), "secret-7f3a")
-    assert "KeyError: 'RLORA_TEST_KEY'" in found.detail
+    (score,) = scores(pool("with_a_key"), "secret-7f3a")
+    assert "KeyError: 'RLORA_TEST_KEY'" in score.detail
 
 
 def test_what_fails_to_load_does_not_show_them_either(tmp_path: Path) -> None:

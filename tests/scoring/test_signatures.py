@@ -1,4 +1,4 @@
-"""Reward functions written for others, and in our own forms."""
+"""Reward functions of other frameworks, and in rlora's own styles."""
 
 import asyncio
 import copy
@@ -27,17 +27,17 @@ def scores(function: Callable[..., Any], *completions: str, answer: object = 4, 
     return reward_function(SPEC, function)(case(*completions, answer=answer, **columns), range(len(completions)))
 
 
-def values(found: list[Score]) -> list[float | None]:
-    assert all(score.status is None for score in found), [score.detail for score in found]
-    return [score.value for score in found]
+def values(scores: list[Score]) -> list[float | None]:
+    assert all(score.status is None for score in scores), [score.detail for score in scores]
+    return [score.value for score in scores]
 
 
 def test_trls_functions_give_what_they_give_in_trl() -> None:
     assert values(scores(borrowed.reward_num_unique_chars, "aab", "")) == [2.0, 0.0]
     assert values(scores(borrowed.reward_len, "a" * 18, "")) == [-2.0, -20.0]
-    assert values(scores(borrowed.reward_token_count, "aab", "")) == [3.0, 0.0]  # conftest's has a token a character
+    assert values(scores(borrowed.reward_token_count, "aab", "")) == [3.0, 0.0]  # conftest: one token per character
     right = "<think>2 + 2</think><answer>4</answer>"
-    assert values(scores(borrowed.format_reward_func, right, "4")) == [1.0, 0.0]  # it reads messages, of a plain prompt
+    assert values(scores(borrowed.format_reward_func, right, "4")) == [1.0, 0.0]  # messages from a plain-text prompt
     assert values(scores(borrowed.boxed_reward_func, r"\boxed{4}", r"\boxed{5}", "4")) == [1.0, 0.0, 0.0]
     assert values(scores(borrowed.math_reward_func, "4", "5", task="math")) == [1.0, -1.0]
     assert values(scores(borrowed.math_reward_func, "4", "5", task="coding")) == [None, None]
@@ -45,10 +45,10 @@ def test_trls_functions_give_what_they_give_in_trl() -> None:
 
 
 def test_trls_functions_may_log_and_know_the_step() -> None:
-    of = replace(case("it is 4", "it is 10", answer=4), step=7, steps=9)
-    found = reward_function(SPEC, borrowed.logging_reward_func)(of, range(2))
-    assert values(found) == [8.0, 7.0]
-    assert [dict(score.extra) for score in found] == [
+    inputs = replace(case("it is 4", "it is 10", answer=4), step=7, steps=9)
+    results = reward_function(SPEC, borrowed.logging_reward_func)(inputs, range(2))
+    assert values(results) == [8.0, 7.0]
+    assert [dict(score.extra) for score in results] == [
         {"accuracy": 0.5, "extracted_length": 1.0}, {"accuracy": 0.5, "extracted_length": 2.0},
     ]  # fmt: skip
 
@@ -56,17 +56,19 @@ def test_trls_functions_may_log_and_know_the_step() -> None:
 def test_verls_functions_give_what_they_give_in_verl() -> None:
     assert values(scores(borrowed.my_reward_fn, "a" * 50)) == [0.5]
     assert values(scores(borrowed.compute_score, "so #### 4", "#### 5", "4")) == [1.0, 0.0, 0.0]
-    found = scores(borrowed.compute_score_dict, "it is 4", "no")
-    assert values(found) == [1.0, -1.0]
-    assert [dict(score.extra) for score in found] == [{"acc": 1.0}, {"acc": 0.0}]  # what is no number is left out
+    results = scores(borrowed.compute_score_dict, "it is 4", "no")
+    assert values(results) == [1.0, -1.0]
+    assert [dict(score.extra) for score in results] == [{"acc": 1.0}, {"acc": 0.0}]  # numbers only
     assert values(scores(borrowed.compute_score_batched, "it is 4", "no")) == [1.0, 0.0]
 
 
 def test_verl_and_openrlhf_see_all_turns() -> None:
     query = "<user>?</user>first sure? last</s>"
-    of = replace(case("last", answer=4), responses=("first sure? last",), queries=(query,))
-    assert values(reward_function(SPEC, borrowed.my_reward_fn)(of, [0])) == [0.16]
-    assert values(reward_function(SPEC, borrowed.reward_func_of_lengths)(of, [0])) == pytest.approx([-len(query) / 100])
+    inputs = replace(case("last", answer=4), responses=("first sure? last",), queries=(query,))
+    assert values(reward_function(SPEC, borrowed.my_reward_fn)(inputs, [0])) == [0.16]
+    assert values(reward_function(SPEC, borrowed.reward_func_of_lengths)(inputs, [0])) == pytest.approx(
+        [-len(query) / 100]
+    )
 
 
 def test_openrlhfs_functions_give_what_they_give_in_openrlhf() -> None:
@@ -80,42 +82,42 @@ def test_openrlhfs_functions_give_what_they_give_in_openrlhf() -> None:
 
 
 def test_openrlhfs_functions_get_lists_of_one() -> None:
-    found = scores(borrowed.reward_func_of_first, "it is 4", "no", "44")
-    assert values(found) == [1.0, 0.0, 1.0]
-    assert [score.extra["length"] for score in found] == [7.0, 2.0, 2.0]
+    results = scores(borrowed.reward_func_of_first, "it is 4", "no", "44")
+    assert values(results) == [1.0, 0.0, 1.0]
+    assert [score.extra["length"] for score in results] == [7.0, 2.0, 2.0]
 
 
-def test_verls_functions_are_told_of_turns() -> None:
+def test_verls_functions_get_the_number_of_turns() -> None:
     messages = (
         {"role": "assistant", "content": "a"},
         {"role": "user", "content": "b"},
         {"role": "assistant", "content": "c"},
     )
-    of = replace(case("c", "d", level=10), messages=(messages, ()))
-    assert values(reward_function(SPEC, borrowed.compute_score_of_turns)(of, range(2))) == [14.0, 12.0]
-    assert values(reward_function(SPEC, borrowed.compute_score_of_turns_batched)(of, range(2))) == [14.0, 12.0]
+    inputs = replace(case("c", "d", level=10), messages=(messages, ()))
+    assert values(reward_function(SPEC, borrowed.compute_score_of_turns)(inputs, range(2))) == [14.0, 12.0]
+    assert values(reward_function(SPEC, borrowed.compute_score_of_turns_batched)(inputs, range(2))) == [14.0, 12.0]
     for info, expected in (({"level": 1, "num_turns": 9}, 3.0), (None, 2.0)):
         assert values(scores(borrowed.compute_score_of_turns, "a", extra_info=info)) == [expected]
     (score,) = scores(borrowed.compute_score_of_turns, "a", extra_info="level 1")
-    assert "needs extra_info, and the prompt's column is 'level 1'; let it be a dict" in score.detail
-    given = {"reward_router_address": "10.0.0.1:8000"}
-    assert values(reward_function(SPEC, borrowed.compute_score_genrm, args=given)(case("4", answer=4), [0])) == [1.0]
+    assert "needs extra_info, and the prompt's column is 'level 1'; make it a dict" in score.detail
+    args = {"reward_router_address": "10.0.0.1:8000"}
+    assert values(reward_function(SPEC, borrowed.compute_score_genrm, args=args)(case("4", answer=4), [0])) == [1.0]
 
 
 def test_trls_functions_may_skip_by_nan_and_know_the_epoch() -> None:
-    of = replace(case("a", "b?"), step=6, epoch=1.5)
-    assert values(reward_function(SPEC, borrowed.skipping_reward_func)(of, range(2))) == [2.5, None]
-    for nothing in (torch.tensor([float("nan")]), [Decimal("nan")], np.array([np.nan])):
-        assert scores(lambda prompts, completions, **kwargs: nothing, "a") == [Score()]  # noqa: B023
+    inputs = replace(case("a", "b?"), step=6, epoch=1.5)
+    assert values(reward_function(SPEC, borrowed.skipping_reward_func)(inputs, range(2))) == [2.5, None]
+    for skipped in (torch.tensor([float("nan")]), [Decimal("nan")], np.array([np.nan])):
+        assert scores(lambda prompts, completions, **kwargs: skipped, "a") == [Score()]  # noqa: B023
     (score,) = scores(lambda prompts, completions, **kwargs: [float("inf")], "a")
     assert score.status == "error"
 
 
 def test_trls_environments_are_an_agents_states() -> None:
-    of = replace(case("a", "b"), states=({"counter": 3}, {"counter": 4}))
-    assert values(reward_function(SPEC, borrowed.environment_reward_func, agent=True)(of, range(2))) == [3.0, 4.0]
+    inputs = replace(case("a", "b"), states=({"counter": 3}, {"counter": 4}))
+    assert values(reward_function(SPEC, borrowed.environment_reward_func, agent=True)(inputs, range(2))) == [3.0, 4.0]
     (score,) = reward_function(SPEC, borrowed.environment_reward_func, agent=True)(case("a"), [0])
-    assert "the episode's state has no 'counter'; let the env's reply keep it there" in score.detail
+    assert "the episode's state has no 'counter'; store it there in the env's reply" in score.detail
 
 
 def test_verifiers_functions_give_what_they_give_in_verifiers() -> None:
@@ -129,7 +131,7 @@ def test_verifiers_functions_give_what_they_give_in_verifiers() -> None:
     assert values(scores(borrowed.by_state, "4", "5")) == [1.0, 0.0]
     assert values(scores(borrowed.by_zip, "4", "5")) == [1.0, 0.0]
     (score,) = scores(borrowed.check_keywords, "a", info="[1]")
-    assert "needs info, and the prompt's column is '[1]'; let it be a dict" in score.detail
+    assert "needs info, and the prompt's column is '[1]'; make it a dict" in score.detail
 
 
 def test_verifiers_functions_see_all_turns() -> None:
@@ -138,14 +140,16 @@ def test_verifiers_functions_see_all_turns() -> None:
         {"role": "user", "content": "?"},
         {"role": "assistant", "content": ""},
     )
-    of = replace(case("", answer="4"), messages=(messages,))
-    assert values(reward_function(SPEC, borrowed.by_a_helper)(of, [0])) == [1.0]
+    inputs = replace(case("", answer="4"), messages=(messages,))
+    assert values(reward_function(SPEC, borrowed.by_a_helper)(inputs, [0])) == [1.0]
 
 
 def test_areals_functions_give_what_they_give_in_areal() -> None:
     assert values(scores(borrowed.exact_match_reward_fn, "it is 4", "no")) == [1.0, 0.0]
-    of = replace(case("abc", answer=4), prompt_ids=(1, 2))
-    assert values(reward_function(SPEC, borrowed.my_reward_model_fn)(of, [0])) == [len(of.prompt_text) + 3 - 2 - 3]
+    inputs = replace(case("abc", answer=4), prompt_ids=(1, 2))
+    assert values(reward_function(SPEC, borrowed.my_reward_model_fn)(inputs, [0])) == [
+        len(inputs.prompt_text) + 3 - 2 - 3
+    ]
     assert values(scores(borrowed.positional_reward_fn, "7", "8", answer=7, numbers=[3, 4])) == [1.0, 0.0]
 
 
@@ -154,15 +158,15 @@ def test_areals_functions_give_what_they_give_in_areal() -> None:
     [
         (
             borrowed.judge_correctness,
-            r"it needs judge; load it in your file, and let the function take no such parameter",
+            r"it needs judge; build it in the function's file, and remove the parameter or give it a default",
         ),
-        (borrowed.by_a_parser, r"it needs parser; a rubric's parser is not known here; load it in your file"),
+        (borrowed.by_a_parser, r"it needs parser; rlora has no rubric parser; build it in the function's file"),
         (borrowed.compute_score_genrm, r"it needs reward_router_address; .* reward_args\.reward_router_address"),
         (borrowed.environment_reward_func, r"it needs environments; there are none without an agent"),
-        (lambda completion: (yield 1.0), r"it yields; let it return its reward"),
+        (lambda completion: (yield 1.0), r"it is a generator; return the reward"),
     ],
 )
-def test_what_can_not_be_given_is_refused_at_once(function: Callable[..., Any], message: str) -> None:
+def test_a_function_that_needs_a_missing_value_is_refused_at_once(function: Callable[..., Any], message: str) -> None:
     with pytest.raises(RloraError, match=rf"^reward = 'mine\.py:f': {message}"):
         reward_function(SPEC, function)
 
@@ -207,12 +211,12 @@ def of_a_groups_text(completions: list[str], answers: list[int]) -> list[float]:
         (lambda prompts, completions, **_: [float(c[0]["content"] == "4") for c in completions], "4", "trl"),
     ],
 )
-def test_the_source_tells_whether_text_or_messages_are_meant(
+def test_the_source_decides_between_text_and_messages(
     function: Callable[..., Any], completion: str, style: str
 ) -> None:
-    made = reward_function(SPEC, function)
-    assert made.style == style
-    assert values(made(case(completion, answer=4), [0])) == [1.0]
+    prepared = reward_function(SPEC, function)
+    assert prepared.style == style
+    assert values(prepared(case(completion, answer=4), [0])) == [1.0]
 
 
 KEY = "content"
@@ -373,9 +377,9 @@ async def by_thread(completion: Any) -> float:
     ],
 )
 def test_messages_may_be_read_in_any_way(function: Any) -> None:
-    made = reward_function(SPEC, function)
-    assert made.style == "verifiers"
-    assert values(made(case("4", answer=4), [0])) == [1.0]
+    prepared = reward_function(SPEC, function)
+    assert prepared.style == "verifiers"
+    assert values(prepared(case("4", answer=4), [0])) == [1.0]
 
 
 def test_groups_of_messages_may_be_read_in_any_way() -> None:
@@ -386,9 +390,9 @@ def test_groups_of_messages_may_be_read_in_any_way() -> None:
         return [float(last.content == answer) for (*_, last), answer in zip(completions, answers, strict=True)]
 
     for function in (by_states, by_attributes):
-        made = reward_function(SPEC, function)
-        assert made.style == "verifiers-group"
-        assert values(made(case("4", "5", answer=4), range(2))) == [1.0, 0.0]
+        prepared = reward_function(SPEC, function)
+        assert prepared.style == "verifiers-group"
+        assert values(prepared(case("4", "5", answer=4), range(2))) == [1.0, 0.0]
 
 
 def of_rebound(completion: Any) -> float:
@@ -434,9 +438,9 @@ def of_characters(completion: Any) -> float:
     ],
 )  # fmt: skip
 def test_text_is_not_mistaken_for_messages(function: Any) -> None:
-    made = reward_function(SPEC, function)
-    assert made.style == "completion"
-    assert values(made(case('{"content": "4"}', answer=4), [0])) == [1.0]
+    prepared = reward_function(SPEC, function)
+    assert prepared.style == "completion"
+    assert values(prepared(case('{"content": "4"}', answer=4), [0])) == [1.0]
 
 
 def trl_of_word(completions: Any, **kwargs: Any) -> list[float]:
@@ -489,35 +493,36 @@ class TrlOfMethod:
         (TrlOfMethod(), True),
     ],
 )
-def test_trls_functions_get_messages_where_they_read_messages(function: Any, chat: bool) -> None:
-    made = reward_function(SPEC, function)
-    assert (made.style, made.chat) == ("trl", chat)
-    of = case("content", answer=4, content="con", meta={"content": "con"})
-    assert values(made(of, [0])) == [1.0]
+def test_trls_functions_get_messages_if_they_read_messages(function: Any, chat: bool) -> None:
+    prepared = reward_function(SPEC, function)
+    assert (prepared.style, prepared.chat) == ("trl", chat)
+    inputs = case("content", answer=4, content="con", meta={"content": "con"})
+    assert values(prepared(inputs, [0])) == [1.0]
 
 
 def test_a_trl_function_may_take_messages_by_position() -> None:
-    made = reward_function(SPEC, lambda asked, given: [float(each[0]["content"] == "4") for each in given], "trl")
-    assert values(made(case("4", "5", answer=4), range(2))) == [1.0, 0.0]
+    prepared = reward_function(SPEC, lambda q, texts: [float(t[0]["content"] == "4") for t in texts], "trl")
+    assert values(prepared(case("4", "5", answer=4), range(2))) == [1.0, 0.0]
 
 
-def test_a_prompt_of_messages_is_none_of_the_completion() -> None:
-    of = replace(case("so: 4?", answer=4), prompt=[{"role": "user", "content": "4?"}])
+def test_a_prompt_of_messages_does_not_make_the_completion_messages() -> None:
+    inputs = replace(case("so: 4?", answer=4), prompt=[{"role": "user", "content": "4?"}])
     assert reward_function(SPEC, of_prompt).style == "completion"
-    assert values(reward_function(SPEC, of_prompt)(of, [0])) == [1.0]
+    assert values(reward_function(SPEC, of_prompt)(inputs, [0])) == [1.0]
 
 
-def test_a_form_may_be_forced_and_an_error_says_what_there_was() -> None:
-    of = case("4", answer=4)
-    assert values(reward_function(SPEC, lambda it: float(it[0]["role"] == "assistant"), "verifiers")(of, [0])) == [1.0]
-    assert values(reward_function(SPEC, lambda q, text, a, b: float(text == "4"), "areal")(of, [0])) == [1.0]
-    (score,) = reward_function(SPEC, borrowed.length_reward, "completion")(of, [0])
-    assert "(its completion was a string; scoring.style names another form)" in score.detail
-    (score,) = reward_function(SPEC, lambda completion: completion.strip(), "verifiers")(of, [0])
-    assert "(its completion was a list of messages; scoring.style names another form)" in score.detail
+def test_a_style_may_be_forced_and_an_error_names_the_completions_type() -> None:
+    inputs = case("4", answer=4)
+    prepared = reward_function(SPEC, lambda messages: float(messages[0]["role"] == "assistant"), "verifiers")
+    assert values(prepared(inputs, [0])) == [1.0]
+    assert values(reward_function(SPEC, lambda q, text, a, b: float(text == "4"), "areal")(inputs, [0])) == [1.0]
+    (score,) = reward_function(SPEC, borrowed.length_reward, "completion")(inputs, [0])
+    assert "(its completion was a string; scoring.style sets a different form)" in score.detail
+    (score,) = reward_function(SPEC, lambda completion: completion.strip(), "verifiers")(inputs, [0])
+    assert "(its completion was a list of messages; scoring.style sets a different form)" in score.detail
 
 
-def one(completion: str, answer: int) -> float:
+def equals(completion: str, answer: int) -> float:
     return float(completion == str(answer))
 
 
@@ -545,7 +550,7 @@ class Counting:
 @pytest.mark.parametrize(
     ("function", "style", "expected"),
     [
-        (one, "completion", [1.0, 0.0]),
+        (equals, "completion", [1.0, 0.0]),
         (of_group, "group", [0.5, 0.5]),
         (of_length, "completion", [1.0, 0.0]),
         (Counting(3), "completion", [4.0, 5.0]),
@@ -556,15 +561,15 @@ class Counting:
         (borrowed.reward_func_of_lengths, "openrlhf", [-0.15, -0.17]),
     ],
 )
-def test_the_names_of_the_parameters_tell_the_form(
+def test_the_style_is_detected_by_the_parameters_names(
     function: Callable[..., Any], style: str, expected: list[float]
 ) -> None:
-    made = reward_function(SPEC, function)
-    assert made.style == style
-    assert values(made(case("4", "...", answer=4), range(2))) == pytest.approx(expected)
+    prepared = reward_function(SPEC, function)
+    assert prepared.style == style
+    assert values(prepared(case("4", "...", answer=4), range(2))) == pytest.approx(expected)
 
 
-def test_columns_are_given_by_name_and_a_function_may_give_a_status() -> None:
+def test_columns_are_passed_by_name_and_a_function_may_return_a_status() -> None:
     assert [score.status for score in scores(status_of, "a", level="hard")] == ["unparsable"]
     (score,) = scores(status_of, "a", level="easy")
     assert (score.status, score.value, dict(score.extra)) == ("wrong", 0.5, {"distance": 3.0})
@@ -574,41 +579,41 @@ def test_columns_are_given_by_name_and_a_function_may_give_a_status() -> None:
 
 
 def test_the_configs_arguments_go_to_the_parameter_of_that_name() -> None:
-    made = reward_function(SPEC, of_length, args={"most": 3, "other": 1})
-    assert values(made(case("abc"), [0])) == [1.0]
-    assert "most" in made.takes
-    assert "other" not in made.takes
+    prepared = reward_function(SPEC, of_length, args={"most": 3, "other": 1})
+    assert values(prepared(case("abc"), [0])) == [1.0]
+    assert "most" in prepared.arg_names
+    assert "other" not in prepared.arg_names
     assert values(reward_function(SPEC, Counting, args={"start": 10})(case("abc"), [0])) == [11.0]
 
 
-def test_a_style_is_taken_by_position_where_no_name_tells_it() -> None:
+def test_a_style_is_taken_by_position_if_no_name_matches() -> None:
     assert values(
         reward_function(SPEC, lambda text, gold: float(text == gold), "completion")(case("4", answer="4"), [0])
     ) == [1.0]
-    with pytest.raises(RloraError, match=r"reward = 'mine\.py:f': its parameters are \(text, gold\)\. Name them as"):
+    with pytest.raises(RloraError, match=r"reward = 'mine\.py:f': its parameters are \(text, gold\)\. Name them like"):
         reward_function(SPEC, lambda text, gold: 1.0)
     with pytest.raises(RloraError, match="there is no style 'tlr'"):
-        reward_function(SPEC, one, "tlr")  # type: ignore[arg-type]
+        reward_function(SPEC, equals, "tlr")  # type: ignore[arg-type]
 
 
-def by_place(completion: str, /, answer: int) -> float:
+def by_position(completion: str, /, answer: int) -> float:
     return float(completion == str(answer))
 
 
-def veiled(*args: Any, **kwargs: Any) -> float:
-    return one(*args, **kwargs)
+def hidden(*args: Any, **kwargs: Any) -> float:
+    return equals(*args, **kwargs)
 
 
 @functools.wraps(borrowed.async_reward_func)
-def waited_for(*args: Any, **kwargs: Any) -> list[float]:
+def not_awaited(*args: Any, **kwargs: Any) -> list[float]:
     return [1.0, 2.0]
 
 
 def test_decorators_and_parameters_by_position() -> None:
-    assert values(scores(by_place, "4", "5")) == [1.0, 0.0]
-    assert values(reward_function(SPEC, veiled, "completion")(case("4", "5", answer=4), range(2))) == [1.0, 0.0]
-    assert not reward_function(SPEC, waited_for).asynchronous  # what it wraps is, and it is not
-    assert values(scores(waited_for, "4", "5")) == [1.0, 2.0]
+    assert values(scores(by_position, "4", "5")) == [1.0, 0.0]
+    assert values(reward_function(SPEC, hidden, "completion")(case("4", "5", answer=4), range(2))) == [1.0, 0.0]
+    assert not reward_function(SPEC, not_awaited).asynchronous  # though the function that it wraps is
+    assert values(scores(not_awaited, "4", "5")) == [1.0, 2.0]
 
 
 def raises(completion: str, answer: int) -> float:
@@ -619,12 +624,12 @@ def raises(completion: str, answer: int) -> float:
     ("function", "detail"),
     [
         (raises, r"test_signatures\.py:\d+: f raised ZeroDivisionError: division by zero; fix it there"),
-        (lambda completion: float("nan"), r"test_signatures\.py:\d+: f returned nan; let it return a finite number"),
-        (lambda completion: "right", r"f returned 'right'; let it return .* one of correct, wrong"),
+        (lambda completion: float("nan"), r"test_signatures\.py:\d+: f returned nan; return a finite number"),
+        (lambda completion: "right", r"f returned 'right'; return .* one of correct, wrong"),
         (lambda completion: {"points": 1}, r"f returned a dict without \"score\""),
     ],
 )
-def test_what_fails_is_an_error_that_names_the_users_file_and_line(function: Callable[..., Any], detail: str) -> None:
+def test_a_failure_is_an_error_that_names_the_users_file_and_line(function: Callable[..., Any], detail: str) -> None:
     (score,) = scores(function, "a")
     assert (score.status, score.value) == ("error", None)
     assert re.search(detail, score.detail)
@@ -639,13 +644,13 @@ def test_the_innermost_line_of_the_users_own_file_is_named() -> None:
     assert re.search(rf"test_signatures\.py:{line}: f raised (re\.)?(error|PatternError): ", score.detail)
 
 
-def test_what_a_function_does_to_its_arguments_is_its_own_affair() -> None:
+def test_a_function_may_modify_its_arguments() -> None:
     def spoils(completions: list[str], answers: list[dict[str, int]]) -> list[float]:
         completions.clear()
         answers[0]["it"] = 5
         return [1.0, 2.0]
 
-    of = case("a", "b", answer={"it": 4})
-    made = reward_function(SPEC, spoils)
-    assert values(made(of, range(2))) == values(made(of, range(2))) == [1.0, 2.0]
-    assert of.answer == {"it": 4}
+    inputs = case("a", "b", answer={"it": 4})
+    prepared = reward_function(SPEC, spoils)
+    assert values(prepared(inputs, range(2))) == values(prepared(inputs, range(2))) == [1.0, 2.0]
+    assert inputs.answer == {"it": 4}

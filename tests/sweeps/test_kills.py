@@ -1,4 +1,4 @@
-"""A sweep that is killed again and again comes to the bits of one that nobody killed."""
+"""A sweep that is killed repeatedly produces the same bits as an uninterrupted one."""
 
 import random
 import time
@@ -45,43 +45,46 @@ def versions(run: Path) -> dict[int, tuple[bytes, bytes, str | None]]:
     bundles = [
         checkpoint.read(checkpoint.bundle_path(UPath(run), number)) for number in checkpoint.versions(UPath(run))
     ]
-    return {each.version: (each.adapter.weights, each.state, each.parent) for each in bundles}
+    return {bundle.version: (bundle.adapter.weights, bundle.state, bundle.parent) for bundle in bundles}
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_kills_change_no_bit_of_a_sweep(kills: int, tiny: str, tmp_path: Path) -> None:
-    """kill -9 of the driver, the learner and Ray at random moments, and of the driver in mid-write."""
+    """kill -9 of the driver, the learner and Ray at random times, and of the driver during a write."""
     save_words(tiny)
     draw, steps, file = random.Random(kills), 4 * kills, tmp_path / "sweep.toml"
     file.write_text(SWEEP.format(model=tiny, steps=steps, rung=steps // 2))
-    whole, place = tmp_path / "whole", tmp_path / "sweep"
-    reference = Driver(whole, str(file), "-")
+    uninterrupted, path = tmp_path / "uninterrupted", tmp_path / "sweep"
+    reference = Driver(uninterrupted, str(file), "-")
     assert reference.wait() == 0, reference.printed
-    for number, what in enumerate(([WRITE, LEARNER, DRIVER, RAY] * kills)[:kills]):
-        fault = [str(draw.randrange(5, 60) if number else 1)] if what == WRITE else []  # the first of all, too
-        driver = Driver(place, str(file), "-", *fault)
-        if what != WRITE:
-            start = len(directory.whole_lines(UPath(place)))
+    for number, target in enumerate(([WRITE, LEARNER, DRIVER, RAY] * kills)[:kills]):
+        fault = [str(draw.randrange(5, 60) if number else 1)] if target == WRITE else []  # 1: the very first write
+        driver = Driver(path, str(file), "-", *fault)
+        if target != WRITE:
+            start = len(directory.complete_lines(UPath(path)))
             deadline = time.monotonic() + 120
-            while len(directory.whole_lines(UPath(place))) < start + 2:
+            while len(directory.complete_lines(UPath(path))) < start + 2:
                 assert driver.process.poll() is None, driver.printed
                 assert time.monotonic() < deadline, driver.printed
                 time.sleep(0.02)
             time.sleep(draw.random() * 0.3)
-            driver.kill(what)
-        if what == LEARNER:  # it needs no help to go on
+            driver.kill(target)
+        if target == LEARNER:  # the driver replaces it by itself
             driver.wait_for(driver.done + 2)
             driver.kill(DRIVER)
         assert driver.wait() != 0, driver.printed
-    last = Driver(place, str(file), "-")
+    last = Driver(path, str(file), "-")
     assert last.wait() == 0, last.printed
     names = ["rank-1", "rank-2", "other", "ppo"]
-    fates, expected = Diary(place).fates, Diary(whole).fates
-    assert {name: fates[name].status for name in names} == {name: expected[name].status for name in names}
-    assert sorted(fate.status for fate in fates.values()) == ["dropped", "finished", "finished", "finished"]
+    states, expected = Diary(path).states, Diary(uninterrupted).states
+    assert {name: states[name].status for name in names} == {name: expected[name].status for name in names}
+    assert sorted(state.status for state in states.values()) == ["dropped", "finished", "finished", "finished"]
     for name in names:
-        ours, theirs = versions(place / name), versions(whole / name)
-        assert list(ours) == list(theirs)
-        assert ours == theirs
-        lines = [(line["step"], line["adapter"]) for line in directory.figures(UPath(place / name))]
-        assert lines == [(line["step"], line["adapter"]) for line in directory.figures(UPath(whole / name))]
+        bundles, expected_bundles = versions(path / name), versions(uninterrupted / name)
+        assert list(bundles) == list(expected_bundles)
+        assert bundles == expected_bundles
+        lines, expected_lines = (
+            [(line["step"], line["adapter"]) for line in directory.figures(UPath(sweep / name))]
+            for sweep in (path, uninterrupted)
+        )
+        assert lines == expected_lines

@@ -1,4 +1,4 @@
-"""A sweep on real Ray and vLLM: members pause, go on and fork, one fails, and each replays bit for bit."""
+"""A sweep on real Ray and vLLM: members pause, continue and fork, one fails, and each replays bit for bit."""
 
 import json
 import re
@@ -12,14 +12,14 @@ import pytest
 from conftest import ROOT
 from test_end_to_end import SMALL, TOML, _nothing_stays_behind, rlora
 
-from rlora.sweeps.diary import Diary, ask, whole_lines
+from rlora.sweeps.diary import Diary, ask, complete_lines
 
 pytestmark = pytest.mark.vllm
-_fixtures = (_nothing_stays_behind,)  # which pytest finds here
-ILL = """
+_fixtures = (_nothing_stays_behind,)  # makes pytest use the fixture
+FAILING = """
 def sums(completion, answer, step):
     if step == 2:
-        raise ValueError("ill in the third step")
+        raise ValueError("fails in the third step")
     return float(str(answer) in completion)
 """
 
@@ -32,44 +32,44 @@ def wait_for(holds: Callable[[], bool], process: "subprocess.Popen[str]") -> Non
         time.sleep(0.1)
 
 
-def test_members_come_and_go_and_one_that_fails_harms_no_other(tmp_path: Path) -> None:
-    place, reward = tmp_path / "sweep", tmp_path / "mine.py"
-    reward.write_text(ILL)
-    axes = ["--over", "learner.rank=1,2", "--member", f"ill:reward={reward}:sums,evaluate.prompts=0"]
-    command = ["sweep", TOML, *axes, "--steps", "8", *SMALL, "--check.prompts", "0", "--run-dir", str(place)]
+def test_members_pause_continue_and_fork_and_a_failing_one_affects_no_other(tmp_path: Path) -> None:
+    path, reward = tmp_path / "sweep", tmp_path / "mine.py"
+    reward.write_text(FAILING)
+    axes = ["--over", "learner.rank=1,2", "--member", f"failing:reward={reward}:sums,evaluate.prompts=0"]
+    command = ["sweep", TOML, *axes, "--steps", "8", *SMALL, "--check.prompts", "0", "--run-dir", str(path)]
     with subprocess.Popen(
         [sys.executable, "-m", "rlora", *command], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as sweep:
 
         def has(event: str, member: str) -> Callable[[], bool]:
             return lambda: any(
-                (line["event"], line.get("member")) == (event, member) for line in whole_lines(place / "sweep.jsonl")
+                (line["event"], line.get("member")) == (event, member) for line in complete_lines(path / "sweep.jsonl")
             )
 
-        wait_for(lambda: len(whole_lines(place / "metrics.jsonl")) >= 1, sweep)
-        assert rlora("pause", str(place / "rank-2")).returncode == 0
+        wait_for(lambda: len(complete_lines(path / "metrics.jsonl")) >= 1, sweep)
+        assert rlora("pause", str(path / "rank-2")).returncode == 0
         wait_for(has("paused", "rank-2"), sweep)
-        ask(place, "fork", "rank-1", version=1, name="hotter", changes={"learner.lr": 1e-3})
-        ask(place, "go", "rank-2")
-        told, errors = sweep.communicate(timeout=600)
+        ask(path, "fork", "rank-1", version=1, name="hotter", changes={"learner.lr": 1e-3})
+        ask(path, "go", "rank-2")
+        output, errors = sweep.communicate(timeout=600)
     assert sweep.returncode == 1, errors
-    assert "mine.py:4: sums raised ValueError: ill in the third step" in errors
-    assert errors.strip().endswith(f"`rlora sweep --resume {place}` continues them")
-    assert "versions that engines hold: 6, " in told
-    statuses = {name: fate.status for name, fate in Diary(place).fates.items()}
-    assert statuses == {"rank-1": "finished", "rank-2": "finished", "hotter": "finished", "ill": "failed"}
+    assert "mine.py:4: sums raised ValueError: fails in the third step" in errors
+    assert errors.strip().endswith(f"`rlora sweep --resume {path}` continues them")
+    assert "adapter slots per engine: 6, " in output
+    statuses = {name: state.status for name, state in Diary(path).states.items()}
+    assert statuses == {"rank-1": "finished", "rank-2": "finished", "hotter": "finished", "failing": "failed"}
     for name, updates in (("rank-1", 8), ("rank-2", 8), ("hotter", 7)):
-        replayed = rlora("replay", str(place / name))
+        replayed = rlora("replay", str(path / name))
         assert replayed.returncode == 0, replayed.stderr
         assert replayed.stdout.endswith(f"{updates} of {updates} updates bit for bit\n")
-        assert json.loads((place / name / "summary.json").read_text())["accuracy/after"] >= 0
-    listed_before = rlora("runs", str(place)).stdout
-    reward.write_text(ILL.replace("step == 2", "False"))
-    resumed = rlora("sweep", "--resume", str(place))
+        assert json.loads((path / name / "summary.json").read_text())["accuracy/after"] >= 0
+    listed_before = rlora("runs", str(path)).stdout
+    reward.write_text(FAILING.replace("step == 2", "False"))
+    resumed = rlora("sweep", "--resume", str(path))
     assert resumed.returncode == 0, resumed.stderr
-    assert re.search(r"^ *ill +failed ", listed_before, re.MULTILINE), listed_before
-    assert Diary(place).fates["ill"].status == "finished"
-    assert "take " in resumed.stdout
-    listed = rlora("runs", str(place), "--plot", str(tmp_path / "sweep.png"))
+    assert re.search(r"^ *failing +failed ", listed_before, re.MULTILINE), listed_before
+    assert Diary(path).states["failing"].status == "finished"
+    assert "best configuration " in resumed.stdout
+    listed = rlora("runs", str(path), "--plot", str(tmp_path / "sweep.png"))
     assert listed.returncode == 0, listed.stderr
     assert (tmp_path / "sweep.png").stat().st_size > 10_000

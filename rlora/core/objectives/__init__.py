@@ -1,4 +1,4 @@
-"""The ready objectives, one file for each `algorithm.loss`, and how the objective of a run is found."""
+"""The built-in objectives, one file for each `algorithm.loss`, and the loader of a run's objective."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from rlora.core.objectives.clip import Clip
 from rlora.core.objectives.gspo import Gspo
 from rlora.core.objectives.objective import Need, Objective
 from rlora.core.objectives.reinforce import Reinforce
-from rlora.plugin import at, file_of, load
+from rlora.plugin import file_of, load, location_prefix
 from rlora.records import RloraError
 from rlora.settings import AlgorithmConfig
 
@@ -20,36 +20,41 @@ READY = {"reinforce": Reinforce, "clip": Clip, "gspo": Gspo, "cispo": Cispo}  # 
 
 
 def objective_of(algorithm: AlgorithmConfig, max_tokens: int) -> Objective:
-    """A user's own, where `algorithm.name` is file.py:Name or module:Name. Raises RloraError where it can't be had."""
+    """The objective of a run: a user's plug-in if `algorithm.name` is file.py:Name or module:Name.
+
+    Raises RloraError if the plug-in can't be loaded or lacks a member.
+    """
     if ":" not in algorithm.name:
         return READY[algorithm.loss](algorithm, max_tokens)
-    make, what = load("algorithm.name", algorithm.name), f"algorithm.name = {algorithm.name!r}"
+    plugin, setting = load("algorithm.name", algorithm.name), f"algorithm.name = {algorithm.name!r}"
     try:
-        made: Objective = make(algorithm, max_tokens)
+        objective: Objective = plugin(algorithm, max_tokens)
     except Exception as error:
-        line = at(error, algorithm.name.rpartition(":")[0])
-        raise RloraError(f"{line}{what}: building it raised {type(error).__name__}: {error}") from error
-    bare = [name for name in ("advantages", "loss") if getattr(type(made), name, None) is getattr(Objective, name)]
-    missing = bare or [name for name in _MEMBERS if not hasattr(made, name)]
+        line = location_prefix(error, algorithm.name.rpartition(":")[0])
+        raise RloraError(f"{line}{setting}: its constructor raised {type(error).__name__}: {error}") from error
+    kind, required = type(objective), ("advantages", "loss")
+    undefined = [name for name in required if getattr(kind, name, None) is getattr(Objective, name)]
+    missing = undefined or [name for name in _MEMBERS if not hasattr(objective, name)]
     if missing:
         raise RloraError(
-            f"{what}: it has no {', '.join(missing)}; write it; rlora.Objective, to inherit from, has the others"
+            f"{setting}: it has no {', '.join(missing)}; define it, or inherit from rlora.Objective, which lacks only "
+            "advantages and loss"
         )
-    if (Need.VALUES in made.needs) != (algorithm.advantage == "gae"):
+    if (Need.VALUES in objective.needs) != (algorithm.advantage == "gae"):
         raise RloraError(
-            f'{what}: a critic\'s values are there with algorithm.advantage = "gae" and only then, and it is '
-            f"{algorithm.advantage!r} where the objective needs {sorted(need.name for need in made.needs)}"
+            f"{setting}: it needs {sorted(need.name for need in objective.needs)}, but algorithm.advantage = "
+            f'{algorithm.advantage!r}; an objective must need VALUES with algorithm.advantage = "gae", and only then'
         )
-    return made
+    return objective
 
 
 @contextmanager
-def telling_of(name: str, objective: Objective) -> Iterator[None]:
-    """Raise what fails in a user's own objective as RloraError, with its file and line."""
+def plugin_errors(name: str, objective: Objective) -> Iterator[None]:
+    """Context that turns errors of a user's objective into RloraError with file and line."""
     try:
         yield
     except Exception as error:
-        line = at(error, name.rpartition(":")[0], file_of(objective))
+        line = location_prefix(error, name.rpartition(":")[0], file_of(objective))
         if ":" not in name or not line or isinstance(error, RloraError):
             raise
         raise RloraError(f"{line}algorithm.name = {name!r}: {type(error).__name__}: {error}") from error

@@ -1,9 +1,9 @@
-"""CISPO: a clipped weight, which silences no token."""
+"""CISPO: a clipped importance weight, which leaves every token a gradient."""
 
 from torch import Tensor
 
 from rlora.core.batch import Microbatch
-from rlora.core.loss import beyond, ratio_of
+from rlora.core.loss import is_outside, ratio_of
 from rlora.core.objectives.objective import Figures
 from rlora.core.objectives.policy_gradient import PolicyGradient
 
@@ -13,12 +13,12 @@ class Cispo(PolicyGradient):
         low, high = self.algorithm.clip_low, self.algorithm.clip_high
         ratio = ratio_of(log_ratio)
         losses = clipped_weight(ratio, logprobs, batch.tokens.advantages, low, high)
-        return losses, {"clipped": beyond(ratio, low, high)}
+        return losses, {"clipped": is_outside(ratio, low, high)}
 
 
 def clipped_weight(ratio: Tensor, logprobs: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
     """-sg(clip(r, 1 - low, 1 + high)) A log p (CISPO, MiniMax-M1, arXiv:2506.13585, eq. 4 and 5). (C,) -> (C,)
 
-    The weight is detached, so a token beyond the clip keeps a gradient; PPO's clip silences it.
+    The weight is detached, so a token outside of the clip range keeps its gradient; under PPO's clip it has none.
     """
     return -ratio.detach().clamp(1 - low, 1 + high) * advantages * logprobs

@@ -8,23 +8,23 @@ from rlora.core.objectives.objective import Figures, Loss
 
 
 def values_loss(clip: float) -> Loss:
-    """The loss of a microbatch's values, (C,), against the returns that its tokens know."""
+    """The loss of a microbatch's values, (C,), against the returns in its tokens. `clip` as in `value_loss`."""
 
     def loss(values: Tensor, batch: Microbatch) -> tuple[Tensor, Figures]:
-        before, returns = batch.tokens.values, batch.tokens.returns
-        assert before is not None
+        previous, returns = batch.tokens.values, batch.tokens.returns
+        assert previous is not None
         assert returns is not None
-        losses = value_loss(values, before, returns, clip)
+        losses = value_loss(values, previous, returns, clip)
         return (losses * batch.tokens.weights).sum(), {"value_loss": losses}
 
     return loss
 
 
-def value_loss(values: Tensor, before: Tensor, returns: Tensor, clip: float) -> Tensor:
-    """max((V - R)^2, (clip(V, V_before - clip, V_before + clip) - R)^2) / 2 (PPO's own code; "What Matters In
-    On-Policy RL", arXiv:2006.05990, appendix B.2). (C,) -> (C,); a `clip` of 0 clips nothing."""
+def value_loss(values: Tensor, previous: Tensor, returns: Tensor, clip: float) -> Tensor:
+    """max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2) / 2 (PPO's reference code; "What Matters In
+    On-Policy RL", arXiv:2006.05990, appendix B.2). `previous` is V_old; `clip` 0 disables clipping. (C,) -> (C,)"""
     error = (values - returns).square()
     if clip:
-        near = torch.minimum(torch.maximum(values, before - clip), before + clip)
-        error = torch.maximum(error, (near - returns).square())
+        clipped = torch.minimum(torch.maximum(values, previous - clip), previous + clip)
+        error = torch.maximum(error, (clipped - returns).square())
     return error / 2

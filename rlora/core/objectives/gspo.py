@@ -1,4 +1,4 @@
-"""GSPO: all tokens of an episode have one ratio."""
+"""GSPO: all tokens of an episode share one ratio."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""What an algorithm is to the learner."""
+"""The protocol of an objective: an algorithm as the learner sees it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
@@ -11,8 +11,8 @@ from rlora.core.policy import Outputs
 from rlora.records import Episode, Group
 from rlora.settings import AlgorithmConfig
 
-Figures = Mapping[str, Tensor]  # (C,) each; their means over the tokens of an update are logged
-Loss = Callable[[Any, Microbatch], tuple[Tensor, Figures]]  # one number of `Outputs`, or of a critic's values (C,)
+Figures = Mapping[str, Tensor]  # (C,) each; the means over an update's tokens are logged
+Loss = Callable[[Any, Microbatch], tuple[Tensor, Figures]]  # a scalar from `Outputs`, or from a critic's values (C,)
 
 
 class Need(Enum):
@@ -24,36 +24,36 @@ class Need(Enum):
 
 
 class Objective(Protocol):
-    """An algorithm: which advantage each token has, and the loss that is made of it.
+    """An algorithm: the advantage of each token, and the loss.
 
-    Built as `MyObjective(algorithm, max_tokens)`, from the run's `[algorithm]` and the most tokens of a completion. A
-    class that inherits from this one needs `advantages` and `loss`; a subclass of `PolicyGradient`, `surrogate` alone.
+    It is built as `MyObjective(algorithm, max_tokens)`: the run's `[algorithm]`, and the most tokens per completion.
+    A subclass must define `advantages` and `loss`; a subclass of `PolicyGradient` only `surrogate`.
     """
 
     needs: frozenset[Need] = frozenset()
-    needs_first: frozenset[Need] = frozenset()  # those that `advantages` reads; without any, it is called before a pass
-    whole_groups: bool = False  # a group's samples are always in one microbatch
+    needs_first: frozenset[Need] = frozenset()  # needs that `advantages` reads; if empty, it runs before any pass
+    whole_groups: bool = False  # keep all samples of a group in one microbatch
     entropies: bool = False  # the loss reads `Outputs.entropies`
-    whitens: bool = False  # advantages are brought to mean 0 and variance 1 over all tokens of the update
-    skips_zeros: bool = False  # a sample whose advantages are all 0 has no gradient, and is not computed
+    whitens: bool = False  # scale advantages to mean 0 and variance 1 over all tokens of the update
+    skips_zeros: bool = False  # do not compute samples whose advantages are all 0, since they have no gradient
 
     def __init__(self, algorithm: AlgorithmConfig, max_tokens: int) -> None:
-        """Keep what is needed of the settings; by default nothing is."""
+        """Keep the settings that the objective needs; by default none."""
 
     def learns_from(self, episode: Episode) -> bool:
-        """Whether an episode becomes a sample; it counts for its group all the same."""
+        """Whether an episode becomes a sample. Either way it counts in its group."""
         return episode.sampled_tokens > 0
 
     def advantages(self, group: Group, samples: Sequence[Sample]) -> list[Tensor]:
-        """(C,) each, of the samples that were made of the group's episodes."""
+        """Advantages of the group's samples: (C,) each."""
         ...
 
     def weights(self, groups: Sequence[Group]) -> Callable[[Episode], float]:
-        """The weight of each token of an episode of a minibatch: 1 over all tokens that are learned from."""
+        """The weight of each token of an episode: by default 1 / the tokens that the minibatch learns from."""
         episodes = [episode for group in groups for episode in group.episodes]
         total = sum(episode.sampled_tokens for episode in episodes if self.learns_from(episode))
         return lambda episode: 1 / total
 
     def loss(self, now: Outputs, batch: Microbatch) -> tuple[Tensor, Figures]:
-        """A microbatch's part of the minibatch's loss, a sum and never a mean, and figures of its tokens."""
+        """A microbatch's part of the minibatch's loss, which is a sum and never a mean, and figures per token."""
         ...

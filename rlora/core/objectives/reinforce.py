@@ -16,6 +16,6 @@ class Reinforce(PolicyGradient):
 def reinforce(ratio: Tensor, advantages: Tensor) -> Tensor:
     """-r A, whose gradient is -r A grad log p: REINFORCE with importance weights. (C,) -> (C,)
 
-    The objective of "LoRA Without Regret" (Thinking Machines, 2025) and, on policy, the gradient of all the others.
+    The objective of "LoRA Without Regret" (Thinking Machines, 2025). On policy, the other surrogates have its gradient.
     """
     return -ratio * advantages

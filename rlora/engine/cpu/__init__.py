@@ -1,1 +1,1 @@
-"""What vLLM's CPU build needs beside it; imported on a CPU only."""
+"""Replacements for parts of vLLM's CPU build. Imported on a CPU only."""

@@ -1,4 +1,4 @@
-"""What stands in the place of vLLM's own parts on CPU: the low-rank product, and the drawing of tokens."""
+"""Replacements for two parts of vLLM's CPU build: the low-rank product and the sampler."""
 
 import warnings
 from collections.abc import Callable
@@ -14,17 +14,21 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
 
-_CHECKED = {"0.32.0"}  # versions of vLLM whose own parts these were compared with
-_draw_otherwise = TopKTopPSampler.forward_cpu
+_TESTED = {"0.32.0"}  # versions of vLLM whose own parts these were compared with
+_vllm_draw = TopKTopPSampler.forward_cpu
 
 
 def install(head: bool) -> bool:
-    """Let engines that are built in this process use these, where vLLM's version was checked with them.
+    """Make engines that are built in this process use the replacements; return whether vLLM's version was tested.
 
-    `head` says whether adapters are over the output head too.
+    With another version of vLLM nothing is replaced. `head` says whether adapters may adapt the output head.
     """
-    if vllm.__version__.partition("+")[0] not in _CHECKED:
-        warnings.warn(f"vLLM {vllm.__version__} applies adapters its own way: {_CHECKED} were checked", stacklevel=2)
+    if vllm.__version__.partition("+")[0] not in _TESTED:
+        warnings.warn(
+            f"vLLM {vllm.__version__}: rlora's faster CPU kernels were not tested with it and stay off (tested: "
+            f"{', '.join(sorted(_TESTED))})",
+            stacklevel=2,
+        )
         return False
     CpuPlatform.get_punica_wrapper = classmethod(lambda cls: f"{__name__}.ThinProducts")  # type: ignore[assignment]
     ThinProducts.head = head
@@ -32,22 +36,22 @@ def install(head: bool) -> bool:
     return True
 
 
-def lay_out(model: Any) -> None:
-    """Lay the slots of matrices that vLLM has fused side by side, so that one product serves them all.
+def fuse_slots(model: Any) -> None:
+    """Put the slots of matrices that vLLM has fused side by side, so that one product serves them all.
 
-    A's of the parts (slots, 1, r, d_in) become rows of one (slots, parts x r, d_in). B's (slots, 1, d, r) become
-    columns of one (slots, r, sum of d): transposed, for the product goes along d. vLLM goes on writing to the parts,
-    which are views now.
+    The parts' A (slots, 1, r, d_in) become rows of one tensor (slots, parts x r, d_in). Their B (slots, 1, d, r) become
+    columns of one tensor (slots, r, sum of d), transposed because the product iterates over d. The parts are replaced
+    by views, so that vLLM keeps writing to them.
     """
-    from rlora.engine.cpu import product  # not sooner: vLLM can't start where numba was imported (its dispatcher.py)
+    from rlora.engine.cpu import product  # late: vLLM can't start after numba was imported (see its dispatcher.py)
 
     product.use_threads(torch.get_num_threads())
     ThinProducts.add = staticmethod(product.add)
     for module in model.lora_manager.modules.values():
-        one = isinstance(module.lora_a_stacked, Tensor)  # as over the output head
-        parts_a = (module.lora_a_stacked,) if one else module.lora_a_stacked
-        parts_b = (module.lora_b_stacked,) if one else module.lora_b_stacked
-        if parts_a[0].dim() != 4:  # over the embeddings
+        is_single = isinstance(module.lora_a_stacked, Tensor)  # as for the output head
+        parts_a = (module.lora_a_stacked,) if is_single else module.lora_a_stacked
+        parts_b = (module.lora_b_stacked,) if is_single else module.lora_b_stacked
+        if parts_a[0].dim() != 4:  # embeddings
             continue
         rank, widths = parts_a[0].shape[2], [part.shape[2] for part in parts_b]
         assert rank in product.RANKS
@@ -56,47 +60,48 @@ def lay_out(model: Any) -> None:
         b = parts_b[0].new_zeros(len(parts_b[0]), rank, sum(widths))
         rows = [part.unsqueeze(1) for part in a.split(rank, 1)]
         columns = [part.mT.unsqueeze(1) for part in b.split(widths, 2)]
-        module.lora_a_stacked, module.lora_b_stacked = (rows[0], columns[0]) if one else (tuple(rows), tuple(columns))
+        views = (rows[0], columns[0]) if is_single else (tuple(rows), tuple(columns))
+        module.lora_a_stacked, module.lora_b_stacked = views
 
 
-def tell_rank(model: Any, lora_id: int, rank: int) -> None:
-    """Have products read no more of a slot than the adapter in it has: vLLM pads each to the largest rank."""
+def set_rank(model: Any, lora_id: int, rank: int) -> None:
+    """Limit products to the rank of the adapter in a slot: vLLM pads each adapter to the largest rank."""
     slots = model.lora_manager.lora_index_to_id
-    if ThinProducts.add and lora_id in slots:  # else the proof says that it is not there
+    if ThinProducts.add and lora_id in slots:  # else the check of the slot reports that it is missing
         ThinProducts.ranks[slots.index(lora_id)] = rank
 
 
 class ThinProducts(PunicaWrapperCPU):
-    """y += B A x for the rows of each adapter in the batch. Rows without an adapter (slot -1) stay the base's.
+    """y += B A x for each row's adapter. Rows without an adapter (slot -1) stay the base's.
 
-    vLLM's own gathers A and B for every token, and takes -1 for the last slot in a batch that mixes rows with and
-    without an adapter.
+    vLLM's own product gathers A and B for every token. In a batch that mixes rows with and without an adapter it reads
+    slot -1 as the last slot.
     """
 
     head = True
     ranks: NDArray[np.int64]  # by slot
-    add: Callable[..., None] | None = None  # until `lay_out`; before it there are zeros in the slots
+    add: Callable[..., None] | None = None  # None until `fuse_slots`; the slots hold zeros until then
 
     def update_metadata(self, *arguments: Any, **options: Any) -> None:
-        """Called where the batch changes: the slot of each row."""
+        """Read the slot of each row. vLLM calls it when the batch changes."""
         super().update_metadata(*arguments, **options)
         self.slots, self.sampled_slots = self.token_lora_indices.numpy(), self.sampler_indices.numpy()
-        self.none = bool((self.slots < 0).all())
+        self.is_base_only = bool((self.slots < 0).all())
 
     def add_lora_linear(
         self, y: Tensor, x: Tensor, lora_a_stacked: tuple[Tensor, ...], lora_b_stacked: tuple[Tensor, ...],
         scale: float, output_slices: tuple[int, ...], **_: Any,
     ) -> None:  # fmt: skip
-        """y (tokens, d_out) in place; x (tokens, d_in); A and B as `lay_out` made them."""
-        if not self.none:
+        """Add to y (tokens, d_out) in place; x is (tokens, d_in), A and B are views from `fuse_slots`."""
+        if not self.is_base_only:
             self._add(y, x, lora_a_stacked[0], lora_b_stacked[0], self.slots, output_slices, scale)
 
     def add_lora_logits(
         self, y: Tensor, x: Tensor, lora_a_stacked: Tensor, lora_b_stacked: Tensor, scale: float, **_: Any
     ) -> None:
-        """The same for the output head, whose rows are those that a token is drawn for.
+        """Like `add_lora_linear`, for the output head, whose rows are those that a token is sampled for.
 
-        Logprobs of a prompt come here too, its rows alone, and nobody says whose they are: they are the base head's.
+        vLLM also calls it for prompt logprobs, with other rows and without their slots: those stay the base's.
         """
         if self.head and len(y) == len(self.sampled_slots):
             vocabulary = lora_b_stacked.shape[2]  # y may be padded
@@ -107,10 +112,10 @@ class ThinProducts(PunicaWrapperCPU):
         widths: tuple[int, ...], scale: float,
     ) -> None:  # fmt: skip
         if self.add:
-            a, b = _all_of(part_of_a), _all_of(part_of_b)  # the product looks at no bounds
-            assert len(x) == len(y) == len(slots)
+            a, b = _fused(part_of_a), _fused(part_of_b)
+            assert len(x) == len(y) == len(slots)  # the product checks no bounds
             assert (x.shape[1], y.shape[1]) == (a.shape[2], b.shape[2])
-            self.add(_numbers(y), _numbers(x), a, b, slots, self.ranks, _ends(widths), scale)
+            self.add(_array(y), _array(x), a, b, slots, self.ranks, _ends(widths), scale)
 
 
 @lru_cache
@@ -119,29 +124,29 @@ def _ends(widths: tuple[int, ...]) -> NDArray[np.int64]:
 
 
 @cache
-def _all_of(part: Tensor) -> NDArray[Any]:
-    """What `lay_out` made the part a view of."""
+def _fused(part: Tensor) -> NDArray[Any]:
+    """The tensor from `fuse_slots` that `part` is a view of."""
     assert part._base is not None
-    return _numbers(part._base)
+    return _array(part._base)
 
 
-def _numbers(tensor: Tensor) -> NDArray[Any]:
-    """The tensor's own memory; numpy knows no bfloat16, so its bits."""
+def _array(tensor: Tensor) -> NDArray[Any]:
+    """The tensor's memory as an array. NumPy has no bfloat16: the array has its bits as uint16."""
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def draw(
     self: TopKTopPSampler, logits: Tensor, generators: dict[int, torch.Generator], k: Tensor | None, p: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """A token of each row of `logits` (rows, V) by inversion: one random number a row, in place of V.
+    """Sample a token for each row of `logits` (rows, V) by inversion: one random number per row instead of V.
 
-    The token is the first at which the sum of probabilities reaches u, uniform on (0, 1]; sums are fp32 (their error is
-    below 1e-7), so a token of a smaller probability may be drawn more or less often by as much.
+    The token is the first at which the cumulative probability reaches u, uniform on (0, 1]. Sums are in fp32 with an
+    error below 1e-7, so probabilities are off by at most that.
     """
     if generators or k is not None or p is not None or self.logprobs_mode != "processed_logprobs":
-        return _draw_otherwise(self, logits, generators, k, p)
+        return _vllm_draw(self, logits, generators, k, p)
     logprobs = logits.log_softmax(-1, dtype=torch.float32)
     total = logprobs.exp().cumsum_(-1)
     u = (1 - torch.rand(len(total), 1)) * total[:, -1:]
-    tokens = torch.searchsorted(total, u)[:, 0].clamp_(max=logits.shape[1] - 1)  # past the end where a row is NaN
+    tokens = torch.searchsorted(total, u)[:, 0].clamp_(max=logits.shape[1] - 1)  # past the end if a row is NaN
     return tokens, logprobs

@@ -10,18 +10,18 @@ from numba.extending import intrinsic
 
 
 def use_threads(count: int) -> None:
-    """As many as that share each product that this thread asks for."""
+    """Set how many threads share each product that this thread starts."""
     numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
 
 
-RANKS = 1, 2, 4, 8  # for which there is a product
-_ANY_ORDER = {"reassoc", "contract", "nsz"}  # of additions, so that they are done side by side
+RANKS = 1, 2, 4, 8  # that have a product
+_ANY_ORDER = {"reassoc", "contract", "nsz"}  # additions may be reordered, which lets the compiler vectorise them
 _JIT = numba.njit(fastmath=_ANY_ORDER)
 
 
 @intrinsic
 def _read(typing: Any, number: Any) -> Any:
-    """A number as fp32; 16 bits are a bfloat16."""
+    """Convert a number to fp32; 16 bits are a bfloat16."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         (value,) = arguments
@@ -34,8 +34,8 @@ def _read(typing: Any, number: Any) -> Any:
 
 
 @intrinsic
-def _rounded(typing: Any, value: Any, like: Any) -> Any:
-    """An fp32 number as `like` holds it: to bfloat16 it is rounded to the nearest, ties to even."""
+def _round_like(typing: Any, value: Any, like: Any) -> Any:
+    """Convert an fp32 number to the type of `like`. Rounds to the nearest bfloat16, ties to even."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if like == types.float32:
@@ -44,8 +44,8 @@ def _rounded(typing: Any, value: Any, like: Any) -> Any:
         bits = builder.bitcast(arguments[0], word)
         shift = ir.Constant(word, 16)
         odd = builder.and_(builder.lshr(bits, shift), ir.Constant(word, 1))
-        up = builder.add(bits, builder.add(odd, ir.Constant(word, 0x7FFF)))
-        return builder.trunc(builder.lshr(up, shift), ir.IntType(16))
+        total = builder.add(bits, builder.add(odd, ir.Constant(word, 0x7FFF)))
+        return builder.trunc(builder.lshr(total, shift), ir.IntType(16))
 
     return like(value, like), code
 
@@ -60,22 +60,22 @@ def _dot(x: Any, a: Any) -> Any:
 
 @_JIT
 def _hidden_1(rank: int, a: Any, x: Any, scale: Any) -> Any:
-    """scale A x of one rank, in a tuple."""
+    """The component `rank` of scale A x, in a tuple."""
     return (scale * _dot(x, a[rank]),)
 
 
 @_JIT
 def _columns_1(rank: int, b: Any, start: int, end: int) -> Any:
-    """B's column of one rank, from `start` to `end`, in a tuple."""
+    """The entries `start` to `end` of B's column `rank`, in a tuple."""
     return (b[rank, start:end],)
 
 
-def _twice(some: Any, count: int) -> Any:
-    """As `some`, which gives a tuple of `count` ranks from one on, of twice as many."""
+def _twice(function: Any, count: int) -> Any:
+    """Double `function`, which returns a tuple for `count` ranks beginning with its first argument."""
 
     @_JIT
-    def both(rank: int, *of: Any) -> Any:
-        return some(rank, *of) + some(rank + count, *of)
+    def both(rank: int, *arguments: Any) -> Any:
+        return function(rank, *arguments) + function(rank + count, *arguments)
 
     return both
 
@@ -87,42 +87,42 @@ _hidden_8, _columns_8 = _twice(_hidden_4, 4), _twice(_columns_4, 4)
 
 @_JIT
 def _add_columns(y: Any, hidden: Any, columns: Any) -> None:
-    """y (d) += the columns times their numbers, in one pass: as tuples, for so the loop over them is unrolled."""
+    """y (d) += the sum of hidden[r] columns[r] in one pass. Both are tuples so that the loop over r is unrolled."""
     for d in range(len(y)):
         total = _read(y[d])
         for r in range(len(hidden)):
             total += hidden[r] * _read(columns[r][d])
-        y[d] = _rounded(total, y[d])
+        y[d] = _round_like(total, y[d])
 
 
 def _add(y: Any, x: Any, a: Any, b: Any, slots: Any, ranks: Any, ends: Any, scale: float) -> None:
-    """y (rows, D) += scale B A x (rows, d_in), A and B of each row's slot; all in fp32, rounded once.
+    """y (rows, D) += scale B A x (rows, d_in), with A and B of each row's slot; computed in fp32, rounded once.
 
-    a (slots, parts x r, d_in); b (slots, r, D), whose columns before ends[0] are of the first r rows of a, and so on;
-    r is one of `RANKS`. ranks (slots,): how many of the r each slot's adapter has. Of the rest, which are 0, those up
-    to the next of `RANKS` are read.
+    a: (slots, parts x r, d_in). b: (slots, r, D); the columns before ends[0] belong to the first r rows of a, and so
+    on. r is one of `RANKS`. ranks (slots,): the rank of each slot's adapter, at most r. Rows beyond it are zero; those
+    up to the next of `RANKS` are read.
     """
-    most, factor = b.shape[1], np.float32(scale)
+    max_rank, factor = b.shape[1], np.float32(scale)
     for row in numba.prange(len(x)):
         slot = slots[row]
         rank = ranks[slot]
         start = 0
         for part in range(len(ends) if slot >= 0 else 0):
-            first, end = part * most, ends[part]
-            of_row = y[row, start:end]
+            first, end = part * max_rank, ends[part]
+            outputs = y[row, start:end]
             if rank == 1:
-                _add_columns(of_row, _hidden_1(first, a[slot], x[row], factor), _columns_1(0, b[slot], start, end))
+                _add_columns(outputs, _hidden_1(first, a[slot], x[row], factor), _columns_1(0, b[slot], start, end))
             elif rank == 2:
-                _add_columns(of_row, _hidden_2(first, a[slot], x[row], factor), _columns_2(0, b[slot], start, end))
+                _add_columns(outputs, _hidden_2(first, a[slot], x[row], factor), _columns_2(0, b[slot], start, end))
             elif rank <= 4:
-                _add_columns(of_row, _hidden_4(first, a[slot], x[row], factor), _columns_4(0, b[slot], start, end))
+                _add_columns(outputs, _hidden_4(first, a[slot], x[row], factor), _columns_4(0, b[slot], start, end))
             else:
-                _add_columns(of_row, _hidden_8(first, a[slot], x[row], factor), _columns_8(0, b[slot], start, end))
+                _add_columns(outputs, _hidden_8(first, a[slot], x[row], factor), _columns_8(0, b[slot], start, end))
             start = end
 
 
-def _compiled(function: Any) -> Any:
-    """Kept on disk, for compiling takes 4 seconds; where there is no place for it, compiled in each process."""
+def _compile(function: Any) -> Any:
+    """Compile `function`, which takes 4 seconds. The result is cached on disk if there is a place for it."""
     options = {"parallel": True, "fastmath": _ANY_ORDER}
     try:
         return numba.njit(function, cache=True, **options)
@@ -130,4 +130,4 @@ def _compiled(function: Any) -> Any:
         return numba.njit(function, **options)
 
 
-add = _compiled(_add)
+add = _compile(_add)

@@ -1,0 +1,63 @@
+"""`--help`: the options of a command, and the fields of the config."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import is_dataclass
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+import tyro
+
+from rlora.cli.arguments import NOTHING, OverConfig
+from rlora.cli.grammar import kinds
+from rlora.config import doc
+
+_NAMES = {int: "INT", float: "NUMBER", str: "TEXT", bool: "true|false"}
+
+
+def help_of(kind: type[OverConfig], program: str) -> NoReturn:
+    """Print what a command takes, and exit."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    with suppress(SystemExit):
+        tyro.cli(kind, args=["--help"], prog=program)
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, field_kind in _documented_fields():
+        value = NOTHING if "NAME" not in name else ""
+        for part in name.split(".") if value else ():
+            value = getattr(value, part)
+        default = f" (default: {value})" if value not in ("", (), {}) else ""
+        option = f"--{name.replace('_', '-')}"
+        table.add_row(Text(f"{option} {_shape(field_kind)}"), Text(f"{doc(*name.split('.'))}{default}"))
+    console = Console()
+    with console.capture() as text:
+        console.print("fields of the config, each as --FIELD VALUE or --FIELD=VALUE:", table)
+    print(text.get())  # not by rich, which exits with 1 if the reader has closed the output
+    sys.exit(0)
+
+
+def _documented_fields() -> Iterator[tuple[str, Any]]:
+    """Yield fields and their types; tables of settings, such as evaluate.sets, have NAME for the user's names."""
+    for name, kind in kinds().items():
+        values = get_args(kind)
+        if get_origin(kind) is dict and is_dataclass(values[1]):
+            yield from ((f"{name}.NAME.{field}", hint) for field, hint in get_type_hints(values[1]).items())
+        else:
+            yield name, kind
+
+
+def _shape(kind: Any) -> str:
+    """The values that a type takes, such as INT or lora|none."""
+    arguments = get_args(kind)
+    if hasattr(kind, "__metadata__"):
+        return _shape(kind.__origin__)
+    if get_origin(kind) is Literal:
+        return "|".join(map(str, arguments))
+    if get_origin(kind) is tuple:
+        shapes = [_shape(part) for part in arguments if part is not ...]
+        return f"{shapes[0]} ..." if ... in arguments else " ".join(shapes)
+    if get_origin(kind) is dict:
+        return "TABLE"
+    return "|".join(dict.fromkeys(map(_shape, arguments))) if arguments else _NAMES.get(kind, "TEXT")

@@ -1,0 +1,23 @@
+"""What the command line shows of the library's log: messages on standard output, warnings on standard error."""
+
+import logging
+import sys
+
+
+class Console(logging.Handler):
+    """Writes messages as they are, and warnings after "rlora: "."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = self.format(record)
+        if record.levelno < logging.WARNING:
+            print(text, flush=True)
+        else:
+            print(f"rlora: {text}", file=sys.stderr, flush=True)
+
+
+def show_log() -> None:
+    """Show the log of `rlora.*` from now on."""
+    logger = logging.getLogger("rlora")
+    logger.setLevel(logging.INFO)
+    if not any(isinstance(handler, Console) for handler in logger.handlers):
+        logger.addHandler(Console())

@@ -1,0 +1,49 @@
+"""Types of config fields, and tags that say what a change of a field means for a saved run."""
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
+
+from pydantic import AfterValidator, ConfigDict, Field, NonNegativeFloat
+
+
+class Tag(Enum):
+    """What a field determines besides its own setting; `tagged` lists the fields of each tag."""
+
+    POLICY = "the shape of the saved adapter or its base: it may not change on resume or fork"
+    EPISODES = "how episodes are sampled and scored: if it changes on resume, prompts in flight are sampled again"
+
+
+def _absolute(directory: str) -> str:
+    """A local directory as an absolute path, because actors have other working directories; other text unchanged."""
+    return str(Path(directory).absolute()) if directory and Path(directory).is_dir() else directory
+
+
+Directory = Annotated[str, AfterValidator(_absolute)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Value = bool | int | float | str
+Arguments = dict[str, Value | list[Value]]  # arguments of a plug-in or a template, by name
+Gpus = NonNegativeFloat | Literal["auto"]
+
+STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Problem(NamedTuple):
+    """A rule that a config breaks."""
+
+    field: str  # full name, such as learner.rank
+    reason: str  # what is wrong with its value, and how to fix it
+
+
+def tagged(settings: type, tag: Tag, prefix: str = "") -> Iterator[str]:
+    """The full names of the fields that have a tag."""
+    hints = get_type_hints(settings, include_extras=True)
+    for field in fields(settings):
+        kind: Any = hints[field.name]
+        if tag in getattr(kind, "__metadata__", ()):
+            yield f"{prefix}{field.name}"
+        elif is_dataclass(kind) and isinstance(kind, type):
+            yield from tagged(kind, tag, f"{prefix}{field.name}.")
