@@ -16,7 +16,7 @@
     read    bundle.json matches its own digest -> every file matches bundle.json -> run id and version match
             otherwise BundleError, and `newest` tries the previous bundle
 
-`update.parquet` and the in-flight files are absent if there is nothing to store.
+`update.parquet` is absent if it exceeds `checkpoint.episodes_mib`, the in-flight files if no prompt is in flight.
 """
 
 import hashlib

@@ -199,7 +199,7 @@ def test_a_damaged_bundle_is_not_evaluated(
 @pytest.mark.parametrize(
     ("evaluate", "checkpoint", "message"),
     [
-        ({"sets": {"before": {}}}, {}, r"evaluate\.sets = .*before: use letters, digits and _ in names, and none of held_out"),
+        ({"sets": {"before": {}}}, {}, r"evaluate\.sets = .*before: use letters, digits and _ in names, and none of"),
         ({"sets": {"a/b": {}}}, {}, r"evaluate\.sets = .*a/b: use letters"),
         ({"sets": {"hard": {"prompts": 0}}}, {}, r"evaluate\.sets\.hard\.prompts = 0: .*Number of prompts"),
         ({"sets": {"hard": {"promts": 3}}}, {}, r"evaluate\.sets\.hard\.promts = 3: no such field"),

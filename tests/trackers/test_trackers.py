@@ -263,7 +263,7 @@ def test_two_trackers_of_one_name_both_receive_the_steps(custom: str, tmp_path: 
         directory.step()
     counts = [(directory.path / name).read_text().count('"log"') for name in ("notes.jsonl", "others.jsonl")]
     assert counts == [1, 1]
-    with pytest.raises(RloraError, match=r"trackers\.use = .*one is named twice"):
+    with pytest.raises(RloraError, match=r"trackers\.use = .*a tracker is named twice"):
         validate(TABLE | {"trackers": {"use": ["wandb", "wandb"]}})
 
 
