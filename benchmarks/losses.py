@@ -38,7 +38,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dr-grpo": ({"name": "dr-grpo"}, {"loss_type": "dr_grpo", "scale_rewards": False}),
     "dapo": ({"name": "dapo"}, {"loss_type": "dapo", "epsilon_high": 0.28}),
     "dapo, dual clip, no cut-off ones": (
-        {"name": "dapo", "dual_clip": 1.5, "drop_truncated": True},
+        {"name": "dapo", "dual_clip": 1.5, "truncated": "drop"},
         {"loss_type": "dapo", "epsilon_high": 0.28, "delta": 1.5, "mask_truncated": True},
     ),
     "gspo": (

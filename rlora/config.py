@@ -1,6 +1,7 @@
 """Reads a config from TOML and from fields by their full names, and validates it."""
 
 import json
+import logging
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -17,7 +18,10 @@ from upath import UPath
 
 from rlora.records import RloraError
 from rlora.settings import PRESETS, AlgorithmConfig, Config
+from rlora.settings.earlier import REPLACED, replaced
 from rlora.settings.fields import Tag, tagged
+
+_log = logging.getLogger(__name__)
 
 # With these the probability of a token would depend on which others were cut off, which the learner can't reproduce.
 _UNLEARNABLE = {"top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
@@ -55,7 +59,13 @@ def read_table(path: Path | UPath) -> dict[str, Any]:
         if data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data:
             raise RloraError(f"{path}: not valid TOML: it looks like UTF-16; save it as UTF-8") from None
         raise RloraError(f"{path}: not valid TOML: {error}") from None
-    table.pop("provenance", None)  # written into a run's config.toml; not a setting
+    is_of_run = table.pop("provenance", None) is not None  # written into a run's config.toml; not a setting
+    if not is_of_run and (old := REPLACED & by_full_names(table).keys()):
+        new = by_full_names({"algorithm": replaced(table["algorithm"])})
+        fields = ", ".join(f"{name} = {new[name]!r}" for name in new if name.endswith(("kl_estimator", "truncated")))
+        _log.warning(
+            "%s: %s: fields of an earlier release; write %s", path, ", ".join(sorted(old)), fields or "nothing"
+        )
     check_learnable(table)
     check_learnable(table["sampling"] if isinstance(table.get("sampling"), dict) else ())
     return table
@@ -69,7 +79,7 @@ def validate(values: Config | dict[str, Any], source: str = "") -> Config:
     table = asdict(values) if isinstance(values, Config) else values
     algorithm = table.get("algorithm")
     if isinstance(algorithm, dict):
-        table = table | {"algorithm": PRESETS.get(str(algorithm.get("name")), {}) | algorithm}
+        table = table | {"algorithm": PRESETS.get(str(algorithm.get("name")), {}) | replaced(algorithm)}
     try:
         config = _ADAPTER.validate_json(json.dumps(table, default=str))  # JSON, like TOML, has lists instead of tuples
     except ValidationError as error:

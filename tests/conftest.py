@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from rlora.cli.logs import show_log
 from rlora.cli.main import main
 from rlora.config import validate
 from rlora.core.advantage import centred
@@ -48,6 +49,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 NEEDS_SHARED = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
+
+show_log()  # so that tests of the library see what the command line prints
 
 
 def exit_status(*arguments: str) -> int:

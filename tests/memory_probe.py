@@ -7,7 +7,7 @@ import time
 
 from rlora import machine
 from rlora.config import validate
-from rlora.core.footprint import bytes_of, largest_row, forward_backward
+from rlora.core.footprint import bytes_of, forward_backward, largest_row
 from rlora.core.learner import Learner
 from rlora.core.setup import Setup
 

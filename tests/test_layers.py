@@ -10,7 +10,7 @@ from conftest import ROOT
 from rlora.core.objectives import READY
 
 FLOORS = [
-    {"records", "fields"}, {"cards"}, {"plugin", "machine", "watch_settings"}, {"settings"}, {"config", "store"},
+    {"records"}, {"cards"}, {"plugin", "machine"}, {"settings"}, {"config", "store"},
     {"model"},
     {"core", "scoring"}, {"engine", "rollout"}, {"telemetry"}, {"run"}, {"cluster", "trackers"},
     {"train", "primitives", "planning"}, {"sweeps"}, {"__init__"},

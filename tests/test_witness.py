@@ -52,4 +52,7 @@ def test_an_older_run_with_a_critic_replays_but_for_the_order_of_sums(name: str)
     """And says why it is not bit for bit."""
     bundles, found = replayed(name)
     assert all(each.rows_were_shared for each in found)
-    assert all(each.max_difference < (1e-4 if is_home(bundles[0].origin.machine) else 1e-2) * found[-1].max_change for each in found)
+    assert all(
+        each.max_difference < (1e-4 if is_home(bundles[0].origin.machine) else 1e-2) * found[-1].max_change
+        for each in found
+    )

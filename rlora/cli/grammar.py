@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from rlora.config import ELSEWHERE, check_learnable, like
 from rlora.records import RloraError
 from rlora.settings import Config
+from rlora.settings.earlier import REPLACED, replaced
 from rlora.settings.fields import STRICT
 
 
@@ -43,6 +44,8 @@ def split(arguments: Sequence[str], options: Collection[str]) -> tuple[dict[str,
         elif positive := _negated(name):
             _warn(argument, f"--{positive}=false")
             changes[positive] = False
+        elif name in REPLACED:
+            changes |= _replaced(text, name, value if equals else _pop_value(name, bool | str, remaining)[0])
         else:
             kind = _kind(name, text)
             changes[name] = parsed(kind, [value] if equals else _pop_value(name, kind, remaining))
@@ -152,6 +155,14 @@ def _negated(name: str) -> str | None:
     section, dot, last = name.rpartition(".")
     positive = f"{section}{dot}{last.removeprefix('no_')}"
     return positive if last.startswith("no_") and name not in kinds() and positive in kinds() else None
+
+
+def _replaced(option: str, name: str, value: str) -> dict[str, Any]:
+    """The fields that replace one of an earlier release."""
+    section, _, field = name.rpartition(".")
+    changes = {f"{section}.{new}": parsed_value for new, parsed_value in replaced({field: value_of(value)}).items()}
+    _warn(f"{option} {value}", " ".join(f"--{new}={text}" for new, text in changes.items()) or "nothing")
+    return changes
 
 
 def _warn(old: str, new: str) -> None:

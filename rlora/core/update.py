@@ -145,7 +145,7 @@ def _precompute(learner: "Learner", state: "PolicyState", samples: list[list[Sam
         if Need.START in needs:
             outputs[Need.START] = learner.forward(state.name, minibatch)
         if critic and Need.VALUES in needs:
-            with_end = state.setup.algorithm.bootstrap_truncated
+            with_end = state.setup.algorithm.truncated == "bootstrap"
             inputs = [[sample.to_the_end() for sample in group] for group in minibatch] if with_end else minibatch
             outputs[Need.VALUES] = learner.forward(critic.name, inputs)
         for position, i in enumerate(chosen):

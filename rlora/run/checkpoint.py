@@ -21,6 +21,7 @@
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -32,9 +33,11 @@ from upath import UPath
 from rlora.config import validate
 from rlora.records import ADAPTER_FILES, MODEL_FILES, Adapter, Cursor, Group, InFlight, RloraError
 from rlora.run import episodes
-from rlora.run.directory import METRICS, Provenance, complete_lines, warn
+from rlora.run.directory import METRICS, Provenance, complete_lines
 from rlora.settings import Config
 from rlora.store import names, read_file
+
+_log = logging.getLogger(__name__)
 
 BUNDLES = "bundles"  # directory within a run's directory
 _MANIFEST = "bundle.json"
@@ -223,7 +226,7 @@ def newest(run: UPath, origin: Provenance) -> Bundle | None:
         try:
             return _read_matching(path, origin, version)
         except BundleError as error:
-            warn(f"{error}\n{path} is skipped; the newest intact bundle before it is used")
+            _log.warning(f"{error}\n{path} is skipped; the newest intact bundle before it is used")
     if existing:
         raise RloraError(
             f"{run}: none of its {len(existing)} bundles is intact, so it can't be resumed; restore a copy of one, or "

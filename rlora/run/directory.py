@@ -4,10 +4,10 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import secrets
 import socket
-import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +22,8 @@ from rlora import machine
 from rlora.records import Prompt, RewardError, RloraError
 from rlora.settings import Config
 from rlora.store import HALF, holds, names, read_file, remove, write_file, write_rows
+
+_log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from rlora.rollout.task import Task  # imports transformers, which takes seconds; `rlora runs` does not need it
@@ -158,7 +160,7 @@ def locked(run: UPath) -> Iterator[None]:
                 f"{run}: {file.read().strip() or 'another process'} is training it; stop that process first"
             ) from None
         except OSError as error:  # a file system without locks
-            warn(f"{run}: can't be locked ({error}); make sure that no other process trains this run")
+            _log.warning(f"{run}: can't be locked ({error}); make sure that no other process trains this run")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -232,7 +234,3 @@ def saving_unscored(run: UPath) -> Iterator[None]:
         path = run / "unscored.jsonl"
         write_rows(path, rows)
         raise RloraError(f"{error}\nThe {len(rows)} sampled episodes were saved to {path}") from error
-
-
-def warn(message: str) -> None:
-    print(f"rlora: {message}", file=sys.stderr, flush=True)

@@ -1,5 +1,6 @@
 """Evaluation of a run on held-out prompts: before and after training, and every `evaluate.every` steps."""
 
+import logging
 from collections.abc import Callable
 from functools import partial
 
@@ -13,6 +14,8 @@ from rlora.rollout.task import HELD_OUT, Task
 from rlora.run import directory
 from rlora.run.checkpoint import bundle_path, read, versions
 from rlora.settings import Config
+
+_log = logging.getLogger(__name__)
 
 Figures = dict[str, float | None]
 
@@ -46,7 +49,7 @@ class HeldOut:
         try:
             adapter = read(bundle_path(self.path, due)).adapter
         except RloraError as error:  # the newest bundle is intact, so the run can continue without this one
-            directory.warn(f"version {due} is not evaluated: {error}")
+            _log.warning(f"version {due} is not evaluated: {error}")
             return
         self._evaluations.start(adapter)
 

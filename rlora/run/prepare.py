@@ -1,9 +1,9 @@
 """Prepares a run for the training loop: a new run, a resumed one or a fork. Finds configuration and data errors."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -24,17 +24,17 @@ from rlora.run.start import read_start
 from rlora.settings import Config
 from rlora.store import holds
 
+_log = logging.getLogger(__name__)
+
 RunPath = str | PathLike[str] | UPath | None
 Report = Callable[[str], object]  # receives a line for the user
 Load = Callable[[Config], Task]
-
-print_line = partial(print, flush=True)
 
 
 @contextmanager
 def prepared(
     config: Config, run_dir: RunPath = None, resume: RunPath = None, fork: str | None = None, overwrite: bool = False,
-    observers: Sequence[Observer] = (), report: Report = print_line, load: Load = load_task,
+    observers: Sequence[Observer] = (), report: Report = _log.info, load: Load = load_task,
 ) -> Iterator[Run]:  # fmt: skip
     """Prepare a run and hold its lock within the context: a new run, a fork, or with `resume` an existing run.
 
@@ -58,7 +58,7 @@ def prepared(
 
 def begin(
     config: Config, path: UPath | None = None, overwrite: bool = False, fork: tuple[UPath, int | None] | None = None,
-    observers: Sequence[Observer] = (), report: Report = print_line, load: Load = load_task,
+    observers: Sequence[Observer] = (), report: Report = _log.info, load: Load = load_task,
 ) -> Run:  # fmt: skip
     """Create a new run in a new directory, `path`, or runs/ENV-TIME if it is None.
 
@@ -86,7 +86,7 @@ def begin(
 
 
 def resume_run(
-    config: Config, path: UPath, observers: Sequence[Observer] = (), report: Report = print_line, load: Load = load_task
+    config: Config, path: UPath, observers: Sequence[Observer] = (), report: Report = _log.info, load: Load = load_task
 ) -> Run:
     """Resume a run from its newest intact bundle, under `config`. Raises RloraError."""
     origin = directory.Provenance.of(path)
@@ -117,7 +117,7 @@ def is_finished(path: UPath, config: Config, start: Bundle | None) -> bool:
     return bool(start and start.version >= config.steps and directory.summary(path).get("steps") == start.version)
 
 
-def load_and_check(config: Config, report: Report = print_line, load: Load = load_task) -> tuple[Task, Setup]:
+def load_and_check(config: Config, report: Report = _log.info, load: Load = load_task) -> tuple[Task, Setup]:
     """Load prompts and rewards, and build the learner's setup. Raises RloraError for any error in config or data."""
     task = load(config)
     report_checks(task, report)

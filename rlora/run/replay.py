@@ -1,5 +1,6 @@
 """Recomputes updates of a run: verifies that a version follows from its episodes, or tries a different loss on them."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,8 @@ from rlora.core.setup import Setup
 from rlora.core.state import is_by_position
 from rlora.records import RloraError, UpdateStats
 from rlora.run.checkpoint import Bundle, read_version
-from rlora.run.directory import warn
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def pairs(run: UPath, steps: Sequence[int]) -> Iterator[tuple[Bundle, Bundle]]:
         except RloraError as error:
             if len(steps) == 1:
                 raise
-            warn(f"step {step} is skipped: {error}")
+            _log.warning(f"step {step} is skipped: {error}")
             continue
         yield start, end
 

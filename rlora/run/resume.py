@@ -1,5 +1,6 @@
 """Resuming and forking: turns a bundle into the starting point of a run."""
 
+import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -7,33 +8,30 @@ from upath import UPath
 
 from rlora.records import ADAPTER_FILES, Adapter, Cursor
 from rlora.run.checkpoint import Bundle, bundle_path, read
-from rlora.run.directory import Provenance, warn
+from rlora.run.directory import Provenance
 from rlora.run.start import read as read_files
 from rlora.settings import Config
+from rlora.settings.fields import Tag, tagged
 from rlora.store import names, write_directory
+
+_log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from rlora.model.chat import Chat
-
-# Fields that episodes depend on besides the adapter. If one changes, prompts in flight are sampled again.
-_EPISODE_FIELDS = (
-    "seed", "group_size", "dtype", "env", "env_args", "sampling", "chat", "reward", "reward_args", "reward_weights",
-    "scoring",
-)  # fmt: skip
 
 
 def cursor_for(config: Config, bundle: Bundle, origin: Provenance) -> Cursor:
     """Cursor to resume `bundle` with under `config`. Drops episodes in flight that no longer match the config."""
     cursor = _with_policy(bundle.cursor, origin.run)
     if origin.prompts != bundle.origin.prompts:
-        warn(
+        _log.warning(
             f"env = {config.env!r}: its training prompts have changed since version {bundle.version}; episodes in "
             f"flight are dropped, and the run continues with prompt {cursor.next} in the new order"
         )
         return Cursor(cursor.next)
-    changed = [name for name in _EPISODE_FIELDS if getattr(config, name) != getattr(bundle.config, name)]
+    changed = [name for name in tagged(Config, Tag.EPISODES) if getattr(config, name) != getattr(bundle.config, name)]
     if changed and cursor.in_flight:
-        warn(f"{', '.join(changed)}: changed, so the prompts in flight are sampled again")
+        _log.warning(f"{', '.join(changed)}: changed, so the prompts in flight are sampled again")
         return Cursor(cursor.next, (*(prompt.position for prompt in cursor.in_flight), *cursor.retries))
     return cursor
 

@@ -1,6 +1,7 @@
 """A run: the state of one policy's training, and the parts of a step that the loop calls."""
 
 import json
+import logging
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,13 +17,14 @@ from rlora.rollout.stream import Collection, Rollouts
 from rlora.rollout.task import ServedPolicy, Task
 from rlora.run import directory
 from rlora.run.checkpoint import Bundle
-from rlora.run.directory import warn
 from rlora.run.evaluation import HeldOut
 from rlora.run.health import Health, check_updates
 from rlora.run.resume import cursor_for, describe
 from rlora.run.writer import CheckpointWriter
 from rlora.settings import Config
 from rlora.telemetry.metrics import Metrics
+
+_log = logging.getLogger(__name__)
 
 
 class Observer(Protocol):
@@ -145,7 +147,7 @@ class Run:
             self.writer.save(self.adapter, self.learner.state(self.policy), Cursor())
         self.health = Health(config, directory.figures(path))
         fleet, loop = job.fleet, job.loops[self.policy]
-        self.held_out = HeldOut(config, path, self.task, origin.first, fleet, loop, self.metrics.print_line)
+        self.held_out = HeldOut(config, path, self.task, origin.first, fleet, loop, self.metrics.log_line)
         cursor = cursor_for(config, start, origin) if start else Cursor()
         self.stream = Rollouts(config, self.task.prompts, fleet, loop, cursor)
         self.metrics.start(self.number, fleet.stats())
@@ -204,7 +206,9 @@ class Run:
         except Exception as error:
             self.failure = error
             if self.has_peers:  # a single run raises the error at its end
-                warn(f"{self.policy} failed after {self.number} steps; the other runs continue\n{_description(error)}")
+                _log.warning(
+                    f"{self.policy} failed after {self.number} steps; the other runs continue\n{_description(error)}"
+                )
             self.leave()
 
     def leave(self) -> None:
@@ -232,7 +236,7 @@ class Run:
         previous = set(self.health.holding)
         remedies = self.health.update(figures)
         for name in remedies.keys() - previous:
-            warn(f"{self.policy}, step {self.number}: {name}: {remedies[name]}")
+            _log.warning(f"{self.policy}, step {self.number}: {name}: {remedies[name]}")
         if remedies.keys() - previous:
             directory.summarise(self.path, {"health": self.health.fired})
         return remedies
@@ -242,7 +246,7 @@ class Run:
             observer.on_step(self, figures)
         except Exception as error:
             message = f"{type(observer).__name__}.on_step raised {type(error).__name__}: {error}"
-            warn(f"{self.policy}: {message}; training continues")
+            _log.warning(f"{self.policy}: {message}; training continues")
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Background writer of a run's bundles and metrics, which tolerates a full or slow disk."""
 
 import json
+import logging
 import os
 import tempfile
 import time
@@ -19,9 +20,11 @@ from rlora.rollout.stream import Collection
 from rlora.rollout.task import HELD_OUT
 from rlora.run import episodes
 from rlora.run.checkpoint import BUNDLES, Bundle, Rewards, bundle_path, versions
-from rlora.run.directory import METRICS, Provenance, complete_lines, warn
+from rlora.run.directory import METRICS, Provenance, complete_lines
 from rlora.settings import Config
 from rlora.store import remove, remove_halves, write_directory, write_file
+
+_log = logging.getLogger(__name__)
 
 
 class CheckpointWriter:
@@ -69,7 +72,7 @@ class CheckpointWriter:
             if error and kind is None:
                 raise error
             if error:
-                warn(str(error))
+                _log.warning(str(error))
 
     def save(
         self,
@@ -116,7 +119,7 @@ class CheckpointWriter:
             with machine.undisturbed() if ending and number == 1 else nullcontext():
                 if self._idle.wait(interval):
                     return True
-            warn(f"NOT SAVED: a write to {self.run} has not completed for {number * interval:.0f} s")
+            _log.warning(f"NOT SAVED: a write to {self.run} has not completed for {number * interval:.0f} s")
         return False
 
     def _count(self, sampled: Sequence[Group]) -> None:
@@ -146,13 +149,13 @@ class CheckpointWriter:
             now = time.monotonic()
             self._failing_since = self._failing_since or now
             remaining = max(0.0, self.config.checkpoint.patience - (now - self._failing_since))
-            warn(
+            _log.warning(
                 f"NOT SAVED: version {bundle.version} could not be written to {self.run} ({error}); free disk space or "
                 f"fix its permissions. Each step retries, for up to {remaining:.0f} s"
             )
             return
         if self._failing_since:
-            warn(f"{self.run} is writable again: version {bundle.version} is saved")
+            _log.warning(f"{self.run} is writable again: version {bundle.version} is saved")
         self._unsaved = self._failing_since = None
         self.saved = SaveStats(time.perf_counter() - start, sum(map(len, files.values())))
         with suppress(Exception):  # the store does not answer: keep more bundles than configured for now
@@ -166,7 +169,7 @@ class CheckpointWriter:
         update = episodes.encode(groups)
         if len(update) <= limit * 2**20:
             return replace(bundle, update=update)
-        warn(
+        _log.warning(
             f"checkpoint.episodes_mib = {limit}: the episodes of version {bundle.version} are not stored, they take "
             f"{len(update) / 2**20:.1f} MiB; raise the limit, or set it to 0 to store none"
         )
@@ -188,7 +191,7 @@ class CheckpointWriter:
                 remove(bundle_path(self.run, version))
             except Exception as error:
                 if version not in self._unremovable:
-                    warn(f"{bundle_path(self.run, version)} could not be removed ({error}); it is kept")
+                    _log.warning(f"{bundle_path(self.run, version)} could not be removed ({error}); it is kept")
                 self._unremovable.add(version)
         self._rewards = {version: rewards for version, rewards in self._rewards.items() if version in kept}
 
@@ -214,7 +217,9 @@ class CheckpointWriter:
                     file.flush()
                     os.fsync(file.fileno())
         except Exception as error:
-            warn(f"NOT SAVED: {path} could not be written ({error}); its lines will be written with the next step")
+            _log.warning(
+                f"NOT SAVED: {path} could not be written ({error}); its lines will be written with the next step"
+            )
             return
         self._logged, self._unlogged = self._logged + len(self._unlogged), b""
 

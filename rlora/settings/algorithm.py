@@ -40,10 +40,9 @@ class AlgorithmConfig:
     """Cap of the ratio of the update's starting policy to the behaviour policy."""
     kl: NonNegativeFloat = 0.0
     """Coefficient of the KL to the reference policy, which is the base with the adapter off; 0 computes none."""
-    kl_in: Literal["loss", "reward"] = "loss"
-    """Whether the KL is added to the loss or subtracted from the reward."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Per-token KL estimator (Schulman 2020): k2 or k3 in the loss, k1 in the reward."""
+    """Per-token KL estimator (Schulman 2020). k2 and k3 are added to the loss; k1 is subtracted from the reward, since
+    its gradient in the loss is 0 on average."""
     entropy: NonNegativeFloat = 0.0
     """Coefficient of the entropy bonus; 0 computes no entropy."""
     epochs: PositiveInt = 1
@@ -56,8 +55,10 @@ class AlgorithmConfig:
     refills: NonNegativeInt = 0
     """Times that a step requests more prompts to replace groups whose rewards are all equal (DAPO's dynamic sampling).
     A step with late groups requests none (`engine.straggler_seconds`)."""
-    drop_truncated: bool = False
-    """Exclude completions that were cut off at `sampling.max_tokens` from the loss."""
+    truncated: Literal["learn", "drop", "bootstrap"] = "learn"
+    """Treatment of completions that were cut off at `sampling.max_tokens`: learn from them as from others, drop them
+    from the loss, or with `gae` add the critic's value after the end to their reward (bootstrap). Bootstrap is for
+    rewards that accumulate per token: if the whole answer is rewarded, the policy learns to be cut off."""
     overlong_tokens: NonNegativeInt = 0
     """Length of the interval before `sampling.max_tokens` over which `algorithm.overlong_penalty` grows linearly
     (DAPO)."""
@@ -67,18 +68,21 @@ class AlgorithmConfig:
     """Discount per token, for `gae` and `whitened`."""
     lam: Share = 1.0
     """GAE's lambda."""
-    bootstrap_truncated: bool = False
-    """With `gae`, add the critic's value after the end to the reward of a truncated completion. Only for rewards that
-    accumulate per token: if the whole answer is rewarded, the policy learns to be cut off."""
 
     @property
     def of_group(self) -> bool:
         """Whether an advantage is relative to the other completions of the prompt, and the same for all its tokens."""
         return self.advantage not in ("whitened", "gae")
 
-    def kl_of(self, where: Literal["loss", "reward"]) -> bool:
-        """Whether the KL to the reference policy is computed, and counts there."""
-        return self.kl > 0 and self.kl_in == where
+    @property
+    def kl_in_reward(self) -> bool:
+        """Whether the KL to the reference policy is subtracted from the reward."""
+        return self.kl > 0 and self.kl_estimator == "k1"
+
+    @property
+    def kl_in_loss(self) -> bool:
+        """Whether the KL to the reference policy is added to the loss."""
+        return self.kl > 0 and self.kl_estimator != "k1"
 
     def check(self) -> Iterator[Problem]:
         gspo, per_token = self.loss == "gspo", not self.of_group
@@ -104,30 +108,15 @@ class AlgorithmConfig:
                 'it is per token, and GSPO has one ratio per episode; use algorithm.loss = "clip", or an advantage '
                 "that is relative to the group",
             )
-        if self.kl_of("loss") and self.kl_estimator == "k1":
-            yield Problem(
-                "algorithm.kl_estimator",
-                'in the loss the gradient of k1 is 0 on average; use k2 or k3, or algorithm.kl_in = "reward"',
-            )
-        if self.kl_of("reward") and self.kl_estimator != "k1":
-            yield Problem(
-                "algorithm.kl_estimator",
-                f"in the reward {self.kl_estimator} pushes rare tokens further down; use k1, or algorithm.kl_in = "
-                '"loss"',
-            )
         if self.target_kl and self.epochs * self.minibatches == 1:
             yield Problem(
                 "algorithm.target_kl",
                 "an update with one minibatch has nothing to stop; set it to 0, or use more minibatches or epochs",
             )
-        if self.bootstrap_truncated and self.drop_truncated:
+        if self.truncated == "bootstrap" and self.advantage != "gae":
             yield Problem(
-                "algorithm.bootstrap_truncated",
-                "algorithm.drop_truncated excludes those completions from the loss; set only one of the two",
-            )
-        if self.bootstrap_truncated and self.advantage != "gae":
-            yield Problem(
-                "algorithm.bootstrap_truncated", 'it needs a critic; set algorithm.advantage = "gae", or remove it'
+                "algorithm.truncated",
+                'bootstrap needs a critic; set algorithm.advantage = "gae", or use learn or drop',
             )
         if self.refills and per_token:
             yield Problem(
@@ -151,6 +140,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "cispo": {"advantage": "standardised", "loss": "cispo", "clip_low": 1.0, "clip_high": 4.0, "minibatches": 4},
     "rloo": {"advantage": "leave-one-out"},
-    "reinforce++": {"advantage": "whitened", "loss": "clip", "kl": 1e-3, "kl_in": "reward", "kl_estimator": "k1"},
+    "reinforce++": {"advantage": "whitened", "loss": "clip", "kl": 1e-3, "kl_estimator": "k1"},
     "ppo": {"advantage": "gae", "loss": "clip", "minibatches": 4, "lam": 0.95},
 }  # fmt: skip

@@ -1,16 +1,18 @@
 """Schedule of a sweep: the runs of each turn, and between turns the users' requests and successive halving."""
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlora.cluster import slots_needed
 from rlora.records import RloraError
-from rlora.run import directory
 from rlora.run.directory import figures
 from rlora.run.run import Run, reason
 from rlora.run.turns import Turns, active, first, rounds
 from rlora.sweeps.members import Member
+
+_log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from rlora.sweeps.sweep import Sweep
@@ -70,7 +72,7 @@ class SweepTurns:
                 getattr(self, f"_{request['what']}")(number, request)
             except (RloraError, OSError, LookupError) as error:
                 self.sweep.diary.note("refused", request["member"], why=str(error), request=number)
-                directory.warn(f"{request['what']} {request['member']}: {error}")
+                _log.warning(f"{request['what']} {request['member']}: {error}")
 
     def halve(self) -> None:
         """Drop the worse configurations at a rung, once every active member has reached it."""
@@ -143,7 +145,7 @@ class SweepTurns:
             run = self.sweep.open_member(member)
         except (RloraError, OSError) as error:
             self.sweep.diary.note("failed", member.name, why=str(error))
-            directory.warn(f"{member.name}: {error}")
+            _log.warning(f"{member.name}: {error}")
             return
         self.sweep.diary.note("began", member.name, run.number)
         self.runs[:] = [previous for previous in self.runs if previous.policy != member.name] + [run]

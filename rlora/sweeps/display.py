@@ -1,5 +1,6 @@
 """Progress of a sweep: a table of its members on a terminal, otherwise one line per turn. Logs the turns."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from rich.table import Table
 from rlora.run.run import Run
 from rlora.sweeps.diary import append, complete_lines
 from rlora.telemetry.metrics import sparkline
+
+_log = logging.getLogger(__name__)
 
 TURNS = "metrics.jsonl"
 
@@ -75,7 +78,7 @@ class Display:
         text = f"{len(line['steps'])} members, {span}, {line['tokens_per_second']:.0f} tokens/s"
         reward = f", best {best} {self.latest[best]['reward/mean'] or 0.0:.3f}" if best else ""
         text += f"{reward}, time {line['time/turn']:.1f} s, left {remaining:.0f} s"
-        print(f"turn {line['turn']}: {text}", flush=True)
+        _log.info("turn %s: %s", line["turn"], text)
 
     def _table(self, runs: Sequence[Run]) -> Table:
         table = Table("member", "step", "reward", "reward so far", "accuracy", "", box=None)

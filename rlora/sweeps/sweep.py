@@ -1,6 +1,7 @@
 """A sweep: runs that train together over one base, each an ordinary run in its own directory."""
 
 import json
+import logging
 import secrets
 import time
 import tomllib
@@ -20,7 +21,7 @@ from rlora.records import RloraError
 from rlora.rollout.task import Task, load_task
 from rlora.run import directory
 from rlora.run.checkpoint import BUNDLES
-from rlora.run.prepare import Report, is_finished, prepared, print_line
+from rlora.run.prepare import Report, is_finished, prepared
 from rlora.run.run import Observer, Run
 from rlora.run.source import Source, config_at, read_run, resolve_config
 from rlora.settings import Config
@@ -34,6 +35,8 @@ from rlora.sweeps.members import Member, config_of, groups
 from rlora.sweeps.members import members as members_of
 from rlora.trackers.tracking import tracked
 from rlora.train import drive
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -227,7 +230,7 @@ def sweep(
     config: Source | Sequence[Source] = None, over: Mapping[str, Sequence[Any]] | None = None,
     members: Mapping[str, Mapping[str, Any]] | None = None, *, run_dir: str | PathLike[str] | None = None,
     resume: str | PathLike[str] | None = None, halving: Halving | None = None,
-    tell: Report = print_line, **changes: Any,
+    tell: Report = _log.info, **changes: Any,
 ) -> Swept:  # fmt: skip
     """Train many policies over one base, the members of a sweep, as `rlora sweep` does.
 

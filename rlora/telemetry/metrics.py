@@ -1,5 +1,6 @@
 """Metrics of a training step: the line of metrics.jsonl, and progress on the console."""
 
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,8 @@ from rlora.records import STATUSES, Adapter, Group, Receipt, SaveStats, UpdateSt
 from rlora.rollout.requests import FleetStats
 from rlora.rollout.stream import Collection
 from rlora.telemetry.bottleneck import advice, bottleneck
+
+_log = logging.getLogger(__name__)
 
 _SHOWN = {  # metrics in a progress line: label and format
     "reward/mean": ("reward", "{:.3f}"),
@@ -157,9 +160,9 @@ class Metrics:
         now = time.perf_counter()
         return {"time/train": self.lapped - self.started, "time/total": now - self.entered}
 
-    def print_line(self, text: str) -> None:
+    def log_line(self, text: str) -> None:
         """Print a line, with the run's name if several runs train together."""
-        print(f"{self.name}: {text}" if self.name else text, flush=True)
+        _log.info("%s", f"{self.name}: {text}" if self.name else text)
 
     def _show(self, step: int, figures: Mapping[str, float | None], slowest: tuple[str, float] | None) -> None:
         self.rewards.append(figures["reward/mean"] or 0.0)
@@ -179,10 +182,10 @@ class Metrics:
             self.live.update(self._table(step, shown))
         else:
             values = ", ".join(f"{name} {value}" for name, value in shown.items())
-            self.print_line(f"step {step + 1}/{self.steps}: {values}")
+            self.log_line(f"step {step + 1}/{self.steps}: {values}")
         if slowest and slowest[0] not in self._advised:
             self._advised.add(slowest[0])
-            self.print_line(f"bottleneck {slowest[0]}: to shorten the step, change {advice(slowest[0])}")
+            self.log_line(f"bottleneck {slowest[0]}: to shorten the step, change {advice(slowest[0])}")
 
     def _table(self, step: int, shown: Mapping[str, str]) -> Table:
         table = Table(title=f"step {step + 1} of {self.steps}", show_header=False)

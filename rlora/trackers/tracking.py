@@ -1,6 +1,7 @@
 """Starts one process per tracker of a run. A failing tracker causes a warning and never delays a step."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -11,9 +12,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 
 from rlora.records import RloraError
-from rlora.run.directory import warn
 from rlora.run.run import Run
 from rlora.trackers.process import TrackerJob
+
+_log = logging.getLogger(__name__)
 
 _GRACE = 5.0  # seconds for a process to exit after it ended itself
 _START = 60.0  # seconds for a tracker to become ready, with `trackers.strict`
@@ -73,20 +75,20 @@ class _Process:
                 if message.get("ready"):
                     self.ready.set()
                     if message["where"]:
-                        print(f"tracker {self.name}: {message['where']}", flush=True)
+                        _log.info("tracker %s: %s", self.name, message["where"])
                 else:
                     self._report(message["error"])
         status = self.process.wait()
         if status and self._ending:
             patience = f"trackers.patience = {self.settings.patience:g} s"
-            warn(f"tracker {self.name}: it did not end within {patience}; metrics.jsonl has all metrics")
+            _log.warning(f"tracker {self.name}: it did not end within {patience}; metrics.jsonl has all metrics")
         elif status and not self.error:
             self._report(f"its process ended with status {status}")
 
     def _report(self, error: str) -> None:
         self.error = error
         if self.ready.is_set() or not self.settings.strict:  # otherwise `require` raises it
-            warn(f"tracker {self.name}: {error}; training continues")
+            _log.warning(f"tracker {self.name}: {error}; training continues")
 
 
 @contextmanager

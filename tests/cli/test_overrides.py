@@ -189,8 +189,8 @@ def test_arguments_of_another_plug_in_go_and_a_preset_goes_with_its_name(tmp_pat
     assert parse_train([TOML, "--env", "mine.py:Mine", "--env-args.x", "1"]).config.env_args == {"x": 1}
     file = tmp_path / "a.toml"
     file.write_text(Path(TOML).read_text() + '\n[algorithm]\nname = "gspo"\n')
-    algorithm = parse_train([str(file), "--algorithm.name", "ppo", "--algorithm.bootstrap-truncated"]).config.algorithm
-    assert (algorithm.loss, algorithm.advantage, algorithm.bootstrap_truncated) == ("clip", "gae", True)
+    algorithm = parse_train([str(file), "--algorithm.name", "ppo", "--algorithm.truncated=bootstrap"]).config.algorithm
+    assert (algorithm.loss, algorithm.advantage, algorithm.truncated) == ("clip", "gae", "bootstrap")
 
 
 def test_lists_of_numbers_and_texts_are_arguments(tmp_path: Path) -> None:
@@ -247,13 +247,16 @@ def test_other_arguments_are_refused_with_what_they_may_be(value: str) -> None:
         # forms of earlier releases, which are accepted with a warning
         (["--learner.no-shard"], "learner.shard", False),
         (["--set", "learner.rank=4"], "learner.rank", 4),
+        (["--algorithm.kl-in", "reward"], "algorithm.kl_estimator", "k1"),
+        (["--algorithm.drop-truncated"], "algorithm.truncated", "drop"),
+        (["--algorithm.bootstrap-truncated=true"], "algorithm.truncated", "bootstrap"),
     ],
 )
 def test_one_grammar_for_every_command(arguments: list[str], field: str, value: object, run: str) -> None:
     """After a file, a run that is resumed or forked, one that is replayed, and the members of a sweep."""
     for command in ([TOML], ["--resume", run], ["--fork", run]):
         assert split_fields([*command, *arguments], {"resume", "fork"}) == ({field: value}, command)
-    if not field.startswith(("model", "env_args", "reward", "learner.rank", "evaluate", "learner.shard")):
+    if not field.startswith(("model", "env_args", "reward", "learner.rank", "evaluate", "learner.shard", "algorithm")):
         for options in (
             parse_train([TOML, *arguments]), parse_train(["--resume", run, *arguments]),
             parse_train(["--fork", run, *arguments]), parse_source(Replay, "rlora replay", [run, *arguments]),

@@ -71,7 +71,7 @@ def test_kl_in_the_reward_is_paid_by_the_episode_or_by_its_tokens() -> None:
     two = group([5], episode([6, 7], 1.0), episode([8, 9], 0.0))
     first, _ = samples_of(two, start_logprobs=[-1.0, -1.0], reference_logprobs=[-1.5, -3.0])
     _, second = samples_of(two, start_logprobs=[-1.0, -1.0], reference_logprobs=[-1.0, -1.0])
-    settings = {"kl": 0.1, "kl_in": "reward", "kl_estimator": "k1"}
+    settings = {"kl": 0.1, "kl_estimator": "k1"}
     by_episode = credit(two, [first, second], objective("rloo", **settings))
     assert by_episode[0].tokens.advantages.tolist() == pytest.approx([0.75, 0.75])  # 1 - 0.1 * 2.5
     by_token = credit(two, [first, second], objective("reinforce++", gamma=0.5, **settings))
@@ -84,7 +84,7 @@ def test_kl_in_the_reward_is_paid_by_the_episode_or_by_its_tokens() -> None:
 def test_gae_bootstraps_where_an_episode_was_cut_off(reason: str, bootstrap: bool, last: float) -> None:
     one = group([5], replace(episode([6, 7], 1.0), finish_reason=reason), episode([8], 0.0))
     sample = samples_of(one, values=[0.5, 0.25])[0]
-    settings = objective("ppo", gamma=0.9, lam=0.5, bootstrap_truncated=bootstrap)
+    settings = objective("ppo", gamma=0.9, lam=0.5, truncated="bootstrap" if bootstrap else "learn")
     (credited,) = credit(one, [sample.with_tokens(end=torch.tensor([0.7]))], settings)
     second = 1 + 0.9 * last - 0.25
     first = 0.9 * 0.25 - 0.5 + 0.45 * second
@@ -111,7 +111,7 @@ def test_weights_by_hand() -> None:
         return [weight(episode) for group in groups for episode in group.episodes]
 
     assert weights() == pytest.approx([1 / 6] * 3)
-    assert weights(drop_truncated=True)[:2] == pytest.approx([1 / 4, 1 / 4])
+    assert weights(truncated="drop")[:2] == pytest.approx([1 / 4, 1 / 4])
     assert weights(average="episodes") == pytest.approx([1 / 9, 1 / 3, 1 / 6])
     assert weights(average="constant") == pytest.approx([1 / 24] * 3)
 
@@ -197,7 +197,7 @@ def test_finite_logprobs_have_finite_losses_gradients_and_figures(name: str, cor
     two = group([5], episode([6, 7, 8], 1.0, far), episode([9, 10, 11], 0.0, far[::-1]))
     logprobs = {"start_logprobs": far[1:] + far[:1], "reference_logprobs": far[::-1]}
     (row,) = microbatches([samples_of(two, **logprobs)], 100, torch.float32, torch.device("cpu"))
-    settings = objective(name, kl=0.1, kl_in="loss", kl_estimator=estimator, correction=correction)
+    settings = objective(name, kl=0.1, kl_estimator=estimator, correction=correction)
     for advantage in (1.0, -1.0, 0.0):
         credited = replace(row, tokens=replace(row.tokens, advantages=torch.full((6,), advantage)))
         for current in permutations(far):

@@ -34,7 +34,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "e": {"learner": {"rank": 8, "lr_schedule": "linear", "init": "orthonormal"}, "steps": 12, "seed": 4},
     "f": {"learner": {"rank": 1, "targets": "mlp"}, "algorithm": {"name": "dapo", "entropy": 0.01}, "seed": 5},
     "g": {"learner": {"rank": 1, "rslora": True}, "algorithm": {"name": "noisy.py:Noisy"}, "seed": 6},
-    "h": {"algorithm": {"name": "ppo", "kl": 0.1, "bootstrap_truncated": True}, "critic": {"warmup": 2}, "seed": 7},
+    "h": {"algorithm": {"name": "ppo", "kl": 0.1, "truncated": "bootstrap"}, "critic": {"warmup": 2}, "seed": 7},
 }
 
 

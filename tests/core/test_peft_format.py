@@ -187,7 +187,9 @@ def test_trained_embeddings_are_refused_as_such(settings: dict[str, Any], tmp_pa
 
 def test_resized_embeddings_are_refused_as_such(tmp_path: Path) -> None:
     saved_by_peft(tmp_path, embeddings=True, size=101)
-    with pytest.raises(RloraError, match=r"is embeddings .* shape \[101, 64\] differs from .* \[97, 64\], so it was resized"):
+    with pytest.raises(
+        RloraError, match=r"is embeddings .* shape \[101, 64\] differs from .* \[97, 64\], so it was resized"
+    ):
         start(tmp_path)
 
 

@@ -199,10 +199,10 @@ def test_a_minibatch_without_samples_is_skipped(make: Callable[..., Solo], group
         replace(g, episodes=tuple(replace(e, finish_reason="length") for e in g.episodes)) if number else g
         for number, g in enumerate(groups)
     ]
-    stats = make(name="ppo", minibatches=3, drop_truncated=True).update(cut_off)[1]
+    stats = make(name="ppo", minibatches=3, truncated="drop").update(cut_off)[1]
     assert (stats.minibatches, stats.skipped_in_a_row) == (1, 0)
     assert stats.value_loss is not None
-    empty = make(name="ppo", minibatches=3, drop_truncated=True).update(cut_off[1:])[1]
+    empty = make(name="ppo", minibatches=3, truncated="drop").update(cut_off[1:])[1]
     assert (empty.minibatches, empty.tokens, empty.value_loss) == (0, 0, None)
 
 

@@ -28,7 +28,7 @@ class PolicyGradient:
 
     def __init__(self, algorithm: AlgorithmConfig, max_tokens: int) -> None:
         self.algorithm, self.max_tokens = algorithm, max_tokens
-        in_reward, critic = algorithm.kl_of("reward"), algorithm.advantage == "gae"
+        in_reward, critic = algorithm.kl_in_reward, algorithm.advantage == "gae"
         start = algorithm.epochs * algorithm.minibatches > 1 or in_reward
         needs = {Need.START: start, Need.REFERENCE: algorithm.kl > 0, Need.VALUES: critic}
         self.needs = frozenset(need for need, is_needed in needs.items() if is_needed)
@@ -36,7 +36,7 @@ class PolicyGradient:
         self.needs_first = frozenset(need for need, is_needed in needs_first.items() if is_needed)
         self.entropies = algorithm.entropy > 0
         self.whitens = not algorithm.of_group
-        self.skips_zeros = algorithm.of_group and not algorithm.kl_of("loss") and not algorithm.entropy
+        self.skips_zeros = algorithm.of_group and not algorithm.kl_in_loss and not algorithm.entropy
 
     def surrogate(self, log_ratio: Tensor, logprobs: Tensor, batch: Microbatch) -> tuple[Tensor, Figures]:
         """The loss of each token, (C,), and figures. `logprobs` (C,) are the current policy's; `log_ratio` (C,) is
@@ -44,8 +44,10 @@ class PolicyGradient:
         raise NotImplementedError
 
     def learns_from(self, episode: Episode) -> bool:
-        """False for empty episodes and, with `drop_truncated`, for episodes that were cut off."""
-        return episode.sampled_tokens > 0 and not (self.algorithm.drop_truncated and episode.finish_reason != "stop")
+        """False for empty episodes and, with `truncated = "drop"`, for episodes that were cut off."""
+        return episode.sampled_tokens > 0 and not (
+            self.algorithm.truncated == "drop" and episode.finish_reason != "stop"
+        )
 
     def advantages(self, group: Group, samples: Sequence[Sample]) -> list[Tensor]:
         """Advantages (C,) of each sample: relative to the returns of its group, or from the rewards that follow each
@@ -99,7 +101,7 @@ class PolicyGradient:
         }
         if tokens.reference_logprobs is not None:
             figures["kl_reference"] = kl(detached, tokens.reference_logprobs, "k3")
-            if algorithm.kl_of("loss"):
+            if algorithm.kl_in_loss:
                 losses = losses + algorithm.kl * kl(logprobs, tokens.reference_logprobs, algorithm.kl_estimator)
         if now.entropies is not None:
             losses = losses - algorithm.entropy * now.entropies
@@ -119,14 +121,14 @@ class PolicyGradient:
         rewards[-1] += reward
         if values is None:  # REINFORCE++ (arXiv:2501.03262): without a critic, the discounted sum of later rewards
             return generalised(rewards, torch.zeros_like(rewards), 0.0, algorithm.gamma, 1.0)
-        cut_off = algorithm.bootstrap_truncated and episode is not None and episode.finish_reason != "stop"
+        cut_off = algorithm.truncated == "bootstrap" and episode is not None and episode.finish_reason != "stop"
         end = float(sample.end) if cut_off and sample.end is not None else 0.0
         return generalised(rewards, values, end, algorithm.gamma, algorithm.lam)
 
     def _kl_in_reward(self, sample: Sample) -> Tensor:
-        """Each token's penalty for its KL to the reference policy, (C,); 0 unless `algorithm.kl_in` is "reward"."""
+        """Each token's penalty for its KL to the reference policy, (C,); 0 unless the KL is in the reward."""
         tokens = sample.tokens
-        if not self.algorithm.kl_of("reward"):
+        if not self.algorithm.kl_in_reward:
             return torch.zeros_like(tokens.weights)
         assert tokens.start_logprobs is not None
         assert tokens.reference_logprobs is not None
