@@ -22,22 +22,23 @@ def drive(runs: Sequence[Run], turns: Turns | None = None) -> None:
 
     Train runs, each with a policy of its own, until all have done their steps. They share the frozen base, the engines
     and the learner's process (several, by `learner.concurrent`). Adapters, optimizers and random states are separate.
-    `turns` decides which runs take the next step; by default all do, in `rounds`.
-
-    A run that fails ends, and the others go on. Its error is raised at the end.
+    `turns` decides which runs take the next step; by default all do, in `rounds`. A run that fails ends, and the others
+    go on. Its error is raised at the end.
     """
     from rlora import cluster
     from rlora.run.run import kept
     from rlora.run.turns import ended, going, rounds, updated
 
-    # Learners, engines and what scores are processes. The fleet samples on all engines; an agent loop plays prompts.
     with kept(runs), cluster.start([run.served for run in runs]) as job:
         for run in runs:
             with run.alone():  # opens the policy, loads version 0, and sends the first prompts and the held-out ones
                 run.begin(job)
         for due in (turns or rounds)(runs):  # with a single run, every iteration yields that run
             for run in going(due):
-                with run.alone():  # waits for the step's scored groups, and starts the update without waiting for it
+                with run.alone():  # waits for the step's scored groups
+                    run.collect()
+            for run in going(due):
+                with run.alone():  # starts the update, and does not wait: several learners may work at once
                     run.start_update()
             for run in going(due):
                 with run.alone():  # waits for the update, writes a line of metrics, and starts writing a bundle
@@ -91,8 +92,7 @@ def train(
     if resume and (run_dir or overwrite):
         raise RloraError(f"train: resume = {str(resume)!r} goes on where the run is; leave out run_dir and overwrite")
     observers = (*observers, Gauges(), *([Callback(on_step)] if on_step else []))
-    whole = given(config, changes, resume, fork)
-    with prepared(whole, run_dir, resume, fork, overwrite, observers) as run:
+    with prepared(given(config, changes, resume, fork), run_dir, resume, fork, overwrite, observers) as run:
         if not is_finished(run.place, run.config, run.start):
             with tracked(run):
                 drive([run])

@@ -127,7 +127,7 @@ class Run:
 
     @property
     def due(self) -> bool:
-        """Whether `start_update` would not wait: the step's groups are there."""
+        """Whether `collect` would not wait: the step's groups are there."""
         return self.stream.due
 
     def begin(self, job: Job) -> None:
@@ -152,10 +152,13 @@ class Run:
         self.held_out.resume(self.number)
         self.deliver()
 
-    def start_update(self) -> None:
-        """Wait for the step's groups, in the order in which their prompts were sent, and hand them to the learner."""
+    def collect(self) -> None:
+        """Wait for the step's groups, in the order in which their prompts were sent."""
         with self.metrics.timed("wait"):
             self._collection = self.stream.take(self.number)
+
+    def start_update(self) -> None:
+        """Hand the step's groups to the learner."""
         self._updated = self.learner.start_update(self.policy, self._collection.groups)
 
     def finish_update(self) -> None:
