@@ -111,6 +111,11 @@ class Run:
         return self.adapter.number
 
     @property
+    def figures(self) -> Sequence[Mapping[str, Any]]:
+        """Of each step that is done; metrics.jsonl has them once they are written, which may be later."""
+        return self.health.lines
+
+    @property
     def going(self) -> bool:
         """Whether there are steps left, nothing has failed, and it was not left."""
         return self.is_here and self.number < self.config.steps

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from rlora.cluster import versions_of
 from rlora.records import RloraError
 from rlora.run import directory
-from rlora.run.directory import figures
 from rlora.run.run import Run, reason
 from rlora.run.turns import Turns, first, going, rounds
 from rlora.sweeps.members import Member
@@ -79,7 +78,7 @@ class Directed:
             return
         there = [run for run in going(self.runs) if run.number >= rung]
         members = [self.sweep.members[run.policy] for run in there]
-        lines = {run.policy: figures(run.place) for run in there}
+        lines = {run.policy: run.figures for run in there}
         dropped = self.sweep.halving.dropped(rung, members, lines)
         self.sweep.diary.note(
             "halved", at=rung, dropped=dropped, kept=[m.name for m in members if m.name not in dropped]
