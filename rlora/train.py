@@ -22,22 +22,23 @@ def drive(runs: Sequence[Run], turns: Turns | None = None) -> None:
 
     Train runs, each with its policy, until all have done their steps. They share the frozen base, the engines and the
     learner's process (`learner.concurrent` processes). Adapters, optimizers and random states are separate.
-    `turns` decides which runs take the next step; by default all of them do, in `rounds`.
-
-    A failed run ends while the others continue. Its error is raised at the end.
+    `turns` decides which runs take the next step; by default all of them do, in `rounds`. A failed run ends while the
+    others continue. Its error is raised at the end.
     """
     from rlora import cluster
     from rlora.run.run import closing
     from rlora.run.turns import active, ended, rounds, updated
 
-    # Learners, engines and reward workers are processes. The fleet samples on all engines; agent loops play prompts.
     with closing(runs), cluster.start([run.served for run in runs]) as job:
         for run in runs:
             with run.isolated():  # opens the policy, loads version 0, sends the first and the held-out prompts
                 run.begin(job)
         for due in (turns or rounds)(runs):  # with a single run, every iteration yields that run
             for run in active(due):
-                with run.isolated():  # waits for the step's scored groups, and starts the update without blocking
+                with run.isolated():  # waits for the step's scored groups
+                    run.collect()
+            for run in active(due):
+                with run.isolated():  # starts the update without blocking: several learners can work at the same time
                     run.start_update()
             for run in active(due):
                 with run.isolated():  # waits for the update, writes a line of metrics, and starts writing a bundle
@@ -91,8 +92,7 @@ def train(
     if resume and (run_dir or overwrite):
         raise RloraError(f"train: resume = {str(resume)!r} sets the run directory; leave out run_dir and overwrite")
     observers = (*observers, Gauges(), *([Callback(on_step)] if on_step else []))
-    resolved = resolve_config(config, changes, resume, fork)
-    with prepared(resolved, run_dir, resume, fork, overwrite, observers) as run:
+    with prepared(resolve_config(config, changes, resume, fork), run_dir, resume, fork, overwrite, observers) as run:
         if not is_finished(run.path, run.config, run.start):
             with tracked(run):
                 drive([run])

@@ -113,6 +113,11 @@ class Run:
         return self.adapter.number
 
     @property
+    def figures(self) -> Sequence[Mapping[str, Any]]:
+        """The metrics of each step so far. metrics.jsonl is written in the background, so it may lag behind."""
+        return self.health.lines
+
+    @property
     def is_active(self) -> bool:
         """Whether the run is in the job, has not failed and has steps left."""
         return self.is_open and self.number < self.config.steps
@@ -129,7 +134,7 @@ class Run:
 
     @property
     def due(self) -> bool:
-        """Whether the step's groups are complete, so that `start_update` does not wait."""
+        """Whether the step's groups are complete, so that `collect` does not wait."""
         return self.stream.due
 
     def begin(self, job: Job) -> None:
@@ -154,10 +159,13 @@ class Run:
         self.held_out.resume(self.number)
         self.deliver()
 
-    def start_update(self) -> None:
-        """Wait for the step's groups, in the order in which their prompts were sent, and start the learner's update."""
+    def collect(self) -> None:
+        """Wait for the step's groups, in the order in which their prompts were sent."""
         with self.metrics.timed("wait"):
             self._collection = self.stream.take(self.number)
+
+    def start_update(self) -> None:
+        """Start the learner's update on the step's groups."""
         self._await_update = self.learner.start_update(self.policy, self._collection.groups)
 
     def finish_update(self) -> None:

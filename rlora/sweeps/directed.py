@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from rlora.cluster import slots_needed
 from rlora.records import RloraError
-from rlora.run.directory import figures
 from rlora.run.run import Run, reason
 from rlora.run.turns import Turns, active, first, rounds
 from rlora.sweeps.members import Member
@@ -29,6 +28,7 @@ class SweepTurns:
         self.sweep, self.group, self.runs = sweep, list(group), runs
         self._noted: set[int] = set()  # ids of runs whose end is in the diary
         self._waiting: list[Member] = []  # members for which the engines have no slot yet
+        self._actions = {"pause": self._pause, "go": self._go, "drop": self._drop, "fork": self._fork}
 
     def __call__(self, runs: Sequence[Run]) -> Iterator[Sequence[Run]]:
         """Yield the runs of each turn. Handles requests and halving before each turn."""
@@ -69,7 +69,7 @@ class SweepTurns:
         """Carry out the requests since the last turn. An impossible request goes to the diary as refused."""
         for number, request in self.sweep.requests():
             try:
-                getattr(self, f"_{request['what']}")(number, request)
+                self._actions[request["what"]](number, request)
             except (RloraError, OSError, LookupError) as error:
                 self.sweep.diary.note("refused", request["member"], why=str(error), request=number)
                 _log.warning(f"{request['what']} {request['member']}: {error}")
@@ -81,7 +81,7 @@ class SweepTurns:
             return
         runs = [run for run in active(self.runs) if run.number >= rung]
         members = [self.sweep.members[run.policy] for run in runs]
-        lines = {run.policy: figures(run.path) for run in runs}
+        lines = {run.policy: run.figures for run in runs}
         dropped = self.sweep.halving.dropped(rung, members, lines)
         self.sweep.diary.note(
             "halved", at=rung, dropped=dropped, kept=[m.name for m in members if m.name not in dropped]

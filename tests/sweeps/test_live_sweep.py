@@ -1,17 +1,23 @@
 """A sweep on real Ray and vLLM: members pause, continue and fork, one fails, and each replays bit for bit."""
 
 import json
+import random
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import ROOT
 from test_end_to_end import SMALL, TOML, _nothing_stays_behind, rlora
+from upath import UPath
 
+from rlora.run import checkpoint
 from rlora.sweeps.diary import Diary, ask, complete_lines
 
 pytestmark = pytest.mark.vllm
@@ -73,3 +79,40 @@ def test_members_pause_continue_and_fork_and_a_failing_one_affects_no_other(tmp_
     listed = rlora("runs", str(path), "--plot", str(tmp_path / "sweep.png"))
     assert listed.returncode == 0, listed.stderr
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_kills_leave_every_chain_of_bundles_unbroken_and_every_member_replays(tmp_path: Path) -> None:
+    """kill -9 of engines, the learner and scoring at random moments, and six times of the sweep itself."""
+    path, draw = tmp_path / "sweep", random.Random(0)
+    axes = ["--over", "learner.rank=1,2", "--over", "seed=0,1", "--steps", "12", *SMALL]
+    begin = ["sweep", TOML, *axes, "--check.prompts", "0", "--evaluate.prompts", "0", "--run-dir", str(path)]
+    killed = []
+    for _ in range(6):
+        command = ["sweep", "--resume", str(path)] if (path / "sweep.toml").exists() else begin
+        with subprocess.Popen(
+            [sys.executable, "-m", "rlora", *command], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        ) as sweep:  # fmt: skip
+            for _ in range(2):  # an actor, which is repathd
+                turns = len(complete_lines(path / "metrics.jsonl"))
+                wait_for(lambda turns=turns: len(complete_lines(path / "metrics.jsonl")) > turns, sweep)
+                time.sleep(draw.random() * 3)
+                actors = [child for child in psutil.Process(sweep.pid).children(True) if "ray::" in child.name()]
+                with suppress(psutil.NoSuchProcess):
+                    killed.append((actor := draw.choice(actors)).name())
+                    actor.kill()
+            sweep.kill()
+            sweep.communicate()
+    assert len({*killed}) > 1, killed
+    ended = rlora("sweep", "--resume", str(path))
+    assert ended.returncode == 0, ended.stderr
+    for name, state in Diary(path).states.items():
+        assert state.status == "finished"
+        run = UPath(path / name)
+        bundles = [checkpoint.read(checkpoint.bundle_path(run, number)) for number in checkpoint.versions(run)]
+        assert [bundle.version for bundle in bundles] == [*range(13)]
+        assert all(second.parent == first.adapter.digest for first, second in pairwise(bundles))
+        replayed = rlora("replay", str(run))
+        assert replayed.returncode == 0, replayed.stderr
+        assert replayed.stdout.endswith("12 of 12 updates bit for bit\n")

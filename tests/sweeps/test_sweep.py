@@ -18,6 +18,8 @@ from rlora import store
 from rlora.records import DeliveryError, RewardError, RloraError
 from rlora.run import checkpoint, directory
 from rlora.run.prepare import prepared
+from rlora.run.run import Run
+from rlora.run.writer import CheckpointWriter
 from rlora.settings import Config
 from rlora.sweeps import members
 from rlora.sweeps.diary import Diary, ask, complete_lines
@@ -198,12 +200,11 @@ def test_the_better_configurations_continue(
     """They are compared by the mean over their seeds. All seeds of a configuration continue, or none."""
     path, rewards = tmp_path / "sweep", {0.001: 0.1, 0.003: 0.9, 0.01: 0.4, 0.03: 0.6}
 
-    def figures(run: UPath) -> list[dict[str, Any]]:
-        config = checkpoint.read(checkpoint.bundle_path(run, 0)).config
-        reward = rewards[float(config.learner.lr)] + 0.3 * config.seed  # type: ignore[arg-type]
+    def figures(run: Run) -> list[dict[str, Any]]:
+        reward = rewards[float(run.config.learner.lr)] + 0.3 * run.config.seed
         return [{"step": step, "reward/mean": reward if step else 100.0} for step in range(6)]
 
-    monkeypatch.setattr("rlora.sweeps.directed.figures", figures)
+    monkeypatch.setattr(Run, "figures", property(figures))
     over: dict[str, Sequence[Any]] = {"learner.lr": list(rewards), "seed": [0, 1]}
     swept = sweep(base, over=over, run_dir=path, halving=Halving(at=(2, 4), over_last=1), tell=str)
     done = {name for name, status in swept.statuses.items() if status == "finished"}
@@ -216,6 +217,26 @@ def test_the_better_configurations_continue(
         assert bits(path / name) == alone(tmp_path / "alone", name, config_of(base, changes), tiny)
     assert max(bits(path / "lr-1e-3_seed-0")) == 2
     assert max(bits(path / "lr-0.03_seed-0")) == 4
+
+
+def test_halving_counts_steps_that_are_not_written_yet(
+    stage: Stage, base: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[list[int]] = []
+
+    def dropped(self: Halving, rung: int, members: Any, lines: Mapping[str, Sequence[Any]]) -> list[str]:
+        counted.extend([line["step"] for line in of_member] for of_member in lines.values())
+        return []
+
+    def late(self: CheckpointWriter, *arguments: Any) -> None:
+        time.sleep(0.5)
+        write(self, *arguments)
+
+    write = CheckpointWriter._write
+    monkeypatch.setattr(CheckpointWriter, "_write", late)
+    monkeypatch.setattr(Halving, "dropped", dropped)
+    sweep(base, over={"learner.rank": [1, 2]}, run_dir=tmp_path / "sweep", halving=Halving(at=(2,)), tell=str, steps=3)
+    assert counted == [[0, 1], [0, 1]]
 
 
 def test_full_fine_tuning_trains_after_the_others(stage: Stage, base: Config, tmp_path: Path) -> None:
