@@ -1,6 +1,6 @@
 """What sweeps say of the claims of "LoRA Without Regret" (Thinking Machines, 2025): tables, and how sure each is.
 
-    rlora sweep benchmarks/regret/sums.toml --over ... --run-dir runs/sums/ranks    docs/without-regret.md has them all
+    rlora sweep benchmarks/regret/sums.toml --over ... --run-dir runs/sums/ranks
     python benchmarks/without_regret.py add sums runs/sums/*       their members into docs/without-regret.csv
     python benchmarks/without_regret.py tell                       tables and verdicts from that file
 
@@ -105,10 +105,9 @@ def rates(found: Sequence[Row]) -> None:
     print("| rank |", " | ".join(f"{rate:g}" for rate in all_rates), "| best rate |")
     print("|---|" + "---|" * (len(all_rates) + 1))
     best: dict[int, float] = {}
-    for rank in sorted({row["rank"] for row in found}, key=lambda rank: rank or math.inf):
-        means = {rate: values(found, rank=rank, lr=rate) for rate in all_rates}
-        best[rank] = max((rate for rate in all_rates if means[rate]), key=lambda rate: fmean(means[rate]))
-        cells = [" ".join(f"{value:.2f}" for value in means[rate]) for rate in all_rates]
+    for rank in ranks(found):
+        best[rank], _ = best_rate(found, rank=rank)
+        cells = [" ".join(f"{value:.2f}" for value in values(found, rank=rank, lr=rate)) for rate in all_rates]
         print(f"| {name_of(rank)} |", " | ".join(cells), f"| {best[rank]:g} |")
     if 0 in best and len(best) > 1:
         ratios = ", ".join(f"{best[rank] / best[0]:.0f} at rank {rank}" for rank in best if rank)
@@ -117,7 +116,7 @@ def rates(found: Sequence[Row]) -> None:
 
 def matches(found: Sequence[Row]) -> None:
     """Rank 1 beside rank 8 and full fine-tuning, each at its best rate, on fresh seeds."""
-    for rank in sorted({row["rank"] for row in found}, key=lambda rank: rank or math.inf):
+    for rank in ranks(found):
         print(f"- {name_of(rank)}: {Standing('', values(found, rank=rank))}")
     for rank in sorted({row["rank"] for row in found} - {1}, reverse=True):
         same(f"rank 1 matches {name_of(rank)}", values(found, rank=1), values(found, rank=rank))
@@ -127,11 +126,9 @@ def places(found: Sequence[Row]) -> None:
     """Attention, MLP and all layers at about as many parameters, each at the better of its rates."""
     best = {}
     for targets in dict.fromkeys(row["targets"] for row in found):
-        own = [row for row in found if row["targets"] == targets]
-        by_rate = {rate: values(own, lr=rate) for rate in {row["lr"] for row in own}}
-        rate = max(by_rate, key=lambda rate: fmean(by_rate[rate]))
-        best[targets] = by_rate[rate]
-        print(f"- {targets}, rank {own[0]['rank']}, rate {rate:g}: {Standing('', best[targets])}")
+        rate, best[targets] = best_rate(found, targets=targets)
+        rank = next(row["rank"] for row in found if row["targets"] == targets)
+        print(f"- {targets}, rank {rank}, rate {rate:g}: {Standing('', best[targets])}")
     more("all layers beat attention", best["all"], best["attention"])
     more("MLP alone beats attention alone", best["mlp"], best["attention"])
 
@@ -140,17 +137,24 @@ def batches(found: Sequence[Row]) -> None:
     """Two batch sizes at equal episodes: what the large one costs, for rank 1 and for full fine-tuning."""
     costs = {}
     small, large = sorted({row["prompts"] for row in found})
-    for rank in sorted({row["rank"] for row in found}, key=lambda rank: rank or math.inf):
-        best = {}
-        for prompts in (small, large):
-            own = [row for row in found if (row["rank"], row["prompts"]) == (rank, prompts)]
-            by_rate = {rate: values(own, lr=rate) for rate in {row["lr"] for row in own}}
-            best[prompts] = max(by_rate.values(), key=fmean)
+    for rank in ranks(found):
+        best = {prompts: best_rate(found, rank=rank, prompts=prompts)[1] for prompts in (small, large)}
         print(
             f"- {name_of(rank)}: {Standing('', best[small])} at {small} prompts, {Standing('', best[large])} at {large}"
         )
         costs[rank] = [mean - other for mean, other in zip(best[small], best[large], strict=True)]
     more("large batches cost rank 1 more than full fine-tuning", costs[1], costs[0])
+
+
+def ranks(found: Sequence[Row]) -> list[int]:
+    """Those that there are; full fine-tuning, 0, comes last."""
+    return sorted({row["rank"] for row in found}, key=lambda rank: rank or math.inf)
+
+
+def best_rate(found: Sequence[Row], **of: Any) -> tuple[float, list[float]]:
+    """The learning rate with the highest mean among such rows, and the accuracies with it."""
+    by_rate = {rate: values(found, lr=rate, **of) for rate in sorted({row["lr"] for row in found})}
+    return max(((rate, own) for rate, own in by_rate.items() if own), key=lambda pair: fmean(pair[1]))
 
 
 def values(found: Sequence[Row], **of: Any) -> list[float]:
@@ -159,14 +163,16 @@ def values(found: Sequence[Row], **of: Any) -> list[float]:
 
 def same(claim: str, ours: Sequence[float], theirs: Sequence[float]) -> None:
     mean, half = difference(Standing("", ours), Standing("", theirs))
-    held = abs(mean) + half <= SAME
-    print(f"- {claim}: {'held' if held else 'did not hold' if mean + half < -SAME else 'cannot be told'}", end="")
-    print(f" (difference {mean:+.3f}, 95% {mean - half:+.3f} to {mean + half:+.3f})")
+    tell_claim(claim, mean, half, held=abs(mean) + half <= SAME, failed=mean + half < -SAME)
 
 
 def more(claim: str, ours: Sequence[float], theirs: Sequence[float]) -> None:
     mean, half = difference(Standing("", ours), Standing("", theirs))
-    word = "held" if mean - half > 0 else "did not hold" if mean + half < 0 else "cannot be told"
+    tell_claim(claim, mean, half, held=mean - half > 0, failed=mean + half < 0)
+
+
+def tell_claim(claim: str, mean: float, half: float, held: bool, failed: bool) -> None:
+    word = "held" if held else "did not hold" if failed else "cannot be told"
     print(f"- {claim}: {word} (difference {mean:+.3f}, 95% {mean - half:+.3f} to {mean + half:+.3f})")
 
 
