@@ -110,10 +110,9 @@ def rates(found: Sequence[Row]) -> None:
     print("| rank |", " | ".join(f"{rate:g}" for rate in all_rates), "| best rate |")
     print("|---|" + "---|" * (len(all_rates) + 1))
     best: dict[int, float] = {}
-    for rank in sorted({row["rank"] for row in found}, key=lambda rank: rank or math.inf):
-        means = {rate: values(found, rank=rank, lr=rate) for rate in all_rates}
-        best[rank] = max((rate for rate in all_rates if means[rate]), key=lambda rate: fmean(means[rate]))
-        cells = [" ".join(f"{value:.2f}" for value in means[rate]) for rate in all_rates]
+    for rank in ranks(found):
+        best[rank], _ = best_rate(found, rank=rank)
+        cells = [" ".join(f"{value:.2f}" for value in values(found, rank=rank, lr=rate)) for rate in all_rates]
         print(f"| {name_of(rank)} |", " | ".join(cells), f"| {best[rank]:g} |")
     if 0 in best and len(best) > 1:
         ratios = ", ".join(f"{best[rank] / best[0]:.0f} at rank {rank}" for rank in best if rank)
@@ -122,7 +121,7 @@ def rates(found: Sequence[Row]) -> None:
 
 def matches(found: Sequence[Row]) -> None:
     """Compare rank 1 with rank 8 and full fine-tuning, each at its best rate, on new seeds."""
-    for rank in sorted({row["rank"] for row in found}, key=lambda rank: rank or math.inf):
+    for rank in ranks(found):
         print(f"- {name_of(rank)}: {Standing('', values(found, rank=rank))}")
     for rank in sorted({row["rank"] for row in found} - {1}, reverse=True):
         same(f"rank 1 matches {name_of(rank)}", values(found, rank=1), values(found, rank=rank))
@@ -132,11 +131,9 @@ def places(found: Sequence[Row]) -> None:
     """Compare attention, MLP and all layers with similar numbers of parameters, each at its best rate."""
     best = {}
     for targets in dict.fromkeys(row["targets"] for row in found):
-        selected = [row for row in found if row["targets"] == targets]
-        by_rate = {rate: values(selected, lr=rate) for rate in {row["lr"] for row in selected}}
-        rate = max(by_rate, key=lambda rate: fmean(by_rate[rate]))
-        best[targets] = by_rate[rate]
-        print(f"- {targets}, rank {selected[0]['rank']}, rate {rate:g}: {Standing('', best[targets])}")
+        rate, best[targets] = best_rate(found, targets=targets)
+        rank = next(row["rank"] for row in found if row["targets"] == targets)
+        print(f"- {targets}, rank {rank}, rate {rate:g}: {Standing('', best[targets])}")
     more("all layers beat attention", best["all"], best["attention"])
     more("MLP alone beats attention alone", best["mlp"], best["attention"])
 
@@ -145,17 +142,26 @@ def batches(found: Sequence[Row]) -> None:
     """Compare two batch sizes with equal episodes: the cost of the large one, for rank 1 and full fine-tuning."""
     costs = {}
     small, large = sorted({row["prompts"] for row in found})
-    for rank in sorted({row["rank"] for row in found}, key=lambda rank: rank or math.inf):
-        best = {}
-        for prompts in (small, large):
-            selected = [row for row in found if (row["rank"], row["prompts"]) == (rank, prompts)]
-            by_rate = {rate: values(selected, lr=rate) for rate in {row["lr"] for row in selected}}
-            best[prompts] = max(by_rate.values(), key=fmean)
+    for rank in ranks(found):
+        best = {prompts: best_rate(found, rank=rank, prompts=prompts)[1] for prompts in (small, large)}
         print(
             f"- {name_of(rank)}: {Standing('', best[small])} at {small} prompts, {Standing('', best[large])} at {large}"
         )
         costs[rank] = [small_mean - large_mean for small_mean, large_mean in zip(best[small], best[large], strict=True)]
     more("large batches cost rank 1 more than full fine-tuning", costs[1], costs[0])
+
+
+def ranks(found: Sequence[Row]) -> list[int]:
+    """All ranks in ascending order; full fine-tuning, 0, comes last."""
+    return sorted({row["rank"] for row in found}, key=lambda rank: rank or math.inf)
+
+
+def best_rate(found: Sequence[Row], **fields: Any) -> tuple[float, list[float]]:
+    """The learning rate with the highest mean accuracy among the selected rows, and its accuracies."""
+    by_rate = {rate: values(found, lr=rate, **fields) for rate in sorted({row["lr"] for row in found})}
+    return max(
+        ((rate, accuracies) for rate, accuracies in by_rate.items() if accuracies), key=lambda pair: fmean(pair[1])
+    )
 
 
 def values(found: Sequence[Row], **fields: Any) -> list[float]:
@@ -164,14 +170,16 @@ def values(found: Sequence[Row], **fields: Any) -> list[float]:
 
 def same(claim: str, ours: Sequence[float], theirs: Sequence[float]) -> None:
     mean, half = difference(Standing("", ours), Standing("", theirs))
-    held = abs(mean) + half <= SAME
-    print(f"- {claim}: {'held' if held else 'did not hold' if mean + half < -SAME else 'cannot be told'}", end="")
-    print(f" (difference {mean:+.3f}, 95% {mean - half:+.3f} to {mean + half:+.3f})")
+    tell_claim(claim, mean, half, held=abs(mean) + half <= SAME, failed=mean + half < -SAME)
 
 
 def more(claim: str, ours: Sequence[float], theirs: Sequence[float]) -> None:
     mean, half = difference(Standing("", ours), Standing("", theirs))
-    word = "held" if mean - half > 0 else "did not hold" if mean + half < 0 else "cannot be told"
+    tell_claim(claim, mean, half, held=mean - half > 0, failed=mean + half < 0)
+
+
+def tell_claim(claim: str, mean: float, half: float, held: bool, failed: bool) -> None:
+    word = "held" if held else "did not hold" if failed else "cannot be told"
     print(f"- {claim}: {word} (difference {mean:+.3f}, 95% {mean - half:+.3f} to {mean + half:+.3f})")
 
 

@@ -269,7 +269,7 @@ def test_each_rule_of_health_holds_in_a_run_that_is_ill_in_its_way(
     ill: dict[str, dict[str, Any]] = {
         "floor": {"reward": lambda completion: 0.0, "steps": 9, "health": {"steps": 2, "stop": ["floor"]}},
         "solved": {"reward": lambda completion: 1.0, "steps": 3},
-        "truncated": {"sampling": {"max_tokens": 2}, "steps": 3},
+        "truncated": {"sampling": {"max_tokens": 1}, "steps": 3},
         "failing_rewards": {
             "reward": lambda completion: 1 / (len(completion) % 2), "scoring": {"max_errors": 1.0}, "steps": 3,
         },
