@@ -53,6 +53,7 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
 
 from rlora import cluster, machine
+from rlora.cluster import processes
 from rlora.cluster.ranks import Ranks
 from rlora.config import validate
 from rlora.core import peft_format
@@ -184,7 +185,7 @@ class StockOp(Probe):
 @contextmanager
 def engines(task: Task, kind: type[Probe], learn: bool = False, **changes: Any) -> Iterator[tuple[Ranks, Fleet]]:
     """A learner, and a fleet of engines of class `kind` that use all cores each."""
-    cluster.ENGINE = f"{HERE}:{kind.__name__}"
+    processes.ENGINE = f"{HERE}:{kind.__name__}"
     settings = {"engine": {"threads": machine.cores()}} | changes
     with cluster.start([ServedPolicy(POLICY, validate(CONFIG | settings), task)], learn=learn) as job:
         learners, fleet = job.learners, job.fleet

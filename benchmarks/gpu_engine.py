@@ -28,6 +28,7 @@ from rlora import cards, machine
 from rlora.config import validate
 from rlora.core.learner import Learner
 from rlora.core.setup import Setup
+from rlora.device import release
 from rlora.records import BASE, Adapter, Prompt, Sampling
 from rlora.settings import Config
 
@@ -134,7 +135,7 @@ def measure(model: str, rank: int, on_gpu: bool) -> dict[str, Any]:
     )  # fmt: skip
     adapters = versions(config, model, swaps + 1)
     gc.collect()
-    machine.release()
+    release()
     start = time.perf_counter()
     served = Engine(config, model, (), (), slots=3, number=0, version=0)
     row: dict[str, Any] = {"rank": rank, "start_s": time.perf_counter() - start}

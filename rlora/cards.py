@@ -1,7 +1,6 @@
-"""NVIDIA GPUs ("cards"): detection, checks that torch can use them, and division of a card's memory.
+"""NVIDIA GPUs ("cards"): detection, and division of a card's memory.
 
-`list_cards` calls nvidia-smi, which creates no CUDA context. Functions that query torch create one: call them only in
-learners and engines.
+Does not import torch: `list_cards` calls nvidia-smi, which creates no CUDA context.
 """
 
 import os
@@ -11,8 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from rlora.records import RloraError
 
 GIB = 2**30
@@ -21,8 +18,6 @@ MEMORY_ADVICE = (  # appended to out-of-memory errors
     "(engine.gpu_memory_utilization, engine.kv_cache_gib); `rlora plan` lists what each part takes"
 )
 _FIELDS = ("name", "uuid", "memory.total", "memory.free", "driver_version", "compute_cap", "mig.mode.current")
-_OLDEST = (8, 0)  # minimum compute capability: Ampere, the first with bf16
-_DRIVERS = {"12": "525", "13": "580"}  # oldest driver per major version of CUDA
 CONTEXT = GIB  # per process, outside its allocator: CUDA context, cuBLAS workspaces
 COMPUTE = GIB  # activations and sampler of an engine
 GRAPHS = 3 * GIB // 2  # CUDA graphs of an engine, which vLLM's memory budget leaves out
@@ -55,12 +50,6 @@ class MemoryPlan:
 
     learners: Mapping[str, LearnerMemory] = field(default_factory=dict)  # by uuid of the card
     kv_cache: int = 0  # bytes of an earlier engine's KV cache, 0 for the first engine
-
-
-def error_text(error: Exception) -> str:
-    """Text of an error, with advice if it is out of memory."""
-    text = f"{type(error).__name__}: {error}"
-    return f"{text}. {MEMORY_ADVICE}" if isinstance(error, torch.OutOfMemoryError) else text
 
 
 def list_cards() -> list[Card]:
@@ -110,45 +99,11 @@ def check_cpu_is_intended(gpus_of_ray: float, wanted: bool) -> None:
     )
 
 
-def check_usable() -> None:
-    """Raise RloraError if torch can't use the card that Ray assigned to this process."""
-    if not torch.cuda.is_available():
-        raise RloraError(f"GPU: Ray gave this process a card, but torch {torch.__version__} can't use it: {_reason()}")
-    capability = torch.cuda.get_device_capability()
-    if capability < _OLDEST:
-        raise RloraError(
-            f"GPU: {torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}; bfloat16 "
-            "needs 8.0 (Ampere) or later. Use a newer card, or set engine.gpus and learner.gpus to 0"
-        )
-
-
-def _reason() -> str:
-    needed = torch.version.cuda
-    if needed is None:
-        return "it is built for CPUs; install rlora with the extra cuda, in a new environment"
-    driver = next((card.driver for card in list_cards()), None)
-    oldest = _DRIVERS.get(needed.partition(".")[0])
-    if driver and oldest and int(driver.partition(".")[0]) < int(oldest):
-        return f"it is built for CUDA {needed}, which needs driver {oldest} or later; update the driver ({driver})"
-    return f"it is built for CUDA {needed}; run `python -c 'import torch; torch.cuda.init()'` for the cause"
-
-
-def uuid() -> str:
-    """UUID of this process's card; empty on a CPU."""
-    return str(torch.cuda.get_device_properties(0).uuid) if torch.cuda.is_available() else ""
-
-
-def room_of_learner(gpus: float) -> tuple[int, str]:
+def share_of_learner(free: int, total: int, gpus: float, name: str) -> tuple[int, str]:
     """Bytes that a learner may take of its card if it reserved `gpus` of it, and a description of that share.
 
-    Raises RloraError if other processes hold part of that share.
+    Raises RloraError if other processes hold part of that share: of the card's `total` bytes only `free` are free.
     """
-    free, total = torch.cuda.mem_get_info()
-    return share_of_learner(free, total, gpus, torch.cuda.get_device_name())
-
-
-def share_of_learner(free: int, total: int, gpus: float, name: str) -> tuple[int, str]:
-    """`room_of_learner` for a card with `free` and `total` bytes."""
     share = int(total * min(1.0, gpus)) - CONTEXT
     description = f"{min(1.0, gpus):g} (learner.gpus) of {name} with {total / GIB:.1f} GiB"
     if free < share:

@@ -18,7 +18,8 @@ from rlora.cards import GIB, LearnerMemory
 from rlora.core.footprint import FRAGMENTED, Footprint, Rows, bytes_of, cpu_rows, fitting_rows, footprint
 from rlora.core.lora import matrices
 from rlora.core.objectives import objective_of
-from rlora.machine import DTYPES, cores
+from rlora.device import DTYPES
+from rlora.machine import cores
 from rlora.model.base import kv_bytes_per_token, meta_model, read_config
 from rlora.records import RloraError
 
@@ -117,7 +118,7 @@ def plan(config: Config, gpu: str | None = None, gpus: int = 1) -> Plan:
 
     Raises RloraError for an unknown kind, and for a config that needs more cards than there are.
     """
-    from rlora.cluster import assign_gpus
+    from rlora.cluster.resources import assign_gpus
 
     base = read_config(config.model)
     card = _card(gpu)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -46,19 +46,24 @@ def policies(
     """Several policies over one base, by name. `members` maps each name to the fields that differ from `config`;
     `resume` maps names to directories that `Policy.save` wrote. Raises RloraError."""
     from rlora import cluster
-    from rlora.rollout.task import ServedPolicy
-    from rlora.run.prepare import load_and_check
 
     resume = resume or {}
     if unknown := resume.keys() - members.keys():
         raise RloraError(f"resume = {sorted(unknown)}: the policies are {', '.join(members)}; name one of those")
-    prepared: list[tuple[ServedPolicy, Setup, bytes | None]] = []
-    for name, changes in members.items():
-        member = resolve_config(config, changes, defaults={"env": "", "reward": ""})
-        task, setup = load_and_check(member)
-        saved = _read_state(resume[name], setup) if name in resume else None
-        prepared.append((ServedPolicy(name, member, task), setup, saved))
-    with cluster.start([served for served, *_ in prepared]) as job:
+    configs = {
+        name: resolve_config(config, changes, defaults={"env": "", "reward": ""}) for name, changes in members.items()
+    }
+    with ExitStack() as stack:
+        stack.enter_context(cluster.starting(*configs.values()))  # while this process imports torch and loads the tasks
+        from rlora.rollout.task import ServedPolicy
+        from rlora.run.prepare import load_and_check
+
+        prepared: list[tuple[ServedPolicy, Setup, bytes | None]] = []
+        for name, member in configs.items():
+            task, setup = load_and_check(member)
+            saved = _read_state(resume[name], setup) if name in resume else None
+            prepared.append((ServedPolicy(name, member, task), setup, saved))
+        job = stack.enter_context(cluster.start([served for served, *_ in prepared]))
         learners, fleet, agent_loops = job.learners, job.fleet, job.loops
         yield {
             served.policy: Policy(served, learners[served.policy], fleet, agent_loops[served.policy], setup, saved)

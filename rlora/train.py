@@ -82,20 +82,24 @@ def train(
 
     Raises RloraError for errors that the user can fix, if possible before training starts.
     """
-    from rlora.cluster.gauges import Gauges
-    from rlora.run import directory
-    from rlora.run.checkpoint import newest
-    from rlora.run.prepare import is_finished, prepared
-    from rlora.run.run import Callback
-    from rlora.trackers.tracking import tracked
+    from rlora import cluster
 
     if resume and (run_dir or overwrite):
         raise RloraError(f"train: resume = {str(resume)!r} sets the run directory; leave out run_dir and overwrite")
-    observers = (*observers, Gauges(), *([Callback(on_step)] if on_step else []))
-    with prepared(resolve_config(config, changes, resume, fork), run_dir, resume, fork, overwrite, observers) as run:
-        if not is_finished(run.path, run.config, run.start):
-            with tracked(run):
-                drive([run])
+    resolved = resolve_config(config, changes, resume, fork)
+    with cluster.starting(resolved):  # Ray starts while this process imports torch and loads the prompts
+        from rlora.cluster.gauges import Gauges
+        from rlora.run import directory
+        from rlora.run.checkpoint import newest
+        from rlora.run.prepare import is_finished, prepared
+        from rlora.run.run import Callback
+        from rlora.trackers.tracking import tracked
+
+        observers = (*observers, Gauges(), *([Callback(on_step)] if on_step else []))
+        with prepared(resolved, run_dir, resume, fork, overwrite, observers) as run:
+            if not is_finished(run.path, run.config, run.start):
+                with tracked(run):
+                    drive([run])
     last = newest(run.path, directory.Provenance.of(run.path))
     assert last
     return Result(run.path, last.adapter, directory.summary(run.path), directory.figures(run.path))

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import episode, group
 
-import rlora.cluster
+import rlora.cluster.resources
 import rlora.run.run
 from rlora.core.learner import Learner
 from rlora.records import Adapter, Cursor, Group, Prompt, UpdateStats
@@ -101,7 +101,7 @@ class LocalJob:
 
     def __init__(self, stage: Stage, served: Sequence[ServedPolicy]) -> None:
         self.fleet, self.learners, self.loops = stage, dict[str, LocalLearner](), dict[str, str]()
-        self.slots = sum(rlora.cluster.slots_needed(policy.config) for policy in served)
+        self.slots = sum(rlora.cluster.resources.slots_needed(policy.config) for policy in served)
         for policy in served:
             self.join(policy)
 
@@ -133,4 +133,5 @@ def set_stage(monkeypatch: pytest.MonkeyPatch, base: str) -> Stage:
 
     monkeypatch.setattr(rlora.run.run, "Rollouts", Recorded)
     monkeypatch.setattr(rlora.cluster, "start", start)
+    monkeypatch.setattr(rlora.cluster, "starting", lambda *_: nullcontext())
     return stage

@@ -15,7 +15,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +25,7 @@ from upath import UPath
 import rlora.run.run
 from rlora import cluster, store
 from rlora.cli import main
+from rlora.cluster import resources
 from rlora.records import Cursor, Episode, Group, Prompt, Version
 from rlora.rollout.requests import FleetStats
 from rlora.rollout.stream import Collection
@@ -105,7 +106,7 @@ class Job:
 
 @contextmanager
 def start_learner(served: Sequence[ServedPolicy]) -> Iterator[Job]:
-    with cluster.learning(cluster.shared_config(served), served[0].task.base) as learner:
+    with cluster.learning(resources.shared_config(served), served[0].task.base) as learner:
         yield Job(learner, served)
 
 
@@ -145,6 +146,7 @@ if __name__ == "__main__":
     RECORD = None if record == "-" else UPath(record)
     rlora.run.run.Rollouts = Recorded  # type: ignore[attr-defined, misc, assignment]
     cluster.start = start_learner  # type: ignore[assignment]
+    cluster.starting = lambda *_: nullcontext()  # type: ignore[assignment]  # no engines
     if fault:
         die_at(int(fault[0]))
     sys.argv = ["rlora", "train", config, "--resume", run]

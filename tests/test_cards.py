@@ -12,9 +12,10 @@ import pytest
 import torch
 from conftest import ROOT, ray_head
 
-from rlora import cards, machine
+from rlora import cards
 from rlora.cards import GIB, Card, LearnerMemory
-from rlora.cluster import assign_gpus
+from rlora.cluster.resources import assign_gpus
+from rlora.device import check_usable, hardware
 from rlora.records import RloraError
 from rlora.settings import Config
 
@@ -93,7 +94,7 @@ def test_a_card_that_torch_cannot_use(
     smi(H100.replace("580.65.06", driver))
     monkeypatch.setattr(torch.version, "cuda", built_for)
     with pytest.raises(RloraError, match=f"Ray gave this process a card.*{reason}"):
-        cards.check_usable()
+        check_usable()
 
 
 def test_a_card_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,16 +102,16 @@ def test_a_card_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     with pytest.raises(RloraError, match=r"Tesla T4 has compute capability 7\.5; bfloat16 needs 8\.0"):
-        cards.check_usable()
+        check_usable()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    cards.check_usable()
+    check_usable()
 
 
 def test_the_driver_names_a_card_without_a_context(smi: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     smi(H100)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: pytest.fail("a context was taken"))
-    assert machine.name().endswith(", NVIDIA H100 80GB HBM3")
+    assert hardware().endswith(", NVIDIA H100 80GB HBM3")
 
 
 def test_the_learners_share_is_what_it_reserved() -> None:

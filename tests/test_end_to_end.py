@@ -29,6 +29,7 @@ from transformers import AutoConfig
 from upath import UPath
 
 from rlora import cluster
+from rlora.cluster import processes
 from rlora.config import read
 from rlora.core.setup import Setup
 from rlora.records import Cursor, EngineLostError, Group, Prompt, RloraError
@@ -618,7 +619,7 @@ def test_a_run_outlives_its_engines_its_learners_and_its_scorers(
         engine={"replicas": 2, "kv_cache_gib": 1, "straggler_seconds": 300.0},
     )  # fmt: skip
     task = load_task(small)
-    monkeypatch.setattr(cluster, "ENGINE", f"{ROOT / 'tests' / 'faulty_engine.py'}:MortalEngine")
+    monkeypatch.setattr(processes, "ENGINE", f"{ROOT / 'tests' / 'faulty_engine.py'}:MortalEngine")
     killed: set[int] = set()
 
     def kill_learner(remote: Any) -> None:

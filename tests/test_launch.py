@@ -9,7 +9,7 @@ import yaml
 from conftest import ROOT
 
 from rlora.cli.overrides import parse_train
-from rlora.cluster import assign_gpus
+from rlora.cluster.resources import assign_gpus
 
 CLUSTER = ROOT / "launch" / "cluster"
 

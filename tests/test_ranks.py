@@ -37,7 +37,7 @@ GROUPS = [
 
 @contextmanager
 def ranks(config: Config, base: str) -> Iterator[Ranks]:
-    with cluster._start_actors(config, base) as actors:
+    with cluster._processes(config, base) as actors:
         learners = actors.start_learners()
         actors.wait()
         yield Ranks(actors.start_learners, learners, config.restarts)

@@ -20,11 +20,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from upath import UPath
 
-from rlora import machine
 from rlora.config import validate
 from rlora.core.batch import microbatches, sample_of
 from rlora.core.learner import Learner
 from rlora.core.setup import Setup
+from rlora.device import hardware
 from rlora.records import Cursor, Episode, Group, Prompt, Version
 from rlora.run import episodes
 from rlora.run.checkpoint import Bundle
@@ -38,7 +38,7 @@ RECORDED_ON = "x86_64 AVX512, 2 cores"
 
 def is_home(recorded: str) -> bool:
     """Whether this machine reproduces results of the machine `recorded` bit for bit."""
-    current = machine.name()
+    current = hardware()
     return recorded == current or (recorded == RECORDED_ON and current.startswith("x86_64 GenuineIntel AVX512"))
 
 
@@ -129,7 +129,7 @@ def record(name: str) -> None:
     with base() as path:
         learner = Learner(config, path)
         adapter = learner.open("witness", Setup.of(config))
-        origin = Provenance("witness", name, "", {"torch": torch.__version__}, machine.name())
+        origin = Provenance("witness", name, "", {"torch": torch.__version__}, hardware())
         bundle = Bundle(origin, adapter, learner.state("witness"), Cursor(), config)
         _write(name, bundle)
         for _ in range(UPDATES):

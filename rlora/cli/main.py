@@ -24,7 +24,7 @@ from rlora.cli.train import train_command
 from rlora.config import check_same_policy, differences, validate
 from rlora.records import BASE, STATUSES, Adapter, RewardError, RloraError
 from rlora.run.source import read_run, split
-from rlora.settings import CheckConfig
+from rlora.settings import CheckConfig, Config
 from rlora.store import AnyPath, write_rows
 
 if TYPE_CHECKING:
@@ -121,15 +121,22 @@ def _eval(arguments: list[str]) -> None:
         config = validate(replace(config, evaluate=replace(config.evaluate, prompts=options.prompts)))
     if options.samples < 1:
         raise RloraError(f"--samples {options.samples}: it must be 1 or more")
-    adapter, name, out = _adapter_to_evaluate(options)
     if options.adapter:  # which may have any rank
         config = replace(config, learner=replace(config.learner, start_from=str(options.adapter)))
+    from rlora import cluster
+
+    with cluster.starting(config, learn=False):  # Ray starts while this process imports torch and loads the prompts
+        _evaluate(options, config)
+
+
+def _evaluate(options: Eval, config: Config) -> None:
     from rlora import cluster
     from rlora.rollout.evaluate import answer, pass_at, rows, summarise
     from rlora.rollout.stream import sampling_of
     from rlora.rollout.task import ServedPolicy, load_task
     from rlora.run.prepare import report_checks
 
+    adapter, name, out = _adapter_to_evaluate(options)
     task = load_task(config)
     report_checks(task, print)
     if not task.held_out:
@@ -240,8 +247,9 @@ def _replay(arguments: list[str]) -> None:
     options = parse_source(Replay, "rlora replay", arguments)
     from itertools import groupby
 
-    from rlora import cluster, machine
+    from rlora import cluster
     from rlora.core.setup import Setup
+    from rlora.device import hardware
     from rlora.model.base import locate
     from rlora.run import checkpoint, resume
     from rlora.run.prepare import report_changes
@@ -268,8 +276,8 @@ def _replay(arguments: list[str]) -> None:
                 if bundle.update is None and step is None:
                     print(f"{version}: its episodes were not kept (checkpoint.episodes_mib)")
                     continue
-                if made_on != machine.name():
-                    print(f"{version}: made on another machine ({made_on}; this is {machine.name()})")
+                if made_on != hardware():
+                    print(f"{version}: made on another machine ({made_on}; this is {hardware()})")
                 done.append(replay(learner, setup, previous, bundle))
                 _report_replayed(done[-1])
     exact = sum(update.exact and update.exact_state for update in done)

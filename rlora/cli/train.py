@@ -18,23 +18,26 @@ def train_command(arguments: list[str]) -> None:
     options = parse_train(arguments)
     if options.run_dir and not options.resume:
         check_free(reachable(options.run_dir), options.overwrite)  # before the slow imports
-    from rlora.cluster.gauges import Gauges
-    from rlora.run.prepare import is_finished, prepared
-    from rlora.trackers.tracking import tracked
-    from rlora.train import drive
+    from rlora import cluster
 
-    origin = options.run_dir, options.resume, options.fork, options.overwrite
-    with prepared(options.config, *origin, observers=[Gauges()]) as run:
-        try:
-            # A finished run is not trained: its summary is printed again.
-            if not is_finished(run.path, run.config, run.start):
-                print("starting the engines and the learner, which takes half a minute or more", flush=True)
-                with tracked(run):
-                    drive([run])
-        except BaseException as error:
-            error.add_note(f"`rlora train --resume {run.path}` continues from the newest saved step")
-            raise
-        _report(run.path, run.task.base, run.config.learner.full_finetuning)
+    with cluster.starting(options.config):  # Ray starts while this process imports torch and loads the prompts
+        from rlora.cluster.gauges import Gauges
+        from rlora.run.prepare import is_finished, prepared
+        from rlora.trackers.tracking import tracked
+        from rlora.train import drive
+
+        origin = options.run_dir, options.resume, options.fork, options.overwrite
+        with prepared(options.config, *origin, observers=[Gauges()]) as run:
+            try:
+                # A finished run is not trained: its summary is printed again.
+                if not is_finished(run.path, run.config, run.start):
+                    print("starting the engines and the learner, which takes half a minute or more", flush=True)
+                    with tracked(run):
+                        drive([run])
+            except BaseException as error:
+                error.add_note(f"`rlora train --resume {run.path}` continues from the newest saved step")
+                raise
+            _report(run.path, run.task.base, run.config.learner.full_finetuning)
 
 
 def _report(run: UPath, base: str, full: bool) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,16 +15,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import ray
-import torch
 from ray.exceptions import RayError, RayTaskError
 
-from rlora import cards
+from rlora.cards import MEMORY_ADVICE
 from rlora.cluster.joining import first_sentence
 from rlora.engine.scratch import remove_leftovers
 from rlora.plugin import load
 from rlora.records import Adapter, EngineLostError, Receipt, RewardInput, RloraError
 from rlora.scoring.worker import EnvTurn
 
+_log = logging.getLogger(__name__)
+
+_PATIENCE = 30.0  # seconds without a result after which `wait_for_results` reports
 POOL = "rlora.scoring.pool:Pool"
 
 
@@ -33,11 +36,18 @@ class _Actor:
     A call blocks the actor until the object's method returns.
     """
 
+    def prepare(self, spec: str) -> None:
+        """Import the object's module. An error is left to `build`, which raises it again."""
+        with suppress(Exception):
+            load("actor", spec)
+
     def build(self, role: str, spec: str, *arguments: Any) -> None:
         logging.basicConfig(format=f"{role}: %(message)s", level=logging.INFO)  # into Ray's log of this process
         remove_leftovers()  # of killed processes on this node
         if ray.get_runtime_context().get_accelerator_ids().get("GPU"):
-            cards.check_usable()  # else torch would silently use the CPU
+            from rlora.device import check_usable  # imports torch, which a pool of reward workers does not need
+
+            check_usable()  # else torch would silently use the CPU
         with _memory_advice():
             self.object = load("actor", spec)(*arguments)
 
@@ -61,8 +71,11 @@ def _memory_advice() -> Iterator[None]:
     """Turn torch's out-of-memory error into one that names the settings to change."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise RloraError(f"GPU: out of memory ({first_sentence(error)}). {cards.MEMORY_ADVICE}") from error
+    except RuntimeError as error:
+        torch = sys.modules.get("torch")  # not imported in a pool of reward workers
+        if torch and isinstance(error, torch.OutOfMemoryError):
+            raise RloraError(f"GPU: out of memory ({first_sentence(error)}). {MEMORY_ADVICE}") from error
+        raise
 
 
 class _EngineActor(_Actor):
@@ -84,16 +97,24 @@ class LostError(RloraError):
 
 
 class Remote:
-    """The driver's handle of an actor. `role` names it in messages."""
+    """The driver's handle of an actor, whose process imports the module of `spec` until `build` is called.
+
+    `role` names it in messages.
+    """
 
     kind: type[_Actor] = _Actor
     lost_error: type[RloraError] = LostError
 
-    def __init__(self, role: str, options: Mapping[str, Any], spec: str, *arguments: Any):
-        self.role: str = role
+    def __init__(self, role: str, options: Mapping[str, Any], spec: str) -> None:
+        self.role, self.spec = role, spec
+        self.built: Any = None  # a reference once `build` was called
         self.actor = cast(Any, ray.remote(self.kind).options(**options).remote())
         self.process = self.actor.process.remote()
-        self.built = self.actor.build.remote(role, spec, *arguments)
+        self.actor.prepare.remote(spec)
+
+    def build(self, *arguments: Any) -> None:
+        """Construct the object in the actor, without waiting for it."""
+        self.built = self.actor.build.remote(self.role, self.spec, *arguments)
 
     def wait(self, reference: Any) -> Any:
         """Wait for the result of a call. Raises the object's own error."""
@@ -146,10 +167,10 @@ class RemoteEngine(Remote):
     kind = _EngineActor
     lost_error = EngineLostError
 
-    def __init__(self, share: Callable[[Adapter], Any], *arguments: Any) -> None:
+    def __init__(self, share: Callable[[Adapter], Any], role: str, options: Mapping[str, Any], spec: str) -> None:
         self.share = share
         self.closing: threading.Thread | None = None
-        super().__init__(*arguments)
+        super().__init__(role, options, spec)
 
     def load(self, adapter: Adapter, oldest: int = 0, kept: int | None = None) -> Future[Receipt]:
         return self._call("load", self.share(adapter), oldest, kept)
@@ -184,3 +205,25 @@ def end_actors(remotes: Sequence[Remote]) -> None:
             while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
                 time.sleep(0.05)
         remove_leftovers()
+
+
+def wait_for_results(
+    calls: Mapping[Any, Remote], on_wait: Callable[[list[Remote]], None] = lambda _: None
+) -> dict[Any, Any]:
+    """Return the result of each call. The first error is raised immediately.
+
+    After each `_PATIENCE` seconds without a result, `on_wait` is called with the remotes that have not answered.
+    """
+    results: dict[Any, Any] = {}
+    while waiting := [call for call in calls if call not in results]:
+        ready, _ = ray.wait(waiting, timeout=_PATIENCE)
+        for call in ready:
+            results[call] = calls[call].wait(call)
+        if not ready:
+            on_wait([calls[call] for call in waiting])
+    return results
+
+
+def report_starting(remotes: list[Remote]) -> None:
+    roles = ", ".join(remote.role for remote in remotes)
+    _log.info("still starting: %s; Ray has %s free for them", roles, ray.available_resources())

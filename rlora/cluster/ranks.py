@@ -1,7 +1,7 @@
 """Learner processes that share each update, as one learner that survives their deaths."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 from torch import Tensor
 
-from rlora.cluster.actors import LostError, Remote, end_actors
+from rlora.cluster.actors import LostError, Remote, end_actors, report_starting, wait_for_results
 from rlora.core.batch import shares
 from rlora.core.learner import ForwardBackwardOutput, Groups
 from rlora.core.objectives.objective import Loss
@@ -20,8 +20,6 @@ from rlora.core.setup import Setup
 from rlora.records import Adapter, Group, UpdateStats
 
 _log = logging.getLogger(__name__)
-
-_PATIENCE = 30.0  # seconds without a result after which `wait_for_results` reports
 
 
 @dataclass
@@ -227,25 +225,3 @@ class Ranks:
 def _merge(parts: Sequence[list[list[Tensor]]]) -> list[list[Tensor]]:
     """Combine the learners' outputs, by group and sample: each group was computed by one of them."""
     return [next((outputs for outputs in group if outputs), []) for group in zip(*parts, strict=True)]
-
-
-def wait_for_results(
-    calls: Mapping[Any, Remote], on_wait: Callable[[list[Remote]], None] = lambda _: None
-) -> dict[Any, Any]:
-    """Return the result of each call. The first error is raised immediately.
-
-    After each `_PATIENCE` seconds without a result, `on_wait` is called with the remotes that have not answered.
-    """
-    results: dict[Any, Any] = {}
-    while waiting := [call for call in calls if call not in results]:
-        ready, _ = ray.wait(waiting, timeout=_PATIENCE)
-        for call in ready:
-            results[call] = calls[call].wait(call)
-        if not ready:
-            on_wait([calls[call] for call in waiting])
-    return results
-
-
-def report_starting(remotes: list[Remote]) -> None:
-    roles = ", ".join(remote.role for remote in remotes)
-    _log.info("still starting: %s; Ray has %s free for them", roles, ray.available_resources())

@@ -11,7 +11,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlora.core.flash import Lengths, Segments
-from rlora.machine import send
+from rlora.device import send
 from rlora.records import RloraError
 
 NAME = "rlora_tree"  # key of this attention function in transformers' registry

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlora.core.attention import Layout, layout_of
 from rlora.core.loss import Tokens
-from rlora.machine import send
+from rlora.device import send
 from rlora.records import Episode
 
 

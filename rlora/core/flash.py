@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from rlora.machine import send
+from rlora.device import send
 from rlora.model.base import head_size
 from rlora.records import RloraError
 

@@ -23,7 +23,7 @@ from rlora.core.lora import matrices
 from rlora.core.loss import Tokens
 from rlora.core.policy import Policies
 from rlora.core.setup import Setup
-from rlora.machine import DTYPES, release
+from rlora.device import DTYPES, release, room_of_learner
 from rlora.model.base import META, meta_model
 from rlora.records import RloraError
 from rlora.settings import Config, LearnerConfig
@@ -161,7 +161,7 @@ def rows_for(config: Config, base: str, device: torch.device) -> Rows:
     model = AutoConfig.from_pretrained(base, trust_remote_code=False)
     check_heads(model)
     gpus = config.learner.gpus
-    budget, part = cards.room_of_learner(1.0 if gpus == "auto" else gpus)
+    budget, part = room_of_learner(1.0 if gpus == "auto" else gpus)
     return fitting_rows(config, model, budget, part)
 
 

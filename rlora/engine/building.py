@@ -14,10 +14,11 @@ from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.usage.usage_lib import UsageContext
 
-from rlora import cards, machine
+from rlora import cards
 from rlora.cards import MemoryPlan
 from rlora.core.footprint import bytes_of
 from rlora.core.lora import Spec, matrices
+from rlora.device import DTYPES, card_uuid, current_device, describe_device
 from rlora.model.base import kv_bytes_per_token, meta_model, vocabulary_size
 from rlora.records import Adapter, DeliveryError, EngineInfo, RloraError
 from rlora.settings import Config
@@ -33,11 +34,11 @@ def build(
     On a GPU it takes the memory that learners leave according to `memory_plan`. Raises RloraError if that is too
     little.
     """
-    settings, on_gpu = config.engine, machine.device().type == "cuda"
+    settings, on_gpu = config.engine, current_device().type == "cuda"
     is_patched = False  # with the parts for vLLM's CPU build
     is_rank_1 = config.learner.rank == 1 and not config.learner.start_from  # which may have a rank pattern
     options: dict[str, Any] = {}
-    shape = meta_model(AutoConfig.from_pretrained(base, trust_remote_code=False), machine.DTYPES[config.dtype])
+    shape = meta_model(AutoConfig.from_pretrained(base, trust_remote_code=False), DTYPES[config.dtype])
     if not full_weights:
         options |= {
             "enable_lora": True,
@@ -104,13 +105,13 @@ def sampling_seed(*identity: int) -> int:
 
 def engine_info(llm: LLMEngine, config: Config) -> EngineInfo:
     """Describe the device and settings that the engine runs with."""
-    on_gpu = machine.device().type == "cuda"
+    on_gpu = current_device().type == "cuda"
     cache = llm.vllm_config.cache_config
     tokens = (cache.num_gpu_blocks or 0) * (cache.block_size or 0)
     kv_cache = tokens * kv_bytes_per_token(llm.model_config.hf_config, config.engine.tensor_parallel_size)
     graphs = "eager" if llm.model_config.enforce_eager else "CUDA graphs"
     words = (
-        f"engine on {machine.describe_device()}: vLLM {vllm.__version__}, {config.dtype}, attention "
+        f"engine on {describe_device()}: vLLM {vllm.__version__}, {config.dtype}, attention "
         f"{', '.join(sorted(_attention_backends(llm)))}, {graphs}, KV cache of {kv_cache / cards.GIB:.1f} GiB "
         f"({tokens:,} tokens), {config.engine.sequences(on_gpu)} completions at a time"
     )
@@ -135,7 +136,7 @@ def load_adapter(llm: LLMEngine, adapter: Adapter, path: Path, lora_id: int, exp
         raise RloraError(f"adapter {adapter.name}: vLLM can't serve it: {error}") from error
     if not is_loaded:
         raise RloraError(f"adapter {adapter.name}: vLLM did not load it")
-    if machine.device().type == "cpu":
+    if current_device().type == "cpu":
         from rlora.engine.cpu import patches
 
         llm.apply_model(partial(patches.set_rank, lora_id=lora_id, rank=_largest_rank(adapter)))
@@ -173,8 +174,8 @@ def _check_kernels(config: Config, base: str) -> None:
 
 def _memory_share(config: Config, shape: PreTrainedModel, memory_plan: MemoryPlan) -> float:
     """Fraction of the card's memory that vLLM may take. Raises RloraError if it can't be enough."""
-    settings, (free, total), name = config.engine, torch.cuda.mem_get_info(), machine.describe_device()
-    learners = memory_plan.learners.get(cards.uuid(), cards.LearnerMemory())
+    settings, (free, total), name = config.engine, torch.cuda.mem_get_info(), describe_device()
+    learners = memory_plan.learners.get(card_uuid(), cards.LearnerMemory())
     gpus, parts = 1.0 if settings.gpus == "auto" else settings.gpus, settings.tensor_parallel_size
     utilization = settings.gpu_memory_utilization
     budget = cards.budget_of_engine(free, total, gpus, learners, settings.eager, name, utilization)

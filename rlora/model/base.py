@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlora import machine
+from rlora.device import current_device
 from rlora.model.model_files import check_config_file, check_kind, check_weights, error_summary, is_pointer
 from rlora.records import RloraError
 from rlora.settings import LearnerConfig
@@ -86,7 +86,7 @@ def load_base(path: str, dtype: torch.dtype, device: torch.device | None = None)
             f"model = {path!r}: transformers can't load its weights: {error_summary(error)}; save the model again, or "
             "use one in bf16 or fp32 (learner.quantise quantises it to 8 or 4 bit)"
         ) from error
-    base.to(device or machine.device())  # type: ignore[arg-type]  # transformers wraps Module.to
+    base.to(device or current_device())  # type: ignore[arg-type]  # transformers wraps Module.to
     return base
 
 
@@ -104,7 +104,7 @@ def load_quantised(path: str, dtype: torch.dtype, quantise: Literal["int8", "nf4
     arXiv:2208.07339), which computes in fp16; nf4 is QLoRA's data type (Dettmers et al. 2023, arXiv:2305.14314).
     Raises RloraError if bitsandbytes is missing or does not support this model on this machine.
     """
-    device = machine.device()
+    device = current_device()
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # it warns of fp16 at each product
     try:
         settings = (

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import tomli_w
 from upath import UPath
 
-from rlora import machine
 from rlora.records import Prompt, RewardError, RloraError
 from rlora.settings import Config
 from rlora.store import HALF, holds, names, read_file, remove, write_file, write_rows
@@ -64,8 +63,10 @@ class Provenance:
     @staticmethod
     def current(run: UPath, task: "Task") -> "Provenance":
         """Provenance of bundles that this process writes for the run."""
+        from rlora.device import hardware  # imports torch
+
         return replace(
-            Provenance.of(run), prompts=prompts_digest(task.prompts), packages=packages(), machine=machine.name()
+            Provenance.of(run), prompts=prompts_digest(task.prompts), packages=packages(), machine=hardware()
         )
 
 
@@ -83,10 +84,12 @@ def create(
     if overwrite and CONFIG in names(run):
         remove(run)
     run.mkdir(parents=True, exist_ok=True)
+    from rlora.device import hardware  # imports torch
+
     provenance = {
         "id": secrets.token_hex(8),
         "packages": packages(),
-        "machine": machine.name(),
+        "machine": hardware(),
         "chat_template_sha256": hashlib.sha256(str(task.chat.template).encode()).hexdigest(),
         "prompts_sha256": prompts_digest(task.prompts),
         "prompts": len(task.prompts),

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 from upath import UPath
 
-from rlora import machine
+from rlora.device import DTYPES
 from rlora.model.base import load_tokenizer, locate
 from rlora.model.chat import Chat
 from rlora.records import Adapter, RloraError
@@ -59,7 +59,7 @@ def _write_merged(config: Config, adapter: Adapter, target: Path, dtype: str) ->
     """Write the merged model. Returns the relative error of the merged update, see `merge`."""
     tokenizer = _tokenizer(config)
     base = AutoModelForCausalLM.from_pretrained(locate(config.model), dtype=torch.float32)
-    error = merge(base, adapter, machine.DTYPES[dtype])
+    error = merge(base, adapter, DTYPES[dtype])
     base.save_pretrained(target)
     tokenizer.save_pretrained(target)
     for weights in target.glob("*.safetensors"):  # safetensors makes them readable by their owner only

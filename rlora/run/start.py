@@ -14,7 +14,7 @@ from upath import UPath
 
 from rlora.core.lora import Spec
 from rlora.core.peft_format import PREFIX, decode
-from rlora.machine import DTYPES
+from rlora.device import DTYPES
 from rlora.model.base import load_base, locate
 from rlora.model.plain_lora import kind_of
 from rlora.records import ADAPTER_FILES, RloraError

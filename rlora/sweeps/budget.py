@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rlora.cluster import shared_config, slots_needed
+from rlora.cluster.resources import shared_config, slots_needed
 from rlora.core.footprint import adapter_bytes
 from rlora.model.base import read_config
 from rlora.planning import gib, plan

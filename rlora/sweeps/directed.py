@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rlora.cluster import slots_needed
+from rlora.cluster.resources import slots_needed
 from rlora.records import RloraError
 from rlora.run.run import Run, reason
 from rlora.run.turns import Turns, active, first, rounds

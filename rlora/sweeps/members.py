@@ -8,7 +8,7 @@ from itertools import product
 from operator import attrgetter
 from typing import Any
 
-from rlora.cluster import SHARED
+from rlora.cluster.resources import SHARED
 from rlora.config import changed, validate
 from rlora.records import RloraError
 from rlora.settings import Config

@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT, marked, samples
 
 from rlora import cluster
+from rlora.cluster import processes
 from rlora.core.learner import Learner
 from rlora.core.peft_format import fill
 from rlora.core.setup import Setup
@@ -68,7 +69,7 @@ def many(config: Callable[..., Config]) -> Iterator[Many]:
         settings = replace(shared, seed=seed, learner=replace(shared.learner, rank=rank, targets=targets))
         learner.open(name, Setup.of(settings))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cluster, "ENGINE", f"{ROOT / 'tests' / 'faulty_engine.py'}:FaultyEngine")
+        patch.setattr(processes, "ENGINE", f"{ROOT / 'tests' / 'faulty_engine.py'}:FaultyEngine")
         with cluster.start([ServedPolicy(NAMES[0], shared, task)], learn=False) as job:
             fleet = job.fleet
             yield Many(learner, task, fleet.engines[0], {})

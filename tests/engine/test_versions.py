@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, Solo, marked, samples
 
 from rlora import cluster
+from rlora.cluster import processes
 from rlora.config import validate
 from rlora.core.batch import microbatches
 from rlora.core.peft_format import fill
@@ -65,7 +66,7 @@ def line() -> Iterator[Line]:
     versions = [learner.adapter()]
     faulty = f"{ROOT / 'tests' / 'faulty_engine.py'}:FaultyEngine"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cluster, "ENGINE", faulty)
+        patch.setattr(processes, "ENGINE", faulty)
         with cluster.start([ServedPolicy("run", config, task)], learn=False) as job:
             fleet = job.fleet
             (engine,) = fleet.engines

@@ -119,7 +119,7 @@ from rlora.config import validate
 from rlora.rollout.task import ServedPolicy, setup_of
 
 config = validate({{"model": "m", "env": "e:E", "reward": {reward!r}, "scoring": {{"environment": {names!r}}}}})
-with cluster._start_actors(config, "") as actors:
+with cluster._processes(config, "") as actors:
     task = SimpleNamespace(scoring=setup_of(config, agent=False))
     (pool,) = actors.pools([ServedPolicy("run", config, task)])["run"]
     actors.wait()

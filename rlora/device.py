@@ -1,0 +1,140 @@
+"""The device that this process computes on: its name, memory and random state.
+
+On a GPU most of these functions create a CUDA context: call them only in learners and engines.
+"""
+
+import json
+import platform
+import random
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy
+import torch
+from torch import Tensor
+
+from rlora import cards, machine
+from rlora.records import RloraError
+
+_OLDEST = (8, 0)  # minimum compute capability: Ampere, the first with bf16
+_DRIVERS = {"12": "525", "13": "580"}  # oldest driver per major version of CUDA
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def current_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def send(tensor: Tensor, target: torch.device) -> Tensor:
+    """Copy a CPU tensor to a device. The copy to a GPU is asynchronous, from pinned memory."""
+    return tensor.pin_memory().to(target, non_blocking=True) if target.type == "cuda" else tensor.to(target)
+
+
+def hardware() -> str:
+    """Name of the hardware that the bits of a result depend on: processor, vector instructions, cores, GPU.
+
+    Libraries also choose kernels by the CPU's vendor, and bf16 kernels by AVX512_BF16 and AMX.
+    """
+    cpuinfo = _cpuinfo()
+    words = [platform.machine(), *cpuinfo.get("vendor_id", "").split(), torch.backends.cpu.get_cpu_capability()]
+    flags = cpuinfo.get("flags", "").split()
+    extras = [short for flag, short in (("avx512_bf16", "bf16"), ("amx_bf16", "AMX")) if flag in flags]
+    cpu = f"{'+'.join([' '.join(words), *extras])}, {machine.cores()} cores"
+    if not torch.cuda.is_available():
+        return cpu
+    gpus = cards.list_cards()  # torch would create a CUDA context for the name, which takes half a GiB
+    return f"{cpu}, {gpus[0].name}" if gpus else cpu
+
+
+def _cpuinfo() -> dict[str, str]:
+    """Linux's entries for the first processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+    except OSError:
+        return {}
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def describe_device() -> str:
+    """Name of the device that this process computes on. On a GPU this creates a CUDA context."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({torch.get_num_threads()} threads)"
+
+
+def seed(number: int) -> None:
+    """Seed every random generator of this process."""
+    random.seed(number)
+    numpy.random.seed(number % 2**32)
+    torch.manual_seed(number)
+
+
+def random_state() -> dict[str, Tensor]:
+    """State of every random generator of this process: Python, NumPy, torch, and each GPU."""
+    kind, keys, *rest = numpy.random.get_state(legacy=True)
+    python_and_numpy = json.dumps([random.getstate(), [kind, list(map(int, keys)), *rest]]).encode()
+    states = {"random.python": torch.frombuffer(bytearray(python_and_numpy), dtype=torch.uint8)}
+    return states | {f"random.{name}": state for name, state in _torch_states().items()}
+
+
+def set_random_state(states: Mapping[str, Tensor]) -> None:
+    """Restore the state from `random_state`. States of absent GPUs are ignored."""
+    (version, internal, gauss), numpy_state = json.loads(bytes(states["random.python"].tolist()))
+    random.setstate((version, tuple(internal), gauss))
+    numpy.random.set_state(tuple(numpy_state))
+    torch.set_rng_state(states["random.cpu"])
+    for index in range(torch.cuda.device_count()):
+        if (state := states.get(f"random.cuda{index}")) is not None:
+            torch.cuda.set_rng_state(state, index)
+
+
+def _torch_states() -> dict[str, Tensor]:
+    gpus = {f"cuda{index}": torch.cuda.get_rng_state(index) for index in range(torch.cuda.device_count())}
+    return {"cpu": torch.get_rng_state()} | gpus
+
+
+def release() -> None:
+    """Return the GPU memory that torch's allocator caches, so that an engine can start there."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def check_usable() -> None:
+    """Raise RloraError if torch can't use the card that Ray assigned to this process."""
+    if not torch.cuda.is_available():
+        raise RloraError(f"GPU: Ray gave this process a card, but torch {torch.__version__} can't use it: {_reason()}")
+    capability = torch.cuda.get_device_capability()
+    if capability < _OLDEST:
+        raise RloraError(
+            f"GPU: {torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}; bfloat16 "
+            "needs 8.0 (Ampere) or later. Use a newer card, or set engine.gpus and learner.gpus to 0"
+        )
+
+
+def _reason() -> str:
+    needed = torch.version.cuda
+    if needed is None:
+        return "it is built for CPUs; install rlora with the extra cuda, in a new environment"
+    driver = next((card.driver for card in cards.list_cards()), None)
+    oldest = _DRIVERS.get(needed.partition(".")[0])
+    if driver and oldest and int(driver.partition(".")[0]) < int(oldest):
+        return f"it is built for CUDA {needed}, which needs driver {oldest} or later; update the driver ({driver})"
+    return f"it is built for CUDA {needed}; run `python -c 'import torch; torch.cuda.init()'` for the cause"
+
+
+def card_uuid() -> str:
+    """UUID of this process's card; empty on a CPU."""
+    return str(torch.cuda.get_device_properties(0).uuid) if torch.cuda.is_available() else ""
+
+
+def room_of_learner(gpus: float) -> tuple[int, str]:
+    """Bytes that a learner may take of its card if it reserved `gpus` of it, and a description of that share.
+
+    Raises RloraError if other processes hold part of that share.
+    """
+    free, total = torch.cuda.mem_get_info()
+    return cards.share_of_learner(free, total, gpus, torch.cuda.get_device_name())
+
+
+def error_text(error: Exception) -> str:
+    """Text of an error, with advice if it is out of memory."""
+    text = f"{type(error).__name__}: {error}"
+    return f"{text}. {cards.MEMORY_ADVICE}" if isinstance(error, torch.OutOfMemoryError) else text
