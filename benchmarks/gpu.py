@@ -244,7 +244,7 @@ def learner_over(model: PreTrainedModel, bench: Bench, **settings: Any) -> Learn
     with (
         mock.patch("rlora.core.learner.load_base", return_value=model),
         mock.patch("rlora.core.learner.rows_for", return_value=rows),
-        mock.patch("rlora.core.learner.current_device", return_value=model.device),
+        mock.patch("rlora.device.current_device", return_value=model.device),
     ):
         learner = Learner(config, "random weights")
         learner.open(POLICY, Setup.of(config))

@@ -13,6 +13,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from rlora import device
 from rlora.core import peft_format
 from rlora.core.batch import Microbatch, Sample, empty_batch, microbatches, single_text
 from rlora.core.footprint import rehearse, rows_for
@@ -24,16 +25,6 @@ from rlora.core.setup import Setup
 from rlora.core.sharding import shard
 from rlora.core.state import CRITIC, critic_of, split_critic, with_current_names
 from rlora.core.update import update
-from rlora.device import (
-    DTYPES,
-    card_uuid,
-    current_device,
-    describe_device,
-    random_state,
-    release,
-    seed,
-    set_random_state,
-)
 from rlora.model.base import auto_lr, load_base, load_quantised
 from rlora.plugin import receive
 from rlora.records import MODEL_FILES, Adapter, Canary, Group, RloraError, UpdateStats
@@ -84,14 +75,14 @@ class Learner:
 
     def __init__(self, config: Config, base: str) -> None:
         self.config, self.base = config, base
-        self.device = current_device()
-        learner, dtype = config.learner, DTYPES[config.dtype]
+        self.device = device.current_device()
+        learner, dtype = config.learner, device.DTYPES[config.dtype]
         if learner.deterministic:
             torch.use_deterministic_algorithms(True)
-        device = torch.device("cpu") if learner.shard else self.device  # `join` moves it, one layer at a time
+        target = torch.device("cpu") if learner.shard else self.device  # `join` moves it, one layer at a time
         quantise = learner.quantise
         self.rows = rows_for(config, base, self.device)  # before the base takes memory
-        model = load_base(base, dtype, device) if quantise == "none" else load_quantised(base, dtype, quantise)
+        model = load_base(base, dtype, target) if quantise == "none" else load_quantised(base, dtype, quantise)
         self.policies = Policies(model, self.rows.checkpointing, learner.full_finetuning)
         self.states: dict[str, PolicyState] = {}  # by name, critics included
         self.rank, self.ranks = 0, 1
@@ -120,7 +111,7 @@ class Learner:
     def rehearse(self) -> tuple[str, int]:
         """Compute the largest row once under a temporary adapter. Returns the GPU's UUID and the peak bytes that this
         process reserved on it; an engine may use the rest of the card."""
-        return card_uuid(), rehearse(self.policies, self.config, self.rows.tokens, self.device)
+        return device.card_uuid(), rehearse(self.policies, self.config, self.rows.tokens, self.device)
 
     def about(self) -> str:
         """A line for the log: device, dtype, attention and rows."""
@@ -128,7 +119,7 @@ class Learner:
         attention = "by varlen kernels" if by_segments else "under masks"
         tokens = self.config.learner.microbatch_tokens or self.rows.tokens
         return (
-            f"learner on {describe_device()}: {self.config.dtype}, attention {attention}, "
+            f"learner on {device.describe_device()}: {self.config.dtype}, attention {attention}, "
             f"rows of {tokens} tokens, "
             f"checkpointing {'on' if self.rows.checkpointing else 'off'}"
         )
@@ -271,7 +262,7 @@ class Learner:
         with self._policy_context(state):
             stats = update(self, state, groups)
         updated = self.next_version(policy)
-        release()
+        device.release()
         return updated, stats
 
     def next_version(self, policy: str) -> Adapter:
@@ -291,9 +282,9 @@ class Learner:
         return sums.cpu()
 
     def _register(self, name: str, setup: Setup, objective: Objective, lr: float) -> PolicyState:
-        seed(setup.seed)  # for random numbers in a user's loss; rlora seeds its own draws separately
+        device.seed(setup.seed)  # for random numbers in a user's loss; rlora seeds its own draws separately
         optimizer = Optimizer(self.policies.parameters_of(name))
-        self.states[name] = state = PolicyState(name, setup, objective, optimizer, lr, random_state())
+        self.states[name] = state = PolicyState(name, setup, objective, optimizer, lr, device.random_state())
         return state
 
     def _check_figures(self, state: PolicyState, names: list[str]) -> None:
@@ -315,13 +306,13 @@ class Learner:
             yield
             return
         self._in_context = True
-        set_random_state(state.random)
+        device.set_random_state(state.random)
         try:
             with plugin_errors(state.setup.algorithm.name, state.objective):
                 yield
         finally:
             self._in_context = False
-            state.random = random_state()
+            state.random = device.random_state()
 
     @torch.no_grad()
     def canary_of(self, state: PolicyState) -> Canary | None:

@@ -20,8 +20,7 @@ from vllm.inputs import TokensPrompt
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
-from rlora import cards, machine
-from rlora.device import error_text
+from rlora import cards, device, machine
 from rlora.engine import slots
 from rlora.engine.building import build, engine_info, load_adapter, sampling_seed
 from rlora.engine.canary import compare_canary, distance
@@ -189,7 +188,7 @@ class Engine:
         try:
             outputs = self.llm.step()
         except Exception as error:  # vLLM's state is undefined now
-            self._failure = EngineLostError(f"vLLM failed in a step: {error_text(error)}")
+            self._failure = EngineLostError(f"vLLM failed in a step: {device.error_text(error)}")
             raise self._failure from error
         self.busy_seconds += time.perf_counter() - start
         for output in outputs:
