@@ -51,6 +51,8 @@ def add(task: str, sweeps: Sequence[Path]) -> None:
         for member in read_results(directory)
         if member.status == "finished"
     ]
+    if not new:
+        raise SystemExit(f"no member of {', '.join(sorted(names))} has finished")
     with FILE.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(new[0]))
         writer.writeheader()
@@ -98,6 +100,9 @@ def tell(found: Sequence[Row]) -> None:
         for row in selected:
             by_purpose.setdefault(row["sweep"].partition("-")[0], []).append(row)
         rates(by_purpose.get("ranks", []) + by_purpose.get("full", []))
+        if "batch" in by_purpose:  # the small batches are those of the first two sweeps
+            first = by_purpose.get("ranks", []) + by_purpose.get("full", [])
+            by_purpose["batch"] += [row for row in first if row["rank"] in (0, 1)]
         for kind, report in {"seeds": matches, "place": places, "batch": batches}.items():
             if kind in by_purpose:
                 print()
