@@ -108,7 +108,7 @@ def starting(*configs: Config, learn: bool = True) -> Iterator[None]:
                 while _ahead:
                     with suppress(Exception):  # the caller's own error counts
                         _end(_ahead.pop().result())
-    machine.on_signal(signal.SIGTERM, previous)
+                machine.on_signal(signal.SIGTERM, previous)
 
 
 @contextmanager

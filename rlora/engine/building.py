@@ -23,6 +23,11 @@ from rlora.model.base import kv_bytes_per_token, meta_model, vocabulary_size
 from rlora.records import Adapter, DeliveryError, EngineInfo, RloraError
 from rlora.settings import Config
 
+_CPU_OPTIONS = {
+    "gpu_memory_utilization": 0.5,  # of RAM; vLLM requires that much to be free when it starts
+    "enforce_eager": True,  # vLLM's default with adapters; compiling takes minutes
+    "block_size": 32,  # the smallest; with 128 the completions of a short prompt share no prefix blocks
+}
 _LARGEST_VOCABULARY = 258048  # of an output head that vLLM's LoRA kernels support
 
 
@@ -35,43 +40,18 @@ def build(
     little.
     """
     settings, on_gpu = config.engine, current_device().type == "cuda"
-    is_patched = False  # with the parts for vLLM's CPU build
-    is_rank_1 = config.learner.rank == 1 and not config.learner.start_from  # which may have a rank pattern
-    options: dict[str, Any] = {}
     shape = meta_model(AutoConfig.from_pretrained(base, trust_remote_code=False), DTYPES[config.dtype])
-    if not full_weights:
-        options |= {
-            "enable_lora": True,
-            "max_lora_rank": 1 if is_rank_1 else 8,  # the two smallest that vLLM supports
-            "lora_target_modules": lora_target_modules(shape, config),  # else vLLM wraps the head too (vllm#51594)
-            "max_loras": slots,
-            "max_cpu_loras": slots,
-        }
-        if experts:
-            options["enable_mixed_moe_lora_format"] = True  # PEFT's format: experts fused, as in transformers
+    is_patched = False  # with the parts for vLLM's CPU build
+    options = {} if full_weights else _lora_options(config, shape, slots, experts)
     if on_gpu:
         _check_kernels(config, base)
-        options["enforce_eager"] = settings.eager
-        options["gpu_memory_utilization"] = _memory_share(config, shape, memory_plan)
-        if kv_cache := settings.kv_cache_gib * cards.GIB or memory_plan.kv_cache:
-            options["kv_cache_memory_bytes"] = kv_cache
+        options |= _gpu_options(config, shape, memory_plan)
     else:
-        if experts:
-            raise RloraError(
-                f"model = {config.model!r}: vLLM's CPU build can't serve adapters over experts (its only backend "
-                "for experts has no LoRA support), and may not reload their weights; use a dense model, or a GPU"
-            )
-        if torch.version.cuda:
-            raise RloraError(
-                "vLLM: this build needs a GPU, and Ray gave this process none; check that Ray sees the GPUs, or "
-                "install rlora with the extra cpu in a separate environment"
-            )
+        _check_cpu_build(config, experts)
         from rlora.engine.cpu import patches
 
-        options["gpu_memory_utilization"] = 0.5  # of RAM; vLLM requires that much to be free when it starts
+        options |= _CPU_OPTIONS
         is_patched = patches.install(config.learner.head or bool(config.learner.start_from))
-        options["enforce_eager"] = True  # vLLM's default with adapters; compiling takes minutes
-        options["block_size"] = 32  # the smallest; with 128 the completions of a short prompt share no prefix blocks
     if settings.max_num_batched_tokens:
         options["max_num_batched_tokens"] = settings.max_num_batched_tokens
     if settings.tensor_parallel_size == 1:
@@ -96,6 +76,41 @@ def build(
     if is_patched and not full_weights:
         llm.apply_model(patches.fuse_slots)
     return llm
+
+
+def _lora_options(config: Config, shape: PreTrainedModel, slots: int, experts: bool) -> dict[str, Any]:
+    is_rank_1 = config.learner.rank == 1 and not config.learner.start_from  # which may have a rank pattern
+    options = {
+        "enable_lora": True,
+        "max_lora_rank": 1 if is_rank_1 else 8,  # the two smallest that vLLM supports
+        "lora_target_modules": lora_target_modules(shape, config),  # else vLLM wraps the head too (vllm#51594)
+        "max_loras": slots,
+        "max_cpu_loras": slots,
+    }
+    # PEFT's format: experts fused, as in transformers
+    return options | ({"enable_mixed_moe_lora_format": True} if experts else {})
+
+
+def _gpu_options(config: Config, shape: PreTrainedModel, memory_plan: MemoryPlan) -> dict[str, Any]:
+    options = {
+        "enforce_eager": config.engine.eager,
+        "gpu_memory_utilization": _memory_share(config, shape, memory_plan),
+    }
+    kv_cache = config.engine.kv_cache_gib * cards.GIB or memory_plan.kv_cache
+    return options | ({"kv_cache_memory_bytes": kv_cache} if kv_cache else {})
+
+
+def _check_cpu_build(config: Config, experts: bool) -> None:
+    if experts:
+        raise RloraError(
+            f"model = {config.model!r}: vLLM's CPU build can't serve adapters over experts (its only backend "
+            "for experts has no LoRA support), and may not reload their weights; use a dense model, or a GPU"
+        )
+    if torch.version.cuda:
+        raise RloraError(
+            "vLLM: this build needs a GPU, and Ray gave this process none; check that Ray sees the GPUs, or "
+            "install rlora with the extra cpu in a separate environment"
+        )
 
 
 def sampling_seed(*identity: int) -> int:

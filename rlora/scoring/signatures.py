@@ -74,15 +74,7 @@ def reward_function(
     args = args or {}
     if style != "auto" and style not in STYLES:
         raise RloraError(f"reward = {spec!r}: there is no style {style!r}; use auto or one of {', '.join(STYLES)}")
-    constructor_names: set[str] = set()
-    if inspect.isclass(function):
-        parameters = parameters_of(function) or {}
-        constructor_names = {name for name, parameter in parameters.items() if parameter.kind in BY_NAME}
-        function = _instance(spec, function, {name: args[name] for name in constructor_names & args.keys()})
-    if not callable(function):
-        raise RloraError(f"reward = {spec!r}: it is {show(function)}; name a function, or a class with __call__")
-    if inspect.isgeneratorfunction(unwrap(function)) or inspect.isasyncgenfunction(unwrap(function)):
-        raise RloraError(f"reward = {spec!r}: it is a generator; return the reward, or a list of rewards")
+    function, constructor_names = _callable_of(spec, function, args)
     signature = parameters_of(function)
     parameters = signature or {}
     chosen = style if style != "auto" else _detect_style(parameters, function)
@@ -124,6 +116,20 @@ def reward_function(
         required=frozenset(required),
         chat=chosen == "trl" and _takes_messages(function, "trl", positional),
     )
+
+
+def _callable_of(spec: str, function: Callable[..., Any], args: Mapping[str, Any]) -> tuple[Any, set[str]]:
+    """Return the function, or an instance if it is a class, and the names that the class's constructor takes."""
+    names: set[str] = set()
+    if inspect.isclass(function):
+        parameters = parameters_of(function) or {}
+        names = {name for name, parameter in parameters.items() if parameter.kind in BY_NAME}
+        function = _instance(spec, function, {name: args[name] for name in names & args.keys()})
+    if not callable(function):
+        raise RloraError(f"reward = {spec!r}: it is {show(function)}; name a function, or a class with __call__")
+    if inspect.isgeneratorfunction(unwrap(function)) or inspect.isasyncgenfunction(unwrap(function)):
+        raise RloraError(f"reward = {spec!r}: it is a generator; return the reward, or a list of rewards")
+    return function, names
 
 
 def _detect_style(parameters: Mapping[str, inspect.Parameter], function: Callable[..., Any]) -> str | None:
