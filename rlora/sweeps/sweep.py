@@ -265,7 +265,11 @@ def sweep(
         create(path, plan)
     with directory.locked(UPath(path)):
         state = Sweep(path, plan.build_members(), plan.halving, tell)
-        state.train()
+        try:
+            state.train()
+        except (KeyboardInterrupt, SystemExit) as interrupt:
+            interrupt.add_note(f"`rlora sweep --resume {path}` continues its members from their newest saved steps")
+            raise
     return Swept(path, state.summaries, state.statuses)
 
 
