@@ -186,8 +186,9 @@ def test_an_interrupted_sweep_resumes_each_member_from_its_newest_bundle(
 ) -> None:
     path, first_members = tmp_path / "sweep", dict(list(MEMBERS.items())[:4])
     stage.errors = {("swap", "rank-2", 3): KeyboardInterrupt()}  # type: ignore[dict-item]
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as interrupt:
         sweep(base, members=first_members, run_dir=path, tell=str)
+    assert f"`rlora sweep --resume {path}`" in interrupt.value.__notes__[-1]
     stage.errors = {}
     sweep(resume=path, tell=str)
     for name, changes in first_members.items():
