@@ -12,9 +12,10 @@ _OPERATORS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b
 
 
 class Arithmetic:
-    """ "What is a + b?" for all a, b in low..high; `held_out_share` of the pairs are held out.
+    """All problems "What is a + b?" with integers a and b from `low` to `high`. The answer is an integer.
 
-    A pair of operands is held out in both orders, so that training on 4 + 3 does not reveal 3 + 4.
+    `operator` is +, - or *. `held_out_share` of the pairs, selected by `seed`, are held out. A pair is held out in both
+    orders, so that training on 4 + 3 does not reveal 3 + 4.
     """
 
     def __init__(
@@ -23,9 +24,11 @@ class Arithmetic:
         if operator not in _OPERATORS:
             raise RloraError(f"env_args.operator = {operator!r}: use one of {' '.join(_OPERATORS)}")
         if low > high:
-            raise RloraError(f"env_args.low = {low}: it must not exceed env_args.high = {high}; lower it")
+            raise RloraError(
+                f"env_args.low = {low}: above env_args.high = {high}; lower env_args.low or raise env_args.high"
+            )
         if not 0 <= held_out_share < 1:
-            raise RloraError(f"env_args.held_out_share = {held_out_share}: use 0 <= share < 1")
+            raise RloraError(f"env_args.held_out_share = {held_out_share}: use a number from 0 to less than 1")
         pairs = list(itertools.combinations_with_replacement(range(low, high + 1), 2))
         random.Random(seed).shuffle(pairs)
         count = round(len(pairs) * held_out_share)
@@ -46,11 +49,12 @@ def _prompt(a: int, operator: str, b: int) -> Prompt:
 
 
 class GradedArithmetic(Generated):
-    """`size` problems such as "What is 12 + 7 * 35?", generated from `seed`, and `held_out_size` held-out ones.
+    """Problems such as "What is 12 + 7 * 35?", generated from `seed`. The answer is an integer.
 
-    `digits` is the number of digits of each number and `terms` the count of numbers; "1,2" mixes both values.
-    `operators` is a selection of + - *, with the usual precedence. Columns for rewards: `digits`, `terms`, and `level`
-    (1 for two numbers of one digit, plus 1 for each further digit and number).
+    `size` problems are for training, and `held_out_size` further problems are held out. `digits` (1 to 9) is the number
+    of digits of each number, and `terms` (2 to 9) is the count of numbers; "1,2" mixes both values. `operators` is one
+    or more of +-*, with the usual precedence. Columns for rewards: `digits`, `terms`, and `level` (1 for two numbers of
+    one digit, plus 1 for each further digit and number).
     """
 
     def __init__(
@@ -64,7 +68,9 @@ class GradedArithmetic(Generated):
     ) -> None:
         self._digits, self._terms = counts("digits", digits, 1, 9), counts("terms", terms, 2, 9)
         if not operators or not set(operators) <= set(_OPERATORS):
-            raise RloraError(f"env_args.operators = {operators!r}: use a selection of {''.join(_OPERATORS)}")
+            raise RloraError(
+                f"env_args.operators = {operators!r}: use one or more of {' '.join(_OPERATORS)}, without spaces"
+            )
         self._operators, self._seed = operators, seed
         self._size, self._held_out_size = size, held_out_size
 
@@ -78,7 +84,7 @@ class GradedArithmetic(Generated):
 
 
 def expression(rng: random.Random, digits: int, terms: int, operators: str) -> tuple[str, int]:
-    """A random expression of `terms` numbers with `digits` digits each, and its value."""
+    """Generate an expression of `terms` numbers with `digits` digits each. Returns its text and its value."""
     first, *rest = (rng.randrange(10 ** (digits - 1), 10**digits) for _ in range(terms))
     text, total, product = str(first), 0, first  # total: the sum of all terms before the last product
     for number in rest:

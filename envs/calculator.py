@@ -47,12 +47,13 @@ _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.m
 
 
 class Calculator(Generated):
-    """`size` problems, too hard for a small model without a tool, and `held_out_size` held-out ones.
+    """An agent with problems that are too hard for a small model without a tool, generated from `seed`.
 
-    The problems are generated from `seed`. `levels` is a selection of 1 (one operator), 2 (two operators), 3 (a story
-    with one operator) and 4 (a story with two); the numbers have two or three digits. Each prompt begins with `shots`
-    of 3 examples. The episode ends with the first message that has no call at its end, or that exceeds `max_calls`.
-    Reward: `rlora.rewards.calculator:answered`. Columns for rewards: `level` and `question`.
+    `size` problems are for training, and `held_out_size` further problems are held out. `levels` is a selection of 1
+    (one operator), 2 (two operators), 3 (a story with one operator) and 4 (a story with two operators); the numbers
+    have two or three digits. `shots` (0 to 3) is the number of examples at the start of each prompt. The episode ends
+    with the first message that has no call at its end, or whose call would exceed `max_calls` calls. Reward:
+    `rlora.rewards.calculator:answered`. Columns for rewards: `level` and `question`.
     """
 
     stop = ("=",)
@@ -71,7 +72,10 @@ class Calculator(Generated):
         self._size, self._held_out_size = size, held_out_size
 
     def reply(self, prompt: Prompt, message: str, state: dict[str, Any]) -> str | None:
-        """The result of the call at the end of the message, "error" if it can't be computed; None without a call."""
+        """Return the result of the call at the end of the message, or "error" if the call can't be computed, and >>.
+
+        None, which ends the episode, without a call or after `max_calls` calls. `state["calls"]` counts the calls.
+        """
         call = _CALL.search(message)
         state["calls"] = state.get("calls", 0) + bool(call)
         return f"{calculate(call[1])}>>" if call and state["calls"] <= self._max_calls else None
@@ -100,9 +104,9 @@ def _problem(rng: random.Random, level: int) -> tuple[str, int]:
 
 
 def calculate(text: str) -> str:
-    """The value of an expression of + - * / and parentheses: an integer, a decimal with 6 digits, or "error".
+    """Compute an expression of + - * / and parentheses. Returns an integer, a decimal with 6 digits, or "error".
 
-    `text` is short, so its numbers and their product are small. It is parsed, never passed to `eval`.
+    `text` is parsed, never passed to `eval`. It must be short, so that its numbers and their product are small.
     """
     try:
         value = _value(ast.parse(text.strip(), mode="eval").body)
@@ -112,7 +116,7 @@ def calculate(text: str) -> str:
 
 
 def _value(node: ast.expr) -> Fraction:
-    """Raises ValueError for any other expression, and ZeroDivisionError."""
+    """Compute a parsed expression. Raises ValueError for any other expression, and ZeroDivisionError."""
     if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
         return Fraction(str(node.value))
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):

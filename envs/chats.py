@@ -36,11 +36,11 @@ _PARTS_START = re.compile(
 
 
 def as_text(value: Any, source: str) -> str | Messages:
-    """A prompt's text, or its chat messages reduced to role and content. Errors begin with `source`.
+    """Return a prompt's text, or its chat messages reduced to role and content.
 
-    The messages may be a list, a single message, the `messages` of an object, or a string with any of these as JSON or
-    a Python literal. `content` may be a list of text parts, also as a string. ShareGPT's `from` and `value` are
-    supported.
+    `value` is text or messages. Messages can be a list, a single message, the `messages` of an object, or a string with
+    any of these as JSON or a Python literal. `content` can be a list of text parts, also as a string. ShareGPT's `from`
+    and `value` are supported. Raises RloraError, which begins with `source`, for any other value.
     """
     if isinstance(value, str):
         value = _parse_chat(value, source)
@@ -49,8 +49,8 @@ def as_text(value: Any, source: str) -> str | Messages:
     key = _messages_key(value) if isinstance(value, Mapping) else ""
     if key and (extra := [name for name, item in value.items() if name != key and item]):
         raise RloraError(
-            f"{source} has {', '.join(extra)} next to {key}, but a prompt holds only messages; drop the rest, or move "
-            "it into separate columns"
+            f"{source} has {', '.join(extra)} next to {key}, but a prompt contains only messages; drop all but {key}, "
+            f"or move {', '.join(extra)} into separate columns"
         )
     value = turns_in(value) or value
     if not _is_list(value) or not value or not all(isinstance(turn, Mapping) for turn in value):
@@ -62,7 +62,7 @@ def as_text(value: Any, source: str) -> str | Messages:
     if messages[-1]["role"] == "assistant":
         raise RloraError(
             f"{source}: its last message is the assistant's, {messages[-1]['content']!r:.80}, but a prompt must end "
-            "with the message that the policy answers; drop the last message, or use it as the answer"
+            "with the message that the policy answers; drop the last message, or use its content as the answer"
         )
     return messages
 
@@ -72,7 +72,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _is_turn(value: Any) -> bool:
-    """Whether an object is meant as a chat message, even an invalid one; {"role": "admin", "name": "x"} is not."""
+    """Return whether an object is a chat message, possibly an invalid one; {"role": "admin", "name": "x"} is not."""
     if not isinstance(value, Mapping):
         return False
     has_role = str(value.get("role")) in _ROLES or str(value.get("from")) in _SHAREGPT
@@ -80,12 +80,15 @@ def _is_turn(value: Any) -> bool:
 
 
 def _messages_key(value: Row) -> str:
-    """The key of an object's messages; "" if there is none."""
+    """Return the key of an object's messages; "" if there is none."""
     return next((key for key in _MESSAGES if turns_in(_parsed(value.get(key)))), "")
 
 
 def turns_in(value: Any) -> Sequence[Any]:
-    """The messages in a value: the value itself, an object's messages, or a list of strings; () if there are none."""
+    """Return the messages in a value; () if there are none.
+
+    The value can be a list of messages, a single message, an object with messages, or a list of messages as strings.
+    """
     if isinstance(value, Mapping):
         key = "" if _is_turn(value) else _messages_key(value)
         return [value] if _is_turn(value) else turns_in(_parsed(value[key])) if key else ()
@@ -97,7 +100,7 @@ def turns_in(value: Any) -> Sequence[Any]:
 
 
 def _parse_chat(text: str, source: str) -> Any:
-    """The messages in a string, or the string itself. Raises RloraError for unreadable messages."""
+    """Return the messages in a string, or the string itself. Raises RloraError for unreadable messages."""
     if not _MAY_BE_CHAT.search(text) and not _CHAT_START.match(text):
         return text
     value = _parsed(text)
@@ -114,12 +117,13 @@ def _check_readable(text: str, value: Any, start: re.Pattern[str], fault: str) -
     if value is None and start.match(text) and not _continues_as_prose(text):
         raise RloraError(
             f"{fault}, {text!r:.80}, but is neither JSON nor a Python literal: it is truncated, or to_csv wrote a "
-            "numpy array; write it with json.dumps, or save the table as parquet (plain text must not start like this)"
+            "numpy array; write the messages with json.dumps, or save the table as parquet (plain text must not start "
+            "like this)"
         )
 
 
 def _parsed(value: Any) -> Any:
-    """The value of JSON or a Python literal, nested up to three times in strings; None for other strings."""
+    """Parse JSON or a Python literal, nested up to three times in strings. Returns None for other strings."""
     for _ in range(3):
         if isinstance(value, str):
             value = _literal(value)
@@ -141,7 +145,7 @@ def _literal(text: str) -> Any:
 
 
 def _continues_as_prose(text: str) -> bool:
-    """Whether words follow a complete JSON value or Python literal, as in a question about it."""
+    """Return whether words follow a complete JSON value or Python literal, as in a question about this value."""
     candidates = (match.end() for match in list(re.finditer(r"[\]})]", text))[:50])
     for end in _json_ends(text) or candidates:
         if _literal(text[:end]) is not None:
@@ -167,14 +171,14 @@ def _message(turn: Row, source: str) -> dict[str, str]:
         raise RloraError(f"{source} is {turn!r}; it must have a role, a string such as user, and a content")
     if content is None and turn.get("tool_calls"):
         raise RloraError(
-            f"{source}: content is null next to tool_calls, but a prompt holds only text; write the call into content, "
-            "or drop the row"
+            f"{source}: content is null next to tool_calls, but a prompt contains only text; write the call into "
+            "content, or drop the row"
         )
     return {"role": role, "content": _content(content, source)}
 
 
 def _content(content: Any, source: str) -> str:
-    """The text of a message, whose content is a string, a list of parts, or a string with a list of parts."""
+    """Return the text of a message, whose content is a string, a list of parts, or a string with a list of parts."""
     if isinstance(content, str):
         value = _parsed(content) if _MAY_BE_CHAT.search(content) else None
         if not (parts := _parts(value)):
@@ -187,7 +191,7 @@ def _content(content: Any, source: str) -> str:
 
 
 def _parts(value: Any) -> Sequence[Any]:
-    """The content parts in a value, a single text part or a list of parts; () if there are none."""
+    """Return the content parts in a value, a single text part or a list of parts; () if there are none."""
     parts = [value] if isinstance(value, Mapping) and value.keys() == {"type", "text"} else value
     if not _is_list(parts) or not all(map(_is_part, parts)) or all(part["type"] == "file" for part in parts):
         return ()

@@ -22,11 +22,12 @@ _HUB = "EleutherAI/hendrycks_math"  # a subset for each subject, as counting_and
 class CompetitionMath:
     """Competition problems with LaTeX answers.
 
-    `path` and `held_out_path` are hub ids, local files (json, jsonl, csv, parquet), or local directories: one with
-    math.json, or a copy of a hub data set. Rows have `problem`, and either `answer` or a `solution` whose last box is
-    the answer; rows with neither are skipped (2 of the 7,474 training rows in deepscaler's copy). `template` contains
-    {problem}; other braces in it are doubled. `levels` ("4,5"; 5 is the hardest) and `subjects` select problems of both
-    parts. Columns for rewards: `level`, an integer or None, and `subject`, "" if a row has none.
+    `path` has the training problems and `held_out_path` the held-out problems. Each is a hub id, a local file (json,
+    jsonl, csv, parquet), or a local directory: with math.json, or a copy of a hub data set. Rows have `problem`, and
+    either `answer` or a `solution` whose last box is the answer; rows without an answer are skipped. `template` is the
+    prompt's text, with the placeholder {problem}; other braces are doubled. `levels` ("4,5"; 5 is the hardest) and
+    `subjects` (names from `SUBJECTS`) select training and held-out problems; by default all. Columns for rewards:
+    `problem`, `level`, an integer or None, and `subject`, "" if a row has none.
     """
 
     def __init__(
@@ -63,14 +64,14 @@ class CompetitionMath:
             prompts.append(Prompt(fill(self._template, row, source), answer=answer, columns=columns))
         if not prompts:
             raise RloraError(
-                f"{field} = {path!r}: no problem is left; its rows need answer or solution, and must match "
-                "env_args.levels and env_args.subjects"
+                f"{field} = {path!r}: no problem is left; use data whose rows have answer or solution, or select "
+                "more problems by env_args.levels and env_args.subjects"
             )
         return prompts
 
 
 def _check_choices(name: str, argument: object, choices: Collection[str]) -> list[str]:
-    """The values of an argument. Raises RloraError if one is not in `choices`."""
+    """Return the values of the argument `name`. Raises RloraError if a value is not in `choices`."""
     for value in listed(argument):
         if value not in choices:
             raise RloraError(f"env_args.{name} = {argument!r}: {value!r} is not one of {', '.join(choices)}")
@@ -88,7 +89,7 @@ def _rows(field: str, path: str, split: str) -> Iterator[Row]:
 
 
 def _level(row: Row) -> int | None:
-    """The level, from `level` (5 or "Level 5") or `difficulty` (5.0)."""
+    """Return the level, from `level` (5 or "Level 5") or `difficulty` (5.0); None if a row has neither."""
     digits = re.search(r"\d", str(row.get("level") or row.get("difficulty") or ""))
     return int(digits[0]) if digits else None
 
@@ -99,7 +100,7 @@ def _gold(row: Row) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{...} or \fbox{...} of a reference solution; None if there is none."""
+    r"""Return the content of the last \boxed{...} or \fbox{...} of a reference solution; None if there is none."""
     start = max(text.rfind("\\boxed{"), text.rfind("\\fbox{"))
     if start < 0:
         return None

@@ -21,11 +21,13 @@ _Term = tuple[Fraction, str]  # a value and its expression
 
 
 class Countdown(Generated):
-    """`size` solvable problems, generated from `seed`, and `held_out_size` held-out ones.
+    """Solvable Countdown problems, generated from `seed`.
 
-    `count` is the number of numbers; "3,4" mixes both, and more numbers are harder. They are in `low`..`high`, the
-    target in `target_low`..`target_high`. With `use_all`, a solution must use all numbers. 24 is count = 4, high = 13,
-    target_low = target_high = 24. Reward: `rlora.rewards.countdown:countdown_answer`. Columns for rewards: `numbers`,
+    `size` problems are for training, and `held_out_size` further problems are held out. `count` (2 to 8) is the number
+    of numbers; "3,4" mixes both, and more numbers are harder. The numbers are from `low` to `high`, the target is from
+    `target_low` to `target_high`. With `use_all`, a solution must use all numbers. For the game 24, set count = 4,
+    high = 13, target_low = target_high = 24. `template` is the prompt's text, with the placeholders {numbers}, {target}
+    and, if needed, {rule}. Reward: `rlora.rewards.countdown:countdown_answer`. Columns for rewards: `numbers`,
     `use_all` and `level` (the number of numbers).
     """
 
@@ -43,9 +45,11 @@ class Countdown(Generated):
         template: str = TEMPLATE,
     ) -> None:
         if not 1 <= low <= high:
-            raise RloraError(f"env_args.low = {low}: use 1 to env_args.high = {high}")
+            raise RloraError(f"env_args.low = {low}: use an integer from 1 to env_args.high = {high}")
         if not 1 <= target_low <= target_high:
-            raise RloraError(f"env_args.target_low = {target_low}: use 1 to env_args.target_high = {target_high}")
+            raise RloraError(
+                f"env_args.target_low = {target_low}: use an integer from 1 to env_args.target_high = {target_high}"
+            )
         _check_template(template)
         self._counts, self._range = counts("count", count, 2, 8), (low, high)
         self._targets = range(target_low, target_high + 1)
@@ -53,7 +57,7 @@ class Countdown(Generated):
         self._seed, self._template = seed, template
 
     def solution(self, prompt: Prompt) -> str | None:
-        """A completion that solves a problem; None if a short search finds none."""
+        """Return a completion that solves the problem, or None if `_SEARCH` steps of a search find none."""
         return _solution(prompt)
 
     def _problems(self) -> Iterator[Prompt]:
@@ -75,9 +79,9 @@ class Countdown(Generated):
 class Game24:
     """The 1,362 solvable hands of 24, from 24.csv of Tree of Thoughts (Yao et al. 2023, arXiv:2305.10601) at `path`.
 
-    Its rows have `Puzzles`, such as "1 1 4 6", and `Rank` (1 is the easiest). As in the paper, ranks 901 to 1000 are
-    held out. Reward: `rlora.rewards.countdown:countdown_answer`. Columns for rewards: `numbers`, `use_all` and `level`
-    (the rank).
+    The file's rows have `Puzzles`, such as "1 1 4 6", and `Rank` (1 is the easiest). As in the paper, ranks 901 to 1000
+    are held out. `template` is as in `Countdown`. Reward: `rlora.rewards.countdown:countdown_answer`. Columns for
+    rewards: `numbers`, `use_all` and `level` (the rank).
     """
 
     def __init__(self, path: str, template: str = TEMPLATE) -> None:
@@ -91,7 +95,7 @@ class Game24:
         return [prompt for prompt in self._prompts() if 900 < prompt.columns["level"] <= 1000]
 
     def solution(self, prompt: Prompt) -> str | None:
-        """A completion that solves a hand."""
+        """Return a completion that solves the hand, or None if `_SEARCH` steps of a search find none."""
         return _solution(prompt)
 
     def _prompts(self) -> Iterator[Prompt]:
@@ -101,13 +105,16 @@ class Game24:
             except (KeyError, AttributeError, TypeError, ValueError):
                 raise RloraError(
                     f"{self._path}, row {index}: {dict(row)!r}; every row needs Puzzles, such as 1 1 4 6, "
-                    "and Rank, an integer"
+                    "and Rank, an integer: fix or remove this row"
                 ) from None
             yield to_prompt(numbers, 24, True, self._template, rank)
 
 
 def to_prompt(numbers: Sequence[int], target: int, use_all: bool, template: str, level: int | None = None) -> Prompt:
-    """One problem with the columns that `rewards.countdown.countdown_answer` reads."""
+    """Return the prompt of a problem, with the columns that `rewards.countdown.countdown_answer` reads.
+
+    `level` is the number of numbers by default.
+    """
     text = template.replace("{numbers}", ", ".join(map(str, numbers))).replace("{target}", str(target))
     columns = {"numbers": list(numbers), "use_all": use_all, "level": level or len(numbers)}
     return Prompt(text.replace("{rule}", _ALL if use_all else _SOME), answer=target, columns=columns)
@@ -120,7 +127,7 @@ def _solution(prompt: Prompt) -> str | None:
 
 
 def _solve(terms: Sequence[_Term], target: Fraction, use_all: bool, steps: Iterator[int]) -> str | None:
-    """An expression of the terms that equals the target, by a depth-first search of at most `_SEARCH` steps."""
+    """Find an expression of the terms that equals the target, by a depth-first search of at most `_SEARCH` steps."""
     if next(steps) > _SEARCH:
         return None
     if len(terms) == 1 or not use_all:
@@ -139,7 +146,7 @@ def _solve(terms: Sequence[_Term], target: Fraction, use_all: bool, steps: Itera
 
 
 def _results(a: int, b: int) -> list[int]:
-    """The positive integers that an operation on two numbers gives."""
+    """Return the positive integers that an operation on two numbers gives."""
     quotients = [max(a, b) // min(a, b)] if max(a, b) % min(a, b) == 0 else []
     return [a + b, a * b, *quotients, *([abs(a - b)] if a != b else [])]
 

@@ -33,7 +33,7 @@ _CSV_DIALECT = ("quotechar", "doublequote", "escapechar", "skipinitialspace")
 
 
 class _Number(float):
-    """A float whose `str` is its text in the file: 1.50, 1e5. Pickling converts it to a plain float."""
+    """A float whose `str` is its text in the file: 1.50, 1e5. Pickling converts the number to a plain float."""
 
     text: str
 
@@ -57,12 +57,15 @@ def format_of(file: Path) -> str:
 def read_file(
     file: Path, kind: str, split: str, display_path: Path | None = None, options: Options | None = None
 ) -> list[Row]:
-    """The rows of a file. Errors name it by `display_path`."""
+    """Read the rows of a file, which can be compressed. `kind` is a value of `FORMATS`, `split` the name of its split.
+
+    Raises RloraError, which names the file by `display_path` if that is set, if the file can't be read.
+    """
     return parse(file.read_bytes(), kind, split, display_path or file, options or {})
 
 
 def parse(data: bytes, kind: str, split: str, file: Path, options: Options) -> list[Row]:
-    """The rows of a file's bytes. Errors name it by `file`."""
+    """Parse the rows of a file's bytes, as in `read_file`. Raises RloraError, which names the file by `file`."""
     data = decompress(data, file)
     if kind == "parquet":
         return _parquet_rows(data, file, options.get("columns"))
@@ -77,7 +80,7 @@ def parse(data: bytes, kind: str, split: str, file: Path, options: Options) -> l
 
 
 def decompress(data: bytes, file: Path) -> bytes:
-    """The content of a file that may be compressed. Raises RloraError if it is damaged or incomplete."""
+    """Decompress the content of a file if it is compressed. Raises RloraError if it is damaged or incomplete."""
     if data.startswith(b"version https://git-lfs"):
         raise RloraError(f"{file} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
     for magic, function in DECOMPRESS.items():
@@ -118,7 +121,7 @@ def _decode(data: bytes, file: Path, encoding: str, errors: str) -> str:
 
 
 def _detect_utf16_or_32(data: bytes) -> str:
-    """UTF-16 or UTF-32, detected by the byte order mark or by the positions of NUL bytes; "" for other encodings."""
+    """Detect UTF-16 or UTF-32 by the byte order mark or the positions of NUL bytes. "" for other encodings."""
     if data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return "UTF-32"
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -132,13 +135,13 @@ def _detect_utf16_or_32(data: bytes) -> str:
 
 
 def _document_rows(text: str, file: Path, split: str, field: str | None) -> list[Row] | None:
-    """The rows of a single JSON value; None if the text is empty or JSON Lines."""
+    """Return the rows of a single JSON value, or None if the text is empty or JSON Lines."""
     try:
         document = _json(text, str(file))
     except (ValueError, RecursionError) as error:
         if not text.strip() or (_begins_with_a_row(text) and not field):
             return None
-        raise RloraError(f"{file}: it is not JSON: {error}") from error
+        raise RloraError(f"{file}: it is not JSON: {error}; fix the file") from error
     if field:
         if not isinstance(document, dict) or field not in document:
             raise RloraError(f"{file} has no {field!r}, which README.md sets as field; set a field that exists")
@@ -150,7 +153,7 @@ def _document_rows(text: str, file: Path, split: str, field: str | None) -> list
 
 
 def _json(text: str, source: str) -> Any:
-    """A JSON value whose numbers keep their text. Raises RloraError if a number overflows or underflows a float."""
+    """Parse JSON whose numbers keep their text. Raises RloraError if a number overflows or underflows a float."""
 
     def number(digits: str) -> float:
         value = float(digits)
@@ -173,10 +176,10 @@ def _begins_with_a_row(text: str) -> bool:
 
 
 def _find_rows(document: Any, file: Path, split: str) -> list[Any]:
-    """The rows of a JSON value: a list of rows, an object that holds one, an object of columns, or a single row.
+    """Return the rows of a JSON value: a list of rows, an object with such a list, an object of columns, or one row.
 
-    An object holds the list under the split's name, under `data`, or under its only key. Any other list of objects is a
-    value of a row.
+    An object contains the list of rows under the split's name, under `data`, or under its only key. Any other list of
+    objects is a value of a row.
     """
     if isinstance(document, list):
         return document
@@ -201,12 +204,12 @@ def _is_chat(value: Any) -> bool:
 
 
 def _is_row(value: Any) -> bool:
-    """Whether it is an object other than a chat message."""
+    """Return whether a value is an object other than a chat message."""
     return isinstance(value, dict) and not ({"role", "from"} & value.keys() and {"content", "value"} & value.keys())
 
 
 def _json_lines(text: str, file: Path) -> list[Row]:
-    """One object per line. Only \\n ends a line: values may contain other line separators, such as U+2028."""
+    """Parse one object per line. Only \\n ends a line: values can contain other line separators, such as U+2028."""
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -222,7 +225,7 @@ def _json_lines(text: str, file: Path) -> list[Row]:
 
 
 def _check_row(row: Any, source: str, escapes: bool) -> None:
-    """Raise RloraError unless it is an object. If its JSON has `escapes`, also check for lone surrogates."""
+    """Raise RloraError unless the row is an object. If its JSON has `escapes`, also check for lone surrogates."""
     if not isinstance(row, dict):
         raise RloraError(f"{source}: {row!r:.80} is not an object with columns; write {{column: value}}")
     for name, value in row.items() if escapes else ():
@@ -236,7 +239,7 @@ def _check_row(row: Any, source: str, escapes: bool) -> None:
 
 
 def _csv_rows(text: str, file: Path, options: Options) -> Iterator[Row]:
-    """All cells are text; an empty cell is None."""
+    """Parse the rows of a CSV. All cells are text; an empty cell is None."""
     previous_limit = csv.field_size_limit(sys.maxsize)
     dialect = {name: options[name] for name in _CSV_DIALECT if name in options}
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=options["sep"], strict=True, **dialect)
@@ -261,7 +264,7 @@ def _csv_rows(text: str, file: Path, options: Options) -> Iterator[Row]:
 
 
 def _csv_header(lines: Iterator[list[str]], options: Options) -> tuple[list[str], list[list[str]]]:
-    """The column names, derived from `names` and `header` as in pandas, and the data rows consumed for that."""
+    """Return the column names, from `names` and `header` as in pandas, and the data rows that were read for them."""
     names, number = options.get("names"), options.get("header", "infer")
     if number == "infer":
         number = 0 if names is None else None
@@ -273,7 +276,7 @@ def _csv_header(lines: Iterator[list[str]], options: Options) -> tuple[list[str]
 
 
 def error_text(error: BaseException) -> str:
-    """The message of an exception, followed by those of its causes."""
+    """Return the message of an exception, followed by the messages of its causes."""
     message = str(error) or type(error).__name__
     cause = error.__cause__
     return f"{message}: {error_text(cause)}" if cause and str(cause) not in message else message

@@ -7,23 +7,34 @@ from rlora.records import Prompt, RloraError
 
 
 def listed(value: object) -> list[str]:
-    """The values of "a, b" (the form in a config), of a sequence, or of a single value, as text."""
+    """Return the values of "a, b" (the form in a config), of a sequence, or of a single value, as a list of strings."""
     parts = value.split(",") if isinstance(value, str) else value if isinstance(value, Sequence) else [value]
     return [str(part).strip() for part in parts if str(part).strip()]
 
 
 def counts(name: str, value: int | str | Sequence[int], low: int, high: int) -> list[int]:
-    """The integers of "2,3", 2 or [2, 3]. Raises RloraError if one is not in `low`..`high`."""
+    """Return the integers of "2,3", 2 or [2, 3] as a list.
+
+    Raises RloraError, which names the argument `name`, if a value is not an integer from `low` to `high`.
+    """
     parts = listed(value)
     if not parts or not all(part.isdecimal() and low <= int(part) <= high for part in parts):
-        raise RloraError(f'env_args.{name} = {value!r}: use {low} to {high}, or several such as "{low},{low + 1}"')
+        raise RloraError(
+            f'env_args.{name} = {value!r}: use {low} to {high}, or several values such as "{low},{low + 1}"'
+        )
     return [int(part) for part in parts]
 
 
 def distinct(problems: Iterator[Prompt], size: int, held_out_size: int) -> list[Prompt]:
-    """The first `size` + `held_out_size` problems with distinct texts. Raises RloraError if there are too few."""
+    """Return the first `size` + `held_out_size` problems with distinct texts.
+
+    Raises RloraError if `problems` has too few, or if the first 100 times as many problems have too few distinct texts.
+    """
     if size < 1 or held_out_size < 0:
-        raise RloraError(f"env_args.size = {size}, held_out_size = {held_out_size}: use 1 or more, and 0 or more")
+        raise RloraError(
+            f"env_args.size = {size}, env_args.held_out_size = {held_out_size}: use 1 or more for env_args.size, and 0 "
+            "or more for env_args.held_out_size"
+        )
     count = size + held_out_size
     problems_by_text: dict[str, Prompt] = {}
     for prompt in itertools.islice(problems, 100 * count):
@@ -31,13 +42,17 @@ def distinct(problems: Iterator[Prompt], size: int, held_out_size: int) -> list[
         if len(problems_by_text) == count:
             return list(problems_by_text.values())
     raise RloraError(
-        f"env_args.size = {size}, held_out_size = {held_out_size}: only {len(problems_by_text)} distinct problems "
-        "were found; lower one of them, or allow harder problems"
+        f"env_args.size = {size}, env_args.held_out_size = {held_out_size}: only {len(problems_by_text)} distinct "
+        "problems were found; lower env_args.size or env_args.held_out_size, or allow more kinds of problems by the "
+        "other env_args"
     )
 
 
 class Generated:
-    """An env with generated prompts, of which the first are held out."""
+    """Base class of envs with generated prompts. The first `_held_out_size` prompts are held out.
+
+    A subclass sets `_size` and `_held_out_size`, and defines `_problems`.
+    """
 
     _size: int
     _held_out_size: int
@@ -52,5 +67,5 @@ class Generated:
         return distinct(self._problems(), self._size, self._held_out_size)
 
     def _problems(self) -> Iterator[Prompt]:
-        """An endless stream of problems, deterministic for a seed."""
+        """Yield problems, without an end if possible. A seed determines them."""
         raise NotImplementedError

@@ -12,9 +12,11 @@ TEMPLATE = "{question}\nReason step by step, and end with the answer as a number
 
 
 class GSM8K(Table):
-    """`path` is a hub id, or a local directory with train.jsonl and test.jsonl; the test split is held out.
+    """The word problems of GSM8K. The test split is held out. The answer is an integer.
 
-    Rows have `question` and `answer`; the gold answer follows #### in `answer`. `template` contains {question}.
+    `path` is a hub id, or a local directory with train.jsonl and test.jsonl, whose rows have `question` and `answer`;
+    the gold answer follows #### in `answer`. `template` is the prompt's text, with the placeholder {question}. Raises
+    RloraError if a row has no gold answer.
     """
 
     def __init__(self, path: str = "openai/gsm8k", template: str = TEMPLATE) -> None:
@@ -30,7 +32,7 @@ class GSM8K(Table):
         return self._rows["test"]
 
     def gold(self, value: Any, source: str) -> int:
-        """The integer after ####."""
+        """Return the integer after ####. Raises RloraError, which begins with `source`, if there is none."""
         gold = str(value).rpartition("####")[2].strip().replace(",", "")
         if not re.fullmatch(r"-?[0-9]+", gold):
             raise RloraError(f"{source}: answer = {value!r} has no integer after ####; fix or drop the row")

@@ -1,8 +1,8 @@
 """Tasks of reasoning-gym (Stojanovski et al. 2025, arXiv:2505.24760) by name. Needs the extra `gym`.
 
-The library generates the problems and `rewards/gym.py` grades them. The library's scorers are never called, because
-several of them evaluate the model's text as code. Therefore only tasks with a single correct answer, with a single
-spelling, are supported.
+The library generates the problems, and `rewards/gym.py` grades the completions. The library's scorers are never called,
+because several scorers evaluate the model's text as code. Therefore only tasks with a single correct answer, with a
+single spelling, are supported.
 """
 
 import importlib
@@ -38,16 +38,21 @@ _SEVERAL_ANSWERS = (
     "sokoban", "sudoku", "survo", "tower_of_hanoi", "tsumego", "word_ladder",
 )  # fmt: skip
 _UNSUPPORTED = {
-    **dict.fromkeys(_SEVERAL_FORMS, "its correct answer can be written in several ways"),
-    **dict.fromkeys(_SEVERAL_ANSWERS, "it may have several correct answers; rlora.envs.countdown has Countdown and 24"),
-    "composite": "it mixes other tasks; list those",
+    **dict.fromkeys(_SEVERAL_FORMS, "its correct answers can be written in several ways; remove the task"),
+    **dict.fromkeys(
+        _SEVERAL_ANSWERS,
+        "its problems can have several correct answers; remove the task (rlora.envs.countdown has Countdown and 24)",
+    ),
+    "composite": "it mixes other tasks; name these tasks instead",
 }
 
 
 class ReasoningGym:
-    """`size` problems of `tasks` ("gcd,lcm") in turn, and `held_out_size` held-out ones. The tasks get other arguments.
+    """Problems of the tasks that `tasks` names, such as "gcd,lcm", in turn, generated from `seed`.
 
-    Reward: `rlora.rewards.gym:gym_answer`. Columns for rewards: `task`, and the task's `difficulty`.
+    `size` problems are for training, and `held_out_size` further problems are held out. All other arguments go to the
+    config of each task. Reward: `rlora.rewards.gym:gym_answer`. Columns for rewards: `task`, and the task's
+    `difficulty`.
     """
 
     def __init__(
@@ -59,11 +64,14 @@ class ReasoningGym:
                 reason = _UNSUPPORTED.get(task, f"there is no such task; use some of {', '.join(sorted(TASKS))}")
                 raise RloraError(f"env_args.tasks = {tasks!r}: {task!r} can't be graded: {reason}")
         if size < 1 or held_out_size < 0:
-            raise RloraError(f"env_args.size = {size}, held_out_size = {held_out_size}: use 1 or more, and 0 or more")
+            raise RloraError(
+                f"env_args.size = {size}, env_args.held_out_size = {held_out_size}: use 1 or more for env_args.size, "
+                "and 0 or more for env_args.held_out_size"
+            )
         self._size, self._held_out_size, self._seed, self._args = size, held_out_size, seed, args
 
     def train(self) -> Iterator[Prompt]:
-        """The training problems, without any that are also held out."""
+        """Yield the training problems, without problems whose text is also held out."""
         held_out = {prompt.text for prompt in self.held_out()}
         prompts = self._generate(self._held_out_size, self._held_out_size + self._size)
         return (prompt for prompt in prompts if prompt.text not in held_out)
@@ -72,11 +80,14 @@ class ReasoningGym:
         return self._generate(0, self._held_out_size)
 
     def _generate(self, start: int, end: int) -> Iterator[Prompt]:
-        """The problems with numbers `start`..`end` - 1; each is generated from the seed plus its number."""
+        """Yield the problems with the numbers from `start` to `end` - 1."""
         try:
             reasoning_gym = importlib.import_module("reasoning_gym")
-        except ImportError:
-            raise RloraError("env: reasoning-gym is not installed; pip install 'rlora[gym]'") from None
+        except ImportError as error:
+            raise RloraError(
+                f"env = 'rlora.envs.gym:ReasoningGym': reasoning_gym can't be imported ({error}); run "
+                "pip install 'rlora[gym]'"
+            ) from error
         try:
             sources = [
                 reasoning_gym.create_dataset(task, seed=self._seed, size=self._size + self._held_out_size, **self._args)
@@ -84,7 +95,8 @@ class ReasoningGym:
             ]
         except Exception as error:  # raised by the task's config
             raise RloraError(
-                f"env_args.tasks: {', '.join(self._tasks)} do not accept {self._args!r} ({error}); change the arguments"
+                f"env_args.tasks: {', '.join(self._tasks)} do not accept {self._args!r} ({error}); change or remove "
+                "these arguments in env_args"
             ) from error
         for number in range(start, end):
             task = self._tasks[number % len(sources)]

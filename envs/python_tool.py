@@ -1,4 +1,4 @@
-"""A Python tool for any env: the policy writes code in its message, reads its output, and continues.
+"""A Python tool for any env: the policy writes code in its message, reads the code's output, and continues.
 
 policy  <python>print(347 * 28)</python>
 env                                     <result>9716</result>
@@ -20,11 +20,13 @@ _CALL = re.compile(r"<python>((?:(?!<python>).)*)</python>\s*$", re.DOTALL)
 
 
 class PythonTool:
-    """Wraps the env that `env` names, built with the other arguments, so that the policy can run Python in sandbox.py.
+    """An agent that wraps a single-turn env, so that the policy can run Python in a sandbox (`rlora.envs.sandbox`).
 
-    Requires `allow_python` = true. `instruction` is appended to each problem. The code gets `seconds`, `memory_mib` and
-    the standard library; the policy gets the first `characters` of its output. The episode ends with the first message
-    that has no code at its end, or that exceeds `max_calls`. Reward: that of the wrapped env.
+    `env` is the spec of the wrapped env, which is constructed with all arguments that are not named here.
+    `allow_python` must be true. `instruction` is appended to each problem. The code of a call can use the standard
+    library, `seconds` seconds and `memory_mib` MiB; the policy gets the first `characters` characters of the output.
+    The episode ends with the first message that has no code at its end, or whose code would exceed `max_calls` calls.
+    Reward: the wrapped env's reward.
     """
 
     stop = ("</python>",)
@@ -42,8 +44,8 @@ class PythonTool:
     ) -> None:
         if not allow_python:
             raise RloraError(
-                "env_args.allow_python = false: this env runs code that the model writes, in a sandbox; set it to true "
-                "to allow that"
+                "env_args.allow_python = false: this env runs code that the model writes, in a sandbox; to allow that, "
+                "set env_args.allow_python = true"
             )
         for name, value in (("max_calls", max_calls), ("seconds", seconds), ("characters", characters)):
             if value <= 0:
@@ -62,7 +64,11 @@ class PythonTool:
         return self._with_instructions(load("env_args.env", self._env)(**self._env_args).held_out())
 
     def reply(self, prompt: Prompt, message: str, state: dict[str, Any]) -> str | None:
-        """The output of the code at the end of the message; None without code."""
+        """Run the code at the end of the message, and return its output between <result> and </result>.
+
+        None, which ends the episode, without code or after `max_calls` calls. Blocks until the code has ended. Raises
+        RloraError if the machine can't confine the code.
+        """
         call = _CALL.search(message)
         state["calls"] = state.get("calls", 0) + bool(call)
         if not call or state["calls"] > self._max_calls:

@@ -38,16 +38,17 @@ _IGNORED_OPTIONS = {  # they change only speed or types, and rows keep the types
 
 
 def is_null(value: Any) -> bool:
-    """Whether a value is missing: null, or NaN as some tools write it."""
+    """Return whether a value is missing: null, or NaN, which some tools write instead."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def read_rows(field: str, path: str, name: str | None, split: str, disjoint_from: str = "") -> Sequence[Row]:
-    """The rows of a split. Raises RloraError, which names `field`, if it can't be read or is empty.
+    """Read the rows of a split. Raises RloraError, which names `field`, if the split can't be read or is empty.
 
-    `path` is a file, a directory, or a hub id. `split` may be a slice or a sum in the syntax of `datasets`:
-    train[:10%], train+test. It must not share rows with `disjoint_from`, another split of the same data. `datasets`
-    finds the files of a split; json and csv are parsed here because it would convert text to numbers and dates.
+    `path` is a file, a directory, or a hub id, and `name` is its subset. `split` can be a slice or a sum in the syntax
+    of `datasets`: train[:10%], train+test. `disjoint_from` is another split of the same data, which must not share rows
+    with `split`, or "". `datasets` finds the files of a split; json and csv are parsed here, because `datasets` would
+    convert text to numbers and dates.
     """
     try:
         rows = _select(split, disjoint_from, path, name)
@@ -64,12 +65,12 @@ def read_rows(field: str, path: str, name: str | None, split: str, disjoint_from
 
 
 def split_names(split: str) -> list[str]:
-    """The distinct splits in a slice or a sum: train and test for `train[:10%]+test+train[90%:]`."""
+    """Return the distinct splits in a slice or a sum: train and test for `train[:10%]+test+train[90%:]`."""
     return list(dict.fromkeys(_SPLIT_NAME.findall(split)))
 
 
 def without_splits(path: str) -> str:
-    """The reason why a path has only one split, such as "a.csv is one file"; "" if it may have more."""
+    """Return the reason why a path has only one split, such as "a.csv is one file"; "" if it can have several."""
     if Path(path).is_file():
         return f"{path} is one file, without splits"
     if (Path(path) / "state.json").is_file() and not (Path(path) / "dataset_dict.json").is_file():
@@ -78,13 +79,13 @@ def without_splits(path: str) -> str:
 
 
 def _select(split: str, disjoint_from: str, path: str, name: str | None) -> Sequence[Row]:
-    """The rows of a split, or of a slice or a sum of splits."""
+    """Read the rows of a split, or of a slice or a sum of splits."""
     if not _IS_SPEC.search(split + disjoint_from):
         return _rows(Path(path), path, name, split)
     names = split_names(split)
     _spans(split, dict.fromkeys(names, 100))  # raises for wrong syntax, before any file is read
     if len(names) > 1 and (reason := without_splits(path)):
-        raise RloraError(f"{reason}; name one")
+        raise RloraError(f"{reason}; name one split")
     parts = {part: _rows(Path(path), path, name, part) for part in names}
     lengths = {part: len(rows) for part, rows in parts.items()}
     spans = _spans(split, lengths)
@@ -105,7 +106,7 @@ def _check_disjoint(spans: Sequence[_Span], disjoint_spans: Sequence[_Span], dis
 
 
 def _spans(split: str, lengths: Mapping[str, int]) -> list[_Span]:
-    """The slices of a sum. `lengths`: rows per split."""
+    """Return the slices of a sum. `lengths` has the number of rows per split."""
     if not _IS_SPEC.search(split):  # a plain name, which may contain any other character
         return [(split, 0, lengths[split])]
     try:
@@ -125,7 +126,7 @@ def _rows(local: Path, path: str, name: str | None, split: str) -> Sequence[Row]
             return list(_part(datasets.load_from_disk(path), split))  # written by `save_to_disk`
         files = [local / f"{split}{end}" for end in FORMATS if (local / f"{split}{end}").is_file()]
         if len(files) > 1:
-            raise ValueError(f"the directory has {len(files)} files for this split")
+            raise ValueError(f"the directory has {len(files)} files for this split: remove all but one")
         if files and not _has_configs(local):
             return read_file(files[0], format_of(files[0]), split)
         if files and datasets.get_dataset_config_names(path) == ["default"]:
@@ -135,7 +136,7 @@ def _rows(local: Path, path: str, name: str | None, split: str) -> Sequence[Row]
 
 
 def _has_configs(directory: Path) -> bool:
-    """Whether the directory has YAML that assigns files to subsets and splits, with options for reading them."""
+    """Return whether the directory has YAML that assigns files to subsets and splits, with options for reading them."""
     card, config = directory / "README.md", directory / ".huggingface.yaml"
     text = card.read_text("utf-8", "replace") if card.is_file() else ""
     block = re.match(r"\ufeff?\s*---\s*\n(.*?)\n---\s*$", text, re.DOTALL | re.MULTILINE)
@@ -143,19 +144,19 @@ def _has_configs(directory: Path) -> bool:
 
 
 def _subset(path: Path, name: str | None) -> tuple[str, str | None]:
-    """The directory and the subset for `name`, which is a subset in README.md or a directory in `path`."""
+    """Return the directory and the subset for `name`, which is a subset in README.md or a directory in `path`."""
     subsets = datasets.get_dataset_config_names(str(path)) if name else []
     if not name or name in subsets:
         return str(path), name
     if (path / name).is_dir():
         return str(path / name), None
     if subsets != ["default"]:
-        raise RloraError(f"there is no subset {name!r}, only {', '.join(subsets)}")
+        raise RloraError(f"there is no subset {name!r}, only {', '.join(subsets)}; name one of these")
     return str(path), None
 
 
 def _load(path: str, name: str | None, split: str) -> Sequence[Row]:
-    """The rows of the files that `datasets` finds for a split. It also reads all formats that are not parsed here."""
+    """Read the rows of the files that `datasets` finds for a split. Formats that are not parsed here are read by it."""
     try:
         builder = datasets.load_dataset_builder(path, name)
     except zipfile.BadZipFile as error:
@@ -170,7 +171,7 @@ def _load(path: str, name: str | None, split: str) -> Sequence[Row]:
     if not kind or not data_files:
         return list(datasets.load_dataset(path, name, split=split))
     if split not in data_files:
-        raise RloraError(f"there is no such split, only {', '.join(map(str, data_files))}")
+        raise RloraError(f"there is no such split, only {', '.join(map(str, data_files))}; name one of these")
     files = [Path(str(file)) for file in data_files[split]]
     _check_shards([file.name for file in files])
     options = _options(builder.config, kind)
@@ -186,7 +187,7 @@ def _load(path: str, name: str | None, split: str) -> Sequence[Row]:
 
 
 def _options(config: Any, kind: str) -> Options:
-    """The options in README.md for reading the files. Raises RloraError for unsupported options."""
+    """Return the options in README.md for reading the files. Raises RloraError for unsupported options."""
     common = {field.name for field in dataclasses.fields(datasets.BuilderConfig)}
     fields = [field for field in dataclasses.fields(config) if field.name not in common | _IGNORED_OPTIONS]
     options = {field.name: getattr(config, field.name) for field in fields}
@@ -198,9 +199,9 @@ def _options(config: Any, kind: str) -> Options:
                 "for example to JSON Lines"
             )
     if len(str(options.get("sep", ","))) != 1:
-        raise RloraError(f"README.md sets sep = {options['sep']!r}; a separator must be one character")
+        raise RloraError(f"README.md sets sep = {options['sep']!r}; use a separator of one character")
     if not isinstance(options.get("header", "infer"), int | str | None):
-        raise RloraError(f"README.md sets header = {options['header']!r}; a header must be a single line number")
+        raise RloraError(f"README.md sets header = {options['header']!r}; use a single line number")
     try:
         codecs.lookup(options.get("encoding") or "utf-8")
     except LookupError as error:
@@ -211,7 +212,7 @@ def _options(config: Any, kind: str) -> Options:
 
 
 def _extract(local_file: Path, file: Path, manager: datasets.DownloadManager) -> Path:
-    """The file itself, or its decompressed copy if `decompress` does not support the format, such as zstd."""
+    """Return the file itself, or a decompressed copy if `decompress` does not support the format, such as zstd."""
     with local_file.open("rb") as opened:
         start = opened.read(16)
     if any(re.match(magic, start) for magic in DECOMPRESS):
@@ -228,7 +229,7 @@ def _extract(local_file: Path, file: Path, manager: datasets.DownloadManager) ->
 
 
 def _zip_rows(local_file: Path, file: Path, split: str, options: Options) -> list[Row]:
-    """The rows of all files in a zip file, ordered by name."""
+    """Read the rows of all files in a zip file, ordered by name."""
     with zipfile.ZipFile(local_file) as archive:
         names = sorted(name for name in archive.namelist() if not re.search(r"(^|/)(\.|__)", name))
         kinds = {name: format_of(Path(name)) for name in names if extension(name) in FORMATS}
@@ -261,8 +262,9 @@ def _check_shards(names: Sequence[str]) -> None:
 
 
 def _part(data: datasets.Dataset | datasets.DatasetDict, split: str) -> datasets.Dataset:
-    """A split of saved data. A single saved split can also be read as `train`."""
+    """Return a split of saved data. A single saved split can also be read as `train`."""
     parts = data if isinstance(data, Mapping) else {"train": data, str(data.split): data}
     if split not in parts:
-        raise RloraError(f"there is no such split, only {', '.join(name for name in parts if name != 'None')}")
+        names = ", ".join(name for name in parts if name != "None")
+        raise RloraError(f"there is no such split, only {names}; name one of these")
     return parts[split]

@@ -53,14 +53,18 @@ _FILE_BYTES = 2**20  # size limit of each file that it writes, including its out
 
 
 def run(code: str, seconds: float = 5.0, memory_mib: int = 512, characters: int = 2000) -> str:
-    """The output of the code, including errors, cut to `characters`. Its limits are `seconds` and `memory_mib`.
+    """Run Python code in a confined process, and return its output, including errors, cut to `characters` characters.
 
-    Raises RloraError if the machine can't confine the code.
+    Blocks until the code has ended, for at most `seconds` seconds. Code that takes longer is killed; then the output
+    ends with "time is over". Code that a signal ends adds "it was ended". `memory_mib` limits the address space of the
+    process in MiB. Raises RloraError if the machine can't confine the code.
     """
     from rlora.records import RloraError  # not at the top of the file: the script runs without rlora
 
     if sys.platform != "linux":
-        raise RloraError(f"the Python tool needs Linux, and this is {sys.platform}; set env_args.allow_python = false")
+        raise RloraError(
+            f"the Python tool needs Linux, and this is {sys.platform}; run it on Linux, or use an env without this tool"
+        )
     with tempfile.TemporaryDirectory() as home, tempfile.TemporaryFile() as output:
         status_pipe, script_pipe = os.pipe()
         command = [sys.executable, "-I", __file__, str(script_pipe), str(seconds), str(memory_mib)]
@@ -84,7 +88,8 @@ def run(code: str, seconds: float = 5.0, memory_mib: int = 512, characters: int 
         text = output.read(4 * characters + 4).decode("utf-8", "replace")
     if not is_confined and not late:
         raise RloraError(
-            f"the Python tool: this machine can't confine code ({text.strip()}); set env_args.allow_python = false"
+            f"the Python tool: this machine can't confine code ({text.strip()}); allow user namespaces, Landlock and "
+            "seccomp on this machine, or use an env without this tool"
         )
     text = text if len(text) <= characters else text[:characters] + "..."
     return f"{text}\ntime is over" if late else f"{text}\nit was ended" if process.returncode == _KILLED else text
@@ -180,7 +185,7 @@ def _confine_calls(libc: ctypes.CDLL) -> None:
 
 
 def _must(result: int, feature: str) -> None:
-    """Exit if a system call failed."""
+    """Exit with status 1 if a system call failed, after writing the missing feature to stderr."""
     if result < 0:
         os.write(2, f"no {feature}: {os.strerror(ctypes.get_errno())}".encode())
         os._exit(1)

@@ -19,18 +19,20 @@ _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{(\w[\w.]*)\}")
 
 
 class Table:
-    """One prompt per row of a data set.
+    """Any data set. Each row becomes a prompt.
 
     `path` is one of: a hub id, with `name` as its subset; a local file (json, jsonl, csv, tsv, parquet); a local
     directory with one file per split, such as train.jsonl; a local copy of a hub data set, including shards; or the
     output of `save_to_disk` of `datasets`. Values keep their type and text from the file; all values of a CSV are text.
-    A split may be a slice or a sum, `train[:90%]`, `train+extra`. Held out are the split `held_out_split`, the rows of
-    `held_out_path`, or `held_out_share` of the training rows, selected by `seed`.
+    `split` is the split to train on, a slice or a sum of splits: `train[:90%]`, `train+extra`. The held-out prompts are
+    the rows of `held_out_split`, of `held_out_path`, or `held_out_share` of the training rows, selected by `seed`;
+    without these arguments there are none.
 
-    The prompt is the value of the column `prompt` (text or chat messages), or `template` with its {column} placeholders
-    filled in; {{ and }} are braces. `answer` is the column of the gold answer, "" for none; if `answer_after` is set,
-    only the text after its last occurrence counts. A dot selects a nested column: `reward_model.ground_truth`. Rewards
-    see the columns in `columns`, "level,subject", by default all.
+    The prompt's text is the value of the column `prompt` (text or chat messages), or `template` with its {column}
+    placeholders filled in; {{ and }} are braces. `answer` is the column of the gold answer, "" for none; if
+    `answer_after` is set, only the text after the last occurrence of `answer_after` counts. A dot selects a nested
+    column: `reward_model.ground_truth`. `columns` selects the columns that reward functions can request, such as
+    "level,subject"; by default all.
     """
 
     def __init__(
@@ -49,11 +51,11 @@ class Table:
         columns: str | Sequence[str] = "",
     ) -> None:
         if not 0 <= held_out_share < 1:
-            raise RloraError(f"env_args.held_out_share = {held_out_share}: use 0 <= share < 1")
+            raise RloraError(f"env_args.held_out_share = {held_out_share}: use a number from 0 to less than 1")
         if held_out_share and (held_out_split or held_out_path):
             raise RloraError(
-                f"env_args.held_out_share = {held_out_share}: held_out_split or held_out_path already selects "
-                "the held-out rows; remove one of them"
+                f"env_args.held_out_share = {held_out_share}: env_args.held_out_split or env_args.held_out_path "
+                "already selects the held-out rows; remove env_args.held_out_share or the other argument"
             )
         is_same_path = _is_same(held_out_path or path, path)
         if (held_out_split or split) == split and is_same_path and (held_out_split or held_out_path):
@@ -65,12 +67,15 @@ class Table:
         if is_other_split and is_same_path and (reason := without_splits(path)):
             raise RloraError(
                 f"env_args.held_out_split = {held_out_split!r}: {reason}; name a directory with one file per split, "
-                "set held_out_path, or hold out a slice: split = 'train[:90%]', held_out_split = 'train[90%:]'"
+                "set env_args.held_out_path, or hold out a slice: env_args.split = 'train[:90%]', "
+                "env_args.held_out_split = 'train[90%:]'"
             )
         if template and not placeholders:
-            raise RloraError(f"env_args.template = {template!r}: it has no {{column}} placeholder; add one")
+            raise RloraError(f"env_args.template = {template!r}: it has no {{column}} placeholder; add a placeholder")
         if answer and answer in placeholders:
-            raise RloraError(f"env_args.template = {template!r}: it shows the answer, {{{answer}}}; double its braces")
+            raise RloraError(
+                f"env_args.template = {template!r}: it contains the answer; remove {{{answer}}}, or double the braces"
+            )
         self._train = (path, name, split)
         self._held_out = (held_out_path or path, None if held_out_path else name, held_out_split or split)
         self._has_split = bool(held_out_split or held_out_path)
@@ -86,7 +91,10 @@ class Table:
         return self._part(*self._held_out, held_out=True) if self._has_split or self._share else []
 
     def gold(self, value: Any, source: str) -> Any:
-        """The gold answer in the value of its column. Raises RloraError, which begins with `source`."""
+        """Return the gold answer from the value of its column.
+
+        Raises RloraError, which begins with `source`, if the value does not contain `answer_after`.
+        """
         if not self._after:
             return value
         _, separator, gold = str(value).rpartition(self._after)
@@ -117,12 +125,15 @@ def _is_same(first: str, second: str) -> bool:
 
 
 def cell(row: Row, name: str, source: str) -> Any:
-    """The value of a column; dots in `name` select nested columns. Raises RloraError if it is missing or null."""
+    """Return the value of a column. Dots in `name` select nested columns.
+
+    Raises RloraError, which begins with `source`, if the column is missing or null.
+    """
     value: Any = row
     for key in [name] if name in row else name.split("."):
         if not isinstance(value, Mapping) or key not in value:
             raise RloraError(
-                f"{source}: column {name!r} is missing (the row has {', '.join(row)}); name one that every row has"
+                f"{source}: column {name!r} is missing (the row has {', '.join(row)}); name a column that every row has"
             )
         value = value[key]
     if is_null(value):
@@ -131,7 +142,10 @@ def cell(row: Row, name: str, source: str) -> Any:
 
 
 def fill(template: str, row: Row, source: str) -> str:
-    """Fill the placeholders of a template. Raises RloraError for lists and objects, which have no text form."""
+    """Fill the placeholders of a template with the values of a row.
+
+    Raises RloraError, which begins with `source`, if a column is missing or null, or is a list or an object.
+    """
 
     def replacement(match: re.Match[str]) -> str:
         return _text(cell(row, match[1], source), match[1], source) if match[1] else match[0][0]
@@ -140,7 +154,7 @@ def fill(template: str, row: Row, source: str) -> str:
 
 
 def _text(value: Any, name: str, source: str) -> str:
-    """The text of a value in its file; booleans as in JSON."""
+    """Return the text that a value has in its file; booleans as in JSON."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str | int | float | decimal.Decimal | datetime.date | datetime.time | datetime.timedelta):

@@ -10,16 +10,17 @@ from rlora.records import Prompt, RloraError
 
 
 class Verifiers:
-    """The tasks of the installed taskset `taskset`; `held_out_share` of them are held out. `config` goes to its config.
+    """The tasks of the installed taskset `taskset`. `held_out_share` of the tasks, selected by `seed`, are held out.
 
-    Reward: `rlora.rewards.verifiers_rubric:rubric`, which runs the task's reward functions. Only single-turn tasks are
-    supported: tasks that need tools or containers are an error. `limit` is the number of tasks to use, 0 for all; an
-    infinite taskset needs it.
+    All other arguments go to the taskset's config. `limit` is the number of tasks to use, 0 for all; an infinite
+    taskset needs a limit. Only single-turn tasks are supported: tasks that need tools or containers are an error.
+    Reward: `rlora.rewards.verifiers_rubric:rubric`, which runs the task's reward functions. Columns for rewards:
+    `taskset`, `taskset_config` and `task`, a dict with the task's data.
     """
 
     def __init__(self, taskset: str, held_out_share: float = 0.1, seed: int = 0, limit: int = 0, **config: Any) -> None:
         if not 0 <= held_out_share < 1:
-            raise RloraError(f"env_args.held_out_share = {held_out_share}: use 0 <= share < 1")
+            raise RloraError(f"env_args.held_out_share = {held_out_share}: use a number from 0 to less than 1")
         self._taskset, self._config = taskset, config
         self._share, self._seed, self._limit = held_out_share, seed, limit
 
@@ -41,18 +42,29 @@ class Verifiers:
             loaders = importlib.import_module("verifiers.v1.utils.loaders")
             generic = importlib.import_module("verifiers.v1.utils.generic")
             configs = importlib.import_module("verifiers.v1.configs.taskset")
-        except ImportError:
-            raise RloraError("env: verifiers 0.4 is not installed; pip install 'rlora[verifiers]'") from None
+        except ImportError as error:
+            raise RloraError(
+                f"env = 'rlora.envs.verifiers_env:Verifiers': verifiers 0.4 can't be imported ({error}); run "
+                "pip install 'rlora[verifiers]'"
+            ) from error
         try:
             taskset_class = loaders.taskset_class(self._taskset)
             config_class = generic.concrete_type(taskset_class, configs.TasksetConfig) or configs.TasksetConfig
             taskset = taskset_class(config_class(id=self._taskset, **self._config))
         except Exception as error:  # raised by the taskset's package or by its config
-            raise RloraError(f"env_args.taskset = {self._taskset!r}: it can't be loaded ({error})") from error
+            raise RloraError(
+                f"env_args.taskset = {self._taskset!r}: it can't be loaded ({error}); install the taskset's package, "
+                "or correct the taskset's arguments in env_args"
+            ) from error
         if not taskset.bounded and not self._limit:
-            raise RloraError(f"env_args.limit = 0: {self._taskset} is infinite; set the number of tasks to use")
+            raise RloraError(
+                f"env_args.limit = 0: {self._taskset} is infinite; set env_args.limit to the number of tasks to use"
+            )
         if taskset_class.toolsets(taskset.config):
-            raise RloraError(f"env_args.taskset = {self._taskset!r}: its tasks need tools, which are not supported")
+            raise RloraError(
+                f"env_args.taskset = {self._taskset!r}: its tasks need tools, which are not supported; use a taskset "
+                "of single-turn tasks without tools"
+            )
         for task in taskset.take(self._limit) if self._limit else taskset:
             if (
                 task.NEEDS_CONTAINER
@@ -62,7 +74,7 @@ class Verifiers:
             ):
                 raise RloraError(
                     f"env_args.taskset = {self._taskset!r}: task {task.data.idx} needs a container, tools or a user; "
-                    "only single-turn tasks are supported"
+                    "only single-turn tasks are supported, so use a different taskset"
                 )
             data = task.data.model_dump(mode="json")
             columns = {"taskset": self._taskset, "taskset_config": self._config, "task": data}

@@ -6,10 +6,11 @@ from .integer import gold_integer, last_integer
 
 
 def answered(completion: str, answer: Any) -> str:
-    """The status: "correct" if the last integer after the tool's last result is `answer`.
+    """Return "correct" if the last integer after the tool's last result is `answer`, else "wrong".
 
-    Tool results end with >>. Text up to the last >> is ignored, and so is a call (<<) that got no result. If the tool
-    was not called, the whole text counts. Raises RloraError if `answer` is not an integer.
+    Returns "unparsable" if there is no integer. Tool results end with >>. Text up to the last >> is ignored, and so is
+    a call (<<) that got no result. If the tool was not called, the whole text counts. Raises RloraError if `answer` is
+    not an integer.
     """
     gold = gold_integer(answer)
     value = last_integer(completion.rpartition(">>")[2].partition("<<")[0])

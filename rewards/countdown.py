@@ -29,17 +29,18 @@ _ANSWER_IS = re.compile(r".*\banswer(?:\s+is)?\s*[:=]?", re.IGNORECASE)
 
 
 def countdown_answer(completion: str, answer: Any, numbers: Any, use_all: bool = True) -> str:
-    """The status: "correct" if the completion's expression equals `answer` and uses `numbers` as required.
+    """Return "correct" if the completion's expression equals `answer` and uses `numbers` as required, else "wrong".
 
-    The expression is in the last <answer> </answer>, else in the last \\boxed{}, else in the last line, after the
-    word "answer"; text in <think> </think> is ignored. An expression consists of + - * / (typographic and LaTeX signs
-    too), parentheses and integers, and "= 24" may follow it. Each of `numbers` may be used once, and must be used if
-    `use_all` is true. `answer` and `numbers` may be text, as in data sets ("24", "[3, 3, 8, 8]"). Raises RloraError if
-    one of them is not an integer.
+    Returns "unparsable" without a valid expression. The expression is in the last <answer> </answer>, else in the last
+    \\boxed{}, else in the last line, after the word "answer"; text in <think> </think> is ignored. An expression
+    consists of + - * / (typographic and LaTeX signs too), parentheses and integers. The target can follow it, as in
+    "= 24". Each of `numbers` can be used once, and must be used if `use_all` is true. `answer` and `numbers` can be
+    text, as in data sets ("24", "[3, 3, 8, 8]"). Raises RloraError if `answer` or an item of `numbers` is not an
+    integer, and if `use_all` is not a bool.
     """
     target, available = gold_integer(answer), Counter(_read_numbers(numbers))
     if not isinstance(use_all, bool):
-        raise RloraError(f"use_all = {use_all!r}: use true or false")
+        raise RloraError(f"use_all = {use_all!r}: not a bool; use true or false in the column `use_all`")
     left, equals, right = _candidate(completion).partition("=")
     if equals and right.strip() != str(target):
         return "wrong" if re.fullmatch(r"\s*-?\d+\s*", right) else "unparsable"
@@ -56,19 +57,21 @@ def countdown_answer(completion: str, answer: Any, numbers: Any, use_all: bool =
 
 
 def _read_numbers(numbers: Any) -> list[int]:
-    """The numbers of a problem, from a list of integers or of their texts, or from the text of such a list."""
+    """Return the numbers of a problem, from a list of integers or of their texts, or from the text of such a list."""
     if isinstance(numbers, str):
         numbers = numbers.strip().strip("[](){}").replace(",", " ").split()
     elif not isinstance(numbers, Iterable):
         numbers = [numbers]
     integers = [gold_integer(item.strip("'\"") if isinstance(item, str) else item, "number") for item in numbers]
     if not integers:
-        raise RloraError("numbers: the problem has none; make the env give each prompt a column `numbers`, a list")
+        raise RloraError(
+            "numbers: the problem has none; make the env return a column `numbers` with a list of integers"
+        )
     return integers
 
 
 def _candidate(completion: str) -> str:
-    """The text of the expression with ASCII operators; empty if there is none."""
+    """Return the text of the expression with ASCII operators; empty if there is none."""
     text = completion.rpartition("</think>")[2]
     if "<think>" in text:  # unclosed
         return ""
@@ -89,7 +92,7 @@ def _candidate(completion: str) -> str:
 
 
 def _parse(text: str) -> ast.expr | None:
-    """The syntax tree of an expression; None if it is invalid, too long or contains other characters."""
+    """Parse an expression. Returns None if it is invalid, too long or contains other characters."""
     text = text.strip()
     if len(text) > _MAX_LENGTH or not _EXPRESSION.fullmatch(text):
         return None
@@ -100,7 +103,7 @@ def _parse(text: str) -> ast.expr | None:
 
 
 def _value(node: ast.expr, used: Counter[int]) -> Fraction | None:
-    """The value of an expression; None if it is invalid. Counts its numbers in `used`. Raises ZeroDivisionError."""
+    """Compute an expression, and count its numbers in `used`. None if it is invalid. Raises ZeroDivisionError."""
     if isinstance(node, ast.Constant) and isinstance(node.value, int):
         used[node.value] += 1
         return Fraction(node.value)

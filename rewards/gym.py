@@ -14,10 +14,11 @@ _MAX_LENGTH = 20_000  # characters of an answer
 
 
 def gym_answer(completion: str, answer: Any) -> str:
-    """The status: "correct" if the last <answer> </answer> after any thinking holds `answer`.
+    """Return "correct" if the last <answer> </answer> after any thinking contains `answer`, else "wrong".
 
-    White space, case, thousands separators and zeros at the ends of numbers do not count. Fractions are compared as
-    text, so 2/4 is wrong if the gold is 1/2. `answer` is text or a number. Raises RloraError if it is neither.
+    Returns "unparsable" without a closed, non-empty <answer> block of at most `_MAX_LENGTH` characters. White space,
+    case, thousands separators and zeros at the ends of numbers do not count. Fractions are compared as text, so 2/4 is
+    wrong if the gold answer is 1/2. Raises RloraError if `answer` is neither text nor a number.
     """
     gold = _gold_text(answer)
     text = completion.rpartition("</think>")[2]
@@ -30,19 +31,19 @@ def gym_answer(completion: str, answer: Any) -> str:
 
 
 def _gold_text(answer: Any) -> str:
-    """A gold answer as text."""
+    """Convert a gold answer to text."""
     if isinstance(answer, bool | str) and str(answer).strip():
         return str(answer)
     if isinstance(answer, numbers.Real | Decimal) and math.isfinite(answer):
         return format(Decimal(str(answer)), "f")
     raise RloraError(
         f"the gold answer {str(answer)[:60]!r} ({type(answer).__name__}) is neither text nor a number; make the "
-        "env return one of them"
+        "env return a finite number, or text that is not empty"
     )
 
 
 def _normalized(text: str) -> str:
-    """Case-folded text, with white space collapsed, and removed at the ends and around brackets and commas."""
+    """Fold case, collapse white space, and remove white space at the ends and around brackets and commas."""
     return re.sub(r" ?([\[\](),]) ?", r"\1", " ".join(text.casefold().split()))
 
 

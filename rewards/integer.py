@@ -29,9 +29,10 @@ _MAX_DIGITS = 100  # with separators; int() of very long text is slow or raises,
 
 
 def last_integer(text: str) -> int | None:
-    """The last integer in `text`, or None. Thousands separators and zeros after the decimal point are allowed.
+    """Return the last integer in `text`, or None if there is none.
 
-    Decimals and numbers with a power, a percent sign, an exponent of ten or the like are not integers.
+    Thousands separators and zeros after the decimal point are allowed. Decimals, and numbers with a power, a percent
+    sign, an exponent of ten or the like are not integers.
     """
     if len(text) <= _MAX_DIGITS and (match := _INTEGER.fullmatch(text.strip())):
         return _value(match[1], match[2])
@@ -48,7 +49,10 @@ def _value(sign: str, digits: str) -> int:
 
 
 def gold_integer(gold: Any, name: str = "answer") -> int:
-    """A gold answer, an integer or its text, as an integer. Raises RloraError, which names it `name`, for others."""
+    """Convert a gold answer, an integer or its text, to an integer.
+
+    Raises RloraError for any other value. `name` says in the error what the value is.
+    """
     if type(gold) is int:
         return gold
     if isinstance(gold, str) and len(gold) <= _MAX_DIGITS and (match := _INTEGER.fullmatch(gold.strip())):
@@ -59,12 +63,12 @@ def gold_integer(gold: Any, name: str = "answer") -> int:
                 return int(gold)  # type: ignore[arg-type]
     raise RloraError(
         f"the gold {name} {str(gold)[:60]!r} ({type(gold).__name__}) is not an integer: make the env return one, or "
-        "its text and nothing else (env_args.answer_after extracts it from a full solution)"
+        "its text and nothing else (env_args.answer_after of rlora.envs.table extracts it from a full solution)"
     )
 
 
 def integer_answer(completion: str, answer: Any) -> float:
-    """1 if the last integer of the completion equals `answer` (an integer or its text), else 0.
+    """Return 1 if the last integer of the completion equals `answer` (an integer or its text), else 0.
 
     Raises RloraError if `answer` is not an integer.
     """

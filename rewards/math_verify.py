@@ -18,10 +18,11 @@ _CACHED_GOLDS = 4096  # parsed golds; each is compared with every completion of 
 
 
 def answer(completion: str, answer: Any) -> str:
-    """The status: "correct" if `verify(parse(gold), parse(completion))`, with the library's default extraction configs.
+    """Return "correct" if `verify(parse(gold), parse(completion))` is true, else "wrong".
 
-    A gold without dollars and box is wrapped in dollars, because math-verify looks for LaTeX only there. Raises
-    RloraError if math-verify is not installed or parses nothing from the gold.
+    Returns "unparsable" if math-verify parses nothing from the completion. The library's default extraction configs are
+    used. A gold answer without dollars and box is wrapped in dollars, because math-verify looks for LaTeX only there.
+    Raises RloraError if math-verify can't be imported, or parses nothing from the gold answer.
     """
     gold = _parse_gold(_gold_text(answer))
     prediction = _parse(completion)
@@ -45,7 +46,7 @@ def _library() -> Any:
 
 
 def _alarms_work() -> bool:
-    """Whether math-verify's timeouts work: they are alarms, which need the main thread. Workers call rewards there."""
+    """Return whether math-verify's timeouts work: alarms need the main thread, on which workers call rewards."""
     return threading.current_thread() is threading.main_thread()
 
 
@@ -59,17 +60,18 @@ def _parse_gold(text: str) -> tuple[Any, ...]:
     parsed = _parse(text if "$" in text or "boxed" in text or "\\(" in text or "\\[" in text else f"${text}$")
     if not parsed:
         raise RloraError(
-            f"the gold answer {text[:60]!r}: math-verify parses nothing from it; make the env return a different one"
+            f"the gold answer {text[:60]!r}: math-verify parses nothing from this text; make the env return a number "
+            "or LaTeX"
         )
     return tuple(parsed)
 
 
 def _gold_text(gold: Any) -> str:
-    """A gold answer as text."""
+    """Convert a gold answer to text."""
     is_number = isinstance(gold, numbers.Number | Decimal) and not isinstance(gold, bool)
     if not (is_number or isinstance(gold, str)) or str(gold).strip().lower() in ("", "nan"):
         raise RloraError(
             f"the gold answer {str(gold)[:60]!r} ({type(gold).__name__}) is neither text nor a number; make the "
-            "env return one of them"
+            "env return a number, or text that is not empty"
         )
     return str(gold)

@@ -1,7 +1,7 @@
 """Rewards for format and length, to be combined with a reward for the answer.
 
-A format earns 1 or 0: a second block of the same kind, a block without a letter, digit or mathematical sign, and a tag
-in any other spelling earn 0.
+A reward for a format is 1 or 0. It is 0 for a second block of the same kind, for a block without a letter, digit or
+mathematical sign, and for a tag in any other spelling.
 """
 
 import html
@@ -56,25 +56,25 @@ _BLANK = frozenset("\u115f\u1160\u3164\uffa0")  # letters that print as white sp
 
 
 def think_answer(completion: str) -> float:
-    """1 if the completion is one <think> block and one <answer> block, with each tag on its own line and no other text.
+    """Return 1 if the completion is a <think> block and an <answer> block, each tag on its own line, else 0.
 
-    open-r1's format reward, which also accepts text after the blocks, empty blocks and repeated blocks.
+    Any other text gives 0. open-r1's format reward also accepts text after the blocks, empty and repeated blocks.
     """
     match = _THINK_ANSWER.fullmatch(completion)
     return float(match is not None and len(_TAGS.findall(completion)) == 4 and all(map(_has_content, match.groups())))
 
 
 def think(completion: str) -> float:
-    """1 if the completion starts with a closed, non-empty <think> block and contains no other think tag.
+    """Return 1 if the completion starts with a closed, non-empty <think> block and has no other think tag, else 0.
 
-    TRL's `think_format_reward`, which also accepts a second </think> and an empty block.
+    TRL's `think_format_reward` also accepts a second </think> and an empty block.
     """
     match = _THINK.fullmatch(completion)
     return float(match is not None and len(_THINK_TAGS.findall(completion)) == 2 and _has_content(match[1]))
 
 
 def boxed(completion: str) -> float:
-    r"""1 if there is exactly one box: a closed, non-empty \boxed{} after all thinking."""
+    r"""Return 1 if there is exactly one box, a closed, non-empty \boxed{} after all thinking, else 0."""
     boxes = list(_BOX.finditer(completion))
     if len(boxes) != 1 or not boxes[0][0].startswith("\\boxed"):
         return 0.0
@@ -86,7 +86,7 @@ def boxed(completion: str) -> float:
 
 
 def _braced(text: str, start: int) -> tuple[str | None, int]:
-    """Content and end of the braces that open at `start`; the content is None if they do not open or are not closed."""
+    """Return the content and the end of the braces that open at `start`. The content is None without closed braces."""
     if not text.startswith("{", start):
         return None, start
     depth = 0
@@ -98,7 +98,7 @@ def _braced(text: str, start: int) -> tuple[str | None, int]:
 
 
 def _has_content(text: str) -> bool:
-    """Whether LaTeX prints a letter, a digit or a mathematical sign. Tags and operators do not count."""
+    """Return whether LaTeX prints a letter, a digit or a mathematical sign. Tags and operators do not count."""
     printed = _printed(html.unescape(_ANY_TAG.sub("", text)))
     return bool(_EMPTY_SET.search(printed)) or any(map(_is_content, printed))
 
@@ -109,7 +109,7 @@ def _is_content(sign: str) -> bool:
 
 
 def _printed(text: str) -> str:
-    r"""The text as LaTeX prints it: commands that print nothing are removed, commands that print a sign become x.
+    r"""Return the text as LaTeX prints it, without commands that print nothing. Commands that print a sign become x.
 
     Only the braces \{ and \} are kept.
     """
@@ -128,7 +128,7 @@ def _printed(text: str) -> str:
 
 
 def _skip_arguments(text: str, name: str, start: int) -> int:
-    """End of the arguments of a command that are not printed."""
+    """Return the end of the arguments of a command that are not printed."""
     if name in _LENGTHS and (length := _LENGTH.match(text, start)):
         return length.end()
     for _ in range(_HIDDEN.get(name, 0)):
@@ -147,7 +147,7 @@ def _skip_options(text: str, start: int) -> int:
 
 
 def _argument(text: str, start: int) -> tuple[str, int]:
-    """An argument (in braces or a single token), and its end."""
+    """Return an argument (in braces or a single token), and its end."""
     content, end = _braced(text, start)
     if end > start:
         return content or "", end
@@ -156,14 +156,15 @@ def _argument(text: str, start: int) -> tuple[str, int]:
 
 
 def short(completion_ids: Sequence[int], budget: int = 512) -> float:
-    """1 up to `budget` tokens, then budget / length."""
+    """Return 1 for a completion of up to `budget` tokens, and budget / length for a longer completion."""
     return min(1.0, budget / max(1, len(completion_ids)))
 
 
 def shortest(completions: Sequence[str], completion_ids: Sequence[Sequence[int]]) -> list[float]:
-    """From 0.5 for a group's shortest completion to -0.5 for its longest (Kimi k1.5, arXiv:2501.12599, section 2.3.3).
+    """Return a value per completion: 0.5 for the group's shortest in tokens, -0.5 for the longest, linear in between.
 
-    The paper gives positive values to right answers only. Use a small weight beside a reward for the answer.
+    All values are 0 if all lengths are equal. The formula is that of Kimi k1.5 (arXiv:2501.12599, section 2.3.3), which
+    gives positive values to right answers only. Use a small weight in addition to a reward for the answer.
     """
     lengths = [len(ids) for ids in completion_ids]
     low, high = min(lengths), max(lengths)
@@ -171,12 +172,18 @@ def shortest(completions: Sequence[str], completion_ids: Sequence[Sequence[int]]
 
 
 def repeated(completion: str, words: int = 3) -> float:
-    """1 minus the share of repeated n-grams of `words` words (open-r1's repetition penalty, plus 1)."""
+    """Return the share of n-grams of `words` words that are distinct; 1 for a completion of fewer words.
+
+    This is open-r1's repetition penalty plus 1.
+    """
     tokens = completion.lower().split()
     ngrams = [tuple(tokens[i : i + words]) for i in range(len(tokens) - words + 1)]
     return len(set(ngrams)) / len(ngrams) if ngrams else 1.0
 
 
 def cosine(completion_ids: Sequence[int], budget: int = 512) -> float:
-    """Half a cosine from 1 at 0 tokens to 0 at `budget` tokens (Yeo et al. 2025, arXiv:2502.03373, eq. 1)."""
+    """Return half a cosine, from 1 at 0 tokens to 0 at `budget` tokens, and 0 for more tokens.
+
+    The formula is equation 1 of Yeo et al. 2025, arXiv:2502.03373.
+    """
     return (1 + math.cos(math.pi * min(1.0, len(completion_ids) / budget))) / 2

@@ -11,7 +11,11 @@ async def rubric(
     completion: str, taskset: str, taskset_config: Mapping[str, Any], task: Mapping[str, Any],
     prompt: str | Sequence[Mapping[str, str]],
 ) -> dict[str, float]:  # fmt: skip
-    """The weighted sum of the task's rewards as "score", and each reward under its name."""
+    """Run the task's own reward functions. Returns their weighted sum as "score", and each reward under its name.
+
+    The arguments after `completion` are the columns of `rlora.envs.verifiers_env:Verifiers`, and the prompt. Exceptions
+    of the task's functions propagate.
+    """
     vf = importlib.import_module("verifiers.v1")
     graph = importlib.import_module("verifiers.v1.graph")
     trace_module = importlib.import_module("verifiers.v1.trace")
@@ -39,7 +43,7 @@ async def rubric(
 
 @functools.cache
 def _load_task_class(taskset: str, config: str) -> tuple[Any, Any]:
-    """The task class of a taskset, and the config of its tasks."""
+    """Return the task class of a taskset, and the config of its tasks. `config` is the taskset's config as JSON."""
     loaders = importlib.import_module("verifiers.v1.utils.loaders")
     generic = importlib.import_module("verifiers.v1.utils.generic")
     configs = importlib.import_module("verifiers.v1.configs.taskset")

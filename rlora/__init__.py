@@ -1,4 +1,4 @@
-"""rlora: reinforcement-learning fine-tuning of language models with low-rank policies."""
+"""rlora: reinforcement-learning fine-tuning of language models with low-rank policies. Glossary: docs/concepts.md."""
 
 import logging
 from importlib import import_module

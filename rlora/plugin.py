@@ -40,9 +40,10 @@ _registered: dict[str, Any] = {}  # by spec: objects of this process, or `Pickle
 
 
 def register(plugin: Any, spec: str = "") -> str:
-    """Register an object and return its spec: `spec` if that is given (a resumed run keeps its specs), else a new one.
+    """Register an object for `load`, and return its spec: `spec` if that is not empty, else a new spec.
 
-    An object that other processes can import is not registered, and has the spec `module:name`.
+    A resumed run passes `spec` to keep its specs. Without `spec`, an object that other processes can import is not
+    registered, and has the spec `module:name`.
     """
     name, module = getattr(plugin, "__qualname__", ""), getattr(plugin, "__module__", "")
     if not spec and name.isidentifier() and module != "__main__" and _imported(module, name) is plugin:
@@ -60,15 +61,15 @@ def _imported(module: str, name: str) -> Any:
 
 
 def pickled(field: str, specs: Iterable[str]) -> dict[str, Pickled]:
-    """Pickle the registered objects among `specs`, for `receive` in another process.
+    """Pickle the registered objects among `specs`, for `receive` in another process. Returns them by spec.
 
-    Raises RloraError if an object can't be pickled.
+    Raises RloraError, which names the config's `field`, if an object can't be pickled.
     """
     return {spec: _pickle(field, spec, _registered[spec]) for spec in specs if spec in _registered}
 
 
 def receive(plugins: Mapping[str, Pickled]) -> None:
-    """Register the objects of another process, so that `load` finds them."""
+    """Register objects that `pickled` returned in another process, so that `load` finds them."""
     for plugin in plugins.values():
         for file, lines in plugin.lines.items():
             linecache.cache[file] = len("".join(lines)), None, lines, file
@@ -76,15 +77,18 @@ def receive(plugins: Mapping[str, Pickled]) -> None:
 
 
 def load(field: str, spec: str) -> Any:
-    """Load the object that a spec names. Raises RloraError if that fails.
+    """Load the object that a spec names. Raises RloraError, which names the config's `field`, if that fails.
 
-    A module may lie in the working directory. A file may import modules that lie beside it.
+    A module can be in the working directory. A file can import modules from its own directory, and is executed at each
+    call. The directory is appended to `sys.path`.
     """
     if spec.startswith(PYTHON):
         return _load_registered(field, spec)
     source, _, name = spec.rpartition(":")
     if not source:
-        raise RloraError(f"{field} = {spec!r}: write module:name or path/to/file.py:name")
+        raise RloraError(
+            f"{field} = {spec!r}: no module or file before a colon; write module:name or path/to/file.py:name"
+        )
     is_file = source.endswith(".py")
     directory = str(Path(source).absolute().parent if is_file else Path.cwd())
     if directory not in sys.path:
@@ -103,7 +107,8 @@ def load(field: str, spec: str) -> Any:
         raise RloraError(f"{field} = {spec!r}: there is no file {source}; check the path") from None
     except Exception as error:
         prefix = location_prefix(error, source if is_file else f"{source.replace('.', '/')}.py")
-        reason = f"importing {source} failed: {type(error).__name__}: {error}"
+        fix = "install the missing package, or correct the import" if isinstance(error, ImportError) else "fix the code"
+        reason = f"importing {source} failed: {type(error).__name__}: {error}; {fix}"
         raise RloraError(f"{prefix}{field} = {spec!r}: {reason}") from error
     if not hasattr(module, name):
         raise RloraError(f"{field} = {spec!r}: {source} has no {name!r}; check the spelling")
@@ -111,29 +116,32 @@ def load(field: str, spec: str) -> Any:
 
 
 def error_location(error: BaseException, *files: str) -> tuple[str, int] | None:
-    """File and line of the innermost frame of an exception's traceback that lies in one of `files`."""
+    """Return file and line of the innermost frame of an exception's traceback that is in one of `files`, or None."""
     wanted = {os.path.abspath(file) for file in files if file}
     lines = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     return next(((file, line) for file, line in reversed(lines) if os.path.abspath(file) in wanted), None)
 
 
 def location_prefix(error: BaseException, *files: str) -> str:
-    """`error_location` as the prefix of a message, "file:line: "; "" without a location."""
+    """Return `error_location` as the prefix of a message, "file:line: "; "" without a location."""
     location = error_location(error, *files)
     return f"{location[0]}:{location[1]}: " if location else ""
 
 
 def env_of(plugin: Any, args: Mapping[str, Any]) -> Any:
-    """Construct an env from a class or function with `args`, or return an env instance unchanged."""
+    """Construct an env from a class or function with `args`, or return an env instance unchanged.
+
+    Raises RloraError if there are `args` for an instance, and whatever the constructor raises.
+    """
     if callable(plugin):
         return plugin(**args)
     if args:
-        raise RloraError(f"env_args = {dict(args)!r}: the env is an instance; leave env_args out, or pass its class")
+        raise RloraError(f"env_args = {dict(args)!r}: the env is an instance; remove env_args, or pass the env's class")
     return plugin
 
 
 def file_of(plugin: Any) -> str:
-    """File that defines a function, a class, or the class of an object; "" if there is none."""
+    """Return the file that defines a function, a class, or the class of an object; "" if there is none."""
     source = plugin if inspect.isclass(plugin) or inspect.isroutine(plugin) else type(plugin)
     if inspect.isclass(source):  # an unpickled class names a module of another process, but its functions have files
         functions = (member for member in vars(source).values() if inspect.isfunction(member))
@@ -147,8 +155,8 @@ def file_of(plugin: Any) -> str:
 def _load_registered(field: str, spec: str) -> Any:
     if spec not in _registered:
         raise RloraError(
-            f"{field} = {spec!r}: it was passed from Python, and this process has no such object; pass it to "
-            "rlora.train again, or name it as module:name or path/to/file.py:name"
+            f"{field} = {spec!r}: it was passed from Python, and this process has no such object; pass the object "
+            f"to rlora.train again, or move it to a file and set {field} to path/to/file.py:name"
         )
     plugin = _registered[spec]
     if not isinstance(plugin, Pickled):
@@ -157,8 +165,8 @@ def _load_registered(field: str, spec: str) -> Any:
         return cloudpickle.loads(plugin.data)
     except Exception as error:
         raise RloraError(
-            f"{field} = {spec!r}: another process can't unpickle it ({type(error).__name__}: {error}); what it "
-            "imports must be importable there too"
+            f"{field} = {spec!r}: this process can't unpickle the object ({type(error).__name__}: {error}); install "
+            f"the modules that the object imports on every node, or set {field} to path/to/file.py:name"
         ) from error
 
 
@@ -171,8 +179,9 @@ def _pickle(field: str, spec: str, plugin: Any) -> Pickled:
         pickler.dump(plugin)
     except Exception as error:
         raise RloraError(
-            f"{field} = {spec!r}: it can't be sent to the processes that run it ({type(error).__name__}: {error}); "
-            "create locks, files and clients at its first call, or name it as path/to/file.py:name"
+            f"{field} = {spec!r}: the object can't be sent to other processes, because pickling raised "
+            f"{type(error).__name__}: {error}; create locks, files and clients in the first call, or move the object "
+            f"to a file and set {field} to path/to/file.py:name"
         ) from error
     sources = {file: linecache.getlines(file) for file in sorted(pickler.files) if not os.path.exists(file)}
     return Pickled(data.getvalue(), {file: lines for file, lines in sources.items() if lines})

@@ -29,11 +29,12 @@ _STATE = "state.safetensors"
 
 @contextmanager
 def policy(config: Source = None, *, resume: str | PathLike[str] | None = None, **changes: Any) -> Iterator[Policy]:
-    """A policy to sample from and to train step by step. Its learner and engines are closed with the context.
+    """Start a learner and engines, and yield a policy to sample from and to train step by step.
 
-    `config` and `changes` are as in `rlora.train`, but only `model` is required: `sample` takes prompts as arguments,
-    and without a reward function episodes have no reward. `resume` is a directory that `Policy.save` wrote; training
-    continues from it. Raises RloraError.
+    Entering the context blocks until all processes are ready; leaving the context ends them. `config` and `changes` are
+    as in `rlora.train`, but only `model` is required: `Policy.sample` takes prompts as arguments, and without a reward
+    function the sampled episodes have no reward. `resume` is a directory that `Policy.save` wrote, from whose state
+    training continues. Raises RloraError for an invalid config, and if the adapter in `resume` does not fit the config.
     """
     with policies(config, {"policy": changes}, {"policy": resume} if resume else {}) as opened:
         yield opened["policy"]
@@ -43,13 +44,17 @@ def policy(config: Source = None, *, resume: str | PathLike[str] | None = None, 
 def policies(
     config: Source, members: Mapping[str, Mapping[str, Any]], resume: Mapping[str, str | PathLike[str]] | None = None
 ) -> Iterator[Mapping[str, Policy]]:
-    """Several policies over one base, by name. `members` maps each name to the fields that differ from `config`;
-    `resume` maps names to directories that `Policy.save` wrote. Raises RloraError."""
+    """Start learners and engines, and yield several policies over one base, by name.
+
+    `members` maps each policy's name to the fields that differ from `config`. `resume` maps names to directories that
+    `Policy.save` wrote. Blocks as `policy` does. Raises RloraError as `policy` does, and for policies that can't share
+    processes.
+    """
     from rlora import cluster
 
     resume = resume or {}
     if unknown := resume.keys() - members.keys():
-        raise RloraError(f"resume = {sorted(unknown)}: the policies are {', '.join(members)}; name one of those")
+        raise RloraError(f"resume = {sorted(unknown)}: not in members; use names from members: {', '.join(members)}")
     configs = {
         name: resolve_config(config, changes, defaults={"env": "", "reward": ""}) for name, changes in members.items()
     }
@@ -72,7 +77,7 @@ def policies(
 
 
 class Policy:
-    """The frozen base with one adapter in training. `policy` and `policies` construct it."""
+    """The frozen base with one adapter in training. `policy` and `policies` yield such objects. All methods block."""
 
     def __init__(
         self,
@@ -91,7 +96,7 @@ class Policy:
 
     @property
     def adapter(self) -> Adapter:
-        """The current version. After `optim_step`, a new one."""
+        """The version with the current weights. The first access after `optim_step` makes a new version."""
         if self._stepped:
             self._adapter, self._stepped = self._learner.next_version(self.name), False
         return self._adapter
@@ -99,10 +104,12 @@ class Policy:
     def sample(
         self, prompts: Sequence[Prompt | str], group_size: int | None = None, temperature: float | None = None
     ) -> list[Group]:
-        """Sample `group_size` completions per prompt under the current version, and score them.
+        """Sample completions under the current version, and score them. Returns a group per prompt, in order.
 
-        A new version is first delivered to every engine and verified. A `temperature` other than the config's is for
-        evaluation only (0 is greedy), since the learner computes with the config's.
+        `group_size` is the number of completions per prompt, by default the config's. A `temperature` (0 is greedy)
+        other than `sampling.temperature` is for evaluation only, because the learner's logprobs are at that setting. A
+        new version is first delivered to every engine and verified. Raises DeliveryError if an engine serves something
+        other than the version, and RewardError if the reward functions fail.
         """
         from rlora.rollout.evaluate import answer
         from rlora.rollout.stream import sampling_of
@@ -115,7 +122,10 @@ class Policy:
         return answer(self.config, tokenised, sampling, self._fleet, self._loop)
 
     def samples(self, group: Group, advantages: Sequence[float]) -> list[Sample]:
-        """Training samples of a group, one advantage per episode. Skips episodes without sampled tokens."""
+        """Return the training samples of a group. `advantages` has one value per episode, for all its sampled tokens.
+
+        Episodes without sampled tokens have no sample.
+        """
         from rlora.core.batch import sample_of
 
         pairs = zip(group.episodes, advantages, strict=True)
@@ -126,24 +136,34 @@ class Policy:
         ]
 
     def forward(self, groups: Groups, reference: bool = False) -> list[list[Tensor]]:
-        """Logprobs of each sample's C targets, (C,) float32 per sample, under the policy or the reference policy."""
+        """Return the logprobs of each sample's C targets, nested like `groups`: (C,) float32 on the CPU, in nats.
+
+        They are computed under the policy, or with `reference` under the base without an adapter.
+        """
         return self._learner.forward(self.name, groups, reference)
 
     def forward_backward(self, groups: Groups, loss: Loss) -> ForwardBackwardOutput:
-        """Accumulate the gradient of `loss` over the samples, until the next `optim_step`.
+        """Accumulate the gradient of `loss` over the samples, for the next `optim_step`.
 
         `loss(outputs, microbatch)` returns a sum over the microbatch's C targets, and a dict of metrics, (C,) each.
-        The samples of a group share a prompt, which is computed once.
+        The samples of a group share a prompt, which is computed once. Returns the sums of the metrics over all targets,
+        and the logprobs of each sample's targets. An exception in `loss` discards the accumulated gradient.
         """
         return self._learner.forward_backward(self.name, groups, loss)
 
     def optim_step(self, adam: Adam) -> StepStats:
-        """Take one step of Adam with these settings, along the accumulated gradient."""
+        """Take one step of Adam with these settings along the accumulated gradient, and clear the gradient.
+
+        Without a finite gradient the weights do not change, and `StepStats.stepped` is False.
+        """
         self._stepped = True
         return self._learner.optim_step(self.name, adam)
 
     def update(self, groups: Sequence[Group]) -> UpdateStats:
-        """Update the policy with the config's algorithm on scored groups, like one step of `rlora.train`."""
+        """Update the policy with the config's algorithm on scored groups, like one step of `rlora.train`.
+
+        Discards a gradient that `forward_backward` has accumulated. Raises RloraError if an episode has no reward.
+        """
         if any(episode.reward is None for group in groups for episode in group.episodes):
             raise RloraError("update: an episode has no reward; set `reward` in the config, or use Group.with_rewards")
         self._adapter, stats = self._learner.update(self.name, groups)
@@ -151,35 +171,39 @@ class Policy:
         return stats
 
     def save(self, directory: str | PathLike[str]) -> None:
-        """Write the adapter in PEFT's format, with the learner's state for `resume`.
+        """Write the adapter in PEFT's format to `directory`, with the learner's state, from which `resume` continues.
 
-        Raises RloraError if the directory contains any other file.
+        An earlier save is replaced. Raises RloraError if the directory contains any other file.
         """
         path = reachable(str(directory))
         files = self.adapter.files | {_STATE: self._learner.state(self.name)}
         if foreign := sorted(set(names(path)) - files.keys()):
-            raise RloraError(f"{path}: it contains {', '.join(foreign[:3])}; name a directory for the adapter alone")
+            raise RloraError(
+                f"{path}: saving replaces the directory, which contains {', '.join(foreign[:3])}; name a directory for "
+                "the adapter alone"
+            )
         write_directory(path, files)
 
     def _tokenise(self, prompts: Sequence[Prompt | str]) -> list[Prompt]:
         from rlora.rollout.task import tokenise
 
         if isinstance(prompts, str):
-            raise RloraError(f"prompts = {prompts!r}: pass a list of prompts")
+            raise RloraError(f"prompts = {prompts!r}: a single string; pass a list of prompts")
         limit = self.config.sampling.max_prompt_tokens
         records = [prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in prompts]
         results = [tokenise([prompt], self.task.chat, limit) for prompt in records]
         for prompt, tokenised in zip(records, results, strict=True):
             if not tokenised:
                 raise RloraError(
-                    f"prompt {prompt.text!r}: it has no token, or more than sampling.max_prompt_tokens = {limit}; "
-                    "raise that, or shorten the prompt"
+                    f"prompt {prompt.text!r}: a prompt must have 1 to sampling.max_prompt_tokens = {limit} tokens; "
+                    "change the prompt, or raise sampling.max_prompt_tokens"
                 )
         return [prompt for (prompt,) in results]
 
 
 def _read_state(directory: str | PathLike[str], setup: Setup) -> bytes:
-    """The learner's state that `Policy.save` wrote. Raises RloraError if it is missing or the adapter differs."""
+    """Read the learner's state that `Policy.save` wrote. Raises RloraError if there is none, or if the rank or scale of
+    the saved adapter differs from the config."""
     from rlora.core.peft_format import decode
     from rlora.run.start import check_same_adapter, read
 

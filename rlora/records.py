@@ -1,4 +1,4 @@
-"""Data classes that the packages exchange, and the protocols that plug-ins implement. Imports the stdlib only."""
+"""Data classes that the packages exchange, and protocols of plug-ins. This module imports the standard library only."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class RloraError(Exception):
 
 
 class RewardError(RloraError):
-    """A reward function failed. `groups` are the sampled, unscored groups."""
+    """A reward function failed. `groups` has the groups that were sampled, with unscored episodes."""
 
     def __init__(self, message: str, groups: Sequence[Group] = ()) -> None:
         super().__init__(message)
@@ -39,11 +39,11 @@ class RewardError(RloraError):
 
 
 class DeliveryError(RloraError):
-    """An engine does not serve the adapter version that it was sent."""
+    """An engine serves something other than the adapter version that was delivered to the engine."""
 
 
 class EngineLostError(RloraError):
-    """An engine's process died, or vLLM failed in it. Another engine can redo its requests."""
+    """An engine's process died, or vLLM failed in that process. Another engine can repeat the engine's requests."""
 
 
 class NotLoadedError(RloraError):
@@ -51,16 +51,19 @@ class NotLoadedError(RloraError):
 
 
 class StaleError(RloraError):
-    """The engine aborted a request: its version is too old to learn from, or its policy has left the engine."""
+    """A request was aborted: its version is too old to learn from, its policy has left, or its group has failed."""
 
 
 @dataclass(frozen=True)
 class Version:
-    """Identity of an adapter. Two adapters are the same if all three fields are equal."""
+    """Identity of an adapter version, an immutable state of a policy's adapter.
+
+    Two versions are the same if all three fields are equal.
+    """
 
     policy: str  # the run's name, unique in the job
     number: int  # starts at 0, + 1 per update
-    digest: str = ""  # of the adapter's bytes; differs if a number is trained again after a crash; "": unknown
+    digest: str = ""  # `Adapter.digest`; "" if unknown. A number that is trained again can have a different digest
 
     def __str__(self) -> str:
         return f"{self.policy}-v{self.number}-{self.digest[:12]}"
@@ -68,11 +71,11 @@ class Version:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One problem. The env sets `text` and `answer`; rlora adds `token_ids` when it loads the data."""
+    """One problem. The env sets all fields except `token_ids`, which rlora adds when the data is loaded."""
 
     text: str | Messages  # with a chat template, a string becomes one user message
     answer: Any = None  # reference answer for the reward function
-    token_ids: tuple[int, ...] = ()
+    token_ids: tuple[int, ...] = ()  # of `text` after the chat template
     columns: Mapping[str, Any] = field(default_factory=dict)  # further arguments of reward functions, by name
 
 
@@ -80,15 +83,15 @@ class Prompt:
 class Episode:
     """One completion of a prompt, sampled by one adapter version."""
 
-    completion_ids: tuple[int, ...]  # T tokens, including the stop token or stop string that ended it
-    behaviour_logprobs: tuple[float, ...]  # T natural logarithms, under the sampling distribution
+    completion_ids: tuple[int, ...]  # T tokens, including the stop token or stop string at the end
+    behaviour_logprobs: tuple[float, ...]  # T, nats, at the sampling temperature; 0.0 for tokens that the env added
     finish_reason: str  # "stop"; "length": cut off; "context": the env's reply did not fit into the context
-    version: Version  # the version that sampled it
+    version: Version  # the version that sampled the completion
     text: str = ""  # the policy's last message, without special tokens
     reward: float | None = None  # None before scoring
     sampled_mask: tuple[bool, ...] = ()  # T: False for tokens that the env added; empty: all True
-    messages: Messages = ()  # all messages after the prompt, including the env's; the policy's last one is `text`
-    state: Mapping[str, Any] = field(default_factory=dict)  # as the env's `reply` left it
+    messages: Messages = ()  # all messages after the prompt, including the env's; the policy's last message is `text`
+    state: Mapping[str, Any] = field(default_factory=dict)  # as the env's `reply` left the state
     status: str = ""  # one of STATUSES; empty before scoring
     parts: Mapping[str, float] = field(default_factory=dict)  # unweighted result of each reward function, by name
 
@@ -107,11 +110,12 @@ class Group:
 
     @property
     def rewards(self) -> list[float]:
+        """Rewards of the scored episodes, in the order of the episodes."""
         return [episode.reward for episode in self.episodes if episode.reward is not None]
 
     @property
     def informative(self) -> bool:
-        """Whether rewards differ. If they are equal, all group-relative advantages are zero."""
+        """Whether rewards differ. If all rewards are equal, all group-relative advantages are zero."""
         return len(set(self.rewards)) > 1
 
     @property
@@ -120,13 +124,14 @@ class Group:
         return replace(self, episodes=tuple(episode for episode in self.episodes if episode.reward is not None))
 
     def with_rewards(self, rewards: Sequence[float]) -> Group:
+        """Return a copy with `rewards`, one per episode. Raises ValueError if their number is not G."""
         pairs = zip(self.episodes, rewards, strict=True)
         return replace(self, episodes=tuple(replace(episode, reward=reward) for episode, reward in pairs))
 
 
 @dataclass(frozen=True)
 class RewardInput:
-    """A group as reward functions see it. Every tuple has G items, except `prompt_ids`."""
+    """What reward functions receive of a group. Every tuple has G items, one per episode, except `prompt_ids`."""
 
     prompt: str | Messages  # as the env returned it
     prompt_text: str  # as the policy reads it, with special tokens
@@ -138,7 +143,7 @@ class RewardInput:
     states: tuple[Mapping[str, Any], ...]  # `Episode.state`
     responses: tuple[str, ...] = ()  # all text after the prompt, including the env's, without special tokens
     queries: tuple[str, ...] = ()  # the prompt and all text after it, with special tokens
-    step: int = 0  # current training step
+    step: int = 0  # current training step, from 0
     steps: int = 0  # total training steps
     epoch: float | None = None  # passes over the training prompts so far; None: unknown
     prompt_ids: tuple[int, ...] = ()  # tokens of `prompt_text`
@@ -149,14 +154,17 @@ class Score:
     """Result of one reward function for one episode: a status, a number, or neither if the function does not apply."""
 
     status: str | None = None  # one of STATUSES
-    value: float | None = None  # None with a status: the config's reward for that status
+    value: float | None = None  # the number; if None, a status is worth the reward in the config's [scoring] table
     extra: Mapping[str, float] = field(default_factory=dict)  # further metrics to log
     detail: str = ""  # for an error: its message, file and line
 
 
 @dataclass(frozen=True)
 class Canary:
-    """A short token sequence (T tokens), with the learner's logprobs (T - 1) at temperature 1 for all but the first."""
+    """A text of T tokens with the learner's logprobs, which an engine must reproduce to prove that it serves a version.
+
+    The T - 1 logprobs are of all tokens but the first, in nats at temperature 1.
+    """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]  # under the version
@@ -175,7 +183,7 @@ class Adapter:
     config: bytes  # adapter_config.json; in full finetuning config.json
     weights: bytes  # adapter_model.safetensors, fp32; in full finetuning model.safetensors, in the base's dtype
     full_weights: bool = False  # full finetuning
-    canary: Canary | None = None  # an engine that serves it must reproduce this; None: no learner computed one
+    canary: Canary | None = None  # for the check of engines; None if no learner computed a canary
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -185,7 +193,7 @@ class Adapter:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over the config and each tensor's name, dtype, shape and bytes, sorted by name."""
+        """SHA-256 in hex, over the config and each tensor's name, dtype, shape and bytes, sorted by name."""
         tensors, data = self._tensors
         digest = hashlib.sha256(self.config)
         for name, tensor in sorted(tensors.items()):
@@ -200,7 +208,7 @@ class Adapter:
 
     @property
     def _tensors(self) -> tuple[dict[str, Any], memoryview]:
-        """Header entry of each tensor, and the data. Safetensors: 8 bytes of header length, a JSON header, the data."""
+        """Header entry of each tensor, and the data. The format: 8 bytes of header length, a JSON header, the data."""
         start = 8 + int.from_bytes(self.weights[:8], "little")
         header = json.loads(self.weights[8:start] or "{}")
         header.pop("__metadata__", None)
@@ -208,6 +216,7 @@ class Adapter:
 
     @cached_property
     def version(self) -> Version:
+        """Identity of the adapter."""
         return Version(self.policy, self.number, self.digest)
 
     @property
@@ -226,14 +235,15 @@ class InFlight:
 
     position: int  # of the prompt in the run's order
     step: int  # the step that sent it
-    adapter: Adapter | None = None  # the version that samples it; None: waits for a free engine
-    group: Group | None = None  # None: still being sampled
+    adapter: Adapter | None = None  # the version that samples the prompt; None: the prompt waits for a free engine
+    group: Group | None = None  # None: the prompt is still being sampled
     scored: bool = False  # whether the group is scored
 
 
 @dataclass(frozen=True)
 class Cursor:
-    """State of a run's prompts between two steps. Positions count prompts in the run's order."""
+    """State of a run's prompts between two steps, from which a resumed run continues. Positions count prompts in the
+    run's order, over all epochs."""
 
     next: int = 0  # position of the next prompt that was never sent
     retries: tuple[int, ...] = ()  # positions of prompts to sample again, before `next`
@@ -242,30 +252,35 @@ class Cursor:
 
 @dataclass(frozen=True)
 class UpdateStats:
-    """Metrics of one update. Means are over the computed completion tokens, None if there were none."""
+    """Metrics of one update.
 
-    loss: float
-    grad_norm: float  # before clipping
-    lr: float
-    kl_behaviour: float | None  # nats per token, engine against learner
-    ratio_truncated: float | None  # share of tokens whose importance weight exceeded the cap
-    tokens: int  # completion tokens computed, summed over epochs
-    seconds: float
-    skipped_in_a_row: int  # consecutive updates without a finite loss and gradient, up to this one
-    minibatches: int = 1  # Adam steps
-    clipped: float | None = None  # share of tokens whose ratio to the policy before the update was clipped
-    kl_update: float | None = None  # nats per token, policy before the update against the one at its last minibatch
-    kl_reference: float | None = None  # nats per token, learner against the base
+    Metrics per token, and shares of tokens, are means over the completion tokens that went through a forward and
+    backward pass in this update, counted once per epoch. Such a metric is None if there was no such token, or if the
+    algorithm does not compute the metric.
+    """
+
+    loss: float  # mean over the minibatches; 0 without tokens
+    grad_norm: float  # before clipping, mean over the Adam steps; NaN if no gradient was finite, 0 without tokens
+    lr: float  # of the policy; 0 while only the critic is trained (`critic.warmup`)
+    kl_behaviour: float | None  # nats per token, KL between the policies of engine and learner
+    ratio_truncated: float | None  # share of tokens whose ratio exceeded `algorithm.importance_cap`
+    tokens: int  # number of these completion tokens
+    seconds: float  # duration
+    skipped_in_a_row: int  # consecutive updates without a finite loss and gradient, including this update
+    minibatches: int = 1  # Adam steps with a finite gradient
+    clipped: float | None = None  # share of tokens whose ratio to the policy before the update is clipped
+    kl_update: float | None = None  # nats per token, KL between the policies before and during the update
+    kl_reference: float | None = None  # nats per token, KL between the learner's policy and the base
     entropy: float | None = None  # nats per token; exact if the loss has an entropy term, else estimated by mean -log p
     private_bytes: int | None = None  # `machine.private_bytes` of the learner's process after the update
-    value_loss: float | None = None
-    explained_variance: float | None = None  # of the returns, by the critic's values before the update
-    objective_metrics: Mapping[str, float] = field(default_factory=dict)  # the objective's own, means per token
+    value_loss: float | None = None  # loss of the critic per token
+    explained_variance: float | None = None  # share of the returns' variance that the critic's values had predicted
+    objective_metrics: Mapping[str, float] = field(default_factory=dict)  # returned by the objective, per token
 
 
 @dataclass(frozen=True)
 class SaveStats:
-    """Cost of the checkpoint that was written last."""
+    """Duration and size of the checkpoint that was written last."""
 
     seconds: float  # on the writer's thread
     bytes: int
@@ -273,19 +288,19 @@ class SaveStats:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling settings of one batch. Only the temperature shapes the distribution; the learner applies it too."""
+    """Sampling settings of a request. Only the temperature shapes the distribution; the learner uses the same value."""
 
-    max_tokens: int
+    max_tokens: int  # per completion
     temperature: float = 1.0  # 0 is greedy
-    group_size: int = 1
+    group_size: int = 1  # completions per prompt
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """Receipt for an adapter version that an engine now serves."""
+    """What an engine reports after it has loaded and verified an adapter version."""
 
     digest: str  # of the file that the engine read
-    load_seconds: float  # until the adapter was in its slot
+    load_seconds: float  # until the adapter was in its slot, including the wait for a free slot
     proof_seconds: float  # for reading back and comparing file and slot
 
 
@@ -299,51 +314,68 @@ class EngineStats:
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """Description of an engine's device and memory."""
+    """Description of an engine's device and memory, for the log."""
 
     description: str  # device, dtype, version and cache as text
-    kv_cache: int  # bytes
+    kv_cache: int  # size of the KV cache in bytes
 
 
 class Env(Protocol):
     """Source of prompts, constructed as `Env(**config.env_args)`.
 
     If a prompt's `answer` is not itself a completion (the target of a puzzle), an optional method
-    `solution(prompt) -> str | None` returns a correct completion. The check before a run tries it instead.
+    `solution(prompt) -> str | None` returns a correct completion. The check before a run tries that completion instead
+    of the answer.
     """
 
-    def train(self) -> Iterable[Prompt]: ...
+    def train(self) -> Iterable[Prompt]:
+        """Return the prompts to train on."""
+        ...
 
     def held_out(self) -> Iterable[Prompt]:
-        """Prompts that are never trained on. May be empty."""
+        """Return prompts that are never trained on, for evaluation; possibly none."""
         ...
 
 
 class Agent(Env, Protocol):
-    """An env that replies to the policy, for episodes of several turns. `stop` is optional."""
+    """An env that replies to the policy, for episodes of several turns.
 
-    stop: Sequence[str]  # strings that end the policy's turn, like its end token
+    A turn is what the policy generates between two replies. `stop` is optional.
+    """
+
+    stop: Sequence[str]  # strings that end the policy's turn, like the end token
 
     def reply(self, prompt: Prompt, message: str, state: dict[str, Any]) -> str | Messages | None:
         """Reply to `message`, the text of the policy's last turn. None ends the episode.
 
         A string continues the policy's message, like the result of a tool that is called inside the text. Chat messages
         follow the policy's message, and the policy answers them. `state` belongs to the episode: a dict of plain data,
-        empty at first, that may be modified. Runs in a separate process with a deadline, like reward functions.
+        empty at first, which `reply` can modify. rlora calls `reply` in a separate process with the time limit
+        `scoring.deadline`, like reward functions.
         """
         ...
 
 
 class Engine(Protocol):
-    """Samples under exact adapter versions. Calls do not block; their futures may raise EngineLostError."""
+    """Samples under adapter versions. Methods return without blocking.
+
+    Their futures raise EngineLostError if the engine's process dies or vLLM fails.
+    """
 
     def load(self, adapter: Adapter, oldest: int = 0, kept: int | None = None) -> Future[Receipt]:
-        """Load a version in addition to the present ones. Aborts requests of its policy for versions with numbers below
-        `oldest`, except `kept`. Raises DeliveryError if the engine turns out to serve something else."""
+        """Load and verify a version, while requests for other versions continue.
+
+        Requests of `adapter.policy` for version numbers below `oldest`, except `kept`, are aborted. The future raises
+        DeliveryError if the engine serves something other than `adapter`.
+        """
         ...
 
     def generate(self, prompt: Prompt, sampling: Sampling, version: Version) -> Future[Group]:
-        """Sample `sampling.group_size` unscored episodes. Raises NotLoadedError, or StaleError if it is aborted."""
+        """Sample `sampling.group_size` unscored episodes of `prompt` under `version`.
+
+        The future raises NotLoadedError if the version is not loaded, StaleError if the request is aborted, and
+        DeliveryError if the version's canary fails.
+        """
         ...
 
     def leave(self, policy: str) -> Future[None]:
@@ -351,9 +383,9 @@ class Engine(Protocol):
         ...
 
     def stats(self) -> Future[EngineStats]:
-        """Metrics since the engine's start."""
+        """Return the metrics since the engine's start."""
         ...
 
     def close(self) -> Future[None]:
-        """Stop the engine. No method may be called afterwards."""
+        """Stop the engine. Its methods must not be called afterwards."""
         ...

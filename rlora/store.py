@@ -16,8 +16,10 @@ HALF = ".half"  # suffix of files and directories that are being written or remo
 
 
 def write_file(path: AnyPath, content: bytes) -> None:
-    """Write a file atomically: after a crash it has either its old or its new content. A local file is also flushed to
-    disk. Remote writes are as atomic as the store's. Raises OSError."""
+    """Write a file atomically: after a crash the file has either the old or the new content. Raises OSError.
+
+    A local file is flushed to disk before this function returns. At a URL, a write is as atomic as the store makes it.
+    """
     if not isinstance(path, Path):
         path.write_bytes(content)
         return
@@ -28,8 +30,10 @@ def write_file(path: AnyPath, content: bytes) -> None:
 
 
 def read_file(path: AnyPath) -> bytes | None:
-    """Content of a file, None if it does not exist. Raises OSError if the store does not answer, unlike `exists` and
-    `is_dir` of fsspec, which then return False."""
+    """Return the content of a file, or None if the file does not exist.
+
+    Raises OSError if the store fails, unlike `exists` and `is_dir` of fsspec, which then return False.
+    """
     try:
         content: bytes = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
@@ -38,7 +42,7 @@ def read_file(path: AnyPath) -> bytes | None:
 
 
 def names(directory: AnyPath) -> list[str]:
-    """Names in a directory, empty if it does not exist. Raises OSError like `read_file`."""
+    """Return the names in a directory, none if the directory does not exist. Raises OSError if the store fails."""
     try:
         if isinstance(directory, Path):
             return os.listdir(directory)
@@ -49,23 +53,23 @@ def names(directory: AnyPath) -> list[str]:
 
 
 def holds(directory: AnyPath, path: AnyPath) -> bool:
-    """Whether `path` is `directory` or lies in it, so that removing `directory` removes `path`."""
+    """Return whether `path` is `directory` or inside `directory`, so that removing `directory` removes `path`."""
     if isinstance(directory, Path) and isinstance(path, Path):
         return path.resolve().is_relative_to(directory.resolve())
     return f"{path}/".startswith(f"{str(directory).rstrip('/')}/")
 
 
 def write_rows(path: AnyPath, rows: Iterable[Mapping[str, object]]) -> None:
-    """Write JSON lines atomically, see `write_file`. Values that JSON can't represent are written as `str`."""
+    """Write JSON lines atomically, see `write_file`. Values that JSON can't represent are converted by `str`."""
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
     write_file(path, "".join(json.dumps(row, default=str) + "\n" for row in rows).encode())
 
 
 def write_directory(path: AnyPath, files: Mapping[str, bytes]) -> None:
-    """Write a directory of files, replacing an existing one. Raises OSError.
+    """Write a directory of `files`, content by name, in place of an existing directory. Raises OSError.
 
-    A local directory appears complete or not at all, and is on disk when this returns. Other stores can't rename a
-    directory atomically: there the last of `files` is written last and marks the directory as complete.
+    A local directory appears complete or not at all, and is on disk when this function returns. A store behind a URL
+    can't rename a directory atomically: there the last of `files` is written last and marks the directory as complete.
     """
     if not isinstance(path, Path):
         remove(path)
@@ -87,13 +91,13 @@ def write_directory(path: AnyPath, files: Mapping[str, bytes]) -> None:
 
 
 def write_adapter(adapter: Adapter, directory: Path) -> Path:
-    """Write an adapter in PEFT's format, and return the directory."""
+    """Write the files of an adapter, in PEFT's format or all weights in transformers' format. Returns `directory`."""
     write_directory(directory, adapter.files)
     return directory
 
 
 def remove(path: AnyPath) -> None:
-    """Remove a file or a directory, if it exists. A local directory disappears atomically."""
+    """Remove the file or directory at `path`, if there is one. A local directory disappears atomically."""
     if not isinstance(path, Path):
         with suppress(FileNotFoundError):
             path.fs.rm(path.path, recursive=True)
@@ -108,7 +112,7 @@ def remove(path: AnyPath) -> None:
 
 
 def remove_halves(directory: AnyPath) -> None:
-    """Remove partial files that a killed process left in a directory. Errors are ignored."""
+    """Remove the partial files and directories that a killed process left in a directory, as far as possible."""
     for name in names(directory):
         if name.endswith(HALF):
             with suppress(OSError):
@@ -117,7 +121,10 @@ def remove_halves(directory: AnyPath) -> None:
 
 @contextmanager
 def _half(path: Path) -> Iterator[Path]:
-    """Path to write to before renaming. It is removed on errors; after a crash, the next write removes it."""
+    """Yield a path to write to, before it is renamed to `path`.
+
+    An error removes what was written there. After a crash, the next write does.
+    """
     half = path.with_name(f".{path.name}{HALF}")
     remove(half)
     try:

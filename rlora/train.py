@@ -56,7 +56,7 @@ def drive(runs: Sequence[Run], turns: Turns | None = None) -> None:
 
 @dataclass(frozen=True)
 class Result:
-    """Result of a training run."""
+    """What `train` returns: the run's directory, its last version, and its metrics."""
 
     directory: UPath  # the run's directory, for `rlora train --resume`, `rlora eval` and other commands
     adapter: Adapter  # the last version; `adapter.files` has its two files in PEFT's format
@@ -69,37 +69,33 @@ def train(
     resume: str | PathLike[str] | None = None, fork: str | None = None,
     on_step: Callable[[Mapping[str, Any]], object] | None = None, observers: Sequence[Observer] = (), **changes: Any,
 ) -> Result:  # fmt: skip
-    """Train one policy, as `rlora train` does.
+    """Train one policy, as `rlora train` does. Blocks until the run ends.
 
     `config` is a TOML file, a mapping with its tables, or a Config. `changes` override fields, with tables as mappings:
     `rlora.train("launch/gsm8k.toml", learner={"rank": 4}, steps=50)`. A field that names a plug-in (`env`, `reward`,
     `algorithm={"name": ...}`) also accepts the object itself: a function, a class, a lambda, or an env instance.
-    config.toml records an object that can't be imported as `python:NAME`.
+    config.toml records an object that can't be imported as `python:NAME`; `resume` needs such an object again.
 
-    `resume`, a run's directory, continues that run from its newest bundle, under its config with `changes`. Objects
-    that were passed from Python must be passed again. `fork` (RUN or RUN@STEP) starts a new run from a version.
-    `on_step` is called with the metrics of each step; an exception in it only costs a warning. See also `Observer`.
-
-    Raises RloraError for errors that the user can fix, if possible before training starts.
+    `run_dir` is the directory of a new run (default: runs/ENV-TIME); `overwrite` replaces a run there. `fork` (RUN or
+    RUN@STEP) starts the new run from a version. `resume`, a run's directory, continues that run from its newest bundle
+    (checkpoint), under its config with `changes`. `on_step` and `observers` receive the metrics of each step; their
+    exceptions are logged as warnings. Raises RloraError for errors that the user can fix, before training if possible.
     """
     from rlora import cluster
 
     if resume and (run_dir or overwrite):
-        raise RloraError(f"train: resume = {str(resume)!r} sets the run directory; leave out run_dir and overwrite")
+        raise RloraError(f"train: resume = {str(resume)!r} is the run's directory; remove run_dir and overwrite")
     resolved = resolve_config(config, changes, resume, fork)
     with cluster.starting(resolved):  # Ray starts while this process imports torch and loads the prompts
         from rlora.cluster.gauges import Gauges
-        from rlora.run import directory
-        from rlora.run.checkpoint import newest
-        from rlora.run.prepare import is_finished, prepared
+        from rlora.run import checkpoint, directory, prepare
         from rlora.run.run import Callback
         from rlora.trackers.tracking import tracked
 
         observers = (*observers, Gauges(), *([Callback(on_step)] if on_step else []))
-        with prepared(resolved, run_dir, resume, fork, overwrite, observers) as run:
-            if not is_finished(run.path, run.config, run.start):
+        with prepare.prepared(resolved, run_dir, resume, fork, overwrite, observers) as run:
+            if not prepare.is_finished(run.path, run.config, run.start):
                 with tracked(run):
                     drive([run])
-    last = newest(run.path, directory.Provenance.of(run.path))
-    assert last
+    last = checkpoint.read_version(run.path)
     return Result(run.path, last.adapter, directory.summary(run.path), directory.figures(run.path))

@@ -199,8 +199,8 @@ def test_a_run_on_a_card_that_cannot_be_used_ends_before_anything_is_loaded(
 @pytest.mark.parametrize(
     ("gpus", "changes", "message"),
     [
-        (2, {"engine": {"tensor_parallel_size": 2, "gpus": 0.5}}, r"engine.gpus = 0\.5: .*takes whole GPUs"),
-        (4, {"learner": {"replicas": 2, "gpus": 0.5}}, r"learner.gpus = 0\.5: .*NCCL needs one per process"),
+        (2, {"engine": {"tensor_parallel_size": 2, "gpus": 0.5}}, r"engine.gpus = 0\.5: .*each part needs a whole GPU"),
+        (4, {"learner": {"replicas": 2, "gpus": 0.5}}, r"learner.gpus = 0\.5: .*NCCL requires a GPU for each"),
         (2, {"engine": {"tensor_parallel_size": 4}}, "4.5 in total, and Ray has 2; lower engine.replicas"),
         (1, {"engine": {"replicas": 3}}, "2 in total, and Ray has 1"),
     ],

@@ -46,7 +46,7 @@ client.internal_kv_put(b"CLUSTER_METADATA", changed, True, namespace=b"cluster")
 )
 def test_an_invalid_address_is_rejected(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
-    with pytest.raises(RloraError, match="is no address; give HOST:PORT of the head node") as caught:
+    with pytest.raises(RloraError, match="is not an address; set RAY_ADDRESS to HOST:PORT of the head node") as caught:
         cluster.join_ray()
     assert f"RAY_ADDRESS = {address!r}" in str(caught.value)
 
@@ -68,7 +68,7 @@ def test_a_cluster_that_has_ended_is_reported_at_once(
     monkeypatch.setattr(ray._private.utils, "read_ray_address", lambda: f"127.0.0.1:{free_port}")
     began = time.monotonic()
     with pytest.raises(
-        RloraError, match=f":{free_port}.*: nothing answers there .*`ray stop` forgets it; RAY_ADDRESS="
+        RloraError, match=f":{free_port}.*: the connection failed .*run `ray stop` to .*, or set RAY_ADDRESS="
     ):
         cluster.join_ray()
     assert time.monotonic() - began < 5
@@ -129,7 +129,7 @@ TOKEN = {"RAY_AUTH_MODE": "right", "RAY_AUTH_TOKEN": "right"}
 )
 def test_a_missing_or_wrong_token_is_reported(environment: dict[str, str], join: Callable[..., str]) -> None:
     message = join(**environment)
-    assert "it wants a token, and this process has none or a different one; set RAY_AUTH_MODE=token" in message
+    assert "requires a token, and this process has no token or a different one; set RAY_AUTH_MODE=token" in message
     assert "\n" not in message
 
 
@@ -138,6 +138,6 @@ def test_a_cluster_with_a_different_version_is_reported_with_both_versions(join:
     join(OTHER_VERSION, **TOKEN)
     message = join(**TOKEN)
     python = ".".join(map(str, sys.version_info[:3]))
-    expected = f"it runs Ray 2.9.3 on Python 3.8.2, and this process Ray {ray.__version__} on Python {python}; use"
+    expected = f"runs Ray 2.9.3 on Python 3.8.2, and this process runs Ray {ray.__version__} on Python {python}"
     assert expected in message
     assert "\n" not in message

@@ -1,4 +1,4 @@
-"""Finds the answer in a completion or a gold. The rules are in docs/rewards.md. Stdlib only."""
+"""Finds the answer in a completion or in a gold, the reference answer. The rules: docs/rewards.md. Stdlib only."""
 
 # ruff: noqa: RUF001 - signs of other scripts are intended
 
@@ -64,10 +64,10 @@ _LEADING_OPERATOR = re.compile(r"(?:(?:=|\$|\\\[|\\\(|\A)\s*)([-−]|\\(?:ln|log
 
 
 class Answer(NamedTuple):
-    """The text of an answer, and whether a box or a marker announced it.
+    """The text of an answer, and whether a box or a marker (such as "the answer is") announced the answer.
 
-    `boxes` are several boxes that may form one list. `percent` is whether a percent sign follows. `context` is text
-    that may name a letter that is not in `text`: the text after the box, or the whole completion.
+    `boxes` are several boxes that can form one list. `percent` is whether a percent sign follows. `context` is text
+    that can name a letter that is not in `text`: the text after the box, or the whole completion.
     """
 
     text: str
@@ -78,7 +78,7 @@ class Answer(NamedTuple):
 
 
 def find_answer(completion: str) -> Answer | None:
-    """The answer that a completion commits to: the last box, else the value after a marker, else the last value."""
+    """Find the answer of a completion: the last box, else the value after a marker, else the last value."""
     text = final_text(completion)
     last = max(text.rfind("\\boxed"), text.rfind("\\fbox"), text.rfind("\\framebox"))
     if last >= 0:
@@ -90,7 +90,7 @@ def find_answer(completion: str) -> Answer | None:
 
 
 def find_gold(gold: str) -> Answer:
-    """The answer in a gold: its last box with all boxes joined to it, else the value after a marker, else the text."""
+    """Find a gold's answer: its last box with all boxes joined to it, else the value after a marker, else the text."""
     last = max(gold.rfind("\\boxed"), gold.rfind("\\fbox"))
     if last >= 0:
         return _boxed(gold, last, gold=True) or Answer("")
@@ -101,7 +101,7 @@ def find_gold(gold: str) -> Answer:
 
 
 def is_empty(gold: Any) -> bool:
-    """Whether a gold is empty: None, NaN, or only white space, punctuation and commands that print nothing."""
+    """Return whether a gold is empty: None, NaN, or only white space, punctuation and commands that print nothing."""
     return gold is None or (isinstance(gold, float) and math.isnan(gold)) or _is_blank(str(gold))
 
 
@@ -116,7 +116,7 @@ def _is_punctuation(sign: str) -> bool:
 
 
 def _after_final_answer(text: str) -> Answer | None:
-    """The value that "final answer is" announces after the last box; None for words."""
+    """Return the value that "final answer is" announces after the last box; None for words."""
     position = max(text.rfind("inal answer"), text.rfind("inal Answer"))
     if position < 0 or _NOT_MARKER.search(text[max(0, position - 80) : position + 6]):
         return None
@@ -125,7 +125,7 @@ def _after_final_answer(text: str) -> Answer | None:
 
 
 def _boxed(text: str, position: int, gold: bool = False) -> Answer | None:
-    """The box that starts at `position`, with the boxes before it that are joined to it."""
+    """Return the box that starts at `position`, with the boxes before it that are joined to it; None without content."""
     content, end = _box_content(text, position, gold)
     if content is None or not content.strip():
         return None
@@ -151,7 +151,7 @@ def _boxed(text: str, position: int, gold: bool = False) -> Answer | None:
 
 
 def _with_neighbours(content: str, prefix: str, suffix: str) -> str:
-    r"""A number with text next to its box that changes it: \boxed{7}^2, \boxed{7} million, = -\boxed{7}."""
+    r"""Add text next to a box that changes the number in the box: \boxed{7}^2, \boxed{7} million, = -\boxed{7}."""
     if not re.fullmatch(r"[\d.,]+", content):
         return content
     if power := re.match(r"\s*\^\s*(?:\{[^{}]*\}|\\circ|\w)", suffix):
@@ -175,7 +175,7 @@ def _are_joined(separator: str, gold: bool) -> bool:
 
 
 def _box_content(text: str, position: int, lenient: bool) -> tuple[str | None, int]:
-    """Content and end of a box; the content is None if the box is not closed or is longer than an answer may be."""
+    """Return the content and the end of a box. The content is None for an unclosed box, and above MAX_LENGTH."""
     match = _BOX.match(text, position)
     if match is None:
         return None, position
@@ -213,7 +213,7 @@ def _after_hashes(text: str) -> Answer | None:
 
 
 def _after_marker(text: str) -> Answer | None:
-    """The value after the last "answer is", "Answer:", heading or "A:" that a value follows."""
+    """Return the value after the last "answer is", "Answer:", heading or "A:" that a value follows."""
     for end in sorted(_marker_ends(text), reverse=True):
         start = end + (text[end - 1 : end + 1] in ("=>", "->", "\n>"))
         if (value := statement(text[start : start + MAX_LENGTH])) is not None:
@@ -222,7 +222,7 @@ def _after_marker(text: str) -> Answer | None:
 
 
 def _before_marker(text: str) -> Answer | None:
-    """The value in the last "27 is the answer"."""
+    """Return the value in the last "27 is the answer"."""
     for match in reversed(list(_VALUE_FIRST.finditer(text)) if "answer" in text else []):
         if is_formula(match[1]) and has_number(match[1]):
             return Answer(match[1].strip())
@@ -230,7 +230,7 @@ def _before_marker(text: str) -> Answer | None:
 
 
 def _marker_ends(text: str) -> set[int]:
-    """Ends of all markers that announce an answer."""
+    """Return the ends of all markers that announce an answer."""
     position = len(text)
     ends = set()
     for _ in range(_MAX_MARKERS):
@@ -250,7 +250,7 @@ def _marker_ends(text: str) -> set[int]:
 
 
 def _unmarked(text: str) -> Answer | None:
-    """The answer of a text without a marker: a short text itself, else the last value with the rest of its list."""
+    """Return the answer of a text without a marker: a short text itself, else the last value with its whole list."""
     text = text.strip()
     if not text:
         return None

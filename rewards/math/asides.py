@@ -49,7 +49,7 @@ HEADING = re.compile(r"[*_]*(?:\(?\d{1,2}[.:)]\s*[*_]*\s*[^\W\d_]|\d{1,2}(?:\.\d
 
 
 def without_asides(text: str) -> str:
-    """`text` without checks, notes and heading numbers. Checks and notes stay if there are no other numbers."""
+    """Remove checks, notes and heading numbers. Checks and notes stay if there are no other numbers."""
     parts, position = [], 0
     for check in _CHECK.finditer(text):
         if check.start() >= position:

@@ -73,7 +73,7 @@ _OPTION_LINE = re.compile(rf"^\W*{_LETTER}(?:[.):]|\W*$)", re.MULTILINE)
 
 
 def same_choice(gold: str, answer: Answer) -> bool | None:
-    """Whether both choose the same letters; None if the gold is not multiple choice or the answer names no letter."""
+    """Return whether both choose the same letters; None if the gold is not a choice or the answer names no letter."""
     if (
         (numbers := _statement_numbers(answer.text))
         and numbers == sorted(re.findall(r"\d+", gold))
@@ -88,7 +88,7 @@ def same_choice(gold: str, answer: Answer) -> bool | None:
 
 
 def letters(text: str) -> str | None:
-    """The letters that a text names, "C" or "ACD", without the words around them and the text of the option.
+    """Return the letters that a text names, "C" or "ACD", without the words around them and the text of the option.
 
     Empty if the text hedges (B or C, B. C., two labelled options), None if it is not a choice.
     """
@@ -107,7 +107,7 @@ def letters(text: str) -> str | None:
 
 
 def option_text(text: str) -> str | None:
-    """The text after the letter of an option: 42 for (C) 42. None without a letter or with several letters."""
+    """Return the text after the letter of an option: 42 for (C) 42. None without a letter or with several letters."""
     match = _OPTION.fullmatch(text)
     return match[1] if match and letters(text) else None
 
@@ -117,7 +117,7 @@ def _without_typesetting(text: str) -> str:
 
 
 def _letter_set(text: str) -> str | None:
-    """The letters in "A, C and D", "ACD" or "(A)(C)". Empty if the text hedges; None for unsorted letters: a word."""
+    """Return the letters in "A, C and D", "ACD" or "(A)(C)"; "" if the text hedges; None for a word."""
     names = re.findall(_LETTER, text)
     if re.fullmatch(r"[A-H]{2,8}", text):
         return text if list(text) == sorted(set(text)) else None
@@ -127,7 +127,7 @@ def _letter_set(text: str) -> str | None:
 
 
 def _chosen_letters(answer: Answer) -> str | None:
-    """The letters that an answer commits to: in its text, else in a phrase of its context, else in the last line."""
+    """Return the letters of an answer: in its text, else in a phrase of its context, else in the last line."""
     text = " and ".join(answer.boxes) if answer.boxes else answer.text
     if (text_letters := letters(text)) is not None:
         return text_letters
@@ -147,5 +147,5 @@ def _chosen_letters(answer: Answer) -> str | None:
 
 
 def _statement_numbers(text: str) -> list[str]:
-    """The sorted numbers in "(2)(3)" or "statements 2 and 3"."""
+    """Return the sorted numbers in "(2)(3)" or "statements 2 and 3"."""
     return sorted(re.findall(r"\d+", text)) if _LABELLED.fullmatch(_without_typesetting(text).strip()) else []

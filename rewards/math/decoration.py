@@ -100,7 +100,7 @@ _REALS = re.compile(  # all real numbers x except 2 and 3
 
 
 def bare(text: str) -> str:
-    """The text of an answer without parts that do not change its value."""
+    """Remove the parts of an answer's text that do not change its value."""
     text = _IN_PARENTHESES.sub(r", \1", text)
     text = _CENTS.sub(r"\\text{ cents}", _DASHED.sub("", _CURRENCY.sub("", _COUNTRY.sub("", text))))
     if ("<" in text or "&" in text) and _HTML.search(text):
@@ -121,12 +121,12 @@ def _siunitx(text: str) -> str:
 
 
 def _unit_words(unit: str) -> str:
-    r"""The commands of a unit as words: \meter\per\second becomes meter per second."""
+    r"""Convert the commands of a unit to words: \meter\per\second becomes meter per second."""
     return " ".join(re.sub(r"\\([a-zA-Z]+)", r" \1", unit).replace(".", " ").replace("~", " ").split())
 
 
 def _isolated(match: re.Match[str]) -> str:
-    r"""\text{42 apples} as 42\text{ apples}; function names, currency signs and letters without \text."""
+    r"""Convert \text{42 apples} to 42\text{ apples}; remove \text around function names, currency signs and letters."""
     content, prefix, suffix = match[1].strip(), match.string[: match.start()], match.string[match.end() :]
     if content in _FUNCTIONS:
         return rf"\{content} "
@@ -142,7 +142,7 @@ def _isolated(match: re.Match[str]) -> str:
 
 
 def _without_words(text: str) -> str:
-    """Removes labels before a value, and qualifiers and approximations after it."""
+    """Remove labels before a value, and qualifiers and approximations after it."""
     original = marked = _TEXT.sub(r"`\1`", text)
     if (reals := _REALS.match(marked.replace("`", " ").strip())) is not None:
         return _real_numbers(reals[1])
@@ -163,7 +163,7 @@ def _without_words(text: str) -> str:
 
 
 def _is_one_case(claim: str, qualifier: str) -> bool:
-    """Whether "for some x" restricts the claim: f(x) = 1 for some x. In f(x) = cx for some c, c is a constant."""
+    """Return whether "for some x" restricts a claim: f(x) = 1 for some x. In f(x) = cx for some c, c is a constant."""
     if (match := _FOR_SOME.search(qualifier)) is None:
         return False
     named, _, value = claim.rpartition("=")
@@ -179,7 +179,7 @@ def _real_numbers(exceptions: str | None) -> str:
 
 
 def _without_labels(marked: str) -> str:
-    """`Ana: ` 18, ` Ben: ` 14 as `Ana` = 18, `Ben` = 14; for a sentence, the text after its last "is"."""
+    """Convert `Ana: ` 18, ` Ben: ` 14 to `Ana` = 18, `Ben` = 14; a sentence to the text after its last "is"."""
     parts = marked.split("`")  # texts have odd indices
     label_indices = [
         n for n in range(1, len(parts) - 1, 2) if _LABEL_END.search(parts[n]) and parts[n + 1].strip(" ,.;")
@@ -200,7 +200,7 @@ def _without_labels(marked: str) -> str:
 
 
 def _named(label: str) -> str:
-    """A label as a name and "=", after the comma or "and" that it starts with."""
+    """Convert a label to a name and "=", after the comma or "and" that the label starts with."""
     match = re.match(r"\s*(,|;|and\b)?(.*?)\s*(?:\b(?:is|are|be|equals?|equal to)|[:=])\s*\Z", label, re.DOTALL)
     joint, name = (match[1], match[2].strip()) if match else (None, label.strip())
     return (", " if joint else " ") + (f"`{name}` = " if name else "")

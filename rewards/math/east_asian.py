@@ -17,7 +17,7 @@ _KILO = re.compile(r"(?<=\d)千([克米])")
 
 
 def _digit(match: re.Match[str]) -> str:
-    """A Han numeral as a digit: 三分之二 becomes 3分之2."""
+    """Convert a Han numeral to a digit: 三分之二 becomes 3分之2."""
     return match[0].translate(_HAN)
 
 
@@ -38,7 +38,7 @@ _REWRITTEN: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] =
 
 
 def to_western(text: str) -> str:
-    """`text` with western amounts, fractions, signs and conjunctions: 3万5千 becomes 35000, 3分の1 becomes 1/3."""
+    """Convert amounts, fractions, signs and conjunctions: 3万5千 becomes 35000, 3分の1 becomes 1/3."""
     if not _ANY_SIGN.search(text):
         return text
     text = _KILO.sub(lambda match: r"\text{ km}" if match[1] == "米" else r"\text{ kg}", text)

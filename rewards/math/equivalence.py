@@ -34,20 +34,27 @@ SECONDS = 2.0  # per pair, on the main thread only
 
 
 class _OverrunError(BaseException):
-    """The deadline has passed. Not an Exception, so that libraries called in between do not catch it."""
+    """The time limit of a comparison has passed. Not an Exception, so that libraries in between do not catch it."""
 
 
 def math_answer(completion: str, answer: Any) -> str:
-    """The reward function: the status of a completion for the gold answer of its prompt."""
+    """Return the status of a completion, as `grade` does, for the gold answer of its prompt.
+
+    Raises RloraError if `answer` is empty.
+    """
     if is_empty(answer):
-        raise RloraError(f"answer = {answer!r} is empty; name the column that holds the answers, or drop such rows")
+        raise RloraError(
+            f"the gold answer {answer!r} is empty; set env_args.answer to the column with the answers, or drop the row"
+        )
     return grade(answer, completion)
 
 
 def grade(gold: str | int | float, prediction: str) -> str:
-    """The status: "correct", "wrong", "unparsable" (no answer, or over the bounds) or "timeout" (after two seconds).
+    """Return the status of an answer: "correct", "wrong", "unparsable" or "timeout".
 
-    `gold` may be bare, in dollars, boxed or a full solution, `prediction` an answer or a full completion.
+    `gold` can be bare, in dollars, boxed or a full solution; `prediction` is an answer or a full completion. An empty
+    gold gives "wrong". A prediction without an answer, or with an answer that exceeds the bounds, gives "unparsable". A
+    comparison of more than two seconds gives "timeout", but only on the main thread, where SIGALRM works.
     """
     if is_empty(gold):
         return "wrong"
@@ -85,7 +92,7 @@ def _gold_answer(text: str) -> Answer:
 
 @contextmanager
 def _deadline(seconds: float) -> Iterator[None]:
-    """Raises _OverrunError after `seconds`. Has no effect without SIGALRM or outside the main thread."""
+    """Raise _OverrunError after `seconds`. Has no effect without SIGALRM or outside the main thread."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
         yield
         return
@@ -150,7 +157,7 @@ def _tree(text: str, thousands: bool = True) -> Node | None:
 
 
 def _decimal_comma(text: str, side: Node, gold: bool) -> Node | None:
-    """1000,99 as a decimal, if the other side is one number."""
+    """Read 1000,99 as a decimal, if the other side is one number."""
     match = re.fullmatch(r"\s*\$?\s*(-?\d+),(\d+)\s*\$?\s*", text)
     if match is None or side.op not in ("number", "neg", "unit") or (gold and len(match[2]) < 2 and match[1] != "0"):
         return None

@@ -44,7 +44,7 @@ _SIGNS = {
 
 
 def plain(text: str) -> str:
-    """`text` with digits of all scripts, full-width signs and superscripts in ASCII, without invisible characters.
+    """Convert digits of all scripts, full-width signs and superscripts to ASCII, and remove invisible characters.
 
     Circled numbers become a list: ②③ is 2, 3. `east_asian` converts Chinese and Japanese numbers.
     """
@@ -74,7 +74,7 @@ def _ascii(sign: str) -> str:
 
 @lru_cache(1024)
 def number(text: str) -> Fraction | None:
-    """The value of a plain number, None for any other text. Percentages are divided by 100."""
+    """Return the value of a plain number, or None for any other text. Percentages are divided by 100."""
     match = _NUMBER.match(text) if len(text) <= _MAX_LENGTH else None
     if match is None:
         return None

@@ -42,7 +42,7 @@ _DEGREE = Node("degree")  # the bare sign
 
 @lru_cache(512)
 def read(text: str, thousands: bool = True) -> Node:
-    """The tree of an answer's text. Raises UnreadableError if it exceeds the bounds or is not mathematics."""
+    """Parse an answer's text into a tree. Raises UnreadableError if it exceeds the bounds or is not mathematics."""
     token_list = tokens(clean(text, thousands))
     if len(token_list) == 1:
         raise UnreadableError("empty")
@@ -77,7 +77,7 @@ class _Parser:
         return token
 
     def take(self, *kinds: str) -> str:
-        """Consumes the next token if its kind is one of these, and returns the kind; else an empty string."""
+        """Consume the next token if its kind is one of these, and return the kind; else return an empty string."""
         return self.next().kind if self.kind in kinds else ""
 
     def expect(self, *kinds: str) -> str:
@@ -88,7 +88,7 @@ class _Parser:
     # ---- lists, relations, sets ----
 
     def list(self) -> Node:
-        """Items between `,`, `;`, "and", "or". If there are both `;` and `,`, the `;` separate groups."""
+        """Parse items between `,`, `;`, "and", "or". If there are both `;` and `,`, the `;` separate groups."""
         groups: list[list[Node]] = [[]]
         words = ""
         while self.kind not in ("end", "close", ")", "]", "}}", "}", ")>", "row", "&"):
@@ -160,7 +160,7 @@ class _Parser:
         return self.unit(left)
 
     def mixed(self, integer: Node) -> Node:
-        """3 1/2, starting at its second number."""
+        """Parse a mixed number such as 3 1/2, starting at its second number."""
         ahead = [token.kind for token in self.tokens[self.position : self.position + 3]]
         if ahead[:2] != ["number", "/"] or ahead[2:] != ["number"] or "." in integer.data:
             raise UnreadableError("two numbers in a row")
@@ -168,7 +168,7 @@ class _Parser:
         return Node("add", (integer, Node("div", (top, low))))
 
     def unit(self, value: Node) -> Node:
-        """Words after a value: its unit, with powers."""
+        """Parse the words after a value: its unit, with powers."""
         words = ""
         while (
             self.kind == "text"
@@ -199,7 +199,7 @@ class _Parser:
         return value
 
     def signed_product(self) -> Node:
-        """The operand of a leading sign: a mixed number, else one power."""
+        """Parse the operand of a leading sign: a mixed number, else one power."""
         value = self.power()
         if value.op == "number" and value.number is not None and value.number.denominator == 1:
             if self.kind == "command" and self.text in ("frac", "dfrac", "tfrac", "cfrac"):
@@ -226,7 +226,7 @@ class _Parser:
         return self.postfix(Node("pow", (base, exponent)))
 
     def exponent(self) -> Node:
-        """The exponent after ^: a group or one token. ^ is right-associative."""
+        """Parse the exponent after ^: a group or one token. ^ is right-associative."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise UnreadableError("brackets are nested too deeply")
@@ -269,7 +269,7 @@ class _Parser:
         raise UnreadableError("too many postfixes")
 
     def subscript(self, value: Node) -> Node:
-        """A number's base, or the index of a name: a_1 is a separate name, a_k and F_{n-1} are functions."""
+        """Parse a number's base, or the index of a name: a_1 is a separate name, a_k and F_{n-1} are functions."""
         index = self.index()
         if value.op == "number":
             if index.op != "number" or "." in value.data + index.data:
@@ -282,7 +282,7 @@ class _Parser:
         return Node("call", (value, index), "index")
 
     def index(self) -> Node:
-        r"""The index after _: a group or one token; a word for S_{\min}."""
+        r"""Parse the index after _: a group or one token; a word for S_{\min}."""
         kinds = [token.kind for token in self.tokens[self.position : self.position + 3]]
         if kinds[:1] == ["name"] and self.text in FUNCTIONS:
             return Node("text", data=self.next().text)
@@ -311,7 +311,7 @@ class _Parser:
         return Node("number", data=token.text, number=Fraction(token.text.rstrip(".")))
 
     def repeating(self, head: str) -> Node:
-        r"""0.1\overline{6}: the digits under the bar repeat, and those between the dots of 0.\dot{1}4\dot{2}."""
+        r"""Parse the repeating digits of 0.1\overline{6}, under the bar, or of 0.\dot{1}4\dot{2}, between the dots."""
         is_dotted = self.next().text == "dot"
         digits = self.digits()
         if is_dotted:
@@ -352,7 +352,7 @@ class _Parser:
         return Node("symbol", data=token.text)
 
     def marks(self) -> str:
-        """The marks between the name of a function and its arguments: f', f^{-1}."""
+        """Parse the marks between the name of a function and its arguments: f', f^{-1}."""
         marks = ""
         while self.take("'"):
             marks += "'"
@@ -380,7 +380,7 @@ class _Parser:
         return Node("symbol", data=name)
 
     def program_function(self, name: str) -> Node:
-        """A function of Python or sympy with its arguments in brackets."""
+        """Parse a function of Python or sympy with its arguments in brackets."""
         args = self.call(name).args
         if name == "Union" and args:
             return reduce(lambda left, right: Node("cup", (left, right)), args)
@@ -408,7 +408,7 @@ class _Parser:
         return call if exponent is None else Node("pow", (call, exponent))
 
     def arguments(self, name: str) -> tuple[Node, ...]:
-        """The arguments in brackets; without brackets, the factors up to the next sign or function: sin 2x cos y."""
+        """Parse arguments in brackets; without brackets, the factors up to the next sign or function: sin 2x cos y."""
         if self.kind == "(" or (self.kind == "{" and name != "sqrt"):
             closing = ")" if self.next().kind == "(" else "}"
             inner = self.list()
@@ -426,7 +426,7 @@ class _Parser:
         return (argument,)
 
     def unevaluated(self, name: str) -> Node:
-        """A sum, product, integral or limit with its bounds, not carried out."""
+        """Parse a sum, product, integral or limit with its bounds. It is not carried out."""
         bounds = []
         for _ in range(2):
             if self.take("_", "^"):
@@ -434,7 +434,7 @@ class _Parser:
         return Node("call", (*bounds, self.product()), name)
 
     def group_or_sign(self) -> Node:
-        r"""An argument of a command: {...} or one token; one digit of a number (\frac12)."""
+        r"""Parse an argument of a command: {...} or one token; one digit of a number (\frac12)."""
         if self.kind == "number" and len(self.text) > 1:
             token = self.tokens[self.position]
             self.tokens[self.position] = Token("number", token.text[1:], False)
@@ -464,7 +464,7 @@ class _Parser:
         return Node("symbol", data=name)
 
     def braced(self) -> str:
-        r"""The letter and sign in \mathbb{R+}, or a letter without braces."""
+        r"""Parse the letter and sign in \mathbb{R+}, or a letter without braces."""
         if not self.take("{"):
             return self.next().text
         name = ""
@@ -499,7 +499,7 @@ class _Parser:
         return Node("set", inner.args if inner.op == "list" else (inner,))
 
     def parse_bracket(self, token: Token) -> Node:
-        """A group, a tuple or an interval; tuples and intervals keep their brackets."""
+        """Parse a group, a tuple or an interval; tuples and intervals keep their brackets."""
         inner = self.list()
         closing = self.expect({"<(": ")>"}.get(token.kind, ")"), "]")
         items = inner.args if inner.op == "list" else (inner,)

@@ -17,7 +17,7 @@ _CONJUGATED = ("z", "w")  # \bar z is the conjugate, \bar x is a mean
 
 
 def label(node: Node) -> str:
-    """The name on a side of a relation; empty if the side is a product, a known function, a power or a number."""
+    """Return the name on a side of a relation; empty for a product, a known function, a power or a number."""
     match node.op:
         case "symbol":
             return "" if node.data in _CONSTANTS or node.data[:8] in _SETS else node.data
@@ -47,7 +47,7 @@ def _call_label(node: Node) -> str:
 
 
 def _product_label(node: Node) -> str:
-    """The name in a product: points (AB), an angle, a probability P(A and B), words among letters. Else empty."""
+    """Return the name in a product: points (AB), an angle, P(A and B), words among letters; empty if there is none."""
     order, head = derivative(node)
     if head:
         return f"{node.op} {order} {head}"
@@ -72,7 +72,7 @@ def _first_factor(node: Node) -> Node:
 
 
 def derivative(node: Node) -> tuple[int, str]:
-    """How often a named function is differentiated (-1 for an inverse), and the name of the function."""
+    """Return how often a named function is differentiated (-1 for an inverse), and the name of the function."""
     if node.op == "call":
         marks = node.data.count("'")
         if node.data in ("prime", "dot", "ddot"):
@@ -92,7 +92,7 @@ def derivative(node: Node) -> tuple[int, str]:
 
 
 def _applied_derivative(node: Node) -> tuple[int, str] | None:
-    r"""The derivative in \frac{d}{dx} f or y'(x); None for others."""
+    r"""Return the derivative in \frac{d}{dx} f or y'(x), as `derivative` does; None for other nodes."""
     order, head = derivative(node.args[0])
     if not order:
         return None
@@ -101,7 +101,7 @@ def _applied_derivative(node: Node) -> tuple[int, str] | None:
 
 
 def same_name(gold: Node, prediction: Node) -> bool:
-    """Whether two sides may name the same value. y and f(x) may; x and y, f and f', a_n and a_{n+1} may not."""
+    """Return whether two sides can name the same value. y and f(x) can; x and y, f and f', a_n and a_{n+1} can't."""
     if len({_derivative_variable(gold), _derivative_variable(prediction)} - {""}) > 1:  # df/dx and df/dy
         return False
     if label(gold) == label(prediction):
@@ -135,13 +135,13 @@ def same_name(gold: Node, prediction: Node) -> bool:
 
 
 def _derivative_variable(node: Node) -> str:
-    r"""The variable of the derivative \frac{df}{dx}; empty if it is not stated."""
+    r"""Return the variable of the derivative \frac{df}{dx}; empty if it is not stated."""
     order, head = derivative(node)
     return [part.data for part in node.args[1].walk()][-1] if node.op == "div" and order and head else ""
 
 
 def _letter_and_index(node: Node) -> tuple[str, str]:
-    """The letter of a name and its index."""
+    """Return the letter of a name and its index."""
     if node.op == "symbol":
         head, _, index = node.data.partition("_")
         return (head if len(head) == 1 else ""), index
@@ -150,7 +150,7 @@ def _letter_and_index(node: Node) -> tuple[str, str]:
 
 
 def _argument_renaming(gold: Node, prediction: Node) -> dict[str, str] | None:
-    """The prediction's argument letters, mapped to the gold's; None if some arguments are not letters."""
+    """Map the prediction's argument letters to the gold's. Returns None if some arguments are not letters."""
     if gold.args == prediction.args:
         return {}
     pairs = list(zip(gold.args, prediction.args, strict=False))
@@ -160,7 +160,7 @@ def _argument_renaming(gold: Node, prediction: Node) -> dict[str, str] | None:
 
 
 def with_argument_names(gold: Node, named: Node, value: Node) -> Node:
-    """`value` of the function `named`, in the argument letters of `gold`: 2m of f(m) = 2m becomes 2n for f(n)."""
+    """Rename the arguments of `named` in `value` as in `gold`: 2m of f(m) = 2m becomes 2n for f(n)."""
     applied = all(node.op == "call" and node.data.endswith(("()", "_")) for node in (gold, named))
     if not applied or len(gold.args) != len(named.args):
         return value
@@ -168,7 +168,7 @@ def with_argument_names(gold: Node, named: Node, value: Node) -> Node:
 
 
 def renamed(node: Node, names: dict[str, str]) -> Node:
-    """The node with its unknowns renamed. An unknown whose name is then taken gets a prime."""
+    """Rename the unknowns of a node. An unknown whose name is then taken gets a prime."""
     if not names:
         return node
     if node.op == "symbol" and unknowns(node):

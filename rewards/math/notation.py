@@ -135,7 +135,7 @@ _SIGN_KINDS = {"**": "^", "=<": "<=", "=>": ">=", "<>": "!=", "≡": "==", "≅"
 
 
 def clean(text: str, thousands: bool = True) -> str:
-    """Unifies notations; removes commas between groups of three digits if `thousands`. Raises UnreadableError."""
+    """Unify notations, and remove commas between groups of three digits if `thousands`. Raises UnreadableError."""
     if len(text) > MAX_LENGTH:
         raise UnreadableError("the text is too long")
     text = _DOTS.sub(r" \\ldots ", plain(text).translate(_SIGNS).replace('\\"', '"').strip())
@@ -169,7 +169,7 @@ def clean(text: str, thousands: bool = True) -> str:
 
 
 def _currency_last(match: re.Match[str]) -> str:
-    """An amount followed by its factor (k, M, ...) and its currency."""
+    """Return an amount followed by its factor (k, M, ...) and its currency."""
     factor = rf"\text{{{_SCALES[match[3].lower()]}}} " if match[3] else ""
     return rf"{match[2]} {factor}\text{{{_CURRENCIES[match[1]]}}}"
 
@@ -179,7 +179,7 @@ def _overlined(match: re.Match[str]) -> str:
 
 
 def _thousands(match: re.Match[str]) -> str:
-    """1,234 as one number; as several numbers if it fills brackets, as in (1,100)."""
+    """Convert 1,234 to one number; to several numbers if it fills brackets, as in (1,100)."""
     prefix, suffix = match.string[: match.start()].rstrip(), match.string[match.end() :].lstrip()
     in_brackets = prefix.endswith(("(", "[", r"\{")) and _CLOSING.match(suffix)
     if in_brackets and ",0" not in match[1]:
@@ -188,7 +188,7 @@ def _thousands(match: re.Match[str]) -> str:
 
 
 def _notations(text: str) -> str:
-    """Unifies notations that differ between countries, LaTeX packages and programs."""
+    """Unify notations that differ between countries, LaTeX packages and programs."""
     if "begin" in text:
         text = _SYSTEM.sub("", text)
     if "_" in text:
@@ -218,7 +218,7 @@ def _signed_set(match: re.Match[str]) -> str:
 
 
 def _upright(match: re.Match[str]) -> str:
-    """The content of a font command: a letter or function as it is, words as text."""
+    """Return the content of a font command: a letter or function as it is, words as text."""
     content = match[1].strip()
     if len(content) == 1 or content in _WORDS or content.startswith("\\"):
         return f" {content} "
@@ -226,7 +226,7 @@ def _upright(match: re.Match[str]) -> str:
 
 
 def tokens(text: str) -> list[Token]:
-    """The tokens of a cleaned text and an end token. Raises UnreadableError for numbers and nesting over the bounds."""
+    """Split a cleaned text into tokens and an end token. Raises UnreadableError for too long numbers or nesting."""
     result: list[Token] = []
     depth, position = 0, 0
     while match := _TOKEN.match(text, position):
@@ -278,7 +278,7 @@ def _words(words: str, spaced: bool) -> list[Token]:
 
 
 def _letters(run: str, spaced: bool, previous: list[Token]) -> list[Token]:
-    """Tokens of a run of letters: a known name, words, or letters that are multiplied."""
+    """Split a run of letters into tokens: a known name, words, or letters that are multiplied."""
     if run in _WORDS or run.lower() in ("and", "or"):
         name = _NAMES.get(run, run.lower() if run.lower() in ("and", "or") else run)
         kind = {"and": "and", "or": "or", "cup": "cup", "Eq": "Eq"}.get(name, "name")

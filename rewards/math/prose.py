@@ -88,7 +88,7 @@ _JUDGED = re.compile(  # "the answer is correct since 12/3 = 4" gives no answer
 
 
 def statement(text: str) -> str | None:
-    """The value after a marker: a short statement itself, else the value at its start or end; None without one."""
+    """Return the value after a marker: a short statement itself, else the value at its start or end, else None."""
     text = _REMARK.sub("", _ARROW.sub("", text).lstrip("*_ \t\n\"'`}「"))
     if re.match(r"not\b|n't|不|并非", text) or _JUDGED.match(text):
         return None
@@ -136,7 +136,7 @@ def _value(sentence: str) -> str | None:
 
 
 def _is_doubtful(rest: str) -> bool:
-    """Whether the text after a number makes it a bound or offers an alternative: 7 or more, 7 apples or 8 apples."""
+    """Return whether text after a number makes it a bound or offers an alternative: 7 or more, 7 apples or 8 apples."""
     return bool(_CHANGING_SUFFIX.match(rest)) or _offers_alternative(rest)
 
 
@@ -154,7 +154,7 @@ def _multiplier_text(rest: str) -> str:
 
 
 def is_formula(text: str) -> bool:
-    """Whether all words of a text are function names, units, or words that join a list."""
+    """Return whether all words of a text are function names, units, or words that join a list."""
     bare = re.sub(
         r"\\(?:text\w*|mbox|mathrm|begin|end|operatorname)\s*\{[^{}]*\}|\\[a-zA-Z]+|(?<=[\d)])(?:and|or)(?=[A-Z(])",
         " ",
@@ -167,7 +167,7 @@ def is_formula(text: str) -> bool:
 
 
 def has_run_of_lines(text: str) -> bool:
-    """Whether a text has one number per line, so it is not a single formula."""
+    """Return whether a text has one number per line, so it is not a single formula."""
     return _RUN_OF_LINES.search(text) is not None
 
 
@@ -176,7 +176,7 @@ def has_number(text: str) -> bool:
 
 
 def last_value(text: str) -> str | None:
-    """The last formula or number of a text, with the rest of its list; None if it is negated."""
+    """Return the last formula or number of a text, with the rest of its list; None if it is negated."""
     text = _REMARK.sub("", _CONTRAST.sub("", text))
     formulas = list(MATH.finditer(text))
     end = formulas[-1].end() if formulas else 0

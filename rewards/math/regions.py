@@ -17,7 +17,7 @@ _DOMAINS = {"mathbb R+": 0, "mathbb R": -math.inf}  # named sets and their lower
 
 
 def is_region(node: Node) -> bool:
-    """Whether a node can be read as a set of numbers. A pair can if it can be an interval."""
+    """Return whether a node can be read as a set of numbers, as a pair can if it can be an interval."""
     if node.op == "relation":
         signs = node.data.split()
         if signs in (["in"], ["="]):
@@ -42,12 +42,12 @@ def _is_domain(node: Node) -> bool:
 
 
 def _is_point(node: Node) -> bool:
-    """Whether a node is a point among inequalities, such as x = 1."""
+    """Return whether a node is a point among inequalities, such as x = 1."""
     return node.op == "relation" and node.data == "=" and bool(label(node.args[0])) and not unknowns(node.args[1])
 
 
 def _is_interval(node: Node) -> bool:
-    """Whether a pair has its ends in order. Otherwise it is a point, never an interval."""
+    """Return whether a pair has its ends in order. Otherwise the pair is a point, never an interval."""
     if len(node.args) != 2 or any(unknowns(arg) for arg in node.args):
         return False
     try:
@@ -58,13 +58,13 @@ def _is_interval(node: Node) -> bool:
 
 
 def _are_disjoint(intervals: Sequence[Node]) -> bool:
-    """Whether no two intervals share more than an end: (0, 3), (1, 2) are points or two answers."""
+    """Return whether no two intervals share more than an end: (0, 3), (1, 2) are points or two answers."""
     ends = sorted(tuple(map(_endpoint, interval.args)) for interval in intervals)
     return all(high <= low for (_, high), (low, _) in itertools.pairwise(ends))
 
 
 def same_region(gold: Node, prediction: Node) -> bool | None:
-    """Compares two sets of numbers at, beside and between their ends. None if one is empty or not such a set."""
+    """Compare two sets of numbers at, beside and between their ends. None if a set is empty or not a set of numbers."""
     try:
         ends = sorted({end for node in (gold, prediction) for end in _endpoints(node)})
         points = [*ends, *((a + b) / 2 for a, b in itertools.pairwise(ends))]
@@ -103,7 +103,7 @@ def _endpoints(node: Node) -> list[Any]:
 
 
 def _contains(node: Node, point: Any, default: str = "or") -> bool:
-    """Whether a set contains a number. `default` joins lists that have neither "and" nor "or"."""
+    """Return whether a set contains a number. `default` joins lists that have neither "and" nor "or"."""
     if node.op == "list":
         conjunction = node.data or ("and" if any(_only_restricts(arg) for arg in node.args) else default)
         if conjunction not in ("and", "or"):
@@ -137,7 +137,7 @@ def _contains(node: Node, point: Any, default: str = "or") -> bool:
 
 
 def _only_restricts(node: Node) -> bool:
-    """Whether a relation only excludes numbers or only states the domain of x: x != 2; x in R."""
+    """Return whether a relation only excludes numbers or only states the domain of x: x != 2; x in R."""
     return node.op == "relation" and (node.data == "!=" or (node.data == "in" and _is_domain(node.args[1])))
 
 
@@ -150,7 +150,7 @@ def _satisfies(node: Node, point: Any) -> bool:
 
 
 def plus_minus_values(node: Node) -> list[Node]:
-    """Both values of a node that contains a plus-minus; else the node alone."""
+    """Return both values of a node that contains a plus-minus; else the node alone."""
     if not any(part.op in ("pm", "mp") for part in node.walk()):
         return [node]
     return [_with_sign(node, plus) for plus in (True, False)]
@@ -164,7 +164,7 @@ def _with_sign(node: Node, plus: bool) -> Node:
 
 
 def _side_value(side: Node, point: Any) -> Any:
-    """The value of a side of a relation; `point` if the side is the unknown x, its absolute value for |x|."""
+    """Return the value of a side of a relation; `point` for the unknown x, the absolute value of `point` for |x|."""
     if not unknowns(side):
         return _endpoint(side)
     if side.op == "call" and side.data == "abs" and side.args[0].op == "symbol":

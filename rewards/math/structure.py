@@ -25,7 +25,7 @@ _INFINITY = Node("symbol", data="infty")
 
 
 def equal(gold: Node, prediction: Node) -> bool:
-    """Whether two trees are equal answers."""
+    """Return whether two trees are equal answers."""
     gold, prediction = _with_common_letters(_unwrapped(gold), _unwrapped(prediction))
     gold, prediction = _split_tuple_relation(gold, prediction), _split_tuple_relation(prediction, gold)
     if gold == prediction:
@@ -54,14 +54,14 @@ def equal(gold: Node, prediction: Node) -> bool:
 
 
 def _unwrapped(node: Node) -> Node:
-    """The node without lists and sets of one item around it."""
+    """Return the node without lists and sets of one item around it."""
     while node.op in ("list", "set") and len(node.args) == 1 and node.args[0].op != "set":
         node = node.args[0]
     return node
 
 
 def _split_tuple_relation(node: Node, peer: Node) -> Node:
-    """(x, y) = (1, 2) as x = 1, y = 2 if `peer` is such a list; x != 1, 2 as x != 1, x != 2."""
+    """Convert (x, y) = (1, 2) to x = 1, y = 2 if `peer` is such a list; x != 1, 2 to x != 1, x != 2."""
     if node.op == "list" and node.args[0].op == "relation" and node.args[0].data == "!=":
         name = node.args[0].args[0]
         return replace(
@@ -76,7 +76,7 @@ def _split_tuple_relation(node: Node, peer: Node) -> Node:
 
 
 def _with_common_letters(gold: Node, prediction: Node) -> tuple[Node, Node]:
-    """Both trees without "k in Z", and with the gold's letters: k for n, or t for s in the point (s, 2s)."""
+    """Return both trees without "k in Z" and with the gold's letters: k for n, or t for s in the point (s, 2s)."""
     if gold.op == prediction.op == "tuple":
         parameters = [unknowns(node) for node in (gold, prediction)]
         if all(len(names) == 1 and names <= _PARAMETERS for names in parameters):
@@ -93,7 +93,7 @@ def _with_common_letters(gold: Node, prediction: Node) -> tuple[Node, Node]:
 
 
 def _without_domains(node: Node) -> tuple[Node, dict[str, str]]:
-    """The claims of a list without "x in R", and the letters that it declares integers, with their sets."""
+    """Return the claims of a list without "x in R", and the letters that it declares integers, with their sets."""
     if node.op != "list":
         return node, {}
     domains = {item.args[0].data: item.args[1].data for item in node.args if _is_domain(item)}
@@ -161,7 +161,7 @@ def _base(node: Node) -> int:
 
 
 def _same_digits(gold: Node, prediction: Node, gold_base: int, prediction_base: int) -> bool:
-    """A number without a base is in the gold's base. A base other than the gold's (ten, if it has none) is wrong."""
+    """Compare digits. A number without a base is in the gold's base; a base other than the gold's (default ten) is wrong."""
     if (prediction_base or gold_base) != (gold_base or 10):
         return False
     digits = [node.args[0] if node.op == "base" else node for node in (gold, prediction)]
@@ -169,7 +169,7 @@ def _same_digits(gold: Node, prediction: Node, gold_base: int, prediction_base: 
 
 
 def _same_rounded(gold: Node, prediction: Node) -> bool:
-    """Whether one is a printed float that rounds the other: a gold of 8 or more digits, a prediction of 15 or more."""
+    """Return whether one is a float that rounds the other: a gold of 8 or more digits, a prediction of 15 or more."""
     for decimal, exact, min_digits in ((gold, prediction, 8), (prediction, gold, 15)):
         negative = decimal.op == "neg"
         inner = decimal.args[0] if negative else decimal
@@ -190,7 +190,7 @@ def _same_rounded(gold: Node, prediction: Node) -> bool:
 
 
 def _items(node: Node) -> list[Node]:
-    """The members of a list or set; a plus-minus gives two values."""
+    """Return the members of a list or set; a plus-minus gives two values."""
     members = node.args if node.op in ("list", "set") else (node,)
     values = [value for member in members for value in plus_minus_values(member)]
     if len(values) > MAX_ITEMS:
@@ -224,7 +224,7 @@ def _same_items(gold: Node, prediction: Node) -> bool:
 
 
 def _name_groups(items: list[Node]) -> list[dict[str, Node]]:
-    """x = 1, y = 2, x = 3, y = 4 as two groups: a repeated name starts a new group."""
+    """Split x = 1, y = 2, x = 3, y = 4 into two groups: a repeated name starts a new group."""
     groups: list[dict[str, Node]] = [{}]
     for item in items:
         if _relation_name(item) in groups[-1]:
@@ -246,7 +246,7 @@ def _equal_in_order(left: Iterable[Node], right: Iterable[Node]) -> bool:
 
 
 def _equal_in_any_order(items: Sequence[Node], candidates: Sequence[Node]) -> bool:
-    """Whether the items match the candidates one to one."""
+    """Return whether the items match the candidates one to one."""
     remaining = list(candidates)
     for item in items:
         index = next((n for n, candidate in enumerate(remaining) if equal(item, candidate)), None)
@@ -257,7 +257,7 @@ def _equal_in_any_order(items: Sequence[Node], candidates: Sequence[Node]) -> bo
 
 
 def _same_tuple(node: Node, candidate: Node) -> bool:
-    """Compares members in order. Brackets matter for two members (intervals), but not beside a list or a vector."""
+    """Compare members in order. Brackets matter for two members (intervals), but not beside a list or a vector."""
     if candidate.op == "matrix":
         rows = [row.args for row in candidate.args]
         if all(arg.op == "tuple" for arg in node.args) and node.data == "[]":
@@ -293,14 +293,14 @@ def _same_tuple(node: Node, candidate: Node) -> bool:
 
 
 def _relation_name(node: Node) -> str:
-    """The name on the left of `x = 5`, `f(x) = ...` or `x in S`; empty if there is none."""
+    """Return the name on the left of `x = 5`, `f(x) = ...` or `x in S`; empty if there is none."""
     if node.op != "relation" or not set(node.data.split()) <= _STATING_SIGNS:
         return ""
     return label(node.args[0])
 
 
 def _stated_value(node: Node) -> Node | None:
-    """The value that `x = ... = 5` or `2 + 3 = 5` states (not its approximation); None for other relations.
+    """Return the value that `x = ... = 5` or `2 + 3 = 5` states (not its approximation); None for other relations.
 
     Only a name may precede the values: ln x = 7 states none. The last of several values counts.
     """
@@ -319,7 +319,7 @@ def _stated_value(node: Node) -> Node | None:
 
 
 def _is_value(node: Node) -> bool:
-    """Whether a node contains neither unknowns nor words."""
+    """Return whether a node contains neither unknowns nor words."""
     return not unknowns(node) and all(part.op != "text" for part in node.walk())
 
 
@@ -346,7 +346,7 @@ def _same_relation(gold: Node, prediction: Node) -> bool:
 
 
 def _same_permuted(gold: Node, prediction: Node) -> bool:
-    """Whether both state the same values in a different order: (y, x) = (2, 1) and (x, y) = (1, 2)."""
+    """Return whether both state the same values in a different order: (y, x) = (2, 1) and (x, y) = (1, 2)."""
     sides = [side for node in (gold, prediction) for side in node.args]
     if len(sides) != 4 or any(side.op != "tuple" or len(side.args) != len(sides[0].args) for side in sides):
         return False
@@ -359,13 +359,13 @@ def _same_permuted(gold: Node, prediction: Node) -> bool:
 
 
 def _are_relations(gold: Node, prediction: Node) -> bool:
-    """Whether two inequalities are not compared as sets: their unknowns differ, or one is a multiple of the other."""
+    """Return whether inequalities are compared as relations, not as sets: unknowns differ, or both are proportional."""
     inequalities = gold.op == prediction.op == "relation" and {*gold.data.split(), *prediction.data.split()} <= {*LESS}
     return inequalities and (unknowns(gold) != unknowns(prediction) or _proportional(gold, prediction))
 
 
 def _proportional(gold: Node, prediction: Node) -> bool:
-    """Whether the differences of the sides are multiples of each other, and the relation signs fit the factor."""
+    """Return whether the differences of the sides are multiples of each other, and the signs fit the factor."""
     gold_signs, prediction_signs = gold.data.split(), prediction.data.split()
     if len(gold_signs) != len(prediction_signs):
         return False
@@ -388,7 +388,7 @@ def _proportional(gold: Node, prediction: Node) -> bool:
 
 
 def _factor(ratio: Node) -> Any:
-    """The value of an expression that does not depend on its unknowns; else None."""
+    """Return the value of an expression that does not depend on its unknowns; else None."""
     try:
         value = constant(ratio)
         if isinstance(value, Fraction) and same(ratio, Node("number", number=value)):

@@ -28,7 +28,7 @@ def number(value: Fraction | int) -> Node:
 
 
 def table(environment: str, rows: list[list[Node]]) -> Node:
-    """A table as a matrix, a single value, a list (a system of equations) or the cases of a function."""
+    """Convert a table to a matrix, a single value, a list (a system of equations) or the cases of a function."""
     system = all(row[0].op == "relation" for row in rows)
     if len(rows[0]) == 1 and (system or len(rows) == 1):
         return rows[0][0] if len(rows) == 1 else Node("list", tuple(row[0] for row in rows), "and")
@@ -46,7 +46,7 @@ def _condition(node: Node) -> bool:
 
 
 def indexed_binomial(letter: str, node: Node) -> Node:
-    """C_n^k as a binomial coefficient; A_n^k and P_n^k of numbers as the number of permutations."""
+    """Convert C_n^k to a binomial coefficient; A_n^k and P_n^k of numbers to the number of permutations."""
     if letter not in ("C", "A", "P") or node.op != "pow":
         return node
     base, low = node.args
@@ -62,7 +62,7 @@ def indexed_binomial(letter: str, node: Node) -> Node:
 
 
 def called_binomial(node: Node) -> Node:
-    """C(n, k) as a binomial coefficient. C(1, 2) stays a point."""
+    """Convert C(n, k) to a binomial coefficient. C(1, 2) stays a point."""
     if node.data != "C()" or len(node.args) != 2:
         return node
     top, low = (arg.number for arg in node.args)
@@ -71,7 +71,7 @@ def called_binomial(node: Node) -> Node:
 
 
 def is_integer_fraction(node: Node) -> bool:
-    r"""Whether a node is \frac of two integers, as in a mixed number."""
+    r"""Return whether a node is \frac of two integers, as in a mixed number."""
     return (
         node.op == "div"
         and node.data == "frac"

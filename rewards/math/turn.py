@@ -21,7 +21,7 @@ _MAX_LENGTH = 300  # characters; longer text in a tag is a solution, not an answ
 
 
 def final_text(completion: str) -> str:
-    """The text after the thinking, up to the end of the turn. If it has answer blocks, only the last one."""
+    """Return the text after the thinking, up to the end of the turn. If it has answer blocks, only the last block."""
     for tag in _THINKING:
         completion = completion.rpartition(tag)[2]
     if "<" not in completion:
@@ -38,7 +38,7 @@ def final_text(completion: str) -> str:
 
 
 def _tagged(text: str) -> str:
-    """The text in the last answer tag. Other tags count as well, unless an answer follows them."""
+    """Return the text in the last answer tag. Other tags count as well, unless an answer follows them."""
     for tag in reversed(list(_TAG.finditer(text))):
         closing = re.compile(rf"<(?:/|\|end_of_){re.escape(tag['name'])}\|?>", re.IGNORECASE)
         content, rest = text[tag.end() :], ""

@@ -63,7 +63,7 @@ def is_currency(text: str) -> bool:
 
 
 def multiplier(text: str) -> int:
-    """The factor of "million" or "million people"; 1 for other words."""
+    """Return the factor of "million" or "million people"; 1 for other words."""
     if text.strip() == "k":  # K is a kelvin
         return 1000
     words = [word if word.isascii() else word[:1] for word in re.findall(r"[^\W\d_]+", text.lower())]
@@ -71,7 +71,7 @@ def multiplier(text: str) -> int:
 
 
 def changes_value(text: str) -> bool:
-    """Whether words after a number change it or make it doubtful: 7 tenths, 7 but maybe, 7 is wrong."""
+    """Return whether words after a number change it or make it doubtful: 7 tenths, 7 but maybe, 7 is wrong."""
     if any(sign in text for sign in _BOUNDS) or re.search(r"\b\d+[^\W\d_]", text):  # 6 \text{1feet}
         return True
     words = re.findall(r"[^\W\d_]+", text.lower())
@@ -86,13 +86,13 @@ CHANGE = re.compile(
 
 
 def is_unit(word: str) -> bool:
-    """Whether a word is a unit that can't be read as a variable."""
+    """Return whether a word is a unit that can't be read as a variable."""
     return word not in _SINGLE and (_unit(word) is not None or word in _COMPOUND)
 
 
 @lru_cache(4096)
 def unit(text: str) -> Unit | None:
-    """Sorted units with their powers: `(("cm", 2),)` for `cm^2`. None if a word is not a unit."""
+    """Return the sorted units with their powers: `(("cm", 2),)` for `cm^2`. None if a word is not a unit."""
     powers: dict[str, int] = {}
     sign, prefix_power, last = 1, 1, ""
     for piece in _PIECE.finditer(text.replace(".", "")):
@@ -118,7 +118,7 @@ def unit(text: str) -> Unit | None:
 
 
 def conflict(gold: str, prediction: str) -> bool:
-    """Whether both are known units and differ. Other words (students, apples) are not compared."""
+    """Return whether both are known units and differ. Other words (students, apples) are not compared."""
     gold_unit, prediction_unit = unit(gold), unit(prediction)
     if gold_unit is None or prediction_unit is None or gold_unit == prediction_unit:
         return False

@@ -44,7 +44,7 @@ class _MorePrecisionError(Exception):
 
 
 def draw_points(key: str) -> None:
-    """From now on, draw the points for `key`."""
+    """Set the key from which the random points of all later comparisons are drawn."""
     global _key  # noqa: PLW0603 - global like mpmath's precision, for one pair at a time
     if key != _key:
         _key = key
@@ -55,7 +55,7 @@ _key = ""
 
 
 def same(left: Node, right: Node) -> bool:
-    """Whether two expressions have equal values for all values of their unknowns. Raises UnreadableError."""
+    """Return whether two expressions have equal values for all values of their unknowns. Raises UnreadableError."""
     bits = 200 + 4 * max(
         (len(node.data) for side in (left, right) for node in side.walk() if node.op == "number"), default=0
     )
@@ -93,7 +93,7 @@ def same(left: Node, right: Node) -> bool:
 
 
 def _has_steps(node: Node) -> bool:
-    """Whether a floor, ceiling, power of 0, or binomial coefficient with a large lower number has an unknown."""
+    """Return whether a floor, ceiling, power of 0, or binomial coefficient with a large lower number has an unknown."""
     return any(bool(unknowns(part)) and _is_step(part) for part in node.walk())
 
 
@@ -106,7 +106,7 @@ def _is_step(node: Node) -> bool:
 def _near_kinks(
     sides: Sequence[Node], integer_names: frozenset[str], values: dict[str, Fraction]
 ) -> Iterator[dict[str, Fraction]]:
-    """Values of the unknowns on both sides of the zero of each linear sum inside a piecewise function."""
+    """Yield values of the unknowns on both sides of the zero of each linear sum inside a piecewise function."""
     calls = [part for side in sides for part in side.walk() if part.data in _PIECEWISE]
     sums = dict.fromkeys(part for call in calls for part in call.walk() if part.op in ("add", "sub"))
     for term, name in islice(
@@ -126,7 +126,7 @@ def _near_kinks(
 
 
 def _compare_at(left: Node, right: Node, make_evaluation: "Callable[[], _Evaluation]", bits: int) -> tuple[bool, int]:
-    """Whether two expressions are equal at a point, and how many of them are not real there."""
+    """Return whether two expressions are equal at a point, and how many of them are not real there."""
     for _ in range(4):
         _mp.prec = bits
         try:
@@ -144,7 +144,7 @@ def _compare_at(left: Node, right: Node, make_evaluation: "Callable[[], _Evaluat
 
 
 def constant(node: Node) -> Number:
-    """The value of an expression without unknowns, a Fraction or an mpf. Raises UnreadableError."""
+    """Return the value of an expression without unknowns, a Fraction or an mpf. Raises UnreadableError."""
     _mp.prec = 200
     try:
         return _Evaluation().value(node)
@@ -154,7 +154,7 @@ def constant(node: Node) -> Number:
 
 @lru_cache(1024)
 def unknowns(node: Node) -> frozenset[str]:
-    """The names in an expression that have no known value."""
+    """Return the names in an expression that have no known value."""
     calls = [part.data for part in node.walk() if part.op == "call" and part.data not in _FUNCTIONS]
     names = [part.data for part in node.walk() if part.op == "symbol" and part.data not in _CONSTANTS]
     return frozenset(calls + names)
@@ -162,13 +162,13 @@ def unknowns(node: Node) -> frozenset[str]:
 
 @lru_cache(1024)
 def _integer_unknowns(node: Node) -> frozenset[str]:
-    """The unknowns that are integers, such as those in a factorial."""
+    """Return the unknowns that are integers, such as those in a factorial."""
     inner = [arg for part in node.walk() if part.data in _COUNTING for arg in part.args]
     return frozenset(name for part in inner for name in unknowns(part)) | (unknowns(node) & _INTEGER_NAMES)
 
 
 def is_computed(function: str) -> bool:
-    """Whether this module computes values of the function."""
+    """Return whether this module computes values of the function."""
     return function in _FUNCTIONS
 
 
@@ -196,8 +196,11 @@ def _equal(left: Number, right: Number, evaluation: "_Evaluation") -> bool:
 
 
 def _assignment(names: list[str], integer_names: frozenset[str], point: int) -> dict[str, Fraction]:
-    """Values of the unknowns at a point. Points come in pairs: the second has the integers in reverse order and, except
-    in the first pair, the opposite signs."""
+    """Return the values of the unknowns at a point.
+
+    Points come in pairs: the second has the integers in reverse order and, except in the first pair, the opposite
+    signs.
+    """
     integers = [name for name in names if name.rstrip("'") in integer_names]
     values = [_integer_at(name, point - point % 2 if len(integers) > 1 else point) for name in integers]
     assigned = dict(zip(integers, values[:: -1 if point % 2 else 1], strict=True))
@@ -233,7 +236,7 @@ class _Evaluation:
         return self.bounded(handler(node))
 
     def bounded(self, value: Number) -> Number:
-        """Returns the value. Raises UnreadableError if a fraction is too long or a magnitude exceeds the bound."""
+        """Return the value. Raises UnreadableError if a fraction is too long or a magnitude exceeds the bound."""
         if isinstance(value, Fraction):
             if max(value.numerator.bit_length(), value.denominator.bit_length()) > _MAX_BITS:
                 raise UnreadableError("too large")
@@ -242,7 +245,7 @@ class _Evaluation:
         return value
 
     def rounded(self, value: Number) -> Number:
-        """The value as a float of the current precision. Raises _MorePrecisionError if that would lose digits."""
+        """Convert the value to a float of the current precision. Raises _MorePrecisionError if digits would be lost."""
         if not isinstance(value, Fraction):
             return value
         bits = max(value.numerator.bit_length(), value.denominator.bit_length())
@@ -317,7 +320,7 @@ class _Evaluation:
         return self.random_function(node.data, [self.value(arg) for arg in node.args])
 
     def random_function(self, name: str, args: list[Number]) -> Number:
-        """The value of an unknown function: a random polynomial, so that it is exact."""
+        """Return the value of an unknown function, a random polynomial, so that the value is exact."""
         total: Number = _random_value(f"{name}/{len(args)}", self.point)
         for index, arg in enumerate(args):
             linear, quadratic = (_random_value(f"{name}/{len(args)}/{index}/{n}", self.point) for n in (1, 2))
@@ -423,7 +426,7 @@ class _Evaluation:
 
 
 def _exact_power(base: Fraction, exponent: Fraction) -> Fraction | None:
-    """The exact power if the root is rational, else None."""
+    """Return the exact power if the root is rational, else None."""
     if base <= 0 or exponent.denominator > 64 or abs(exponent.numerator) > 64:
         return None
     roots = []
@@ -441,7 +444,10 @@ def _exact_power(base: Fraction, exponent: Fraction) -> Fraction | None:
 def _float_function(
     function: Callable[[Number], Number], max_magnitude: int = 4000, saturates: bool = False
 ) -> Callable[..., Number]:
-    """A function of a float. If it `saturates`, it is within 2^-3x of a constant at x."""
+    """Return a method of `_Evaluation` that calls `function` with a float of at most 2^`max_magnitude`.
+
+    A function that `saturates` is within 2^-3x of a constant at x.
+    """
 
     def apply(evaluation: _Evaluation, arg: Number) -> Number:
         arg = evaluation.rounded(arg)

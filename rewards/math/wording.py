@@ -9,7 +9,7 @@ _ARTICLE = re.compile(r"\A[\W_]*(?:an?|the)\s+(?=[^\W\d_]{3})", re.IGNORECASE)
 
 
 def words(text: str) -> str:
-    """Letters and digits only, without case, accents and LaTeX text commands."""
+    """Return only the letters and digits, without case, accents and LaTeX text commands."""
     text = re.sub(
         r"\\(?:text\w*|mbox|mathrm|mathbf|boxed|left|right|operatorname|displaystyle|quad|qquad)\b",
         "",
@@ -20,7 +20,7 @@ def words(text: str) -> str:
 
 
 def spelling(text: str) -> str:
-    """The text without spaces and typesetting commands."""
+    """Return the text without spaces and typesetting commands."""
     text = re.sub(r"(?<=\d)\s+(?=\d)", "_", text[:MAX_LENGTH])
     text = re.sub(r"\\(?:text\w*|mbox|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\(?:text\w*|mbox|mathrm|mathbf|left|right|displaystyle)\b|\\[,;:! ]|[\s$]|\\[()]", "", text)
@@ -34,7 +34,7 @@ def _folded(text: str) -> str:
 
 
 def clock_time(text: str) -> tuple[int, int, str] | None:
-    """Hours, minutes and "am", "pm" or "", as in 3:30 PM; None if the text is not a time."""
+    """Return hours, minutes and "am", "pm" or "", as in 3:30 PM; None if the text is not a time."""
     bare = re.sub(r"\\(?:text\w*|mathrm|mbox)|[{}$.~\\,!\s]", "", text[:60]).lower()
     match = re.fullmatch(r"(\d{1,2}):(\d{2})([ap]m)?", bare)
     return (int(match[1]), int(match[2]), match[3] or "") if match else None
@@ -45,7 +45,7 @@ def is_words(text: str) -> bool:
 
 
 def same_word_lists(gold: str, prediction: str) -> bool:
-    """Whether both are the same words in any order: red, blue and green. Lists with "or" and "and" differ."""
+    """Return whether both have the same words in any order: red, blue and green. Lists with "or" and "and" differ."""
     texts = [re.sub(r"\\text\w*|\\mathrm|[{}$]", " ", text) for text in (gold, prediction)]
     gold_words, prediction_words = (
         sorted(filter(None, map(words, re.split(r"[,;&]|\b(?:and|or)\b", text)))) for text in texts

@@ -139,10 +139,13 @@ def _evaluate(options: Eval, config: Config) -> None:
     adapter, name, out = _adapter_to_evaluate(options)
     task = load_task(config)
     report_checks(task, print)
+    if not config.evaluate.prompts:
+        raise RloraError("evaluate.prompts = 0: there is no prompt to evaluate on; set --prompts to 1 or more")
     if not task.held_out:
         raise RloraError(
-            f"env = {config.env!r}: none of its first evaluate.prompts = {config.evaluate.prompts} held-out prompts "
-            "can be used; set --prompts if that is 0, or return some from held_out()"
+            f"env = {config.env!r}: held_out() returned no prompt of 1 to {config.sampling.max_prompt_tokens} tokens "
+            f"(among the first evaluate.prompts = {config.evaluate.prompts}); return such prompts from held_out(), or "
+            "raise sampling.max_prompt_tokens"
         )
     greedy = options.samples == 1 and options.temperature is None
     sampling = sampling_of(config, options.samples, 0.0 if greedy else options.temperature)

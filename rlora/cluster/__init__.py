@@ -1,4 +1,4 @@
-"""Starts the processes of a job as Ray actors, and ends them.
+"""Starts the processes of a job as Ray actors, and terminates them.
 
 Processes and threads of a job:
 
@@ -51,13 +51,15 @@ if TYPE_CHECKING:  # these modules import torch and transformers, which takes se
 
 _log = logging.getLogger(__name__)
 
+_starter = ThreadPoolExecutor(1)  # starts Ray, one job after the other; Python waits for its thread at exit
 _ahead: list[Future[Processes]] = []  # what `starting` creates, until `start` uses it: at most one
 
 
 class Job:
-    """The learners and the engine fleet of a job, and an agent loop per policy.
+    """The learners and the engine fleet of a job, and an agent loop per policy; `start` yields it.
 
-    Policies may join and leave. Those that are present at the same time must fit the slots the job was started with.
+    Policies may join and leave. At any time the versions of all present policies (`resources.slots_needed` each) must
+    fit the `slots` that the engines were started with.
     """
 
     def __init__(self, processes: Processes, ranks: Sequence[Ranks], fleet: Fleet, slots: int) -> None:
@@ -72,7 +74,10 @@ class Job:
         return self._processes.cuda and min(float(self.config.engine.gpus), float(self.config.learner.gpus)) >= 1
 
     def join(self, served: ServedPolicy) -> None:
-        """Assign a learner and an agent loop to a policy. It may have been in the job before."""
+        """Assign a group of learners and an agent loop to a policy, which may have been in the job before.
+
+        Starts reward pools, without waiting for them, unless the job has pools for the same reward functions.
+        """
         from rlora.rollout.player import AgentLoop
         from rlora.scoring.scoring import Scoring
 
@@ -84,7 +89,10 @@ class Job:
             self.learners[policy] = self.learners.get(policy) or min(self._ranks, key=assigned.count)
 
     def leave(self, policy: str) -> None:
-        """End a policy's agent loop, and unload its versions from all engines."""
+        """End a policy's agent loop, and unload the policy's versions from all engines.
+
+        The policy's requests fail with StaleError. Waits for the thread of the agent loop, but not for the engines.
+        """
         self.fleet.leave(policy)
         self.learners.pop(policy).close(policy)
         self.loops.pop(policy).close()
@@ -92,33 +100,33 @@ class Job:
 
 @contextmanager
 def starting(*configs: Config, learn: bool = True) -> Iterator[None]:
-    """Start Ray and the processes of a job in a thread. `start`, called in this context, uses them.
+    """Start Ray and the processes of a job in a thread, for a call of `start` in this context.
 
-    They import their packages while the caller loads prompts and reward functions. `configs` are those of the job's
-    policies. If nothing calls `start`, the processes end with the context.
+    The processes import their packages while the caller loads prompts and reward functions. `configs` are the configs
+    of the job's policies; `learn` says whether the job needs learners. Neither end of the context blocks: `start`
+    raises the errors of the thread, and without a call of `start` the thread also ends the processes, so that an error
+    in the caller's data is shown immediately.
     """
     staleness = max(config.max_staleness for config in configs)
     previous = machine.on_signal(signal.SIGTERM, _exit)
-    with ThreadPoolExecutor(1) as executor:
-        _ahead.append(executor.submit(_create, replace(configs[0], max_staleness=staleness), learn))
-        try:
-            yield
-        finally:
-            with machine.undisturbed():
-                while _ahead:
-                    with suppress(Exception):  # the caller's own error counts
-                        _end(_ahead.pop().result())
-                machine.on_signal(signal.SIGTERM, previous)
+    _ahead.append(_starter.submit(_create, replace(configs[0], max_staleness=staleness), learn))
+    try:
+        yield
+    finally:
+        while _ahead:
+            _starter.submit(_end_unused, _ahead.pop())
+        machine.on_signal(signal.SIGTERM, previous)
 
 
 @contextmanager
 def start(served: Sequence[ServedPolicy], learn: bool = True) -> Iterator[Job]:
     """Start the learners (unless `learn` is False), a fleet of `engine.replicas` engines, and the reward pools.
 
-    Joins the Ray cluster of this job or machine, or starts one that ends with the context. Policies are divided among
-    `learner.concurrent` groups of `learner.replicas` learners; a group shares each update. At the end of the context,
-    also after an error, all processes have ended and their files in RAM are removed.
-    Raises RloraError if the policies differ in a field that they have to share.
+    Blocks until all processes are ready. Joins the Ray cluster of this job or machine, or starts a cluster that ends
+    with the context. Policies are divided among `learner.concurrent` groups of `learner.replicas` learners; the
+    learners of a group share each update. When the context has ended, also after an error, all processes have ended and
+    their files in RAM are removed. Raises RloraError if the policies differ in a field that they have to share
+    (`resources.shared_config`), and the error of a process that can't start.
     """
     from rlora.cluster.ranks import Ranks
 
@@ -152,7 +160,11 @@ def start(served: Sequence[ServedPolicy], learn: bool = True) -> Iterator[Job]:
 
 @contextmanager
 def learning(config: Config, base: str) -> Iterator[Learner]:
-    """Start learners without engines, in the environment that they have with engines."""
+    """Start `learner.replicas` learners of the base in the directory `base`, without engines.
+
+    Blocks until the learners are ready, and yields an object with the interface of `Learner`. The processes have the
+    same environment variables as in a job with engines, and end with the context.
+    """
     from rlora.cluster.ranks import Ranks
 
     with _processes(config, base) as processes:
@@ -163,8 +175,8 @@ def learning(config: Config, base: str) -> Iterator[Learner]:
 
 @contextmanager
 def _processes(config: Config, base: str, slots: int = 1) -> Iterator[Processes]:
-    """Join or start a Ray cluster; at the end of the context, end all actors in it."""
-    processes = _ahead.pop().result() if _ahead else _create(config)
+    """Join or start a Ray cluster. At the end of the context, terminate the actors that were started in it."""
+    processes = (_ahead.pop() if _ahead else _starter.submit(_create, config)).result()
     machine.on_signal(signal.SIGTERM, _exit)  # sent by `ray job stop`; Ray's own handler cleans nothing up
     try:
         processes.configure(config, base, slots)
@@ -185,6 +197,11 @@ def _create(config: Config, learn: bool | None = None) -> Processes:
         ray.shutdown()
         raise
     return processes
+
+
+def _end_unused(created: Future[Processes]) -> None:
+    with suppress(Exception):  # if they could not be created, the caller's own error counts
+        _end(created.result())
 
 
 def _end(processes: Processes) -> None:

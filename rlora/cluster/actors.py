@@ -1,4 +1,4 @@
-"""Ray actors that hold a plain object: how they are called, and how they are ended."""
+"""Ray actors that hold a plain object: calls to the object, and termination of the actors."""
 
 import asyncio
 import logging
@@ -37,7 +37,7 @@ class _Actor:
     """
 
     def prepare(self, spec: str) -> None:
-        """Import the object's module. An error is left to `build`, which raises it again."""
+        """Import the object's module. Errors are ignored here, because `build` raises them again."""
         with suppress(Exception):
             load("actor", spec)
 
@@ -52,11 +52,11 @@ class _Actor:
             self.object = load("actor", spec)(*arguments)
 
     def process(self) -> tuple[str, int]:
-        """Node id and pid."""
+        """Return the id of this node and the pid of this process."""
         return ray.get_runtime_context().get_node_id(), os.getpid()
 
     def address(self) -> str:
-        """This node's address with a free port, as host:port."""
+        """Return this node's address with a free TCP port, as host:port."""
         with socket.socket() as free:
             free.bind(("", 0))
             return f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
@@ -68,7 +68,7 @@ class _Actor:
 
 @contextmanager
 def _memory_advice() -> Iterator[None]:
-    """Turn torch's out-of-memory error into one that names the settings to change."""
+    """Replace torch's out-of-memory error by a RloraError that names the settings to change."""
     try:
         yield
     except RuntimeError as error:
@@ -86,20 +86,21 @@ class _EngineActor(_Actor):
 
 
 class _PoolActor(_EngineActor):
-    """A pool of reward workers. If its process dies, Ray restarts it and retries its calls in flight."""
+    """A pool of reward workers. If its process dies, Ray restarts the actor and repeats the calls in flight."""
 
     def __init__(self, *arguments: Any) -> None:
         self.build("reward functions", POOL, *arguments)
 
 
 class LostError(RloraError):
-    """The process of an actor died."""
+    """The process of an actor died while a call was in flight, or before the call."""
 
 
 class Remote:
-    """The driver's handle of an actor, whose process imports the module of `spec` until `build` is called.
+    """The driver's handle of a Ray actor that holds one object, such as a learner.
 
-    `role` names it in messages.
+    `spec` names the object's class as module:name. The actor's process imports the module ahead, and `build` constructs
+    the object. `role` names the actor in messages, and `options` are those of `ray.remote`.
     """
 
     kind: type[_Actor] = _Actor
@@ -113,24 +114,31 @@ class Remote:
         self.actor.prepare.remote(spec)
 
     def build(self, *arguments: Any) -> None:
-        """Construct the object in the actor, without waiting for it."""
+        """Start constructing the object in the actor, without blocking. Waiting for `built` raises the errors."""
         self.built = self.actor.build.remote(self.role, self.spec, *arguments)
 
     def wait(self, reference: Any) -> Any:
-        """Wait for the result of a call. Raises the object's own error."""
+        """Block until a call has finished, and return its result. `reference` is the Ray object reference of the call.
+
+        Raises the exception that the remote method raised, or `lost_error` if the actor's process died.
+        """
         try:
             return ray.get(reference)
         except RayError as error:
             raise self.cause(error) from error  # Ray's error has the traceback in the actor
 
     def cause(self, error: RayError) -> Exception:
-        """The object's error that Ray has wrapped, or `lost_error` if the process died."""
+        """Return the exception behind Ray's `error`.
+
+        This is the exception that the remote method raised, or a `lost_error` if the actor's process died.
+        """
         if isinstance(error, RayTaskError):
             return cast(Exception, error.cause)
-        return self.lost_error(f"the process of the {self.role} died: {error}")
+        log = "its output is in /tmp/ray/session_latest/logs on its node"
+        return self.lost_error(f"the process of the {self.role} died ({log}): {error}")
 
     def future(self, reference: Any) -> Future[Any]:
-        """A future of a call's result. It raises the object's own error."""
+        """Return a future of a call's result, without blocking. The future raises the same exceptions as `wait`."""
         future: Future[Any] = Future()
 
         def settle(call: Future[Any]) -> None:
@@ -144,7 +152,10 @@ class Remote:
 
 
 class RemotePool(Remote):
-    """A pool of reward workers in an actor."""
+    """A `scoring.pool.Pool` of reward workers in an actor that reserves `cpus` Ray CPUs.
+
+    `arguments` are those of `Pool`. If the actor's process dies, Ray restarts it and repeats the calls in flight.
+    """
 
     def __init__(self, cpus: float, *arguments: Any) -> None:
         options = {"num_cpus": cpus, "scheduling_strategy": "SPREAD", "max_restarts": -1, "max_task_retries": -1}
@@ -154,14 +165,18 @@ class RemotePool(Remote):
         self.built = self.process = self.actor.process.remote()
 
     def submit(self, request: RewardInput | EnvTurn) -> Future[Any]:
-        """`Pool.submit`."""
+        """Call `Pool.submit` in the actor, without blocking, and return a future of the result."""
         return self.future(self.actor.call.remote("submit", request))
 
 
 class RemoteEngine(Remote):
-    """An engine in an actor. Its methods return futures.
+    """A `vllm_engine.Engine` in an actor, with the same methods, such as `generate`.
 
-    `share` puts an adapter into Ray's object store, once for all engines.
+    No method waits for the engine. Each returns a `concurrent.futures.Future`, except `close`, which returns None. The
+    future raises the exception of the engine's method, or EngineLostError if the actor's process died.
+
+    `share` returns a reference to an adapter in Ray's object store. `load` passes the reference on, so that several
+    engines read one copy of the adapter.
     """
 
     kind = _EngineActor
@@ -179,6 +194,7 @@ class RemoteEngine(Remote):
         return partial(self._call, method)
 
     def close(self) -> None:
+        """Terminate the actor in the thread `closing`, without blocking."""
         self.closing = threading.Thread(target=end_actors, args=([self],), daemon=True)
         self.closing.start()
 
@@ -187,7 +203,11 @@ class RemoteEngine(Remote):
 
 
 def end_actors(remotes: Sequence[Remote]) -> None:
-    """End actors, dead ones included, and remove what killed processes have left in this machine's RAM file system."""
+    """Terminate actors, and remove the files that killed processes have left in RAM on this machine.
+
+    Calls `close` in each actor, waits up to 2 seconds for all calls, and kills the actors. Blocks until the processes
+    on this node have ended, for up to 10 seconds each. Actors that have died before are ignored.
+    """
     if not ray.is_initialized():  # Ray was shut down meanwhile, with all actors
         return
     with suppress(RayError):
@@ -210,9 +230,11 @@ def end_actors(remotes: Sequence[Remote]) -> None:
 def wait_for_results(
     calls: Mapping[Any, Remote], on_wait: Callable[[list[Remote]], None] = lambda _: None
 ) -> dict[Any, Any]:
-    """Return the result of each call. The first error is raised immediately.
+    """Block until all calls have finished, and return their results.
 
-    After each `_PATIENCE` seconds without a result, `on_wait` is called with the remotes that have not answered.
+    The keys of `calls`, and of the result, are Ray object references; the values are the called remotes. If a call
+    fails, the exception of `Remote.wait` is raised immediately, while the other calls continue. After every 30 seconds
+    without a result `on_wait` is called with the remotes whose calls have not finished.
     """
     results: dict[Any, Any] = {}
     while waiting := [call for call in calls if call not in results]:
@@ -225,5 +247,6 @@ def wait_for_results(
 
 
 def report_starting(remotes: list[Remote]) -> None:
+    """Log which actors are still starting, and which resources of the Ray cluster are free."""
     roles = ", ".join(remote.role for remote in remotes)
     _log.info("still starting: %s; Ray has %s free for them", roles, ray.available_resources())

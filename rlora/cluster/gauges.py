@@ -16,7 +16,7 @@ class Gauges:
         self._gauges: dict[str, Gauge] = {}
 
     def on_step(self, run: Run, figures: Mapping[str, Any]) -> None:
-        """Set the gauges of numeric metrics."""
+        """Set a gauge for each number in `figures`, the metrics of a step by name."""
         for name, value in figures.items():
             if isinstance(value, int | float):
                 if name not in self._gauges:

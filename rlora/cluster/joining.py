@@ -14,19 +14,26 @@ from ray.exceptions import AuthenticationError
 from rlora.records import RloraError
 
 _TIMEOUT = 10.0  # seconds for the head node to accept a connection
-_ADDRESS = "give HOST:PORT of the head node, as `ray start --head` prints it, or local for this run's own cluster"
-_GONE = "if that cluster has ended, `ray stop` forgets it; RAY_ADDRESS=local starts one for this run"
+_ADDRESS = (
+    "set RAY_ADDRESS to HOST:PORT of the head node, as `ray start --head` prints it, or to local, which starts a "
+    "cluster for this run"
+)
+_GONE = (
+    "if that cluster has ended, run `ray stop` to remove its address, or set RAY_ADDRESS=local to start a cluster for "
+    "this run"
+)
 
 
 def join_ray() -> bool:
-    """Join the Ray cluster of this job or machine, or start one. Returns whether it was started.
+    """Join the Ray cluster that RAY_ADDRESS names or that `ray start` began on this machine, else start a cluster.
 
-    Raises RloraError with a message of one sentence if that fails.
+    Blocks until this process is connected. Returns True if a cluster was started. Raises RloraError, with a message of
+    one line, if that fails.
     """
     if ray.is_initialized():
         raise RloraError(
-            "Ray: this process is already connected, by ray.init() or by another job of rlora; end that job first, or "
-            "call ray.shutdown()"
+            "Ray: this process is already connected to a cluster, by ray.init() or by another job of rlora; end that "
+            "job first, or call ray.shutdown()"
         )
     setting = os.environ.get("RAY_ADDRESS", "")
     address = setting or ray._private.utils.read_ray_address() or "local"  # from a file that `ray start` writes
@@ -39,7 +46,10 @@ def join_ray() -> bool:
     except Exception as error:
         ray.shutdown()
         if address == "local":
-            raise RloraError(f"Ray: no cluster could be started: {first_sentence(error)}") from error
+            raise RloraError(
+                f"Ray: no cluster could be started: {first_sentence(error)}; Ray's logs are in "
+                "/tmp/ray/session_latest/logs"
+            ) from error
         raise RloraError(f"Ray: {source}: {_reason(error)}") from error
     return address == "local"
 
@@ -48,11 +58,11 @@ def _check_connection(address: str, source: str) -> None:
     """Raise RloraError if nothing accepts connections at `address`. Ray itself would wait for minutes."""
     host, _, port = address.rpartition(":")
     if not host.strip() or "/" in host or not port.isdecimal() or int(port) > 65535:
-        raise RloraError(f"Ray: {source} is no address; {_ADDRESS}")
+        raise RloraError(f"Ray: {source} is not an address; {_ADDRESS}")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_TIMEOUT).close()
     except OSError as error:
-        raise RloraError(f"Ray: {source}: nothing answers there ({error.strerror or error}); {_GONE}") from error
+        raise RloraError(f"Ray: {source}: the connection failed ({error.strerror or error}); {_GONE}") from error
 
 
 @contextmanager
@@ -70,22 +80,23 @@ def _single_attempt(address: str) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """One sentence: why Ray could not be joined, and the fix."""
+    """Return one sentence that says why Ray could not be joined, and the fix."""
     text, cause = "", cast(BaseException | None, error)
     while cause:
         text, cause = f"{text}\n{cause}", cause.__cause__ or cause.__context__
     versions = re.findall(r"^ *(?:Ray|Python): (\S+)$", text, re.MULTILINE)
     if "Version mismatch" in text and len(versions) >= 4:
         return (
-            f"it runs Ray {versions[0]} on Python {versions[1]}, and this process Ray {versions[2]} on Python "
-            f"{versions[3]}; use the same versions in both, or RAY_ADDRESS=local for this run's own cluster"
+            f"the cluster runs Ray {versions[0]} on Python {versions[1]}, and this process runs Ray {versions[2]} on "
+            f"Python {versions[3]}; install the same versions, or set RAY_ADDRESS=local to start a cluster for this run"
         )
     if isinstance(error, AuthenticationError) or re.search(
         r"unauthenticated|authentication token", text, re.IGNORECASE
     ):
         return (
-            "it wants a token, and this process has none or a different one; set RAY_AUTH_MODE=token, and "
-            "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to what `ray get-auth-token` prints on its head node"
+            "the cluster requires a token, and this process has no token or a different one; set RAY_AUTH_MODE=token, "
+            "and set RAY_AUTH_TOKEN to the output of `ray get-auth-token` on the head node (or RAY_AUTH_TOKEN_PATH to "
+            "a file with this output)"
         )
     if "Failed to connect" in text:
         return f"the server there is not a head node that Ray {ray.__version__} can connect to; {_GONE}"
@@ -93,6 +104,6 @@ def _reason(error: BaseException) -> str:
 
 
 def first_sentence(error: BaseException) -> str:
-    """First sentence or line of the message; the error's type if it has no message."""
+    """Return the first sentence or line of the error's message, or the error's type if the message is empty."""
     first = re.split(r"\.\s|\n", str(error).strip(), maxsplit=1)[0].rstrip(".")
     return first or type(error).__name__

@@ -1,4 +1,4 @@
-"""Processes of a job: creates the Ray actors of engines, learners and reward pools, and ends them."""
+"""Processes of a job: creates the Ray actors of engines, learners and reward pools, and terminates them."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ _START_TIMEOUT = 1800.0  # seconds for a replacement engine to start
 
 
 class Processes:
-    """The actors of a job: starts engines, learners and pools according to the shared config, and ends them all.
+    """The actors of a job. Starts engines, learners and pools according to the shared config, and terminates them.
 
-    A process that was created ahead (`create`) imports its packages until it is used.
+    Processes that `create` starts ahead import their packages until they are used. `can_grow` says whether the Ray
+    cluster may add nodes: if so, a lack of GPUs is not an error.
     """
 
     def __init__(self, config: Config, can_grow: bool) -> None:
@@ -55,27 +56,34 @@ class Processes:
         self._learners: dict[int, list[Remote]] = {}  # created ahead, by group
 
     def create(self, learn: bool) -> None:
-        """Create the engines' processes, and those of the first group of learners if the job will `learn`."""
+        """Create the processes of the engines and, if `learn` is True, of the first learner group. Does not block."""
         self._engines = {number: self._create_engine(number) for number in range(self.config.engine.replicas)}
         if learn:
             self._learners = {0: self._create_learners(0)}
 
     def configure(self, config: Config, base: str, slots: int) -> None:
-        """Set what the processes build their objects with: the shared config, the path of the base, the versions that
-        engines hold. The config agrees in SHARED with the one that the processes were created with."""
+        """Set the arguments with which engines and learners are constructed.
+
+        `config` is the shared config, which must agree with the constructor's `config` in the fields of
+        `resources.SHARED`. `base` is the path of the base, and `slots` the number of versions that an engine holds.
+        """
         self.base, self._put = base, lru_cache(maxsize=slots)(ray.put)
         engine = replace(config.engine, gpus=self.config.engine.gpus)
         self.config = replace(config, engine=engine, learner=replace(config.learner, gpus=self.config.learner.gpus))
 
     def wait(self) -> None:
-        """Wait until all actors that were told to build their objects have done so."""
+        """Block until all actors have constructed their objects. Raises the first exception of a constructor."""
         wait_for_results({remote.built: remote for remote in self.remotes if remote.built}, report_starting)
 
     def start_engines(self, served: Sequence[ServedPolicy]) -> list[RemoteEngine]:
+        """Start `engine.replicas` engines for the policies in `served`, without blocking (see `wait`)."""
         return [self.start_engine(served, number) for number in range(self.config.engine.replicas)]
 
     def measure_learners(self, learners: Sequence[Ranks]) -> None:
-        """Let the learners compute their largest row, to find how much memory they leave on each GPU for engines."""
+        """Set `memory_plan` to the memory that learners take on each GPU. This blocks.
+
+        Each learner computes the largest row of an update, and reports the memory that it has reserved.
+        """
         usage: dict[str, LearnerMemory] = {}
         for uuid, size in (pair for ranks in learners for pair in ranks.rehearse()):
             previous = usage.get(uuid, LearnerMemory())
@@ -83,7 +91,7 @@ class Processes:
         self.memory_plan = MemoryPlan(usage)
 
     def report(self, learners: Sequence[Ranks], engines: Sequence[RemoteEngine]) -> None:
-        """Print what runs where, and give engines that start later a KV cache of the same size."""
+        """Log the devices of learners and engines. Engines that start later on a GPU get the same KV cache size."""
         infos = [engine.about().result() for engine in engines]
         if self.cuda:
             self.memory_plan = replace(self.memory_plan, kv_cache=min(info.kv_cache for info in infos))
@@ -91,6 +99,7 @@ class Processes:
         _log.info("; ".join(lines))
 
     def start_engine(self, served: Sequence[ServedPolicy], number: int) -> RemoteEngine:
+        """Start engine `number` for the policies in `served`, without blocking."""
         engine = self._engines.pop(number, None) or self._create_engine(number)
         task, version = served[0].task, max(member.number for member in served)
         stops = task.chat.stop_token_ids, task.stop
@@ -98,7 +107,7 @@ class Processes:
         return engine
 
     def _share(self, adapter: Adapter) -> Any:
-        """Put an adapter into Ray's object store, once for all engines."""
+        """Put an adapter into Ray's object store, and return the reference. The last `slots` references are cached."""
         return self._put(adapter)
 
     def _create_engine(self, number: int) -> RemoteEngine:
@@ -111,15 +120,21 @@ class Processes:
         return engine
 
     def start_replacement(self, served: Sequence[ServedPolicy], number: int) -> Engine:
-        """Start an engine for one that died, and wait for it. Raises RloraError if it is not ready in time."""
+        """Start engine `number` in place of an engine that died, and block until the new engine is ready.
+
+        Raises RloraError if the job has ended or if the start takes more than 30 minutes, and the constructor's errors.
+        """
         if self.is_closed:
-            raise RloraError("engine: the run has ended")
+            raise RloraError(f"engine {number}: not started, because the job has ended")
         engine, deadline = self.start_engine(served, number), time.monotonic() + _START_TIMEOUT
 
         def check_deadline(remotes: list[Remote]) -> None:
             report_starting(remotes)
             if time.monotonic() > deadline:
-                raise RloraError(f"engine {number}: it was not ready after {_START_TIMEOUT:.0f} s")
+                raise RloraError(
+                    f"engine {number}: it was not ready after {_START_TIMEOUT:.0f} s; free the CPUs and GPUs that an "
+                    "engine reserves (`ray status` lists what is in use), or lower engine.replicas"
+                )
 
         try:
             wait_for_results({engine.built: engine}, check_deadline)
@@ -129,7 +144,10 @@ class Processes:
         return cast(Engine, engine)
 
     def start_learners(self, group: int = 0) -> list[Remote]:
-        """Start the `learner.replicas` learners of a group. Policies are divided among `learner.concurrent` groups."""
+        """Start the `learner.replicas` learners of a group, without blocking.
+
+        Policies are divided among `learner.concurrent` groups, and `group` is the index of one.
+        """
         learners = self._learners.pop(group, None) or self._create_learners(group)
         for remote in learners:
             remote.build(self.config, self.base)
@@ -148,7 +166,7 @@ class Processes:
         return remotes
 
     def _placement(self, group: int, cpus: float, gpus: float) -> str | PlacementGroupSchedulingStrategy:
-        """Scheduling strategy that packs a group's learners on few nodes, because they communicate in every update.
+        """Return a strategy that packs a group's learners on few nodes, because they communicate in every update.
 
         Engines have no placement group, because they start and end one by one.
         """
@@ -160,7 +178,11 @@ class Processes:
         return PlacementGroupSchedulingStrategy(self.placement_groups[group])
 
     def pools(self, served: Sequence[ServedPolicy]) -> dict[str, list[RemotePool]]:
-        """Each policy's reward pools. Policies whose reward functions have the same setup share them."""
+        """Return the reward pools of each policy, by the policy's name. Missing pools are started, without blocking.
+
+        Policies whose reward functions have the same setup share their pools. A policy without reward functions whose
+        env does not reply has an empty list.
+        """
         by_policy: dict[str, list[RemotePool]] = {}
         for member in served:
             scoring, setup = member.config.scoring, member.task.scoring
@@ -177,6 +199,7 @@ class Processes:
         return by_policy
 
     def close(self) -> None:
+        """Terminate all actors. Blocks until their processes have ended, within the limits of `end_actors`."""
         self.is_closed = True
         engines = [remote for remote in self.remotes if isinstance(remote, RemoteEngine)]
         closing = {remote: remote.closing for remote in engines if remote.closing}

@@ -1,4 +1,4 @@
-"""Learner processes that share each update, as one learner that survives their deaths."""
+"""Learner processes that share each update, with the interface of one learner. Dead processes are replaced."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -35,9 +35,12 @@ class _Backup:
 class Ranks:
     """A group of data-parallel learner processes with the interface of `Learner`.
 
-    Calls that change a policy go to every process, and the result of the first is returned. If a process dies, `create`
-    starts a new group, each policy is restored from its last state, gradients accumulated since then are computed
-    again, and the call is repeated. After `restarts` consecutive deaths the error is raised.
+    Calls that change a policy go to every process, and the result of the first process is returned. Methods block,
+    unless they say otherwise, and raise the exceptions of `Learner`.
+
+    If a process dies, `create` starts a new group, each policy is restored from its last state, gradients accumulated
+    since then are computed again, and the call is repeated. After `restarts` consecutive deaths the call raises the
+    error instead. `remotes` is the first group.
     """
 
     def __init__(self, create: Callable[[], list[Remote]], remotes: list[Remote], restarts: int) -> None:
@@ -47,41 +50,47 @@ class Ranks:
         self._join()
 
     def open(self, policy: str, setup: Setup, saved: bytes | None = None) -> Adapter:
+        """Call `Learner.open` on all learners."""
         adapter: Adapter = self._call(partial(self._on_all, "open", policy, ray.put(setup), ray.put(saved)))
         self._backups[policy] = _Backup(setup, saved)
         return adapter
 
     def close(self, policy: str) -> None:
-        """`Learner.close` on all, without waiting: a learner's calls run in order."""
+        """Call `Learner.close` on all learners, without blocking. Calls that are made later run after this call."""
         self._backups.pop(policy, None)
         if not self._is_broken:  # else the next group is created without the policy
             self._on_all("close", policy)
 
     def rehearse(self) -> list[tuple[str, int]]:
-        """`Learner.rehearse` on each."""
+        """Call `Learner.rehearse` on all learners, and return the GPU's UUID and the peak bytes of each."""
         sizes: list[tuple[str, int]] = self._call(partial(self._on_each, "rehearse", [()] * len(self._remotes)))
         return sizes
 
     def about(self) -> str:
-        """`Learner.about` of the first."""
+        """Call `Learner.about` on the first learner."""
         text: str = self._call(partial(self._on_first, "about"))
         return text
 
     def update(self, policy: str, groups: Sequence[Group]) -> tuple[Adapter, UpdateStats]:
-        """`Learner.update` on all. The state after it is saved before it returns, so that a death can't undo it."""
+        """Call `Learner.update` on all learners, and keep the policy's new state for the case that a learner dies."""
         return self.start_update(policy, groups)()
 
     def start_update(self, policy: str, groups: Sequence[Group]) -> Callable[[], tuple[Adapter, UpdateStats]]:
-        """Start `update` without blocking. The returned function waits for its result."""
+        """Start `Learner.update` on all learners without blocking. Returns a function that waits for the result.
+
+        The function must be called before the policy's next call. It blocks until all learners have finished, keeps the
+        policy's new state, and returns what `update` returns. It also raises the errors of the update, and replaces
+        dead learners.
+        """
         return self._change(policy, "update", ray.put(groups))
 
     def forward(self, policy: str, groups: Groups, reference: bool = False) -> list[list[Tensor]]:
-        """`Learner.forward`, with the groups divided among the learners."""
+        """Call `Learner.forward` on all learners, with the groups divided among them."""
         calls = [(policy, part, reference) for part in self._divide(groups)]
         return _merge(self._call(partial(self._on_each, "forward", calls)))
 
     def forward_backward(self, policy: str, groups: Groups, loss: Loss) -> ForwardBackwardOutput:
-        """`Learner.forward_backward`, with the groups divided among the learners."""
+        """Call `Learner.forward_backward` on all learners, with the groups divided among them."""
         loss_ref = ray.put(loss)  # a copy, so that a repeated call uses the loss as it is now
         calls = [(policy, part, loss_ref) for part in self._divide(groups)]
         try:
@@ -93,29 +102,31 @@ class Ranks:
         return ForwardBackwardOutput(outputs[0].sums, _merge([output.outputs for output in outputs]))
 
     def optim_step(self, policy: str, adam: Adam) -> StepStats:
-        """`Learner.optim_step` on all. The state after it is saved too."""
+        """Call `Learner.optim_step` on all learners, and keep the policy's new state."""
         stats: StepStats = self._change(policy, "optim_step", adam)()
         return stats
 
     def next_version(self, policy: str) -> Adapter:
-        """`Learner.next_version` on all. The state after it is saved too."""
+        """Call `Learner.next_version` on all learners, and keep the policy's new state."""
         accumulated = self._backups[policy].accumulated
         adapter: Adapter = self._change(policy, "next_version")()
         self._backups[policy].accumulated = accumulated
         return adapter
 
     def adapter(self, policy: str) -> Adapter:
+        """Call `Learner.adapter` on the first learner."""
         adapter: Adapter = self._call(partial(self._on_first, "adapter", policy))
         return adapter
 
     def state(self, policy: str) -> bytes:
+        """Return the kept state of the policy, or `Learner.state` of the first learner if none is kept."""
         backup = self._backups[policy]
         if backup.state is None or not backup.is_current_format:
             backup.state, backup.is_current_format = self._call(partial(self._on_first, "state", policy)), True
         return backup.state
 
     def _change(self, policy: str, method: str, *arguments: Any) -> Callable[[], Any]:
-        """Call a method that changes a policy. The returned function waits for the result and saves the state."""
+        """Call a method that changes a policy. The returned function waits for the result, and keeps the new state."""
 
         def send() -> Callable[[], tuple[Any, bytes]]:
             output, state = self._on_all(method, policy, *arguments), self._on_first("state", policy)
@@ -135,7 +146,7 @@ class Ranks:
         return result
 
     def _divide(self, groups: Groups) -> list[Any]:
-        """Each learner's groups: the list of all groups, in which those of other learners are empty."""
+        """Return a Ray reference per learner, to the list of all groups with those of other learners made empty."""
         sizes = [sum(sample.length for sample in group) for group in groups]
         return [
             ray.put([group if index in indices else [] for index, group in enumerate(groups)])
@@ -165,12 +176,12 @@ class Ranks:
                     deaths += is_death
                     if not is_death or deaths > self._restarts:
                         raise
-                    _log.warning("%s\nIt is started again, and continues from its last state.", error)
+                    _log.warning("%s\nThe learners are started again, and continue from their last state.", error)
 
         return result
 
     def _has_died(self) -> bool:
-        """Whether a learner has died: the error of another one may be a symptom that arrives before Ray's report."""
+        """Return whether a learner has died: another learner may fail as a result, before Ray reports the death."""
         if len(self._remotes) == 1:
             return False
         for remote in self._remotes:
@@ -202,14 +213,14 @@ class Ranks:
         return partial(first.wait, first.actor.call.remote(method, *arguments))
 
     def _on_all(self, method: str, *arguments: Any) -> Callable[[], Any]:
-        """Call all with the same arguments. The returned function waits for all and returns the first one's result."""
+        """Call all learners with equal arguments. The returned function waits for all, and returns the first result."""
         results = self._on_each(method, [arguments] * len(self._remotes))
         return lambda: results()[0]
 
     def _on_each(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> Callable[[], list[Any]]:
-        """Call each with its arguments. The returned function waits for the results.
+        """Call each learner with its row of `arguments`. The returned function waits for the results.
 
-        It raises the first error immediately: the other learners would wait for the failed one forever.
+        The function raises the first error immediately: the other learners would wait for the failed one forever.
         """
         calls = {
             remote.actor.call.remote(method, *row): remote for remote, row in zip(self._remotes, arguments, strict=True)

@@ -21,21 +21,23 @@ SHARED = (  # fields that all policies of a job share, because a process has the
 
 
 def slots_needed(config: Config) -> int:
-    """Number of versions of a policy that an engine serves at a time.
+    """Return the number of versions of a policy that an engine serves at a time.
 
-    The newest one, `max_staleness` older ones, one that is being delivered, and one that is being evaluated.
+    These are the newest version, `max_staleness` older ones, the version that is being delivered and, if
+    `evaluate.every` is set, the version that is being evaluated.
     """
     return config.max_staleness + 2 + (config.evaluate.every > 0)
 
 
 def total_slots(served: Sequence[ServedPolicy]) -> int:
+    """Return the number of versions that an engine serves at a time for all policies together."""
     return sum(slots_needed(member.config) for member in served)
 
 
 def shared_config(served: Sequence[ServedPolicy]) -> Config:
-    """Config of the job's processes: the fields that all policies share, and the maximum of what they need.
+    """Return the config of the job's processes: the shared fields, and the largest values that the policies need.
 
-    Raises RloraError, naming the field, if two policies differ in a field that they have to share.
+    Raises RloraError, naming the field, if two policies differ in a field of `SHARED`, or can't train in one job.
     """
     first, *rest = served
     for member in rest:
@@ -44,26 +46,27 @@ def shared_config(served: Sequence[ServedPolicy]) -> Config:
             if value != expected:
                 raise RloraError(
                     f"{name} = {value!r} of {member.policy}: {first.policy} has {expected!r}, and policies that train "
-                    "together share this field; set the same value, or train them one after the other"
+                    "together share this field; set the same value, or train the policies one after the other"
                 )
         if bool(member.config.max_staleness) != bool(first.config.max_staleness) and not first.config.learner.threads:
             raise RloraError(
                 f"max_staleness = {member.config.max_staleness} of {member.policy}: {first.policy} has "
-                f"{first.config.max_staleness}. Whether it is 0 decides the learner's default number of threads, which "
-                "affects rounding; set learner.threads for both"
+                f"{first.config.max_staleness}. The default of learner.threads depends on whether max_staleness is 0, "
+                "and affects rounding; set learner.threads to the same number for both policies"
             )
         if first.config.learner.full_finetuning:
             raise RloraError(
-                f'learner.adapter = "none": a learner then trains one policy only, not both {first.policy} and '
-                f"{member.policy}; train them one after the other"
+                'learner.adapter = "none": all weights of the base are trained, so a job can train one policy only, '
+                f'not both {first.policy} and {member.policy}; set learner.adapter = "lora", or train the policies '
+                "one after the other"
             )
         if (names := [policy.policy for policy in served]).count(member.policy) > 1:
             raise RloraError(f"policy {member.policy}: the name occurs twice in {names}; give each policy its own name")
         if member.task.stop != first.task.stop:
             raise RloraError(
-                f"{member.policy}: its env or chat.stop ends messages with {list(member.task.stop)}, and that of "
-                f"{first.policy} with {list(first.task.stop)}; policies that train together share stop strings: set "
-                "the same ones, or train them one after the other"
+                f"chat.stop, or `stop` of the env: the stop strings of {member.policy} are {list(member.task.stop)}, "
+                f"and those of {first.policy} are {list(first.task.stop)}, but policies that train together share stop "
+                "strings; set the same strings, or train the policies one after the other"
             )
     configs = [member.config for member in served]
     learner = replace(
@@ -78,9 +81,11 @@ def shared_config(served: Sequence[ServedPolicy]) -> Config:
 
 
 def assign_gpus(config: Config, cluster_gpus: float, can_grow: bool = False) -> Config:
-    """Resolve `engine.gpus` and `learner.gpus`: what each engine (per tensor-parallel rank) and learner reserves.
+    """Return `config` with numbers for `engine.gpus` and `learner.gpus`, instead of "auto".
 
-    Raises RloraError if that is impossible, or if the cluster has too few GPUs and can't grow.
+    `engine.gpus` is the number of GPUs that each tensor-parallel rank of an engine reserves, `learner.gpus` the number
+    that each learner reserves. Both are 0 if the Ray cluster has no GPU (`cluster_gpus` is 0). Raises RloraError if the
+    numbers are not possible, or if they exceed `cluster_gpus` and the cluster can't grow.
     """
     engine, learner = config.engine, config.learner
     learners, parts = learner.replicas * learner.concurrent, engine.tensor_parallel_size
@@ -91,20 +96,22 @@ def assign_gpus(config: Config, cluster_gpus: float, can_grow: bool = False) -> 
     engine_gpus = (1.0 if enough or parts > 1 else 0.5) if engine.gpus == "auto" else engine.gpus
     if parts > 1 and engine_gpus < 1:
         raise RloraError(
-            f"engine.gpus = {engine_gpus}: with engine.tensor_parallel_size = {parts} an engine takes whole GPUs; "
-            "leave engine.gpus out"
+            f"engine.gpus = {engine_gpus}: engine.tensor_parallel_size = {parts} divides an engine into {parts} parts, "
+            "and each part needs a whole GPU; set engine.gpus = 1 (GPUs per part), or unset engine.gpus (then it is 1)"
         )
     if learner.replicas > 1 and 0 < learner_gpus < 1:
         raise RloraError(
-            f"learner.gpus = {learner_gpus}: {learner.replicas} learners might share a GPU, and NCCL needs one per "
-            "process; leave learner.gpus out"
+            f"learner.gpus = {learner_gpus}: with less than 1, Ray can place several of the learner.replicas = "
+            f"{learner.replicas} learners on one GPU, but NCCL requires a GPU for each; set learner.gpus = 1, or unset "
+            "learner.gpus (each learner then reserves 1 GPU)"
         )
     needed = engine.replicas * parts * engine_gpus + learners * learner_gpus
     if needed > cluster_gpus and not can_grow:
         raise RloraError(
             f"GPU: engines need {engine.replicas} x {parts * engine_gpus:g} and learners {learners} x {learner_gpus:g} "
             f"GPUs, {needed:g} in total, and Ray has {cluster_gpus:g}; lower engine.replicas, "
-            "engine.tensor_parallel_size or learner.replicas, or let them share GPUs by engine.gpus and learner.gpus"
+            "engine.tensor_parallel_size or learner.replicas, or set engine.gpus and learner.gpus below 1, so that "
+            "engines and learners share GPUs"
         )
     return replace(
         config, engine=replace(engine, gpus=float(engine_gpus)), learner=replace(learner, gpus=float(learner_gpus))

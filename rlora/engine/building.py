@@ -34,9 +34,11 @@ _LARGEST_VOCABULARY = 258048  # of an output head that vLLM's LoRA kernels suppo
 def build(
     config: Config, base: str, seed: int, slots: int, full_weights: bool, experts: bool, memory_plan: MemoryPlan
 ) -> LLMEngine:
-    """Build vLLM with `slots` adapter slots, or with none if it serves `full_weights`.
+    """Build vLLM's engine for the base model in the directory `base`. Blocks until vLLM is ready to sample.
 
-    On a GPU it takes the memory that learners leave according to `memory_plan`. Raises RloraError if that is too
+    The engine has `slots` adapter slots, or none if it serves `full_weights`. `seed` seeds sampling, and `experts` says
+    whether the base is a mixture of experts. On a GPU the engine takes the memory that learners leave according to
+    `memory_plan`. Raises RloraError if vLLM's build or kernels do not support the config, or if the memory is too
     little.
     """
     settings, on_gpu = config.engine, current_device().type == "cuda"
@@ -103,23 +105,24 @@ def _gpu_options(config: Config, shape: PreTrainedModel, memory_plan: MemoryPlan
 def _check_cpu_build(config: Config, experts: bool) -> None:
     if experts:
         raise RloraError(
-            f"model = {config.model!r}: vLLM's CPU build can't serve adapters over experts (its only backend "
-            "for experts has no LoRA support), and may not reload their weights; use a dense model, or a GPU"
+            f"model = {config.model!r}: vLLM's CPU build can't serve adapters over experts, because its only backend "
+            "for experts has no LoRA support. Full finetuning of experts is not supported there either; use a dense "
+            "model, or a GPU"
         )
     if torch.version.cuda:
         raise RloraError(
-            "vLLM: this build needs a GPU, and Ray gave this process none; check that Ray sees the GPUs, or "
-            "install rlora with the extra cpu in a separate environment"
+            "vLLM: this build needs a GPU, and Ray gave this process none; use a machine on which Ray sees a GPU, with "
+            "engine.gpus above 0, or install rlora[cpu] in a separate environment to sample on the CPU"
         )
 
 
 def sampling_seed(*identity: int) -> int:
-    """Seed for vLLM, a hash of `identity`: no two replicas, and no two starts of one, sample alike."""
+    """Return a seed for vLLM: a 32-bit hash of the numbers in `identity`, so that engine starts sample differently."""
     return int.from_bytes(hashlib.sha256(repr(identity).encode()).digest()[:4])
 
 
 def engine_info(llm: LLMEngine, config: Config) -> EngineInfo:
-    """Describe the device and settings that the engine runs with."""
+    """Describe the device and the settings that `llm` runs with."""
     on_gpu = current_device().type == "cuda"
     cache = llm.vllm_config.cache_config
     tokens = (cache.num_gpu_blocks or 0) * (cache.block_size or 0)
@@ -134,23 +137,30 @@ def engine_info(llm: LLMEngine, config: Config) -> EngineInfo:
 
 
 def load_adapter(llm: LLMEngine, adapter: Adapter, path: Path, lora_id: int, experts: bool) -> LoRARequest | None:
-    """Load the adapter's files at `path` into vLLM; return the LoRARequest that selects it, None for full weights.
+    """Load the adapter's files in the directory `path` into vLLM. Blocks until the adapter is loaded.
 
-    Raises RloraError if vLLM rejects them.
+    Returns the LoRARequest by which requests select the adapter, or None for full weights, which replace the previous
+    ones. `lora_id` must not have been used before, and `experts` says whether the base is a mixture of experts. Raises
+    RloraError if vLLM rejects the files, and DeliveryError if vLLM keeps cached keys of previous full weights.
     """
     if adapter.full_weights:
         llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
         llm.apply_model(_repack_head)
         if not llm.reset_prefix_cache():  # it has keys and values of the previous weights
-            raise DeliveryError(f"version {adapter.name}: vLLM did not clear its prefix cache of the previous weights")
+            raise DeliveryError(f"version {adapter.name}: vLLM did not clear the prefix cache of the previous weights")
         return None
     request = LoRARequest(adapter.name, lora_id, str(path), is_3d_lora_weight=experts)
     try:
         is_loaded = llm.add_lora(request)
     except ValueError as error:
-        raise RloraError(f"adapter {adapter.name}: vLLM can't serve it: {error}") from error
+        raise RloraError(
+            f"adapter {adapter.name}: vLLM rejected the adapter: {error}; adapt other matrices (learner.targets, "
+            "learner.head), or start from a different adapter (learner.start_from)"
+        ) from error
     if not is_loaded:
-        raise RloraError(f"adapter {adapter.name}: vLLM did not load it")
+        raise RloraError(
+            f"adapter {adapter.name}: vLLM's add_lora returned False for the new id {lora_id}; report this as a bug"
+        )
     if current_device().type == "cpu":
         from rlora.engine.cpu import patches
 
@@ -159,7 +169,7 @@ def load_adapter(llm: LLMEngine, adapter: Adapter, path: Path, lora_id: int, exp
 
 
 def lora_target_modules(model: PreTrainedModel, config: Config) -> list[str]:
-    """Last name components of the base's modules that an adapter of this config may adapt, such as `q_proj`."""
+    """Return the last name components, such as `q_proj`, of the modules in `model` that an adapter may adapt."""
     learner = config.learner
     spec = Spec(targets=learner.targets, head=learner.head)
     return sorted(
@@ -177,18 +187,19 @@ def _check_kernels(config: Config, base: str) -> None:
         return
     if config.dtype == "float32":
         raise RloraError(
-            'dtype = "float32": on a GPU vLLM\'s LoRA kernels support 16-bit types only; use bfloat16 (the adapter, '
-            "its gradients and Adam stay in fp32)"
+            'dtype = "float32": on a GPU vLLM\'s LoRA kernels support 16-bit types only; set dtype = "bfloat16" '
+            "(the adapter, its gradients and Adam's moments stay in fp32)"
         )
     if (config.learner.head or config.learner.start_from) and (size := vocabulary_size(base)) > _LARGEST_VOCABULARY:
         raise RloraError(
-            f"learner.head: the model's vocabulary has {size:,} tokens, and on a GPU vLLM adapts an output head of at "
-            f"most {_LARGEST_VOCABULARY:,}; set learner.head = false"
+            f"learner.head: the model's vocabulary has {size:,} tokens. With learner.head = true, or with "
+            "learner.start_from, vLLM adapts the output head, and its GPU kernels support a vocabulary of at most "
+            f"{_LARGEST_VOCABULARY:,} tokens there; set learner.head = false, and unset learner.start_from"
         )
 
 
 def _memory_share(config: Config, shape: PreTrainedModel, memory_plan: MemoryPlan) -> float:
-    """Fraction of the card's memory that vLLM may take. Raises RloraError if it can't be enough."""
+    """Return the fraction of the GPU's memory that vLLM may take. Raises RloraError if that is too little."""
     settings, (free, total), name = config.engine, torch.cuda.mem_get_info(), describe_device()
     learners = memory_plan.learners.get(card_uuid(), cards.LearnerMemory())
     gpus, parts = 1.0 if settings.gpus == "auto" else settings.gpus, settings.tensor_parallel_size
@@ -200,7 +211,7 @@ def _memory_share(config: Config, shape: PreTrainedModel, memory_plan: MemoryPla
 
 
 def _attention_backends(llm: LLMEngine) -> set[str]:
-    """Names of the attention backends of the model's layers."""
+    """Return the names of the attention backends of the model's layers."""
     names = llm.apply_model(_backend_names)
     return set().union(*names)
 

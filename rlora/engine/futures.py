@@ -10,7 +10,7 @@ _Result = TypeVar("_Result")
 
 @contextmanager
 def errors_to(future: Future[Any]) -> Iterator[None]:
-    """Set an error of the block on `future` instead of raising it."""
+    """Run a block; if it raises an exception, set the exception on `future`, unless `future` is already done."""
     try:
         yield
     except Exception as error:
@@ -19,7 +19,7 @@ def errors_to(future: Future[Any]) -> Iterator[None]:
 
 
 def resolved(value: _Result) -> Future[_Result]:
-    """A future that already has its result."""
+    """Return a future whose result is already `value`."""
     future: Future[_Result] = Future()
     future.set_result(value)
     return future

@@ -13,13 +13,17 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class LoadedAdapter:
-    """An adapter that vLLM has loaded. A request leases it from its submission to its last token."""
+    """An adapter that vLLM has loaded, and its leases.
+
+    A request holds a lease on the adapter from the request's submission to its last token, and so does the canary. An
+    adapter with a lease is not unloaded.
+    """
 
     adapter: Adapter
     lora_request: "LoRARequest | None"  # None for full weights
     receipt: Receipt = field(init=False)
     leases: int = 0
-    verdict: Future[None] | None = None  # of its canary; None until that is submitted
+    verdict: Future[None] | None = None  # resolves when the canary has passed; None until the canary is submitted
 
     @property
     def version(self) -> Version:
@@ -27,10 +31,10 @@ class LoadedAdapter:
 
 
 def unused(adapters: Sequence[LoadedAdapter], policy: str) -> list[LoadedAdapter]:
-    """A policy's adapters without a lease, except for its newest version and the one that was requested last.
+    """Return the policy's adapters without a lease, except its newest version and the version that was requested last.
 
-    `adapters` is in the order of the last request for each. If a number was trained again after a crash, the adapter
-    that was requested last is the newest of that number.
+    `adapters` must be in the order of the last request for each. If a version number was trained again after a crash,
+    the adapter of that number that was requested last counts as the newest.
     """
     candidates = [loaded for loaded in reversed(adapters) if loaded.version.policy == policy]
     newest = max(candidates, key=lambda loaded: loaded.version.number, default=None)
@@ -38,10 +42,11 @@ def unused(adapters: Sequence[LoadedAdapter], policy: str) -> list[LoadedAdapter
 
 
 def next_to_unload(adapters: Sequence[LoadedAdapter], policy: str) -> LoadedAdapter | None:
-    """The adapter to unload when a version of `policy` needs a slot; None if all are leased.
+    """Return the adapter to unload when a version of `policy` needs a slot, or None if all adapters are leased.
 
-    The policy's own adapters come first; among equals, the one that was requested longest ago. Another policy's
-    adapter is loaded again on demand.
+    The policy's own adapters come before those of other policies. Among them, the adapter whose last request is the
+    oldest is returned; `adapters` must be in the order of the last request for each. An adapter of another policy is
+    loaded again when a request names it.
     """
     idle = [loaded for loaded in adapters if not loaded.leases]
     return min(idle, key=lambda loaded: loaded.version.policy != policy, default=None)

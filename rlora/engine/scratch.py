@@ -1,7 +1,7 @@
 """The directory that an engine's adapters are loaded from, in RAM or on disk, and removal of what killed engines left.
 
-A directory is locked, and the kernel releases the lock when its process dies. So other processes can tell, also from
-another PID namespace, whether it is in use.
+Each process locks its directories, and the kernel releases a lock when the process dies. So other processes can tell
+whether a directory is in use, also if they are in another PID namespace.
 """
 
 import errno
@@ -24,7 +24,10 @@ _OPENMP = "__KMP_REGISTERED_LIB_"  # prefix of the file that Intel's OpenMP keep
 
 
 class Scratch:
-    """The locked directory of process `pid`, which must be this process."""
+    """Directories for the adapter files of this process, whose id is `pid`: in RAM and, if that is full, on disk.
+
+    The process holds a lock on each directory until `close`.
+    """
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -33,9 +36,10 @@ class Scratch:
     def write(
         self, adapter: Adapter, versions: int = 1, write: Callable[[Adapter, Path], Path] = write_adapter
     ) -> Path:
-        """Write an adapter to the first root with room for `versions` of its size, and return its directory.
+        """Write the adapter's files with the function `write`, and return the directory that contains them.
 
-        Raises RloraError if no root has that room.
+        The files go to /dev/shm if it has room for `versions` adapters of this size, else to the directory for
+        temporary files (TMPDIR). Raises RloraError if neither has that room.
         """
         size = versions * sum(map(len, adapter.files.values()))
         shortages = []
@@ -57,14 +61,17 @@ class Scratch:
         )
 
     def close(self) -> None:
-        """Remove everything."""
+        """Remove this process's directories with all files in them, and release the locks."""
         for directory, lock in self._directories.values():
             shutil.rmtree(directory, ignore_errors=True)
             os.close(lock)
         self._directories.clear()
 
     def _directory(self, root: Path) -> Path:
-        """This process's directory in `root`, created and locked. In another container a process may have its pid."""
+        """Return this process's directory in `root`. The first call creates and locks it.
+
+        The name has a number at its end if a process in another container has the same pid and uses the plain name.
+        """
         if root in self._directories:
             return self._directories[root][0]
         first = machine.adapter_directory(self.pid, root)
@@ -107,10 +114,10 @@ def _roots() -> list[Path]:
 
 
 def _lock(directory: Path, wait: bool = False) -> int | None:
-    """Lock a directory and return the descriptor; None if it is in use, another user's, or not a directory.
+    """Lock a directory and return its descriptor, or None if it is in use, another user's, or not a directory.
 
-    With `wait` the directory is this process's, and others hold its lock only while they inspect it. On a file system
-    without locks the descriptor is returned unlocked then.
+    Set `wait` for a directory of this process, whose lock other processes hold only while they inspect it. If `wait` is
+    set and the file system has no locks, the returned descriptor is not locked.
     """
     try:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -126,7 +133,10 @@ def _lock(directory: Path, wait: bool = False) -> int | None:
 
 
 def _is_alive(pid: int, last_change: float) -> bool:
-    """Whether the process that created a file is alive. One that began after the file's last change reuses its pid."""
+    """Return whether the process that created a file is alive.
+
+    A process that began after the file's `last_change` (in seconds since 1970) did not create it, but reuses the pid.
+    """
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -13,14 +13,15 @@ _Pair = tuple[Tensor, Tensor] | tuple[None, None]  # A and B; None if the adapte
 
 
 def differences(model: Any, lora_id: int, adapter: Adapter) -> list[str]:
-    """Differences between the slot of `lora_id` in vLLM's `model` and `adapter`, one line each; empty if it is exact.
+    """Return the differences between `adapter` and the slot of `lora_id` in vLLM's `model`, one line for each.
 
-    A slot should hold A and B in the slots' dtype, B times its scale, fused with those of other matrices as vLLM fuses
-    them, and zeros wherever the adapter has nothing. Every number is compared. Adapters over experts are skipped.
+    The list is empty if every number in the slot is as expected: A, and B times the scale, in the slot's dtype, fused
+    with other matrices as vLLM fuses them, and zeros where the adapter has no matrix. Adapters over experts are not
+    compared.
     """
     manager = model.lora_manager
     if lora_id not in manager.lora_index_to_id:
-        return [f"no slot holds it (ids in the slots: {manager.lora_index_to_id})"]
+        return [f"no slot has the adapter's id {lora_id} (ids in the slots: {manager.lora_index_to_id})"]
     slot = manager.lora_index_to_id.index(lora_id)
     expected = _by_module(model, adapter, manager.lora_config.lora_dtype)
     lines = []
@@ -36,7 +37,7 @@ def differences(model: Any, lora_id: int, adapter: Adapter) -> list[str]:
 
 
 def _by_module(model: Any, adapter: Adapter, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
-    """A (R, d_in) and scale x B (d_out, R) by vLLM's module names, rounded as in the learner's forward pass."""
+    """Return A (R, d_in) and scale x B (d_out, R) by vLLM's module name, rounded as in the learner's forward pass."""
     spec, tensors = peft_format.decode(adapter.config, adapter.weights)
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     renames = mapper and mapper.get_rename_mapper()
@@ -51,13 +52,13 @@ def _by_module(model: Any, adapter: Adapter, dtype: torch.dtype) -> dict[str, tu
 
 
 def _stacks(module: Any) -> list[tuple[Tensor, ...]]:
-    """All slots of a layer's A and of its B: one tensor (slots, 1, rows, columns) per part of a fused matrix."""
+    """Return all slots of a layer's A and of its B: a tensor (slots, 1, rows, columns) per part of a fused matrix."""
     stacks = module.lora_a_stacked, module.lora_b_stacked
     return [(stack,) if isinstance(stack, Tensor) else stack for stack in stacks]
 
 
 def _parts(module: Any, pairs: list[_Pair], count: int) -> tuple[list[Any], list[Any]]:
-    """The expected A and B of each of the `count` parts of a fused matrix, on this rank of tensor parallelism."""
+    """Return the expected A and B of the `count` parts of a fused matrix, on this rank of tensor parallelism."""
     a, b = ([pair[factor] for pair in pairs] for factor in (0, 1))
     if len(a) != count:  # one matrix of the base that vLLM splits into several parts
         a, b = module.expand_packed_lora(a, b)
@@ -69,7 +70,7 @@ def _parts(module: Any, pairs: list[_Pair], count: int) -> tuple[list[Any], list
 
 
 def _holds(slot: Tensor, matrix: Tensor | None) -> bool:
-    """Whether the upper left corner of `slot` equals `matrix` and the rest of it is zero."""
+    """Return whether the upper left corner of `slot` equals `matrix` and the rest of `slot` is zero."""
     expected = torch.zeros_like(slot)
     if matrix is not None:
         expected[: matrix.shape[0], : matrix.shape[1]] = matrix

@@ -62,16 +62,16 @@ class _Request:
 
 
 class Engine:
-    """vLLM on its own thread, with its adapters' files in its own directory, in RAM if there is room.
+    """vLLM on a thread of this process. The files of its adapters are in RAM if there is room.
 
-    Each method posts a job to that thread and returns a future. Jobs run between two steps of vLLM. So a version is
-    loaded, and a request accepted, while other requests are in flight; those continue under the version that they were
-    submitted with. A version is unloaded when it is not the newest of its policy and no request leases it.
+    The constructor blocks until vLLM is ready. Each method posts a job to the thread and returns a future immediately.
+    Jobs run between two steps of vLLM, while requests are in flight. A request continues under the version that it was
+    submitted with. A version is unloaded when its policy has a newer one and no request leases it (`loaded.unused`).
 
     `base` is the path of the base model, `slots` the number of versions that fit at a time, `memory_plan` the memory
-    that learners use on each GPU. `number` counts the engine starts of a job, and `version` is the number of the first
-    version to serve; they seed sampling, so that no two engines draw the same samples. A completion ends with one of
-    `stop_token_ids` or of the strings `stop`. Start the process with `machine.engine_environment`.
+    that learners use on each GPU. `config.seed`, `number` (the count of engine starts in the job) and `version` (the
+    number of the first version to serve) seed sampling, so that engine starts sample differently. A completion ends at
+    one of `stop_token_ids` or of the strings `stop`. The process needs the variables of `machine.engine_environment`.
     """
 
     def __init__(
@@ -102,48 +102,48 @@ class Engine:
         self.llm: LLMEngine = building.result()
 
     def load(self, adapter: Adapter, oldest: int = 0, kept: int | None = None) -> Future[Receipt]:
-        """Load `adapter.version` beside the versions that are served, and verify it. Waits while all slots are leased.
+        """Load and verify `adapter.version`, beside the versions that are already loaded. Returns a future immediately.
 
-        Requests for versions of its policy with numbers below `oldest`, except `kept`, are aborted. Checks: the file
-        that vLLM read has the adapter's digest, the slot holds the adapter's tensors, and the canary's logprobs match
-        the learner's about as closely as the base's do. The canary runs with the version's first requests, whose
-        episodes are withheld until it passes. Raises DeliveryError if the engine serves something else, RloraError if
-        vLLM rejects the adapter.
+        If requests lease all slots (see `LoadedAdapter`), the thread first steps until a slot is free. Requests for the
+        policy's versions below `oldest`, except `kept`, are aborted. The future raises DeliveryError if the files that
+        vLLM read, the tensors in the slot, or the canary's logprobs (`canary.py`) are not the adapter's, RloraError if
+        the files find no room or vLLM rejects them, EngineLostError if vLLM fails. For the engine's first version the
+        canary runs in this call. For others it runs with the first request: if it fails, `generate` raises the error.
         """
         return self._post(lambda: self._load(adapter, oldest, kept))
 
     def generate(self, prompt: Prompt, sampling: Sampling, version: Version) -> Future[Group]:
-        """Sample `sampling.group_size` completions under `version`; `records.BASE` is the base without an adapter.
+        """Sample `sampling.group_size` unscored episodes under `version`; `records.BASE.version` has no adapter.
 
-        Behaviour logprobs are natural logs, at the sampling temperature. Raises NotLoadedError if the version is not
-        loaded, DeliveryError if its canary fails, StaleError if the request is aborted.
+        Behaviour logprobs are in nats, at the sampling temperature. The future raises NotLoadedError if the version is
+        not loaded, DeliveryError if the version's canary fails, StaleError if the request is aborted.
         """
         group: Future[Group] = self._new_future()
         self._jobs.put(lambda: self._generate(prompt, sampling, version, group))
         return group
 
     def stats(self) -> Future[EngineStats]:
-        """Figures so far; resolved immediately, also during a step."""
+        """Return the metrics so far, in a future that is already resolved, also during a step."""
         return resolved(EngineStats(self.busy_seconds, dict(self.canary_distances)))
 
     def about(self) -> Future[EngineInfo]:
-        """The device and settings that it runs with."""
+        """Describe the device and the settings that vLLM runs with."""
         return self._post(lambda: engine_info(self.llm, self.config))
 
     def leave(self, policy: str) -> Future[None]:
-        """Abort the requests of `policy` and unload its versions."""
+        """Abort the requests of `policy` (StaleError), and unload the policy's versions."""
         return self._post(lambda: self._leave(policy))
 
     def versions(self) -> Future[list[Version]]:
-        """The loaded versions, in the order of the last request for each."""
+        """Return the loaded versions, in the order of the last request for each."""
         return self._post(lambda: [loaded.version for loaded in self.adapters])
 
     def lora_ids(self) -> Future[list[int]]:
-        """Ids of the adapters that vLLM itself lists: one for each of `versions`."""
+        """Return the ids of the adapters that vLLM itself lists: one for each of `versions`."""
         return self._post(lambda: sorted(self.llm.list_loras()))
 
     def close(self) -> Future[None]:
-        """Remove the adapters' files, and end the thread after its step."""
+        """Remove the adapters' files, and end the thread after its current step. Pending futures stay pending."""
         self._jobs.put(None)
         self.scratch.close()
         return resolved(None)
@@ -159,7 +159,7 @@ class Engine:
         return future
 
     def _post(self, job: Callable[[], _Result]) -> Future[_Result]:
-        """Run `job` on the engine's thread between two steps."""
+        """Queue `job`, to run on the engine's thread between two steps, and return a future of its result."""
         future: Future[_Result] = self._new_future()
 
         def run() -> None:
@@ -183,7 +183,7 @@ class Engine:
                 future.set_exception(self._failure)
 
     def _step(self) -> None:
-        """Run one step of vLLM: one token per completion in flight. Raises EngineLostError; the engine ends then."""
+        """Run one step of vLLM: one token per completion in flight. Raises EngineLostError; then the thread ends."""
         start = time.perf_counter()
         try:
             outputs = self.llm.step()
@@ -198,7 +198,7 @@ class Engine:
                 request.output.set_result(output)
 
     def _submit(self, tokens: Sequence[int], loaded: LoadedAdapter | None, **params: Any) -> Future[RequestOutput]:
-        """Submit a prompt to vLLM; a later step resolves its output. The base samples it if `loaded` is None."""
+        """Submit a prompt to vLLM, without an adapter if `loaded` is None. A later step resolves the future."""
         request_id = str(next(self._request_ids))
         settings = SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY, **{"detokenize": False, **params})
         lora, version = (loaded.lora_request, loaded.version) if loaded else (None, None)
@@ -241,7 +241,7 @@ class Engine:
             output.add_done_callback(finish)
 
     def _canary_verdict(self, loaded: LoadedAdapter) -> Future[None]:
-        """Resolved once a version's canary has passed. The first call submits it.
+        """Return a future that resolves once a version's canary has passed. The first call submits the canary.
 
         The canary shares a step with the version's first prompt: alone it would take as long as a step of all requests.
         """
@@ -281,14 +281,14 @@ class Engine:
         self._retire(loaded.version.policy)
 
     def _find(self, version: Version) -> LoadedAdapter | None:
-        """The loaded adapter of a version; None for the base."""
+        """Return the loaded adapter of a version, or None for the base."""
         if version.number == OFF:
             return None
         for loaded in self.adapters:
             if loaded.version == version:
                 return loaded
         names = ", ".join(str(loaded.version) for loaded in self.adapters) or "none"
-        raise NotLoadedError(f"version {version}: not loaded here (loaded: {names}); load it first")
+        raise NotLoadedError(f"version {version}: not loaded in this engine (loaded: {names}); call `load` first")
 
     # --- delivery ---
 
@@ -334,7 +334,7 @@ class Engine:
         return load_adapter(self.llm, adapter, path, next(self._engine_ids), self.experts)
 
     def _check_file_and_slot(self, loaded: LoadedAdapter, path: Path) -> str:
-        """Digest of the file that vLLM read. Raises DeliveryError if the file or the slot differs from the adapter.
+        """Return the digest of the files that vLLM read. Raises DeliveryError if files or slot are not the adapter's.
 
         The slot has to be read because in 16 bits logprobs can't tell a version from the previous one.
         """
@@ -342,7 +342,7 @@ class Engine:
         config, weights = ((path / name).read_bytes() for name in adapter.files)
         digest = replace(adapter, config=config, weights=weights).digest
         if digest != adapter.digest:
-            errors.append(f"the file that it read has the digest {digest[:12]}")
+            errors.append(f"the digest of the files that vLLM read is {digest[:12]}")
         if loaded.lora_request:
             compare = partial(slots.differences, lora_id=loaded.lora_request.lora_int_id, adapter=adapter)
             errors += [line for lines in self.llm.apply_model(compare) for line in lines]
@@ -359,7 +359,7 @@ class Engine:
             raise DeliveryError(f"adapter {adapter.name}: the engine does not serve it: {error}")
 
     def _run_canary(self, canary: Canary, loaded: LoadedAdapter | None, count: int = 1) -> list[list[float]]:
-        """Logprobs of `count` copies of a canary, submitted together. Other requests in flight continue."""
+        """Return the logprobs of `count` canaries, submitted together. Blocks; other requests in flight continue."""
         outputs = [self._submit_canary(canary, loaded) for _ in range(count)]
         while not all(output.done() for output in outputs):
             self._step()
@@ -377,7 +377,7 @@ class Engine:
             if request.version.number != kept
         }
         self.llm.abort_request(list(stale))
-        reason = "its policy has left" if oldest == math.inf else f"versions of its policy below {oldest} are too old"
+        reason = f"policy {policy} has left" if oldest == math.inf else f"versions below {oldest} are too old"
         for request_id, version in stale.items():
             self._running.pop(request_id).output.set_exception(StaleError(f"version {version}: aborted, {reason}"))
 

@@ -36,10 +36,10 @@ _FAILED = ("error", "timeout")
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault, with the field that likely causes it, and examples."""
+    """A fault that the check found."""
 
-    text: str
-    examples: tuple[str, ...] = ()
+    text: str  # names the field that likely causes the fault
+    examples: tuple[str, ...] = ()  # each a line with a prompt, its gold answer, a completion and its score
 
     def __str__(self) -> str:
         return "\n    ".join([self.text, *self.examples])
@@ -47,7 +47,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Report:
-    """The result of a check."""
+    """Result of `check`. As a string it has one warning per fault and one line per note."""
 
     prompts: int = 0  # on which the reward functions were tried
     seconds: float = 0.0
@@ -62,9 +62,11 @@ def check(
     config: Config, env: Any, chat: Chat, pool: Pool, prompts: Sequence[Prompt], held_out: Sequence[Prompt],
     is_instance: bool = False,
 ) -> Report:  # fmt: skip
-    """Check the reward functions that `pool` runs. Raises RloraError if there is a fault and `check.strict` is set.
+    """Check the reward functions that `pool` runs, on `check.prompts` of the training and held-out prompts.
 
-    `is_instance`: the env was passed as an object instead of being built from `env_args`.
+    Blocks until the calls are done: no new prompt is tried later than 4 seconds after the first call.
+    `is_instance` says that the env was passed as an object instead of being constructed from `env_args`. Raises
+    RloraError if there is a fault and `check.strict` is set.
     """
     if not config.check.prompts:
         return Report()
@@ -77,7 +79,8 @@ def check(
     faults, notes = tuple(reward_check.faults), tuple(reward_check.notes)
     report = Report(len(reward_check.trials), time.monotonic() - start, faults, notes)
     if config.check.strict and report.faults:
-        raise RloraError(f"check.strict = true: the check before the run found faults\n{report}")
+        fix = "fix them, or set check.strict = false"
+        raise RloraError(f"check.strict = true: the check before the run found faults; {fix}\n{report}")
     return report
 
 
@@ -115,14 +118,14 @@ class _RewardCheck:
             self.faults += [Fault(text) for text in column_faults(self.column, prompts, self.gold_field)]
 
     def _answer_texts(self, prompt: Prompt) -> list[str]:
-        """The env's solution if it has a method `solution`, else texts in which a model may write the gold answer."""
+        """Return the result of the env's method `solution`, else texts in which a model may write the gold answer."""
         if self.solution:
             try:
                 solution = self.solution(prompt)
                 return [] if solution is None else [str(solution)]
             except Exception as error:
                 prefix = location_prefix(error, self.config.env.rpartition(":")[0], file_of(self.env))
-                reason = f"its solution raised {type(error).__name__}: {error}; fix it there"
+                reason = f"its solution raised {type(error).__name__}: {error}; fix this method"
                 self.faults.append(Fault(f"{prefix}env = {self.config.env!r}: {reason}"))
                 self.solution = lambda _: None
                 return []
@@ -149,7 +152,7 @@ class _RewardCheck:
         self._note_untested()
 
     def _make_first_call(self, prompt: Prompt, answer: str) -> None:
-        """Make one call, which may load a model. The time limit of the further calls starts at its end."""
+        """Make one call, which may load a model. The time limit of the further calls starts when this call ends."""
         _, (scores,) = self.runner.score(prompt, [self.runner.model_text(prompt, FORMS[0], answer)])
         slow = [name for name, score in zip(self.functions, scores, strict=True) if score.status == "timeout"]
         self.runner.deadline = time.monotonic() + (0 if slow else _SECONDS)
@@ -158,7 +161,9 @@ class _RewardCheck:
             longest = "first_deadline" if limits.first_deadline > limits.deadline else "deadline"
             field = f"scoring.{longest} = {getattr(limits, longest):g}"
             text = f"{field}: the first call of {slow[0]} took longer, which counts as a timeout in a run"
-            self.faults.append(Fault(f"{text}; raise it, or do the slow loading when the file is imported"))
+            self.faults.append(
+                Fault(f"{text}; raise scoring.{longest}, or do the slow loading when the function's file is imported")
+            )
 
     def _note_untested(self) -> None:
         if not self.all_trials and not self.runner.is_late:
@@ -169,7 +174,7 @@ class _RewardCheck:
                 self.notes.append(f"{names}: no function asks for the answer, so gold answers could not be tried")
         elif self.trials and all(self.runner.judge(trials) is None for trials in self.trials):
             name = self.functions[self.runner.gold_functions[0]]
-            self.notes.append(f"{name}: it scored none of the prompts that were tried")
+            self.notes.append(f"{name}: the function scored none of the prompts that were tried")
         elif len(self.trials) > 1 and not any(len(trial.texts) > 2 for trial in self.all_trials):
             gold = f"{self.gold_field} is the same for all prompts, {shorten(self.all_trials[0].gold)}"
             self.notes.append(f"no other prompt's gold answer could be tried, because {gold}")
@@ -177,7 +182,7 @@ class _RewardCheck:
     # --- results ---
 
     def _find_altered_texts(self) -> dict[int, str]:
-        """By function: the field that alters the model's text so that the function does not reward it."""
+        """Return, by function, the field that alters the model's text so that the function does not reward the text."""
         fields = {}
         for number, name in enumerate(self.functions):
             if not self.all_trials or self.runner.is_late or self.runner.rewards_any(number, self.all_trials):
@@ -186,9 +191,9 @@ class _RewardCheck:
             received = self.runner.altered_text(prompt, self._answer_texts(prompt)[0], number)
             if received:
                 fields[number] = self._altering_field(prompt)
-                text = f"{fields[number]}: {name} does not reward {shorten(received)}, the text that it receives for a "
-                text += "gold answer in a run. It would reward it with the usual tags"
-                self.faults.append(Fault(f"{text}; adapt the function or the field to each other"))
+                text = f"{fields[number]}: {name} does not reward {shorten(received)}, the text that this function "
+                text += "receives for a gold answer in a run. Without a prefill and with the tags <think> and </think> "
+                self.faults.append(Fault(f"{text}the answer is rewarded; change the function or the field"))
         return fields
 
     def _altering_field(self, prompt: Prompt) -> str:
@@ -221,7 +226,7 @@ class _RewardCheck:
     def _add_fault(
         self, groups: Sequence[Sequence[Trial]], text: int, template: str, altering_fields: dict[int, str]
     ) -> None:
-        """Add a fault for prompts with the same outcome. `text` is the index of the text that shows it in a trial."""
+        """Add a fault for prompts with the same outcome. `text` is the index of the trials' text that shows it."""
         if not groups:
             return
         judge = self.runner.judge(groups[0]) or 0
@@ -232,13 +237,13 @@ class _RewardCheck:
         self.faults.append(Fault(f"{fault}. Likely: {'; or '.join(causes)}", tuple(examples[:_EXAMPLES])))
 
     def _likely_causes(self, trials: Sequence[Trial], text: int) -> list[str]:
-        """The fields that may cause the fault."""
+        """Return the fields that may cause the fault, each with the reason."""
         reward = f"reward = {self.config.rewards[self.runner.judge(trials) or 0]!r}"
         causes = self._style_cause()
         if text == 1 and trials[0].texts[1].strip():
             causes.append(f"chat.prefill = {self.config.chat.prefill!r}, which starts every completion")
         if text == 2:
-            return [*causes, f"{reward}, which may ignore the answer", f"{self.gold_field}, which it receives"]
+            return [*causes, f"{reward}, if it ignores the answer", f"{self.gold_field}, which the function receives"]
         if text == 1:
             return [*causes, f"{reward}, or evaluate.threshold = {self.config.evaluate.threshold:g}"]
         causes += self._gold_causes(trials)
@@ -247,9 +252,9 @@ class _RewardCheck:
         if " raised " in trials[0].scores[0][self.runner.judge(trials) or 0].detail:
             causes.insert(0, f"{reward}, which raised an error")
         if self.agent and not self.solution:
-            causes.append("the env replies, and its reward needs several messages: give the env a solution(prompt)")
+            causes.append("the env replies, and the reward needs several messages: give the env a solution(prompt)")
         elif self.column is None and not self.solution and not self.config.env.startswith("rlora."):
-            causes.append("the answers are not completions: give the env a solution(prompt) that returns a correct one")
+            causes.append("the answers are not completions: give the env a solution(prompt) that returns a completion")
         return causes
 
     def _style_cause(self) -> list[str]:
@@ -271,15 +276,15 @@ class _RewardCheck:
             for trials, requested in zip(rewarded, markers, strict=True)
         ]
         if len(rewarded) == len(self.trials) and all(differs) and not self.solution:
-            text = f"prompts ask for {' or '.join(markers[0])}, which {self.functions[judge]} does not reward; "
-            text += f"it rewards {first[-1].form.name!r} instead. Likely: the prompts' template, or "
+            text = f"prompts ask for {' or '.join(markers[0])}, which {self.functions[judge]} does not reward; this "
+            text += f"function rewards {first[-1].form.name!r} instead. Likely: the prompts' template, or "
             text += f"reward = {self.config.rewards[judge]!r}"
             self.faults.append(Fault(text, (first[0].describe(judge),)))
         levels = [self.runner.level(trials[-1].scores[0][self.runner.judge(trials) or 0]) for trials in rewarded]
         if not any(level and level[0] for level in levels):
             field = f"evaluate.threshold = {self.config.evaluate.threshold:g}"
             text = f"{field}: gold answers are rewarded less, so no answer counts as correct"
-            text += "; lower it, or raise the reward"
+            text += "; lower evaluate.threshold, or raise the reward"
             self.faults.append(Fault(text, (first[-1].describe(judge),)))
 
     def _report_errors(self) -> None:
@@ -309,6 +314,6 @@ def _gold_types(trials: Sequence[Trial]) -> str:
 
 
 def _spread(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
-    """`count` prompts at equal distances, beginning with the first."""
+    """Return `count` prompts at equal distances, beginning with the first, or all if there are fewer."""
     count = min(count, len(prompts))
     return [prompts[number * len(prompts) // count] for number in range(count)]

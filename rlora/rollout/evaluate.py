@@ -27,13 +27,19 @@ class Interval:
 
 @dataclass(frozen=True)
 class Evaluation:
+    """Metrics of the completions of one evaluation set, as `summarise` returns them."""
+
     accuracy: Interval  # share of completions with status "correct": pass@1, averaged over the prompts
     reward: float  # mean over the completions
     statuses: dict[str, int]  # number of completions per status
 
 
 class Evaluations:
-    """Samples sets of held-out prompts under one version at a time, while training continues."""
+    """Samples sets of held-out prompts under one version at a time, while training continues.
+
+    `sets` has the prompts by the set's name. Each prompt gets `evaluate.samples` completions: one is greedy, more are
+    sampled at `sampling.temperature`.
+    """
 
     def __init__(self, config: Config, sets: Mapping[str, Sequence[Prompt]], fleet: Fleet, loop: AgentLoop) -> None:
         self.config, self.sets, self.fleet, self.loop = config, sets, fleet, loop
@@ -43,7 +49,10 @@ class Evaluations:
         self._flights: dict[str, list[Flight]] = {}
 
     def start(self, adapter: Adapter, background: bool = True) -> None:
-        """Send all prompts, to be sampled under `adapter`; in the background, when training leaves engines room."""
+        """Send all prompts, to be sampled under `adapter`, without blocking. `result` raises errors of the sampling.
+
+        In the `background` a prompt is sampled when an engine has room and no other request waits.
+        """
         self.version = adapter.number
         self._flights = {
             name: [self.loop.start(prompt, self.sampling, adapter.number, adapter, background) for prompt in prompts]
@@ -56,9 +65,9 @@ class Evaluations:
         return all(flight.scored.done() for flights in self._flights.values() for flight in flights)
 
     def result(self) -> "dict[str, Evaluation]":
-        """Wait for the version that was started last, and return its evaluation on each set.
+        """Block until the version of the last `start` is evaluated, and return the evaluation of each set, by name.
 
-        Raises RewardError, which carries the sampled groups, if the reward functions fail.
+        Raises RewardError, which carries the sampled groups, if the reward functions fail, and the errors of sampling.
         """
         flights, self._flights, self.version = self._flights, {}, None
         return {
@@ -68,12 +77,18 @@ class Evaluations:
 
 
 def answer(config: Config, prompts: Sequence[Prompt], sampling: Sampling, fleet: Fleet, loop: AgentLoop) -> list[Group]:
-    """The scored groups of all prompts, sampled under the latest delivered version. Raises RewardError."""
+    """Sample all prompts under the policy's latest delivered version, and return their scored groups, in order.
+
+    Blocks until all groups are scored. Raises the errors of `scored_groups`.
+    """
     return scored_groups(config, [loop.start(prompt, sampling) for prompt in prompts], fleet, loop)
 
 
 def scored_groups(config: Config, flights: Sequence[Flight], fleet: Fleet, loop: AgentLoop) -> list[Group]:
-    """Wait for the groups. Raises RewardError, which carries the sampled groups, if the reward functions fail."""
+    """Block until all `flights` are scored, and return their groups, in order.
+
+    Raises RewardError, which carries the sampled groups, if the reward functions fail, and the errors of sampling.
+    """
     scored = [flight.scored for flight in flights]
     wait_for(scored, len(scored), math.inf, config.engine.patience, fleet.check)
     try:
@@ -85,7 +100,7 @@ def scored_groups(config: Config, flights: Sequence[Flight], fleet: Fleet, loop:
 
 
 def summarise(groups: Sequence[Group]) -> Evaluation:
-    """Evaluation over all completions. A completion that no reward function scored counts as reward 0."""
+    """Compute the metrics of all completions. A completion that no reward function scored has reward 0 here."""
     episodes = [episode for group in groups for episode in group.episodes]
     statuses = dict(Counter(episode.status or "skipped" for episode in episodes).most_common())
     reward = fmean(episode.reward or 0.0 for episode in episodes)
@@ -93,11 +108,11 @@ def summarise(groups: Sequence[Group]) -> Evaluation:
 
 
 def pass_at(k: int, groups: Sequence[Group]) -> Interval:
-    """pass@k: the probability that at least one of k completions of a prompt is correct, averaged over the prompts.
+    """Estimate pass@k: the mean over the prompts of the probability that at least one of k completions is correct.
 
     Uses the unbiased estimator 1 - C(n - c, k) / C(n, k), with c of n >= k samples correct (Chen et al. 2021,
-    arXiv:2107.03374, eq. 1). The interval is Wilson's score interval over the prompts, which is slightly too wide if
-    there is more than one sample per prompt.
+    arXiv:2107.03374, eq. 1). Each group must have at least k episodes. The interval is Wilson's score interval
+    over the prompts, as if each had one sample; with more samples per prompt the true interval is narrower.
     """
     estimates = []
     for group in groups:
@@ -107,14 +122,14 @@ def pass_at(k: int, groups: Sequence[Group]) -> Interval:
 
 
 def wilson(share: float, count: int, z: float = 1.96) -> Interval:
-    """Wilson's score interval for a `share` of `count` trials (Wilson 1927); `z` = 1.96 gives 95%."""
+    """Compute Wilson's score interval for a `share` of `count` trials (Wilson 1927); `z` = 1.96 gives 95%."""
     middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
     return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
 def rows(groups: Sequence[Group]) -> Iterator[dict[str, object]]:
-    """One JSON-serialisable row per completion, with its status and reward."""
+    """Yield a JSON-serialisable row per completion, with the prompt, the completion, its status and its reward."""
     for number, group in enumerate(groups):
         for sample, episode in enumerate(group.episodes):
             yield {

@@ -32,15 +32,15 @@ _PAUSE = 1.0  # seconds between two attempts to start an engine
 class Fleet:
     """Engines that may die, join and leave while prompts are in flight.
 
-    A fleet serves several policies. Each prompt goes to the engine with the fewest completions in flight, under its
-    policy's latest delivered version. If requests wait, the policy with the fewest completions in flight goes first.
-    When an engine dies, its prompts are sampled again on other engines, under the same versions, and a replacement is
-    started.
+    A fleet serves several policies. Each prompt goes to the engine with the fewest completions in flight, under the
+    latest delivered version of the prompt's policy. If requests wait, the policy with the fewest completions in flight
+    goes first. When an engine dies, the prompts that the engine had in flight are sampled again on other engines, under
+    the same versions, and a replacement is started.
 
-    `start(number)` starts an engine and returns when it is ready; `engines` are running already. An engine receives
-    prompts until `room` completions are in flight on it; further requests wait in one queue for all engines. An engine
-    that does not take a swap within `patience` seconds is considered dead. After `restarts` consecutive failed starts,
-    no replacement is started; when no engine remains, every prompt fails with RloraError.
+    `start(number)` must start an engine and block until the engine is ready; `engines` are running already. An engine
+    receives prompts until `room` completions are in flight there; further requests wait in one queue for all engines.
+    An engine that does not load a new version within `patience` seconds is considered dead. After `restarts`
+    consecutive failed starts no replacement is started. When no engine remains, every prompt fails with RloraError.
 
     All methods are thread-safe.
     """
@@ -65,11 +65,12 @@ class Fleet:
         self._lost = self._replayed = 0
 
     def swap(self, adapter: Adapter, oldest: int = 0, kept: int | None = None) -> list[Receipt]:
-        """Deliver `adapter` to every engine and sample its policy's prompts under it from now on.
+        """Deliver `adapter` to every engine, and sample its policy's prompts under this version from now on.
 
-        Returns each engine's receipt. Requests in flight continue under their versions. Exception: requests of the
-        policy for versions below `oldest`, other than `kept`, are cancelled. Raises DeliveryError if an engine serves
-        a different adapter, and RloraError if no engine remains.
+        Blocks until every engine has loaded and verified the version or is considered dead; if all are dead, until a
+        replacement serves the version. Returns the receipts of the other engines. Requests in flight continue under
+        their versions, except that requests for versions of the policy below `oldest`, other than `kept`, are
+        cancelled. Raises DeliveryError if an engine does not serve the version, and RloraError if no engine remains.
         """
         with self._changed:
             self._departed.discard(adapter.policy)
@@ -89,7 +90,7 @@ class Fleet:
         return receipts
 
     def _wait_for_receipts(self, loads: Sequence[tuple[Adapter, Replica, Future[Receipt]]]) -> list[Receipt]:
-        """Each engine's receipt; engines that give none are replaced. Raises RloraError if no engine remains."""
+        """Return the receipts, and replace engines without one. Raises RloraError if no engine remains."""
         deadline = time.monotonic() + self._patience
         receipts = []
         for adapter, replica, load in loads:
@@ -107,11 +108,12 @@ class Fleet:
     def generate(
         self, prompt: Prompt, sampling: Sampling, policy: str, adapter: Adapter | None = None, background: bool = False
     ) -> Request:
-        """Sample `sampling.group_size` episodes under the policy's latest version as of when an engine has room.
+        """Queue a request for `sampling.group_size` unscored episodes of `prompt`, and return the request immediately.
 
-        If `adapter` is given, the request is sampled under it, and engines load it if necessary. Such a request, a
-        later turn of an episode or a request that was in flight before a resume, goes before all that wait. A request
-        in the `background` goes after them.
+        The request's future `group` raises all errors. The version is the policy's latest at the time when an engine
+        has room. If `adapter` is given, the request is sampled under that version instead, and engines load the version
+        if necessary. Such a request (a later turn of an episode, or a request that was in flight before a resume) goes
+        before all other waiting requests. A request in the `background` goes after all others.
         """
         request = Request(prompt, sampling, policy, adapter=adapter, background=background)
         with self._changed:
@@ -125,7 +127,7 @@ class Fleet:
         return request
 
     def resize(self, engines: int) -> None:
-        """Change the number of engines. Surplus engines get no more prompts and are closed after their last one."""
+        """Change the number of engines, without blocking. Surplus engines finish their prompts, and are then closed."""
         with self._changed:
             if engines == self._target:  # fewer may be running because some could not be started: do not retry here
                 return
@@ -138,7 +140,7 @@ class Fleet:
                 self._start()
 
     def leave(self, policy: str) -> None:
-        """Cancel the requests of a policy and stop serving its versions."""
+        """Cancel the requests of a policy (StaleError), and unload its versions from the engines without blocking."""
         with self._changed:
             self._departed.add(policy)
             self._latest.pop(policy, None)
@@ -156,7 +158,11 @@ class Fleet:
             self._dispatch_queue()
 
     def check(self) -> None:
-        """Replace engines that no longer respond: each has to confirm its adapters between two of its steps."""
+        """Replace engines that no longer respond. Raises RloraError if no engine remains.
+
+        Each engine has to confirm between two steps that it has the latest version of each policy. Blocks until all
+        engines have done so, or `patience` seconds have passed.
+        """
         with self._changed:
             pairs = [(adapter, replica) for adapter in self._latest.values() for replica in self._replicas]
             loads = [(adapter, replica, replica.engine.load(adapter)) for adapter, replica in pairs]
@@ -169,6 +175,7 @@ class Fleet:
             return [replica.engine for replica in self._replicas]
 
     def stats(self) -> FleetStats:
+        """Return the statistics so far. Blocks for at most 1 second; engines that take longer are not updated."""
         with self._changed:
             futures = {replica: replica.engine.stats() for replica in self._replicas}
         wait(futures.values(), timeout=1)
@@ -185,16 +192,16 @@ class Fleet:
             return FleetStats(len(futures), self._busy_seconds, canaries, self._lost, self._replayed)
 
     def stop(self) -> None:
-        """Start no more engines and dispatch no more requests."""
+        """Start no more engines and dispatch no more requests, without closing the engines. Does not block."""
         with self._changed:
-            self._failure = self._failure or RloraError("the engines are stopped")
+            self._failure = self._failure or RloraError("engine: the job has ended, so no more prompts are sampled")
             self._changed.notify_all()
         self._callbacks.shutdown(wait=False, cancel_futures=True)
 
     # --- callers of the methods below hold the lock ---
 
     def _dispatch_queue(self) -> None:
-        """Send queued requests to engines as long as one has room."""
+        """Send queued requests to engines as long as an engine has room."""
         completions: Counter[str] = Counter()  # in flight, by policy
         for request in (request for replica in self._replicas for request in replica.in_flight):
             completions[request.policy] += request.sampling.group_size
@@ -233,7 +240,7 @@ class Fleet:
                 try:
                     call(*arguments)
                 except Exception as error:  # a bug in the fleet: without this, callers would wait for ever
-                    self._fail(RloraError(f"engine: {type(error).__name__}: {error}"), error)
+                    self._fail(RloraError(f"engine: {type(error).__name__}: {error}; report this bug"), error)
 
         with suppress(RuntimeError):  # `stop` was called
             self._callbacks.submit(locked)
@@ -287,8 +294,8 @@ class Fleet:
                 self._replayed += not request.cancelled
                 self._queue.appendleft(request)
             else:
-                message = f"engine: {_ATTEMPTS} engines died while they sampled {request.prompt.text!r}"
-                request.group.set_exception(RloraError(f"{message}: {error}"))
+                message = f"engine: {_ATTEMPTS} engines died while they sampled {request.prompt.text!r}: {error}"
+                request.group.set_exception(RloraError(f"{message}; remove this prompt from the env"))
         replica.in_flight.clear()
         if not replica.draining:
             self._restart_or_continue(error)
@@ -316,7 +323,7 @@ class Fleet:
             _log.warning("engine: restart failed; training continues on the remaining engines: %s", error)
         else:
             message = f"engine: no engine is left, and {self._failed} consecutive starts failed ({error})"
-            self._fail(RloraError(message), error)
+            self._fail(RloraError(f"{message}; fix the cause, and continue a run with --resume"), error)
 
     def _fail(self, failure: RloraError, cause: BaseException) -> None:
         """Fail every request, now and from now on."""
@@ -365,9 +372,10 @@ class Fleet:
 def wait_for(
     futures: Sequence[Future[Any]], count: int, seconds: float, patience: float, check: Callable[[], None]
 ) -> None:
-    """Wait until `count` of the futures are done, one of them has failed, or `seconds` have passed.
+    """Block until `count` of the futures are done, one of them has failed, or `seconds` have passed.
 
-    Calls `check`, which looks for engines that hang, after each `patience` seconds without a result.
+    After each `patience` seconds without a new result, calls `check`, which should look for engines that hang. Raises
+    the errors of `check`, but not those of the futures.
     """
     deadline = time.monotonic() + seconds
     while len(pending := [future for future in futures if not future.done()]) > len(futures) - count:

@@ -24,7 +24,7 @@ _LONG = 200  # characters; a longer gold answer is a full solution
 
 
 class Form(NamedTuple):
-    """A format for an answer. A prompt that contains `marker` requests this format."""
+    """A format for an answer: `prefix`, the answer, `suffix`. A prompt that contains `marker` requests this format."""
 
     name: str
     prefix: str = ""
@@ -60,7 +60,7 @@ _NUMBERED = re.compile(r"(.*?)(\d+)")
 
 
 def is_blank(gold: Any) -> bool:
-    """Whether a gold answer is missing: None, NaN, white space only, or an empty collection."""
+    """Return whether a gold answer is missing: None, NaN, white space only, or an empty collection."""
     if isinstance(gold, float) and math.isnan(gold):
         return True
     return gold is None or (
@@ -69,7 +69,10 @@ def is_blank(gold: Any) -> bool:
 
 
 def answer_texts(gold: Any) -> list[str]:
-    """Texts in which a model may write a gold answer. A list holds alternatives: one text for each of the first 3."""
+    """Return texts in which a model may write a gold answer.
+
+    A list or tuple contains alternative answers, and the result has one text for each of the first 3.
+    """
     if is_blank(gold):
         return []
     if isinstance(gold, bool):
@@ -82,7 +85,7 @@ def answer_texts(gold: Any) -> list[str]:
 
 
 def final_answer(gold: str) -> str:
-    """The answer at the end of a full solution, after #### or in the last box; any other gold answer unchanged."""
+    """Return the answer after #### or in the last \\boxed{} of a full solution, or any other gold answer unchanged."""
     if "####" in gold:
         return gold.rpartition("####")[2]
     start = gold.rfind("\\boxed{") + len("\\boxed{")
@@ -97,30 +100,34 @@ def final_answer(gold: str) -> str:
 
 
 def requested_markers(prompt: Prompt) -> list[str]:
-    """The markers, such as ####, that a prompt requests."""
+    """Return the markers, such as ####, that a prompt requests."""
     return list(dict.fromkeys(form.marker for form in requested_forms(prompt)))
 
 
 def requested_forms(prompt: Prompt) -> list[Form]:
-    """The answer formats that a prompt requests."""
+    """Return the answer formats that a prompt requests."""
     text = prompt_text(prompt)
     return [form for form in FORMS if form.marker and form.marker in text]
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """The text of all messages of a prompt."""
+    """Return the text of all messages of a prompt."""
     return prompt.text if isinstance(prompt.text, str) else "\n".join(message["content"] for message in prompt.text)
 
 
 def message_opening(chat: Chat, prompt: Prompt) -> str:
-    """The end of a tokenized prompt, after the env's text: the template's and the prefill's start of a message."""
+    """Return the text of a tokenized prompt after the env's text.
+
+    The chat template and `chat.prefill` have written this text, which opens the policy's message. If the env's text
+    does not occur in the prompt, the last 100 characters are returned.
+    """
     text = chat.decode(prompt.token_ids)
     last = prompt.text if isinstance(prompt.text, str) else prompt.text[-1]["content"]
     return text.rpartition(last.strip())[2] if last.strip() in text else text[-100:]
 
 
 def prompt_faults(chat: Chat, prompts: Iterable[Prompt]) -> Iterator[str]:
-    """Faults in how prompts begin and end, each named once with an example."""
+    """Yield the faults in how prompts begin and end, each once, with an example."""
     bos, think = chat.tokenizer.bos_token_id, chat.settings.think[0]
     template = "chat.template, or the tokenizer of model"
     examples: dict[str, Prompt] = {}
@@ -130,24 +137,25 @@ def prompt_faults(chat: Chat, prompts: Iterable[Prompt]) -> Iterator[str]:
         end = next((token for token in reversed(prompt.token_ids) if chat.decode([token]).strip()), None)
         if end is not None and end in chat.stop_token_ids:
             fault = (
-                f"a prompt ends with the stop token {chat.decode([end])!r}, so the policy continues an ended message"
+                f"a prompt ends with the stop token {chat.decode([end])!r}, so the policy continues an ended message; "
+                "set a template that opens the policy's message"
             )
             examples.setdefault(f"{template}: {fault}", prompt)
         if bos is not None and bos not in chat.stop_token_ids and prompt.token_ids[:2] == (bos, bos):
-            examples.setdefault(f"{template}: a prompt begins with {chat.decode([bos])!r} twice", prompt)
+            examples.setdefault(f"{template}: a prompt begins with {chat.decode([bos])!r} twice; remove one", prompt)
         if opening.count(think) > 1:
             prefill = chat.settings.prefill
             field = f"chat.prefill = {prefill!r}" if think in prefill else "chat.template"
             examples.setdefault(f"{field}: {think} occurs twice at the start of the message; remove one", prompt)
         elif tag and think not in tag[0]:
             fault = f"a prompt ends with {tag[0].strip()!r}, which reward functions do not recognise as thinking"
-            examples.setdefault(f"chat.think = {chat.settings.think!r}: {fault}; set it to the model's tags", prompt)
+            examples.setdefault(f"chat.think = {chat.settings.think!r}: {fault}; set the model's tags", prompt)
     for fault, prompt in examples.items():
-        yield f"{fault} (it ends with {chat.decode(prompt.token_ids)[-60:]!r})"
+        yield f"{fault} (this prompt ends with {chat.decode(prompt.token_ids)[-60:]!r})"
 
 
 def gold_faults(golds: Sequence[Any], field: str) -> Iterator[str]:
-    """Faults of gold answers that do not depend on a reward function. `field` names the source of the answers."""
+    """Yield faults of gold answers that do not depend on a reward function. `field` names the source of the answers."""
     blank = [number for number, gold in enumerate(golds) if is_blank(gold)]
     if blank:
         yield (
@@ -159,18 +167,21 @@ def gold_faults(golds: Sequence[Any], field: str) -> Iterator[str]:
     if 2 * len(texts) > len(golds):
         yield (
             f"{field}: {len(texts)} of {len(golds)} gold answers are full texts, such as {shorten(texts[0])}, which no "
-            "completion equals; name the column that has only the answer, or extract it (env_args.answer_after)"
+            "completion equals; name the column that has only the answer, or set env_args.answer_after"
         )
     hedged = [gold for gold in golds if isinstance(gold, str) and _HEDGED.fullmatch(gold.strip())]
     if hedged:
         yield (
             f"{field}: {len(hedged)} of {len(golds)} gold answers name several answers, such as {hedged[0]!r}, so a "
-            "completion with one of them counts as wrong; fix or drop these prompts"
+            "completion with one of these counts as wrong; fix or drop these prompts"
         )
 
 
 def column_faults(column: str, prompts: Sequence[Prompt], field: str) -> Iterator[str]:
-    """Signs that `column` is not the data set's column of the gold answer."""
+    """Yield faults if `column` does not seem to be the data set's column of the gold answer.
+
+    `field` is the setting that names the column.
+    """
     name, golds = column.rpartition(".")[2], [prompt.answer for prompt in prompts]
     candidates = [candidate for candidate in prompts[0].columns if candidate in ANSWERS and candidate != column]
     if all(gold == prompt.text for gold, prompt in zip(golds, prompts, strict=True)):
@@ -189,7 +200,7 @@ def column_faults(column: str, prompts: Sequence[Prompt], field: str) -> Iterato
 
 
 def _are_row_numbers(golds: Sequence[Any]) -> bool:
-    """Whether at least ten values number the rows: 0, 1, 2, or 1, 2, 3, or increasing numbers after one prefix."""
+    """Return whether ten or more values number the rows: 0, 1, 2, or 1, 2, 3, or rising numbers after one prefix."""
     matches = [_NUMBERED.fullmatch(str(gold)) for gold in golds]
     numbers = [int(match[2]) for match in matches if match and len(match[2]) < 20]
     prefixes = {match[1] for match in matches if match}
@@ -201,7 +212,7 @@ def _are_row_numbers(golds: Sequence[Any]) -> bool:
 
 
 def mismatch_reasons(gold: Any) -> Iterator[str]:
-    """Reasons why no completion may equal a gold answer."""
+    """Yield reasons why perhaps no completion equals a gold answer."""
     if not isinstance(gold, str | int | float | Decimal | list | tuple):
         yield f"the gold answer is a {type(gold).__name__}, but a completion is text"
     text = str(gold)
@@ -212,6 +223,6 @@ def mismatch_reasons(gold: Any) -> Iterator[str]:
 
 
 def shorten(value: Any, length: int = 70) -> str:
-    """The repr of a value, cut to `length` characters."""
+    """Return the repr of a value, cut to `length` characters."""
     text = repr(value)
     return text if len(text) <= length else f"{text[: length - 4]} ..."

@@ -17,7 +17,7 @@ from rlora.scoring.worker import EnvTurn
 
 @dataclass(eq=False)
 class Flight:
-    """A prompt from its first request to its scored group."""
+    """A prompt that an AgentLoop plays, from the first request to the scored group."""
 
     request: Request  # samples the first turn of all episodes
     scored: Future[Group] = field(default_factory=Future)  # the result
@@ -26,7 +26,7 @@ class Flight:
     reward_seconds: float = 0.0  # from the last token to the rewards
 
     def cancel(self) -> None:
-        """Declare that no caller waits for the result."""
+        """Mark the requests as cancelled, because no caller waits for them: they are not sent or retried any more."""
         for request in (self.request, *self.turns):
             request.cancelled = True
 
@@ -34,8 +34,9 @@ class Flight:
 class AgentLoop:
     """Plays the prompts of one policy, as coroutines on one thread: sampling, the env's replies, and scoring.
 
-    All turns of an episode are sampled under the adapter of its first turn. Tokens are appended and never re-tokenized
-    from text. The env's tokens follow the policy's and are False in `sampled_mask`.
+    A turn is what the policy samples at once, up to the env's next reply. All turns of an episode are sampled under the
+    version of the first turn. Tokens are appended and never re-tokenized from text. The tokens of the env's replies are
+    in the completion too, and are False in `sampled_mask`.
     """
 
     def __init__(self, task: Task, fleet: Fleet, scoring: Scoring, policy: str) -> None:
@@ -52,13 +53,19 @@ class AgentLoop:
         adapter: Adapter | None = None,
         background: bool = False,
     ) -> Flight:
-        """Start a prompt; reward functions see `step`. `adapter` and `background` are those of `Fleet.generate`."""
+        """Start to sample and score a group of `prompt`, without blocking. The flight's `scored` raises all errors.
+
+        `step` is passed to the reward functions, and `adapter` and `background` to `Fleet.generate`.
+        """
         flight = Flight(self.fleet.generate(prompt, sampling, self.policy, adapter, background))
         asyncio.run_coroutine_threadsafe(self._finish(flight, step), self._loop)
         return flight
 
     def resume(self, previous: InFlight, prompt: Prompt, sampling: Sampling) -> Flight:
-        """Continue a prompt of an earlier process. Completed sampling and scoring is not repeated."""
+        """Continue a prompt that an earlier process had in flight, without blocking.
+
+        If the group of `previous` is sampled, only the scoring remains. If the group is scored, the flight is done.
+        """
         if not previous.group:
             return self.start(prompt, sampling, previous.step, previous.adapter)
         group = replace(previous.group, prompt=prompt)
@@ -71,7 +78,7 @@ class AgentLoop:
         return flight
 
     def close(self) -> None:
-        """Stop without waiting for groups that are being played or scored."""
+        """Stop the thread, and cancel groups that are being played or scored: their futures raise CancelledError."""
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         if tasks := asyncio.all_tasks(self._loop):
@@ -81,7 +88,7 @@ class AgentLoop:
         self._loop.close()
 
     async def _finish(self, flight: Flight, step: int) -> None:
-        """Play and score the group, and set `flight.scored`."""
+        """Play and score the group, and set the result or the exception of `flight.scored`."""
         try:
             if not flight.played:
                 group = await asyncio.wrap_future(flight.request.group)
@@ -136,7 +143,7 @@ class AgentLoop:
 
 
 def _append_turn(episode: Episode, reply_ids: Sequence[int], turn: Episode) -> Episode:
-    """The episode followed by the env's reply and the policy's next turn."""
+    """Return the episode followed by the env's reply and the policy's next turn."""
     mask = episode.sampled_mask or (True,) * len(episode.completion_ids)
     return replace(
         turn,

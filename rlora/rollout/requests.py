@@ -9,7 +9,7 @@ from rlora.records import Adapter, DeliveryError, Engine, Group, Prompt, Receipt
 
 @dataclass(eq=False)
 class Request:
-    """A prompt for a fleet to sample."""
+    """A prompt for a fleet to sample, as `Fleet.generate` returns it."""
 
     prompt: Prompt
     sampling: Sampling
@@ -53,13 +53,15 @@ class FleetStats:
 
 
 def policy_left(policy: str) -> StaleError:
-    return StaleError(f"policy {policy}: it has left the fleet, so its requests are cancelled")
+    """Return the error for the requests of a policy that has left."""
+    return StaleError(f"policy {policy}: the policy has left the fleet, so its requests are cancelled")
 
 
 def check_receipt(adapter: Adapter, receipt: Receipt) -> Receipt:
-    """Return `receipt`. Raises DeliveryError if it is for a different adapter."""
+    """Return `receipt`. Raises DeliveryError if the receipt is for a different adapter."""
     if receipt.digest != adapter.digest:
         raise DeliveryError(
-            f"adapter {adapter.name}: an engine serves digest {receipt.digest[:12]} instead of {adapter.digest[:12]}"
+            f"adapter {adapter.name}: an engine serves digest {receipt.digest[:12]} instead of {adapter.digest[:12]}; "
+            "this is a bug, or a hardware fault"
         )
     return receipt

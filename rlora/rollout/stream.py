@@ -1,4 +1,4 @@
-"""Prompts in, scored groups out: tracks prompts in flight, stragglers, and groups too stale to learn from."""
+"""Prompts in, scored groups out: tracks prompts in flight, stragglers, and groups that are too stale to learn from."""
 
 import math
 import random
@@ -48,9 +48,9 @@ class _SentPrompt:
 class Rollouts:
     """Keeps the prompts of `max_staleness` + 1 steps in flight and gives each step its groups.
 
-    A step takes the groups of its prompts in the order in which the prompts were sent, whatever the length of their
-    completions. `cursor` is where an earlier process stopped: its prompts in flight continue, and what it sampled is
-    not sampled again.
+    A step takes the groups in the order in which their prompts were sent, whatever the length of the completions.
+    `cursor` is the state in which an earlier process stopped: prompts that were in flight continue, and completions
+    that were sampled are not sampled again. For a new run, pass `Cursor()`.
     """
 
     def __init__(
@@ -68,14 +68,14 @@ class Rollouts:
 
     @property
     def cursor(self) -> Cursor:
-        """Where another process can resume."""
+        """State from which another process can resume."""
         in_flight = (*(sent.record for sent in self._sent), *self._inherited)
         return Cursor(self._next, tuple(self._retries), in_flight)
 
     def send(self, version: int) -> None:
-        """Send the prompts of the step that updates `version`, and of the later steps that staleness allows.
+        """Send the prompts of the step that updates `version`, and of the `max_staleness` next steps. Does not block.
 
-        Prompts in flight that would be too stale for this step are discarded and sent again before any other.
+        Prompts in flight that would be too stale for this step are discarded, and sent again before any other prompt.
         """
         self._stale += self._drop_stale(version - self.config.max_staleness)
         self._resume_inherited()
@@ -83,7 +83,7 @@ class Rollouts:
 
     @property
     def pending(self) -> list[Future[Group]]:
-        """The groups of the next step that have not arrived yet."""
+        """Futures of the groups of the next step that have not arrived yet."""
         step = self._sent[: self.config.prompts_per_step]
         return [sent.flight.scored for sent in step if not sent.flight.scored.done()]
 
@@ -91,8 +91,8 @@ class Rollouts:
     def due(self) -> bool:
         """Whether `take` would not block.
 
-        True if all groups of the next step have arrived, if one has failed, or if half have arrived and the stragglers'
-        time is over.
+        True if all groups of the next step have arrived, if a group has failed, or if half of the groups have arrived
+        and `config.straggler_seconds` have passed since then.
         """
         step = [sent.flight.scored for sent in self._sent[: self.config.prompts_per_step]]
         done = [scored for scored in step if scored.done()]
@@ -103,13 +103,14 @@ class Rollouts:
         return half and time.monotonic() - (self._half_since or 0.0) > self.config.straggler_seconds
 
     def take(self, version: int) -> Collection:
-        """The groups of `prompts_per_step` prompts, for the step that updates `version`.
+        """Block until the groups of `prompts_per_step` prompts have arrived, for the step that updates `version`.
 
-        There are fewer if some are late: after half have arrived, the rest get `engine.straggler_seconds`. Groups
-        without a learning signal (equal rewards) are replaced in up to `algorithm.refills` rounds (DAPO's dynamic
-        sampling, arXiv:2503.14476, section 3.2), but not if groups of the step are late. Half of a refill gets as long
-        as the first round took, the rest `engine.straggler_seconds`. Raises RewardError, which carries the sampled
-        groups, if the reward functions fail.
+        After half of the groups have arrived, the others get `config.straggler_seconds`; groups that are late then
+        are missing from the result. Groups without a learning signal (equal rewards) are replaced in up to
+        `algorithm.refills` rounds (DAPO's dynamic sampling, arXiv:2503.14476, section 3.2), but not if groups of the
+        step are late. The first half of a refill gets as long as the first round took, the rest
+        `config.straggler_seconds`. Raises RewardError, which carries the sampled groups, if the reward functions fail,
+        and the errors of sampling.
         """
         count, refills = self.config.prompts_per_step, self.config.algorithm.refills
         self.send(version)
@@ -133,9 +134,9 @@ class Rollouts:
         return Collection(groups, sampled, reward_seconds, late, stale, self._straggler_seconds)
 
     def _take_next(self, version: int, count: int, seconds: float = math.inf) -> tuple[list[_SentPrompt], int]:
-        """Remove the next `count` prompts from those sent, except late ones. Returns them and the number of late ones.
+        """Wait for the next `count` prompts, and remove those that have arrived from the prompts in flight.
 
-        Waits up to `seconds` for the first half.
+        Returns the removed prompts and the number of late ones. Waits up to `seconds` for the first half.
         """
         self._fill(version, count)  # a refill needs more prompts than are in flight
         step = self._sent[:count]
@@ -150,7 +151,7 @@ class Rollouts:
         return done, len(step) - len(done)
 
     def _fill(self, version: int, count: int) -> None:
-        """Send prompts until `count`, and those of the steps ahead, are in flight."""
+        """Send prompts until `count` prompts, and the prompts of the steps ahead, are in flight."""
         steps_ahead = min(self.config.max_staleness, self.config.steps - version - 1)
         while len(self._sent) < count + steps_ahead * self.config.prompts_per_step:
             position = self._retries.popleft() if self._retries else self._next_position()
@@ -172,7 +173,7 @@ class Rollouts:
         self._inherited = ()
 
     def _drop_stale(self, oldest: int) -> int:
-        """Discard prompts sampled under versions below `oldest` and queue them for a retry. Returns their number."""
+        """Discard the prompts sampled under versions below `oldest`, to send them again. Returns their number."""
         stale_inherited = [item for item in self._inherited if _is_stale(item.adapter, oldest)]
         stale_sent = [sent for sent in self._sent if _is_stale(sent.adapter, oldest)]
         self._inherited = tuple(item for item in self._inherited if item not in stale_inherited)
@@ -199,13 +200,16 @@ class Rollouts:
 
 
 def sampling_of(config: Config, group_size: int, temperature: float | None = None) -> Sampling:
-    """The sampling settings of a config, with a different temperature if one is given."""
+    """Return the sampling settings of a config for groups of `group_size`. `temperature` overrides the config's."""
     sampling = config.sampling
     return Sampling(sampling.max_tokens, sampling.temperature if temperature is None else temperature, group_size)
 
 
 def prompt_at(prompts: Sequence[Prompt], position: int, seed: int) -> Prompt:
-    """The prompt at a position: each epoch visits all prompts once, in an order of its own."""
+    """Return the prompt at `position`, counted over all epochs.
+
+    Each epoch visits all prompts once, in an order that depends on `seed` and the epoch.
+    """
     epoch, index = divmod(position, len(prompts))
     return prompts[_order(len(prompts), seed, epoch)[index]]
 

@@ -24,7 +24,7 @@ HELD_OUT = "held_out"  # name of the evaluation set that holds the run's held-ou
 
 @dataclass(frozen=True)
 class Task:
-    """What a policy trains and is evaluated on."""
+    """Prompts, tokenizer and reward functions of a policy, as `load_task` returns them."""
 
     base: str  # path of the frozen base model
     chat: Chat
@@ -32,7 +32,7 @@ class Task:
     agent: bool  # whether the env replies to the policy
     prompts: list[Prompt]  # training prompts
     held_out: list[Prompt]  # the first `evaluate.prompts` held-out prompts
-    dropped: int  # prompts left out because they are too long
+    dropped: int  # prompts that are not used because they are empty or longer than `sampling.max_prompt_tokens`
     checked: Report = field(default_factory=Report)  # result of the reward check
     scoring: Setup = field(default_factory=Setup)  # what the processes run that score and that reply for the env
     sets: Mapping[str, list[Prompt]] = field(default_factory=dict)  # evaluation sets by name, including `held_out`
@@ -49,9 +49,9 @@ class ServedPolicy:
 
 
 def load_task(config: Config) -> Task:
-    """Load the env and the tokenizer, and check the reward functions. Without an env, the task has no prompts.
+    """Load the env's prompts and the tokenizer, and check the reward functions by calling them (`rollout.check`).
 
-    Raises RloraError that names the invalid field.
+    Without an env the task has no prompts, and nothing is checked. Raises RloraError that names the invalid field.
     """
     if not config.env:
         return bare_task(config)
@@ -69,7 +69,7 @@ def load_task(config: Config) -> Task:
         if not fitting:
             raise RloraError(
                 f"env = {config.env!r}: none of its {len(train)} training prompts has 1 to "
-                f"{config.sampling.max_prompt_tokens} tokens; raise sampling.max_prompt_tokens or look at the data"
+                f"{config.sampling.max_prompt_tokens} tokens; raise sampling.max_prompt_tokens, or shorten the prompts"
             )
         return replace(
             task,
@@ -85,7 +85,7 @@ def load_task(config: Config) -> Task:
 
 
 def _load_evaluation_sets(config: Config, task: Task, train_env: Any) -> dict[str, list[Prompt]]:
-    """The prompts of `evaluate.sets`. Raises RloraError if a set has none, or if its env replies differently."""
+    """Return the prompts of `evaluate.sets`. Raises RloraError if a set is empty, or if its env replies differently."""
     sets = {}
     for name, settings in config.evaluate.sets.items():
         field = f"evaluate.sets.{name}"
@@ -96,15 +96,17 @@ def _load_evaluation_sets(config: Config, task: Task, train_env: Any) -> dict[st
         replies, train_env_replies = hasattr(env, "reply"), hasattr(train_env, "reply")
         if replies != train_env_replies or (replies and type(env) is not type(train_env)):
             raise RloraError(
-                f"{field}.env = {settings.env!r}: it must reply exactly as the run's env, {config.env!r}; use that "
-                "env's class with other arguments, or evaluate on this env with `rlora eval`"
+                f"{field}.env = {settings.env!r}: it must reply exactly as the run's env, {config.env!r}, because "
+                f"that env replies for all sets; unset {field}.env and set {field}.env_args, or evaluate on this env "
+                "with `rlora eval`"
             )
         sets[name] = tokenise(held_out, task.chat, config.sampling.max_prompt_tokens)
         _check_vocabulary(config, vocabulary_size(task.base), sets[name])
         if not sets[name]:
             raise RloraError(
                 f"{field}: none of the {len(held_out)} prompts from its held_out() has 1 to "
-                f"{config.sampling.max_prompt_tokens} tokens; name an env that has some, or remove the set"
+                f"{config.sampling.max_prompt_tokens} tokens; raise sampling.max_prompt_tokens, name a different env, "
+                "or remove the set"
             )
     return sets
 
@@ -113,7 +115,7 @@ def _load_prompts(
     field: str, spec: str, plugin: Any, args: Mapping[str, Any], count: int,
     methods: Sequence[str] = ("train", "held_out"),
 ) -> tuple[Any, list[list[Prompt]]]:  # fmt: skip
-    """The env and the prompts of its methods: all training prompts, the first `count` held-out prompts.
+    """Construct the env, and return it with the prompts of its `methods`: at most `count` of them from held_out().
 
     Raises RloraError that names the field.
     """
@@ -126,7 +128,7 @@ def _load_prompts(
         prefix = location_prefix(error, spec.rpartition(":")[0], file_of(plugin))
         raise RloraError(
             f"{prefix}{field} = {spec!r} with env_args = {args!r}: it raised {type(error).__name__}: {error}; "
-            "fix env_args, or the env: it needs methods train() and held_out() that return Prompts"
+            "fix env_args, or the env, which needs methods train() and held_out() that return Prompts"
         ) from error
     for method, prompts in zip(methods, parts, strict=True):
         for number, prompt in enumerate(prompts):
@@ -136,13 +138,17 @@ def _load_prompts(
 
 
 def bare_task(config: Config) -> Task:
-    """A task without an env: base model, tokenizer and reward functions. Raises RloraError if they don't fit."""
+    """Return a task without an env: base model, tokenizer and reward functions. Its lists of prompts are empty.
+
+    Raises RloraError if the config's longest sequence exceeds the model's context, or if the tokenizer does not support
+    the `chat` settings.
+    """
     base = locate(config.model)
     limit = context_length(base)
     if limit is not None and config.max_model_len > limit:
         raise RloraError(
             f"sampling.max_prompt_tokens + sampling.max_tokens = {config.max_model_len}: "
-            f"the context length of {config.model} is {limit}; lower one of them"
+            f"the context length of {config.model} is {limit}; lower one of the two settings"
         )
     tokenizer = load_tokenizer(base)
     chat = Chat(tokenizer, config.chat, stop_token_ids(base, tokenizer))
@@ -151,17 +157,20 @@ def bare_task(config: Config) -> Task:
 
 
 def _check_vocabulary(config: Config, size: int, prompts: Sequence[Prompt]) -> None:
-    """Raise RloraError if a prompt contains a token without an embedding in the model."""
+    """Raise RloraError if a prompt contains a token for which the model has no embedding."""
     largest = max((max(prompt.token_ids) for prompt in prompts), default=0)
     if largest >= size:
         raise RloraError(
             f"model = {config.model!r}: its tokenizer produces token {largest}, but the model has {size} embeddings; "
-            "use the tokenizer that the model was saved with, or resize the model's embeddings and save it again"
+            "use the tokenizer that the model was saved with, or resize the model's embeddings and save the model again"
         )
 
 
 def setup_of(config: Config, agent: bool) -> Setup:
-    """What the scoring processes run: the reward functions and, if the env is an `agent`, its replies."""
+    """Return the setup of the scoring processes, which run the reward functions and, if `agent`, the env's `reply`.
+
+    Raises RloraError if a variable of `scoring.environment` is not set.
+    """
     return Setup(
         rewards=config.rewards,
         style=config.scoring.style,
@@ -180,11 +189,12 @@ def setup_of(config: Config, agent: bool) -> Setup:
 
 
 def _environment(names: Sequence[str]) -> dict[str, str]:
-    """The environment variables that reward functions see. Raises RloraError if one is not set."""
+    """Return the values of the environment variables `names`. Raises RloraError if a variable is not set."""
     for name in names:
         if name not in os.environ:
             raise RloraError(
-                f"scoring.environment: {name} is not set in the environment of this process; export it, or remove it"
+                f"scoring.environment: {name} is not set in the environment of this process; export {name}, or "
+                "remove the name from scoring.environment"
             )
     return {name: os.environ[name] for name in names}
 
@@ -221,19 +231,19 @@ def _is_message(message: Any) -> bool:
 
 
 def _without_surrogates(text: str | Messages) -> str | Messages:
-    """The text of a prompt with lone surrogates replaced, as in an env's replies."""
+    """Return the text of a prompt with lone surrogates replaced by question marks, as in an env's replies."""
     if isinstance(text, str):
         return without_surrogates(text)
     return [{k: without_surrogates(v) if isinstance(v, str) else v for k, v in message.items()} for message in text]
 
 
 def _may_reply_with_messages(env: Any) -> bool:
-    """Whether an agent's reply may be chat messages: true unless its return annotation allows strings only."""
+    """Return whether the env's reply may be chat messages: True unless its return annotation allows strings only."""
     annotation = inspect.signature(env.reply).return_annotation
     return annotation not in (str, str | None, "str", "str | None", "Optional[str]", "None | str")
 
 
 def tokenise(prompts: Iterable[Prompt], chat: Chat, max_tokens: int) -> list[Prompt]:
-    """The prompts of at most `max_tokens` tokens, with their `token_ids`."""
+    """Tokenise prompts, and return those of 1 to `max_tokens` tokens with `token_ids` set."""
     tokenised = [replace(prompt, token_ids=chat.prompt_ids(prompt.text)) for prompt in prompts]
     return [prompt for prompt in tokenised if 0 < len(prompt.token_ids) <= max_tokens]

@@ -21,7 +21,7 @@ Scores = tuple[tuple[Score, ...], ...]  # by text, then by function
 
 @dataclass(frozen=True)
 class Trial:
-    """Scores of a prompt's gold answer in one form, of an empty text, and of another gold answer if there is one."""
+    """Scores of a prompt's gold answer in one form, of an empty text, and of another prompt's gold answer if given."""
 
     prompt: Prompt
     gold: Any
@@ -30,7 +30,7 @@ class Trial:
     scores: Scores
 
     def describe(self, function: int, text: int = 0) -> str:
-        """One line with the score that a function gives to a text."""
+        """Return a line with the score of a function for a text. `function` and `text` are indices in `scores`."""
         score = self.scores[text][function]
         verdict = score.status if score.value is None else f"{score.value:g}"
         verdict = f"{verdict}, {score.detail}" if score.detail else verdict
@@ -39,7 +39,10 @@ class Trial:
 
 
 class TrialRunner:
-    """Runs trials in `pool` until `deadline`, and judges their scores."""
+    """Runs trials in `pool` until `deadline` (of `time.monotonic`), and judges their scores.
+
+    `agent` says whether the env replies. Methods that score block until the pool has answered.
+    """
 
     def __init__(self, config: Config, chat: Chat, pool: Pool, agent: bool) -> None:
         self.config, self.chat, self.pool, self.agent = config, chat, pool, agent
@@ -49,7 +52,7 @@ class TrialRunner:
         self.env_errors: list[str] = []
 
     def gold(self, prompt: Prompt) -> Any:
-        """What the reward compares with: the answer, or a column if the first gold function reads only a column."""
+        """Return what the reward compares with: the answer, or a column if the first gold function reads no answer."""
         names = self.pool.names[self.gold_functions[0]] & ANSWERS if self.gold_functions else frozenset[str]()
         columns = sorted(names & prompt.columns.keys())
         return prompt.columns[columns[0]] if columns and not names & {"answer", "answers"} else prompt.answer
@@ -61,7 +64,11 @@ class TrialRunner:
     def trials(
         self, prompt: Prompt, texts: list[str], other_golds: list[list[str]], is_solution: bool
     ) -> Iterator[Trial]:
-        """Trials form by form, until the gold answer is rewarded as it should be. A solution is tried in one form."""
+        """Yield trials form by form, until the gold answer is rewarded (`is_rewarded`) or the deadline has passed.
+
+        Also ends if no function scores the prompt. `texts` are the texts of the gold answer, and `other_golds` the
+        texts of other prompts' gold answers. If `is_solution` is set, the texts are tried in one form only.
+        """
         first = [*requested_forms(prompt), *self.rewarded_forms]
         forms = [FORMS[0]] if is_solution else [*first, *(form for form in FORMS if form not in first)]
         cases = [(thought, form, n) for thought in (False, True) for form in forms for n in range(len(texts))]
@@ -79,7 +86,10 @@ class TrialRunner:
                 return
 
     def model_text(self, prompt: Prompt, form: Form, answer: str, thought: bool = False) -> str:
-        """An answer as a model writes it after the prompt, which may have opened the thinking, or the form itself."""
+        """Return an answer as a model writes it after the prompt. `thought` puts a thought before the answer.
+
+        What the prompt ends with, the opening tag of a thought or the prefix of the form, is not repeated.
+        """
         prefix, (opening_tag, closing_tag) = form.prefix, self.chat.settings.think
         end = message_opening(self.chat, prompt)
         if end.rfind(opening_tag) > end.rfind(closing_tag):
@@ -92,7 +102,7 @@ class TrialRunner:
         return f"{prefix}{answer}{form.suffix}"
 
     def score(self, prompt: Prompt, texts: Sequence[str], raw: bool = False) -> tuple[tuple[str, ...], Scores]:
-        """The texts as the functions receive them, and their scores. If `raw`, the functions receive `texts`."""
+        """Return the texts as the functions receive them in a run, and their scores. `raw` passes `texts` unchanged."""
         group = reward_input(Group(prompt, tuple(self._episode(prompt, text) for text in texts)), self.chat, 0, 1)
         if raw:
             messages = tuple(({"role": "assistant", "content": text},) for text in texts)
@@ -113,10 +123,10 @@ class TrialRunner:
         return Episode(ids, (), "stop", _NO_VERSION, message, messages=messages, state=state)
 
     def altered_text(self, prompt: Prompt, answer: str, function: int) -> str:
-        """A completion that the chat settings alter so that the function does not reward it.
+        """Look for a completion that the chat settings alter so that the function does not reward the completion.
 
-        Returns the text that the function receives, or "" if it rewards a form of the answer, or if it would not reward
-        the model's own text with the usual thinking tags either.
+        Returns the text that the function receives. Returns "" if the function rewards a form of the answer, or if it
+        does not reward the model's own text with the tags <think> and </think> either.
         """
         altered = ""
         for thought in (False, True):
@@ -135,37 +145,38 @@ class TrialRunner:
     # --- judging the scores ---
 
     def level(self, score: Score) -> tuple[bool, float] | None:
-        """A score as (correct, number), which sorts by worth. None if the function failed or gave no score."""
+        """Return a score as (is correct, number), or None if the function failed or gave no score."""
         if score.status in ("error", "timeout") or (score.status is None and score.value is None):
             return None
         value = score.value if score.value is not None else getattr(self.config.scoring, str(score.status))
         return (score.status == "correct" if score.status else value >= self.config.evaluate.threshold), value
 
     def judge(self, trials: Sequence[Trial]) -> int | None:
-        """The first function that reads a gold answer and gives this prompt a score."""
+        """Return the first function that reads a gold answer and scores this prompt, or None."""
         scoring = [n for n in self.gold_functions for trial in trials if trial.scores[0][n] != Score()]
         return min(scoring, default=None)
 
     def is_rewarded(self, trial: Trial, function: int) -> bool:
-        """Whether the gold answer is worth more than an empty text and another gold answer, and only it is correct."""
+        """Return whether only the gold answer is correct, and has a higher score than the other texts of the trial."""
         gold, *wrong = [self.level(scores[function]) for scores in trial.scores]
         levels = [level for level in wrong if level is not None]
         return gold is not None and (bool(levels) or gold[0]) and all(not level[0] and level < gold for level in levels)
 
     def _beats_empty(self, scores: Scores, function: int) -> bool:
-        """Whether the first text is worth more than the second, which is empty."""
+        """Return whether the first text has a higher score than the second, which is empty."""
         text, empty = [self.level(text_scores[function]) for text_scores in scores[:2]]
         return text is not None and empty is not None and text > empty
 
     def rewards_any(self, function: int, trials: Sequence[Trial]) -> bool:
-        """Whether a function rewards the gold answer of any trial more than an empty text."""
+        """Return whether a function rewards the gold answer of any trial more than an empty text."""
         return any(self._beats_empty(trial.scores, function) for trial in trials)
 
     def outcome(self, trials: Sequence[Trial]) -> str:
-        """The outcome of one prompt.
+        """Return the outcome of one prompt's trials.
 
-        "rewarded": as it should be. "unrewarded": the gold answer gets no reward. "empty", "foreign": an empty text or
-        another gold answer is rewarded too. "failed": the function failed. "unknown": no function scored it.
+        "rewarded": only the gold answer is rewarded, as it should be. "unrewarded": the gold answer gets no reward.
+        "empty", "foreign": an empty text or another prompt's gold answer is rewarded too. "failed": the function
+        failed. "unknown": no function scored the prompt.
         """
         judge = self.judge(trials)
         if judge is None:
@@ -181,5 +192,5 @@ class TrialRunner:
         return "foreign" if foreign and gold[0] and (empty is None or gold > empty) else "unrewarded"
 
     def best(self, trials: Sequence[Trial], function: int) -> Trial:
-        """The trial whose gold answer gets the highest reward."""
+        """Return the trial whose gold answer gets the highest reward."""
         return max(trials, key=lambda trial: self.level(trial.scores[0][function]) or (False, float("-inf")))

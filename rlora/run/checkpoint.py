@@ -3,7 +3,7 @@
     <run>/bundles/<version>/
       adapter_config.json          --+  the version in PEFT's format
       adapter_model.safetensors      |    (all weights: config.json and model.safetensors)
-      state.safetensors              |  the learner: masters, Adam's moments, random generators
+      state.safetensors              |  the learner: fp32 master weights, Adam's moments, random generators
       update.parquet                 |  episodes of the update that made the version
       in_flight.parquet              |  groups that were sampled and not yet trained on
       in_flight-<v>.safetensors    --+  adapters that prompts in flight are sampled under
@@ -43,9 +43,10 @@ BUNDLES = "bundles"  # directory within a run's directory
 _MANIFEST = "bundle.json"
 _STATE, _UPDATE, _IN_FLIGHT = "state.safetensors", "update.parquet", "in_flight.parquet"
 _FORMAT = 1
+_RESTORE = "restore a copy of the bundle, or use a different version"
 
 
-Rewards = tuple[float, int]  # sum and count
+Rewards = tuple[float, int]  # sum of rewards, and number of episodes
 
 
 class BundleError(RloraError):
@@ -54,7 +55,7 @@ class BundleError(RloraError):
 
 @dataclass(frozen=True)
 class Bundle:
-    """State of a run after an update."""
+    """A checkpoint: everything that a run needs to continue after an update, as `read` returns it."""
 
     origin: Provenance
     adapter: Adapter
@@ -63,10 +64,11 @@ class Bundle:
     config: Config
     update: bytes | None = None  # the groups that the update trained on, as Parquet; None if not stored
     parent: str | None = None  # digest of the previous version
-    rewards: Mapping[int, Rewards] = field(default_factory=dict)  # of each stored version's episodes
+    rewards: Mapping[int, Rewards] = field(default_factory=dict)  # of each stored version's episodes, by version number
 
     @property
     def version(self) -> int:
+        """Number of the version."""
         return self.adapter.number
 
     @cached_property
@@ -76,7 +78,7 @@ class Bundle:
 
     @property
     def files(self) -> dict[str, bytes]:
-        """Files by name. The manifest comes last and commits the bundle."""
+        """Content of each file, by name. bundle.json comes last: a directory without bundle.json is not a bundle."""
         sent = self.cursor.in_flight
         played = [prompt.group for prompt in sent if prompt.group]
         adapters = {prompt.adapter.number: prompt.adapter for prompt in sent if prompt.adapter}
@@ -134,16 +136,21 @@ def _canonical(manifest: Mapping[str, Any]) -> bytes:
 
 
 def bundle_path(run: UPath, version: int) -> UPath:
+    """Return the directory of a version's bundle, which need not exist."""
     return run / BUNDLES / str(version)
 
 
 def versions(run: UPath) -> list[int]:
-    """Versions that have a bundle, intact or not, in ascending order. Raises OSError if the store does not answer."""
+    """Return the versions that have a bundle, intact or not, in ascending order. Raises OSError if the store fails."""
     return sorted(int(name) for name in names(run / BUNDLES) if name.isdigit())
 
 
 def read(path: UPath) -> Bundle:
-    """Read and verify the bundle in a directory. Raises BundleError if any byte differs from what was written."""
+    """Read and verify the bundle in the directory `path`.
+
+    Raises BundleError if any byte differs from what was written, and RloraError if a file can't be read now or has the
+    format of a different release.
+    """
     manifest = _read_manifest(path)
     contents = {name: _read_verified(path / name, expected) for name, expected in manifest["files"].items()}
     origin, version = Provenance(**manifest["origin"]), manifest["version"]
@@ -163,7 +170,7 @@ def read(path: UPath) -> Bundle:
         if pinned or entry["version"] is None:
             group = None if group_index is None else played[group_index]
             in_flight.append(InFlight(entry["place"], entry["step"], pinned, group, entry["scored"]))
-        else:  # all weights: the version that it was sampled under is not stored
+        else:  # all weights: the version that the prompt was sampled under is not stored
             in_flight.append(InFlight(entry["place"], entry["step"]))
     return Bundle(
         origin,
@@ -183,13 +190,13 @@ def _read_manifest(path: UPath) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(_read_file(path / _MANIFEST))
         signature = manifest.pop("sha256")
     except (ValueError, KeyError, AttributeError):
-        raise BundleError(f"{path}/{_MANIFEST}: damaged: not the JSON object that was written") from None
+        raise BundleError(f"{path}/{_MANIFEST}: damaged: not the JSON object that was written; {_RESTORE}") from None
     if signature != _digest(_canonical(manifest)):
-        raise BundleError(f"{path}/{_MANIFEST}: damaged: its digest does not match its content")
+        raise BundleError(f"{path}/{_MANIFEST}: damaged: its digest does not match its content; {_RESTORE}")
     if manifest["format"] != _FORMAT:
         raise RloraError(
-            f"{path}/{_MANIFEST}: format = {manifest['format']}; this release of rlora reads format {_FORMAT}, use the "
-            "release that wrote it"
+            f"{path}/{_MANIFEST}: format = {manifest['format']}; this release of rlora reads format {_FORMAT}; use the "
+            "release that wrote the bundle"
         )
     return manifest
 
@@ -197,28 +204,30 @@ def _read_manifest(path: UPath) -> dict[str, Any]:
 def _read_verified(path: UPath, expected: Mapping[str, Any]) -> bytes:
     content = _read_file(path)
     if len(content) != expected["bytes"]:
-        raise BundleError(f"{path}: damaged: {len(content):,} bytes, expected {expected['bytes']:,}")
+        raise BundleError(f"{path}: damaged: {len(content):,} bytes, expected {expected['bytes']:,}; {_RESTORE}")
     if _digest(content) != expected["sha256"]:
-        raise BundleError(f"{path}: damaged: its digest does not match {_MANIFEST}")
+        raise BundleError(f"{path}: damaged: its digest does not match {_MANIFEST}; {_RESTORE}")
     return content
 
 
 def _read_file(path: UPath) -> bytes:
-    """Raises BundleError if the file is missing, and RloraError if it may exist but can't be read now."""
+    """Read a file. Raises BundleError if the file is missing, and RloraError if reading fails for another reason."""
     try:
         content = read_file(path)
     except OSError as error:
-        raise RloraError(f"{path}: can't be read ({error}); try again, or move its bundle away") from error
+        raise RloraError(
+            f"{path}: can't be read ({error}); try again, or move {path.parent} away to use an earlier version"
+        ) from error
     if content is None:
-        raise BundleError(f"{path}: missing, so the bundle is incomplete")
+        raise BundleError(f"{path}: missing, so the bundle is incomplete; {_RESTORE}")
     return content
 
 
 def newest(run: UPath, origin: Provenance) -> Bundle | None:
-    """Return the newest intact bundle of the run, or None before the first one.
+    """Return the newest intact bundle of the run, or None if the run has neither bundles nor steps.
 
-    Skips damaged bundles and those of other runs, with a warning. Raises RloraError if no bundle is left, or if
-    metrics.jsonl has steps and there is no bundle.
+    `origin` is the run's provenance. Damaged bundles and those of other runs are skipped with a warning. Raises
+    RloraError if no bundle is left, or if metrics.jsonl has steps and there is no bundle.
     """
     existing = versions(run)
     for version in reversed(existing):
@@ -226,35 +235,41 @@ def newest(run: UPath, origin: Provenance) -> Bundle | None:
         try:
             return _read_matching(path, origin, version)
         except BundleError as error:
-            _log.warning(f"{error}\n{path} is skipped; the newest intact bundle before it is used")
+            _log.warning(f"{error}\n{path} is skipped; the newest intact bundle of an earlier version is used")
     if existing:
         raise RloraError(
-            f"{run}: none of its {len(existing)} bundles is intact, so it can't be resumed; restore a copy of one, or "
-            "start a new run"
+            f"{run}: none of its {len(existing)} bundles is intact, so the run can't be resumed; restore a copy of a "
+            "bundle, or start a new run"
         )
     if lines := complete_lines(run):
         raise RloraError(
-            f"{run}: {METRICS} has {len(lines)} steps, but there is no bundle to resume from; restore a copy of one, "
-            "or start a new run"
+            f"{run}: {METRICS} has {len(lines)} steps, but there is no bundle to resume from; restore a copy of a "
+            "bundle, or start a new run"
         )
     return None
 
 
 def _read_matching(path: UPath, origin: Provenance, version: int) -> Bundle:
-    """Read the bundle at `path`. Raises BundleError if it belongs to a different run or version."""
+    """Read the bundle at `path`. Raises BundleError if the bundle belongs to a different run or version."""
     bundle = read(path)
     if bundle.origin.id != origin.id:
         raise BundleError(
-            f"{path}: belongs to a different run, {bundle.origin.run} ({bundle.origin.id}), not to this one "
-            f"({origin.id}); `rlora train --fork` starts a run from it"
+            f"{path}: the bundle belongs to a different run, {bundle.origin.run} ({bundle.origin.id}), not to this run "
+            f"({origin.id}); move the bundle to that run's directory, from which `rlora train --fork` starts a new run"
         )
     if bundle.version != version:
-        raise BundleError(f"{path}: contains version {bundle.version}, so its directory has the wrong name")
+        raise BundleError(
+            f"{path}: contains version {bundle.version}, so its directory has the wrong name; rename the directory to "
+            f"{bundle.version}"
+        )
     return bundle
 
 
 def read_version(run: UPath, version: int | None = None) -> Bundle:
-    """Read a version of a run, by default the newest intact one. Raises RloraError that lists the existing versions."""
+    """Read the bundle of a version of a run, by default the newest intact bundle.
+
+    Raises RloraError if there is no such bundle, in a message that lists the existing versions.
+    """
     if version is not None:
         path = _existing_path(run, version)
         return _read_matching(path, Provenance.of(run), version)
@@ -265,34 +280,36 @@ def read_version(run: UPath, version: int | None = None) -> Bundle:
 
 
 def read_config(run: UPath, version: int) -> Config:
-    """The config that a version was trained under. Raises RloraError as `read_version` does."""
+    """Read the config that a version was trained under. Raises RloraError as `read_version` does."""
     return _validated_config(_read_manifest(path := _existing_path(run, version)), path)
 
 
 def _existing_path(run: UPath, version: int) -> UPath:
-    """Path of the bundle of a version. Raises RloraError that lists the existing versions if there is none."""
+    """Return the directory of a version's bundle. Raises RloraError as `read_version` does."""
     existing = _existing_versions(run)
     if version not in existing:
         raise RloraError(
-            f"{run}: there is no bundle of version {version}; the versions are {_ranges(existing)} (config: "
-            "checkpoint.keep_last, keep_every and keep_best)"
+            f"{run}: there is no bundle of version {version}; use one of the versions {_ranges(existing)} "
+            "(checkpoint.keep_last, checkpoint.keep_every and checkpoint.keep_best decide which bundles are kept)"
         )
     return bundle_path(run, version)
 
 
 def _existing_versions(run: UPath) -> list[int]:
-    """Versions that have a bundle. Raises RloraError if there is none."""
+    """Return the versions that have a bundle. Raises RloraError if there are none."""
     if existing := versions(run):
         return existing
     raise RloraError(f"{run}: there is no bundle yet; `rlora train --resume {run}` starts the run again")
 
 
 def _validated_config(manifest: Mapping[str, Any], path: UPath) -> Config:
-    return validate(manifest["config"], f"{path}/{_MANIFEST}, written by a different release of rlora? config: ")
+    """Return the config in a manifest. Raises RloraError if a different release wrote a config that is invalid here."""
+    source = f"{path}/{_MANIFEST}: a different release of rlora wrote this config; use that release: "
+    return validate(manifest["config"], source)
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """1, 3 to 5, 9"""
+    """Format ascending numbers as "1, 3 to 5, 9"."""
     starts = [number for number in numbers if number - 1 not in numbers]
     ends = [number for number in numbers if number + 1 not in numbers]
     return ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in zip(starts, ends, strict=True))

@@ -39,8 +39,8 @@ class Provenance:
     id: str  # unique, survives a rename of the directory
     prompts: str  # `prompts_digest` of the training prompts
     packages: Mapping[str, str]  # versions by name
-    machine: str  # results may differ in bits on a different one
-    forked_from: Mapping[str, Any] | None = None  # run, id, version and digest of the source
+    machine: str  # hardware; on different hardware results can differ by rounding
+    forked_from: Mapping[str, Any] | None = None  # of a fork: run, id, version and digest of the source
 
     @property
     def first(self) -> int:
@@ -49,7 +49,7 @@ class Provenance:
 
     @staticmethod
     def of(run: UPath) -> "Provenance":
-        """Provenance that a run's first process wrote. Raises RloraError if a field is missing."""
+        """Read the provenance that a run's first process wrote. Raises RloraError if a field is missing."""
         provenance = tomllib.loads((run / CONFIG).read_text()).get("provenance", {})
         try:
             return Provenance(
@@ -62,7 +62,10 @@ class Provenance:
 
     @staticmethod
     def current(run: UPath, task: "Task") -> "Provenance":
-        """Provenance of bundles that this process writes for the run."""
+        """Return the provenance of bundles that this process writes for the run.
+
+        The prompts, packages and machine are those of this process.
+        """
         from rlora.device import hardware  # imports torch
 
         return replace(
@@ -73,13 +76,16 @@ class Provenance:
 def create(
     run: UPath, config: Config, task: "Task", overwrite: bool = False, forked_from: Mapping[str, Any] | None = None
 ) -> None:
-    """Create the directory of a new run, with its `config.toml`. Raises RloraError as `check_free` does.
+    """Create the directory of a new run, with its `config.toml`.
 
-    `overwrite` removes an existing run.
+    `overwrite` removes an existing run. `forked_from` is the provenance of a fork, see `resume.lineage`. Raises
+    RloraError as `check_free` does, and if `overwrite` would remove the model or adapter that the config names.
     """
     for field, path in {"model": config.model, "learner.start_from": config.learner.start_from}.items():
         if overwrite and path and holds(run, UPath(path)):
-            raise RloraError(f"{field} = {path!r}: --overwrite would remove it; use a different --run-dir")
+            raise RloraError(
+                f"{field} = {path!r}: this path is in {run}, which --overwrite would remove; use a different --run-dir"
+            )
     check_free(run, overwrite)
     if overwrite and CONFIG in names(run):
         remove(run)
@@ -101,7 +107,11 @@ def create(
 
 
 def check_free(run: UPath, overwrite: bool = False) -> None:
-    """Raise RloraError if the directory is not empty, or if a process trains the run that `overwrite` would remove."""
+    """Raise RloraError if `run` can't become the directory of a new run.
+
+    That is the case if `run` is not empty, unless `overwrite` is set and the directory contains a run that no process
+    trains.
+    """
     if overwrite and is_locked(run):
         raise RloraError(f"--run-dir {run}: a process is training this run; stop that process first")
     existing = names(run)
@@ -110,12 +120,13 @@ def check_free(run: UPath, overwrite: bool = False) -> None:
     if any(not name.endswith(HALF) for name in existing):  # a killed process leaves incomplete files
         raise RloraError(
             f"--run-dir {run}: the directory is not empty; resume its run with `rlora train --resume {run}`, "
-            "replace it with --overwrite, or use a different directory"
+            "replace that run with --overwrite, or use a different directory"
         )
 
 
 def update_config(run: UPath, config: Config) -> None:
-    """Write `config` to the run's `config.toml`. `learner.start_from` keeps its value: `config` has the copy's path."""
+    """Write `config` to the run's `config.toml`, except `learner.start_from`, which keeps the user's path: `config` has
+    the path of the run's copy."""
     previous = tomllib.loads((run / CONFIG).read_text())
     table = asdict(config) | {"provenance": previous["provenance"]}
     table["learner"]["start_from"] = previous["learner"]["start_from"]
@@ -125,7 +136,7 @@ def update_config(run: UPath, config: Config) -> None:
 
 
 def packages() -> dict[str, str]:
-    """Installed versions of the packages that a run depends on."""
+    """Return the installed versions of the packages that a run depends on, by name."""
     return {name: version for name in _PACKAGES if (version := _version(name))}
 
 
@@ -137,7 +148,7 @@ def _version(package: str) -> str | None:
 
 
 def prompts_digest(prompts: Sequence[Prompt]) -> str:
-    """SHA-256 of the prompts' tokens, answers and columns, in order."""
+    """Return the SHA-256, in hex, of the prompts' tokens, answers and columns, in order."""
     digest = hashlib.sha256()
     for prompt in prompts:
         content = [prompt.token_ids, prompt.answer, dict(prompt.columns)]
@@ -147,9 +158,9 @@ def prompts_digest(prompts: Sequence[Prompt]) -> str:
 
 @contextmanager
 def locked(run: UPath) -> Iterator[None]:
-    """Lock the run against other processes. A run at a URL is not locked.
+    """Hold the lock of a run within the context, so that no other process trains the run. Runs at URLs have no lock.
 
-    Raises RloraError if another process holds the lock. The lock ends with its process, so none is left by a crash.
+    Raises RloraError if another process holds the lock. A lock ends with its process, so a crash leaves none.
     """
     if not isinstance(run, Path):
         yield
@@ -160,7 +171,8 @@ def locked(run: UPath) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise RloraError(
-                f"{run}: {file.read().strip() or 'another process'} is training it; stop that process first"
+                f"{run}: {file.read().strip() or 'another process'} is training in this directory; stop that process "
+                "first"
             ) from None
         except OSError as error:  # a file system without locks
             _log.warning(f"{run}: can't be locked ({error}); make sure that no other process trains this run")
@@ -171,7 +183,7 @@ def locked(run: UPath) -> Iterator[None]:
 
 
 def is_locked(run: UPath) -> bool:
-    """Whether a process holds the run's lock, as far as this machine can tell."""
+    """Return whether a process holds the run's lock. False at a URL or on a file system without locks."""
     lock = run / "lock"
     if not (isinstance(lock, Path) and lock.exists()):
         return False
@@ -186,14 +198,20 @@ def is_locked(run: UPath) -> bool:
 
 
 def request_engines(run: UPath, count: int) -> None:
-    """Request a number of engines from a run, for its next step. Raises RloraError for a run at a URL."""
+    """Ask the process that trains a run to use `count` engines from its next step on. Raises RloraError at a URL."""
     if not isinstance(run, Path):
-        raise RloraError(f"{run}: rlora scale works for runs in a local directory only")
+        raise RloraError(
+            f"{run}: rlora scale works for runs in a local directory only; stop the run, and continue it with "
+            f"`rlora train --resume {run} --engine.replicas {count}`"
+        )
     write_file(run / "engines", f"{count}\n".encode())
 
 
 def requested_engines(run: UPath) -> int | None:
-    """The number that `request_engines` wrote, or None. Not read at a URL, where each step would wait for the store."""
+    """Return the number that `request_engines` wrote, or None if there is none.
+
+    Always None at a URL, where each step would wait for the store.
+    """
     if not isinstance(run, Path):
         return None
     try:
@@ -203,6 +221,7 @@ def requested_engines(run: UPath) -> int | None:
 
 
 def summary(run: UPath) -> dict[str, Any]:
+    """Return the content of summary.json, {} if there is no such file."""
     figures: dict[str, Any] = json.loads(read_file(run / SUMMARY) or b"{}")
     return figures
 
@@ -213,19 +232,22 @@ def summarise(run: UPath, figures: Mapping[str, Any]) -> None:
 
 
 def complete_lines(run: UPath) -> list[str]:
-    """Lines of metrics.jsonl, without a last one that is being written or was cut off by a crash."""
+    """Return the lines of metrics.jsonl, without a last line that is being written or that a crash cut off."""
     lines = (read_file(run / METRICS) or b"").decode(errors="replace").splitlines()
     return [line for line in lines if line.endswith("}")]
 
 
 def figures(run: UPath) -> list[dict[str, Any]]:
-    """The metrics of each step, parsed from metrics.jsonl."""
+    """Return the metrics of each step, parsed from metrics.jsonl."""
     return [json.loads(line) for line in complete_lines(run)]
 
 
 @contextmanager
 def saving_unscored(run: UPath) -> Iterator[None]:
-    """If a reward function fails, write the sampled episodes to `<run>/unscored.jsonl`, one JSON object per episode."""
+    """On a RewardError within the context, write the sampled episodes to `<run>/unscored.jsonl`, one JSON object each.
+
+    Then raises RloraError, which names the file.
+    """
     try:
         yield
     except RewardError as error:

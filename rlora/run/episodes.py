@@ -13,7 +13,10 @@ from rlora.records import Episode, Group, Prompt, Version
 
 
 def encode(groups: Sequence[Group]) -> bytes:
-    """Encode groups as zstd-compressed Parquet. Logprobs and rewards are exact; objects that JSON lacks become text."""
+    """Encode groups as zstd-compressed Parquet.
+
+    Logprobs and rewards are exact. Objects that JSON can't represent are stored as `str` of the object.
+    """
     rows = [(number, group.prompt, episode) for number, group in enumerate(groups) for episode in group.episodes]
     prompts, episodes = [prompt for _, prompt, _ in rows], [episode for _, _, episode in rows]
     table = pyarrow.table({
@@ -42,7 +45,10 @@ def encode(groups: Sequence[Group]) -> bytes:
 
 
 def decode(content: bytes, policy: str) -> list[Group]:
-    """Invert `encode`. The episodes' versions belong to `policy`; files of releases before 0.2 have no digests."""
+    """Decode the groups that `encode` wrote. `policy` is the policy of the episodes' versions.
+
+    Versions in files of earlier releases have no digests.
+    """
     rows = parquet.read_table(pyarrow.BufferReader(content), use_threads=False).to_pylist()
     return [
         Group(_prompt(first := next(members)), tuple(_episode(row, policy) for row in (first, *members)))
@@ -72,7 +78,7 @@ def _episode(row: dict[str, Any], policy: str) -> Episode:
 
 
 def _texts(values: Iterable[Any]) -> Any:
-    """Column of JSON strings. JSON escapes everything to ASCII, so Parquet takes lone surrogates too."""
+    """Make a column of JSON strings. They are ASCII, so that Parquet accepts lone surrogates in a text."""
     return pyarrow.array(list(map(_json, values)), pyarrow.string())
 
 
@@ -84,6 +90,6 @@ def _json(value: Any) -> str:
 
 
 def _lists(rows: Sequence[Sequence[Any]], dtype: str) -> Any:
-    """Column with one list per episode, built without a Python object per number."""
+    """Make a column with one list per episode, without a Python object per number."""
     offsets = numpy.cumsum([0, *map(len, rows)], dtype="int32")
     return pyarrow.ListArray.from_arrays(offsets, pyarrow.array(numpy.fromiter(chain.from_iterable(rows), dtype)))

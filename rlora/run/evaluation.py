@@ -21,10 +21,11 @@ Figures = dict[str, float | None]
 
 
 class HeldOut:
-    """Schedules evaluations of a run's versions and records their results.
+    """Schedules the evaluation of a run's versions on held-out prompts, and records the results.
 
-    Evaluates the version `first` that training starts from, the last version, and one every `evaluate.every` steps, at
-    the same time as training. Results go to the summary, and to the metrics of the step in which the evaluation ended.
+    Evaluates the version `first` that training starts from, the last version, and between them each version whose
+    number is a multiple of `evaluate.every`. Engines sample for evaluation and training at the same time. Results go to
+    summary.json, and to the metrics of the step in which the evaluation ended; `report` receives the results as text.
     """
 
     def __init__(
@@ -38,11 +39,15 @@ class HeldOut:
 
     @property
     def version(self) -> int | None:
-        """Number of the version under evaluation, which engines must keep loaded; None if there is none."""
+        """Number of the version under evaluation, which engines must keep loaded; None if no evaluation is running."""
         return self._evaluations.version
 
     def resume(self, number: int) -> None:
-        """Restart an interrupted evaluation: that of the newest due version below `number`, if it has no result yet."""
+        """Start again, without blocking, an evaluation that an earlier process did not finish.
+
+        Only the newest version below `number` that is a multiple of `evaluate.every` is evaluated, and only if
+        metrics.jsonl has no result of it. A damaged bundle of that version causes a warning.
+        """
         due = number // self.config.evaluate.every * self.config.evaluate.every if self.config.evaluate.every else 0
         if not (due < number and self._is_due(due) and due in versions(self.path)):
             return
@@ -54,7 +59,11 @@ class HeldOut:
         self._evaluations.start(adapter)
 
     def start(self, adapter: Adapter) -> None:
-        """Start evaluating a version if it is due. The first and the last version have priority over other requests."""
+        """Start evaluating `adapter`, without blocking, if this version is to be evaluated and has no result yet.
+
+        Engines sample the prompts of the first and the last version before the training prompts in the queue, and those
+        of other versions after the training prompts. `figures` and `end` collect the results and raise errors.
+        """
         number = adapter.number
         is_first = number == self.first and not self._summary_before()
         if self.sets and (is_first or number >= self.config.steps):
@@ -63,10 +72,11 @@ class HeldOut:
             self._evaluations.start(adapter)
 
     def figures(self, number: int) -> Figures:
-        """Results of an evaluation that ended since the last call; empty if there is none.
+        """Return the metrics of an evaluation that ended since the last call; empty if none has ended.
 
-        Waits for a running evaluation if `number`, the new version, is due or the last one, and if the first version is
-        under evaluation.
+        Blocks until the running evaluation ends if `number`, the number of the new version, is due for evaluation or is
+        the last, or if the first version is under evaluation. If the reward functions failed, returns no metrics, and
+        `check_rewards` raises the error.
         """
         version = self.version
         if version is None:
@@ -90,19 +100,25 @@ class HeldOut:
             raise self._failure
 
     def end(self) -> None:
-        """Wait for the evaluation of the last version. Raises RewardError if the reward functions failed in it."""
+        """Wait for a running evaluation, and write its results to the summary.
+
+        Raises RewardError if the reward functions failed in this evaluation.
+        """
         if self.version is not None:
             self._summarise("after" if self.version >= self.config.steps else "before")
             self.check_rewards()
 
     def _summarise(self, phase: str) -> None:
-        """Wait for the evaluation and write it to the summary. `phase` is "before" or "after" training."""
+        """Wait for the evaluation and write its results to the summary. `phase` is "before" or "after" training."""
         if figures := self._result(f"{phase} training", partial(_summary_key, phase=phase)):
             prompts = {"accuracy/prompts": len(self.sets[HELD_OUT])} if HELD_OUT in self.sets else {}
             directory.summarise(self.path, figures | prompts)
 
     def _result(self, label: str, key_of: Callable[[str], str]) -> Figures:
-        """Wait for the evaluation. Results per set, under `key_of` its name; empty if the reward functions failed."""
+        """Wait for the evaluation, and return the results of each set, with `key_of(name)` in their names.
+
+        Empty if the reward functions failed.
+        """
         figures: Figures = {}
         try:
             evaluations = self._evaluations.result()
@@ -122,7 +138,10 @@ class HeldOut:
         return figures
 
     def _first_figures(self) -> Figures:
-        """Accuracy before training, for the metrics of the first step. The summary has it after a resume too."""
+        """Return the accuracy before training, for the metrics of the first step.
+
+        The source is the summary, which a resumed run has too.
+        """
         summary = self._summary_before()
         if not (self.config.evaluate.every and self.sets and summary):
             return {}
@@ -134,7 +153,7 @@ class HeldOut:
         return figures
 
     def _summary_before(self) -> Figures:
-        """The summary if it has the accuracy before training of every set, else empty."""
+        """Return the summary if it has every set's accuracy before training, else {}."""
         summary = directory.summary(self.path)
         return summary if all(f"accuracy/{_summary_key(name, 'before')}/low" in summary for name in self.sets) else {}
 
@@ -145,5 +164,5 @@ class HeldOut:
 
 
 def _summary_key(name: str, phase: str) -> str:
-    """Name of a set in the summary, where `phase` is "before" or "after" training."""
+    """Return the name of a set in the summary, where `phase` is "before" or "after" training."""
     return phase if name == HELD_OUT else f"{name}/{phase}"

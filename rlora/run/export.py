@@ -26,16 +26,17 @@ TEMPLATE = "chat_template.jinja"  # the name that transformers uses
 
 
 def export(run: UPath, bundle: Bundle, target: Path, merged: Literal["bfloat16", "float32"] | None = None) -> str:
-    """Write a version of `run` and its model card to the directory `target`. Returns a one-line report.
+    """Write the version in `bundle` and a model card to the new directory `target`. Returns a one-line report.
 
-    Writes the adapter in PEFT's format. With `merged`, writes the base in transformers' format, with the adapter merged
-    in that dtype. Raises RloraError if `target` exists, or if there is no adapter to merge.
+    By default writes the adapter in PEFT's format, or all weights in transformers' format if the run trained these.
+    With `merged`, merges the adapter into the base, and writes all weights in this dtype in transformers' format.
+    Raises RloraError if `target` exists, or if there is no adapter to merge.
     """
     if target.exists():
         raise RloraError(f"--to {target}: it exists already; use a different directory")
     adapter, config = bundle.adapter, bundle.config
     if adapter.full_weights and merged:
-        raise RloraError("--merge: this run trained all weights, so there is no adapter to merge; omit the option")
+        raise RloraError("--merge: this run trained all weights, so there is no adapter to merge; remove --merge")
     version = f"version {adapter.number}"
     if merged:
         error = _write_merged(config, adapter, target, merged)
@@ -56,13 +57,13 @@ def export(run: UPath, bundle: Bundle, target: Path, merged: Literal["bfloat16",
 
 
 def _write_merged(config: Config, adapter: Adapter, target: Path, dtype: str) -> float:
-    """Write the merged model. Returns the relative error of the merged update, see `merge`."""
+    """Write the merged model to `target`. Returns the relative error of the merged update, see `merge`."""
     tokenizer = _tokenizer(config)
     base = AutoModelForCausalLM.from_pretrained(locate(config.model), dtype=torch.float32)
     error = merge(base, adapter, DTYPES[dtype])
     base.save_pretrained(target)
     tokenizer.save_pretrained(target)
-    for weights in target.glob("*.safetensors"):  # safetensors makes them readable by their owner only
+    for weights in target.glob("*.safetensors"):  # safetensors makes these files readable by their owner only
         weights.chmod((target / "config.json").stat().st_mode)
     return error
 
@@ -76,16 +77,17 @@ def _write_all_weights(config: Config, version: Adapter, target: Path) -> None:
 
 
 def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, with the chat template that training used."""
+    """Load the base's tokenizer, with the chat template that training used."""
     tokenizer = load_tokenizer(locate(config.model))
     tokenizer.chat_template = Chat(tokenizer, config.chat, ()).template
     return tokenizer
 
 
 def card(run: UPath, bundle: Bundle, merged: str | None = None) -> str:
-    """Model card of a version: base, config, data and learning curve, with the metadata that model hubs read.
+    """Return the model card of the version in `bundle`: base, config, data and learning curve, as Markdown with the
+    metadata that model hubs read.
 
-    `merged` is the dtype of merged weights; None for an adapter.
+    `merged` is the dtype of merged weights; None if the adapter is not merged.
     """
     config = bundle.config
     lines = [line for line in directory.figures(run) if line["step"] < bundle.version]
@@ -127,7 +129,7 @@ def card(run: UPath, bundle: Bundle, merged: str | None = None) -> str:
 
 
 def _prompts(config: Config, merged: str | None) -> list[str]:
-    """How prompts were formatted in training, so that a server can use the same format."""
+    """Return Markdown lines on how training formatted prompts, so that a server can use the same format."""
     chat, defaults = asdict(config.chat), asdict(ChatConfig())
     changed = {name: value for name, value in chat.items() if value != defaults[name] and name != "template"}
     if merged or config.learner.full_finetuning:

@@ -1,4 +1,4 @@
-"""Health rules: detect training problems from a run's metrics, each with a remedy."""
+"""Health rules: conditions on a run's metrics that detect training problems, and a remedy for each."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,34 +17,38 @@ _USUAL_KL = 0.02  # nats per token; a lower KL is the usual difference between e
 
 @dataclass(frozen=True)
 class Rule:
-    """A condition on a run's metrics, and the text of its warning: what the condition means and what to do."""
+    """A condition on a run's metrics, and a remedy: a text that says what the condition means and what to do."""
 
-    holds: Callable[[Lines, Config], bool]
+    holds: Callable[[Lines, Config], bool]  # whether the condition is met after the last of these steps
     remedy: str
 
 
 def check_updates(config: Config, update: UpdateStats) -> None:
-    """Raise RloraError after `learner.max_bad_updates` consecutive skipped updates."""
+    """Raise RloraError if `update` is at least the `learner.max_bad_updates`-th skipped update in a row."""
     if update.skipped_in_a_row >= config.learner.max_bad_updates:
         raise RloraError(
             f"learner: {update.skipped_in_a_row} updates in a row had a non-finite loss or gradient (loss "
-            f"{update.loss:.3g}, gradient norm {update.grad_norm:.3g}, lr {update.lr:.3g}); they did not change the "
-            'adapter. Lower learner.lr or use dtype = "float32"'
+            f"{update.loss:.3g}, gradient norm {update.grad_norm:.3g}, lr {update.lr:.3g}) and did not change the "
+            f"adapter, and learner.max_bad_updates = {config.learner.max_bad_updates} stops the run; lower learner.lr, "
+            'or set dtype = "float32"'
         )
 
 
 class Health:
-    """Checks the rules after each step. `lines` are the metrics of earlier steps, for a resumed run."""
+    """Checks the health rules after each step. `lines` are the metrics of the steps before a resume."""
 
     def __init__(self, config: Config, lines: Lines = ()) -> None:
         self.config, self.lines = config, list(lines)
-        self.fired: dict[str, int] = {}  # by rule: the first step in which it held
-        self.holding: dict[str, int] = {}  # by rule: the step since which it holds
+        self.fired: dict[str, int] = {}  # by rule: the first step after which its condition was met
+        self.holding: dict[str, int] = {}  # by rule whose condition is met now: the step since which it is met
         for line in self.lines:
             self._note({name.removeprefix("health/") for name in line if name.startswith("health/")}, line["step"])
 
     def update(self, line: Line) -> dict[str, str]:
-        """Add the metrics of a step. Returns the rules that hold now, with their remedies."""
+        """Add the metrics of a step. Returns the rules whose condition is met after this step: remedies by rule name.
+
+        The condition of most rules covers the last `health.steps` steps, so it is not met before that many steps.
+        """
         self.lines.append(line)
         remedies: dict[str, str] = {
             name: rule.remedy for name, rule in RULES.items() if rule.holds(self.lines, self.config)
@@ -53,11 +57,12 @@ class Health:
         return remedies
 
     def check_stop(self, remedies: Mapping[str, str]) -> None:
-        """Raise RloraError if `health.stop` lists one of the rules."""
+        """Raise RloraError if `health.stop` lists a rule of `remedies`, which `update` returned."""
         if stopping := [name for name in self.config.health.stop if name in remedies]:
             reasons = "\n".join(f"{name}: {remedies[name]}" for name in stopping)
             raise RloraError(
-                f"health.stop = {list(self.config.health.stop)}: the run stops, with everything saved\n{reasons}"
+                f"health.stop = {list(self.config.health.stop)}: the run stops, with everything saved; apply a remedy, "
+                f"or remove the rule from health.stop, and resume the run\n{reasons}"
             )
 
     def _note(self, names: set[str], step: int) -> None:
@@ -67,7 +72,7 @@ class Health:
 
 
 def _window(lines: Lines, config: Config) -> Lines:
-    """The last `health.steps` steps; empty if there are fewer."""
+    """Return the metrics of the last `health.steps` steps; empty if there are fewer steps."""
     count = config.health.steps
     return lines[-count:] if len(lines) >= count else ()
 
@@ -77,7 +82,7 @@ def _every_step(lines: Lines, config: Config, holds: Callable[[Line], bool]) -> 
 
 
 def _equal_rewards(line: Line) -> bool:
-    """Whether all rewards of a step are equal."""
+    """Return whether all rewards of a step are equal."""
     return line["reward/max"] is not None and line["reward/max"] == line.get("reward/min")
 
 
@@ -95,7 +100,7 @@ def _solved(lines: Lines, config: Config) -> bool:
 
 
 def _no_signal(lines: Lines, config: Config) -> bool:
-    """No group is informative. Steps whose rewards are all equal are left to the rules `floor` and `solved`."""
+    """Return whether no group was informative. If all rewards of each step are equal, `floor` or `solved` applies."""
     of_group = config.algorithm.of_group
     all_equal = _every_step(lines, config, _equal_rewards)
     return (
@@ -110,7 +115,7 @@ def _failing(lines: Lines, config: Config) -> bool:
 
 
 def _dead_part(lines: Lines, config: Config) -> bool:
-    """One of several reward functions returned 0 for every completion."""
+    """Return whether one of several reward functions returned 0 for every completion."""
     last = _window(lines, config)
     names = reward_names(config.rewards)
     return (
@@ -119,7 +124,7 @@ def _dead_part(lines: Lines, config: Config) -> bool:
 
 
 def _apart(lines: Lines, config: Config) -> bool:
-    """The KL of the last steps is more than ten times its median in the steps before them."""
+    """Return whether the KL of each of the last steps is more than ten times the median KL of the steps before."""
     values = [line["kl/behaviour"] for line in lines if line["kl/behaviour"] is not None]
     count = config.health.steps
     earlier, last = values[:-count], values[-count:]
@@ -127,7 +132,7 @@ def _apart(lines: Lines, config: Config) -> bool:
 
 
 def _collapsed(lines: Lines, config: Config) -> bool:
-    """The entropy is below a tenth of its initial value, and most completions are not correct."""
+    """Return whether the entropy is below a tenth of its initial value, and most completions are not correct."""
     count = config.health.steps
     values = [line["entropy"] for line in lines if line["entropy"] is not None]
     if len(values) < 2 * count or lines[-1]["status/correct"] > _MOSTLY_CORRECT:
@@ -136,7 +141,8 @@ def _collapsed(lines: Lines, config: Config) -> bool:
 
 
 def _overfits(lines: Lines, config: Config) -> bool:
-    """Held-out accuracy is below the 95% interval of its best, and the training reward has risen since."""
+    """Return whether the newest held-out accuracy is below the 95% interval of the best held-out accuracy, and the
+    training reward has risen since the best version was evaluated."""
     evaluated = [(index, line) for index, line in enumerate(lines) if line.get("accuracy/held_out") is not None]
     if len(evaluated) < 2:
         return False
@@ -151,7 +157,7 @@ def _overfits(lines: Lines, config: Config) -> bool:
 
 
 def _truncated(lines: Lines, config: Config) -> bool:
-    """Every completion is cut off, and most are not correct: an answer may come before the cut."""
+    """Return whether every completion was cut off, and most were not correct: an answer can come before the cut."""
     return _every_step(
         lines, config, lambda line: line["completion/truncated"] == 1 and line["status/correct"] <= _MOSTLY_CORRECT
     )
@@ -164,8 +170,8 @@ def _skipped(lines: Lines, config: Config) -> bool:
 RULES: dict[HealthRule, Rule] = {
     "floor": Rule(
         _floor,
-        "all rewards are the lowest possible, so nothing is learned: try `rlora show prompt` and `rlora check`, easier "
-        "prompts, a larger group_size, or a model that is sometimes correct",
+        "all rewards equal the lowest reward of the run, so nothing is learned: try `rlora show prompt` and "
+        "`rlora check`, easier prompts, a larger group_size, or a model that is sometimes correct",
     ),
     "solved": Rule(
         _solved, "every completion is correct, so nothing more is learned: use harder prompts, or stop here"
@@ -177,28 +183,30 @@ RULES: dict[HealthRule, Rule] = {
     ),
     "failing_rewards": Rule(
         _failing,
-        "reward functions time out or fail for many episodes: see the errors above, fix the function, or raise "
-        "scoring.deadline",
+        "reward functions time out or fail for a larger share of the episodes than health.errors: fix the function "
+        "(errors are printed above), or raise scoring.deadline",
     ),
     "dead_part": Rule(
         _dead_part,
-        "one of the reward functions always returns 0: see reward/NAME in metrics.jsonl; try it on a completion, and "
-        "check that its input can contain what it looks for",
+        "one of the reward functions always returns 0: reward/NAME in metrics.jsonl shows which; call this function on "
+        "a completion that should be rewarded, with `rlora grade` or from Python",
     ),
     "engine_learner_apart": Rule(
         _apart,
-        "the KL between engine and learner is far above its earlier values: see swap/canary; resume the run, or use "
-        'dtype = "float32"',
+        "kl/behaviour, the KL between engine and learner, is above ten times its earlier median: stop and resume the "
+        'run, which restarts engine and learner, or set dtype = "float32"; swap/canary shows the difference of their '
+        "logprobs at each delivery",
     ),
     "entropy_collapsed": Rule(
         _collapsed,
-        "the policy repeats the same completions, and they are not correct: lower learner.lr, set algorithm.entropy or "
-        "algorithm.kl, and continue from an earlier version (--fork RUN@STEP)",
+        "the policy repeats the same completions, and at least half of the completions are not correct: lower "
+        "learner.lr, set algorithm.entropy or algorithm.kl, and continue from an earlier version (--fork RUN@STEP)",
     ),
     "overfitting": Rule(
         _overfits,
-        "the training reward rises while the held-out accuracy falls: use the best version (checkpoint.best_by = "
-        '"accuracy") or more prompts, or check whether the policy exploits the reward function',
+        "the training reward rises while the held-out accuracy falls: use the version with the best accuracy "
+        '(checkpoint.best_by = "accuracy" keeps its bundle), train on more prompts, or check whether the policy '
+        "exploits the reward function",
     ),
     "no_signal": Rule(
         _no_signal,
@@ -207,6 +215,7 @@ RULES: dict[HealthRule, Rule] = {
     ),
     "skipped": Rule(
         _skipped,
-        'updates are skipped, because their loss or gradient is not finite: lower learner.lr, or use dtype = "float32"',
+        "the last two updates were skipped, because their loss or gradient was not finite: lower learner.lr, or set "
+        'dtype = "float32"',
     ),
 }

@@ -13,18 +13,18 @@ from rlora.run.directory import CONFIG, Provenance, figures, is_locked, summary
 
 @dataclass(frozen=True)
 class RunSummary:
-    """Progress of a run, as text for a table."""
+    """Progress of a run, as text for the table that `rlora runs` prints."""
 
     name: str
     status: str  # running, finished, stopped or not readable
     steps: str  # done/total
     best: str  # highest mean reward of a step, and the version that the step started from
     accuracy: str  # before -> after training, on held-out prompts
-    origin: str  # RUN@VERSION that it was forked from
+    origin: str  # RUN@VERSION that the run was forked from; empty if the run is not a fork
 
 
 def list_runs(directory: UPath) -> Iterator[RunSummary]:
-    """Runs in a directory, sorted by name."""
+    """Yield a summary of each run in a directory, sorted by name."""
     for run in sorted(directory.iterdir(), key=lambda path: path.name) if directory.is_dir() else ():
         if (run / CONFIG).exists():
             yield _summarise(run)

@@ -1,4 +1,4 @@
-"""Merging of an adapter into its base's weights, for servers without adapter support. For export only, not training."""
+"""Merges an adapter into its base's weights, for servers without adapter support. For export only, not training."""
 
 import torch
 from transformers import PreTrainedModel
@@ -20,7 +20,10 @@ def merge(base: PreTrainedModel, adapter: Adapter, dtype: torch.dtype) -> float:
     spec, tensors = decode(adapter.config, adapter.weights)
     adapted = matrices_by_name(matrix for matrix in matrices(base) if spec.rank_of(matrix))
     if {name for names in adapted for name in names} != tensors.keys():
-        raise RloraError(f"adapter {adapter.name}: its matrices do not match {type(base).__name__}; use its own base")
+        raise RloraError(
+            f"adapter {adapter.name}: its matrices do not match {type(base).__name__}; use the base that the adapter "
+            "was trained on"
+        )
     lost = update = 0.0
     with torch.no_grad():
         for names, matrix in adapted.items():

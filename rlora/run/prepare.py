@@ -1,4 +1,4 @@
-"""Prepares a run for the training loop: a new run, a resumed one or a fork. Finds configuration and data errors."""
+"""Prepares a run for the training loop: a new run, a resumed run or a fork. Finds configuration and data errors."""
 
 import logging
 import time
@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 RunPath = str | PathLike[str] | UPath | None
 Report = Callable[[str], object]  # receives a line for the user
-Load = Callable[[Config], Task]
+Load = Callable[[Config], Task]  # loads the prompts, rewards and chat template of a config
 
 
 @contextmanager
@@ -36,9 +36,11 @@ def prepared(
     config: Config, run_dir: RunPath = None, resume: RunPath = None, fork: str | None = None, overwrite: bool = False,
     observers: Sequence[Observer] = (), report: Report = _log.info, load: Load = load_task,
 ) -> Iterator[Run]:  # fmt: skip
-    """Prepare a run and hold its lock within the context: a new run, a fork, or with `resume` an existing run.
+    """Prepare a run, and hold its lock within the context.
 
-    `load` loads the prompts, rewards and chat template of a config. Raises RloraError.
+    `resume` is the directory of an existing run to continue. Otherwise creates a new run in `run_dir` (None:
+    runs/ENV-TIME), in place of a run there if `overwrite` is set; `fork`, RUN or RUN@STEP, is a version to start from.
+    `observers` receive the metrics of each step. Raises RloraError for an error in config, data or directory.
     """
     if not config.env:
         raise RloraError("env = '': a run needs an env; use module:name or path/to/file.py:name")
@@ -51,7 +53,7 @@ def prepared(
             run = begin(config, path, overwrite, split(fork) if fork else None, observers, report, load)
             stack.enter_context(directory.locked(run.path))
         if run.task.dropped:
-            report(f"{run.task.dropped} prompts exceed sampling.max_prompt_tokens and are left out")
+            report(f"{run.task.dropped} prompts exceed sampling.max_prompt_tokens and are dropped")
         report(f"run: {run.path}" + (f", starting from version {run.start.version}" if run.start else ""))
         yield run
 
@@ -60,22 +62,25 @@ def begin(
     config: Config, path: UPath | None = None, overwrite: bool = False, fork: tuple[UPath, int | None] | None = None,
     observers: Sequence[Observer] = (), report: Report = _log.info, load: Load = load_task,
 ) -> Run:  # fmt: skip
-    """Create a new run in a new directory, `path`, or runs/ENV-TIME if it is None.
+    """Create a new run in the directory `path`, or in runs/ENV-TIME if `path` is None.
 
-    `fork` is a run and a version to start from, None for its newest. Raises RloraError.
+    `fork` has the directory of a run and the number of its version to start from, None for the newest. `overwrite`
+    removes a run that is in `path`. Raises RloraError.
     """
     stored, start = config, None  # config.toml keeps the user's path in learner.start_from
     if fork:
         source, step = fork
         name = f"{source}@{step}" if step is not None else str(source)
         if overwrite and path and holds(path, source):
-            raise RloraError(f"--fork {name}: --overwrite would remove it; use a different --run-dir")
+            raise RloraError(
+                f"--fork {name}: this run is in {path}, which --overwrite would remove; use a different --run-dir"
+            )
         config, start = resume.with_kept_start(source, config), checkpoint.read_version(source, step)
         previous = resume.with_kept_start(source, start.config)
         check_same_policy(previous, config, "--fork")
         report_changes(differences(previous, config), report)
         if start.version >= config.steps:
-            raise RloraError(f"steps = {config.steps}: {name} has completed all steps; use a larger --steps")
+            raise RloraError(f"steps = {config.steps}: {name} has completed all steps; set --steps to a larger number")
     task, setup = load_and_check(config, report, load)
     env_name = config.env.rpartition(":")[2].lower()
     path = path or UPath("runs") / f"{env_name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -88,7 +93,7 @@ def begin(
 def resume_run(
     config: Config, path: UPath, observers: Sequence[Observer] = (), report: Report = _log.info, load: Load = load_task
 ) -> Run:
-    """Resume a run from its newest intact bundle, under `config`. Raises RloraError."""
+    """Resume the run in `path` from its newest intact bundle, under `config`. Raises RloraError."""
     origin = directory.Provenance.of(path)
     config, start = resume.with_kept_start(path, config), checkpoint.newest(path, origin)
     if start:
@@ -98,14 +103,17 @@ def resume_run(
         if changes and is_finished(path, config, start):
             raise RloraError(f"steps = {config.steps}: {path} has completed all steps; set --steps to a larger number")
     elif origin.forked_from:
-        raise RloraError(f"{path}: its first bundle was never written; fork {origin.forked_from['run']} again")
+        raise RloraError(
+            f"{path}: the first bundle of this fork was never written, so there is nothing to resume; fork "
+            f"{origin.forked_from['run']} again, with --run-dir {path} --overwrite"
+        )
     task, setup = load_and_check(config, report, load)
     measured = directory.summary(path).get("accuracy/prompts", 0)
     if measured and len(task.held_out) != measured:
         raise RloraError(
             f"evaluate.prompts = {config.evaluate.prompts}: accuracy before training was measured on {measured} "
-            f"held-out prompts, but there are {len(task.held_out)} now; restore the previous value, and use "
-            "`rlora eval --prompts` for a different number"
+            f"held-out prompts, but there are {len(task.held_out)} now, so accuracies would not be comparable; restore "
+            "the previous evaluate.prompts and env, and use `rlora eval --prompts` for a different number"
         )
     if not start or config.chat.template != start.config.chat.template:
         config = resume.with_template(config, task.chat)
@@ -113,12 +121,16 @@ def resume_run(
 
 
 def is_finished(path: UPath, config: Config, start: Bundle | None) -> bool:
-    """Whether the run has done all steps and has written its final summary."""
+    """Return whether the run in `path`, with the newest bundle `start`, has done all steps and written its final
+    summary."""
     return bool(start and start.version >= config.steps and directory.summary(path).get("steps") == start.version)
 
 
 def load_and_check(config: Config, report: Report = _log.info, load: Load = load_task) -> tuple[Task, Setup]:
-    """Load prompts and rewards, and build the learner's setup. Raises RloraError for any error in config or data."""
+    """Load the prompts and rewards of a config, and build the learner's setup.
+
+    Raises RloraError for an error in config or data.
+    """
     task = load(config)
     report_checks(task, report)
     setup = Setup.of(config, read_start(config))
@@ -134,11 +146,12 @@ def load_and_check(config: Config, report: Report = _log.info, load: Load = load
 
 
 def report_checks(task: Task, report: Report) -> None:
-    """Report the results of the reward functions' check, if there are any."""
+    """Report what the check of the reward functions has found, if anything."""
     if text := str(task.checked):
         report(text.encode("utf-8", "backslashreplace").decode())
 
 
 def report_changes(changes: Mapping[str, tuple[Any, Any]], report: Report) -> None:
+    """Report each changed field with its previous and its current value, as `config.differences` returns them."""
     for name, (previous, current) in changes.items():
         report(f"{name}: {previous!r} -> {current!r}")

@@ -22,13 +22,13 @@ _log = logging.getLogger(__name__)
 class Replayed:
     """Result of recomputing an update."""
 
-    step: int  # the version it started from
+    step: int  # number of the version that the update started from
     stats: UpdateStats
     exact: bool  # whether the adapter is equal bit for bit
     exact_state: bool  # whether Adam's moments, the critic and random generators are equal bit for bit
-    max_difference: float  # between elements of the recomputed and the stored adapter
-    max_change: float  # of an element of the adapter by the update itself
-    rows_were_shared: bool  # by policy and critic, as in older releases, which sum in a different order
+    max_difference: float  # largest absolute difference of an element, recomputed minus stored adapter
+    max_change: float  # largest absolute change of an element by the stored update
+    rows_were_shared: bool  # whether policy and critic shared rows, as in older releases: sums have a different order
 
 
 def replay(learner: Learner, setup: Setup, start: Bundle, end: Bundle) -> Replayed:
@@ -38,13 +38,15 @@ def replay(learner: Learner, setup: Setup, start: Bundle, end: Bundle) -> Replay
     """
     if end.groups is None:
         raise RloraError(
-            f"step {start.version}: the bundle of version {end.version} has no episodes (config: "
-            f"checkpoint.episodes_mib = {end.config.checkpoint.episodes_mib}), so the update can't be recomputed"
+            f"step {start.version}: the bundle of version {end.version} has no episodes, because of "
+            f"checkpoint.episodes_mib = {end.config.checkpoint.episodes_mib}; the update can't be recomputed: replay a "
+            "different step, or raise checkpoint.episodes_mib for later steps"
         )
     if end.parent != start.adapter.digest:
         raise RloraError(
             f"step {start.version}: version {end.version} was made from {str(end.parent)[:12]}, not from the bundle of "
-            f"version {start.version}, which was trained again; remove one of the two bundles"
+            f"version {start.version}, which was trained again, so the update can't be recomputed; replay a different "
+            "step"
         )
     policy = start.adapter.policy
     learner.open(policy, setup, start.state)
@@ -71,7 +73,8 @@ def replay(learner: Learner, setup: Setup, start: Bundle, end: Bundle) -> Replay
 def pairs(run: UPath, steps: Sequence[int]) -> Iterator[tuple[Bundle, Bundle]]:
     """Yield the bundles before and after each step. Consecutive steps share a bundle, which is read once.
 
-    Skips a step with a damaged or removed bundle, with a warning. Raises RloraError if it is the only step.
+    `steps` are the numbers of the versions that the updates started from. A step with a damaged or removed bundle is
+    skipped with a warning; if there is only this step, raises RloraError.
     """
     end: Bundle | None = None
     for step in steps:
@@ -87,14 +90,17 @@ def pairs(run: UPath, steps: Sequence[int]) -> Iterator[tuple[Bundle, Bundle]]:
 
 
 def updates(versions: Sequence[int], step: int | None) -> list[int]:
-    """Steps that have both bundles in `versions`, or only `step`. Raises RloraError if `step` lacks a bundle."""
+    """Return the steps whose bundles before and after are in `versions`, or only `step` if it is not None.
+
+    Raises RloraError if a bundle of `step` is missing.
+    """
     steps = [version for version in versions if version + 1 in versions]
     if step is None:
         return steps
     if step not in steps:
         raise RloraError(
-            f"--step {step}: needs the bundles of versions {step} and {step + 1}; the steps with both are {steps} "
-            "(config: checkpoint.keep_last)"
+            f"--step {step}: needs the bundles of versions {step} and {step + 1}; use one of the steps whose bundles "
+            f"are kept: {steps} (checkpoint.keep_last is the number of bundles)"
         )
     return [step]
 

@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 
 def cursor_for(config: Config, bundle: Bundle, origin: Provenance) -> Cursor:
-    """Cursor to resume `bundle` with under `config`. Drops episodes in flight that no longer match the config."""
+    """Return the cursor with which a run continues after `bundle`, under `config`.
+
+    If the training prompts or a setting that affects episodes have changed, episodes in flight are dropped, with a
+    warning. `origin` is the provenance of this process.
+    """
     cursor = _with_policy(bundle.cursor, origin.run)
     if origin.prompts != bundle.origin.prompts:
         _log.warning(
@@ -37,7 +41,7 @@ def cursor_for(config: Config, bundle: Bundle, origin: Provenance) -> Cursor:
 
 
 def _with_policy(cursor: Cursor, policy: str) -> Cursor:
-    """Set the policy of adapters in flight to `policy`: the run's directory may have been renamed."""
+    """Return a copy whose adapters in flight belong to `policy`, because the run's directory is possibly renamed."""
     in_flight = [
         replace(prompt, adapter=prompt.adapter and replace(prompt.adapter, policy=policy))
         for prompt in cursor.in_flight
@@ -46,7 +50,11 @@ def _with_policy(cursor: Cursor, policy: str) -> Cursor:
 
 
 def adopt(start: Bundle, run: UPath) -> Bundle:
-    """Write the bundle of a different run as the first one of `run`, which `directory.create` made. Returns it."""
+    """Write `start`, a bundle of a different run, as the first bundle of `run`, and return the written bundle.
+
+    `run` is the directory that `directory.create` made for the fork. The written bundle has the name and provenance of
+    the fork. Blocks until this bundle is on disk. Raises OSError.
+    """
     origin = replace(Provenance.of(run), prompts=start.origin.prompts)  # the cursor refers to the source's prompts
     adapter, cursor = replace(start.adapter, policy=run.name), _with_policy(start.cursor, run.name)
     bundle = replace(start, origin=origin, adapter=adapter, cursor=cursor)
@@ -56,14 +64,16 @@ def adopt(start: Bundle, run: UPath) -> Bundle:
 
 
 def lineage(start: Bundle) -> dict[str, Any]:
-    """Provenance of a fork: run, id, version and digest of its source."""
+    """Return the provenance of a fork of `start`: run, id, version and digest of the source."""
     origin = start.origin
     return {"run": origin.run, "id": origin.id, "version": start.version, "digest": start.adapter.digest}
 
 
 def keep_start(run: UPath, config: Config) -> Config:
-    """Copy the adapter in `learner.start_from` into a new run: the original may be deleted. Returns the config with the
-    copy's path."""
+    """Copy the adapter in `learner.start_from` into a new run, because the original can be deleted later.
+
+    Returns the config with the path of the copy. Raises RloraError if there is no adapter.
+    """
     if not config.learner.start_from:
         return config
     saved = read_files(UPath(config.learner.start_from))
@@ -72,7 +82,7 @@ def keep_start(run: UPath, config: Config) -> Config:
 
 
 def with_kept_start(run: UPath, config: Config) -> Config:
-    """The config with the path of the run's own copy in `learner.start_from`, if there is a copy."""
+    """Return the config with the path of the run's copy (`keep_start`) in `learner.start_from`, if there is a copy."""
     copy = run / "start"
     if not (config.learner.start_from and names(copy)):
         return config
@@ -80,14 +90,14 @@ def with_kept_start(run: UPath, config: Config) -> Config:
 
 
 def with_template(config: Config, chat: "Chat") -> Config:
-    """The config with the text of its chat template in place of a file's name: the file may change or be deleted."""
+    """Return the config with the text of the chat template in place of a file's name, because the file can change."""
     if not (config.chat.template and chat.template and "{" in chat.template):  # "{" marks a text
         return config
     return replace(config, chat=replace(config.chat, template=chat.template))
 
 
 def describe(run: UPath, adapter: Adapter) -> dict[str, Any]:
-    """Figures of the last version, for the summary."""
+    """Return the figures of the last version for summary.json: steps, parameters, bytes, and the path of its bundle."""
     return {
         "steps": adapter.number,
         "adapter/parameters": adapter.parameters,

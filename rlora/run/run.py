@@ -34,7 +34,10 @@ class Observer(Protocol):
     """
 
     def on_step(self, run: "Run", figures: Mapping[str, Any]) -> None:
-        """Called after each step. `figures` is the step's line of metrics.jsonl."""
+        """Called after each step of `run`, which waits until this method returns.
+
+        `figures` is the step's line of metrics.jsonl.
+        """
         ...
 
 
@@ -45,12 +48,12 @@ class Callback:
         self.function = function
 
     def on_step(self, run: "Run", figures: Mapping[str, Any]) -> None:
-        """Call the function."""
+        """Call the function with `figures`."""
         self.function(figures)
 
 
 class RunLearner(Protocol):
-    """Interface of the learner that a run uses."""
+    """Methods of a learner that a run calls. `rlora.cluster.ranks.Ranks` implements this protocol."""
 
     def open(self, policy: str, setup: Setup, saved: bytes | None = None) -> Adapter: ...
     def start_update(self, policy: str, groups: Sequence[Group]) -> Callable[[], tuple[Adapter, UpdateStats]]: ...
@@ -59,7 +62,7 @@ class RunLearner(Protocol):
 
 
 class Job(Protocol):
-    """Interface of the job that a run belongs to."""
+    """Attributes and methods of a job that a run uses. `rlora.cluster.Job` implements this protocol."""
 
     @property
     def fleet(self) -> Fleet: ...
@@ -68,7 +71,7 @@ class Job(Protocol):
     @property
     def loops(self) -> Mapping[str, AgentLoop]: ...
     @property
-    def slots(self) -> int: ...  # number of versions that engines keep loaded
+    def slots(self) -> int: ...  # number of versions that each engine can keep loaded
     @property
     def is_apart(self) -> bool: ...  # whether engines and learners have separate devices
     def join(self, served: ServedPolicy) -> None: ...
@@ -78,8 +81,10 @@ class Job(Protocol):
 class Run:
     """One policy's training: config, task, directory, stream of groups, bundles, metrics and failure.
 
-    `path` is the directory that `directory.create` made. Its name is the policy's name, unique in the job. `start` is
-    the bundle to resume from. The loop calls `begin`; `start_update`, `finish_update` and `deliver` per step; `end`.
+    `path` is the directory that `directory.create` made; the name of the directory is the policy's name, unique in the
+    job. `task` has the prompts and rewards, `setup` the learner's settings. `start` is the bundle to resume from.
+    `observers` receive the metrics of each step. The loop (`train.drive`) calls `begin`; for each step `collect`,
+    `start_update`, `finish_update` and `deliver`; then `end`. These methods raise the errors that end the run.
     Files: bundles/<version>/ (see `rlora.run.checkpoint`), metrics.jsonl with one line per step, summary.json.
     """
 
@@ -102,7 +107,7 @@ class Run:
 
     @property
     def served(self) -> ServedPolicy:
-        """The policy as engines serve it."""
+        """The policy with config, task and the number of its current version, as `cluster.start` expects it."""
         return ServedPolicy(self.policy, self.config, self.task, self.number)
 
     @property
@@ -114,7 +119,7 @@ class Run:
 
     @property
     def figures(self) -> Sequence[Mapping[str, Any]]:
-        """The metrics of each step so far. metrics.jsonl is written in the background, so it may lag behind."""
+        """The metrics of each step so far. metrics.jsonl is written in the background, so the file can lag behind."""
         return self.health.lines
 
     @property
@@ -134,11 +139,14 @@ class Run:
 
     @property
     def due(self) -> bool:
-        """Whether the step's groups are complete, so that `collect` does not wait."""
+        """Whether `collect` returns without waiting: the groups are complete, or the time for late groups is over."""
         return self.stream.due
 
     def begin(self, job: Job) -> None:
-        """Open the policy, new or from its bundle. Start its first evaluation and send the first prompts."""
+        """Open the policy on the learner, new or from its bundle, and `deliver` its version.
+
+        Blocks until the engines have verified the version. Raises RloraError, for example if the adapter does not fit.
+        """
         self.job, self.fleet, self.learner = job, job.fleet, job.learners[self.policy]
         config, start, path = self.config, self.start, self.path
         origin = directory.Provenance.current(path, self.task)
@@ -160,16 +168,23 @@ class Run:
         self.deliver()
 
     def collect(self) -> None:
-        """Wait for the step's groups, in the order in which their prompts were sent."""
+        """Wait for the step's groups, in the order in which their prompts were sent.
+
+        Raises RewardError if the reward functions fail, and RloraError if no engine is left.
+        """
         with self.metrics.timed("wait"):
             self._collection = self.stream.take(self.number)
 
     def start_update(self) -> None:
-        """Start the learner's update on the step's groups."""
+        """Start the learner's update on the step's groups, without blocking. `finish_update` raises its errors."""
         self._await_update = self.learner.start_update(self.policy, self._collection.groups)
 
     def finish_update(self) -> None:
-        """Wait for the new version, log the step's metrics and write a bundle in the background."""
+        """Wait for the new version, log the step's metrics, and write a bundle in the background.
+
+        Also blocks while the previous bundle is being written, and calls the observers. Raises RewardError if an
+        evaluation failed, and RloraError for too many skipped updates, a rule of `health.stop` or failing writes.
+        """
         with self.metrics.timed("update"):
             adapter, update = self._await_update()
         step, metrics, writer, self.adapter = self.number, self.metrics, self.writer, adapter
@@ -187,8 +202,11 @@ class Run:
         self.health.check_stop(remedies)
 
     def deliver(self) -> None:
-        """Deliver the current version to every engine and verify it. Then send the next prompts, and start an
-        evaluation if it is due."""
+        """Deliver the current version to every engine, and wait until the engines have verified the version.
+
+        Then send the next prompts, and start an evaluation if the version is due for one, without waiting for results.
+        Raises DeliveryError if an engine serves something else, and RloraError if no engine is left.
+        """
         if (engines := directory.requested_engines(self.path)) and engines != self._engines:
             self.fleet.resize(engines)
             self._engines = engines
@@ -200,14 +218,14 @@ class Run:
         self.held_out.start(self.current)
 
     def end(self) -> None:
-        """Wait for the evaluation after training, write the summary and leave the job."""
+        """Wait for the evaluation after training, write the summary and leave the job. Raises RewardError."""
         self.held_out.end()
         directory.summarise(self.path, describe(self.path, self.current) | self.metrics.totals())
         self.leave()
 
     @contextmanager
     def isolated(self) -> Iterator[None]:
-        """An exception within the context ends this run and no other run. It is stored in `failure`."""
+        """End this run, and no other run, if the context raises an Exception, which is stored in `failure`."""
         try:
             with directory.saving_unscored(self.path):
                 yield
@@ -220,14 +238,20 @@ class Run:
             self.leave()
 
     def leave(self) -> None:
-        """Leave the job: finish pending writes, and close the policy on learner and engines."""
+        """Leave the job: wait for pending writes, and close the policy on learner and engines.
+
+        The error of a failed write is stored in `failure`.
+        """
         self._has_left = True
         self.close(self.failure)
         if self.adapter:
             self.job.leave(self.policy)
 
     def close(self, error: BaseException | None = None) -> None:
-        """Finish pending writes. `error` is the exception that ends the run, None if it ends normally."""
+        """Wait for pending writes. `error` is the exception that ends the run, None if the run ends normally.
+
+        The error of a failed write is stored in `failure`, unless the run has failed before.
+        """
         try:
             self._open.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
         except Exception as write_error:
@@ -240,7 +264,10 @@ class Run:
         return self.adapter
 
     def _check_health(self, figures: Mapping[str, Any]) -> dict[str, str]:
-        """Return the health rules that hold now. Newly holding rules cause a warning and go to the summary."""
+        """Return the health rules whose condition is met, with their remedies.
+
+        A rule whose condition was not met after the previous step causes a warning and is added to the summary.
+        """
         previous = set(self.health.holding)
         remedies = self.health.update(figures)
         for name in remedies.keys() - previous:
@@ -259,7 +286,10 @@ class Run:
 
 @contextmanager
 def closing(runs: Sequence[Run]) -> Iterator[None]:
-    """Write each run's last bundle, however the job ends. Afterwards raises the errors that ended runs."""
+    """Raise the errors that ended runs, at the end of the context.
+
+    If the context itself raises an exception, first finish the pending writes of all runs.
+    """
     for run in runs:
         run.has_peers |= len(runs) > 1
     try:
@@ -285,10 +315,10 @@ def _raise_failures(runs: Sequence[Run]) -> None:
 
 
 def reason(error: BaseException | None) -> str:
-    """Message of an error, with its type unless it is an RloraError."""
+    """Return the message of an error, with the type of the error unless that is RloraError."""
     return str(error) if isinstance(error, RloraError) else f"{type(error).__name__}: {error}"
 
 
 def _description(error: Exception) -> str:
-    """Message of an RloraError, or the traceback of any other error."""
+    """Return the message of an RloraError, or the traceback of any other error."""
     return str(error) if isinstance(error, RloraError) else "".join(traceback.format_exception(error))

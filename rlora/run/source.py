@@ -14,17 +14,17 @@ from rlora.records import RloraError
 from rlora.settings import Config
 from rlora.store import read_file
 
-Source = Config | Mapping[str, Any] | str | PathLike[str] | None
+Source = Config | Mapping[str, Any] | str | PathLike[str] | None  # text and paths name a TOML file
 
 
 def split(source: str) -> tuple[UPath, int | None]:
-    """Split RUN or RUN@STEP into the run's path and the version, None for the newest."""
+    """Split RUN or RUN@STEP into the run's path and the number of the version, which is None for RUN."""
     run, _, step = source.rpartition("@")
     return (reachable(run), int(step)) if run and step.isdigit() else (reachable(source), None)
 
 
 def reachable(path: str | Path | UPath) -> UPath:
-    """Convert a path or URL. Raises RloraError if fsspec does not know its protocol, or needs a further package."""
+    """Convert a path or URL to UPath. Raises RloraError if fsspec does not support the protocol, or lacks a package."""
     try:
         upath = UPath(path)
         _ = upath.fs
@@ -45,7 +45,7 @@ def read_run(run: UPath) -> Config:
 
 
 def config_at(run: UPath, step: int | None) -> Config:
-    """Read the config that version `step` was trained under; None for the run's current config."""
+    """Read the config that version `step` was trained under, or the run's current config if `step` is None."""
     current = read_run(run)  # raises for a directory without a run
     if step is None:
         return current
@@ -58,12 +58,16 @@ def resolve_config(
     source: Source, changes: Mapping[str, Any], resume: str | PathLike[str] | None = None, fork: str | None = None,
     defaults: Mapping[str, Any] | None = None,
 ) -> Config:  # fmt: skip
-    """Build the config of a call from Python: that of a TOML file, a mapping or a run, with `changes`.
+    """Build the config of a call from Python: the config of `source`, `resume` or `fork`, with `changes`.
 
-    `defaults` apply to fields that are set nowhere else. Raises RloraError that names each invalid field.
+    `resume` is the directory of a run, `fork` is RUN or RUN@STEP; at most one of the three is set. `defaults` apply to
+    fields that are set nowhere else. Raises RloraError that names each invalid field.
     """
     if bool(source) + bool(resume) + bool(fork) > 1:
-        raise RloraError("train: use only one of config, resume and fork; an existing run has its own config")
+        raise RloraError(
+            "train: an existing run has its own config, and either continues or is forked; use only one of config, "
+            "resume and fork"
+        )
     file, previous = "", dict[str, Any]()
     if resume or fork:
         table = previous = asdict(config_at(*split(fork)) if fork else read_run(reachable(str(resume))))
@@ -78,7 +82,10 @@ def resolve_config(
 
 
 def with_specs(table: Mapping[str, Any], previous: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Replace each plug-in object by a spec. A resumed run, whose config is `previous`, reuses its specs."""
+    """Replace each plug-in object in a config's table by a spec, a text such as module:name or python:NAME.
+
+    `previous` is the config of a resumed run: an object that replaces a python:NAME there gets the same spec.
+    """
     previous_specs = plugin_specs(previous or {})
 
     def spec(name: str, plugin: Any) -> Any:
@@ -99,7 +106,7 @@ def with_specs(table: Mapping[str, Any], previous: Mapping[str, Any] | None = No
 
 
 def plugin_specs(table: Mapping[str, Any]) -> dict[str, str]:
-    """Specs of the plug-ins in a config, by field: env, algorithm.name, reward.0, reward.1, ..."""
+    """Return the specs of the plug-ins in a config, by field: env, algorithm.name, reward.0, reward.1, ..."""
     rewards = table.get("reward", ())
     rewards = [rewards] if isinstance(rewards, str) else rewards
     fields = {"env": table.get("env"), "algorithm.name": (table.get("algorithm") or {}).get("name")}
@@ -117,7 +124,10 @@ def _check_objects(previous: Mapping[str, Any], changes: Mapping[str, Any]) -> N
 
 
 def plain_data(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert the fields to plain data. Raises RloraError for a value without a plain form."""
+    """Convert the values of a table to text, numbers, booleans, lists and mappings.
+
+    Raises RloraError for a value of any other type.
+    """
     return {name: _plain_value(name, value) for name, value in table.items()}
 
 

@@ -24,21 +24,25 @@ Files = tuple[bytes, bytes]  # adapter_config.json and adapter_model.safetensors
 
 
 def read_start(config: Config) -> Files | None:
-    """Read and check the adapter in `learner.start_from`. None if it is empty. Raises as `checked_start`."""
+    """Read and check the adapter in `learner.start_from`. None if the setting is empty. Raises as `checked_start`."""
     return checked_start(config.learner, partial(base_in_ram, config))
 
 
 def checked_start(learner: LearnerConfig, base: Callable[[], PreTrainedModel]) -> Files | None:
-    """Read and check the adapter in `learner.start_from`. `base` loads the model, to compare saved base weights with.
+    """Read and check the adapter in `learner.start_from`, and return its files; None if the setting is empty.
 
-    Raises RloraError if the files can't be read, if rank or scale differ from the config, or if the files contain more
-    than a LoRA adapter.
+    `base` loads the model, and is called only if the files contain base weights, which must equal the model's. Raises
+    RloraError if the files can't be read, if rank or scale differ from the config, or if the files contain more than a
+    LoRA adapter.
     """
     if not learner.start_from:
         return None
     for name in ("targets", "head", "init"):
         if getattr(learner, name) != getattr(LearnerConfig(), name):
-            raise RloraError(f"learner.{name} = {getattr(learner, name)!r}: learner.start_from sets it; omit the field")
+            raise RloraError(
+                f"learner.{name} = {getattr(learner, name)!r}: the adapter in learner.start_from determines this "
+                f"field; remove learner.{name}"
+            )
     try:
         files = without_base_weights(*read(UPath(learner.start_from)), base)
         spec, _ = decode(*files)
@@ -49,7 +53,7 @@ def checked_start(learner: LearnerConfig, base: Callable[[], PreTrainedModel]) -
 
 
 def check_same_adapter(source: str, spec: Spec, learner: LearnerConfig) -> None:
-    """Raise RloraError if the rank or scale of a saved adapter differs from the config."""
+    """Raise RloraError if the rank or scale of a saved adapter differs from `learner`. `source` begins the message."""
     for name in ("rank", "alpha", "rslora"):
         configured, saved = getattr(learner, name), getattr(spec, name)
         if configured != saved:
@@ -59,24 +63,27 @@ def check_same_adapter(source: str, spec: Spec, learner: LearnerConfig) -> None:
 
 
 def base_in_ram(config: Config) -> PreTrainedModel:
-    """Load the frozen base into RAM, to compare weights with it."""
+    """Load the frozen base into RAM, to compare saved base weights with the base."""
     return load_base(locate(config.model), DTYPES[config.dtype], torch.device("cpu"))
 
 
 def read(directory: Path | UPath) -> Files:
-    """Read the two files of an adapter. Raises RloraError if one is missing."""
+    """Read the two files of an adapter in PEFT's format. Raises RloraError if a file can't be read."""
     try:
         config, weights = (directory / name for name in ADAPTER_FILES)
         return config.read_bytes(), weights.read_bytes()
     except OSError as error:
-        raise RloraError(f"{directory}: there is no adapter in PEFT's format ({error})") from None
+        raise RloraError(
+            f"{directory}: there is no adapter in PEFT's format ({error}); use a directory with "
+            f"{' and '.join(ADAPTER_FILES)}"
+        ) from None
 
 
 def without_base_weights(config: bytes, weights: bytes, base: Callable[[], PreTrainedModel]) -> Files:
-    """Remove base weights from the files of an adapter: PEFT may save them too (`save_embedding_layers`,
-    `modules_to_save`). Calls `base` to load the model only if there are such weights.
+    """Return the files of an adapter without base weights, which PEFT saves too with `save_embedding_layers` or
+    `modules_to_save`. Calls `base` to load the model only if there are such weights.
 
-    Raises RloraError if they differ from the model's: they were trained, or the embeddings were resized.
+    Raises RloraError if a removed weight differs from the model's: it was trained, or the embeddings were resized.
     """
     try:
         settings, tensors = json.loads(config), safetensors.torch.load(weights)
@@ -98,7 +105,7 @@ def without_base_weights(config: bytes, weights: bytes, base: Callable[[], PreTr
 
 
 def _base_name(name: str) -> str | None:
-    """Name in the base model of a saved base weight; None for a tensor of the adapter."""
+    """Return the name that a saved base weight has in the base model; None for a tensor of the adapter."""
     if not name.endswith((".weight", ".bias")) or any(part in name for part in (".lora_", ".token_adapter.")):
         return None
     for wrapper in (".base_layer", ".modules_to_save.default", ".modules_to_save", ".original_module"):
@@ -117,5 +124,5 @@ def _check_equal(name: str, saved: Tensor, expected: Tensor) -> None:
         reason = f"it differs by up to {difference:.2g} from the model's, so it was trained or is of a different model"
     raise RloraError(
         f"adapter_model.safetensors: {name} is {kind_of(name)}, and {reason}; only A and B can be loaded: merge the "
-        "adapter into its model with PEFT (merge_and_unload), save the result, and set `model` to it"
+        "adapter into its model with PEFT (merge_and_unload), save the result, and set `model` to that directory"
     )

@@ -1,4 +1,4 @@
-"""Turn rules: which runs take the next step if several share the learner."""
+"""Turn rules: which runs take the next step if several share the learner. A turn is one step of some of the runs."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -6,7 +6,7 @@ from concurrent.futures import FIRST_COMPLETED, wait
 
 from rlora.run.run import Run
 
-Turns = Callable[[Sequence[Run]], Iterator[Sequence[Run]]]
+Turns = Callable[[Sequence[Run]], Iterator[Sequence[Run]]]  # from the job's runs to those of each turn
 
 
 def active(runs: Sequence[Run]) -> list[Run]:
@@ -15,7 +15,7 @@ def active(runs: Sequence[Run]) -> list[Run]:
 
 
 def updated(runs: Sequence[Run]) -> list[Run]:
-    """Return the runs whose version is to be delivered: all that have not failed or left the job."""
+    """Return the runs whose version is to be delivered: those that have not failed and have not left the job."""
     return [run for run in runs if run.is_open]
 
 
@@ -25,7 +25,7 @@ def ended(runs: Sequence[Run]) -> list[Run]:
 
 
 def rounds(runs: Sequence[Run]) -> Iterator[Sequence[Run]]:
-    """Yield all active runs together: engines sample for all of them, then the learner has the machine."""
+    """Yield all active runs together: engines sample for all runs at once, then the learner updates each run."""
     while remaining := active(runs):
         yield remaining
 
@@ -33,7 +33,8 @@ def rounds(runs: Sequence[Run]) -> Iterator[Sequence[Run]]:
 def first(runs: Sequence[Run]) -> Iterator[Sequence[Run]]:
     """Yield the runs whose groups are complete, at most `learner.concurrent`, those with the fewest steps first.
 
-    Engines sample for the remaining runs during an update: the throughput of asynchronous training, on policy.
+    Blocks while no run has its groups. Engines sample for the remaining runs during an update, as in asynchronous
+    training, but every run stays on policy if its `max_staleness` is 0.
     """
     last_result = time.monotonic()
     while remaining := active(runs):

@@ -28,12 +28,13 @@ _log = logging.getLogger(__name__)
 
 
 class CheckpointWriter:
-    """Background checkpoint writer. `save` blocks only while the previous bundle is still being written.
+    """Writes the bundles and metrics of a run in the background, within the context.
 
-    If a write fails, training continues with a warning, and each step retries with the newest bundle. If writes keep
-    failing for `checkpoint.patience` seconds, if one write takes that long, or if the last write fails, the newest
-    bundle is saved to a temporary directory, and RloraError names it. `start` is the bundle that the run resumes from.
-    One thread writes at a time; `_idle` passes the attributes between it and the caller.
+    `save` blocks only while the previous bundle is still being written. If a write fails, training continues with a
+    warning, and each step retries with the newest bundle. If writes keep failing for `checkpoint.patience` seconds, if
+    a write takes that long, or if the last write fails, the newest bundle is saved to a temporary directory, which the
+    raised RloraError names. `origin` is the provenance of new bundles, `start` the bundle that the run resumes from.
+    Only one thread writes at a time. While `_idle` is cleared, only this thread changes attributes.
     """
 
     def __init__(self, run: UPath, config: Config, origin: Provenance, start: Bundle | None) -> None:
@@ -58,8 +59,11 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Finish all writes, or save the newest bundle to a temporary directory. Ctrl-C only ends the wait for an
-        unresponsive disk, after the first warning about it."""
+        """Wait for all writes. If they fail, save the newest bundle to a temporary directory, and raise RloraError.
+
+        If the context has raised an exception, that RloraError is logged instead. Ctrl-C has an effect only after the
+        first warning about a disk that does not respond, and ends the wait.
+        """
         if self._ended:
             return
         try:
@@ -82,9 +86,11 @@ class CheckpointWriter:
         collection: Collection | None = None,
         line: str = "",
     ) -> None:
-        """Write the bundle of `adapter`, which an update on `collection` made, and append `line` to `metrics.jsonl`.
+        """Start writing the bundle of `adapter`, which an update on `collection` made, and appending `line` to
+        metrics.jsonl. Blocks until the previous bundle is written.
 
-        Returns once the previous bundle is written. Raises RloraError if writes fail for `checkpoint.patience` seconds.
+        `state` is `Learner.state` after the update, `cursor` the position in the prompts. Raises RloraError if writes
+        have failed for `checkpoint.patience` seconds, or if a write takes that long.
         """
         in_time = self._wait()
         if collection:
@@ -110,20 +116,23 @@ class CheckpointWriter:
                 self._idle.set()
 
         self._idle.clear()
-        Thread(target=run, daemon=True).start()  # must not keep the process alive
+        Thread(target=run, daemon=True).start()  # a daemon, because a write must not keep the process alive
 
     def _wait(self, ending: bool = False) -> bool:
-        """Wait for the running write, at most `checkpoint.patience` seconds. Returns whether it completed."""
+        """Wait for the running write, at most `checkpoint.patience` seconds. Returns whether the write completed."""
         interval = self.config.checkpoint.patience / 10
         for number in range(1, 11):
             with machine.undisturbed() if ending and number == 1 else nullcontext():
                 if self._idle.wait(interval):
                     return True
-            _log.warning(f"NOT SAVED: a write to {self.run} has not completed for {number * interval:.0f} s")
+            _log.warning(
+                f"NOT SAVED: a write to {self.run} has not completed for {number * interval:.0f} s; check that "
+                "the disk responds"
+            )
         return False
 
     def _count(self, sampled: Sequence[Group]) -> None:
-        """Add rewards to their versions' sums: a version's episodes may arrive in several steps."""
+        """Add rewards to the sums of their versions, because the episodes of a version can arrive in several steps."""
         for episode in (episode for group in sampled for episode in group.episodes):
             if episode.reward is not None:
                 number = episode.version.number
@@ -138,7 +147,8 @@ class CheckpointWriter:
     # --- on the writing thread ---
 
     def _write(self, bundle: Bundle, groups: Sequence[Group] | None = None) -> None:
-        """Write lines, then the bundle: a resume removes lines without a bundle, but can't recover missing lines."""
+        """Write the pending lines of metrics.jsonl, then the bundle: a resume removes lines without a bundle, but can't
+        recover missing lines."""
         start = time.perf_counter()
         try:
             self._unsaved = bundle = self._with_episodes(bundle, groups)
@@ -150,19 +160,19 @@ class CheckpointWriter:
             self._failing_since = self._failing_since or now
             remaining = max(0.0, self.config.checkpoint.patience - (now - self._failing_since))
             _log.warning(
-                f"NOT SAVED: version {bundle.version} could not be written to {self.run} ({error}); free disk space or "
-                f"fix its permissions. Each step retries, for up to {remaining:.0f} s"
+                f"NOT SAVED: version {bundle.version} could not be written to {self.run} ({error}); free disk space "
+                f"or make the directory writable. Each step retries, for up to {remaining:.0f} s"
             )
             return
         if self._failing_since:
             _log.warning(f"{self.run} is writable again: version {bundle.version} is saved")
         self._unsaved = self._failing_since = None
         self.saved = SaveStats(time.perf_counter() - start, sum(map(len, files.values())))
-        with suppress(Exception):  # the store does not answer: keep more bundles than configured for now
+        with suppress(Exception):  # if the store fails, more bundles than configured are kept for now
             self._remove_old(bundle.version)
 
     def _with_episodes(self, bundle: Bundle, groups: Sequence[Group] | None) -> Bundle:
-        """The bundle with the episodes of its update, if they fit `checkpoint.episodes_mib`."""
+        """Return the bundle with the episodes of its update, if their size is at most `checkpoint.episodes_mib`."""
         limit = self.config.checkpoint.episodes_mib
         if groups is None or not limit:
             return bundle
@@ -170,13 +180,14 @@ class CheckpointWriter:
         if len(update) <= limit * 2**20:
             return replace(bundle, update=update)
         _log.warning(
-            f"checkpoint.episodes_mib = {limit}: the episodes of version {bundle.version} are not stored, they take "
-            f"{len(update) / 2**20:.1f} MiB; raise the limit, or set it to 0 to store none"
+            f"checkpoint.episodes_mib = {limit}: the episodes of version {bundle.version} are not stored, because "
+            f"they take {len(update) / 2**20:.1f} MiB; raise checkpoint.episodes_mib, or set it to 0 to store none"
         )
         return bundle
 
     def _remove_old(self, newest: int) -> None:
-        """Remove bundles that `checkpoint.keep_last`, `keep_every` and `keep_best` do not keep."""
+        """Remove bundles that `checkpoint.keep_last`, `checkpoint.keep_every` or `checkpoint.keep_best` does not keep.
+        Versions above `newest` are not touched."""
         settings, existing = self.config.checkpoint, [version for version in versions(self.run) if version <= newest]
         if self.config.learner.full_finetuning:  # a bundle takes four times the model's size
             settings = replace(settings, keep_last=min(2, settings.keep_last), keep_every=0, keep_best=0)
@@ -191,18 +202,21 @@ class CheckpointWriter:
                 remove(bundle_path(self.run, version))
             except Exception as error:
                 if version not in self._unremovable:
-                    _log.warning(f"{bundle_path(self.run, version)} could not be removed ({error}); it is kept")
+                    _log.warning(f"{bundle_path(self.run, version)} could not be removed ({error}); remove it by hand")
                 self._unremovable.add(version)
         self._rewards = {version: rewards for version, rewards in self._rewards.items() if version in kept}
 
     def _truncate_metrics(self, step: int) -> int:
-        """Drop lines from `step` on and one that a crash cut off: these steps run again. Returns the size in bytes."""
+        """Remove the lines of `step` and later steps, which run again, and a last line that a crash cut off.
+
+        Returns the size of the file in bytes.
+        """
         kept = "".join(f"{line}\n" for line in complete_lines(self.run) if json.loads(line)["step"] < step).encode()
         write_file(self.run / METRICS, kept)
         return len(kept)
 
     def _log(self) -> None:
-        """Append the lines that are not yet written to metrics.jsonl."""
+        """Append the pending lines to metrics.jsonl."""
         if not self._unlogged:
             return
         path = self.run / METRICS
@@ -226,18 +240,18 @@ class CheckpointWriter:
     # --- with no write running, or one that hangs ---
 
     def _save_elsewhere(self, bundle: Bundle) -> RloraError:
-        """Write the bundle to a temporary directory. Returns the error that ends the run."""
+        """Write the bundle to a temporary directory, and return the error that ends the run."""
         self._ended = True
         destination, command = bundle_path(self.run, bundle.version), f"run `rlora train --resume {self.run}`"
         failure, fix = f"--run-dir {self.run}: version {bundle.version} could not be written there", "free disk space"
         if not self._idle.is_set():
             failure += f" in time (checkpoint.patience = {self.config.checkpoint.patience:g} s)"
-            fix = "make sure that it responds"
+            fix = "make sure that the disk responds"
         with machine.undisturbed():
             try:
                 copy = Path(tempfile.mkdtemp(prefix=f"rlora-{self.run.name}-")) / destination.name
                 write_directory(copy, bundle.files)
-                message = f"{failure}. It was saved to {copy}: {fix}, move it to {destination}, then {command}"
+                message = f"{failure}. It was saved to {copy}: {fix}, move the copy to {destination}, then {command}"
                 if self._unlogged:
                     write_file(copy.with_name(METRICS), self._unlogged)
                     message += f". First append its last lines, {copy.with_name(METRICS)}, to {self.run / METRICS}"

@@ -13,7 +13,7 @@ BY_POSITION = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITI
 
 
 def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:
-    """Parameters by name; None if the function has no signature, like some functions written in C."""
+    """Return a function's parameters by name, or None if it has no signature, like some functions written in C."""
     try:
         return inspect.signature(function).parameters
     except (TypeError, ValueError):
@@ -33,18 +33,22 @@ def unwrap(function: Any) -> Any:
 
 
 def code_of(function: Any) -> CodeType | None:
+    """Return the code of the user's function, or None for a function written in C."""
     code = getattr(unwrap(function), "__code__", None)
     return code if isinstance(code, CodeType) else None
 
 
 def location_of(function: Any) -> tuple[str, int]:
-    """File and first line; ("", 0) for a function written in C."""
+    """Return the file and the first line of a function; ("", 0) for a function written in C."""
     code = code_of(function)
     return (code.co_filename, code.co_firstlineno) if code else ("", 0)
 
 
 def reachable_codes(code: CodeType, names: Mapping[str, Any]) -> set[CodeType]:
-    """Return the code, the functions that are defined in it, and the functions of the same file that it calls."""
+    """Return the code, and the code of all functions that are defined in it or that it calls in the same file.
+
+    `names` are the global variables of `code`. Functions that are reached in this way are searched in turn.
+    """
     reached, pending = set[CodeType](), [code]
     while pending:
         reached.add(current := pending.pop())

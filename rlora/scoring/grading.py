@@ -15,7 +15,10 @@ Row = dict[str, Any]
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Rows of a JSON Lines file. Raises RloraError if it is missing, or if a row lacks "gold" or "prediction"."""
+    """Read the rows of a JSON Lines file. Empty lines are skipped.
+
+    Raises RloraError if the file is missing, if a line is not JSON, or if a row lacks "gold" or a string "prediction".
+    """
     table = []
     if not path.is_file():
         raise RloraError(f"{path}: there is no such file; name one with a JSON object per line")
@@ -28,16 +31,19 @@ def read_rows(path: Path) -> list[Row]:
             raise RloraError(f"{path}, line {number}: not JSON ({error}); write one object per line") from None
         if not isinstance(row, dict) or "gold" not in row or not isinstance(row.get("prediction"), str):
             raise RloraError(
-                f'{path}, line {number}: each row needs "gold" and a string "prediction"; this one is {line[:200]}'
+                f'{path}, line {number}: each row needs "gold" and a string "prediction"; add the missing key to '
+                f"{line[:200]}"
             )
         table.append(row)
     return table
 
 
 def grade(table: Sequence[Row], setup: Setup, workers: int, threshold: float) -> list[Row]:
-    """Return each row with its status and reward. A number without a status is correct if it is at least `threshold`.
+    """Grade each row's "prediction" against its "gold" by the first reward function of `setup`, in `workers` processes.
 
-    Raises RloraError if the reward function can't be loaded.
+    Blocks. Returns the rows with "status", "reward" and, if a call failed, "detail". A number without a status is
+    correct if it is at least `threshold`; a status without a number has the default reward of `[scoring]`. Raises
+    RloraError if the reward function can't be loaded, RewardError if a worker process can't be restarted.
     """
     with closing(Pool(setup, workers)) as pool:
         scores = [pool.submit(_reward_input(row)) for row in table]

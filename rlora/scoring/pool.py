@@ -1,7 +1,7 @@
-"""Worker processes for untrusted calls: reward functions on a model's text, and an env's replies to it.
+"""Worker processes for untrusted calls: reward functions on a model's text, and an env's replies to that text.
 
-If a call exceeds its deadline or memory, its worker is killed and replaced, and the call gets a status. Other calls
-are unaffected.
+A call that exceeds its deadline gets the status "timeout", and a call that ends its process gets the status "error". A
+new process replaces a process that was killed or has died. Other requests are unaffected.
 """
 
 import json
@@ -21,11 +21,22 @@ from typing import Any, TypeAlias, overload
 
 from rlora.records import RewardError, RewardInput, RloraError, Score
 from rlora.scoring.clock import CallRecord, Clock
-from rlora.scoring.worker import COROUTINES, ENV, IDLE, EnvReply, EnvTurn, Job, Setup, reward_names, timeout_message
+from rlora.scoring.worker import (
+    COROUTINES,
+    ENV,
+    IDLE,
+    EnvReply,
+    EnvTurn,
+    Job,
+    Setup,
+    fields_of,
+    reward_names,
+    timeout_message,
+)
 
 _MAIN = "from rlora.scoring.worker import main; main()"
-_GRACE = 1.0  # seconds past its deadline after which a call's process is killed; a coroutine is cancelled before
-_BATCH = 64  # the most jobs that a worker takes at a time, beside the first
+_GRACE = 1.0  # seconds after a call's deadline until its process is killed; a coroutine is cancelled at the deadline
+_BATCH = 64  # maximum number of jobs that a worker takes at a time, in addition to the first
 _RETRIES = 3
 _MEMORY_SIGNALS = ("signal 6", "signal 7", "signal 11")  # how C code ends when an allocation fails
 _START_TIMEOUT = 120.0  # seconds in which a worker must have loaded its functions
@@ -34,9 +45,11 @@ Result: TypeAlias = list[list[Score]] | EnvReply  # scores by reward function an
 
 
 class Pool:
-    """`workers` processes, each fed by a thread of this process.
+    """Worker processes that call the reward functions and the env of `setup`. A thread of this process feeds each.
 
-    Raises RloraError if a process can't load what `setup` names.
+    The constructor starts `workers` processes, and blocks until all have loaded the functions and the env, for at most
+    about `_START_TIMEOUT` seconds. Raises RloraError if a process can't load them. `names` has one item per reward
+    function: the names of the values that the function asks for (`RewardFunction.names`).
     """
 
     def __init__(self, setup: Setup, workers: int) -> None:
@@ -57,13 +70,23 @@ class Pool:
     @overload
     def submit(self, request: EnvTurn) -> Future[EnvReply]: ...
     def submit(self, request: RewardInput | EnvTurn) -> Future[Any]:
-        """Score a group, or get an env's reply. The future raises RewardError if a worker can't be restarted."""
+        """Queue a request for the next free worker, and return a future immediately.
+
+        The result for an EnvTurn is an EnvReply. The result for a RewardInput is a list with an item per reward
+        function, which is a list with a Score per episode. A call that fails does not raise: its Score or EnvReply has
+        the status "error" or "timeout". The future raises RewardError if the worker can't be restarted, or dies
+        repeatedly outside of calls.
+        """
         future: Future[Result] = Future()
         self._jobs.put((Job(request), future))
         return future
 
     def close(self) -> None:
-        """End the workers after their current jobs, and cancel all queued jobs."""
+        """Cancel the futures of queued requests, wait for the requests that workers have taken, and end the processes.
+
+        Blocks until all processes have ended. A second call does nothing. A request that is submitted afterwards never
+        resolves.
+        """
         with suppress(queue.Empty):
             while queued := self._jobs.get_nowait():
                 queued[1].cancel()
@@ -92,7 +115,7 @@ class Pool:
         worker.stop()
 
     def _take(self) -> "list[tuple[Job, Future[Result]]] | None":
-        """Take a share of the queued jobs, without cancelled ones. None if the pool is closed."""
+        """Block until a job is queued, and take a share of the queue. Skips cancelled jobs. None if the pool closes."""
         taken = [self._jobs.get()]
         share = min(_BATCH, self._jobs.qsize() // len(self._threads))
         with suppress(queue.Empty):
@@ -106,16 +129,17 @@ class Pool:
 
 
 class _WorkerProcess:
-    """One worker process, seen from its parent."""
+    """Handle of one worker process, used by the thread of the pool that feeds the process."""
 
     def __init__(self, setup: Setup) -> None:
         self.setup, self.names = setup, reward_names(setup.rewards)
-        self.slow_first_calls = 0  # first calls that exceeded `first_deadline`, one per process
+        self.slow_first_calls = 0  # number of first calls that exceeded `first_deadline`, at most one per process
 
     def start(self) -> list[frozenset[str]]:
-        """Start the process. Returns, per reward function, the names of the values it asks for.
+        """Start the process, and block until it has loaded its functions.
 
-        Raises RloraError if it can't load its functions.
+        Returns, per reward function, the names of the values that the function asks for. Raises RloraError if the
+        functions can't be loaded, or if that takes more than `_START_TIMEOUT` seconds.
         """
         self.connection, child_end = Pipe()
         with tempfile.TemporaryFile() as file:
@@ -135,13 +159,15 @@ class _WorkerProcess:
         try:
             if not self.connection.poll(_START_TIMEOUT):
                 raise RloraError(
-                    f"reward: loading {', '.join(self.setup.rewards)} takes more than {_START_TIMEOUT:.0f} s"
+                    f"{fields_of(self.setup)}: loading took more than {_START_TIMEOUT:.0f} s, the limit for the start "
+                    "of a worker process; move slow work to the first call, which scoring.first_deadline limits"
                 )
             answer = json.loads(self.connection.recv_bytes())
         except (EOFError, ConnectionError):
             exit_status = self._end(patience=1.0)
+            remedy = self._remedy(exit_status) or "; import the files in a Python process to find what ends it"
             raise RloraError(
-                f"reward: the worker process ended during loading ({exit_status}){self._remedy(exit_status)}"
+                f"{fields_of(self.setup)}: the worker process ended during loading ({exit_status}){remedy}"
             ) from None
         except BaseException:
             self._end()
@@ -153,7 +179,10 @@ class _WorkerProcess:
         return [frozenset(names) for names in answer["names"]]
 
     def run(self, work: "list[tuple[Job, Future[Result]]]") -> None:
-        """Settle the futures of all jobs, restarting the process as often as needed."""
+        """Run the jobs, and set the results of their futures. Blocks, and restarts the process if a call ends it.
+
+        Raises RloraError if the process can't be restarted, or dies repeatedly outside of calls.
+        """
         unexplained = 0  # consecutive deaths that no call can be blamed for
         while work:
             try:
@@ -164,7 +193,10 @@ class _WorkerProcess:
                 work, previous = [pair for pair in work if not pair[1].done()], work
                 unexplained = unexplained + 1 if fault.job < 0 else 0
                 if unexplained > _RETRIES:
-                    raise RloraError(f"reward: {fault.score.detail}, {unexplained} consecutive times") from fault
+                    raise RloraError(
+                        f"{fields_of(self.setup)}: {unexplained} consecutive times, and not in a call, "
+                        f"{fault.score.detail}; check the machine's free memory, and threads that the functions start"
+                    ) from fault
                 if fault.call == COROUTINES and len(work) > 1:  # run the jobs one by one to find the one at fault
                     for pair in work:
                         self.run([pair])
@@ -175,13 +207,17 @@ class _WorkerProcess:
                     work = [blamed if pair[1] is future else pair for pair in work]
 
     def stop(self) -> None:
-        """End the process."""
+        """End this worker process and the processes that its functions have started, and block until it has exited.
+
+        A running call has 1 second before the process is killed. The futures of its jobs are not set here. A second
+        call does nothing.
+        """
         with suppress(OSError):
             self.connection.send([])
         self._end(patience=1.0)
 
     def _run(self, work: "list[tuple[Job, Future[Result]]]") -> None:
-        """Run the jobs in the process. Raises _OverrunError if it does not finish them."""
+        """Run the jobs in the process. Raises _OverrunError if a call had to be killed, or if the process died."""
         self.clock.write(*IDLE, self.setup.deadline)
         unfinished = len(work)
         try:
@@ -205,29 +241,37 @@ class _WorkerProcess:
             current = self.clock.read() or CallRecord(*IDLE, 0.0, 0.0)
             exit_status, name = self._end(patience=1.0), self._function_name(current.call, current.function)
             message = f"the worker process ended ({exit_status})" + (f" in a call to {name}" if name else "")
+            if current.job >= 0 and exit_status.startswith("exit"):
+                message += "; raise an exception instead of ending the process"
             score = Score("error", detail=message + self._remedy(exit_status))
             raise _OverrunError(current.job, current.call, score) from None
 
     def _function_name(self, call: int, function: int) -> str:
-        """Name of the called function; for coroutines that are awaited at once, all candidates."""
+        """Return the name of the called function, or of all coroutine functions if several calls were awaited at once.
+
+        Empty for an env's reply and between two calls.
+        """
         functions = self.coroutines if call == COROUTINES else [function] if function != ENV else []
         return " or ".join(self.names[number] for number in functions)
 
     def _count_slow_first_call(self, deadline: float) -> None:
-        """Drop `first_deadline` after `_RETRIES` processes whose first call exceeded it: it hangs, it does not load."""
+        """Set `first_deadline` to 0 after `_RETRIES` processes whose first call exceeded it: the function hangs."""
         self.slow_first_calls += deadline > self.setup.deadline
         if self.slow_first_calls >= _RETRIES:
             self.setup = replace(self.setup, first_deadline=0.0)
 
     def _remedy(self, exit_status: str) -> str:
-        """Advice for an exit that a lack of memory may have caused, else an empty string."""
+        """Return advice if the exit status indicates a lack of memory, else an empty string."""
         field = f"scoring.memory_mib = {self.setup.memory_mib}"
         if exit_status == "signal 9":
             return f"; most likely the machine ran out of memory: lower {field}, or scoring.workers"
         return f"; if an allocation failed, raise {field}" if exit_status in _MEMORY_SIGNALS else ""
 
     def _end(self, patience: float = 0.0) -> str:
-        """Wait `patience` seconds for the process to exit, then kill it. Returns its exit status as text."""
+        """Close the pipe, wait `patience` seconds for the process to exit, then kill it and all processes of its group.
+
+        Returns its exit status or signal as text.
+        """
         self.connection.close()
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(patience)
@@ -238,12 +282,12 @@ class _WorkerProcess:
 
 
 def _path() -> str:
-    """This process's module search path, as a PYTHONPATH."""
+    """Return this process's module search path in the format of PYTHONPATH."""
     return os.pathsep.join(entry or os.getcwd() for entry in sys.path)
 
 
 class _OverrunError(Exception):
-    """A process did not finish its jobs. `job` and `call` are the numbers of those at fault, -1 if unknown."""
+    """A process did not finish its jobs. `job` and `call` are the indices of those at fault, -1 if no call ran."""
 
     def __init__(self, job: int, call: int, score: Score) -> None:
         super().__init__(score.detail)

@@ -1,4 +1,4 @@
-"""Return values and exceptions of reward functions: as numbers, and as text for errors."""
+"""Conversion of the return values and exceptions of reward functions: to numbers, and to text for errors."""
 
 import math
 import numbers
@@ -8,22 +8,27 @@ from typing import Any
 
 
 class FaultError(Exception):
-    """A function can't be called, or returned an invalid value. The message states the fault and the fix."""
+    """A reward function can't be called, or returned an invalid value.
+
+    The message states the fault and the fix. It starts with a verb, to which the function's name is prepended.
+    """
 
 
 def as_list(result: Any, count: int) -> list[Any]:
-    """A returned list, array or tensor as a list of `count` values. Raises FaultError for anything else."""
+    """Convert a returned list, array or tensor to a list of `count` values. Raises FaultError for any other value."""
     if hasattr(result, "tolist"):
         result = result.tolist()
     if not isinstance(result, Sequence) or isinstance(result, str):
-        raise FaultError(f"returned {show(result)}; return a list, one reward per completion")
+        raise FaultError(f"returned {show(result)}; return a list with one reward per completion")
     if len(result) != count:
-        raise FaultError(f"returned {len(result)} rewards for {count} completions; return one per completion, in order")
+        raise FaultError(
+            f"returned {len(result)} rewards for {count} completions; return one reward per completion, in order"
+        )
     return list(result)
 
 
 def value_at(value: Any, index: int) -> Any:
-    """The logged value of one episode: an item of a list or tensor, or a number that holds for all episodes."""
+    """Return the logged value of the episode at `index`: an item of a list or tensor, or a number for all episodes."""
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, Sequence) and not isinstance(value, str):
         return value[index] if index < len(value) else None
@@ -31,7 +36,7 @@ def value_at(value: Any, index: int) -> Any:
 
 
 def as_number(value: Any) -> float | None:
-    """A finite Python, NumPy or torch number as a float; None for anything else."""
+    """Convert a finite Python, NumPy or torch number to a float. Returns None for any other value."""
     try:
         value = value.item() if hasattr(value, "item") else value
         number = float(value) if isinstance(value, (numbers.Real, Decimal)) else math.nan
@@ -41,20 +46,23 @@ def as_number(value: Any) -> float | None:
 
 
 def is_nan(value: Any) -> bool:
+    """Return whether a Python, NumPy or torch number is NaN."""
     value = value.item() if hasattr(value, "item") else value
     return isinstance(value, numbers.Real | Decimal) and math.isnan(value)
 
 
 def not_none(values: Iterable[float | None]) -> list[float]:
+    """Return the values that are not None."""
     return [value for value in values if value is not None]
 
 
 def as_numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """Return the finite numbers among the values as floats, by name."""
     return {name: number for name, value in values.items() if (number := as_number(value)) is not None}
 
 
 def show(value: Any) -> str:
-    """A value as an error shows it; only the type if the value may be large or strange."""
+    """Return the text of a value for an error message: its repr, or only its type if the value can be large."""
     if isinstance(value, str):
         return repr(value)  # not shortened: the worker does that, after it has masked secrets
     return (
@@ -65,7 +73,7 @@ def show(value: Any) -> str:
 
 
 def error_text(error: BaseException) -> str:
-    """An exception's type and message, not shortened: the worker does that, after it has masked secrets."""
+    """Return an exception's type and message. The worker shortens the text, after it has masked secrets."""
     try:
         message = str(error)
     except Exception:  # raised by the exception's own __str__

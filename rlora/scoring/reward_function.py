@@ -23,21 +23,28 @@ _COMPLETION_TYPES = {  # type of a completion by style, for errors
 
 @dataclass(frozen=True)
 class RewardFunction:
-    """A user's reward function. Calling it scores episodes of a group."""
+    """A user's reward function with its calling convention, prepared by `signatures.reward_function`.
 
-    spec: str
+    An instance is called with a RewardInput, which describes a group, and with the indices of the episodes to score.
+    It returns a Score for each of these episodes, in the same order. If the user's function raises an exception, or
+    returns a value that its style does not allow, nothing is raised: the episodes of that call get a Score of status
+    "error", whose `detail` is the message. `acall` is the same for a coroutine function. Time and memory are not
+    limited here but in the worker process (`rlora.scoring.worker`).
+    """
+
+    spec: str  # module:name, path/to/file.py:name or python:name
     name: str  # label of its part of the reward, from `spec`
-    style: str  # never "auto"
-    asynchronous: bool  # a coroutine function; use `acall`
+    style: str  # one of `styles.STYLES`
+    asynchronous: bool  # whether the function is a coroutine function
     function: Callable[..., Any]
-    args: Mapping[str, Any]  # the `reward_args` that it takes
-    arg_names: frozenset[str]  # names of `reward_args` that it could take
-    value_names: tuple[str, ...]  # values of its style that it gets
+    args: Mapping[str, Any]  # the `reward_args` that the function takes, by name
+    arg_names: frozenset[str]  # names of `reward_args` that the function or its class's constructor can take
+    value_names: tuple[str, ...]  # names of the style's values that the function gets
     positional_count: int  # how many of `value_names` are passed by position
     columns: frozenset[str]  # parameters that get the prompt's column of that name, if it exists
-    takes_kwargs: bool  # has **kwargs, and so gets all columns
+    takes_kwargs: bool  # whether the function has **kwargs, and so gets all columns
     required: frozenset[str]  # parameters without a default
-    chat: bool  # reads completions as TRL's messages
+    chat: bool  # whether a function of style "trl" reads completions as messages
 
     @property
     def one_at_a_time(self) -> bool:
@@ -46,10 +53,10 @@ class RewardFunction:
 
     @property
     def names(self) -> frozenset[str]:
-        """Names of the values it asks for: its parameters, and strings in its code if it gets a mapping.
+        """Names of the values that the function asks for: its parameters, and strings in its code if it gets a mapping.
 
-        A function that takes two values by position takes the answer second, whatever its parameters' names. A
-        parameter that the style prescribes counts only if the code uses it.
+        If two values are passed by position, the second is the answer, whatever the parameter's name. A parameter that
+        the style prescribes counts only if the code uses the parameter.
         """
         names = set(parameters_of(self.function) or {}) | ({"answer"} if self.positional_count > 1 else set())
         code = code_of(self.function)
@@ -63,10 +70,11 @@ class RewardFunction:
         return frozenset(names)
 
     def __call__(self, inputs: RewardInput, episodes: Sequence[int]) -> list[Score]:
-        """Return a Score for each of these episodes of the group; "error" for all episodes of a call that fails.
+        """Score `episodes`, which are indices in the group. Returns a Score for each, in the same order.
 
-        Exceptions other than Exception and SystemExit propagate: KeyboardInterrupt, and what a deadline may raise.
-        An asynchronous function must not be called within a running event loop.
+        All episodes of a call that fails get a Score of status "error". Only exceptions that are neither an Exception
+        nor a SystemExit propagate, such as KeyboardInterrupt. Blocks until the user's function has returned. An
+        asynchronous function gets an event loop of its own: inside a running event loop, await `acall` instead.
         """
         if self.asynchronous:
             return asyncio.run(self.acall(inputs, episodes))
@@ -79,7 +87,7 @@ class RewardFunction:
         return scores
 
     async def acall(self, inputs: RewardInput, episodes: Sequence[int]) -> list[Score]:
-        """Like `__call__`, for an asynchronous function. Awaits one call after the other."""
+        """Score `episodes` with an asynchronous function, as `__call__` does. Awaits one call after the other."""
         scores: list[Score] = []
         for call in self._calls(inputs, episodes):
             try:
@@ -94,7 +102,10 @@ class RewardFunction:
         return [Call(inputs, part, chat) for part in parts]
 
     def _start(self, call: Call) -> Any:
-        """Call the function. All arguments are copies, which it may modify."""
+        """Call the function with copies of the values and columns, so that it can modify them. Returns its result.
+
+        Raises FaultError if a required argument has no value.
+        """
         values = STYLES[self.style].values
         arguments = {name: values[name](call) for name in self.value_names}
         if STYLES[self.style].columns:
@@ -104,7 +115,8 @@ class RewardFunction:
         if missing:
             raise FaultError(
                 f"needs {', '.join(sorted(missing))}, but the prompt's columns are "
-                f"({', '.join(call.inputs.columns)}); add the column in the env, or give the parameter a default"
+                f"({', '.join(call.inputs.columns)}); add the column in the env, set reward_args, or give the "
+                "parameter a default"
             )
         by_position = [arguments.pop(name) for name in self.value_names[: self.positional_count]]
         return self.function(*by_position, **arguments)
@@ -128,7 +140,7 @@ class RewardFunction:
         return rows[0] if self.style == "areal" else {name: [row[name] for row in rows] for name in rows[0]}
 
     def _scores(self, result: Any, call: Call) -> list[Score]:
-        """Convert a returned value. Raises FaultError if a function of this style may not return it."""
+        """Convert the result of a call into a Score per episode. Raises FaultError if the style does not allow it."""
         logs: Mapping[str, Any] = {}
         if self.style == "openrlhf" and isinstance(result, Mapping):
             logs = {"scores": result.get("scores"), **(result.get("extra_logs") or {})}
@@ -166,7 +178,7 @@ class RewardFunction:
         score = value.get("score")
         number = as_number(score)
         if status is None and score is None:
-            raise FaultError('returned a dict without "score"; add it, as a finite number')
+            raise FaultError('returned a dict without "score"; add a finite number under this key')
         if status is not None and status not in STATUSES:
             raise FaultError(f'returned a dict whose "status" is {show(status)}; use one of {", ".join(STATUSES)}')
         if score is not None and number is None:
@@ -175,7 +187,7 @@ class RewardFunction:
         return Score(status, number, as_numbers(extra))
 
     def _error(self, error: BaseException, call: Call) -> Score:
-        """A Score of status "error" that names the fault, its location and the fix."""
+        """Return a Score of status "error", whose detail names the fault, its location and the fix."""
         file, line = location_of(self.function)
         if isinstance(error, FaultError):
             message = str(error)
@@ -183,12 +195,12 @@ class RewardFunction:
             return Score("error", detail=f"{self.name}: {error}")
         else:
             file, line = error_location(error, file, self.spec.rpartition(":")[0]) or (file, line)
-            message = f"raised {error_text(error)}; fix it there"
+            message = f"raised {error_text(error)}; fix the function"
             if isinstance(error, MemoryError):
-                message += ", or raise scoring.memory_mib, the limit of a call"
+                message += ", or raise scoring.memory_mib, the memory limit of a call"
             if self.style == "trl":
                 form = 'lists of messages (read completion[0]["content"])' if call.chat else "strings"
-                message += f" (its completions were {form})"
+                message += f" (the completions were {form})"
             elif isinstance(error, TypeError | AttributeError) and self.style in _COMPLETION_TYPES:
-                message += f" (its completion was {_COMPLETION_TYPES[self.style]}; scoring.style sets a different form)"
+                message += f" (the completion was {_COMPLETION_TYPES[self.style]}; scoring.style sets a different form)"
         return Score("error", detail=f"{f'{file}:{line}' if file else self.spec}: {self.name} {message}")

@@ -27,19 +27,26 @@ class Pool(Protocol):
 
 
 class Scoring:
-    """Sends each request to the pool with the fewest in flight, and combines scores into rewards."""
+    """Sends each request to the pool with the fewest requests in flight, and combines scores into rewards.
+
+    `prompts` is the number of training prompts, from which TRL's `trainer_state.epoch` is computed; 0 if unknown.
+    """
 
     def __init__(self, config: Config, pools: Sequence[Pool], prompts: int = 0) -> None:
         self.config, self.pools = config, pools
-        self._prompts = prompts  # number of training prompts, 0 if unknown
-        self.last_error = ""
-        self._shown: set[str] = set()  # kinds of errors that were printed
+        self._prompts = prompts
+        self.last_error = ""  # the last message of a failed call
+        self._shown: set[str] = set()  # kinds of errors that were logged
         self._in_flight = [0] * len(pools)
         self._names = reward_names(config.rewards)
         self._weights = config.reward_weights or (1.0,) * len(self._names)
 
     async def score(self, group: Group, chat: Chat, step: int) -> Group:
-        """Return the group with statuses, rewards and their parts. An episode that no function scores has no reward."""
+        """Score a group at training step `step`. Returns the group with statuses, rewards and their parts.
+
+        `chat` decodes the tokens for the functions. An episode that no function scores has no reward, a call that fails
+        has the status "error" or "timeout". Raises RewardError if a worker process can't be restarted.
+        """
         if not self._names:
             return group
         verdicts: list[list[Score]] = await self._submit(self._reward_input(group, chat, step))
@@ -52,19 +59,22 @@ class Scoring:
         return replace(inputs, epoch=sampled / self._prompts) if self._prompts else inputs
 
     async def answer(self, turn: EnvTurn) -> EnvReply:
-        """Return the env's reply to a message of the policy."""
+        """Return the env's reply to a message of the policy. A failed reply has the status "error" or "timeout".
+
+        Raises RewardError if a worker process can't be restarted.
+        """
         reply: EnvReply = await self._submit(turn)
         self._show(reply.detail)
         return reply
 
     def check_errors(self, groups: Sequence[Group]) -> None:
-        """Raise RewardError if the share of episodes in error is above `scoring.max_errors`."""
+        """Raise RewardError if the share of episodes with the status "error" is above `scoring.max_errors`."""
         statuses = [episode.status for group in groups for episode in group.episodes]
         errors, most = statuses.count("error"), self.config.scoring.max_errors
         if errors > most * len(statuses):
             raise RewardError(
                 f"{self.last_error}\n{errors} of {len(statuses)} episodes are in error, and scoring.max_errors = "
-                f"{most:g} is the largest share that a step may have; fix the cause, or raise the limit"
+                f"{most:g} is the largest share that a step may have; fix the error above, or raise scoring.max_errors"
             )
 
     async def _submit(self, request: RewardInput | EnvTurn) -> Any:
@@ -76,7 +86,7 @@ class Scoring:
             self._in_flight[number] -= 1
 
     def _scored(self, episode: Episode, scores: Sequence[Score]) -> Episode:
-        """The episode with its reward: the weighted sum over the reward functions that scored it."""
+        """Return the episode with its reward, the weighted sum over the reward functions that scored the episode."""
         settings = self.config.scoring
         parts: dict[str, float] = {}
         total: float | None = None
@@ -97,7 +107,7 @@ class Scoring:
         return replace(episode, reward=total, status=status, parts=parts)
 
     def _show(self, detail: str) -> None:
-        """Print an error, once per kind: the same exception on the same line, whatever its message."""
+        """Log an error as a warning, once per kind: the same exception on the same line, whatever its message."""
         if not detail:
             return
         self.last_error = detail
@@ -108,7 +118,7 @@ class Scoring:
 
 
 def reward_input(group: Group, chat: Chat, step: int, steps: int) -> RewardInput:
-    """Return the inputs of the reward functions for a group."""
+    """Return the inputs of the reward functions for a group at step `step` of `steps`. `chat` decodes the tokens."""
     return RewardInput(
         prompt=group.prompt.text,
         prompt_text=chat.decode(group.prompt.token_ids),

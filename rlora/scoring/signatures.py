@@ -20,15 +20,15 @@
 The prompt's values are `answer`, `prompt` (text or messages, as the env returned it), `prompt_text` (as the policy
 reads it), `step` and `steps` of the run, and each of its columns by name. They are single values, for a group too.
 
-TRL's trainer passes everything to every function, so its functions end in `**kwargs`. This distinguishes
+TRL's trainer passes everything to every function, so TRL's functions end in `**kwargs`. This parameter distinguishes
 `f(completions, answers, **kwargs)` (TRL's) from `f(completions, answers)` (rlora's). If prompts are chat messages,
-TRL's functions get messages. If prompts are plain strings, they get strings, unless the function reads the "content"
-of messages: rlora sends a plain string as a user's message, so functions of both kinds are written for such prompts.
-verifiers' functions have the parameter names of rlora's and take messages in place of text. Their source distinguishes
-them, by `completion[-1]["content"]` and the like.
+TRL's functions get messages. If prompts are plain strings, TRL's functions get strings, unless the function reads the
+"content" of messages: rlora sends a plain string as a user's message, so functions of both kinds are written for such
+prompts. verifiers' functions have the parameter names of rlora's and take messages in place of text. The source code
+distinguishes verifiers' functions from rlora's, by `completion[-1]["content"]` and the like.
 
-If a parameter of a TRL or AReaL function has a usual name of the answer, and no column has this name, it gets the
-answer. Functions of other frameworks get an answer that is a number as text, as their data sets hold it.
+If a parameter of a TRL or AReaL function has a usual name of the answer, and no column has this name, the parameter
+gets the answer. Functions of other frameworks get an answer that is a number as text, as in their data sets.
 
 A function of rlora's own styles returns for each episode a finite number, a bool, a status of `records.STATUSES`, None
 if it does not apply, or a dict with "score" (a number) or "status", whose other numbers are logged. Functions of other
@@ -62,11 +62,12 @@ def reward_function(
     args: Mapping[str, Any] | None = None,
     agent: bool = False,
 ) -> RewardFunction:
-    """Prepare the function that the config names `spec` for calls.
+    """Prepare the user's function that the config names `spec` for calls.
 
-    A class is instantiated first, with those of `args` that its constructor takes. If `style` is not "auto" and no
-    parameter has a name of that style, the function gets the style's values by position, such as
-    `lambda text, gold: ...`. With an `agent`, each episode has a state, which stands in for TRL's environment.
+    `args` are the config's `reward_args`. A class is instantiated first, with those of `args` that its constructor
+    takes. If `style` is not "auto" and no parameter has a name of that style, the function gets the style's values by
+    position, such as `lambda text, gold: ...`. `agent` says whether the env replies (`records.Agent`): only then do
+    episodes have a state, which stands in for TRL's environment.
 
     Raises RloraError if the parameters' names match no style, if the class can't be instantiated, or if the function
     needs a value that only its own framework has.
@@ -79,10 +80,13 @@ def reward_function(
     parameters = signature or {}
     chosen = style if style != "auto" else _detect_style(parameters, function)
     if not chosen:
-        shown = "can't be read" if signature is None else f"are ({', '.join(map(str, parameters.values()))})"
+        fault = "its parameters can't be read"
+        if signature is not None:
+            fault = f"its parameters ({', '.join(map(str, parameters.values()))}) match no style"
         forms = "; ".join(f"{form.description} ({name})" for name, form in STYLES.items())
         raise RloraError(
-            f"reward = {spec!r}: its parameters {shown}. Name them like one of these, or set scoring.style: {forms}"
+            f"reward = {spec!r}: {fault}; rename the parameters as in one of these signatures, or set scoring.style to "
+            f"the name in brackets: {forms}"
         )
     values = STYLES[chosen].values
     names = {name for name, parameter in parameters.items() if parameter.kind in BY_NAME}
@@ -100,7 +104,7 @@ def reward_function(
         value_names = [name for name in value_names if name != "environments"]
     for name, remedy in UNAVAILABLE.get(chosen, {}).items():
         if name in required - args.keys() and name not in value_names:
-            raise RloraError(f"reward = {spec!r}: it needs {name}; {remedy}")
+            raise RloraError(f"reward = {spec!r}: rlora has no value for its parameter {name}; {remedy}")
     return RewardFunction(
         spec=spec,
         name=spec.rpartition(":")[2],
@@ -126,9 +130,11 @@ def _callable_of(spec: str, function: Callable[..., Any], args: Mapping[str, Any
         names = {name for name, parameter in parameters.items() if parameter.kind in BY_NAME}
         function = _instance(spec, function, {name: args[name] for name in names & args.keys()})
     if not callable(function):
-        raise RloraError(f"reward = {spec!r}: it is {show(function)}; name a function, or a class with __call__")
+        raise RloraError(
+            f"reward = {spec!r}: {show(function)} can't be called; name a function, or a class with __call__"
+        )
     if inspect.isgeneratorfunction(unwrap(function)) or inspect.isasyncgenfunction(unwrap(function)):
-        raise RloraError(f"reward = {spec!r}: it is a generator; return the reward, or a list of rewards")
+        raise RloraError(f"reward = {spec!r}: the function is a generator; replace yield by return")
     return function, names
 
 
@@ -164,7 +170,7 @@ _MESSAGE_VALUES: dict[str, dict[str, Any]] = {  # values that may be read as mes
 
 
 def _takes_messages(function: Callable[..., Any], style: str, positional: Sequence[str] = ()) -> bool:
-    """Whether the function reads completions as chat messages. `positional` names the values it gets by position."""
+    """Return whether the function reads completions as chat messages. `positional`: names of its positional values."""
     parameters = dict(zip(positional, parameters_of(function) or {}, strict=False))
     return takes_messages(
         function, {parameters.get(name, name): value for name, value in _MESSAGE_VALUES[style].items()}
@@ -172,13 +178,13 @@ def _takes_messages(function: Callable[..., Any], style: str, positional: Sequen
 
 
 def _leading_parameters(parameters: Mapping[str, inspect.Parameter], count: int) -> set[str]:
-    """The first `count` parameters, whatever their names; empty if there are fewer, or if all have AReaL's names."""
+    """Return the names of the first `count` parameters; none if there are fewer, or if all have AReaL's names."""
     leading = [name for name, parameter in parameters.items() if parameter.kind in BY_POSITION][:count]
     return set() if len(leading) < count or set(leading) <= STYLES["areal"].values.keys() else set(leading)
 
 
 def _positional_values(parameters: Mapping[str, inspect.Parameter] | None, values: Iterable[str]) -> list[str]:
-    """Names of the values that a function gets by position; empty if it takes them by name."""
+    """Return the names of the values that a function gets by position; none if it takes values by name."""
     order = list(values)
     if parameters is None:  # written in C
         return order[:2]
@@ -195,7 +201,7 @@ def _instance(spec: str, cls: type, args: Mapping[str, Any]) -> Callable[..., An
         instance: Callable[..., Any] = cls(**args)
     except Exception as error:
         raise RloraError(
-            f"reward = {spec!r}: constructing it with {dict(args)!r} raised {error_text(error)}; set reward_args to "
-            "the arguments that it needs"
+            f"reward = {spec!r}: constructing the class with {dict(args)!r} raised {error_text(error)}; set "
+            "reward_args to the arguments that the constructor needs"
         ) from error
     return instance

@@ -45,7 +45,7 @@ from rlora.scoring.source_values import (
 
 
 def takes_messages(function: Any, arguments: Mapping[str, Value]) -> bool:
-    """Whether a function reads these arguments, by name, as messages. False if its source is not available."""
+    """Return whether a function reads these arguments, by name, as messages. False if it has no readable source."""
     plain, leading = plain_function(function)
     node = node_of(plain.__code__) if plain else None
     if not plain or not node:
@@ -57,7 +57,7 @@ def takes_messages(function: Any, arguments: Mapping[str, Value]) -> bool:
 
 
 class Scope:
-    """Variables of one call of a function, and findings about their use."""
+    """Variables of one call of a function, and findings about the use of the variables."""
 
     def __init__(self, names: Mapping[str, Any], values: Mapping[str, Value], budget: Budget) -> None:
         self.names, self.values, self.budget = names, dict(values), budget
@@ -66,7 +66,7 @@ class Scope:
         self.returned: list[Value] = []
 
     def follow(self, called: SourceFunction, args: Sequence[Value], keywords: Mapping[str, Value]) -> Value:
-        """Follow a call, and return the value that the function returns."""
+        """Follow a call, and return the abstract value that the function returns."""
         if not self.budget.calls or self.budget.depth == MAX_DEPTH:
             return None
         self.budget.calls -= 1
@@ -259,7 +259,7 @@ class Scope:
         return values[-1]
 
     def _define(self, node: FunctionNode) -> SourceFunction:
-        """A nested function. It is followed once without arguments, because its calls may not be visible."""
+        """Return a nested function, after following it once without arguments, because its calls can be hidden."""
         function = SourceFunction(node, self.names, self)
         self.follow(function, [], {})
         return function
@@ -272,7 +272,7 @@ class Scope:
         return Fields({key: value for key, value in items if isinstance(key, str)})
 
     def _item(self, value: Value, key: Value, number: int | None = None) -> Value:
-        """Value of `value[key]`."""
+        """Return the abstract value of `value[key]`."""
         if isinstance(value, Fields):
             return value.fields.get(key) if isinstance(key, str) else None
         if isinstance(key, str):
@@ -283,7 +283,7 @@ class Scope:
         return item_of(value)
 
     def _attribute(self, value: Value, name: str) -> Value:
-        """Value of `value.name`."""
+        """Return the abstract value of `value.name`."""
         if value == 0 and not hasattr(str, name):
             self.reads_messages = True
         return attribute_of(value, name) if isinstance(value, PythonObject) else None

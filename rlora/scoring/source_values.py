@@ -1,6 +1,6 @@
 """Abstract values of `source` for the variables of a function, and lookups in Python's objects for them.
 
-A value is one of these, or None if it is not followed:
+A value is one of these, or None for a variable that the analysis does not follow:
 
     int             derived from the completion: 0 a message, 1 a conversation, 2 a list of conversations
     str             a string constant of the source, such as a key
@@ -81,11 +81,11 @@ class MatchCase:
 
 @dataclass
 class Budget:
-    """How many more calls may be followed. Only functions from files in `directory` are."""
+    """Limits of the analysis. Only functions from files in `directory` are followed."""
 
     directory: str
-    calls: int = MAX_CALLS
-    depth: int = 0
+    calls: int = MAX_CALLS  # remaining number of calls to follow
+    depth: int = 0  # calls around the current one
 
 
 def is_derived(value: Value) -> bool:
@@ -118,7 +118,7 @@ def item_of(values: Value) -> Value:
 
 
 def union_of(*values: Value) -> Value:
-    """Value of something that is one of these values."""
+    """Return the value of a variable that has one of these values."""
     followed = [value for value in values if value is not None]
     if not followed or all(value == followed[0] for value in followed):
         return followed[0] if followed else None
@@ -136,7 +136,7 @@ def concatenate(left: Value, right: Value) -> Value:
 
 
 def unpack(targets: Sequence[ast.AST], value: Value, star: type[ast.AST]) -> list[Value]:
-    """Value of each target of an unpacking. One target may have a star."""
+    """Return the value of each target of an unpacking. One target may be of the type `star`."""
     stars = [index for index, target in enumerate(targets) if isinstance(target, star)]
     if isinstance(value, tuple) and not stars and len(value) == len(targets):
         return list(value)
@@ -148,7 +148,7 @@ def unpack(targets: Sequence[ast.AST], value: Value, star: type[ast.AST]) -> lis
 
 
 def attribute_of(value: PythonObject, name: str) -> Value:
-    """Attribute of a module, a class or an object, found without running the user's code."""
+    """Return an attribute of a module, a class or an object, without running the user's code."""
     attribute = inspect.getattr_static(value.object, name, None)
     is_class = inspect.isclass(value.object)
     if isinstance(attribute, staticmethod):
@@ -163,7 +163,7 @@ def attribute_of(value: PythonObject, name: str) -> Value:
 
 
 def plain_function(function: Any) -> tuple[FunctionType | None, tuple[Value, ...]]:
-    """Return the user's function without partials and decorators, and the arguments that these pass first."""
+    """Return the user's function without partials and decorators, and the arguments that partials and methods add."""
     if isinstance(function, functools.partial):
         plain, leading = plain_function(function.func)
         return plain, (*leading, *[None] * len(function.args))
@@ -180,7 +180,7 @@ def plain_function(function: Any) -> tuple[FunctionType | None, tuple[Value, ...
 
 
 def namespace_of(function: FunctionType) -> Mapping[str, Any]:
-    """Variables of the function's module and closure, by name."""
+    """Return the variables of the function's module and closure, by name."""
     closure = dict[str, Any]()
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
         with suppress(ValueError):  # not bound yet
@@ -190,7 +190,7 @@ def namespace_of(function: FunctionType) -> Mapping[str, Any]:
 
 @functools.lru_cache(256)
 def node_of(code: CodeType) -> FunctionNode | None:
-    """Find a function's syntax tree in its file."""
+    """Find a function's syntax tree in its file. Returns None if the source is not available or has changed."""
     linecache.checkcache(code.co_filename)
     parameters = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     for node in functions_in("".join(linecache.getlines(code.co_filename))):

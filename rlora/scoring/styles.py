@@ -17,17 +17,17 @@ from rlora.scoring.results import FaultError, as_number, as_numbers, not_none, s
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a function: its inputs, and what the function logs during it."""
+    """One call of a reward function: its inputs, and what a TRL function logs during the call."""
 
     inputs: RewardInput
     episodes: Sequence[int]  # indices in the group
     chat: bool = False  # TRL's conversational format
-    metrics: defaultdict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
-    columns: defaultdict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
+    metrics: defaultdict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))  # from `log_metric`
+    columns: defaultdict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))  # from `log_extra`
 
     @property
     def episode(self) -> int:
-        """The episode of a call with only one."""
+        """Index of the first episode, which is the only one if the style's calls get one episode."""
         return self.episodes[0]
 
     def repeat(self, value: Any) -> list[Any]:
@@ -35,17 +35,19 @@ class Call:
         return [value] * len(self.episodes)
 
     def select(self, values: Sequence[Any]) -> list[Any]:
-        """Return the values of this call's episodes, out of the group's."""
+        """Return the values of this call's episodes. `values` has one value per episode of the group."""
         return [values[episode] for episode in self.episodes]
 
     def log_metric(self, name: str, value: Any) -> None:
+        """Add a value to a metric, which is logged as the mean of its values."""
         self.metrics[name].append(value)
 
     def log_extra(self, column: str, values: Iterable[Any]) -> None:
+        """Add a column with a value per episode."""
         self.columns[column].extend(values)
 
     def logged(self, index: int) -> dict[str, float]:
-        """Logged numbers of this call's episode at `index`: the mean of each metric, and its item of each column."""
+        """Return the numbers to log for the episode at `index` of this call: each metric's mean, each column's item."""
         metrics = {name: [as_number(value) for value in values] for name, values in self.metrics.items()}
         means = {name: math.fsum(v) / len(v) for name, values in metrics.items() if (v := not_none(values))}
         return means | as_numbers({name: v[index] for name, v in self.columns.items() if index < len(v)})
@@ -55,21 +57,21 @@ class Call:
 class _Style:
     """How functions of one style are called, and what they may return."""
 
-    values: Mapping[str, Callable[[Call], Any]]  # by name, in the order for passing by position
-    description: str
+    values: Mapping[str, Callable[[Call], Any]]  # compute a value for a call; by name, in the order of arguments
+    description: str  # the signature, for errors
     one_at_a_time: bool = False  # each call gets one episode
     lists: bool = False  # values are lists, even with one episode per call
     columns: bool = False  # gets the prompt's columns by name
     allows_status: bool = False  # may return a status in place of a number
-    allows_dict: bool = False
-    allows_none: bool = True
+    allows_dict: bool = False  # may return a dict with "score"
+    allows_none: bool = True  # may return None, which excludes the episode
 
 
 class _EpisodeState(SimpleNamespace):
-    """Stands in for TRL's environment: the items that the env's `reply` keeps in `state` are attributes."""
+    """Stand-in for TRL's environment, with the items of the episode's `state` (`records.Agent.reply`) as attributes."""
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"the episode's state has no {name!r}; store it there in the env's reply")
+        raise AttributeError(f"the episode's state has no {name!r}; set state[{name!r}] in the env's reply()")
 
 
 def _prompt(call: Call, chat: bool = False) -> Any:
@@ -85,11 +87,11 @@ class _Message(dict[str, Any]):
     def __getattr__(self, name: str) -> Any:
         if name in self:
             return self[name]
-        raise AttributeError(f"a message has no {name!r}, only {', '.join(self)}")
+        raise AttributeError(f"a chat message has no {name!r}; use one of {', '.join(self)}")
 
 
 def _with_attributes(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Chat messages for verifiers' functions, which read items or attributes."""
+    """Convert chat messages for verifiers' functions, which read items or attributes."""
     return [_Message(message) for message in messages]
 
 
@@ -99,12 +101,12 @@ def _messages(inputs: RewardInput, episode: int) -> list[dict[str, str]]:
 
 
 def _responses(call: Call) -> list[str]:
-    """All text after the prompt; in a single turn, the completion."""
+    """Return all text after the prompt, per episode; in a single turn, the completion."""
     return call.select(call.inputs.responses or call.inputs.completions)
 
 
 def _queries(call: Call) -> list[str]:
-    """The prompt and all text after it, with special tokens."""
+    """Return the prompt and all text after the prompt, with special tokens, per episode."""
     if call.inputs.queries:
         return call.select(call.inputs.queries)
     return [call.inputs.prompt_text + text for text in call.select(call.inputs.completions)]
@@ -115,7 +117,7 @@ def _ids(call: Call) -> list[list[int]]:
 
 
 def text_answer(call: Call) -> Any:
-    """The answer as data sets of other frameworks hold it: numbers as text."""
+    """Return the answer as in data sets of other frameworks, where numbers are text."""
     answer = call.inputs.answer
     is_number = isinstance(answer, (numbers.Number, Decimal)) and not isinstance(answer, bool)
     return str(answer) if is_number else deepcopy(answer)
@@ -135,23 +137,27 @@ def _ground_truth(call: Call) -> Any:
 
 
 def _extra_infos(call: Call) -> list[dict[str, Any]]:
-    """The column `extra_info`, or all columns, with verl's keys for the number of turns and for rewards of tools."""
+    """Return the column `extra_info`, or all columns, with verl's keys `num_turns` and `rollout_reward_scores`."""
     column = _column(call, "extra_info", lambda call: deepcopy(dict(call.inputs.columns)))
     if not isinstance(column, Mapping | None):
-        raise FaultError(f"needs extra_info, and the prompt's column is {show(column)}; make it a dict")
+        raise FaultError(
+            f"needs extra_info, and the prompt's column extra_info is {show(column)}; make the column a dict"
+        )
     turns = [1 + len(_messages(call.inputs, episode)) for episode in call.episodes]
     return [{**deepcopy(column or {}), "num_turns": count, "rollout_reward_scores": {}} for count in turns]
 
 
 def _info(call: Call) -> Any:
-    """verifiers' `info`, a dict that data sets may hold as JSON."""
+    """Return verifiers' `info`, a dict, which data sets can contain as JSON."""
     column = _column(call, "info", lambda call: {})
     try:
         info = json.loads(column) if isinstance(column, str) else column or {}
     except ValueError:
         info = column
     if not isinstance(info, Mapping):
-        raise FaultError(f"needs info, and the prompt's column is {show(column)}; make it a dict, or a dict as JSON")
+        raise FaultError(
+            f"needs info, and the prompt's column info is {show(column)}; make the column a dict, or a dict as JSON"
+        )
     return info
 
 
@@ -160,7 +166,7 @@ def _task(call: Call) -> Any:
 
 
 def _verifiers_state(call: Call, episode: int) -> dict[str, Any]:
-    """verifiers' `state`: the env's state of the episode, and the rollout."""
+    """Return verifiers' `state`: the env's state of the episode, and the rollout."""
     rollout = {
         "prompt": _with_attributes(_prompt(call, chat=True)),
         "completion": _with_attributes(_messages(call.inputs, episode)),
@@ -288,13 +294,13 @@ STYLES: dict[str, _Style] = {
         one_at_a_time=True, columns=True, allows_none=False,
     ),
 }  # fmt: skip
-_BUILD = "build it in the function's file, and remove the parameter or give it a default"
+_BUILD = "create the object in the function's file, and remove the parameter or give the parameter a default"
 UNAVAILABLE = {  # values that other frameworks pass and rlora does not have, with the fix
-    "trl": {"environments": "there are none without an agent, an env with reply(); give the data as a column"},
+    "trl": {"environments": "use an agent (an env with reply()), or return the data as a column of the prompts"},
     "verl": {
-        "reward_router_address": "rlora serves no reward model; give yours as reward_args.reward_router_address",
+        "reward_router_address": "set reward_args.reward_router_address to the address of your reward model",
         "reward_model_tokenizer": _BUILD,
     },
-    "verifiers": {"parser": f"rlora has no rubric parser; {_BUILD}", "judge": _BUILD, "judge_client": _BUILD},
+    "verifiers": {"parser": _BUILD, "judge": _BUILD, "judge_client": _BUILD},
 }
 UNAVAILABLE |= {"verl-batch": UNAVAILABLE["verl"], "verifiers-group": UNAVAILABLE["verifiers"]}

@@ -1,7 +1,8 @@
 """Worker process that runs a user's reward functions, and an env's replies, on a model's text.
 
-`scoring.pool.Pool` starts it, sends it jobs, and kills it if a call overruns. Calls run on its main thread, where
-SIGALRM works. It is spawned, not forked, so that it inherits nothing of the parent's torch and Ray.
+`scoring.pool.Pool` starts the process, sends jobs to it, and kills it if a call exceeds its deadline. Calls run on the
+main thread, where SIGALRM works. The process is spawned, not forked, so that it inherits nothing of the parent's torch
+and Ray.
 """
 
 import asyncio
@@ -48,11 +49,11 @@ class Setup:
     directory: str = "."  # working directory, if it exists
     deadline: float = 10.0  # seconds per call
     first_deadline: float = 0.0  # seconds for the first call of each function in each process, if more than `deadline`
-    memory_mib: int = 2048  # memory that calls may take, on top of what the process has once all is loaded
-    concurrency: int = 16  # concurrent calls of coroutine functions
+    memory_mib: int = 2048  # address space that calls can add to that of the process after loading
+    concurrency: int = 16  # maximum number of concurrent calls of coroutine functions
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)  # variables to set; values are secret
     seed: int = 0  # the run's, set as RLORA_SEED for functions that draw random numbers
-    objects: Mapping[str, Pickled] = field(default_factory=dict, repr=False)  # objects that `rewards` and `env` name
+    objects: Mapping[str, Pickled] = field(default_factory=dict, repr=False)  # by spec, for `plugin.receive`
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class EnvTurn:
     """A message of the policy that the env has to reply to."""
 
     prompt: Prompt
-    message: str
-    state: Mapping[str, Any]
+    message: str  # text of the policy's last turn
+    state: Mapping[str, Any]  # of the episode, as the previous reply left it
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ class EnvReply:
 
     content: str | list[dict[str, str]] | None  # text or chat messages; None ends the episode
     state: Mapping[str, Any]
-    status: str = ""  # error or timeout if the reply failed, which ends the episode
-    detail: str = ""  # error message
+    status: str = ""  # "error" or "timeout" if the call failed, which ends the episode
+    detail: str = ""  # message of the error
 
 
 @dataclass(frozen=True)
@@ -79,24 +80,34 @@ class Job:
     """A group to score by each reward function, or a turn to reply to."""
 
     request: RewardInput | EnvTurn
-    failures: Mapping[int, Score] = field(default_factory=dict)  # scores of calls that failed before; not made again
+    failures: Mapping[int, Score] = field(default_factory=dict)  # by call: scores of failed calls, not to be repeated
 
 
 def reward_names(rewards: Sequence[str]) -> list[str]:
-    """Names of reward functions: as in their files, or their specs for those that share a name."""
+    """Return a name for each reward function: its name in its file, or its spec if several functions share the name."""
     names = [spec.rpartition(":")[2] for spec in rewards]
     count = Counter(names)
     return [spec if count[name] > 1 else name for spec, name in zip(rewards, names, strict=True)]
 
 
+def fields_of(setup: Setup) -> str:
+    """Return the config's fields that name the reward functions and the env, for errors."""
+    fields = [f"reward = {spec!r}" for spec in setup.rewards] + ([f"env = {setup.env!r}"] if setup.env else [])
+    return ", ".join(fields)
+
+
 def timeout_message(setup: Setup, deadline: float, name: str) -> str:
-    """Error text for a call that exceeded its deadline. `name` is empty for an env's reply."""
+    """Return the message for a call that took more than `deadline` seconds. `name` is empty for an env's reply."""
     field = "first_deadline" if deadline > setup.deadline else "deadline"
-    return "a call" + (f" to {name}" if name else "") + f" took more than scoring.{field} = {deadline:g} s"
+    limit = f"scoring.{field} = {deadline:g} s; raise scoring.{field}, or make the call faster"
+    return "a call" + (f" to {name}" if name else "") + f" took more than {limit}"
 
 
 def load_reward_functions(setup: Setup) -> list[RewardFunction]:
-    """Raises RloraError if a function can't be loaded, or if no function takes one of the `reward_args`."""
+    """Load the reward functions of `setup`, and prepare them for calls.
+
+    Raises RloraError if a function can't be loaded, or if no function takes one of the `reward_args`.
+    """
     agent = bool(setup.env)
     functions = [
         reward_function(spec, load("reward", spec), setup.style, setup.reward_args, agent) for spec in setup.rewards
@@ -105,12 +116,14 @@ def load_reward_functions(setup: Setup) -> list[RewardFunction]:
         if not any(name in function.arg_names for function in functions):
             raise RloraError(
                 f"reward_args.{name} = {setup.reward_args[name]!r}: no reward function has a parameter of that name "
-                f"({', '.join(setup.rewards)}); use the parameter's name, or remove it"
+                f"({', '.join(setup.rewards)}); use the name of a parameter, or remove reward_args.{name}"
             )
     return functions
 
 
 class _Worker:
+    """The reward functions and the env of a worker process, and the loop that calls them."""
+
     def __init__(self, setup: Setup, clock: Clock) -> None:
         self.setup, self.clock = setup, clock
         self.functions = load_reward_functions(setup)
@@ -121,7 +134,7 @@ class _Worker:
         self.called: set[int] = set()  # numbers of functions with at least one call
 
     def work(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Any]]:
-        """Yield the number and the JSON-serialisable result of each job."""
+        """Run the jobs. Yields the index and the JSON-serialisable result of each."""
         awaited = self.runner.run(self._await(jobs)) if self.coroutines else {}
         for number, job in enumerate(jobs):
             if isinstance(job.request, EnvTurn):
@@ -137,7 +150,7 @@ class _Worker:
             yield number, [[self._plain(score) for score in scores] for scores in verdicts]
 
     def _deadline(self, function: int) -> float:
-        """Seconds that the function's next call may take. The first call has more, because it may load a model."""
+        """Return the time limit of the function's next call in seconds. It is longer for the first call."""
         return self.setup.deadline if function in self.called else max(self.setup.deadline, self.setup.first_deadline)
 
     def _plain(self, score: Score) -> tuple[Any, ...]:
@@ -158,7 +171,10 @@ class _Worker:
         return scores
 
     async def _await(self, jobs: Sequence[Job]) -> dict[tuple[int, int], list[Score]]:
-        """Score all groups by the coroutine functions: `concurrency` calls at once, each with its own deadline."""
+        """Score all groups by the coroutine functions: `concurrency` calls at once, each with its own deadline.
+
+        Returns a Score per episode, by the indices of job and function.
+        """
         slots = asyncio.Semaphore(self.setup.concurrency)
 
         async def score_part(function: int, job: Job, inputs: RewardInput, episodes: Sequence[int]) -> list[Score]:
@@ -190,7 +206,8 @@ class _Worker:
 
     def _reply(self, number: int, job: Job, turn: EnvTurn) -> EnvReply:
         if failure := job.failures.get(0):
-            return EnvReply(None, turn.state, failure.status or "error", f"env = {self.setup.env!r}: {failure.detail}")
+            detail = f"env = {self.setup.env!r}: reply() failed: {failure.detail}"
+            return EnvReply(None, turn.state, failure.status or "error", detail)
         assert self.env
         state = deepcopy(dict(turn.state))
         deadline = self._deadline(ENV)
@@ -201,10 +218,11 @@ class _Worker:
                 content = self.runner.run(asyncio.wait_for(content, deadline))
             reply = EnvReply(_plain_content(content), json.loads(json.dumps(state)))
         except TimeoutError:
-            return EnvReply(None, turn.state, "timeout", f"env = {self.setup.env!r}: its reply took too long")
+            message = f"reply() raised TimeoutError, or {timeout_message(self.setup, deadline, 'reply()')}"
+            return EnvReply(None, turn.state, "timeout", f"env = {self.setup.env!r}: {message}")
         except Exception as error:
             prefix = location_prefix(error, file_of(self.env))
-            message = f"its reply raised {type(error).__name__}: {error}; fix it there"
+            message = f"reply() raised {type(error).__name__}: {error}; fix this method"
             return EnvReply(None, turn.state, "error", f"{prefix}env = {self.setup.env!r}: {message}")
         finally:
             self.called.add(ENV)
@@ -213,7 +231,7 @@ class _Worker:
 
 
 def _masked(text: str, setup: Setup) -> str:
-    """A message with secret values of environment variables replaced by their names, and then shortened."""
+    """Replace secret values of environment variables in a message by the variables' names, then shorten the message."""
     secrets = {name: value for name, value in setup.environment.items() if len(value) > _MAX_UNMASKED}
     forms = {form: name for name, value in secrets.items() for form in _forms(value) if len(form) > _MAX_UNMASKED}
     for form in sorted(forms, key=len, reverse=True):
@@ -222,7 +240,7 @@ def _masked(text: str, setup: Setup) -> str:
 
 
 def _forms(value: str) -> set[str]:
-    """The forms of a value in a message: as it is, stripped, and as repr(), ascii(), JSON or bytes show it."""
+    """Return the forms of a value in messages: as it is, stripped, and as in its repr(), ascii(), JSON or bytes."""
     forms = {value, value.strip()}
     for text in (value, value.strip()):
         shown = {
@@ -237,36 +255,39 @@ def _forms(value: str) -> set[str]:
 
 
 def _plain_content(content: Any) -> str | list[dict[str, str]] | None:
-    """An env's reply as text that a tokenizer accepts. Raises ValueError if it is not a valid reply."""
+    """Convert the result of an env's reply() to text that a tokenizer accepts. Raises ValueError if it is invalid."""
     if content is None or isinstance(content, str):
         return content and without_surrogates(content)
     messages = [{key: message[key] for key in ("role", "content")} for message in content]
     if not messages or not all(isinstance(text, str) for message in messages for text in message.values()):
-        raise ValueError('expected text, None or chat messages, {"role": ..., "content": ...} of strings')
+        raise ValueError('return a string, None or chat messages, {"role": ..., "content": ...} with string values')
     return [{key: without_surrogates(text) for key, text in message.items()} for message in messages]
 
 
 def _parts(function: RewardFunction, inputs: RewardInput) -> list[Sequence[int]]:
-    """Episode indices of each call."""
+    """Return the episode indices of each call."""
     indices = range(len(inputs.completions))
     return [[index] for index in indices] if function.one_at_a_time else [indices]
 
 
 def _mapped_bytes() -> int:
-    """Size of the process's address space in bytes."""
+    """Return the size of the process's address space in bytes."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[0]) * resource.getpagesize()
 
 
 def _limit_memory(mib: int) -> int:
-    """Let the process map `mib` MiB more. Returns the size in bytes, half way there, at which it should be replaced."""
+    """Limit the address space to `mib` MiB above its current size.
+
+    Returns the size in bytes above which the process should be replaced: half of the `mib` MiB are then used.
+    """
     now = _mapped_bytes()
     resource.setrlimit(resource.RLIMIT_AS, (now + mib * 2**20, resource.RLIM_INFINITY))
     return now + mib * 2**19
 
 
 def main() -> None:
-    """Run the jobs that arrive over the file descriptor argv[1]. argv[2] is the clock's descriptor."""
+    """Run the jobs that arrive over the file descriptor argv[1] until it closes. argv[2] is the clock's descriptor."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a busy worker must not outlive its parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the worker
@@ -281,7 +302,8 @@ def main() -> None:
     try:
         worker = _Worker(setup, clock)
     except BaseException as error:
-        detail = str(error) if isinstance(error, RloraError) else f"reward: {type(error).__name__}: {error}"
+        detail = f"{fields_of(setup)}: loading raised {type(error).__name__}: {error}; fix the code or its arguments"
+        detail = str(error) if isinstance(error, RloraError) else detail
         connection.send_bytes(json.dumps({"error": _masked(detail, setup)}).encode())
         return
     threshold = _limit_memory(setup.memory_mib) if sys.platform == "linux" else None

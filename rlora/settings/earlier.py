@@ -7,7 +7,7 @@ REPLACED = {"algorithm.kl_in", "algorithm.drop_truncated", "algorithm.bootstrap_
 
 
 def replaced(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of `algorithm`, without their section, in today's form.
+    """Return the fields of the section `algorithm`, with those of earlier releases replaced by current fields.
 
     `kl_in` follows from `kl_estimator`: k1 is in the reward, the others are in the loss. `drop_truncated` and
     `bootstrap_truncated` are values of `truncated`.

@@ -10,14 +10,15 @@ from pydantic import AfterValidator, ConfigDict, Field, NonNegativeFloat
 
 
 class Tag(Enum):
-    """What a field determines besides its own setting; `tagged` lists the fields of each tag."""
+    """What else depends on a field, so that a change matters for a saved run. `tagged` lists the fields of each tag."""
 
     POLICY = "the shape of the saved adapter or its base: it may not change on resume or fork"
     EPISODES = "how episodes are sampled and scored: if it changes on resume, prompts in flight are sampled again"
 
 
 def _absolute(directory: str) -> str:
-    """A local directory as an absolute path, because actors have other working directories; other text unchanged."""
+    """Return the absolute path of a local directory, because actors have other working directories, or other text
+    unchanged."""
     return str(Path(directory).absolute()) if directory and Path(directory).is_dir() else directory
 
 
@@ -32,14 +33,15 @@ STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, 
 
 
 class Problem(NamedTuple):
-    """A rule that a config breaks."""
+    """A rule that a config breaks, as `Config.problems` yields it."""
 
     field: str  # full name, such as learner.rank
     reason: str  # what is wrong with its value, and how to fix it
 
 
 def tagged(settings: type, tag: Tag, prefix: str = "") -> Iterator[str]:
-    """The full names of the fields that have a tag."""
+    """Yield the full names, such as learner.rank, of the fields of `settings` that have a tag. `prefix` starts each
+    name."""
     hints = get_type_hints(settings, include_extras=True)
     for field in fields(settings):
         kind: Any = hints[field.name]

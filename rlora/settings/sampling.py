@@ -14,12 +14,13 @@ class SamplingConfig:
     __pydantic_config__ = STRICT
 
     temperature: Annotated[float, Field(ge=0.01)] = 1.0
-    """Sampling temperature in training; the learner's logprobs use it too."""
+    """Sampling temperature in training, 0.01 or more. The learner computes logprobs at the same temperature."""
     max_tokens: PositiveInt = 256
-    """Maximum length of a completion in tokens. In an episode of several turns the limit covers all turns and the env's
-    messages."""
+    """Maximum length of a completion in tokens. In an episode of several turns, this is the limit for all turns
+    together, including the env's messages."""
     max_prompt_tokens: PositiveInt = 512
-    """Maximum length of a prompt in tokens. Longer prompts are dropped when the data is loaded, and counted."""
+    """Maximum length of a prompt in tokens, chat template included. Longer prompts are dropped when the prompts are
+    loaded, and `rlora train` prints their number."""
 
 
 @dataclass(frozen=True)
@@ -27,22 +28,28 @@ class ChatConfig:
     __pydantic_config__ = STRICT
 
     system: str = ""
-    """System message for prompts that have none."""
+    """System message for prompts that contain none; the chat template must support system messages. Empty (the default)
+    adds no message."""
     template: str = ""
-    """Chat template that replaces the tokenizer's default: Jinja text, a file, or the name of a template in the
-    tokenizer."""
+    """Chat template that replaces the tokenizer's default: Jinja text, the path of a file, or the name of one of the
+    tokenizer's templates. Empty (the default) uses the tokenizer's default template."""
     template_args: Arguments = field(default_factory=dict)
-    """Arguments of the chat template besides the messages, such as enable_thinking."""
+    """Arguments of the chat template in addition to the messages, such as enable_thinking, none by default; on the
+    command line --chat.template-args.NAME VALUE."""
     prefill: str = ""
-    """Text that starts each message of the policy. It is part of the prompt, and reward functions see it. Text that the
-    template already writes, such as <think>, is not repeated."""
+    """Text with which each message of the policy starts. This text is part of the prompt, so it is not trained on, and
+    reward functions receive it before the sampled text. A beginning that the chat template already writes, such as
+    <think>, is not repeated. Empty by default."""
     stop: tuple[str, ...] = ()
-    """Strings that end the policy's message, in addition to its end token and the env's own stop strings."""
+    """Strings that end the policy's message, in addition to the model's end tokens and the env's `stop` strings. None
+    by default."""
     think: tuple[str, str] = ("<think>", "</think>")
-    """The model's opening and closing tag around its thinking. Reward functions always see <think> and </think>."""
+    """Opening and closing tag that the model writes around its thinking. Reward functions receive <think> and </think>
+    in place of these tags."""
 
     def check(self) -> Iterator[Problem]:
+        """Yield a Problem for every rule that these settings break."""
         if not all(self.think):
-            yield Problem("chat.think", "both tags must be non-empty; omit the field to use <think> and </think>")
+            yield Problem("chat.think", "both tags must be non-empty; unset chat.think to use <think> and </think>")
         if not all(self.stop):
-            yield Problem("chat.stop", "an empty string would end every message; remove it")
+            yield Problem("chat.stop", "an empty string would end every message; remove the empty string")

@@ -15,43 +15,54 @@ class ScoringConfig:
     __pydantic_config__ = STRICT
 
     style: Style = "auto"
-    """Calling convention of the reward functions; `auto` infers it from the names of their parameters. See
-    docs/rewards.md."""
+    """Calling convention of the reward functions (docs/rewards.md). `auto` infers the convention of each function from
+    its parameter names and its source. `completion`: a call per completion. `group`: a call per prompt, with all
+    completions. `trl`, `verl`, `verl-batch`, `openrlhf`, `verifiers`, `verifiers-group`, `areal`: the conventions of
+    these frameworks."""
     correct: float = 1.0
-    """Reward for a correct answer, if the reward function returns a status."""
+    """Reward for the status `correct`, if a reward function returns a status instead of a number."""
     wrong: float = 0.0
-    """Reward for a wrong answer, if the reward function returns a status."""
+    """Reward for the status `wrong`, if a reward function returns a status instead of a number."""
     unparsable: float = 0.0
-    """Reward for a completion without a readable answer, if the reward function returns a status."""
+    """Reward for the status `unparsable` (no readable answer), if a reward function returns a status instead of a
+    number."""
     timeout: float = 0.0
-    """Reward for an episode whose reward function exceeded `scoring.deadline`."""
+    """Reward if a call of a reward function or of an env's `reply` exceeds the time limit (`scoring.deadline`). The
+    episode is trained on with this reward."""
     error: float = 0.0
-    """Reward for an episode whose reward function failed."""
+    """Reward if a call of a reward function or of an env's `reply` raises an exception, returns an invalid value, ends
+    the process or exceeds `scoring.memory_mib`. The episode is trained on with this reward."""
     max_errors: Share = 0.5
-    """Largest share of a step's episodes whose reward functions may fail; above it the run stops."""
+    """Largest share of a step's episodes that may have the status `error`, 0 to 1. With a larger share the run stops.
+    Timeouts do not count."""
     deadline: PositiveFloat = 10.0
-    """Time limit in seconds for one call of a reward function or of an env's `reply`. Its process is replaced if the
-    call takes longer."""
+    """Time limit in seconds for each call of a reward function or of an env's `reply`. A call that takes longer counts
+    as a timeout, and the process is replaced (a coroutine is cancelled instead)."""
     first_deadline: NonNegativeFloat = 60.0
-    """Time limit in seconds for the first call of each function in each process, which may load a model."""
+    """Time limit in seconds for the first call of each function in each process, which may load a model. A value below
+    `scoring.deadline` has no effect."""
     memory_mib: PositiveInt = 2048
-    """Memory limit in MiB for one call of a reward function."""
+    """Memory in MiB that calls may allocate in a process that runs reward functions, in addition to what the process
+    uses after loading the functions. An allocation beyond that fails. The limit applies on Linux only."""
     workers: PositiveInt = 2
-    """Processes that call reward functions, per scoring replica."""
+    """Number of processes that run reward functions, in each of the `scoring.replicas` actors."""
     concurrency: PositiveInt = 16
-    """Concurrent calls of a reward function that is a coroutine, per process."""
+    """Maximum number of concurrent calls of coroutine reward functions (async def) in each process."""
     replicas: PositiveInt = 1
-    """Ray actors that run scoring processes; Ray spreads them over the nodes."""
+    """Number of Ray actors, each with `scoring.workers` processes that run reward functions. Ray spreads the actors
+    over the nodes."""
     cpus: NonNegativeFloat = 0.0
-    """Ray CPUs that each scoring replica reserves."""
+    """Number of Ray CPUs that each of the `scoring.replicas` actors reserves."""
     environment: tuple[str, ...] = ()
-    """Names of environment variables that reward functions receive on every node. Their values are never stored."""
+    """Names of environment variables that are passed to the reward functions on every node, none by default. The values
+    are read where rlora is started, and are never stored."""
 
     def check(self) -> Iterator[Problem]:
+        """Yield a Problem for every rule that these settings break."""
         for number, name in enumerate(self.environment):
             if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):  # the item is not shown: it may be a secret
                 yield Problem(
                     "scoring.environment",
-                    f"item {number} is not the name of an environment variable; give names only, such as JUDGE_KEY, "
-                    "and set their values where rlora is started",
+                    f"item {number} (counted from 0) is not the name of an environment variable; give only names, such as "
+                    "JUDGE_KEY, and set the values in the environment of the rlora command",
                 )

@@ -15,24 +15,24 @@ from rlora.settings import AlgorithmConfig, Config
 from rlora.sweeps.members import Member
 
 _MIB = 2**20
-_STATE_SHARE = 12 / 16  # of masters, gradient and moments: all but the gradient, as the driver and a bundle hold
+_STATE_SHARE = 12 / 16  # of the bytes of fp32 master weights, gradient and Adam's moments: a state has no gradient
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Needs of the members that train together; sizes in bytes."""
+    """Estimated needs of the members that train together, from `budget`; sizes in bytes."""
 
     members: int
     rows: int  # completions in flight
     concurrent_rows: int  # completions that the engines sample at a time
-    slots: int  # adapter versions that each engine holds
-    slot_bytes: int
+    slots: int  # adapter versions that each engine keeps loaded
+    slot_bytes: int  # memory of one slot
     base: int  # learner, engines and driver with the first member
     member_bytes: int  # all members together, in the learner, the driver and the slots
-    disk: int
-    free: int  # disk space
-    total: int  # RAM, or memory of the card
-    device: str
+    disk: int  # size of the bundles that all members keep
+    free: int  # free disk space
+    total: int  # RAM, or memory of the GPU
+    device: str  # name of the GPU, or "CPU" with the number of cores
 
     @property
     def lines(self) -> list[tuple[str, str]]:
@@ -47,14 +47,14 @@ class Budget:
         ]
 
     def check(self) -> None:
-        """Raise RloraError if memory or disk space is too small."""
+        """Raise RloraError if the members need more memory or disk space than there is."""
         if self.base + self.member_bytes > self.total:
             per_member = self.member_bytes / self.members
             fit = max(0, int((self.total - self.base) / per_member))
             raise RloraError(
                 f"sweep: {self.members} members need {gib(self.member_bytes)} in addition to {gib(self.base)} for base "
-                f"and processes, but {self.device} has {gib(self.total)}: {fit} members fit; train fewer at a time, or "
-                "lower engine.kv_cache_gib"
+                f"and processes, but {self.device} has {gib(self.total)}: {fit} members fit; train fewer members at a "
+                "time, or lower engine.kv_cache_gib"
             )
         if self.disk > self.free:
             raise RloraError(
@@ -64,7 +64,10 @@ class Budget:
 
 
 def budget(group: Sequence[Member], tasks: Mapping[str, Task], path: Path) -> Budget:
-    """Estimate the needs of a group. `tasks` has each member's task, by name; `path` is the sweep's directory."""
+    """Estimate what a group of members needs to train together.
+
+    `tasks` has the task of each member, by the member's name; `path` is the sweep's directory.
+    """
     base = read_config(group[0].config.model)
     job = shared_config([ServedPolicy(member.name, member.config, tasks[member.name]) for member in group])
     estimate = plan(job)
@@ -107,7 +110,7 @@ def _rows(config: Config) -> int:
 
 
 def _existing_parent(path: Path) -> Path:
-    """The path or its nearest parent that exists."""
+    """Return the absolute path, or its nearest parent that exists."""
     path = path.absolute()
     while not path.exists():
         path = path.parent

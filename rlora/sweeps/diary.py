@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from rlora.records import RloraError
 from rlora.store import read_file
@@ -22,11 +22,11 @@ _STATUS: dict[str, Status] = {  # of a member, by its last event
 
 @dataclass(frozen=True)
 class MemberState:
-    """Status of a member."""
+    """Status of a member of a sweep, according to the events of the diary."""
 
     status: Status = "waiting"
     step: int = 0  # completed steps at the event that set the status
-    reason: str = ""
+    reason: str = ""  # why the member has this status; empty if nothing was noted
 
 
 class Diary:
@@ -38,7 +38,11 @@ class Diary:
         _truncate_partial(self.path)
 
     def note(self, event: str, member: str = "", step: int = 0, **facts: Any) -> None:
-        """Append an event. It is on disk when this returns."""
+        """Append an event, and flush it to disk before returning.
+
+        `member` is the member's name and `step` its completed steps, for an event of a member. `facts` are further
+        fields of the line.
+        """
         line: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event}
         line |= ({"member": member, "step": step} if member else {}) | facts
         append(self.path, line)
@@ -46,17 +50,17 @@ class Diary:
 
     @property
     def states(self) -> dict[str, MemberState]:
-        """Status by member."""
+        """Status of each member, by name."""
         return member_states(self.lines)
 
     @property
     def handled(self) -> int:
-        """Number of lines of `wanted.jsonl` that were answered."""
+        """Number of lines of `wanted.jsonl` that the sweep has answered."""
         return max((line["request"] + 1 for line in self.lines if "request" in line), default=0)
 
 
 def member_states(lines: Iterable[Mapping[str, Any]]) -> dict[str, MemberState]:
-    """Status of each member, from the events of a diary."""
+    """Return the status of each member, by name, from the events of a diary."""
     states: dict[str, MemberState] = {}
     for line in lines:
         event = line["event"]
@@ -69,13 +73,17 @@ def member_states(lines: Iterable[Mapping[str, Any]]) -> dict[str, MemberState]:
 
 
 def ask(sweep: Path, action: str, member: str, **arguments: Any) -> None:
-    """Request an action from a sweep: pause, go, drop or fork, with a fork's `arguments` version, name and changes.
+    """Append a request to `wanted.jsonl` of the directory `sweep`, which the sweep carries out in its next turn.
 
-    Raises RloraError if there is no such member, or if its status does not permit the action.
+    `action` is pause, go, drop or fork; a fork has the `arguments` version, name and changes. Raises RloraError if the
+    diary has no such member, or if the member's status does not permit the action.
     """
     states = member_states(complete_lines(sweep / DIARY))
     if member not in states:
-        raise RloraError(f"{sweep}: there is no member {member}; the members are {', '.join(sorted(states))}")
+        names = ", ".join(sorted(states)) or "none"
+        raise RloraError(
+            f"{sweep}: there is no member {member}, or the member has not begun yet; use one of the members {names}"
+        )
     status = states[member].status
     impossible = {
         "pause": ("finished", "dropped", "paused", "failed"),
@@ -84,7 +92,11 @@ def ask(sweep: Path, action: str, member: str, **arguments: Any) -> None:
         "fork": ("waiting",),
     }
     if status in impossible[action]:
-        raise RloraError(f"{sweep}/{member}: the member is {status}, so `rlora {action}` is not possible")
+        possible = " or ".join(name for name in get_args(Status) if name not in impossible[action])
+        raise RloraError(
+            f"{sweep}/{member}: the member is {status}, so `rlora {action}` is not possible; the command needs a "
+            f"member that is {possible} (`rlora runs {sweep}` lists the members)"
+        )
     append(sweep / WANTED, {"what": action, "member": member, **arguments})
 
 
@@ -99,13 +111,13 @@ def append(path: Path, line: Mapping[str, Any]) -> None:
 
 
 def complete_lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of a file, parsed, without a last one that a crash cut off."""
+    """Return the parsed lines of a file, without a last line that a crash cut off; empty if there is no file."""
     content = read_file(path) or b""
     return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines() if line.strip()]
 
 
 def _truncate_partial(path: Path) -> None:
-    """Remove a last line that a crash cut off, otherwise the next line would continue it."""
+    """Remove a last line that a crash cut off, because the next line would be appended to it."""
     content = read_file(path) or b""
     complete = content.rfind(b"\n") + 1
     if complete < len(content):

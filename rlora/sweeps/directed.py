@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class SweepTurns:
-    """Turn rule of the members that train together, based on `rounds` or `first`.
+    """Turn rule (`rlora.run.turns`) of the members in `group`, which train together, based on `rounds` or `first`.
 
-    `runs` is the list that the loop drives. New members are added to it, and a continued member's run replaces its
-    previous run. Every decision is in the diary before it takes effect.
+    `runs` is the list that the loop drives. Runs of new members are added to the list, and the run of a continued
+    member replaces the member's previous run. Every decision is in the diary before the decision takes effect.
     """
 
     def __init__(self, sweep: "Sweep", group: Sequence[Member], runs: list[Run]) -> None:
@@ -31,7 +31,7 @@ class SweepTurns:
         self._actions = {"pause": self._pause, "go": self._go, "drop": self._drop, "fork": self._fork}
 
     def __call__(self, runs: Sequence[Run]) -> Iterator[Sequence[Run]]:
-        """Yield the runs of each turn. Handles requests and halving before each turn."""
+        """Yield the runs of each turn, as soon as a turn is due. Handles requests and halving before each turn."""
         eligible: list[Run] = []
         turns = self.order(eligible)
         while True:
@@ -50,11 +50,11 @@ class SweepTurns:
 
     @property
     def order(self) -> Turns:
-        """`first` if engines and learners have separate devices, so that both can be busy; else `rounds`."""
+        """`first` if engines and learners have separate GPUs and can compute at the same time, otherwise `rounds`."""
         return first if self.runs[0].job.is_apart else rounds
 
     def note_ends(self) -> None:
-        """Add members that failed or finished since the last call to the diary, and release them."""
+        """Add members that failed or finished since the last call to the diary. Release their locks and trackers."""
         for run in self.runs:
             if id(run) in self._noted or run.is_open:
                 continue
@@ -66,16 +66,13 @@ class SweepTurns:
             self.sweep.release(run.policy, run.failure)
 
     def handle_requests(self) -> None:
-        """Carry out the requests since the last turn. An impossible request goes to the diary as refused."""
+        """Carry out the requests since the last turn. An impossible request causes a warning and an event `refused`."""
         for number, request in self.sweep.requests():
-            try:
+            with self.sweep.refusing(number, request):
                 self._actions[request["what"]](number, request)
-            except (RloraError, OSError, LookupError) as error:
-                self.sweep.diary.note("refused", request["member"], why=str(error), request=number)
-                _log.warning(f"{request['what']} {request['member']}: {error}")
 
     def halve(self) -> None:
-        """Drop the worse configurations at a rung, once every active member has reached it."""
+        """Drop the worse configurations at a rung of `Halving`, once every active member has reached the rung."""
         rung = self.sweep.next_rung(self.group)
         if rung is None or any(run.number < rung for run in active(self.runs)):
             return
@@ -108,6 +105,7 @@ class SweepTurns:
     def _drop(self, number: int, request: Mapping[str, Any]) -> None:
         run = next((run for run in active(self.runs) if run.policy == request["member"]), None)
         self.sweep.diary.note("dropped", request["member"], run.number if run else 0, why="requested", request=number)
+        self._waiting = [member for member in self._waiting if member.name != request["member"]]
         if run:
             self._leave(run)
 
@@ -118,11 +116,8 @@ class SweepTurns:
         self._waiting.append(member)
 
     def _fork(self, number: int, request: Mapping[str, Any]) -> None:
-        member = self.sweep.fork(request)
         self._check_group(self.sweep.members[request["member"]])
-        facts = {"of": request["member"], "version": request["version"], "changes": request["changes"]}
-        self.sweep.diary.note("forked", member.name, request["version"], request=number, **facts)
-        self.sweep.members[member.name] = member
+        member = self.sweep.note_fork(number, request)
         self.group.append(member)
         self._waiting.append(member)
 
@@ -130,17 +125,18 @@ class SweepTurns:
         for run in active(self.runs):
             if run.policy == name:
                 return run
-        raise RloraError(f"{name}: the member is not training now")
+        raise RloraError(f"{name}: only a member in training can be paused; repeat the request when this member trains")
 
     def _check_group(self, member: Member) -> None:
         """Raise RloraError if the member can't share processes with this group."""
         if member.name not in {peer.name for peer in self.group}:
             raise RloraError(
-                f"{member.name}: the member is not in the group that trains now; it trains with its own group"
+                f"{member.name}: the member can't share processes with the group that trains now; repeat the request "
+                "when the group of this member trains"
             )
 
     def _begin(self, member: Member) -> None:
-        """Open a member's run, in place of its previous run."""
+        """Open a member's run, in place of the member's previous run."""
         try:
             run = self.sweep.open_member(member)
         except (RloraError, OSError) as error:

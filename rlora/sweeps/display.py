@@ -19,7 +19,7 @@ TURNS = "metrics.jsonl"
 
 
 class Display:
-    """An observer of all members' runs. Writes one line per turn to `<sweep>/metrics.jsonl`."""
+    """An observer of all members' runs. Writes one line per turn to metrics.jsonl in `path`, the sweep's directory."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -31,7 +31,7 @@ class Display:
         self._busy = 0.0
 
     def begin(self) -> None:
-        """Start the live table, on a terminal."""
+        """Start the live table, if the output is a terminal."""
         if self.console.is_terminal:
             self.live.start()
 
@@ -40,12 +40,12 @@ class Display:
         self.live.stop()
 
     def on_step(self, run: Run, figures: Mapping[str, Any]) -> None:
-        """Record a member's metrics."""
+        """Record the metrics of a member's step."""
         self.latest[run.policy] = figures
         self.rewards.setdefault(run.policy, []).append(figures["reward/mean"] or 0.0)
 
     def turn(self, runs: Sequence[Run], due: Sequence[Run], seconds: float) -> None:
-        """Log and show a turn in which the runs `due` took a step."""
+        """Log and show a turn of `seconds`, in which those of `runs` that are in `due` took a step."""
         stepped = [self.latest[run.policy] for run in due if run.policy in self.latest]
         tokens = sum(figures["completion/tokens"] or 0 for figures in stepped)
         learning = sum((figures["learner/busy"] or 0.0) * figures["time/step"] for figures in stepped)

@@ -16,13 +16,16 @@ from rlora.sweeps.members import Member
 
 @dataclass(frozen=True)
 class Halving:
-    """Rule of successive halving: when configurations are dropped, how many remain, and by which metric."""
+    """Rule of successive halving: when configurations are dropped, how many remain, and by which metric.
 
-    at: tuple[int, ...] = ()  # steps of the rungs
+    A rung is a step at which configurations are dropped.
+    """
+
+    at: tuple[int, ...] = ()  # the rungs, in increasing order; empty: nothing is dropped
     keep: float = 0.5  # share of the configurations that continues, rounded up
     by: str = "reward/mean"  # metric of metrics.jsonl, higher is better
     over_last: int = 4  # number of steps that the metric is averaged over
-    pool: tuple[str, ...] = ("seed",)  # members that differ only in these fields are one configuration
+    pool: tuple[str, ...] = ("seed",)  # members that differ only in these fields have one configuration
 
     @staticmethod
     def of(table: Mapping[str, Any]) -> "Halving":
@@ -32,7 +35,7 @@ class Halving:
             return Halving(**values)
         except TypeError as error:
             names = ", ".join(field.name for field in fields(Halving))
-            raise RloraError(f"halving: {error}; the fields are {names}") from None
+            raise RloraError(f"halving: {error}; use only the fields {names}") from None
 
     def check(self, members: Sequence[Member]) -> None:
         """Raise RloraError if the rule is invalid for the members."""
@@ -42,25 +45,37 @@ class Halving:
         for rung in self.at:
             if not 0 < rung < fewest.config.steps:
                 raise RloraError(
-                    f"--halve-at {rung}: {fewest.name} has steps = {fewest.config.steps}; use steps between 0 and that"
+                    f"--halve-at {rung}: {fewest.name} has steps = {fewest.config.steps}, and members must be dropped "
+                    f"before that step; use steps from 1 to {fewest.config.steps - 1}"
                 )
         if list(self.at) != sorted(set(self.at)):
-            raise RloraError(f"--halve-at {','.join(map(str, self.at))}: use increasing steps")
+            increasing = ",".join(map(str, sorted(set(self.at))))
+            raise RloraError(
+                f"--halve-at {','.join(map(str, self.at))}: each step must be larger than the step before; use "
+                f"--halve-at {increasing}"
+            )
         if not 0 < self.keep < 1:
-            raise RloraError(f"--keep {self.keep:g}: use a share between 0 and 1, such as 0.5")
+            raise RloraError(
+                f"--keep {self.keep:g}: some configurations must continue, and some must not; use a share above 0 and "
+                "below 1, such as 0.5"
+            )
         if self.over_last < 1:
-            raise RloraError(f"halving.over_last = {self.over_last}: use 1 or more")
+            raise RloraError(
+                f"halving.over_last = {self.over_last}: the metric is a mean over this number of steps; use 1 or more"
+            )
         if len({member.configuration(self.pool) for member in members}) < 2:
             pooled = ", ".join(self.pool)
             raise RloraError(
-                f"--halve-at: the members differ in {pooled} only, so there is only one configuration; omit the "
-                "option, or add an axis"
+                f"--halve-at: the members differ in {pooled} only, so there is only one configuration; remove "
+                "--halve-at, or add an axis, as in --over learner.rank=1,8"
             )
 
     def dropped(
         self, rung: int, members: Sequence[Member], lines: Mapping[str, Sequence[Mapping[str, Any]]]
     ) -> list[str]:
-        """Names of the members that are dropped at a rung. Configurations tied with the worst that remains are kept.
+        """Return the names of the members that are dropped at a rung.
+
+        The share `keep` of the configurations remains, and those with the same mean as the worst that remains.
 
         `lines` has each member's lines of metrics.jsonl, by name.
         """
@@ -74,6 +89,6 @@ class Halving:
         return [member.name for member in members if scores[member.configuration(self.pool)] < threshold]
 
     def values(self, rung: int, lines: Iterable[Mapping[str, Any]]) -> list[float]:
-        """The last `over_last` values of the metric before a rung."""
+        """Return the last `over_last` values of the metric before a rung, from lines of metrics.jsonl."""
         values = [line[self.by] for line in lines if line["step"] < rung and line.get(self.by) is not None]
         return values[-self.over_last :]

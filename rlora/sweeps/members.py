@@ -22,28 +22,29 @@ _NAME = re.compile(r"[\w.+=-]+")
 
 @dataclass(frozen=True)
 class Member:
-    """A run of a sweep."""
+    """A member of a sweep: a run whose config differs from the sweep's shared config in some fields."""
 
-    name: str  # of its directory and its policy
-    changes: Mapping[str, Any]  # of the sweep's config, by full field names
+    name: str  # name of the member, of its directory and of its policy
+    changes: Mapping[str, Any]  # the fields that differ from the shared config, by full name
     config: Config
 
     def configuration(self, pool: Iterable[str]) -> str:
-        """Key of the member's configuration: its changes without the fields of `pool`."""
+        """Return a key of the member's configuration, which is `changes` without the fields in `pool`."""
         return json.dumps({name: value for name, value in self.changes.items() if name not in pool}, sort_keys=True)
 
 
 def members(
     table: Mapping[str, Any], axes: Mapping[str, Sequence[Any]], singles: Mapping[str, Mapping[str, Any]] | None = None
 ) -> list[Member]:
-    """Build a member for each combination of the axes' values, and one for each of `singles`, changes by name.
+    """Build a member for each combination of the axes' values, and a member for each item of `singles`.
 
-    `table` is the config that they share. Raises RloraError, which names member, field and value, for an unknown field,
-    an invalid value, a field of the job's processes, or two equal members.
+    `table` is the shared config. `axes` has lists of values by full field name; `singles` has changes by member name.
+    Raises RloraError, which names member, field and value, for an unknown field, an invalid value, a field of the job's
+    processes, two equal members, or fewer than two members.
     """
     for field, values in axes.items():
         if not values:
-            raise RloraError(f"--over {field}: no values; add some, as in --over learner.rank=1,8")
+            raise RloraError(f"--over {field}: no values; add values, as in --over learner.rank=1,8")
     labels = _labels(axes)
     grid: list[Mapping[str, Any]] = (
         [dict(zip(axes, values, strict=True)) for values in product(*axes.values())] if axes else []
@@ -70,7 +71,7 @@ def members(
 
 
 def config_of(table: Mapping[str, Any], name: str, changes: Mapping[str, Any]) -> Config:
-    """Build the config of a member. Raises RloraError that names the member."""
+    """Build the config of a member from the shared config `table`. Raises RloraError that names the member."""
     for field, value in changes.items():
         if field.startswith(_PROCESS_FIELDS):
             raise RloraError(
@@ -90,7 +91,8 @@ def check_distinct(candidates: Iterable[Member]) -> None:
         config = json.dumps(asdict(member.config), sort_keys=True)
         if config in seen:
             raise RloraError(
-                f"member {member.name}: its config is the same as that of {seen[config]}; remove it, or change its seed"
+                f"member {member.name}: its config is the same as that of {seen[config]}; remove one of the two "
+                "members, or set a different seed"
             )
         seen[config] = member.name
 
@@ -98,7 +100,7 @@ def check_distinct(candidates: Iterable[Member]) -> None:
 def groups(candidates: Sequence[Member], stops: Mapping[str, Sequence[str]]) -> list[list[Member]]:
     """Partition members into groups that can train at the same time, because they agree in all process-wide settings.
 
-    `stops` has the strings that end a message, by member. With full fine-tuning a member is a group by itself.
+    `stops` has the strings that end a message, by member name. A member that trains all weights is a group by itself.
     """
     groups_by_key: dict[str, list[Member]] = {}
     for member in candidates:
@@ -111,13 +113,14 @@ def groups(candidates: Sequence[Member], stops: Mapping[str, Sequence[str]]) -> 
 
 
 def _labels(fields: Iterable[str]) -> dict[str, str]:
-    """Label of each field in names: its last component, or its full name if two fields have the same last component."""
+    """Return the label of each field in member names: the last component of the field's name, or the full name if two
+    fields have the same last component."""
     last = [field.rpartition(".")[2] for field in fields]
     return {field: end if last.count(end) == 1 else field for field, end in zip(fields, last, strict=True)}
 
 
 def _name_part(value: Any) -> str:
-    """Text of a value in a name: 3e-4, 16, math, all-linear."""
+    """Format a value for a member's name: 3e-4, 16, math, all-linear."""
     if isinstance(value, float) and value and abs(value) < 0.01:
         digits, _, power = f"{value:e}".partition("e")
         return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"

@@ -1,4 +1,4 @@
-"""Plot of a sweep: the learning curve of every member, and the result by learning rate and rank."""
+"""Plots a sweep: the learning curve of every member, and the result by learning rate and rank."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ _LR, _RANK = "learner.lr", "learner.rank"
 
 
 def plot(members: list[MemberResult], file: Path) -> None:
-    """Write the plot to a file in the format of its suffix. Raises RloraError if matplotlib is not installed."""
+    """Write the plot to `file`, whose suffix is the format. Raises RloraError if matplotlib is not installed."""
     try:
         import matplotlib as mpl
 

@@ -22,16 +22,16 @@ class MemberResult:
     """Progress and results of a member."""
 
     name: str
-    configuration: str  # its changes as text, without the fields of the pool
-    changes: Mapping[str, Any]
+    configuration: str  # the member's changes as text, without the fields of `Halving.pool`
+    changes: Mapping[str, Any]  # `Member.changes`
     status: str
-    rewards: Sequence[float]  # by step
-    initial_accuracy: float | None  # on held-out prompts, before training
-    final_accuracy: float | None  # the same, after training
+    rewards: Sequence[float]  # mean reward of each step
+    initial_accuracy: float | None  # on held-out prompts, before training; None if not evaluated
+    final_accuracy: float | None  # on held-out prompts, after training; None if not evaluated yet
 
     @property
     def reward(self) -> float | None:
-        """Mean reward of the last steps; None before the first step."""
+        """Mean reward of the last `_OVER_LAST` steps; None before the first step."""
         return fmean(self.rewards[-_OVER_LAST:]) if self.rewards else None
 
 
@@ -44,6 +44,7 @@ class Standing:
 
     @property
     def mean(self) -> float:
+        """Mean of the values."""
         return fmean(self.values)
 
     @property
@@ -60,13 +61,13 @@ class Standing:
 
 
 def quantile(freedom: float) -> float:
-    """0.975 quantile of Student's t distribution with `freedom` degrees of freedom."""
+    """Return the 0.975 quantile of Student's t distribution with `freedom` degrees of freedom."""
     excess = lambda t: mpmath.betainc(freedom / 2, 0.5, 0, freedom / (freedom + t * t), regularized=True) - 0.05  # noqa: E731
     return float(mpmath.findroot(excess, (1.5, 13.0), solver="anderson"))
 
 
 def read_results(path: Path) -> list[MemberResult]:
-    """Read the results of the sweep in a directory. Raises RloraError if there is no sweep."""
+    """Read the results of the sweep in the directory `path`, by member. Raises RloraError if there is no sweep."""
     members, pool = read_members(path)
     states, results = member_states(complete_lines(path / DIARY)), []
     for member in members:
@@ -85,7 +86,11 @@ def read_results(path: Path) -> list[MemberResult]:
 
 
 def standings(members: Sequence[MemberResult]) -> tuple[str, list[Standing]]:
-    """Name of the metric that configurations are compared by, and the configurations' results, the best first."""
+    """Return the name of the metric that configurations are compared by, and their results, the best first.
+
+    Only finished members count. The metric is the accuracy after training, or the mean reward if a finished member has
+    no accuracy.
+    """
     done = [member for member in members if member.status == "finished"]
     by_accuracy = bool(done) and all(member.final_accuracy is not None for member in done)
     metric = "accuracy after training" if by_accuracy else f"mean reward of the last {_OVER_LAST} steps"
@@ -98,7 +103,7 @@ def standings(members: Sequence[MemberResult]) -> tuple[str, list[Standing]]:
 
 
 def verdict(members: Sequence[MemberResult]) -> str:
-    """Text that names the best configuration, and those that are not significantly worse."""
+    """Return a text that names the best configuration, and the configurations that are not significantly worse."""
     metric, ranking = standings(members)
     if not ranking:
         return "no member has finished"
@@ -106,7 +111,7 @@ def verdict(members: Sequence[MemberResult]) -> str:
     lines = [f"best configuration {best.configuration}: {metric} {best}"]
     similar = [standing for standing in remaining if not _is_better(best, standing)]
     if len(best.values) == 1:
-        lines.append("it has one member: train more seeds for a confidence interval (--over seed=0,1,2)")
+        lines.append("this configuration has one member: train more seeds for an interval (--over seed=0,1,2)")
     elif similar:
         lines.append(f"not significantly worse: {'; '.join(f'{item.configuration} {item}' for item in similar)}")
     elif remaining:
@@ -120,7 +125,10 @@ def _is_better(a: Standing, b: Standing) -> bool:
 
 
 def difference(a: Standing, b: Standing) -> tuple[float, float]:
-    """Difference of two means, and half-width of its 95% confidence interval (Welch 1947); infinite for one member."""
+    """Return the mean of `a` minus the mean of `b`, and the half-width of the 95% confidence interval (Welch 1947).
+
+    The half-width is infinite if `a` or `b` has only one member.
+    """
     mean, counts = a.mean - b.mean, [len(a.values), len(b.values)]
     if min(counts) < 2:
         return mean, math.inf

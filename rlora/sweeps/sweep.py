@@ -1,4 +1,4 @@
-"""A sweep: runs that train together over one base, each an ordinary run in its own directory."""
+"""Sweeps. A sweep has members: runs that train together over one base, each an ordinary run in its own directory."""
 
 import json
 import logging
@@ -6,7 +6,7 @@ import secrets
 import time
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -41,9 +41,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Swept:
-    """Result of a sweep."""
+    """What `sweep` returns: the directory of the sweep, and the results of its members."""
 
-    directory: Path
+    directory: Path  # of the sweep; the run of a member is in <directory>/<member>
     summaries: Mapping[str, Mapping[str, Any]]  # content of summary.json, by member
     statuses: Mapping[str, str]  # finished, dropped, paused or failed, by member
 
@@ -53,17 +53,20 @@ class Plan:
     """Definition of a sweep, as stored in sweep.toml."""
 
     config: Mapping[str, Any]  # tables of the shared config
-    axes: Mapping[str, Sequence[Any]]  # values by full field name
+    axes: Mapping[str, Sequence[Any]]  # values of the grid, by full field name
     members: Mapping[str, Mapping[str, Any]]  # changes of the single members, by name
     halving: Halving
 
     def build_members(self) -> list[Member]:
-        """Build all members. Raises RloraError for an invalid one."""
+        """Build all members. Raises RloraError for an invalid member."""
         return members_of(self.config, self.axes, self.members)
 
 
 class Sweep:
-    """Members of a sweep, its diary and its open runs."""
+    """State of a sweep in this process: the members, the diary and the open runs. `train` trains the members.
+
+    `path` is the sweep's directory. `report` receives lines for the user.
+    """
 
     def __init__(self, path: Path, members: Sequence[Member], halving: Halving, report: Report) -> None:
         self.path, self.halving, self.report = path, halving, report
@@ -80,11 +83,15 @@ class Sweep:
     # --- training ---
 
     def train(self) -> None:
-        """Train the members that are not finished, dropped or paused, group by group.
+        """Train the members that are not finished, dropped or paused, group by group (`members.groups`).
 
-        Raises RloraError at the end if members have failed.
+        Blocks until all groups have ended. Raises RloraError before training if memory or disk space is too small, and
+        at the end if members have failed.
         """
         try:
+            for number, request in self.requests():  # made while no process trained; they decide who is pending
+                with self.refusing(number, request):
+                    self._carry_out(number, request)
             pending = [member for member in self.members.values() if self._is_pending(member)]
             parts = groups(pending, {member.name: self._task(member.config).stop for member in pending})
             if len(parts) > 1:
@@ -117,7 +124,7 @@ class Sweep:
         runs: list[Run] = []
         for member in group:
             run = self.open_member(member)
-            if is_finished(run.path, run.config, run.start):  # the process died before it noted that
+            if is_finished(run.path, run.config, run.start):  # an earlier process died before it wrote the event
                 self.diary.note("finished", member.name, run.number)
                 self.release(member.name)
             else:
@@ -137,7 +144,7 @@ class Sweep:
             turns.note_ends()
 
     def open_member(self, member: Member) -> Run:
-        """Open a member's run: new, forked or resumed. Its lock is held until `release`."""
+        """Open a member's run: new, forked or resumed. The lock of the run is held until `release`."""
         path, stack = UPath(self.path / member.name), ExitStack()
         origin, exists = self._origin_of(member.name), directory.CONFIG in names(path)
         if origin and not names(path / BUNDLES):  # the process died before the fork's first bundle
@@ -158,13 +165,13 @@ class Sweep:
         return run
 
     def release(self, name: str, error: BaseException | None = None) -> None:
-        """Release a member's lock and end its trackers. `error` is the exception that ended its run."""
+        """Release a member's lock and end its trackers. `error` is the exception that ended the run, if any."""
         if stack := self._stacks.pop(name, None):
             with suppress(*([type(error)] if error else ())):
                 stack.__exit__(type(error) if error else None, error, None)
 
     def _is_pending(self, member: Member) -> bool:
-        """Whether a member has steps to train."""
+        """Return whether a member has steps to train."""
         state = self.diary.states.get(member.name)
         return not state or state.status not in ("dropped", "finished", "paused")
 
@@ -175,7 +182,7 @@ class Sweep:
             self.report(text)
 
     def _task(self, config: Config) -> Task:
-        """Load a member's prompts and rewards. Members with equal fields for them share one task."""
+        """Load a member's prompts and rewards. Members that agree in all fields that affect these share a task."""
         defaults = Config(model="-", env="-", reward="-")
         irrelevant = ("learner", "critic", "algorithm", "engine", "checkpoint", "health", "trackers", "steps",
                       "restarts", "prompts_per_step", "group_size", "max_staleness", "dtype")  # fmt: skip
@@ -199,29 +206,53 @@ class Sweep:
     # --- requests and decisions ---
 
     def requests(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """Yield the unanswered lines of `wanted.jsonl` with their numbers."""
+        """Yield the unanswered lines of `wanted.jsonl`, each after its index in the file."""
         yield from list(enumerate(complete_lines(self.path / WANTED)))[self.diary.handled :]
 
+    @contextmanager
+    def refusing(self, number: int, request: Mapping[str, Any]) -> Iterator[None]:
+        """Turn the error of an impossible request into a warning and an event `refused`."""
+        try:
+            yield
+        except (RloraError, OSError, LookupError) as error:
+            self.diary.note("refused", request["member"], why=str(error), request=number)
+            _log.warning(f"{request['what']} {request['member']}: {error}")
+
+    def _carry_out(self, number: int, request: Mapping[str, Any]) -> None:
+        """Carry out a request for a member that is not in training, or for a fork."""
+        if request["what"] == "fork":
+            self.note_fork(number, request)
+            return
+        event, state = {"pause": "paused", "go": "went on", "drop": "dropped"}[request["what"]], self.diary.states
+        self.diary.note(event, request["member"], state[request["member"]].step, why="requested", request=number)
+
     def next_rung(self, group: Sequence[Member]) -> int | None:
-        """The next step at which configurations of a group are dropped; None after the last one."""
+        """Return the next step at which configurations of a group are dropped; None after the last such step."""
         group_names = {member.name for member in group}
         halved = [line for line in self.diary.lines if line["event"] == "halved"]
         done = {line["at"] for line in halved if group_names & {*line["kept"], *line["dropped"]}}
         return next((rung for rung in self.halving.at if rung not in done), None)
 
-    def fork(self, request: Mapping[str, Any]) -> Member:
-        """Build the member that a fork request describes. Raises RloraError if it is invalid."""
+    def note_fork(self, number: int, request: Mapping[str, Any]) -> Member:
+        """Add the member that a fork request describes. Raises RloraError if the member is invalid."""
         name, source = request["name"], self.members[request["member"]]
         if name in self.members:
             raise RloraError(f"{name}: a member has this name already; use a different name")
         fork = fork_of(self.path, source, name, request["version"], request["changes"])
         stops = {member.name: self._task(member.config).stop for member in (source, fork)}
         if len(groups([source, fork], stops)) > 1:
-            raise RloraError(f"{name}: can't share processes with {source.name}; omit fields of the job's processes")
+            raise RloraError(
+                f"{name}: can't share processes with {source.name}, because a setting that members share (model, "
+                "dtype, stop strings, ...) differs, or because all weights are trained; remove that change, or start "
+                f"a separate run with `rlora train --fork {self.path / source.name}@{request['version']}`"
+            )
+        facts = {"of": request["member"], "version": request["version"], "changes": request["changes"]}
+        self.diary.note("forked", name, request["version"], request=number, **facts)
+        self.members[name] = fork
         return fork
 
     def _origin_of(self, name: str) -> tuple[str, int] | None:
-        """Member and version that a member was forked from; None for other members."""
+        """Return the member and version that the member `name` was forked from; None if it is not a fork."""
         forked = [line for line in self.diary.lines if line["event"] == "forked" and line["member"] == name]
         return (forked[-1]["of"], forked[-1]["version"]) if forked else None
 
@@ -235,25 +266,29 @@ def sweep(
     """Train many policies over one base, the members of a sweep, as `rlora sweep` does.
 
     `config` and `changes` are as in `rlora.train`. `over` has the axes, values by full field name; every combination is
-    a member. `members` has single members by name, each with the fields that it changes. Alternatively `config` is a
-    list with the config of each member.
-    `resume`, the directory of a sweep, continues its members from their newest bundles. `tell` receives progress lines.
+    a member. `members` has single members by name, each with the fields that differ from `config`. Alternatively
+    `config` is a list with the config of each member. `halving` drops the worse configurations during the sweep.
+    `run_dir` is the directory of a new sweep (default: runs/sweep-TIME). `resume`, the directory of a sweep, continues
+    its members from their newest bundles (checkpoints). `tell` receives progress lines.
 
-    Raises RloraError before training for an invalid sweep, and at the end if members failed, with the reason of each.
-    The results of the remaining members are in their directories.
+    Blocks until all members have ended. Raises RloraError before training for an invalid sweep, and at the end if
+    members failed, with the reason of each. The results of the remaining members are in their directories.
     """
     if resume is not None:
         if config or changes or run_dir:
             raise RloraError(
                 f"sweep: resume = {str(resume)!r} continues the members in their directories, under their own configs; "
-                "omit config and run_dir"
+                "remove config, run_dir and the fields to change"
             )
         path = Path(resume)
         plan = read_sweep(path)
         arguments = ("over", plan.axes, over), ("members", plan.members, members), ("halving", plan.halving, halving)
         for name, stored, value in arguments:
             if value and value != stored:
-                raise RloraError(f"sweep: --resume {path}: {name} was {stored} and is {value} now; omit it")
+                raise RloraError(
+                    f"sweep: --resume {path}: {name} was {stored} and is {value} now, but a resumed sweep keeps its "
+                    f"members and halving rule; remove {name}"
+                )
     else:
         if isinstance(config, Sequence) and not isinstance(config, str):
             table, members = changes_of([resolve_config(source, changes) for source in config])
@@ -289,23 +324,23 @@ def create(path: Path, plan: Plan) -> None:
 
 
 def read_sweep(path: Path) -> Plan:
-    """Read `sweep.toml`. Raises RloraError if there is none."""
+    """Read `sweep.toml` in the directory `path`. Raises RloraError if there is no such file."""
     content = read_file(path / SWEEP)
     if content is None:
-        raise RloraError(f"{path}: not the directory of a sweep (no {SWEEP}); use one that `rlora sweep` created")
+        raise RloraError(f"{path}: not the directory of a sweep (no {SWEEP}); use a directory of `rlora sweep`")
     table = tomllib.loads(content.decode())
     return Plan(table["config"], table["over"], table["members"], Halving.of(table["halving"]))
 
 
 def read_members(path: Path) -> tuple[list[Member], tuple[str, ...]]:
-    """Read the members of a sweep with its forks, and the halving rule's `pool`."""
+    """Read the members of the sweep in `path`, including forks, and the halving rule's `pool`."""
     plan = read_sweep(path)
     members = {member.name: member for member in plan.build_members()}
     return [*members.values(), *forks(path, members, complete_lines(path / DIARY))], plan.halving.pool
 
 
 def forks(path: Path, members: Mapping[str, Member], lines: Iterable[Mapping[str, Any]]) -> list[Member]:
-    """Build the forked members, from the lines of the diary."""
+    """Build the members that were forked, from `lines` of the diary. `members` has the other members by name."""
     result = dict(members)
     for line in lines:
         if line["event"] == "forked":
@@ -315,13 +350,19 @@ def forks(path: Path, members: Mapping[str, Member], lines: Iterable[Mapping[str
 
 
 def fork_of(path: Path, source: Member, name: str, version: int, changes: Mapping[str, Any]) -> Member:
-    """Build a member that starts from a version of `source`, with changes. Raises RloraError if they are invalid."""
+    """Build a member that starts from a version of `source`, with `changes`, which are fields by full name.
+
+    `path` is the sweep's directory. Raises RloraError if a change is invalid.
+    """
     table = asdict(config_at(UPath(path / source.name), version))
     return Member(name, {**source.changes, **changes}, config_of(table, name, changes))
 
 
 def changes_of(configs: Sequence[Config]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The first config, and each config's changes of it as members, named by number."""
+    """Return the tables of the first config, and the fields in which each config differs from the first.
+
+    These are by member name: member-0 for the first config, member-1, ... Raises RloraError if there is no config.
+    """
     if not configs:
         raise RloraError("sweep: the list of configs is empty; pass two or more")
     first = configs[0]

@@ -14,7 +14,10 @@ _SETTINGS = {
 
 
 def bottleneck(figures: Mapping[str, Any]) -> tuple[str, float] | None:
-    """The longest part of a step and its share of the step's time; None without measurements."""
+    """Return the longest part of a step, and its share of the step's time (0 to 1).
+
+    `figures` are the metrics of the step. Returns None without "time/step".
+    """
     wait, total = figures.get("time/wait") or 0.0, figures.get("time/step") or 0.0
     if total <= 0:
         return None
@@ -32,5 +35,5 @@ def bottleneck(figures: Mapping[str, Any]) -> tuple[str, float] | None:
 
 
 def advice(name: str) -> str:
-    """Settings that affect a bottleneck."""
+    """Return the settings that affect a bottleneck, as text. `name` is a part that `bottleneck` returned."""
     return _SETTINGS[name]

@@ -1,4 +1,4 @@
-"""Metrics of a training step: the line of metrics.jsonl, and progress on the console."""
+"""Metrics of a training step, as a line of metrics.jsonl and as progress on the console."""
 
 import logging
 import math
@@ -32,7 +32,10 @@ _BARS = " ▁▂▃▄▅▆▇█"
 
 
 def summarise(groups: Sequence[Group], version: int) -> dict[str, float | None]:
-    """Metrics of a step's episodes. `version` is the version that the update starts from."""
+    """Compute the metrics of a step's episodes, by name (docs/metrics.md).
+
+    `groups` must not be empty. `version` is the number of the version that the update starts from.
+    """
     episodes = [episode for group in groups for episode in group.episodes]
     rewards = [reward for group in groups for reward in group.rewards]
     parts = sorted({name for episode in episodes for name in episode.parts})
@@ -52,10 +55,10 @@ def summarise(groups: Sequence[Group], version: int) -> dict[str, float | None]:
 
 
 class Metrics:
-    """Builds the metrics of each step and shows progress: updated in place on a terminal, otherwise as lines.
+    """Builds the metrics of each step and prints progress: updated in place on a terminal, otherwise as lines.
 
-    `name` is the prefix of lines if several runs train together; progress is then always lines. `is_quiet` turns
-    progress off.
+    `steps` is the total number of training steps. `name` is the prefix of lines if several runs train together;
+    progress is then always printed as lines. `is_quiet` turns progress off. Used as a context, which ends the display.
     """
 
     def __init__(self, steps: int, name: str = "", is_quiet: bool = False) -> None:
@@ -81,13 +84,13 @@ class Metrics:
         return self.console.is_terminal and not self.name
 
     def start(self, step: int, fleet: FleetStats) -> None:
-        """Start timing at `step`. `fleet` has the fleet's statistics so far."""
+        """Start timing at step number `step`. `fleet` are the statistics of the engines so far."""
         self.first_step, self.started, self.lapped = step, time.perf_counter(), time.perf_counter()
         self.busy_seconds = fleet.busy_seconds
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Record the time within the context as `time/<phase>` of the current step."""
+        """Record the time within the context in seconds, as `time/<phase>` of the current step."""
         start = time.perf_counter()
         yield
         self.seconds[phase] = time.perf_counter() - start
@@ -103,7 +106,12 @@ class Metrics:
         adapter: Adapter,
         extra: Mapping[str, float | None],
     ) -> dict[str, Any]:
-        """Show and return the metrics of the step that made `adapter`, with `extra` metrics (docs/metrics.md)."""
+        """Print progress, and return the line of metrics.jsonl for the step that made `adapter` (docs/metrics.md).
+
+        `receipts` are those of the version that was delivered last, `collection` has the step's groups, `fleet` are the
+        statistics of the engines since their start, `saved` describes the last checkpoint that was written. `extra`
+        metrics are added. Metrics that are not finite become None.
+        """
         now = time.perf_counter()
         total, sampling = now - self.lapped, fleet.busy_seconds - self.busy_seconds
         self.lapped, self.busy_seconds = now, fleet.busy_seconds
@@ -156,7 +164,10 @@ class Metrics:
         return {"step": step, "adapter": adapter.digest, **finite}
 
     def totals(self) -> dict[str, float]:
-        """Seconds of training in this process, and total seconds including the start of actors and evaluations."""
+        """Return the seconds of training in this process as `time/train`, and `time/total` since the construction.
+
+        The total includes the start of actors and evaluations.
+        """
         now = time.perf_counter()
         return {"time/train": self.lapped - self.started, "time/total": now - self.entered}
 
@@ -196,7 +207,10 @@ class Metrics:
 
 
 def sparkline(values: Sequence[float], width: int = 40) -> str:
-    """Bar chart of the last `width` values in one line, scaled between their minimum and maximum."""
+    """Return a bar chart of the last `width` values in one line, scaled between their minimum and maximum.
+
+    `values` must not be empty.
+    """
     tail = values[-width:]
     low, high = min(tail), max(tail)
     return "".join(_BARS[1 + round((value - low) / (high - low or 1) * (len(_BARS) - 2))] for value in tail)

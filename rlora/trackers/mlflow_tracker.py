@@ -1,4 +1,4 @@
-"""MLflow tracker. Configured by MLFLOW_TRACKING_URI and the like; the project is the experiment."""
+"""MLflow tracker, configured by MLFLOW_TRACKING_URI and the like. `trackers.project` is the experiment."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -43,7 +43,7 @@ class MLflow:
         self.client.log_table(self.id, table, f"samples/{step:06d}.json")
 
     def flush(self) -> None:
-        """Nothing to do: every request is synchronous."""
+        """Do nothing, because every request is synchronous."""
 
     def finish(self, failed: bool, summary: Mapping[str, Any]) -> None:
         self.client.log_batch(self.id, tags=[RunTag(name, str(value)[:5000]) for name, value in summary.items()])

@@ -3,8 +3,9 @@
     python -m rlora.trackers.process    reads a `TrackerJob` as a JSON line from stdin
 
 A line of metrics.jsonl is sent once a later bundle is on disk, because a resume can't repeat the step after that. The
-last step sent is stored in <run>/trackers/<name>.json. The next line of stdin ("end" or "failed"), or its end, ends the
-process. SIGTERM is ignored: `ray job stop` sends it to all processes of a job, and the run still logs its end.
+number of the last step sent is stored in <run>/trackers/<name>.json. The next line of stdin ("end" or "failed"), or the
+end of stdin, ends the process. SIGTERM is ignored: `ray job stop` sends this signal to all processes of a job, and the
+run still logs its end.
 """
 
 import json
@@ -41,8 +42,8 @@ class TrackerJob:
     name: str  # of the tracker
     directory: str  # of the run
     config: dict[str, Any]  # of the run, for the steps from now on
-    project: str
-    samples_every: int
+    project: str  # `trackers.project`
+    samples_every: int  # steps between two tables of completions; 0: no tables
     patience: float  # seconds until this process ends after the end of the run
 
 
@@ -52,16 +53,19 @@ class Follower:
     def __init__(self, job: TrackerJob) -> None:
         self.job, self.run = job, UPath(job.directory)
         self._state = self.run / "trackers" / f"{re.sub(r'[^a-zA-Z0-9]+', '-', job.name).strip('-')}.json"
-        self.last: int = json.loads(read_file(self._state) or b"{}").get("step", -1)  # the last step sent
+        self.last: int = json.loads(read_file(self._state) or b"{}").get("step", -1)  # number of the last step sent
         self._stored = self.last
         self.tracker: Tracker | None = None
 
     def start(self) -> None:
-        """Start the tracker. Raises RloraError if it is not installed, and whatever its library raises."""
+        """Construct the tracker if that has not succeeded yet.
+
+        Raises RloraError if the tracker can't be imported or can't track this run, and any exception of its library.
+        """
         self.tracker = self.tracker or make(self.job.name, self._tracked(), self.last)
 
     def catch_up(self) -> None:
-        """Send the steps that a resume can't repeat, and store the last one."""
+        """Send the new steps that a resume can't repeat, and store the number of the last step sent."""
         newest = max(self._bundles(), default=0)
         for line in self._lines():
             if self.last < line["step"] < newest:
@@ -74,7 +78,7 @@ class Follower:
             write_file(self._state, json.dumps({"step": self.last}).encode())
 
     def end(self, failed: bool) -> None:
-        """Send the remaining steps and end the tracker's run."""
+        """Send the remaining steps, and end the tracker's run. `failed` is whether an exception ended the training."""
         self.catch_up()
         if self.tracker:
             self.tracker.finish(failed, json.loads(read_file(self.run / "summary.json") or b"{}"))
@@ -105,7 +109,10 @@ class Follower:
         return [int(name) for name in names(self.run / "bundles") if name.isdigit()]
 
     def _samples(self, step: int) -> Iterator[tuple[Any, ...]]:
-        """The first episode of up to `_ROWS` groups of a step, if its bundle contains episodes."""
+        """Yield a row per group, for up to `_ROWS` groups of a step, if the step's bundle contains episodes.
+
+        A row describes the first episode of the group.
+        """
         content = read_file(self.run / "bundles" / str(step + 1) / "update.parquet")
         for group in episodes.decode(content, self.run.name)[:_ROWS] if content else ():
             episode = group.episodes[0]
@@ -114,19 +121,19 @@ class Follower:
 
 
 def main() -> None:
-    """Follow a run until its end."""
+    """Follow a run until its end, and exit. Errors and readiness are written to stdout, as JSON lines."""
     messages = os.dup(1)
     os.dup2(2, 1)  # keep prints of libraries out of the messages
 
     def report(error: Exception) -> None:
-        """Send an error to the run, once."""
+        """Write an error to stdout, once per text."""
         text = str(error) if isinstance(error, RloraError) else f"{type(error).__name__}: {error}"
         if text not in reported:
             reported.add(text)
             os.write(messages, json.dumps({"error": text}).encode() + b"\n")
 
     def listen() -> None:
-        """Wait for the outcome of the run. After that the process has `patience` seconds."""
+        """Wait for the outcome of the run. Exit with status 1 if the process still runs `patience` seconds later."""
         outcomes.put(sys.stdin.readline().strip())
         time.sleep(job.patience)
         os._exit(1)

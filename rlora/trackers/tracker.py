@@ -1,4 +1,4 @@
-"""The tracker interface, and how trackers are built by name."""
+"""The interface of trackers, and their construction by name."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,8 +19,8 @@ class Tracked:
 
     name: str  # of the run
     id: str  # unique id of the run
-    directory: str  # of the run; trackers may write files there
-    project: str
+    directory: str  # of the run; trackers can write files there
+    project: str  # `trackers.project`
     config: Mapping[str, Any] = field(default_factory=dict)  # the run's config, as tables
 
     @property
@@ -38,33 +38,35 @@ class Tracked:
 
 
 class Tracker(Protocol):
-    """Built as `Tracker(tracked, last)`, where `last` is the last step that it received, -1 before the first.
+    """Interface of an experiment tracker, which rlora constructs as `Tracker(tracked, last)` in a separate process.
 
-    Runs in a separate process. If it raises an exception, training continues, and the step is sent again later. The
-    optional attribute `where` is printed at the start of a run: a URL, or the command that shows the metrics.
+    `last` is the number of the last step that the tracker received, -1 before the first. If a method raises an
+    exception, rlora logs a warning, training continues, and the step is sent again later. The optional attribute
+    `where` is printed at the start of a run: a URL, or the command that displays the metrics.
     """
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """Log the numbers of a line of metrics.jsonl."""
+        """Log the metrics of a step: the numbers in its line of metrics.jsonl, by name."""
         ...
 
     def samples(self, step: int, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Log a table of sampled completions."""
+        """Log a table of sampled completions. Each row has a value per column."""
         ...
 
     def flush(self) -> None:
-        """Store everything that was logged so far."""
+        """Store everything that was logged so far. After this call rlora does not send these steps again."""
         ...
 
     def finish(self, failed: bool, summary: Mapping[str, Any]) -> None:
-        """End the run. `failed`: whether an exception ended it; `summary`: its summary.json."""
+        """End the tracker's run. `failed` is whether an exception ended the training, `summary` is its summary.json."""
         ...
 
 
 def make(name: str, tracked: Tracked, last: int) -> Tracker:
-    """Build a ready tracker by name, or the user's class module:Name or path/to/file.py:Name.
+    """Construct a tracker. `name` is a key of `READY`, or a user's class: module:Name or path/to/file.py:Name.
 
-    Raises RloraError if its package is not installed.
+    `last` is the number of the last step that the tracker received, -1 before the first. Raises RloraError if the
+    tracker can't be imported, and any exception of the tracker's own constructor.
     """
     if ":" in name:
         custom: Tracker = load("trackers.use", name)(tracked, last)
@@ -73,6 +75,7 @@ def make(name: str, tracked: Tracked, last: int) -> Tracker:
         tracker: Tracker = getattr(import_module(f"rlora.trackers.{name}_tracker"), READY[name])(tracked, last)
     except ImportError as error:
         raise RloraError(
-            f"trackers.use = {name!r}: {error}; install it with pip install 'rlora[{name}]', or remove the tracker"
+            f"trackers.use = {name!r}: importing the tracker's package raised {type(error).__name__}: {error}; run "
+            f"pip install 'rlora[{name}]', or remove {name!r} from trackers.use"
         ) from error
     return tracker

@@ -22,7 +22,7 @@ _START = 60.0  # seconds for a tracker to become ready, with `trackers.strict`
 
 
 class _Process:
-    """Handle of a tracker's process. Reports its errors as warnings."""
+    """Handle of a tracker's process. A thread logs the errors of the process as warnings."""
 
     def __init__(self, name: str, run: Run) -> None:
         self.name, self.settings = name, run.config.trackers
@@ -39,17 +39,24 @@ class _Process:
         self._reader.start()
 
     def require(self) -> None:
-        """Wait until the tracker is ready. Raises RloraError if it fails to start."""
+        """Block until the tracker is ready, for at most `_START` seconds.
+
+        Raises RloraError, and kills the process, if the tracker fails to start.
+        """
         deadline = time.monotonic() + _START
         while not self.ready.wait(0.1):
             if self.error or self.process.poll() is not None or time.monotonic() > deadline:
                 self.process.kill()
                 self._reader.join(timeout=5.0)  # it may just have read the reason
-                reason = self.error or f"it was not ready after {_START:.0f} s"
-                raise RloraError(f"trackers.strict = true: {self.name}: {reason}")
+                reason = self.error or f"the tracker was not ready after {_START:.0f} s"
+                fix = "fix the tracker, or set trackers.strict = false to train without it"
+                raise RloraError(f"trackers.strict = true: {self.name}: {reason}; {fix}")
 
     def wait(self) -> None:
-        """Wait until the remaining steps are sent. A hanging process ends itself after `trackers.patience` seconds."""
+        """Block until the process has sent the remaining steps and has ended.
+
+        A hanging process ends itself after `trackers.patience` seconds, and is killed `_GRACE` seconds later.
+        """
         try:
             self.process.wait(self.settings.patience + _GRACE)
         except subprocess.TimeoutExpired:
@@ -57,7 +64,7 @@ class _Process:
         self._reader.join(timeout=_GRACE)
 
     def send(self, line: str, last: bool = True) -> None:
-        """Send a line to the process; `last` closes the pipe."""
+        """Write a line to the process's stdin, and close stdin if the line is the `last`."""
         assert self.process.stdin
         self._ending = last
         with suppress(OSError):  # the process has ended, after reporting the reason
@@ -81,9 +88,12 @@ class _Process:
         status = self.process.wait()
         if status and self._ending:
             patience = f"trackers.patience = {self.settings.patience:g} s"
-            _log.warning(f"tracker {self.name}: it did not end within {patience}; metrics.jsonl has all metrics")
+            _log.warning(
+                f"tracker {self.name}: it did not end within {patience}, so it may lack the last steps; raise "
+                "trackers.patience for the next run (metrics.jsonl has all metrics)"
+            )
         elif status and not self.error:
-            self._report(f"its process ended with status {status}")
+            self._report(f"the tracker's process ended with status {status}")
 
     def _report(self, error: str) -> None:
         self.error = error
@@ -93,9 +103,11 @@ class _Process:
 
 @contextmanager
 def tracked(run: Run) -> Iterator[None]:
-    """Run the trackers in `trackers.use` within the context.
+    """Run the trackers in `trackers.use` within the context, each in a process of its own.
 
-    With `trackers.strict`, raises RloraError if a tracker can't start.
+    Entering the context does not block. With `trackers.strict` it blocks until the trackers are ready, and raises
+    RloraError if one fails to start. All other errors are logged as warnings. Leaving the context blocks until each
+    process has sent the remaining steps, for at most about `trackers.patience` seconds.
     """
     processes = [_Process(name, run) for name in run.config.trackers.use]
     try:

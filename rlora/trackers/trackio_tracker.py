@@ -27,7 +27,7 @@ class Trackio:
         self.run.log({"samples": table}, step=step)
 
     def flush(self) -> None:
-        """Nothing to do: trackio writes in the background."""
+        """Do nothing, because trackio writes in the background."""
 
     def finish(self, failed: bool, summary: Mapping[str, Any]) -> None:
         self.run.finish()

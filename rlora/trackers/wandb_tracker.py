@@ -10,7 +10,7 @@ from rlora.trackers.tracker import Tracked
 
 
 class Wandb:
-    """A W&B run with the run's id. A resume continues it, and W&B ignores steps that it has already."""
+    """A W&B run with the run's id. A resume continues it, and W&B ignores steps that it already has."""
 
     def __init__(self, tracked: Tracked, last: int) -> None:
         directory = None if tracked.is_far else tracked.directory  # None: W&B's default
@@ -27,7 +27,7 @@ class Wandb:
         self.run.log({"samples": wandb.Table(columns=list(columns), data=[list(row) for row in rows])}, step=step)
 
     def flush(self) -> None:
-        """Nothing to do: W&B writes in the background."""
+        """Do nothing, because W&B writes in the background."""
 
     def finish(self, failed: bool, summary: Mapping[str, Any]) -> None:
         self.run.summary.update(dict(summary))

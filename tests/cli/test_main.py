@@ -92,7 +92,7 @@ def test_bad_input_is_told_in_a_line_and_makes_nothing(
         (("replay", "{run}"), r"run: no two consecutive checkpoints are kept; raise checkpoint\.keep_last"),
         (
             ("replay", "{run}", "--step", "3"),
-            r"--step 3: needs the bundles of versions 3 and 4; the steps with both are",
+            r"--step 3: needs the bundles of versions 3 and 4; use one of the steps whose",
         ),
         (
             ("replay", "{run}", "--learner.rank", "2"),
@@ -155,7 +155,7 @@ def test_a_run_is_measured_on_the_same_prompts_before_and_after(
 def test_a_fork_does_not_overwrite_what_it_comes_from(finished: UPath, capsys: pytest.CaptureFixture[str]) -> None:
     fork = "train", "--fork", f"{finished}@3", "--steps", "9", "--run-dir", str(finished), "--overwrite"
     assert run(*fork) == 1
-    assert re.search(r"--fork .*run@3: --overwrite would remove it; use a different --run-dir", capsys.readouterr().err)
+    assert re.search(r"--fork .*run@3: this run is in .*run, which --overwrite would remove;", capsys.readouterr().err)
     assert bundle_path(finished, 3).exists()
 
 

@@ -116,7 +116,7 @@ def test_a_fork_of_a_version_has_the_config_that_it_was_made_under(run: str, bun
     write_directory(bundle_path(UPath(run), 3), bundle(3, config=made).files)
     given = parse_train(["--fork", f"{run}@3", "--learner.lr", "2e-4"])
     assert set(differences(made, given.config)) == {"learner.lr"}
-    with pytest.raises(RloraError, match=r"there is no bundle of version 4; the versions are 3"):
+    with pytest.raises(RloraError, match=r"there is no bundle of version 4; use one of the versions 3"):
         parse_train(["--fork", f"{run}@4"])
 
 

@@ -133,7 +133,7 @@ def test_a_swap_changes_what_is_sampled_and_the_old_version_is_gone(setup: Setup
     assert len(setup.engine.lora_ids().result()) == 1
     _, pid = ray.get(setup.engine.process)
     assert [path.name for path in adapter_directory(pid).iterdir()] == [far.name]
-    with pytest.raises(NotLoadedError, match=rf"version {setup.fresh.name}: not loaded here \(loaded: {far.name}\)"):
+    with pytest.raises(NotLoadedError, match=rf"{setup.fresh.name}: not loaded in this engine \(loaded: {far.name}\)"):
         sample(setup, setup.task.prompts[:1], greedy, setup.fresh.version)
 
 

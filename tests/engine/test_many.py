@@ -131,7 +131,7 @@ def test_a_policy_leaves_with_its_versions_and_requests(many: Many) -> None:
     leaving, staying = (many.generate(adapter.version, 4) for adapter in adapters.values())
     many.engine.leave(NAMES[0]).result()
     for future in leaving:
-        with pytest.raises(StaleError, match="its policy has left"):
+        with pytest.raises(StaleError, match=r"policy [\w-]+ has left"):
             future.result()
     assert all(len(future.result().episodes) == 1 for future in staying)
     assert NAMES[0] not in {version.policy for version in many.engine.versions().result()}

@@ -139,12 +139,12 @@ def test_an_engine_that_serves_something_else_is_detected(line: Line, kind: str,
     engine.fail(kind, checks).result()
     if checks == ("canary",):  # it runs with the first prompt
         engine.load(line.versions[2]).result()
-        with pytest.raises(DeliveryError, match=r"adapter run-v2-\w+: .* differs from the learner's by .* nats"):
+        with pytest.raises(DeliveryError, match=r"adapter run-v2-\w+: .* differ from the learner's by .* nats"):
             engine.generate(prompt, sampling, line.version(2)).result()
     else:
         with pytest.raises(DeliveryError, match=r"adapter run-v2-.* does not serve it: .*(digest|adapter's|slot)"):
             engine.load(line.versions[2]).result()
-        with pytest.raises(NotLoadedError, match=rf"version {line.version(2)}: not loaded here"):
+        with pytest.raises(NotLoadedError, match=rf"version {line.version(2)}: not loaded in this engine"):
             engine.generate(prompt, sampling, line.version(2)).result()
     engine.load(line.versions[3]).result()  # the engine recovers, and the failed version is gone
     assert engine.generate(prompt, sampling, line.version(3)).result()

@@ -213,7 +213,7 @@ SOLUTIONS = [
         (NUMBERS, "empty_too", {}, r"an empty completion is rewarded for 16 of 16 prompts by empty_too"),
         (NUMBERS, "long_enough", {}, r"another prompt's gold answer is rewarded for 16 of 16 prompts by long_enough.*reward"),
         # a requested form that is not rewarded
-        ([row | {"prompt": row["prompt"] + " End with #### and the number."} for row in NUMBERS], "tagged", {}, r"prompts ask for ####, which tagged does not reward; it rewards .<answer>. instead"),
+        ([row | {"prompt": row["prompt"] + " End with #### and the number."} for row in NUMBERS], "tagged", {}, r"prompts ask for ####, which tagged does not reward; this function rewards .<answer>. instead"),
         # functions that fail
         (NUMBERS, "raises", {}, r"mine\.py:\d+: raises raised ZeroDivisionError"),
         (NUMBERS, "number", {}, r"mine\.py:\d+: number raised ValueError"),
@@ -320,7 +320,7 @@ def test_sound_rewards_cause_no_warning(
         (NUMBERS, "rlora.rewards.shaping:repeated", {}, "repeated: no function asks"),
         (NUMBERS, "rlora.rewards.shaping:think_answer", {"chat": {"template": THINKS}}, "no function asks"),
         (NUMBERS, "rlora.rewards.shaping:think", {"chat": {"template": PLAIN, "prefill": "<think>\n"}}, "no function asks"),
-        ([row | {"solution": "4"} for row in NUMBERS], "skips", {"env_args": {"answer": ""}}, "skips: it scored none"),
+        ([row | {"solution": "4"} for row in NUMBERS], "skips", {"env_args": {"answer": ""}}, "skips: the function scored none"),
         (rows_of(*[24] * 12), INTEGER, {}, r"no other prompt's gold answer could be tried, because .* is the same for all prompts, 24"),
         (rows_of("4"), "short", {"env_args": {"answer": ""}}, "no gold answer could be tried"),
         (NUMBERS, "slow", {}, r"the reward functions are slow, and were tried on \d+ of 16 prompts"),

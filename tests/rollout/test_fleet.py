@@ -510,7 +510,7 @@ def test_a_policy_leaves_and_the_others_prompts_go_on() -> None:
     (late,) = stage.ask(7, policy="other")
     pinned = stage.fleet.generate(Prompt("?", 8), SAMPLING, "other", adapter(3, "other"))  # an episode's next turn
     for request in (late, pinned):
-        with pytest.raises(StaleError, match="policy other: it has left"):
+        with pytest.raises(StaleError, match="policy other: the policy has left"):
             request.group.result(SOON)
     stage.fleet.swap(adapter(4, "other"))  # it comes back
     (again,) = stage.ask(9, policy="other")

@@ -126,7 +126,7 @@ def test_incomplete_foreign_and_misnamed_bundles_are_skipped(
     assert checkpoint.newest(run, ORIGIN) == bundle(1)
     warning = capsys.readouterr().err
     assert "belongs to a different run, other (fedcba9876543210)" in warning
-    assert "`rlora train --fork` starts a run from it" in warning
+    assert "from which `rlora train --fork` starts a new run" in warning
     assert "contains version 5, so its directory has the wrong name" in warning
     assert ".half" not in warning
 
@@ -136,7 +136,7 @@ def test_a_run_without_an_intact_bundle_does_not_silently_start_again(
 ) -> None:
     assert checkpoint.newest(run, ORIGIN) is None  # nothing was saved yet
     damage_by_removal(write(run, bundle(1)) / "bundle.json")
-    with pytest.raises(RloraError, match=r"none of its 1 bundles is intact.*restore a copy of one, or start a"):
+    with pytest.raises(RloraError, match=r"none of its 1 bundles is intact.*restore a copy of a bundle, or start a"):
         checkpoint.newest(run, ORIGIN)
 
 
@@ -188,7 +188,7 @@ def test_a_bundle_that_can_not_be_read_now_is_not_skipped(
         return content
 
     monkeypatch.setattr(type(path), "read_bytes", failing)
-    with pytest.raises(RloraError, match=r"can't be read \(the store does not answer\); try again, or move its"):
+    with pytest.raises(RloraError, match=r"can't be read \(the store does not answer\); try again, or move .* away"):
         checkpoint.newest(run, ORIGIN)
 
 
@@ -210,7 +210,7 @@ def test_a_version_is_read_by_its_number(tmp_path: Path, bundle: Callable[..., B
     assert checkpoint.read_version(run).version == 9
     assert checkpoint.read_version(run, 3) == bundle(3)
     with pytest.raises(
-        RloraError, match=r"no bundle of version 4; the versions are 1 to 3, 5, 8 to 9 \(config: checkpoint"
+        RloraError, match=r"no bundle of version 4; use one of the versions 1 to 3, 5, 8 to 9 \(checkpoint"
     ):
         checkpoint.read_version(run, 4)
     shutil.rmtree(tmp_path / "bundles" / "9")

@@ -93,7 +93,7 @@ def test_one_process_trains_a_run_at_a_time_and_a_dead_one_holds_no_lock(tmp_pat
         assert other.stdout.readline() == "locked\n"
         assert directory.is_locked(run)
         with (
-            pytest.raises(RloraError, match=rf"process {other.pid} on .* is training it; stop that process first"),
+            pytest.raises(RloraError, match=rf"process {other.pid} on .* is training in this directory; stop that"),
             directory.locked(run),
         ):
             pass

@@ -259,7 +259,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_its_last_version_saved_elsewhe
                 time.sleep(0.1)
 
     with pytest.raises(
-        RloraError, match=r"could not be written there. It was saved to (.*): free disk space, move it"
+        RloraError, match=r"could not be written there. It was saved to (.*): free disk space, move the"
     ) as ended:
         train()
     found = str(ended.value).partition("saved to ")[2].partition(": free")[0]

@@ -37,7 +37,7 @@ def test_names_alone_are_kept(config: MakeConfig, monkeypatch: pytest.MonkeyPatc
 
 def test_a_variable_that_is_not_set_is_named(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(NAME, raising=False)
-    with pytest.raises(RloraError, match=rf"scoring\.environment: {NAME} is not set in the environment .*; export it"):
+    with pytest.raises(RloraError, match=rf"scoring\.environment: {NAME} is not set in the environment .*; export"):
         setup_of(config(scoring={"environment": ["PATH", NAME]}), agent=False)
     monkeypatch.setenv(NAME, "")
     assert setup_of(config(scoring={"environment": [NAME]}), agent=False).environment == {NAME: ""}

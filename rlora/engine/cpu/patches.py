@@ -19,14 +19,15 @@ _vllm_draw = TopKTopPSampler.forward_cpu
 
 
 def install(head: bool) -> bool:
-    """Make engines that are built in this process use the replacements; return whether vLLM's version was tested.
+    """Make engines that are built in this process use the replacements. Call this function before building an engine.
 
-    With another version of vLLM nothing is replaced. `head` says whether adapters may adapt the output head.
+    Returns False, after a warning, if the version of vLLM was not tested: then nothing is replaced. `head` says whether
+    adapters may adapt the output head.
     """
     if vllm.__version__.partition("+")[0] not in _TESTED:
         warnings.warn(
-            f"vLLM {vllm.__version__}: rlora's faster CPU kernels were not tested with it and stay off (tested: "
-            f"{', '.join(sorted(_TESTED))})",
+            f"vLLM {vllm.__version__}: rlora's faster CPU kernels were tested with vLLM {', '.join(sorted(_TESTED))} "
+            "only, so vLLM's own kernels are used; install a tested version for a faster engine",
             stacklevel=2,
         )
         return False
@@ -37,11 +38,12 @@ def install(head: bool) -> bool:
 
 
 def fuse_slots(model: Any) -> None:
-    """Put the slots of matrices that vLLM has fused side by side, so that one product serves them all.
+    """Put the slots of matrices that vLLM has fused side by side, so that one product computes all of them.
 
-    The parts' A (slots, 1, r, d_in) become rows of one tensor (slots, parts x r, d_in). Their B (slots, 1, d, r) become
-    columns of one tensor (slots, r, sum of d), transposed because the product iterates over d. The parts are replaced
-    by views, so that vLLM keeps writing to them.
+    `model` is vLLM's, and r is the rank that the slots have room for. The A of each part (slots, 1, r, d_in) becomes
+    rows of one tensor (slots, parts x r, d_in). The B of each part (slots, 1, d, r) becomes columns of one tensor
+    (slots, r, sum of d), transposed because the product iterates over d. Views replace vLLM's tensors of the parts, so
+    that vLLM writes new adapters into the fused tensors.
     """
     from rlora.engine.cpu import product  # late: vLLM can't start after numba was imported (see its dispatcher.py)
 
@@ -65,17 +67,17 @@ def fuse_slots(model: Any) -> None:
 
 
 def set_rank(model: Any, lora_id: int, rank: int) -> None:
-    """Limit products to the rank of the adapter in a slot: vLLM pads each adapter to the largest rank."""
+    """Limit products to the `rank` of the adapter `lora_id`, which vLLM pads to the rank of the slots."""
     slots = model.lora_manager.lora_index_to_id
     if ThinProducts.add and lora_id in slots:  # else the check of the slot reports that it is missing
         ThinProducts.ranks[slots.index(lora_id)] = rank
 
 
 class ThinProducts(PunicaWrapperCPU):
-    """y += B A x for each row's adapter. Rows without an adapter (slot -1) stay the base's.
+    """Replaces vLLM's low-rank products: y += scale B A x, with the adapter of each row.
 
-    vLLM's own product gathers A and B for every token. In a batch that mixes rows with and without an adapter it reads
-    slot -1 as the last slot.
+    Rows without an adapter (slot -1) do not change. vLLM's own product gathers A and B for every token, and if a batch
+    mixes rows with and without an adapter, this product applies the last slot's adapter to the rows without.
     """
 
     head = True
@@ -83,7 +85,7 @@ class ThinProducts(PunicaWrapperCPU):
     add: Callable[..., None] | None = None  # None until `fuse_slots`; the slots hold zeros until then
 
     def update_metadata(self, *arguments: Any, **options: Any) -> None:
-        """Read the slot of each row. vLLM calls it when the batch changes."""
+        """Read the slot of each row. vLLM calls this method when the batch changes."""
         super().update_metadata(*arguments, **options)
         self.slots, self.sampled_slots = self.token_lora_indices.numpy(), self.sampler_indices.numpy()
         self.is_base_only = bool((self.slots < 0).all())
@@ -92,16 +94,20 @@ class ThinProducts(PunicaWrapperCPU):
         self, y: Tensor, x: Tensor, lora_a_stacked: tuple[Tensor, ...], lora_b_stacked: tuple[Tensor, ...],
         scale: float, output_slices: tuple[int, ...], **_: Any,
     ) -> None:  # fmt: skip
-        """Add to y (tokens, d_out) in place; x is (tokens, d_in), A and B are views from `fuse_slots`."""
+        """Add to y (tokens, d_out) in place, for the input x (tokens, d_in).
+
+        The stacked A and B are views from `fuse_slots`. `output_slices` are the widths of the fused parts in y.
+        """
         if not self.is_base_only:
             self._add(y, x, lora_a_stacked[0], lora_b_stacked[0], self.slots, output_slices, scale)
 
     def add_lora_logits(
         self, y: Tensor, x: Tensor, lora_a_stacked: Tensor, lora_b_stacked: Tensor, scale: float, **_: Any
     ) -> None:
-        """Like `add_lora_linear`, for the output head, whose rows are those that a token is sampled for.
+        """Add to the logits y of the output head in place; the rows of y and x are those that a token is sampled for.
 
-        vLLM also calls it for prompt logprobs, with other rows and without their slots: those stay the base's.
+        vLLM also calls this method for prompt logprobs, with different rows whose slots are not known. Then y does not
+        change.
         """
         if self.head and len(y) == len(self.sampled_slots):
             vocabulary = lora_b_stacked.shape[2]  # y may be padded
@@ -125,13 +131,13 @@ def _ends(widths: tuple[int, ...]) -> NDArray[np.int64]:
 
 @cache
 def _fused(part: Tensor) -> NDArray[Any]:
-    """The tensor from `fuse_slots` that `part` is a view of."""
+    """Return the fused tensor of `fuse_slots` that `part` is a view of."""
     assert part._base is not None
     return _array(part._base)
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:
-    """The tensor's memory as an array. NumPy has no bfloat16: the array has its bits as uint16."""
+    """Return an array that shares the tensor's memory. A bfloat16 becomes the uint16 with the same bits."""
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
@@ -140,8 +146,12 @@ def draw(
 ) -> tuple[Tensor, Tensor | None]:
     """Sample a token for each row of `logits` (rows, V) by inversion: one random number per row instead of V.
 
-    The token is the first at which the cumulative probability reaches u, uniform on (0, 1]. Sums are in fp32 with an
-    error below 1e-7, so probabilities are off by at most that.
+    Returns the tokens (rows,) and the logprobs (rows, V), which are the log-softmax of the logits in fp32. For each row
+    a number u is drawn uniformly from (0, 1]. The row's token is the first at which the cumulative probability is at
+    least u. Both u and the cumulative probability are rounded to fp32, whose spacing just below 1 is 6e-8.
+
+    Replaces `TopKTopPSampler.forward_cpu`, and calls vLLM's own method if a request has a generator (a seed), top-k `k`
+    or top-p `p`, or if `logprobs_mode` is not processed_logprobs.
     """
     if generators or k is not None or p is not None or self.logprobs_mode != "processed_logprobs":
         return _vllm_draw(self, logits, generators, k, p)

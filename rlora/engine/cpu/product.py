@@ -1,4 +1,4 @@
-"""The low-rank product over few rows, compiled for the CPU it runs on."""
+"""The low-rank product over few rows, compiled by numba for this machine's CPU."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from numba.extending import intrinsic
 
 
 def use_threads(count: int) -> None:
-    """Set how many threads share each product that this thread starts."""
+    """Set how many threads compute each product that the calling thread starts; numba's own limit still applies."""
     numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
 
 
@@ -21,7 +21,7 @@ _JIT = numba.njit(fastmath=_ANY_ORDER)
 
 @intrinsic
 def _read(typing: Any, number: Any) -> Any:
-    """Convert a number to fp32; 16 bits are a bfloat16."""
+    """Convert a number to fp32. A 16-bit integer has the bits of a bfloat16."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         (value,) = arguments
@@ -35,7 +35,7 @@ def _read(typing: Any, number: Any) -> Any:
 
 @intrinsic
 def _round_like(typing: Any, value: Any, like: Any) -> Any:
-    """Convert an fp32 number to the type of `like`. Rounds to the nearest bfloat16, ties to even."""
+    """Convert an fp32 number to the type of `like`: fp32, or the bits of the nearest bfloat16, ties to even."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if like == types.float32:
@@ -60,18 +60,18 @@ def _dot(x: Any, a: Any) -> Any:
 
 @_JIT
 def _hidden_1(rank: int, a: Any, x: Any, scale: Any) -> Any:
-    """The component `rank` of scale A x, in a tuple."""
+    """Return component `rank` of scale A x as a tuple of one number."""
     return (scale * _dot(x, a[rank]),)
 
 
 @_JIT
 def _columns_1(rank: int, b: Any, start: int, end: int) -> Any:
-    """The entries `start` to `end` of B's column `rank`, in a tuple."""
+    """Return the entries `start` to `end` of column `rank` of B as a tuple of one array."""
     return (b[rank, start:end],)
 
 
 def _twice(function: Any, count: int) -> Any:
-    """Double `function`, which returns a tuple for `count` ranks beginning with its first argument."""
+    """Return a function for twice as many ranks as `function`, whose tuples have `count` ranks from `rank` on."""
 
     @_JIT
     def both(rank: int, *arguments: Any) -> Any:
@@ -87,7 +87,7 @@ _hidden_8, _columns_8 = _twice(_hidden_4, 4), _twice(_columns_4, 4)
 
 @_JIT
 def _add_columns(y: Any, hidden: Any, columns: Any) -> None:
-    """y (d) += the sum of hidden[r] columns[r] in one pass. Both are tuples so that the loop over r is unrolled."""
+    """Add the sum over r of hidden[r] columns[r] to y (d,). Tuples make the compiler unroll the loop over r."""
     for d in range(len(y)):
         total = _read(y[d])
         for r in range(len(hidden)):
@@ -96,11 +96,12 @@ def _add_columns(y: Any, hidden: Any, columns: Any) -> None:
 
 
 def _add(y: Any, x: Any, a: Any, b: Any, slots: Any, ranks: Any, ends: Any, scale: float) -> None:
-    """y (rows, D) += scale B A x (rows, d_in), with A and B of each row's slot; computed in fp32, rounded once.
+    """Add scale B A x to y (rows, D), with A and B of each row's slot. Computes in fp32 and rounds once.
 
-    a: (slots, parts x r, d_in). b: (slots, r, D); the columns before ends[0] belong to the first r rows of a, and so
-    on. r is one of `RANKS`. ranks (slots,): the rank of each slot's adapter, at most r. Rows beyond it are zero; those
-    up to the next of `RANKS` are read.
+    x: (rows, d_in). slots (rows,): the slot of each row, -1 for none. a: (slots, parts x r, d_in), with r in `RANKS`.
+    b: (slots, r, D). ends (parts,): the columns of b before ends[0] belong to the first r rows of a, the next ones up
+    to ends[1] to the next r rows, and so on. ranks (slots,): the rank of each slot's adapter, at most r. If a rank is
+    not in `RANKS`, a and b are read up to the next number in `RANKS`, and must be zero beyond the adapter's rank.
     """
     max_rank, factor = b.shape[1], np.float32(scale)
     for row in numba.prange(len(x)):
@@ -122,7 +123,7 @@ def _add(y: Any, x: Any, a: Any, b: Any, slots: Any, ranks: Any, ends: Any, scal
 
 
 def _compile(function: Any) -> Any:
-    """Compile `function`, which takes 4 seconds. The result is cached on disk if there is a place for it."""
+    """Return `function`, compiled at its first call, which takes seconds. The result is cached on disk if possible."""
     options = {"parallel": True, "fastmath": _ANY_ORDER}
     try:
         return numba.njit(function, cache=True, **options)
