@@ -49,7 +49,7 @@ def add(task: str, sweeps: Sequence[Path]) -> None:
         row_of(task, directory, member)
         for directory in sweeps
         for member in read_results(directory)
-        if member.status == "finished"
+        if member.status == "finished" and not member.origin  # a fork had other settings before
     ]
     if not new:
         raise SystemExit(f"no member of {', '.join(sorted(names))} has finished")

@@ -85,7 +85,7 @@ class ReasoningGym:
             reasoning_gym = importlib.import_module("reasoning_gym")
         except ImportError as error:
             raise RloraError(
-                f"env = 'rlora.envs.gym:ReasoningGym': reasoning_gym can't be imported ({error}); run "
+                f"env: rlora.envs.gym needs reasoning_gym, which can't be imported ({error}); run "
                 "pip install 'rlora[gym]'"
             ) from error
         try:

@@ -2,13 +2,13 @@
 
 `run` starts this file as a script. Before it runs the code from its standard input, the script gives up:
 
-- network and other processes: new user, network, IPC and process namespaces, so that it sees no process to signal, and
-  the kernel kills all processes of the namespace when the first one ends;
-- files: Landlock allows it to read the libraries of Python and the system, and to write to 16 MiB in memory;
-- new processes, sockets and programs: seccomp allows it to start threads only;
-- time and memory: resource limits, and the caller kills it after its time limit.
+- network and other processes: new user, network, IPC and process namespaces, so that the code sees no process to
+  signal, and the kernel kills all processes of the namespace when the first one ends;
+- files: Landlock allows the code to read the libraries of Python and the system, and to write to 16 MiB in memory;
+- new processes, sockets and programs: seccomp allows the code to start threads only;
+- time and memory: resource limits, and the caller kills the process after the time limit.
 
-If one of these is unavailable, nothing runs. See landlock(7), seccomp(2), user_namespaces(7).
+If one of these mechanisms is unavailable, the code does not run. See landlock(7), seccomp(2), user_namespaces(7).
 """
 
 import ctypes

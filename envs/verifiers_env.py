@@ -44,7 +44,7 @@ class Verifiers:
             configs = importlib.import_module("verifiers.v1.configs.taskset")
         except ImportError as error:
             raise RloraError(
-                f"env = 'rlora.envs.verifiers_env:Verifiers': verifiers 0.4 can't be imported ({error}); run "
+                f"env: rlora.envs.verifiers_env needs verifiers 0.4, which can't be imported ({error}); run "
                 "pip install 'rlora[verifiers]'"
             ) from error
         try:

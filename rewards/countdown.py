@@ -1,4 +1,4 @@
-"""Reward of Countdown problems: an expression over the given numbers must equal the target.
+"""Reward of Countdown problems: an expression over the problem's numbers must equal the target.
 
 The expression is parsed, never evaluated as code.
 """

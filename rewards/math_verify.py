@@ -1,4 +1,4 @@
-"""math-verify as a reward, for results that compare with published ones: `pip install 'rlora[math-verify]'`.
+"""math-verify as a reward, for comparison with published results: `pip install 'rlora[math-verify]'`.
 
 `rlora.rewards.equivalence:math_answer` accepts fewer wrong answers and needs no extra package.
 """

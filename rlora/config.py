@@ -34,12 +34,13 @@ _PACKAGE = Path(__file__).parent
 
 
 def read(path: Path | UPath) -> Config:
-    """Return the config in a TOML file, or in a run's `config.toml`. Raises RloraError with a line per broken rule."""
+    """Read the config in a TOML file, or in a run's `config.toml`. Raises RloraError with a line per broken rule."""
     return validate(read_table(path), f"{path}: ")
 
 
 def read_table(path: Path | UPath) -> dict[str, Any]:
-    """Return the tables of a TOML file, not yet validated. Raises RloraError if it can't be read or is not TOML.
+    """Read the tables of a TOML file without validating them. Raises RloraError if the file can't be read, is not TOML,
+    or has a sampling option that `check_learnable` rejects.
 
     A path launch/NAME.toml or launch/gpu/NAME.toml that does not exist in the working directory is looked up among the
     recipes of the installed package.
@@ -53,19 +54,18 @@ def read_table(path: Path | UPath) -> dict[str, Any]:
         files = [*_PACKAGE.glob("launch/*.toml"), *_PACKAGE.glob("launch/gpu/*.toml")]
         recipes = ", ".join(str(file.relative_to(_PACKAGE)) for file in sorted(files))
         raise RloraError(
-            f"{path}: can't be read ({error.strerror}); name a TOML config, or one that comes with rlora: {recipes}"
+            f"{path}: can't be read ({error.strerror}); name a TOML file, or a recipe that comes with rlora: {recipes}"
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         if data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data:
             raise RloraError(f"{path}: not valid TOML: it looks like UTF-16; save it as UTF-8") from None
-        raise RloraError(f"{path}: not valid TOML: {error}") from None
+        raise RloraError(f"{path}: not valid TOML: {error}; correct the file, which must be TOML in UTF-8") from None
     is_of_run = table.pop("provenance", None) is not None  # written into a run's config.toml; not a setting
     if not is_of_run and (old := REPLACED & by_full_names(table).keys()):
         new = by_full_names({"algorithm": replaced(table["algorithm"])})
         fields = ", ".join(f"{name} = {new[name]!r}" for name in new if name.endswith(("kl_estimator", "truncated")))
-        _log.warning(
-            "%s: %s: fields of an earlier release; write %s", path, ", ".join(sorted(old)), fields or "nothing"
-        )
+        remedy = f"write {fields} instead" if fields else "remove them"
+        _log.warning("%s: %s: fields of an earlier release; %s", path, ", ".join(sorted(old)), remedy)
     check_learnable(table)
     check_learnable(table["sampling"] if isinstance(table.get("sampling"), dict) else ())
     return table
@@ -74,7 +74,8 @@ def read_table(path: Path | UPath) -> dict[str, Any]:
 def validate(values: Config | dict[str, Any], source: str = "") -> Config:
     """Return a config whose values have their types and ranges and break no rule.
 
-    Raises RloraError with a line per field at fault, the first one after `source`.
+    `values` is a config, or its tables. Raises RloraError with a line per field at fault. `source`, such as "a.toml: ",
+    starts the message.
     """
     table = asdict(values) if isinstance(values, Config) else values
     algorithm = table.get("algorithm")
@@ -95,17 +96,18 @@ def _shown(config: Config, name: str) -> str:
 
 
 def check_learnable(names: Iterable[str]) -> None:
-    """Raise RloraError for a sampling option whose distribution the learner can't reproduce."""
+    """Raise RloraError if `names` has a sampling option, such as top_p, for which the learner can't compute the
+    probabilities of the sampled tokens."""
     for name in names:
         if name in _UNLEARNABLE:
             raise RloraError(
-                f"sampling.{name}: the learner could not compute the probability of the sampled tokens; remove it "
-                "(sampling.temperature is the only setting that changes the distribution in training)"
+                f"sampling.{name}: with this option the learner can't compute the probabilities of the sampled tokens; "
+                f"remove sampling.{name} (in training only sampling.temperature can change the distribution)"
             )
 
 
 def explain(error: ValidationError) -> str:
-    """Return a line per field at fault: its name, its value, what it must be, and its doc."""
+    """Return a line per field at fault: name and value of the field, the rule that is broken, and the field's doc."""
     lines: dict[str, str] = {}  # by field: one with a union of types has a fault for each type
     for fault in error.errors():
         depth = 4 if fault["loc"][:2] == _SETS else 2  # deeper entries are the types of a union
@@ -115,13 +117,14 @@ def explain(error: ValidationError) -> str:
             line = f"{name} = {value!r}: use text, a number, true or false, or a list of them"
         elif ".".join(map(str, fault["loc"][:2])) == _SECRET:
             name = _SECRET
-            line = f"{name}: give a list of names of environment variables, without their values"
+            line = f"{name}: not a list of text; give a list of names of environment variables, without the values"
         elif fault["type"] == "missing":
-            line = f"{name}: not set, and it has no default; set it in the file or by --{name}"
+            line = f"{name}: not set, and it has no default; set {name} in the file, or give --{name}"
         elif fault["type"] == "unexpected_keyword_argument":
             line = f"{name} = {fault['input']!r}: no such field; {like(name)}"
         else:
-            line = f"{name} = {fault['input']!r}: {fault['msg'].replace('Input', 'it')}. {doc(*fault['loc'])}"
+            advice = doc(*fault["loc"]) or f"Set the fields of this section, each as {name}.FIELD"
+            line = f"{name} = {fault['input']!r}: {fault['msg'].replace('Input', 'it')}. {advice}"
         lines.setdefault(name, line)
     return "\n".join(lines.values())
 
@@ -142,18 +145,22 @@ ELSEWHERE = {  # names in TRL and verl, and the field here
 
 
 def like(name: str) -> str:
-    """Return a hint for a field that does not exist: its name here if TRL or verl has it, or names that are similar."""
+    """Return a hint for a field that does not exist: rlora's name if TRL or verl has the field, else similar names."""
     if field := ELSEWHERE.get(name.rpartition(".")[2]):
-        return f"here it is {field}"
+        return f"use {field}"
     sections = asdict(Config(model="", env="", reward=""))
     names = [*flattened(sections)] + ([] if "." in name else [*sections])
     equal = [field for field in names if field.rpartition(".")[2] == name.rpartition(".")[2]]
     similar = " or ".join(equal or get_close_matches(name, names, 2))
-    return f"did you mean {similar}?" if similar else "`rlora train --help` lists them all"
+    return f"did you mean {similar}?" if similar else "`rlora train --help` lists all fields"
 
 
 def doc(*path: int | str) -> str:
-    """Return the doc of the field at a path such as "learner", "rank", or of the innermost field on it."""
+    """Return the doc of the field at `path`, such as "learner", "rank".
+
+    If the path ends below a field, for example at a type of its union, this is the doc of the innermost field. Empty if
+    no field on the path has a doc.
+    """
     definitions = (schema := _schema())["$defs"]
     node, text = schema, ""
     for part in path:
@@ -172,7 +179,7 @@ _ARGUMENTS = {"env_args": "env", "reward_args": "reward"}  # and the field that 
 
 
 def changed(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tables of a config with changes, which are given by full names such as learner.rank.
+    """Return a copy of the tables of a config with `changes`, which are values by full names such as learner.rank.
 
     If a different env or reward is named, the arguments of the previous one are dropped. If a different algorithm is
     named, the fields that the previous name set take the defaults of the new one.
@@ -208,7 +215,7 @@ def _listed(plug_in: Any) -> Any:
 
 
 def by_full_names(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values of nested tables, of any depth, by their full names."""
+    """Return the values of nested tables, of any depth, by full name. `prefix` starts each name."""
     values: dict[str, Any] = {}
     for name, value in table.items():
         is_table = isinstance(value, Mapping)
@@ -229,7 +236,11 @@ def flattened(tables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_same_policy(saved: Config, config: Config, option: str) -> None:
-    """Raise RloraError if a saved adapter does not fit `config`: another base, rank, scale or set of matrices."""
+    """Raise RloraError if an adapter that was trained under `saved` does not fit `config`.
+
+    The base, the rank, the scale and the set of matrices must be equal, and the same for a critic. `option`, such as
+    --resume, is named in the message.
+    """
     critics = [side.critic.rank if side.algorithm.advantage == "gae" else 0 for side in (saved, config)]
     fixed = {*tagged(Config, Tag.POLICY)}
     if critics[0] != critics[1]:
@@ -237,13 +248,13 @@ def check_same_policy(saved: Config, config: Config, option: str) -> None:
     for name, (old, new) in differences(saved, config).items():
         if name in fixed:
             raise RloraError(
-                f"{name} = {new!r}: {option} continues an adapter that was trained with {old!r}, and the saved adapter "
-                "can't be used with another value; remove it, or start a new run"
+                f"{name} = {new!r}: {option} continues an adapter that was trained with {old!r}, and this adapter does "
+                f"not fit a different value; set {name} to {old!r}, or start a new run"
             )
 
 
 def differences(first: Config, second: Config) -> dict[str, tuple[Any, Any]]:
-    """Return the fields that differ, by their full names, each with both values."""
+    """Return the fields that differ, by full name: the value in `first` and the value in `second`."""
     return _differences(json.loads(json.dumps(asdict(first))), json.loads(json.dumps(asdict(second))), "")
 
 

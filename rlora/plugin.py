@@ -90,6 +90,8 @@ def load(field: str, spec: str) -> Any:
             f"{field} = {spec!r}: no module or file before a colon; write module:name or path/to/file.py:name"
         )
     is_file = source.endswith(".py")
+    if is_file and not Path(source).exists():
+        raise RloraError(f"{field} = {spec!r}: there is no file {source}; check the path")
     directory = str(Path(source).absolute().parent if is_file else Path.cwd())
     if directory not in sys.path:
         sys.path.append(directory)  # last, so that a file with the name of an installed package does not shadow it
@@ -103,8 +105,6 @@ def load(field: str, spec: str) -> Any:
             file.loader.exec_module(module)
         else:
             module = importlib.import_module(source)
-    except FileNotFoundError:
-        raise RloraError(f"{field} = {spec!r}: there is no file {source}; check the path") from None
     except Exception as error:
         prefix = location_prefix(error, source if is_file else f"{source.replace('.', '/')}.py")
         fix = "install the missing package, or correct the import" if isinstance(error, ImportError) else "fix the code"

@@ -166,12 +166,12 @@ def test_objects_that_can_not_be_pickled_are_refused_before_a_run() -> None:
         with lock:
             return 1.0
 
-    with pytest.raises(RloraError, match=r"reward = 'python:judge': it can't be sent .*TypeError"):
+    with pytest.raises(RloraError, match=r"reward = 'python:judge': the object can't be sent .*TypeError"):
         setup_of(resolve_config(TABLE, {"reward": judge}), agent=False)
     env = Fours(1)
     env.lock = lock  # type: ignore[attr-defined]
     setup_of(resolve_config(TABLE, {"env": env}), agent=False)  # the env stays in this process
-    with pytest.raises(RloraError, match=r"env = 'python:Fours\w*': it can't be sent"):
+    with pytest.raises(RloraError, match=r"env = 'python:Fours\w*': the object can't be sent"):
         setup_of(resolve_config(TABLE, {"env": env}), agent=True)
 
 

@@ -125,7 +125,7 @@ def _after_final_answer(text: str) -> Answer | None:
 
 
 def _boxed(text: str, position: int, gold: bool = False) -> Answer | None:
-    """Return the box that starts at `position`, with the boxes before it that are joined to it; None without content."""
+    """Return the box that starts at `position`, with the boxes joined before it; None without content."""
     content, end = _box_content(text, position, gold)
     if content is None or not content.strip():
         return None

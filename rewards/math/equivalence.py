@@ -44,7 +44,8 @@ def math_answer(completion: str, answer: Any) -> str:
     """
     if is_empty(answer):
         raise RloraError(
-            f"the gold answer {answer!r} is empty; set env_args.answer to the column with the answers, or drop the row"
+            f"the gold answer {answer!r} is empty; make the env return an answer (env_args.answer of rlora.envs.table "
+            "names the column), or drop the row"
         )
     return grade(answer, completion)
 

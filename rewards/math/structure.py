@@ -161,7 +161,7 @@ def _base(node: Node) -> int:
 
 
 def _same_digits(gold: Node, prediction: Node, gold_base: int, prediction_base: int) -> bool:
-    """Compare digits. A number without a base is in the gold's base; a base other than the gold's (default ten) is wrong."""
+    """Compare digits. A number without a base is in the gold's base. A base other than the gold's (or ten) is wrong."""
     if (prediction_base or gold_base) != (gold_base or 10):
         return False
     digits = [node.args[0] if node.op == "base" else node for node in (gold, prediction)]

@@ -2,9 +2,9 @@
 
 Two expressions with unknowns are equal if their values agree at random points (Schwartz 1980,
 doi:10.1145/322217.322225). The points are drawn anew for each pair, from a key and the texts of the pair, so no answer
-can be made to vanish at them. They are small and large, of both signs, and in both orders. An unknown function takes
-random values too, so f(x) equals f(x) but never f(y). Sums, products, integrals and limits are not carried out: they
-count as unknown functions of their parts.
+can be made to vanish at them. The points are small and large, of both signs, and in both orders. An unknown function
+takes random values too, so f(x) equals f(x) but never f(y). Sums, products, integrals and limits are not carried out:
+they count as unknown functions of their parts.
 """
 
 import math

@@ -16,7 +16,7 @@ NOTHING = Config(model="", env="", reward="")
 
 @dataclass(frozen=True, kw_only=True)
 class OverConfig:
-    """A command that takes the fields of a config besides its own options (`grammar.split`)."""
+    """Base class of the commands that take fields of the config besides their own options (`grammar.split`)."""
 
     config: tyro.conf.Suppress[tyro.conf.Fixed[Config]] = NOTHING
     changes: tyro.conf.Suppress[tyro.conf.Fixed[Mapping[str, Any]]] = field(default_factory=dict)  # by full names
@@ -24,60 +24,68 @@ class OverConfig:
 
 @dataclass(frozen=True)
 class Train(OverConfig):
-    """Train a policy. Fields of the config override those of FILE."""
+    """Train a policy. Each field of the config is an option too, which overrides the field in FILE."""
 
     file: tyro.conf.Positional[Path | None] = None
     """TOML config, such as launch/arithmetic.toml."""
     run_dir: UPath | None = None
-    """Directory of the run, local or any URL that fsspec supports; by default a new one under runs/."""
+    """Directory of the new run: a local path, or any URL that fsspec supports. By default a new directory in runs/."""
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Replace the run in --run-dir."""
+    """Delete the run that is in --run-dir, and start a new run there."""
     resume: UPath | None = None
-    """Resume the run in this directory from its newest intact checkpoint, under its own config and the fields that are
-    set by name. With FILE: start the run if it does not exist yet."""
+    """Resume the run in this directory from its newest intact checkpoint. The run keeps its config, except for fields
+    that are set by options. With FILE: start the run if the directory contains none; if it does, FILE must agree with
+    the run's config."""
     fork: str | None = None
-    """Start a new run from RUN@STEP, or from the newest version of RUN, under its config. Any field may be set that the
-    saved adapter does not depend on."""
+    """Start a new run from version STEP of a run (RUN@STEP), or from the newest version (RUN). The new run has the
+    config of the existing run, except for fields that are set by options. Base, rank, scale and matrices of the adapter
+    can't be changed."""
 
 
 @dataclass(frozen=True)
 class Sweep(OverConfig):
-    """Train many policies over one base, as members of a sweep. Fields of the config apply to all members."""
+    """Train many policies over one base, as members of a sweep. Each member is a run with a directory of its own. Each
+    field of the config is an option too, and applies to all members."""
 
     file: tyro.conf.Positional[Path | None] = None
     """TOML config, such as launch/arithmetic.toml, or a file with the tables config, over, members and halving."""
     over: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Axis of the grid, FIELD=VALUE,VALUE,..., such as learner.rank=1,2,4,8. Several axes are combined."""
+    """Field of the config and its values, FIELD=VALUE,VALUE,..., such as learner.rank=1,2,4,8. If the option is
+    repeated, the sweep has a member for each combination of the values."""
     member: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Single member besides those of the grid, NAME:FIELD=VALUE,..."""
+    """Additional member and the fields that differ in it, NAME:FIELD=VALUE,... The option can be repeated."""
     run_dir: Path | None = None
-    """Local directory of the sweep; by default a new one under runs/."""
+    """Local directory of the new sweep. By default a new directory in runs/."""
     resume: Path | None = None
     """Resume the sweep in this directory, each member from its newest checkpoint."""
     halve_at: str = ""
-    """Steps, such as 12,24, after which only the best configurations continue."""
+    """Steps, such as 12,24, after which only the best configurations continue (successive halving). Members that differ
+    only in the seed are one configuration. By default all members do all steps."""
     keep: float = 0.5
-    """Share of the configurations that continues after each step of --halve-at."""
+    """Share of the configurations, above 0 and below 1, that continues after each step of --halve-at, rounded up."""
 
 
 @dataclass(frozen=True)
 class Ask:
-    """Ask a sweep to pause, resume or drop a member, from its next turn on. Nothing is deleted."""
+    """Ask a sweep to pause (`rlora pause`), resume (`rlora go`) or drop (`rlora drop`) a member. The sweep carries out
+    the request before its next step, or once the sweep is resumed. The member's files are kept."""
 
     member: tyro.conf.Positional[Path]
-    """Directory of the member, runs/SWEEP/MEMBER."""
+    """Directory of the member, such as runs/SWEEP/MEMBER."""
 
 
 @dataclass(frozen=True)
 class Fork:
-    """Add a member to a sweep, which starts from a version of another member."""
+    """Add a member to a sweep, starting from a version of another member."""
 
     source: tyro.conf.Positional[str]
-    """Directory of the other member, runs/SWEEP/MEMBER, or MEMBER@STEP; its newest version by default."""
+    """Directory of the other member, such as runs/SWEEP/MEMBER, whose newest version is used, or
+    runs/SWEEP/MEMBER@STEP for version STEP."""
     name: tyro.conf.Positional[str]
     """Name of the new member."""
     changes: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Fields that differ, each as FIELD=VALUE, such as learner.lr=1e-4."""
+    """Fields of the config in which the new member differs from the other one, each as FIELD=VALUE, such as
+    learner.lr=1e-4."""
 
 
 @dataclass(frozen=True)
@@ -92,43 +100,46 @@ class Scale:
 
 @dataclass(frozen=True)
 class Eval(OverConfig):
-    """Answer held-out prompts under an adapter and report pass@k. Any field of the config may be set."""
+    """Answer held-out prompts with an adapter and report pass@k. Each field of the config is an option too."""
 
     source: tyro.conf.Positional[str] = ""
-    """RUN or RUN@STEP (the newest version by default), or a TOML config."""
+    """Directory of a run: RUN for the newest version, RUN@STEP for version STEP. Or a TOML config."""
     adapter: Path | None = None
-    """Directory of a PEFT adapter to use instead of a run's."""
+    """Directory of an adapter in PEFT's format, which is evaluated instead of a version of a run."""
     base: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Use the base without any adapter. A TOML config does so unless --adapter is set."""
+    """Evaluate the base without an adapter. This is the default for a TOML config."""
     prompts: int | None = None
-    """Number of held-out prompts to answer, the first ones; evaluate.prompts by default."""
+    """Number of held-out prompts to answer, the first ones that the env returns. By default evaluate.prompts."""
     samples: int = 1
     """Completions per prompt, n; pass@k is reported for k = 1, 2, 4, ... up to n."""
     temperature: float | None = None
-    """Sampling temperature; by default 0 (greedy) for one sample, and sampling.temperature for several."""
+    """Sampling temperature. By default greedy decoding for one sample, and sampling.temperature for several."""
     out: Path | None = None
-    """File for the completions with their verdicts, as JSON lines; by default <run>/eval-<version>.jsonl or
-    eval.jsonl."""
+    """File for the completions with rewards and statuses, as JSON lines. By default RUN/eval-VERSION.jsonl, or
+    eval.jsonl in the working directory if no version of a run is evaluated."""
 
 
 @dataclass(frozen=True)
 class Grade:
-    """Grade rows of {"gold", "prediction"}: adds "status" and "reward" to each."""
+    """Grade answers in a file. Adds "status" and "reward" to each row with "gold" (reference answer) and
+    "prediction"."""
 
     file: tyro.conf.Positional[Path]
-    """JSON lines to grade."""
+    """File to grade: JSON lines, each an object with "gold" and a text "prediction"."""
     out: Path
     """File for the graded rows, with all their fields."""
     reward: str = "rlora.rewards.equivalence:math_answer"
     """Reward function: module:name or path/to/file.py:name."""
     style: Style = "auto"
-    """Calling convention of the reward function; `auto` infers it from the names of its parameters."""
+    """Calling convention of the reward function (docs/rewards.md). `auto` infers the convention from the function's
+    parameter names and source."""
     deadline: float = 10.0
     """Time limit in seconds per row; a row that exceeds it has the status timeout."""
     first_deadline: float = 0.0
-    """Time limit in seconds for the first row of each process, if longer than --deadline: it may load a model."""
+    """Time limit in seconds for the first row in each process, in which the function may load a model. Values below
+    --deadline, such as the default, have no effect."""
     threshold: float = 1.0
-    """Smallest number at which a row counts as correct, if the reward function returns numbers."""
+    """Smallest number from which a row counts as correct, if the reward function returns numbers."""
     workers: int = 2
     """Number of processes that grade."""
 
@@ -144,7 +155,8 @@ class Check(OverConfig):
 
 @dataclass(frozen=True)
 class Show(OverConfig):
-    """Show a prompt as the policy reads it, with its special tokens, and what ends the policy's message."""
+    """Show a prompt as the policy reads it, with special tokens, and the tokens and strings that end the policy's
+    message."""
 
     what: tyro.conf.Positional[Literal["prompt"]] = "prompt"
     """What to show."""
@@ -156,14 +168,15 @@ class Show(OverConfig):
 
 @dataclass(frozen=True)
 class Plan(OverConfig):
-    """Predict a run's memory and about how long a step takes, and what to change if it does not fit."""
+    """Predict the memory and the time per step of a run, and what to change if the run does not fit."""
 
     source: tyro.conf.Positional[str] = ""
     """TOML config, or the directory of a run."""
     gpu: str | None = None
-    """Kind of GPU, such as h100-80; by default the GPUs of this machine."""
+    """Kind of GPU, such as h100-80; an unknown kind prints the list. By default this machine's kind of GPU, or its CPU
+    if it has no GPU."""
     gpus: int = 1
-    """Number of GPUs."""
+    """Number of GPUs to plan for."""
 
 
 @dataclass(frozen=True)
@@ -171,25 +184,26 @@ class Export:
     """Write an adapter of a run in PEFT's format, or the model with the adapter merged in, and a model card."""
 
     run: tyro.conf.Positional[str]
-    """RUN or RUN@STEP; the newest version by default."""
+    """Directory of a run: RUN for the newest version, RUN@STEP for version STEP."""
     to: Path
     """Directory to write, which must not exist yet."""
     merge: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Add the adapter to the base's weights and write all of them."""
+    """Add the adapter to the base's weights, and write a model instead of an adapter."""
     dtype: Literal["bfloat16", "float32"] | None = None
-    """Data type of merged weights. The default, bfloat16, loses part of a small update and reports how much. An adapter
-    is always written in fp32."""
+    """Data type of merged weights (--merge). `bfloat16`, the default, rounds away part of a small update, and the
+    command reports how much. `float32` keeps the update. An adapter is always written in fp32."""
 
 
 @dataclass(frozen=True)
 class Replay(OverConfig):
-    """Recompute updates of a run from its checkpoints, and report whether each is equal bit for bit. Any field of the
-    config may be set, such as another loss."""
+    """Recompute updates of a run from its checkpoints, and report whether each is equal bit for bit. Each field of the
+    config is an option too, such as a different loss."""
 
     run: tyro.conf.Positional[str] = ""
-    """RUN or RUN@STEP."""
+    """Directory of a run: RUN for all updates, RUN@STEP for the update that starts from version STEP."""
     step: int | None = None
-    """Update to recompute, from version STEP to STEP + 1, as in RUN@STEP; by default all whose checkpoints are kept."""
+    """Version from which the update to recompute starts, as in RUN@STEP. By default all updates are recomputed whose
+    checkpoints before and after the update are kept."""
 
 
 @dataclass(frozen=True)
@@ -199,32 +213,34 @@ class Runs:
     directory: tyro.conf.Positional[UPath] = field(default_factory=lambda: UPath("runs"))
     """Directory that contains the runs, or a sweep."""
     plot: Path | None = None
-    """For a sweep: file for a picture of the members' curves, and of their rewards by learning rate and rank."""
+    """For a sweep: image file for the members' reward curves, and for their rewards by learning rate and rank."""
 
 
 @dataclass(frozen=True)
 class Submit:
     """Train on a Ray cluster, as one of its jobs. Arguments of `rlora train` may follow FILE.
 
-    It sends the working directory, follows the job, and exits with its status. Ctrl-C asks whether to stop the job.
+    The command sends the working directory, prints the job's output until the job ends, and exits with 0 if the job
+    succeeded, else with 1. Ctrl-C asks whether to stop the job.
     """
 
     file: tyro.conf.Positional[Path | None] = None
     """TOML config in the working directory."""
     address: str | None = None
-    """Dashboard of the head node, http://HOST:8265; by default RAY_ADDRESS, or the cluster on this machine."""
+    """Address of the dashboard of the cluster's head node, http://HOST:8265. By default the environment variable
+    RAY_API_SERVER_ADDRESS or RAY_ADDRESS, or the cluster on this machine."""
     working_dir: Path = Path()
-    """Directory to send, at most 100 MiB without the files that its .gitignore names; the job runs in a copy."""
+    """Directory to send, at most 100 MiB without the files that a .gitignore in it names. The job runs in a copy."""
     entrypoint_cpus: float = 1.0
-    """Ray CPUs for the process of `rlora train`; engines and learners reserve their own."""
+    """Number of Ray CPUs for the process of `rlora train`; engines and learners reserve their own."""
     entrypoint_gpus: float = 0.0
-    """Ray GPUs for the process of `rlora train`, which does not compute."""
+    """Number of Ray GPUs for the process of `rlora train`. The default is 0, because the process does not compute."""
     name: str | None = None
-    """Id of the job; Ray generates one by default."""
+    """Id of the job. By default Ray generates an id."""
     detach: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Return after the job is submitted."""
+    """Exit after the job is submitted, without following the job."""
     follow: str | None = None
-    """Follow this job, submitted earlier, instead of submitting one."""
+    """Id of a job that was submitted earlier, whose output is printed; no job is submitted."""
 
 
 @dataclass(frozen=True)
@@ -232,9 +248,10 @@ class Jobs:
     """List the jobs that rlora has submitted to a Ray cluster."""
 
     address: str | None = None
-    """Dashboard of the head node, http://HOST:8265; by default RAY_ADDRESS, or the cluster on this machine."""
+    """Address of the dashboard of the cluster's head node, http://HOST:8265. By default the environment variable
+    RAY_API_SERVER_ADDRESS or RAY_ADDRESS, or the cluster on this machine."""
     stop: str | None = None
-    """Ask this job to stop, instead of listing jobs."""
+    """Id of a job to stop, instead of listing jobs. A run in the job saves its state first."""
 
 
 AnyOverConfig = TypeVar("AnyOverConfig", Train, Sweep, Eval, Check, Show, Plan, Replay)

@@ -17,7 +17,7 @@ from rlora.settings.fields import STRICT
 
 
 class UsageError(RloraError):
-    """A command line that is not understood; the exit status is 2."""
+    """An unknown field on the command line, or a field without a value. The exit status of `rlora` is then 2."""
 
 
 _OPEN_TABLES = ("env_args.", "reward_args.", "chat.template_args.", "evaluate.sets.")  # the user chooses names in them
@@ -27,8 +27,9 @@ def split(arguments: Sequence[str], options: Collection[str]) -> tuple[dict[str,
     """Return the config fields that a command line sets, by full names, and the other arguments.
 
     A field takes the text after its equals sign, or else the next argument. A list takes all arguments up to the next
-    option, and a field that is true or false may stand alone. `options` are the command's own options, which hide
-    fields of the same name. Raises RloraError for a field that does not exist or has no value.
+    option, and a field that is true or false can stand alone, which sets it to true. `options` are the names of the
+    command's own options, which hide fields of the same name. Raises RloraError for a field that does not exist, has no
+    value, or is a sampling option that the learner does not support.
     """
     changes: dict[str, Any] = {}
     rest: list[str] = []
@@ -62,8 +63,12 @@ def change(text: str) -> tuple[str, Any]:
 
 
 def parsed(kind: Any, texts: Sequence[str]) -> Any:
-    """Return the value that texts give a field of type `kind`: JSON or plain text, whichever the type takes, and a list
-    if it takes only that. If it takes none of them, the value in JSON is returned, for validation to report."""
+    """Return the value that `texts`, the arguments after a field's name, give a field of type `kind`.
+
+    Candidates are, in this order: a single text parsed as JSON, a single text unchanged, the list of the texts parsed
+    as JSON, the list of the unchanged texts. Returns the first candidate that the type accepts. If there is none,
+    returns the first candidate, which validation then reports.
+    """
     values = [value_of(text) for text in texts]
     forms = [values[0], texts[0]] if len(texts) == 1 else []
     forms += [values, [*texts]]
@@ -71,7 +76,7 @@ def parsed(kind: Any, texts: Sequence[str]) -> Any:
 
 
 def value_of(text: str) -> Any:
-    """Return the number, boolean or list that a text is in JSON, or else the text itself."""
+    """Parse a text as JSON, such as a number, a boolean or a list. Returns the text itself if it is not JSON."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:
@@ -80,7 +85,7 @@ def value_of(text: str) -> Any:
 
 @cache
 def kinds() -> dict[str, Any]:
-    """Return the type of each field by its full name."""
+    """Return the type of each field of the config, by the full name of the field."""
     return _kinds(Config, "")
 
 
@@ -101,7 +106,7 @@ def _kind(name: str, option: str) -> Any:
     if name not in kinds():
         check_learnable([name.rpartition(".")[2]])
         if name in ELSEWHERE:
-            raise RloraError(f"{option}: no such option; here it is --{ELSEWHERE[name].replace('_', '-')}")
+            raise RloraError(f"{option}: no such option; use --{ELSEWHERE[name].replace('_', '-')}")
         raise UsageError(f"{option}: no such field; {like(name)}")
     return kinds()[name]
 
@@ -144,26 +149,27 @@ def _pop_values(remaining: list[str]) -> list[str]:
 
 
 def _of_set(texts: Sequence[str]) -> dict[str, Any]:
-    """The fields of `--set NAME=VALUE ...`."""
+    """Return the fields that `--set NAME=VALUE ...` sets."""
     changes = dict(map(change, texts))
     _warn("--set", " ".join(f"--{text}" for text in texts))
     return changes
 
 
 def _negated(name: str) -> str | None:
-    """The field that --section.no-NAME sets to false; None if it has no such form."""
+    """Return the field that --section.no-NAME sets to false; None if `name` is not of this form."""
     section, dot, last = name.rpartition(".")
     positive = f"{section}{dot}{last.removeprefix('no_')}"
     return positive if last.startswith("no_") and name not in kinds() and positive in kinds() else None
 
 
 def _replaced(option: str, name: str, value: str) -> dict[str, Any]:
-    """The fields that replace one of an earlier release."""
+    """Return the fields that replace the field `name` of an earlier release with its value."""
     section, _, field = name.rpartition(".")
     changes = {f"{section}.{new}": parsed_value for new, parsed_value in replaced({field: value_of(value)}).items()}
-    _warn(f"{option} {value}", " ".join(f"--{new}={text}" for new, text in changes.items()) or "nothing")
+    _warn(f"{option} {value}", " ".join(f"--{new}={text}" for new, text in changes.items()))
     return changes
 
 
 def _warn(old: str, new: str) -> None:
-    logging.getLogger(__name__).warning("%s is the form of an earlier release; write %s", old, new)
+    remedy = f"write {new}" if new else "remove this option"
+    logging.getLogger(__name__).warning("%s is the form of an earlier release; %s", old, remedy)

@@ -16,7 +16,8 @@ _NAMES = {int: "INT", float: "NUMBER", str: "TEXT", bool: "true|false"}
 
 
 def help_of(kind: type[OverConfig], program: str) -> NoReturn:
-    """Print what a command takes, and exit."""
+    """Print the options of the command `program`, which `kind` defines, and the fields of the config. Then exit with
+    status 0."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -49,7 +50,7 @@ def _documented_fields() -> Iterator[tuple[str, Any]]:
 
 
 def _shape(kind: Any) -> str:
-    """The values that a type takes, such as INT or lora|none."""
+    """Return the values that a type takes, such as INT or lora|none."""
     arguments = get_args(kind)
     if hasattr(kind, "__metadata__"):
         return _shape(kind.__origin__)

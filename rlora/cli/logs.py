@@ -5,7 +5,7 @@ import sys
 
 
 class Console(logging.Handler):
-    """Writes messages as they are, and warnings after "rlora: "."""
+    """Handler that prints messages unchanged on standard output, and warnings after "rlora: " on standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
         text = self.format(record)
@@ -16,7 +16,7 @@ class Console(logging.Handler):
 
 
 def show_log() -> None:
-    """Show the log of `rlora.*` from now on."""
+    """Print the messages and warnings of the loggers `rlora.*` from now on. A second call does nothing."""
     logger = logging.getLogger("rlora")
     logger.setLevel(logging.INFO)
     if not any(isinstance(handler, Console) for handler in logger.handlers):

@@ -60,7 +60,7 @@ _USAGE = f"""usage: rlora COMMAND ...
 
 
 def main() -> None:
-    """Run the command in sys.argv; exits with 0, 1 (an error with a message), 2 (usage) or 130 (Ctrl-C)."""
+    """Run the command in sys.argv. Exits with status 0, 1 (an error, with a message), 2 (usage) or 130 (Ctrl-C)."""
     commands: dict[str, Callable[[list[str]], None]] = {
         "train": train_command, "eval": _eval, "check": _check, "plan": plan_command, "replay": _replay, "runs": _runs,
         "export": _export, "grade": _grade, "show": _show, "scale": _scale, "submit": submit_command,
@@ -104,7 +104,10 @@ def _scale(arguments: list[str]) -> None:
     options = tyro.cli(Scale, args=arguments, prog="rlora scale")
     most = read_run(options.run).engine.max_replicas
     if not 1 <= options.engines <= most:
-        raise RloraError(f"engines = {options.engines}: the run's engine.max_replicas allows 1 to {most}")
+        raise RloraError(
+            f"engines = {options.engines}: the run's engine.max_replicas allows 1 to {most}; use a "
+            "number in this range, or resume the run with a larger engine.max_replicas"
+        )
     from rlora.run import directory
 
     directory.request_engines(options.run, options.engines)
@@ -120,8 +123,8 @@ def _eval(arguments: list[str]) -> None:
     if options.prompts is not None:
         config = validate(replace(config, evaluate=replace(config.evaluate, prompts=options.prompts)))
     if options.samples < 1:
-        raise RloraError(f"--samples {options.samples}: it must be 1 or more")
-    if options.adapter:  # which may have any rank
+        raise RloraError(f"--samples {options.samples}: each prompt needs a completion; use 1 or more")
+    if options.adapter:  # any rank: with learner.start_from the engine supports it
         config = replace(config, learner=replace(config.learner, start_from=str(options.adapter)))
     from rlora import cluster
 
@@ -176,7 +179,7 @@ def _adapter_to_evaluate(options: Eval) -> tuple[Adapter, str, AnyPath]:
     run, step = split(options.source)
     if options.adapter or options.base or options.source.endswith(".toml"):
         if step is not None or (options.adapter and options.base):
-            raise RloraError("RUN@STEP, --adapter and --base: each selects what to evaluate; use one of them")
+            raise RloraError("RUN@STEP, --adapter and --base: each selects what is evaluated; use only one")
         adapter = BASE
         if options.adapter:
             files = read(options.adapter)
@@ -197,9 +200,9 @@ def _grade(arguments: list[str]) -> None:
 
     for field in ("deadline", "workers"):
         if getattr(options, field) <= 0:
-            raise RloraError(f"--{field} {getattr(options, field):g}: it must be above 0")
+            raise RloraError(f"--{field} {getattr(options, field):g}: not a positive number; use a number above 0")
     if options.out.resolve() == options.file.resolve():
-        raise RloraError(f"--out {options.out}: it is the file to grade; name a different one")
+        raise RloraError(f"--out {options.out}: it is the file to grade; name a different file")
     table = read_rows(options.file)
     setup = Setup(
         (options.reward,), options.style, directory=str(Path.cwd()), deadline=options.deadline,
@@ -218,7 +221,7 @@ def _grade(arguments: list[str]) -> None:
 def _check(arguments: list[str]) -> None:
     options = parse_source(Check, "rlora check", arguments)
     if not options.config.check.prompts:
-        raise RloraError("check.prompts = 0: nothing would be tried; set it to 1 or more")
+        raise RloraError("check.prompts = 0: there is no prompt to try; set check.prompts to 1 or more")
     from rlora.rollout.task import load_task
     from rlora.run.prepare import report_checks
 
@@ -237,7 +240,10 @@ def _show(arguments: list[str]) -> None:
 
     task = load_task(replace(options.config, check=CheckConfig(prompts=0)))
     if not 0 <= options.number < len(task.prompts):
-        raise RloraError(f"--number {options.number}: there are {len(task.prompts)} training prompts, counted from 0")
+        raise RloraError(
+            f"--number {options.number}: there are {len(task.prompts)} training prompts, counted from 0; use 0 to "
+            f"{len(task.prompts) - 1}"
+        )
     prompt = task.prompts[options.number]
     ends = [task.chat.decode([token]) for token in task.chat.stop_token_ids] + list(task.stop)
     print(f"{task.chat.decode(prompt.token_ids)}\n--- {len(prompt.token_ids)} tokens; answer {prompt.answer!r}; "
@@ -264,7 +270,10 @@ def _replay(arguments: list[str]) -> None:
     step = options.step if step is None else step
     steps = updates(checkpoint.versions(run), step)
     if not steps:
-        raise RloraError(f"{run}: no two consecutive checkpoints are kept; raise checkpoint.keep_last")
+        raise RloraError(
+            f"{run}: no two consecutive checkpoints are kept, and an update is recomputed from the checkpoints before "
+            "and after the update; train further steps with a larger checkpoint.keep_last"
+        )
 
     done, changed = [], False
     for made_under, group in groupby(pairs(run, steps), key=lambda pair: pair[1].config):
@@ -277,19 +286,28 @@ def _replay(arguments: list[str]) -> None:
             for previous, bundle in group:
                 version, made_on = f"version {bundle.version}", bundle.origin.machine
                 if bundle.update is None and step is None:
-                    print(f"{version}: its episodes were not kept (checkpoint.episodes_mib)")
+                    print(f"{version}: skipped, because its checkpoint has no episodes (checkpoint.episodes_mib)")
                     continue
                 if made_on != hardware():
-                    print(f"{version}: made on another machine ({made_on}; this is {hardware()})")
+                    print(f"{version}: made on a different machine ({made_on}; this is {hardware()})")
                 done.append(replay(learner, setup, previous, bundle))
                 _report_replayed(done[-1])
     exact = sum(update.exact and update.exact_state for update in done)
-    skipped = f"; {len(steps) - len(done)} left out" if len(done) < len(steps) else ""
+    skipped = f"; {len(steps) - len(done)} skipped" if len(done) < len(steps) else ""
     print(f"{exact} of {len(done)} updates bit for bit{skipped}")
     if not done:
-        raise RloraError(f"{run}: no step could be replayed, for the reasons above")
+        raise RloraError(
+            f"{run}: no update was recomputed, for the reasons above; train further steps with a "
+            "checkpoint.episodes_mib that is large enough to store the episodes, or replay a different run"
+        )
     if exact < len(done) and not changed:
-        raise RloraError(f"{run}: {len(done) - exact} updates differ from those that were saved")
+        first = next(update.step for update in done if not (update.exact and update.exact_state))
+        raise RloraError(
+            f"{run}: {len(done) - exact} of {len(done)} updates differ from the saved updates, first version {first} "
+            f"-> {first + 1}; replay with the packages and on the kind of machine (processor, cores, GPU) that "
+            f"{run}/bundles/{first + 1}/bundle.json names. On a GPU, set learner.deterministic = true when training a "
+            "run that is to be replayed"
+        )
 
 
 def _report_replayed(update: "Replayed") -> None:

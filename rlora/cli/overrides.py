@@ -22,7 +22,8 @@ from rlora.store import names
 def parse_train(arguments: list[str]) -> Train:
     """Return the options of `rlora train` with the config of the TOML file, or of the run that is resumed or forked.
 
-    Raises RloraError if a file differs from the run that is resumed, or if the saved adapter does not fit the config.
+    Raises RloraError if the file or a field is invalid, if the file differs from the config of the run that is resumed,
+    or if the saved adapter does not fit the config. Reads the directory of the run, but creates nothing.
     """
     options = parse_options(Train, "rlora train", arguments)
     if options.resume and (options.run_dir or options.overwrite or options.fork):
@@ -38,7 +39,9 @@ def parse_train(arguments: list[str]) -> Train:
         return _resumed(options, read_run(options.resume))
     if options.fork:
         if options.file:
-            raise RloraError(f"{options.file}: a fork has the config of its run; remove the file")
+            raise RloraError(
+                f"{options.file}: a fork has the config of its run; remove the file, and set fields by name"
+            )
         run, version = split_source(options.fork)
         forked = replace(options, config=with_changes(asdict(config_at(run, version)), options.changes))
         check_same_policy(read_run(run), forked.config, "--fork")
@@ -67,7 +70,8 @@ def _resumed(options: Train, saved: Config) -> Train:
 
 
 def parse_source(kind: type[AnyOverConfig], program: str, arguments: list[str]) -> AnyOverConfig:
-    """Return the options of a command with the config of the run, or of the TOML file, that it names."""
+    """Return the options of the command `program`, which `kind` defines, with the config of the run or of the TOML file
+    that `arguments` name. Raises RloraError if they name neither, or if a field is invalid."""
     options = parse_options(kind, program, arguments)
     source = options.run if isinstance(options, Replay) else getattr(options, "source", "")
     if not source:
@@ -78,8 +82,8 @@ def parse_source(kind: type[AnyOverConfig], program: str, arguments: list[str]) 
 
 
 def parse_members(arguments: list[str]) -> tuple[Sweep, dict[str, Any]]:
-    """Return the options of `rlora sweep` with the config that members share, and the file's own tables: over, members,
-    halving."""
+    """Return the options of `rlora sweep` with the config that members share, and the tables over, members and halving
+    of the file, as far as the file has them. There are none if a sweep is resumed, or without a file."""
     options = parse_options(Sweep, "rlora sweep", arguments)
     if options.resume:
         if options.changes:
@@ -93,10 +97,11 @@ def parse_members(arguments: list[str]) -> tuple[Sweep, dict[str, Any]]:
 
 
 def sweep_tables(table: dict[str, Any], file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the tables of the config that members share, and the tables of the sweep, which a plain config lacks.
+    """Return the tables of the config that members share, and the tables over, members and halving of a sweep's file.
 
-    In a sweep's file `config` is the shared tables, or the name of their file, relative to `file` or as on the command
-    line. Raises RloraError if it is missing.
+    A plain config has none of these three tables. In a sweep's file `config` is the table of the shared config, or the
+    path of a TOML file with it, relative to the directory of `file` or to the working directory. Raises RloraError if
+    `config` is missing.
     """
     own: dict[str, Any] = {name: table[name] for name in ("over", "members", "halving") if name in table}
     if not own:
@@ -113,7 +118,11 @@ def sweep_tables(table: dict[str, Any], file: Path) -> tuple[dict[str, Any], dic
 
 
 def parse_options(kind: type[AnyOverConfig], program: str, arguments: list[str]) -> AnyOverConfig:
-    """Return the command's own options, and in `changes` the config fields that the command line sets."""
+    """Return the command's own options, and in `changes` the config fields that the command line sets.
+
+    `kind` defines the options of the command `program`. With --help, prints the help and exits. Raises RloraError for
+    an unknown field; an invalid option exits with status 2.
+    """
     options = {field.name for field in fields(kind)} - {"config", "changes"}
     if "-h" in arguments or "--help" in arguments:
         help_of(kind, program)
@@ -122,8 +131,8 @@ def parse_options(kind: type[AnyOverConfig], program: str, arguments: list[str])
 
 
 def with_changes(table: Mapping[str, Any], changes: Mapping[str, Any], file: Path | None = None) -> Config:
-    """Return the config that tables make with fields changed. Raises RloraError, which names `file` if the first field
-    at fault comes from there."""
+    """Return the config in `table`, with `changes` by full field name. Raises RloraError if a field is invalid; the
+    message names `file` if the first invalid field comes from the file."""
     try:
         return validate(changed(table, changes))
     except RloraError as error:

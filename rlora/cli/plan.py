@@ -8,6 +8,7 @@ from rlora.records import RloraError
 
 
 def plan_command(arguments: list[str]) -> None:
+    """Print the plan of a run. Raises RloraError, with what to change, if the run does not fit."""
     options = parse_source(Plan, "rlora plan", arguments)
     from rich.console import Console
     from rich.table import Table
@@ -15,7 +16,7 @@ def plan_command(arguments: list[str]) -> None:
     from rlora.planning import gib, plan
 
     if options.gpus < 1:
-        raise RloraError(f"--gpus {options.gpus}: it must be 1 or more")
+        raise RloraError(f"--gpus {options.gpus}: a plan needs a GPU; use 1 or more")
     prediction = plan(options.config, options.gpu, options.gpus)
     table = Table("", "what", "memory", title=f"{options.config.model} on {prediction.device}, {gib(prediction.total)}")
     for process, part, size in prediction.lines:

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 
 
 def submit_command(arguments: list[str]) -> None:
+    """Submit a job, or follow an earlier job, and print the output until the job ends.
+
+    Exits with status 1 if the job does not succeed, and with 130 after Ctrl-C.
+    """
     options, train_arguments = tyro.cli(Submit, args=arguments, prog="rlora submit", return_unknown_args=True)
     train_arguments = [str(options.file), *train_arguments] if options.file else train_arguments
     if options.follow is None:
@@ -32,7 +36,7 @@ def submit_command(arguments: list[str]) -> None:
     address = f" --address {options.address}" if options.address else ""
     follow = f"rlora submit --follow {submitted.id}{address}"
     if options.detach:
-        print(f"Follow it: {follow}")
+        print(f"Follow the job: {follow}")
         return
     try:
         failure = submitted.follow(lambda text: print(text, end="", flush=True))
@@ -40,7 +44,7 @@ def submit_command(arguments: list[str]) -> None:
         if sys.stdin.isatty() and input("\nStop the job? [y/N] ").strip().lower().startswith("y"):
             _stop(submitted)
             sys.exit(130)
-        print(f"\n{submitted.id} continues. Follow it: {follow}")
+        print(f"\n{submitted.id} continues. Follow the job: {follow}")
         sys.exit(130)
     if failure:
         print(f"rlora: job {submitted.id}: {failure}", file=sys.stderr)
@@ -48,6 +52,7 @@ def submit_command(arguments: list[str]) -> None:
 
 
 def jobs_command(arguments: list[str]) -> None:
+    """List the jobs that rlora has submitted, or ask one of them to stop."""
     options = tyro.cli(Jobs, args=arguments, prog="rlora jobs")
     from rich.console import Console
     from rich.table import Table
@@ -65,4 +70,4 @@ def jobs_command(arguments: list[str]) -> None:
 
 def _stop(job: "SubmittedJob") -> None:
     stopped = job.stop()
-    print(f"{job.id} was asked to stop; it saves its state first" if stopped else f"{job.id} has already ended")
+    print(f"{job.id} was asked to stop; the run saves its state first" if stopped else f"{job.id} has already ended")

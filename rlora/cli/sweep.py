@@ -17,7 +17,11 @@ from rlora.records import RloraError
 
 
 def parse_sweep(arguments: list[str]) -> tuple[Sweep, dict[str, Any]]:
-    """Return the options of `rlora sweep`, and its tables over, members and halving, from the file and the options."""
+    """Return the options of `rlora sweep`, and the tables over, members and halving of the sweep.
+
+    An entry of a table comes from an option (--over, --member, --halve-at with --keep) or else from the file. Raises
+    RloraError if an option or a field is invalid.
+    """
     options, tables = parse_members(arguments)
     members = {name: by_full_names(changes) for name, changes in tables.get("members", {}).items()}
     rule = {"at": _steps(options.halve_at), "keep": options.keep} if options.halve_at else {}
@@ -29,7 +33,7 @@ def parse_sweep(arguments: list[str]) -> tuple[Sweep, dict[str, Any]]:
 
 
 def sweep_command(arguments: list[str]) -> None:
-    """Train a sweep, or resume one."""
+    """Train a new or resumed sweep until all members have ended, and print the result."""
     options, tables = parse_sweep(arguments)
     from rlora.sweeps.halving import Halving
     from rlora.sweeps.sweep import sweep
@@ -42,7 +46,8 @@ def sweep_command(arguments: list[str]) -> None:
 
 
 def report_sweep(directory: Path, picture: Path | None = None) -> None:
-    """Print which configuration to use, and draw the members into a file."""
+    """Print which configuration of the sweep in `directory` to use. If `picture` is given, draw the members' curves
+    into this file."""
     from rlora.sweeps.plot import plot
     from rlora.sweeps.results import read_results, verdict
 
@@ -53,7 +58,11 @@ def report_sweep(directory: Path, picture: Path | None = None) -> None:
 
 
 def ask_command(request: str, arguments: list[str]) -> None:
-    """Ask a sweep to pause, resume or drop a member."""
+    """Leave a request for the sweep of the member that `arguments` name, without waiting for the sweep.
+
+    `request` is pause, go (resume) or drop. The sweep carries out the request in its next turn, or once it is resumed.
+    Raises RloraError if there is no such member, or if the member's status does not permit the request.
+    """
     options = tyro.cli(Ask, args=arguments, prog=f"rlora {request}")
     directory, name = options.member.parent, options.member.name
     from rlora.sweeps.diary import ask
@@ -63,7 +72,7 @@ def ask_command(request: str, arguments: list[str]) -> None:
 
 
 def fork_command(arguments: list[str]) -> None:
-    """Ask a sweep for a member that starts from a version of another."""
+    """Leave a request for a new member that starts from a version of another member, without waiting for the sweep."""
     options = tyro.cli(Fork, args=arguments, prog="rlora fork")
     from rlora.run.checkpoint import read_version
     from rlora.run.source import split
@@ -79,7 +88,7 @@ def fork_command(arguments: list[str]) -> None:
 
 def _local(path: UPath) -> Path:
     if not isinstance(path, Path):
-        raise RloraError(f"{path}: a sweep is in a local directory")
+        raise RloraError(f"{path}: a sweep has a local directory, not a URL; name the member's local directory")
     return path
 
 

@@ -16,12 +16,13 @@ _CLASS = "AutoModelForCausalLM.from_pretrained"
 
 
 def train_command(arguments: list[str]) -> None:
+    """Train a run, new, resumed or forked, until its last step, and print its result."""
     options = parse_train(arguments)
     if options.run_dir and not options.resume:
         check_free(reachable(options.run_dir), options.overwrite)  # before the slow imports
     from rlora import cluster
 
-    is_done = bool(options.resume) and summary(reachable(options.resume)).get("steps") == options.config.steps
+    is_done = options.resume is not None and summary(options.resume).get("steps") == options.config.steps
     # Ray starts while this process imports torch and loads the prompts.
     with nullcontext() if is_done else cluster.starting(options.config):
         from rlora.cluster.gauges import Gauges

@@ -58,8 +58,8 @@ class Chat:
             return self._ids(reply)
         if not self.template:
             raise RloraError(
-                "env: its reply returned chat messages, but the model's tokenizer has no chat template; return a "
-                "string, use an instruct model, or set chat.template"
+                "env: reply() returned chat messages, but the tokenizer of the model has no chat template; make "
+                "reply() return a string, use an instruct model, or set chat.template"
             )
         messages = self.conversation(reply)
         self._template.check_shown(messages, "an env's reply after the policy's message")

@@ -114,8 +114,9 @@ class Template:
         left_out = [number for number, turn in enumerate(marked) if turn["content"] not in text]
         if 0 in left_out and has_system:
             raise RloraError(
-                f"chat.system = {self.settings.system!r}: the chat template shows no system message; leave it out and "
-                "put it into the prompts, or set a chat.template that shows it"
+                f"chat.system = {self.settings.system!r}: the chat template does not render system messages, so the "
+                "policy would not read this text; unset chat.system and put the text into the env's prompts, or set a "
+                "chat.template that renders system messages"
             )
         if left_out:
             number = left_out[-1]
@@ -144,13 +145,13 @@ class Template:
         if self.settings.template_args and self._renders(messages, {}):
             return RloraError(
                 f"chat.template_args = {self.settings.template_args!r}: the chat template fails with them ({error}); "
-                "set arguments that it accepts, or leave them out"
+                "set arguments that it accepts, or remove them"
             )
         rest = [turn for turn in messages if turn != self._system]
         if self.settings.system and len(rest) < len(messages) and self._renders(rest, self.settings.template_args):
             return RloraError(
                 f"chat.system = {self.settings.system!r}: the chat template rejects system messages ({error}); "
-                "leave it out and put it into the prompts, or set a chat.template that accepts it"
+                "remove it and put it into the prompts, or set a chat.template that accepts it"
             )
         return RloraError(
             f"env: the model's chat template rejects {messages!r} ({error}); return messages that it accepts"

@@ -165,7 +165,7 @@ class _WorkerProcess:
             answer = json.loads(self.connection.recv_bytes())
         except (EOFError, ConnectionError):
             exit_status = self._end(patience=1.0)
-            remedy = self._remedy(exit_status) or "; import the files in a Python process to find what ends it"
+            remedy = self._remedy(exit_status) or "; import the files in a Python process to find what ends the process"
             raise RloraError(
                 f"{fields_of(self.setup)}: the worker process ended during loading ({exit_status}){remedy}"
             ) from None

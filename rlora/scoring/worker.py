@@ -302,7 +302,7 @@ def main() -> None:
     try:
         worker = _Worker(setup, clock)
     except BaseException as error:
-        detail = f"{fields_of(setup)}: loading raised {type(error).__name__}: {error}; fix the code or its arguments"
+        detail = f"{fields_of(setup)}: loading raised {type(error).__name__}: {error}; fix the code or the arguments"
         detail = str(error) if isinstance(error, RloraError) else detail
         connection.send_bytes(json.dumps({"error": _masked(detail, setup)}).encode())
         return

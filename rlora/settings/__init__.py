@@ -107,13 +107,11 @@ class Config:
         if len(self.reward_weights) not in (0, len(functions)):
             yield Problem(
                 "reward_weights",
-                f"there are {len(functions)} reward functions and {len(self.reward_weights)} weights; give one weight per "
-                "function, or unset reward_weights (each weight is then 1)",
+                f"there are {len(functions)} reward functions and {len(self.reward_weights)} weights; give one weight "
+                "per function, or unset reward_weights (each weight is then 1)",
             )
         if (self.env and not functions) or len(set(functions)) < len(functions):
-            yield Problem(
-                "reward", "a run needs different reward functions; name at least one reward function, and each only once"
-            )
+            yield Problem("reward", "name at least one reward function, and each function only once")
 
     def _algorithm_at_fault(self) -> Iterator[Problem]:
         algorithm = self.algorithm
@@ -126,8 +124,8 @@ class Config:
         if algorithm.advantage == "gae" and self.critic.warmup >= self.steps:
             yield Problem(
                 "critic.warmup",
-                f"the policy would never learn in {self.steps} steps, because only the critic learns during the warm-up; "
-                "set critic.warmup below steps",
+                f"the policy would never learn in {self.steps} steps, because only the critic learns in the "
+                "warm-up; set critic.warmup below steps",
             )
         if algorithm.minibatches > self.prompts_per_step:
             yield Problem(
@@ -160,7 +158,7 @@ class Config:
         if checkpoint.keep_best and by_accuracy and 0 < evaluate.every >= checkpoint.keep_last > 0:
             yield Problem(
                 "checkpoint.keep_last",
-                f"with evaluate.every = {evaluate.every} a checkpoint is deleted before its accuracy is measured; set "
+                f"with evaluate.every = {evaluate.every} a checkpoint can be deleted before its evaluation ends; set "
                 f"checkpoint.keep_last above {evaluate.every}, or checkpoint.keep_best to 0",
             )
 

@@ -133,8 +133,8 @@ class AlgorithmConfig:
         if gspo and self.correction.startswith("token"):
             yield Problem(
                 "algorithm.correction",
-                'GSPO (algorithm.loss = "gspo") has one ratio per episode, so the correction must be per episode too; set '
-                'algorithm.correction to "episode-truncate", "episode-mask" or "none"',
+                'GSPO (algorithm.loss = "gspo") has one ratio per episode, so the correction must be per episode too; '
+                'set algorithm.correction to "episode-truncate", "episode-mask" or "none"',
             )
         if gspo and per_token:
             yield Problem(
@@ -151,7 +151,8 @@ class AlgorithmConfig:
         if self.truncated == "bootstrap" and self.advantage != "gae":
             yield Problem(
                 "algorithm.truncated",
-                'bootstrap needs a critic; set algorithm.advantage = "gae", or algorithm.truncated to "learn" or "drop"',
+                'bootstrap needs a critic; set algorithm.advantage = "gae", or algorithm.truncated to "learn" or '
+                '"drop"',
             )
         if self.refills and per_token:
             yield Problem(
@@ -162,8 +163,8 @@ class AlgorithmConfig:
         if bool(self.overlong_penalty) != bool(self.overlong_tokens):
             yield Problem(
                 "algorithm.overlong_penalty",
-                f"algorithm.overlong_tokens is {self.overlong_tokens}, and the penalty needs both fields; set both above "
-                "0, or both to 0",
+                f"algorithm.overlong_tokens is {self.overlong_tokens}, and the penalty needs both fields; set both "
+                "above 0, or both to 0",
             )
 
 

@@ -113,8 +113,8 @@ class LearnerConfig:
         elif self.shard and self.quantise != "none":
             yield Problem(
                 "learner.shard",
-                f"a base that is quantised to {self.quantise} is not divided among learners; set learner.shard = false, or "
-                'learner.quantise = "none"',
+                f"a base quantised to {self.quantise} is not divided among learners; set learner.shard = false, "
+                'or learner.quantise = "none"',
             )
         elif self.shard and self.replicas == 1:
             yield Problem(

@@ -63,6 +63,6 @@ class ScoringConfig:
             if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):  # the item is not shown: it may be a secret
                 yield Problem(
                     "scoring.environment",
-                    f"item {number} (counted from 0) is not the name of an environment variable; give only names, such as "
-                    "JUDGE_KEY, and set the values in the environment of the rlora command",
+                    f"item {number} (counted from 0) is not the name of an environment variable; give only names, such "
+                    "as JUDGE_KEY, and set the values in the environment of the rlora command",
                 )

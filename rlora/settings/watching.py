@@ -55,8 +55,8 @@ class EvaluateConfig:
         if names:
             yield Problem(
                 "evaluate.sets",
-                f"{', '.join(names)}: use letters, digits and _ in names, and none of {', '.join(_TAKEN)}, which are names "
-                "of metrics",
+                f"{', '.join(names)}: use letters, digits and _ in names, and none of {', '.join(_TAKEN)}, which are "
+                "names of metrics",
             )
 
 

@@ -1,10 +1,12 @@
 """Plots a sweep: the learning curve of every member, and the result by learning rate and rank."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rlora.records import RloraError
-from rlora.sweeps.results import MemberResult, standings
+from rlora.sweeps.results import OVER_LAST, MemberResult, standings
 
 _LR, _RANK = "learner.lr", "learner.rank"
 
@@ -21,26 +23,34 @@ def plot(members: list[MemberResult], file: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5), width_ratios=(3, 2), layout="constrained")
     configurations = list(dict.fromkeys(member.configuration for member in members))
     colours = dict(zip(configurations, pyplot.get_cmap("turbo")(_spaced(len(configurations))), strict=True))
-    labelled: set[str] = set()
-    for member in members:
-        name, colour = member.configuration, colours[member.configuration]
-        left.plot(member.rewards, color=colour, label=None if name in labelled else name, lw=1.2)
-        labelled.add(name)
-        if member.status == "dropped" and member.rewards:
-            left.plot(len(member.rewards) - 1, member.rewards[-1], "x", color=colour)
-    left.set(xlabel="version", ylabel="mean reward", title="Every member (x: dropped)")
-    if len(configurations) <= 16:
-        left.legend(fontsize=7)
+    for name, colour in colours.items():
+        curves = []
+        for member in (member for member in members if member.configuration == name and member.rewards):
+            curves.append(_smoothed(member.rewards))
+            steps = range(member.first, member.first + len(member.rewards))
+            left.plot(steps, curves[-1], color=colour, lw=0.6, alpha=0.5)
+            if member.status == "dropped":
+                left.plot(steps[-1], curves[-1][-1], "x", color=colour)
+        if curves:
+            means = [fmean(values) for values in zip(*curves, strict=False)]  # as far as all members have got
+            left.plot(range(member.first, member.first + len(means)), means, color=colour, label=name, lw=1.6)
+    title = f"Each member (thin; x: dropped) and configuration, mean of {OVER_LAST} steps"
+    left.set(xlabel="step", ylabel="mean reward", title=title)
+    if len(configurations) <= 24:
+        left.legend(fontsize=7, ncols=2, loc="upper left", bbox_to_anchor=(0, -0.16))
     _compare(right, members, colours)
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
 
 
 def _compare(axes: Any, members: list[MemberResult], colours: dict[str, Any]) -> None:
-    """Plot each finished member as a point: by learning rate with a line per rank, or by configuration."""
+    """Plot each finished member as a point: by learning rate with a line per rank, or by configuration.
+
+    A fork is not plotted by learning rate, because part of its steps had a different one.
+    """
     label, ranking = standings(members)
     axes.set(ylabel=label)
-    done = [member for member in members if member.status == "finished"]
+    done = [member for member in members if member.status == "finished" and not member.origin]
     values = {member.name: member.final_accuracy if "accuracy" in label else member.reward for member in done}
     rates = {member.changes.get(_LR) for member in done}
     if len(rates) > 1 and all(isinstance(rate, int | float) for rate in rates):
@@ -66,6 +76,11 @@ def _compare(axes: Any, members: list[MemberResult], colours: dict[str, Any]) ->
         axes.plot(standing.mean, height, "|", color="black", ms=14)
     axes.set(xlabel=label, ylabel="", title="Each member, and the mean")
     axes.set_yticks(range(len(ranking)), [standing.configuration for standing in reversed(ranking)], fontsize=7)
+
+
+def _smoothed(rewards: Sequence[float]) -> list[float]:
+    """Return the mean of each step and up to `OVER_LAST` - 1 steps before."""
+    return [fmean(rewards[max(0, end - OVER_LAST) : end]) for end in range(1, len(rewards) + 1)]
 
 
 def _spaced(count: int) -> list[float]:

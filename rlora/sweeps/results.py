@@ -14,7 +14,7 @@ from rlora.run import directory
 from rlora.sweeps.diary import DIARY, complete_lines, member_states
 from rlora.sweeps.sweep import read_members
 
-_OVER_LAST = 4  # number of last steps that a member's reward is averaged over
+OVER_LAST = 4  # number of last steps that a member's reward is averaged over
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,13 @@ class MemberResult:
     rewards: Sequence[float]  # mean reward of each step
     initial_accuracy: float | None  # on held-out prompts, before training; None if not evaluated
     final_accuracy: float | None  # on held-out prompts, after training; None if not evaluated yet
+    first: int = 0  # completed steps at the start: those of the version that a fork started from
+    origin: str = ""  # name of the member that a fork started from; forks are configurations of their own
 
     @property
     def reward(self) -> float | None:
-        """Mean reward of the last `_OVER_LAST` steps; None before the first step."""
-        return fmean(self.rewards[-_OVER_LAST:]) if self.rewards else None
+        """Mean reward of the last `OVER_LAST` steps; None before the first step."""
+        return fmean(self.rewards[-OVER_LAST:]) if self.rewards else None
 
 
 @dataclass(frozen=True)
@@ -69,17 +71,20 @@ def quantile(freedom: float) -> float:
 def read_results(path: Path) -> list[MemberResult]:
     """Read the results of the sweep in the directory `path`, by member. Raises RloraError if there is no sweep."""
     members, pool = read_members(path)
-    states, results = member_states(complete_lines(path / DIARY)), []
+    lines, results = complete_lines(path / DIARY), []
+    states = member_states(lines)
+    origins = {line["member"]: (line["of"], line["version"]) for line in lines if line["event"] == "forked"}
     for member in members:
         run = UPath(path / member.name)
         summary = directory.summary(run)
         label = ", ".join(f"{field} = {value}" for field, value in member.changes.items() if field not in pool)
+        origin, first = origins.get(member.name, ("", 0))
         results.append(
             MemberResult(
-                member.name, label or "as given", member.changes,
+                member.name, (label or "as given") + f", forked from {origin}@{first}" * bool(origin), member.changes,
                 states[member.name].status if member.name in states else "waiting",
                 [line["reward/mean"] or 0.0 for line in directory.figures(run)],
-                summary.get("accuracy/before"), summary.get("accuracy/after"),
+                summary.get("accuracy/before"), summary.get("accuracy/after"), first, origin,
             )
         )  # fmt: skip
     return results
@@ -93,7 +98,7 @@ def standings(members: Sequence[MemberResult]) -> tuple[str, list[Standing]]:
     """
     done = [member for member in members if member.status == "finished"]
     by_accuracy = bool(done) and all(member.final_accuracy is not None for member in done)
-    metric = "accuracy after training" if by_accuracy else f"mean reward of the last {_OVER_LAST} steps"
+    metric = "accuracy after training" if by_accuracy else f"mean reward of the last {OVER_LAST} steps"
     values: dict[str, list[float]] = {}
     for member in done:
         value = member.final_accuracy if by_accuracy else member.reward
@@ -111,7 +116,7 @@ def verdict(members: Sequence[MemberResult]) -> str:
     lines = [f"best configuration {best.configuration}: {metric} {best}"]
     similar = [standing for standing in remaining if not _is_better(best, standing)]
     if len(best.values) == 1:
-        lines.append("this configuration has one member: train more seeds for an interval (--over seed=0,1,2)")
+        lines.append("this configuration has one member: train more seeds for a confidence interval (--over seed=0,1,2)")
     elif similar:
         lines.append(f"not significantly worse: {'; '.join(f'{item.configuration} {item}' for item in similar)}")
     elif remaining:

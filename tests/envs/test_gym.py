@@ -34,7 +34,7 @@ def test_gym_answer(answer: str, completion: str, status: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tasks": "gcd,n_queens"}, "'n_queens' can't be graded: it may have several correct answers"),
+        ({"tasks": "gcd,n_queens"}, "'n_queens' can't be graded: its problems can have several correct answers"),
         ({"tasks": "simple_integration"}, "can be written in several ways"),
         ({"tasks": "gdc"}, "there is no such task; use some of ab, acre"),
         ({"tasks": ""}, "there is no such task"),

@@ -93,7 +93,7 @@ def test_table_names_the_column_and_the_row(arguments: dict[str, str], message: 
     ("arguments", "message"),
     [
         ({"template": "What?"}, "template = 'What[?]': it has no {column} placeholder"),
-        ({"template": "{q} {answer}"}, "it shows the answer"),
+        ({"template": "{q} {answer}"}, "it contains the answer"),
         ({"held_out_share": 1.0}, "held_out_share = 1.0"),
         ({"held_out_share": 0.5, "held_out_split": "test"}, "already selects the held-out rows"),
         ({"held_out_split": "train"}, "it is the training data"),

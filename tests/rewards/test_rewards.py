@@ -177,7 +177,7 @@ def test_a_gold_that_is_not_an_integer_is_an_error(gold: object, reward: Callabl
     (score,) = reward_function("rlora:f", reward)(case("It is 4.", answer=gold), [0])
     assert score.status == "error"
     assert re.search(r"the gold answer .* is not an integer: make the env return one", score.detail), score.detail
-    assert "fix it there" not in score.detail
+    assert "fix the function" not in score.detail
 
 
 NUMBERS = [3, 3, 8, 8]

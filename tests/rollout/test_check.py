@@ -446,7 +446,7 @@ def says_answer(answer, state):
         ("Agent", "right", "says_answer", r"7 of 7 gold answers are not rewarded by says_answer.*solution\(prompt\)"),
         ("Speaking", "right", "says_answer", ""),
         ("Speaking", "talks", "says_answer", ""),
-        ("Speaking", "raises", "says_answer", r"its reply raised ValueError: no such move"),
+        ("Speaking", "raises", "says_answer", r"reply\(\) raised ValueError: no such move"),
     ],
 )
 def test_an_env_may_provide_solutions(

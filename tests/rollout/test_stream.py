@@ -295,10 +295,10 @@ def test_the_first_function_says_whether_an_answer_is_right_and_the_sum_is_the_r
 def test_an_error_is_shown_once_for_each_line_and_kind(capsys: pytest.CaptureFixture[str]) -> None:
     scoring = Scoring(validate({"model": "-", "env": "-", "reward": "a.py:f"}), [])
     details = [
-        "a.py:3: f raised ValueError: invalid literal for int(): 'one'; fix it there",
-        "a.py:3: f raised ValueError: invalid literal for int(): 'two'; fix it there",
-        "a.py:3: f raised KeyError: 'two'; fix it there",
-        "a.py:4: f raised ValueError: 'one'; fix it there",
+        "a.py:3: f raised ValueError: invalid literal for int(): 'one'; fix the function",
+        "a.py:3: f raised ValueError: invalid literal for int(): 'two'; fix the function",
+        "a.py:3: f raised KeyError: 'two'; fix the function",
+        "a.py:4: f raised ValueError: 'one'; fix the function",
         "a.py:1: f returned 'a word'; return a finite number",
         "a.py:1: f returned 'another'; return a finite number",
         "scoring.deadline = 1: f took longer",
@@ -467,7 +467,7 @@ def test_a_reply_that_fails_costs_its_episode_only(rollouts: Callable[..., Rollo
     def fails(job: RewardInput | EnvTurn) -> Future[Any]:
         if isinstance(job, EnvTurn) and job.prompt.answer == bad:
             done: Future[Any] = Future()
-            done.set_result(EnvReply(None, {}, "error", "env = 'mine': its reply raised KeyError: 'x'"))
+            done.set_result(EnvReply(None, {}, "error", "env = 'mine': reply() raised KeyError: 'x'"))
             return done
         return submit(job)  # type: ignore[no-any-return]
 

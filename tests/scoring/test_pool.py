@@ -147,10 +147,10 @@ def test_an_env_answers_where_rewards_run_and_keeps_what_it_knows(pool: MakePool
     assert answer("chat", {}) == EnvReply([{"role": "user", "content": "and you?"}], {"seen": 1})
     assert answer("bye", {}) == EnvReply(None, {"seen": 1})
     for bad, detail in (
-        ("raise", r"shady_rewards\.py:\d+: env = .*Guarded': its reply raised ValueError: no such tool"),
-        ("not plain", r"its reply raised TypeError: .*not JSON serializable"),
-        ("not plain inside", r"its reply raised TypeError: .*not JSON serializable"),
-        ("no text", r"its reply raised ValueError: expected text, None or chat messages"),
+        ("raise", r"shady_rewards\.py:\d+: env = .*Guarded': reply\(\) raised ValueError: no such tool"),
+        ("not plain", r"reply\(\) raised TypeError: .*not JSON serializable"),
+        ("not plain inside", r"reply\(\) raised TypeError: .*not JSON serializable"),
+        ("no text", r"reply\(\) raised ValueError: return a string, None or chat messages"),
         ("hang", r"more than scoring\.deadline = 1 s"),
     ):
         reply = answer(bad, {"seen": 4, "list": []})
@@ -216,7 +216,7 @@ def test_the_first_call_in_a_process_may_take_longer(pool: MakePool, name: str) 
     start = time.monotonic()
     (score,) = scores(made, "hang")  # not the first call
     assert score.status == "timeout"
-    assert score.detail == f"a call to {name} took more than scoring.deadline = 1 s"
+    assert score.detail.startswith(f"a call to {name} took more than scoring.deadline = 1 s; raise scoring.deadline")
     assert time.monotonic() - start < 10
     assert values(scores(made, "a")) == [1.0]  # the first call in the process that replaced it
 
@@ -236,17 +236,23 @@ def test_a_first_call_has_no_less_time_than_others(pool: MakePool) -> None:
 @pytest.mark.parametrize(
     ("names", "completion", "detail"),
     [
-        (("with_a_key", "shady"), "die", "the worker process ended (exit status 3) in a call to shady"),
+        (("with_a_key", "shady"), "die", "the worker process ended (exit status 3) in a call to shady; raise "
+         "an exception instead of ending the process"),
         (("shady", "killed"), "9", "the worker process ended (signal 9) in a call to killed; most likely the "
          "machine ran out of memory: lower scoring.memory_mib = 512, or scoring.workers"),
         (("killed", "shady"), "6", "the worker process ended (signal 6) in a call to killed; if an allocation "
          "failed, raise scoring.memory_mib = 512"),
         (("killed",), "15", "the worker process ended (signal 15) in a call to killed"),
-        (("slow", "dying_judge"), "0", "the worker process ended (exit status 3) in a call to dying_judge"),
-        (("judge", "dying_judge"), "0", "the worker process ended (exit status 3) in a call to judge or dying_judge"),
-        (("blocking_judge",), "block", "a call to blocking_judge took more than scoring.deadline = 1 s"),
-        (("judge",), "30", "a call to judge took more than scoring.deadline = 1 s"),
-        (("shady",), "hang", "a call to shady took more than scoring.deadline = 1 s"),
+        (("slow", "dying_judge"), "0", "the worker process ended (exit status 3) in a call to dying_judge; "
+         "raise an exception instead of ending the process"),
+        (("judge", "dying_judge"), "0", "the worker process ended (exit status 3) in a call to judge or "
+         "dying_judge; raise an exception instead of ending the process"),
+        (("blocking_judge",), "block", "a call to blocking_judge took more than scoring.deadline = 1 s; raise "
+         "scoring.deadline, or make the call faster"),
+        (("judge",), "30", "a call to judge took more than scoring.deadline = 1 s; raise scoring.deadline, or make the "
+         "call faster"),
+        (("shady",), "hang", "a call to shady took more than scoring.deadline = 1 s; raise scoring.deadline, or make "
+         "the call faster"),
     ],
 )  # fmt: skip
 def test_the_error_names_the_function_of_the_call(
@@ -263,7 +269,7 @@ def test_two_functions_with_one_name_are_named_with_their_files(pool: MakePool, 
     with closing(Pool(Setup(rewards), 1)) as made:
         verdicts: Any = made.submit(case("7", answer=7)).result(timeout=60)
     assert verdicts[0][0].value == 1.0
-    assert verdicts[1][0].detail == f"the worker process ended (exit status 4) in a call to {rewards[1]}"
+    assert verdicts[1][0].detail.startswith(f"the worker process ended (exit status 4) in a call to {rewards[1]}; ")
 
 
 def test_variables_that_are_handed_on_are_there_and_never_shown(pool: MakePool) -> None:
@@ -271,7 +277,7 @@ def test_variables_that_are_handed_on_are_there_and_never_shown(pool: MakePool) 
     made = pool("with_a_key", environment=environment)
     assert values(scores(made, "secret-7f3a")) == [1.0]
     (score,) = scores(made, "guessed")
-    assert "PermissionError: no access with <RLORA_TEST_KEY>; fix it there" in score.detail
+    assert "PermissionError: no access with <RLORA_TEST_KEY>; fix the function" in score.detail
     assert "secret" not in repr(Setup(environment=environment))
     (score,) = scores(pool("with_a_key"), "secret-7f3a")
     assert "KeyError: 'RLORA_TEST_KEY'" in score.detail
@@ -280,5 +286,5 @@ def test_variables_that_are_handed_on_are_there_and_never_shown(pool: MakePool) 
 def test_what_fails_to_load_does_not_show_them_either(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("import os\nraise ValueError('bad key ' + os.environ['RLORA_TEST_KEY'])\n")
-    with pytest.raises(RloraError, match=r"ValueError: bad key <RLORA_TEST_KEY>$"):
+    with pytest.raises(RloraError, match=r"ValueError: bad key <RLORA_TEST_KEY>; fix the code$"):
         Pool(Setup((f"{file}:f",), environment={"RLORA_TEST_KEY": "secret-7f3a"}), 1)

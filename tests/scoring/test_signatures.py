@@ -99,7 +99,7 @@ def test_verls_functions_get_the_number_of_turns() -> None:
     for info, expected in (({"level": 1, "num_turns": 9}, 3.0), (None, 2.0)):
         assert values(scores(borrowed.compute_score_of_turns, "a", extra_info=info)) == [expected]
     (score,) = scores(borrowed.compute_score_of_turns, "a", extra_info="level 1")
-    assert "needs extra_info, and the prompt's column is 'level 1'; make it a dict" in score.detail
+    assert "needs extra_info, and the prompt's column extra_info is 'level 1'; make the column a dict" in score.detail
     args = {"reward_router_address": "10.0.0.1:8000"}
     assert values(reward_function(SPEC, borrowed.compute_score_genrm, args=args)(case("4", answer=4), [0])) == [1.0]
 
@@ -117,7 +117,7 @@ def test_trls_environments_are_an_agents_states() -> None:
     inputs = replace(case("a", "b"), states=({"counter": 3}, {"counter": 4}))
     assert values(reward_function(SPEC, borrowed.environment_reward_func, agent=True)(inputs, range(2))) == [3.0, 4.0]
     (score,) = reward_function(SPEC, borrowed.environment_reward_func, agent=True)(case("a"), [0])
-    assert "the episode's state has no 'counter'; store it there in the env's reply" in score.detail
+    assert "the episode's state has no 'counter'; set state['counter'] in the env's reply()" in score.detail
 
 
 def test_verifiers_functions_give_what_they_give_in_verifiers() -> None:
@@ -131,7 +131,7 @@ def test_verifiers_functions_give_what_they_give_in_verifiers() -> None:
     assert values(scores(borrowed.by_state, "4", "5")) == [1.0, 0.0]
     assert values(scores(borrowed.by_zip, "4", "5")) == [1.0, 0.0]
     (score,) = scores(borrowed.check_keywords, "a", info="[1]")
-    assert "needs info, and the prompt's column is '[1]'; make it a dict" in score.detail
+    assert "needs info, and the prompt's column info is '[1]'; make the column a dict" in score.detail
 
 
 def test_verifiers_functions_see_all_turns() -> None:
@@ -158,12 +158,13 @@ def test_areals_functions_give_what_they_give_in_areal() -> None:
     [
         (
             borrowed.judge_correctness,
-            r"it needs judge; build it in the function's file, and remove the parameter or give it a default",
+            r"rlora has no value for its parameter judge; create the object in the function's file, and remove the "
+            r"parameter or give the parameter a default",
         ),
-        (borrowed.by_a_parser, r"it needs parser; rlora has no rubric parser; build it in the function's file"),
-        (borrowed.compute_score_genrm, r"it needs reward_router_address; .* reward_args\.reward_router_address"),
-        (borrowed.environment_reward_func, r"it needs environments; there are none without an agent"),
-        (lambda completion: (yield 1.0), r"it is a generator; return the reward"),
+        (borrowed.by_a_parser, r"rlora has no value for its parameter parser; create the object in the function's"),
+        (borrowed.compute_score_genrm, r".* parameter reward_router_address; set reward_args\.reward_router_address"),
+        (borrowed.environment_reward_func, r"rlora has no value for its parameter environments; use an agent"),
+        (lambda completion: (yield 1.0), r"the function is a generator; replace yield by return"),
     ],
 )
 def test_a_function_that_needs_a_missing_value_is_refused_at_once(function: Callable[..., Any], message: str) -> None:
@@ -517,9 +518,9 @@ def test_a_style_may_be_forced_and_an_error_names_the_completions_type() -> None
     assert values(prepared(inputs, [0])) == [1.0]
     assert values(reward_function(SPEC, lambda q, text, a, b: float(text == "4"), "areal")(inputs, [0])) == [1.0]
     (score,) = reward_function(SPEC, borrowed.length_reward, "completion")(inputs, [0])
-    assert "(its completion was a string; scoring.style sets a different form)" in score.detail
+    assert "(the completion was a string; scoring.style sets a different form)" in score.detail
     (score,) = reward_function(SPEC, lambda completion: completion.strip(), "verifiers")(inputs, [0])
-    assert "(its completion was a list of messages; scoring.style sets a different form)" in score.detail
+    assert "(the completion was a list of messages; scoring.style sets a different form)" in score.detail
 
 
 def equals(completion: str, answer: int) -> float:
@@ -590,7 +591,9 @@ def test_a_style_is_taken_by_position_if_no_name_matches() -> None:
     assert values(
         reward_function(SPEC, lambda text, gold: float(text == gold), "completion")(case("4", answer="4"), [0])
     ) == [1.0]
-    with pytest.raises(RloraError, match=r"reward = 'mine\.py:f': its parameters are \(text, gold\)\. Name them like"):
+    with pytest.raises(
+        RloraError, match=r"reward = 'mine\.py:f': its parameters \(text, gold\) match no style; rename"
+    ):
         reward_function(SPEC, lambda text, gold: 1.0)
     with pytest.raises(RloraError, match="there is no style 'tlr'"):
         reward_function(SPEC, equals, "tlr")  # type: ignore[arg-type]
@@ -623,7 +626,7 @@ def raises(completion: str, answer: int) -> float:
 @pytest.mark.parametrize(
     ("function", "detail"),
     [
-        (raises, r"test_signatures\.py:\d+: f raised ZeroDivisionError: division by zero; fix it there"),
+        (raises, r"test_signatures\.py:\d+: f raised ZeroDivisionError: division by zero; fix the function"),
         (lambda completion: float("nan"), r"test_signatures\.py:\d+: f returned nan; return a finite number"),
         (lambda completion: "right", r"f returned 'right'; return .* one of correct, wrong"),
         (lambda completion: {"points": 1}, r"f returned a dict without \"score\""),

@@ -24,6 +24,7 @@ from rlora.settings import Config
 from rlora.sweeps import members
 from rlora.sweeps.diary import WANTED, Diary, append, ask, complete_lines
 from rlora.sweeps.halving import Halving
+from rlora.sweeps.results import read_results
 from rlora.sweeps.sweep import sweep
 from rlora.train import drive
 
@@ -118,6 +119,9 @@ def test_pause_go_drop_and_fork_change_no_bit(stage: Stage, base: Config, tmp_pa
     origin = directory.Provenance.of(UPath(path / "hotter")).forked_from
     assert origin
     assert origin["run"] == "rank-2"
+    assert [(result.first, result.configuration) for result in read_results(path) if result.origin] == [
+        (2, "learner.rank = 2, learner.lr = 0.05, forked from rank-2@2")
+    ]
     log = events(path)
     assert log.index(("paused", "ppo", 2)) < log.index(("dropped", "grpo", 3)) < log.index(("went on", "ppo", 0))
     assert ("forked", "hotter", 2) in log
