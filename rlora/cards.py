@@ -1,4 +1,4 @@
-"""NVIDIA GPUs ("cards"): detection, and division of a card's memory.
+"""NVIDIA GPUs: detection, and division of a GPU's memory between learners and engines.
 
 Does not import torch: `list_cards` calls nvidia-smi, which creates no CUDA context.
 """
@@ -14,13 +14,13 @@ from rlora.records import RloraError
 
 GIB = 2**30
 MEMORY_ADVICE = (  # appended to out-of-memory errors
-    "Lower learner.microbatch_tokens or sampling.max_tokens, set learner.checkpointing = true, or give the engine less "
-    "(engine.gpu_memory_utilization, engine.kv_cache_gib); `rlora plan` lists what each part takes"
+    "Lower learner.microbatch_tokens or sampling.max_tokens, set learner.checkpointing = true, or lower the engine's "
+    "share (engine.gpu_memory_utilization, engine.kv_cache_gib); `rlora plan` lists the memory of each part"
 )
 _FIELDS = ("name", "uuid", "memory.total", "memory.free", "driver_version", "compute_cap", "mig.mode.current")
 CONTEXT = GIB  # per process, outside its allocator: CUDA context, cuBLAS workspaces
 COMPUTE = GIB  # activations and sampler of an engine
-GRAPHS = 3 * GIB // 2  # CUDA graphs of an engine, which vLLM's memory budget leaves out
+GRAPHS = 3 * GIB // 2  # CUDA graphs of an engine, which vLLM's memory budget does not include
 
 
 @dataclass(frozen=True)
@@ -38,22 +38,25 @@ class Card:
 
 @dataclass(frozen=True)
 class LearnerMemory:
-    """Memory of one card that learners hold."""
+    """Memory that learners hold on one GPU."""
 
     bytes: int = 0  # measured peak
-    gpus: float = 0.0  # share of the card that they reserved from Ray
+    gpus: float = 0.0  # share of the GPU that the learners reserved from Ray
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
     """Memory that an engine must account for when it starts."""
 
-    learners: Mapping[str, LearnerMemory] = field(default_factory=dict)  # by uuid of the card
+    learners: Mapping[str, LearnerMemory] = field(default_factory=dict)  # by uuid of the GPU
     kv_cache: int = 0  # bytes of an earlier engine's KV cache, 0 for the first engine
 
 
 def list_cards() -> list[Card]:
-    """All cards of this node, regardless of CUDA_VISIBLE_DEVICES. Raises RloraError if the driver fails."""
+    """Return all GPUs of this node, regardless of CUDA_VISIBLE_DEVICES; an empty list without nvidia-smi or a GPU.
+
+    Raises RloraError if nvidia-smi fails or takes more than a minute.
+    """
     program = shutil.which("nvidia-smi")
     if not program:
         return []
@@ -61,12 +64,12 @@ def list_cards() -> list[Card]:
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise RloraError(f"GPU: nvidia-smi does not answer ({error}); check that the driver works") from error
+        raise RloraError(f"GPU: nvidia-smi failed ({error}); reboot the node, or reinstall the driver") from error
     if result.returncode:
         if not Path("/dev/nvidia0").exists():
             return []
         message = "".join((result.stdout + result.stderr).strip().splitlines()[:1])
-        raise RloraError(f"GPU: nvidia-smi fails ({message}); check that the driver works, or reboot the node")
+        raise RloraError(f"GPU: nvidia-smi failed ({message}); reboot the node, or reinstall the driver")
     return [_card(line) for line in result.stdout.splitlines() if line.strip()]
 
 
@@ -77,39 +80,42 @@ def _card(line: str) -> Card:
 
 
 def _mib(number: str) -> int:
-    return int(number) * 2**20 if number.isdecimal() else 0  # [N/A] on cards that share the host's memory
+    return int(number) * 2**20 if number.isdecimal() else 0  # [N/A] on GPUs that share the host's memory
 
 
 def check_cpu_is_intended(gpus_of_ray: float, wanted: bool) -> None:
-    """Raise RloraError if this node has cards but Ray sees none, since a run would silently train on the CPU.
+    """Raise RloraError if this node has GPUs but Ray sees none, since a run would silently train on the CPU.
 
-    Returns if no GPU is `wanted`, that is, if engine.gpus and learner.gpus are 0.
+    `gpus_of_ray` is the number of GPUs that Ray sees. No error is raised unless GPUs are `wanted`: engine.gpus or
+    learner.gpus is not 0.
     """
     if gpus_of_ray or not wanted or not (cards := list_cards()):
         return
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     reason = (
-        f"CUDA_VISIBLE_DEVICES is {visible!r}; unset it, or name a card in it"
+        f"CUDA_VISIBLE_DEVICES is {visible!r}; unset the variable, or set it to the index of a GPU"
         if visible is not None
         else "start Ray with --num-gpus"
     )
     raise RloraError(
-        f"GPU: this machine has {len(cards)} ({cards[0].name}), and Ray sees none: {reason}. To train on the CPU set "
-        "engine.gpus and learner.gpus to 0"
+        f"GPU: this machine has {len(cards)} ({cards[0].name}), and Ray sees none: {reason}. To train on the "
+        "CPU, set engine.gpus and learner.gpus to 0"
     )
 
 
 def share_of_learner(free: int, total: int, gpus: float, name: str) -> tuple[int, str]:
-    """Bytes that a learner may take of its card if it reserved `gpus` of it, and a description of that share.
+    """Return the bytes of a GPU that a learner may use if the learner reserved the share `gpus`, and a description of
+    the share for messages, in which `name` is the GPU's name.
 
-    Raises RloraError if other processes hold part of that share: of the card's `total` bytes only `free` are free.
+    `free` and `total` are in bytes. Raises RloraError if less than the share is free.
     """
     share = int(total * min(1.0, gpus)) - CONTEXT
     description = f"{min(1.0, gpus):g} (learner.gpus) of {name} with {total / GIB:.1f} GiB"
     if free < share:
         raise RloraError(
-            f"GPU: the learner's share of the card is {description}, and only {free / GIB:.1f} GiB are free: "
-            "another process holds memory there (see nvidia-smi); end it, use another card, or lower learner.gpus"
+            f"GPU: the learner's share of the GPU is {description}, and only {free / GIB:.1f} GiB are free: another "
+            "process holds memory there (`nvidia-smi` lists the processes); end that process, use another GPU, or "
+            "lower learner.gpus"
         )
     return share, description
 
@@ -117,8 +123,12 @@ def share_of_learner(free: int, total: int, gpus: float, name: str) -> tuple[int
 def budget_of_engine(
     free: int, total: int, gpus: float, learners: LearnerMemory, eager: bool, name: str, utilization: float = 0.0
 ) -> int:
-    """Bytes that an engine may take of a card, including its KV cache: `utilization` of the card if that is set, else
-    the memory that the learners leave, in proportion to the reserved `gpus`. Raises RloraError if it is not free."""
+    """Return the bytes of a GPU that an engine may use, including the KV cache: the share `utilization` of the GPU. If
+    `utilization` is 0, engines divide the memory that the learners leave, in proportion to their reservations `gpus`.
+
+    `free` and `total` are in bytes; `eager` engines need no memory for CUDA graphs; `name` is the GPU's name for
+    messages. Without `utilization`, raises RloraError if no memory is left for the engine or less is free.
+    """
     if utilization:
         return int(utilization * total)
     remaining = total - learners.bytes - (CONTEXT if learners.bytes else 0)
@@ -127,29 +137,30 @@ def budget_of_engine(
     if budget <= 0:
         raise RloraError(
             f"GPU: {name} has {total / GIB:.1f} GiB, of which the learner takes {learners.bytes / GIB:.1f}; nothing is "
-            "left for an engine. Lower learner.microbatch_tokens, or give the engine a whole card (engine.gpus = 1)"
+            "left for an engine. Lower learner.microbatch_tokens, or give the engine a GPU of its own (engine.gpus = 1)"
         )
     if free < budget:
         raise RloraError(
             f"GPU: an engine's share of {name} is {budget / GIB:.1f} GiB, and only {free / GIB:.1f} are free: another "
-            "process holds memory there (see nvidia-smi); end it, use another card, or set "
+            "process holds memory there (`nvidia-smi` lists the processes); end that process, use another GPU, or set "
             "engine.gpu_memory_utilization to a share that is free"
         )
     return budget
 
 
 def check_fits(budget: int, weights: int, kv_token: int, context: int, name: str) -> None:
-    """Raise RloraError if an engine's budget does not hold the base and the KV cache of one sequence.
+    """Raise RloraError if an engine's `budget` is too small for the base and the KV cache of one sequence.
 
-    `weights` and `kv_token`, the keys and values of a token, are in bytes; `context` is in tokens.
+    `budget`, `weights` and `kv_token` (the keys and values of a token) are in bytes, and `context`, the maximum length
+    of a sequence, is in tokens. `name` is the GPU's name for messages.
     """
     need = weights + kv_token * context + COMPUTE
     if budget < need:
         fits = (budget - weights - COMPUTE) // kv_token
         fix = (
-            f"a context of {fits} tokens would fit (sampling.max_prompt_tokens + sampling.max_tokens)"
+            f"a context of {fits} tokens would fit: lower sampling.max_prompt_tokens or sampling.max_tokens"
             if fits > 0
-            else "use a smaller model, a larger card, or a whole card for the engine (engine.gpus = 1)"
+            else "use a smaller model, a larger GPU, or a GPU of its own for the engine (engine.gpus = 1)"
         )
         raise RloraError(
             f"GPU: the engine may take {budget / GIB:.1f} GiB of {name}, and needs {need / GIB:.1f}: "

@@ -22,6 +22,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def current_device() -> torch.device:
+    """Return the device that this process computes on: the GPU if torch can use one, otherwise the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -31,7 +32,7 @@ def send(tensor: Tensor, target: torch.device) -> Tensor:
 
 
 def hardware() -> str:
-    """Name of the hardware that the bits of a result depend on: processor, vector instructions, cores, GPU.
+    """Return a name for the hardware that the bits of a result depend on: processor, vector instructions, cores, GPU.
 
     Libraries also choose kernels by the CPU's vendor, and bf16 kernels by AVX512_BF16 and AMX.
     """
@@ -47,7 +48,7 @@ def hardware() -> str:
 
 
 def _cpuinfo() -> dict[str, str]:
-    """Linux's entries for the first processor."""
+    """Return Linux's entries for the first processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
     except OSError:
@@ -56,7 +57,7 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def describe_device() -> str:
-    """Name of the device that this process computes on. On a GPU this creates a CUDA context."""
+    """Return the name of the device that this process computes on. On a GPU this creates a CUDA context."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({torch.get_num_threads()} threads)"
 
 
@@ -68,7 +69,7 @@ def seed(number: int) -> None:
 
 
 def random_state() -> dict[str, Tensor]:
-    """State of every random generator of this process: Python, NumPy, torch, and each GPU."""
+    """Return the state of every random generator of this process: Python, NumPy, torch, and each GPU."""
     kind, keys, *rest = numpy.random.get_state(legacy=True)
     python_and_numpy = json.dumps([random.getstate(), [kind, list(map(int, keys)), *rest]]).encode()
     states = {"random.python": torch.frombuffer(bytearray(python_and_numpy), dtype=torch.uint8)}
@@ -76,7 +77,7 @@ def random_state() -> dict[str, Tensor]:
 
 
 def set_random_state(states: Mapping[str, Tensor]) -> None:
-    """Restore the state from `random_state`. States of absent GPUs are ignored."""
+    """Restore `states`, the result of `random_state`. States of absent GPUs are ignored."""
     (version, internal, gauss), numpy_state = json.loads(bytes(states["random.python"].tolist()))
     random.setstate((version, tuple(internal), gauss))
     numpy.random.set_state(tuple(numpy_state))
@@ -92,49 +93,48 @@ def _torch_states() -> dict[str, Tensor]:
 
 
 def release() -> None:
-    """Return the GPU memory that torch's allocator caches, so that an engine can start there."""
+    """Free the GPU memory that torch's allocator caches, so that an engine can use it. Does nothing on a CPU."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def check_usable() -> None:
-    """Raise RloraError if torch can't use the card that Ray assigned to this process."""
+    """Raise RloraError if torch can't use the GPU that Ray assigned to this process, or if the GPU lacks bfloat16."""
     if not torch.cuda.is_available():
-        raise RloraError(f"GPU: Ray gave this process a card, but torch {torch.__version__} can't use it: {_reason()}")
+        raise RloraError(f"GPU: Ray gave this process a GPU, but torch {torch.__version__} can't use it: {_reason()}")
     capability = torch.cuda.get_device_capability()
     if capability < _OLDEST:
         raise RloraError(
             f"GPU: {torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}; bfloat16 "
-            "needs 8.0 (Ampere) or later. Use a newer card, or set engine.gpus and learner.gpus to 0"
+            "needs 8.0 (Ampere) or later. Use a newer GPU, or train on the CPU: set engine.gpus and learner.gpus to 0"
         )
 
 
 def _reason() -> str:
     needed = torch.version.cuda
     if needed is None:
-        return "it is built for CPUs; install rlora with the extra cuda, in a new environment"
+        return "torch is built for CPUs; install rlora with the extra cuda, in a new environment"
     driver = next((card.driver for card in cards.list_cards()), None)
     oldest = _DRIVERS.get(needed.partition(".")[0])
     if driver and oldest and int(driver.partition(".")[0]) < int(oldest):
-        return f"it is built for CUDA {needed}, which needs driver {oldest} or later; update the driver ({driver})"
-    return f"it is built for CUDA {needed}; run `python -c 'import torch; torch.cuda.init()'` for the cause"
+        return f"torch is built for CUDA {needed}, which needs driver {oldest} or later; update the driver ({driver})"
+    return f"torch is built for CUDA {needed}; run `python -c 'import torch; torch.cuda.init()'` for the cause"
 
 
 def card_uuid() -> str:
-    """UUID of this process's card; empty on a CPU."""
+    """Return the UUID of this process's GPU; "" on a CPU."""
     return str(torch.cuda.get_device_properties(0).uuid) if torch.cuda.is_available() else ""
 
 
 def room_of_learner(gpus: float) -> tuple[int, str]:
-    """Bytes that a learner may take of its card if it reserved `gpus` of it, and a description of that share.
-
-    Raises RloraError if other processes hold part of that share.
+    """Return the bytes of this process's GPU that a learner may use if the learner reserved the share `gpus`, and a
+    description of the share. Raises RloraError if other processes hold part of the share.
     """
     free, total = torch.cuda.mem_get_info()
     return cards.share_of_learner(free, total, gpus, torch.cuda.get_device_name())
 
 
 def error_text(error: Exception) -> str:
-    """Text of an error, with advice if it is out of memory."""
+    """Return the type and message of an error, with advice if the error is an out-of-memory error."""
     text = f"{type(error).__name__}: {error}"
     return f"{text}. {cards.MEMORY_ADVICE}" if isinstance(error, torch.OutOfMemoryError) else text

@@ -1,6 +1,6 @@
 """Estimates a run's memory, and the duration of a step, before anything starts.
 
-Memory is counted (`core.footprint`). Durations are computed from a card's published speed, at typical utilization.
+Memory is counted (`core.footprint`). Durations are computed from a GPU's published speed, at typical utilization.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MEAN_LENGTH = 0.5  # assumed mean length of completions, as a share of sampling
 
 
 class Kind(NamedTuple):
-    """Published specifications of a card."""
+    """Published specifications of a kind of GPU."""
 
     memory: float  # GiB visible to torch
     flops: float  # peak FLOP/s in bf16, dense
@@ -62,10 +62,10 @@ KINDS = {
 class Plan:
     """Memory of a learner and an engine in bytes, and duration of a step. `faults` lists what does not fit."""
 
-    device: str  # name of the card or the CPU
-    total: int  # bytes of the card, or of RAM
+    device: str  # name of the GPU or the CPU
+    total: int  # bytes of the GPU's memory, or of RAM
     on_gpu: bool
-    shared: bool  # learner and engine share one card
+    shared: bool  # learner and engine share one GPU, or RAM
     learner: Footprint
     rows: Rows
     weights: int  # bytes of the engine's base
@@ -84,7 +84,7 @@ class Plan:
 
     @property
     def used(self) -> int:
-        """Bytes used on the shared card, on the fuller one of two cards, or in RAM."""
+        """Bytes used on the shared GPU, on the fuller of two GPUs, or in RAM."""
         learner = self.learner.fixed + self.learner.per_row + self.slack
         engine = self.weights + self.overhead + self.kv_cache
         return learner + engine if self.shared else max(learner, engine)
@@ -96,7 +96,7 @@ class Plan:
 
     @property
     def lines(self) -> list[tuple[str, str, str]]:
-        """Memory by part: learner or engine, the part, and its size as text."""
+        """Rows of a table of the memory: learner or engine, the part, and the size of the part as text."""
         rows = f"activations, rows of {max(self.rows.tokens, self.context):,} tokens"
         rows += ", checkpointing" * self.rows.checkpointing
         process = "activations, CUDA context and graphs" if self.on_gpu else "Python, torch, vLLM"
@@ -114,9 +114,11 @@ class Plan:
 
 
 def plan(config: Config, gpu: str | None = None, gpus: int = 1) -> Plan:
-    """Plan a run on `gpus` cards of the kind `gpu` (a key of KINDS), by default on this machine.
+    """Plan a run on `gpus` GPUs of the kind `gpu` (a key of KINDS), by default of the kind in this machine, or on its
+    CPU if this machine has no GPU.
 
-    Raises RloraError for an unknown kind, and for a config that needs more cards than there are.
+    Raises RloraError for an unknown kind, and for a config that needs more than `gpus` GPUs. A run that does not fit is
+    no error: the plan's `faults` say what does not fit.
     """
     from rlora.cluster.resources import assign_gpus
 
@@ -156,14 +158,15 @@ def plan(config: Config, gpu: str | None = None, gpus: int = 1) -> Plan:
 
 
 def gib(size: float) -> str:
+    """Format a number of bytes in GiB."""
     return f"{size / GIB:.2f} GiB"
 
 
 def _card(gpu: str | None) -> tuple[str, Kind] | None:
-    """Name and specifications of the card `gpu`, by default of this machine's first one; None if it has none."""
+    """Return name and specifications of the GPU `gpu`, by default of this machine's first GPU; None without a GPU."""
     if gpu is not None:
         if gpu not in KINDS:
-            raise RloraError(f"--gpu {gpu}: unknown card; use one of {', '.join(KINDS)}")
+            raise RloraError(f"--gpu {gpu}: unknown GPU; use one of {', '.join(KINDS)}")
         return gpu, KINDS[gpu]
     listed = cards.list_cards()
     if not listed:
@@ -175,7 +178,7 @@ def _card(gpu: str | None) -> tuple[str, Kind] | None:
 
 
 def _weights_and_active(config: Config, base: PreTrainedConfig) -> tuple[int, int]:
-    """Bytes of all weights, and the number of weights that are used per token (of experts, the active ones)."""
+    """Return the bytes of all weights, and the number of weights used per token (of experts, only the active)."""
     model = meta_model(base, DTYPES[config.dtype])
     count = sum(weight.numel() for weight in model.parameters())
     idle = sum(
@@ -197,13 +200,14 @@ def _plan_on_cpu(config: Config, base: PreTrainedConfig, weights: int, active: i
     engines, name = config.engine.replicas, f"CPU ({cores()} cores)"
     memory = Plan(name, total, False, True, learner, rows, weights, kv_cache, kv_token, config.max_model_len, _PROCESS)
     needed = _PROCESS + learner.fixed + learner.per_row + memory.slack + engines * (weights + kv_cache + _PROCESS)
-    fault = f"RAM: {gib(needed)} are needed and the machine has {gib(total)}; lower engine.kv_cache_gib"
+    fix = "lower engine.kv_cache_gib, or use a smaller model"
+    fault = f"RAM: the run needs {gib(needed)}, and the machine has {gib(total)}; {fix}"
     faults = (fault,) if needed > total else ()
     return replace(memory, seconds=_seconds(config, _measure_cpu(config), memory, active), faults=faults)
 
 
 def _measure_cpu(config: Config) -> Kind:
-    """Speed of this CPU's cores, measured in a tenth of a second."""
+    """Measure the speed of this CPU's cores, which takes a tenth of a second."""
     x, y = (torch.ones(768, 768, dtype=DTYPES[config.dtype]) for _ in range(2))
     source = torch.ones(2**25)
 
@@ -219,7 +223,7 @@ def _measure_cpu(config: Config) -> Kind:
 
 
 def _seconds(config: Config, kind: Kind, memory: Plan, active: int) -> dict[str, float]:
-    """Seconds of a step by phase, if completions have half of sampling.max_tokens on average."""
+    """Estimate the seconds of a step by phase, for completions of half of sampling.max_tokens on average."""
     completions = config.prompts_per_step * config.group_size
     length = _MEAN_LENGTH * config.sampling.max_tokens
     prompts = config.prompts_per_step * config.sampling.max_prompt_tokens / 2

@@ -58,13 +58,13 @@ def test_a_driver_that_fails_raises_an_error(smi: Callable[..., None], monkeypat
     smi("Failed to initialize NVML: Driver/library version mismatch", code=18)
     assert cards.list_cards() == []  # this machine has no card
     monkeypatch.setattr("rlora.cards.Path.exists", lambda _: True)
-    with pytest.raises(RloraError, match=r"nvidia-smi fails .*version mismatch.*driver works"):
+    with pytest.raises(RloraError, match=r"nvidia-smi failed .*version mismatch.*reboot the node"):
         cards.list_cards()
 
 
 @pytest.mark.parametrize(
     ("visible", "remedy"),
-    [(None, "--num-gpus"), ("", r"CUDA_VISIBLE_DEVICES is ''; unset it"), ("-1", "CUDA_VISIBLE_DEVICES is '-1'")],
+    [(None, "--num-gpus"), ("", r"CUDA_VISIBLE_DEVICES is ''; unset the"), ("-1", "CUDA_VISIBLE_DEVICES is '-1'")],
 )
 def test_no_run_goes_to_the_cpu_in_silence(
     smi: Callable[..., None], monkeypatch: pytest.MonkeyPatch, visible: str | None, remedy: str
@@ -93,7 +93,7 @@ def test_a_card_that_torch_cannot_use(
 ) -> None:
     smi(H100.replace("580.65.06", driver))
     monkeypatch.setattr(torch.version, "cuda", built_for)
-    with pytest.raises(RloraError, match=f"Ray gave this process a card.*{reason}"):
+    with pytest.raises(RloraError, match=f"Ray gave this process a GPU.*{reason}"):
         check_usable()
 
 
@@ -192,8 +192,8 @@ def test_a_run_on_a_card_that_cannot_be_used_ends_before_anything_is_loaded(
     with ray_head(home, environment, "--num-gpus=1") as address:
         code, errors = train("no-cuda", RAY_ADDRESS=address)
     assert code == 1
-    assert "Ray gave this process a card, but torch" in errors
-    assert "it is built for CPUs; install rlora with the extra cuda" in errors
+    assert "Ray gave this process a GPU, but torch" in errors
+    assert "torch is built for CPUs; install rlora with the extra cuda" in errors
 
 
 @pytest.mark.parametrize(

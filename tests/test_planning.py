@@ -114,6 +114,6 @@ def test_seconds_grow_with_the_work(tmp_path: Path) -> None:
 
 
 def test_an_unknown_card(config: MakeConfig) -> None:
-    with pytest.raises(RloraError, match="--gpu h1000: unknown card; use one of b200-180, h200-141, h100-80"):
+    with pytest.raises(RloraError, match="--gpu h1000: unknown GPU; use one of b200-180, h200-141, h100-80"):
         plan(config(), "h1000")
     assert all(kind.memory * GIB > 20 * GIB for kind in KINDS.values())

@@ -20,19 +20,19 @@ _SCORES = 2**20  # attention scores held at a time in the backward pass
 
 
 class Layout(Protocol):
-    """Which tokens of a row attend to which: a completion's token sees its prompt and the completion up to itself."""
+    """Layout of a row for attention: a token of a completion sees its prompt, and the completion up to itself."""
 
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt with its completion, or an upper bound; no attention window may be shorter."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """softmax(q k^T * scale) v over the visible tokens. q (N, H, D); k, v (N, K, D) with H a multiple of K
-        -> (N, H, D)"""
+        """Compute softmax(q k^T * scale) v, where each token attends to the tokens that it sees. q (N, H, D); k, v
+        (N, K, D) with H a multiple of K -> (N, H, D)"""
 
 
 def layout_of(lengths: Lengths, dtype: torch.dtype, device: torch.device) -> Layout:
-    """The layout of a row: varlen kernels without masks on a GPU in 16 bits, dense masks otherwise."""
+    """Return the layout of a row: `Segments` (varlen kernels) on a GPU in 16 bits, otherwise `Tree` (dense masks)."""
     if device.type == "cuda" and dtype != torch.float32:
         return Segments.from_lengths(lengths, device)
     return Tree.from_lengths(lengths, dtype, device)
@@ -56,7 +56,7 @@ class Tree:
 
     @classmethod
     def from_lengths(cls, lengths: Lengths, dtype: torch.dtype, device: torch.device) -> "Tree":
-        """The layout of a row with these prompts and completions; `dtype` is that of the masks."""
+        """Build the layout of a row with prompts and completions of these lengths, with masks in `dtype`."""
         P, L = len(lengths), max(prompt for prompt, _ in lengths)
         G = max(len(completions) for _, completions in lengths)
         T = max(length for _, completions in lengths for length in completions)
@@ -88,7 +88,7 @@ class Tree:
         return self.shape[1] + self.shape[3]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """A prompt's keys are computed once and copied to each of its completions, so tokens of siblings never meet."""
+        """Copy the keys and values of a prompt to each of its completions, so tokens of siblings never meet."""
         (P, L, G, T), (_, H, D), K = self.shape, q.shape, k.shape[1]
         q, k, v = (_gather(x, self.pad_index, self.unpad_index) for x in (q, k, v))
         (q_p, q_c), (k_p, k_c), (v_p, v_c) = (
@@ -180,7 +180,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """Attention with a bias on its scores. On a CPU, torch's own backward pass takes two to four times as long."""
+    """Compute attention with a bias on the scores. On a CPU, `_Attention` replaces torch's slower backward pass."""
     if q.is_cuda:  # the fused kernels support no mask if there are fewer key heads than query heads
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         return scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
@@ -195,7 +195,7 @@ def _attend(
     module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, scaling: float,
     layout: Layout | None = None, **options: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """The attention function that transformers calls; causal without a layout.
+    """Compute the attention of a layer, as transformers calls it. Without a layout the attention is causal.
 
     q (1, H, N, D), k and v (1, K, N, D) -> (1, N, H, D). Raises RloraError for unsupported options of the model.
     """
@@ -204,12 +204,12 @@ def _attend(
         return out, None
     for option in ("softcap", "s_aux"):
         if options.get(option) is not None:
-            raise RloraError(f"model: its attention uses {option}, which is not supported yet; use a different model")
+            raise RloraError(f"model: its attention uses {option}, which rlora does not support; use a different model")
     window = options.get("sliding_window")
     if window is not None and layout.longest > window:
         raise RloraError(
             f"sampling.max_prompt_tokens + sampling.max_tokens: the model's attention window has {window} tokens, but "
-            f"a prompt with its completion has {layout.longest}; lower one of them"
+            f"a prompt with its completion has {layout.longest}; lower either setting"
         )
     return layout.attend(q[0].transpose(0, 1), k[0].transpose(0, 1), v[0].transpose(0, 1), scaling)[None], None
 

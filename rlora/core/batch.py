@@ -16,10 +16,10 @@ from rlora.records import Episode
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One training sequence: a prompt, a completion, and C targets to predict in them.
+    """One training sequence: a prompt, a completion, and C target tokens to predict.
 
-    A predictor is the index, in prompt + completion, of the last token that is read before its target. It usually is
-    the token before one that the policy sampled, but any index may predict any token.
+    The predictor of a target is the index, in prompt + completion, of the last token that the policy reads before it
+    predicts the target. Usually the target is the token after this index, but any index may predict any token.
     """
 
     prompt: tuple[int, ...]  # computed once for all samples of a group
@@ -37,15 +37,15 @@ class Sample:
 
     @property
     def inputs(self) -> tuple[int, ...]:
-        """The tokens after the prompt that are read: those up to the last predictor."""
+        """Tokens after the prompt that the policy reads, which end at the last predictor."""
         return self.completion[: max(0, max(self.predictors, default=-1) + 1 - len(self.prompt))]
 
     def with_tokens(self, end: Tensor | None = None, **values: Tensor) -> "Sample":
-        """A copy with these fields of `Tokens` replaced, and `end` if it is not None."""
+        """Return a copy in which `values` replace fields of `tokens`, and `end`, unless None, replaces `Sample.end`."""
         return replace(self, tokens=replace(self.tokens, **values), end=self.end if end is None else end)
 
     def to_the_end(self) -> "Sample":
-        """A copy with the last token as an additional predictor, whose target is a dummy: for a critic's values."""
+        """Return a copy with the last token as one more predictor and a dummy target, for a critic's value there."""
         last = len(self.prompt) + self.length - 1
         return replace(self, predictors=(*self.predictors, last), targets=(*self.targets, 0))
 
@@ -79,10 +79,10 @@ def microbatches(
     groups: Sequence[Sequence[Sample]], max_tokens: int, dtype: torch.dtype, device: torch.device,
     whole_groups: bool = False,
 ) -> Iterator[Microbatch]:  # fmt: skip
-    """Rows of up to `max_tokens` tokens, or of one larger sample. The samples of a group share one prompt.
+    """Yield rows of up to `max_tokens` tokens, or of one larger sample. The samples of a group share one prompt.
 
     Groups are sorted by their longest completion, since attention under masks pads completions to equal length. With
-    `whole_groups` no group is split. `dtype` is that of the policy's activations.
+    `whole_groups` no group is split, even if it exceeds `max_tokens`. `dtype` is the dtype of the policy's activations.
     """
     groups = [group for group in groups if group]
     total = sum(_size(group) for group in groups)
@@ -108,7 +108,7 @@ def microbatches(
 
 
 def sample_of(prompt: Sequence[int], episode: Episode, advantage: float = 0.0, weight: float = 1.0) -> Sample:
-    """A sample whose targets are the tokens that the policy sampled, all with the same advantage and weight."""
+    """Make a sample whose targets are the tokens that the policy sampled, all with this advantage and weight."""
     mask = episode.sampled_mask or (True,) * len(episode.completion_ids)
     behaviour = torch.tensor([x for x, sampled in zip(episode.behaviour_logprobs, mask, strict=True) if sampled])
     tokens = Tokens(behaviour, torch.full_like(behaviour, advantage), torch.full_like(behaviour, weight))
@@ -120,7 +120,7 @@ def sample_of(prompt: Sequence[int], episode: Episode, advantage: float = 0.0, w
 
 
 def single_text(token_ids: Sequence[int], dtype: torch.dtype, device: torch.device) -> Microbatch:
-    """A row of one text whose targets are all tokens but the first: C = len(token_ids) - 1."""
+    """Return a row of one text whose targets are all tokens but the first: C = len(token_ids) - 1."""
     zeros = torch.zeros(len(token_ids) - 1)
     completion, predictors = tuple(token_ids[1:]), tuple(range(len(token_ids) - 1))
     sample = Sample(tuple(token_ids[:1]), completion, predictors, completion, Tokens(zeros, zeros, zeros))
@@ -128,8 +128,8 @@ def single_text(token_ids: Sequence[int], dtype: torch.dtype, device: torch.devi
 
 
 def empty_batch(dtype: torch.dtype, device: torch.device, optional: Iterable[str] = ()) -> Microbatch:
-    """A row of one token without targets: its loss has no terms (C = 0), and its gradients are 0. `optional` names the
-    optional fields of `Tokens` that other rows have."""
+    """Return a row of one token without targets (C = 0), whose loss has no terms and whose gradients are 0. `optional`
+    names the optional fields of `Tokens` that other rows have."""
     row, empty = single_text((0, 0), dtype, device), torch.zeros(0, device=device)
     return replace(
         row,
@@ -142,7 +142,7 @@ def empty_batch(dtype: torch.dtype, device: torch.device, optional: Iterable[str
 
 
 def shares(sizes: Sequence[int], ranks: int) -> list[list[int]]:
-    """Split groups of these sizes among `ranks` learners, with about equal work each. Returns each rank's indices."""
+    """Split groups of `sizes` tokens among `ranks` learners about equally. Return the indices of each rank's groups."""
     assigned: list[list[int]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]) if ranks > 1 else range(len(sizes)):
@@ -153,12 +153,12 @@ def shares(sizes: Sequence[int], ranks: int) -> list[list[int]]:
 
 
 def _size(group: Sequence[Sample]) -> int:
-    """Tokens of the prompt, once, and of all completions."""
+    """Count the tokens of the prompt, once, and of all completions."""
     return len(group[0].prompt) + sum(sample.length for sample in group)
 
 
 def _join_tokens(samples: Sequence[Sample], device: torch.device) -> Tokens:
-    """The tokens of all samples, concatenated. A field that any sample lacks is None."""
+    """Concatenate the `tokens` of all samples. A field that any sample lacks is None."""
     columns = {field.name: [getattr(sample.tokens, field.name) for sample in samples] for field in fields(Tokens)}
     joined: dict[str, Any] = {
         name: None if any(values is None for values in column) else send(torch.cat(column), device)
@@ -168,7 +168,7 @@ def _join_tokens(samples: Sequence[Sample], device: torch.device) -> Tokens:
 
 
 def _pack(branches: Sequence[_Branch], dtype: torch.dtype, device: torch.device) -> Microbatch:
-    """One row: each prompt, followed by its completions. An example with prompts p (completions a and b) and q (c):
+    """Pack one row: each prompt, followed by its completions. An example, prompts p (completions a and b) and q (c):
 
         index         0    1    2    3    4    5    6    7    8
         input_ids     p0   p1   p2 | a0   a1 | b0 | q0   q1 | c0    the last tokens a2, b1 and c1 are targets only

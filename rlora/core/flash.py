@@ -31,7 +31,7 @@ def check_heads(base: PreTrainedConfig) -> None:
     if size > _LARGEST_HEAD or size % 8:
         raise RloraError(
             f"model: its attention heads have {size} dimensions, but GPU kernels support multiples of 8 up to "
-            f"{_LARGEST_HEAD}; use a different model, or set engine.gpus and learner.gpus to 0"
+            f"{_LARGEST_HEAD}; use a different model, or train on the CPU: set engine.gpus and learner.gpus to 0"
         )
 
 
@@ -47,7 +47,7 @@ class Spans:
 
 @dataclass(frozen=True)
 class Segments:
-    """A row of N tokens: each prompt, followed by its completions."""
+    """Layout of a row of N tokens for varlen kernels. Each prompt is followed by its completions."""
 
     causal: Spans  # each prompt and each completion attends to itself
     prefix: Spans | None  # completions attend to their prompts; None if all completions are empty
@@ -57,6 +57,7 @@ class Segments:
 
     @classmethod
     def from_lengths(cls, lengths: Lengths, device: torch.device) -> "Segments":
+        """Build the layout of a row with prompts and completions of these lengths."""
         segments, queries, keys = list[int](), list[int](), list[int]()
         completion_tokens, prompt_tokens = list[int](), list[int]()
         end = 0
@@ -69,7 +70,6 @@ class Segments:
                 keys.append(prompt)
                 prompt_tokens += range(start, start + prompt)
                 completion_tokens += range(start + prompt, end)
-
         return cls(
             _spans(segments, segments, True, device),
             _spans(queries, keys, False, device) if queries else None,
@@ -79,7 +79,7 @@ class Segments:
         )
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """softmax(q k^T * scale) v over the visible tokens. q (N, H, D); k, v (N, K, D) -> (N, H, D)"""
+        """Compute the attention of `Layout.attend`. q (N, H, D); k, v (N, K, D) -> (N, H, D)"""
         return _Attention.apply(q, k, v, self, scale)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -118,7 +118,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _spans(queries: Sequence[int], keys: Sequence[int], is_causal: bool, device: torch.device) -> Spans:
-    """Consecutive spans with these lengths."""
+    """Make consecutive spans of these lengths."""
     query_starts, key_starts = (_integers([0, *accumulate(x)], device, torch.int32) for x in (queries, keys))
     return Spans(query_starts, key_starts, (max(queries), max(keys)), is_causal)
 
@@ -128,12 +128,12 @@ def _integers(numbers: Sequence[int], device: torch.device, dtype: torch.dtype =
 
 
 def _weight(lse: Tensor, lse_merged: Tensor) -> Tensor:
-    """The weight of one call's output in the merged output. (H, N) -> (N, H, 1)"""
+    """Return the weight of one call's output in the merged output. (H, N) -> (N, H, 1)"""
     return (lse - lse_merged).exp().T[..., None]
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float) -> tuple[Tensor, Tensor, Any]:
-    """The output (N, H, D), the log-sum-exp of each query's scores (H, N), and the kernel's state for backward."""
+    """Return the output (N, H, D), the log-sum-exp of each query's scores (H, N), and the kernel's saved state."""
     if q.is_meta:  # memory is being counted
         return torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=torch.float32), None
     if not q.is_cuda:
@@ -147,7 +147,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float) -> tup
 def _backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spans: Spans, scale: float, extra: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v through these spans' scores; `out` and `lse` are the merged ones."""
+    """Return the gradients of q, k and v through the scores of `spans`, given the merged `out` and `lse`."""
     if q.is_meta:
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     if not q.is_cuda:
@@ -196,5 +196,5 @@ def _scores(q: Tensor, k: Tensor, is_causal: bool, scale: float) -> Tensor:
 
 
 def _repeated(keys: Tensor, q: Tensor) -> Tensor:
-    """Keys or values, repeated for each query head. (S, K, D) -> (S, H, D)"""
+    """Repeat keys or values for each query head. (S, K, D) -> (S, H, D)"""
     return keys.repeat_interleave(q.shape[1] // keys.shape[1], 1)

@@ -36,7 +36,7 @@ _QUANTISED = {"none": 1.0, "int8": 0.5, "nf4": 0.28}  # size relative to 16 bits
 
 
 class Rows(NamedTuple):
-    """The most tokens in a row, and whether the backward pass recomputes activations."""
+    """Size of a learner's rows: the maximum of tokens, and whether the backward pass recomputes activations."""
 
     tokens: int
     checkpointing: bool
@@ -44,12 +44,12 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that a learner holds."""
+    """Bytes of memory that a learner with one policy needs, by part."""
 
     base: int  # the frozen weights
-    adapter: int  # fp32 masters, gradients and Adam's moments of the trained weights
-    activations: int  # peak of a pass over the largest row, without logits
-    head: int  # the logits that are held at a time
+    adapter: int  # fp32 master weights, gradients and Adam's moments of the trained weights
+    activations: int  # peak of a forward and backward pass over the largest row, without logits
+    head: int  # the logits that are in memory at the same time
 
     @property
     def fixed(self) -> int:
@@ -63,7 +63,7 @@ class Footprint:
 
     @property
     def on_gpu(self) -> int:
-        """Bytes of GPU memory, with the fragmentation of torch's allocator."""
+        """Bytes of GPU memory, including the fragmentation of torch's allocator."""
         return int(self.fixed + FRAGMENTED * self.per_row)
 
 
@@ -106,7 +106,7 @@ def _storage(tensor: Tensor) -> Any:
 
 
 def footprint(config: Config, base: PreTrainedConfig, rows: Rows, on_gpu: bool) -> Footprint:
-    """The memory of a learner with one policy; `base` is the config of its base model."""
+    """Count the memory of a learner with one policy, on a GPU or CPU. `base` is the config of the base model."""
     model, learner = meta_model(base, DTYPES[config.dtype]), config.learner
     base_bytes = _base_bytes(model, learner)
     policies = Policies(model, rows.checkpointing, learner.full_finetuning)
@@ -126,13 +126,13 @@ def footprint(config: Config, base: PreTrainedConfig, rows: Rows, on_gpu: bool) 
 
 
 def adapter_bytes(config: Config, base: PreTrainedConfig) -> int:
-    """`Footprint.adapter` alone: the bytes that each additional policy with its critic takes in a learner."""
+    """Count `Footprint.adapter` only: the bytes that a learner needs for each further policy with its critic."""
     policies = Policies(meta_model(base, DTYPES[config.dtype]), full_weights=config.learner.full_finetuning)
     return _training_bytes(_add_policies(policies, config), config)
 
 
 def _add_policies(policies: Policies, config: Config) -> list[Tensor]:
-    """Add a policy and its critic. Returns their trained weights."""
+    """Add a policy and its critic. Return the trained weights of both."""
     if config.learner.full_finetuning:
         return list(policies.base.parameters())
     setup, trained = _setup(config), list[Tensor]()
@@ -144,17 +144,17 @@ def _add_policies(policies: Policies, config: Config) -> list[Tensor]:
 
 
 def _training_bytes(weights: Sequence[Tensor], config: Config) -> int:
-    """4 bytes per weight for the gradient, 8 for Adam's moments, and 4 for a master unless the weight is its own."""
+    """Count 4 bytes per weight for the gradient, 8 for Adam's moments, 4 for the master unless the base has it."""
     masters = 0 if config.learner.full_finetuning and config.dtype == "float32" else 4
     return sum(int(weight.numel()) for weight in weights) * (masters + 4 + 8)
 
 
 def rows_for(config: Config, base: str, device: torch.device) -> Rows:
-    """The rows that this machine uses for `learner.microbatch_tokens` = 0 and `learner.checkpointing` = "auto".
+    """Return the rows of a learner on `device`: resolve `learner.microbatch_tokens = 0` and
+    `learner.checkpointing = "auto"`. `base` is the directory or hub id of the base model.
 
-    `base` is the directory of the base model. On a GPU they are the largest rows that fit in the learner's part of the
-    card, preferably without checkpointing. Raises RloraError if no row fits (the message says which would), or if the
-    GPU kernels do not support the base.
+    On a GPU the rows are the largest that fit into the learner's share of the GPU, preferably without checkpointing.
+    Raises RloraError if no row fits (the message says which would), or if the GPU kernels do not support the base.
     """
     if device.type != "cuda":
         return cpu_rows(config)
@@ -166,15 +166,15 @@ def rows_for(config: Config, base: str, device: torch.device) -> Rows:
 
 
 def cpu_rows(config: Config) -> Rows:
-    """The rows that a CPU uses: "auto" is without checkpointing."""
+    """Return the rows on a CPU: 2048 tokens by default. `learner.checkpointing = "auto"` is without checkpointing."""
     return Rows(config.learner.microbatch_tokens or CPU_TOKENS, config.learner.checkpointing is True)
 
 
 def fitting_rows(config: Config, base: PreTrainedConfig, budget: int, part: str) -> Rows:
-    """The largest rows that fit in `budget` bytes of a GPU; `part` describes the budget in error messages.
+    """Return the largest rows that fit into `budget` bytes of a GPU. `part` describes the budget in error messages.
 
     Only a row of the longest prompt and completion is counted, without and with checkpointing. The activations of
-    larger rows are extrapolated from their tokens. Raises RloraError if no row fits.
+    larger rows are extrapolated in proportion to their tokens. Raises RloraError if no row fits.
     """
     tokens, checkpointing = config.learner.microbatch_tokens, config.learner.checkpointing
     shortest = config.max_model_len
@@ -193,7 +193,7 @@ def fitting_rows(config: Config, base: PreTrainedConfig, budget: int, part: str)
         f"rows of about {fits} tokens would fit: lower sampling.max_tokens or sampling.max_prompt_tokens, since a row "
         "holds at least one prompt with one completion"
         if fits
-        else "use a smaller model, a larger card, learner.quantise, or learner.shard over several cards"
+        else "use a smaller model, a larger GPU, learner.quantise, or learner.shard with learner.replicas = 2 or more"
     )
     raise RloraError(
         f"GPU: the learner needs {memory.on_gpu / gib:.1f} GiB and has {budget / gib:.1f}, {part}: "
@@ -204,7 +204,8 @@ def fitting_rows(config: Config, base: PreTrainedConfig, budget: int, part: str)
 
 
 def largest_row(config: Config, tokens: int, device: torch.device, on_gpu: bool) -> Microbatch:
-    """The largest row of up to `tokens` tokens: the longest prompts, each with the longest completions."""
+    """Make the largest row of up to `tokens` tokens, or of one sample: the longest prompts, each with the longest
+    completions. `on_gpu` gives a row on the meta device the layout of a GPU."""
     completion, prompt = config.sampling.max_tokens, config.sampling.max_prompt_tokens
     groups, remaining = list[int](), max(tokens, config.max_model_len)  # completions per group, and tokens
     while (count := min(config.group_size, (remaining - prompt) // completion)) > 0:
@@ -221,7 +222,8 @@ def largest_row(config: Config, tokens: int, device: torch.device, on_gpu: bool)
 
 
 def rehearse(policies: Policies, config: Config, tokens: int, device: torch.device) -> int:
-    """Compute the largest row once. Returns the peak bytes that torch reserved on a GPU; unused ones are released."""
+    """Compute the largest row once, forward and backward, and release unused memory. Return the peak bytes that torch
+    reserved on the GPU; 0 on a CPU."""
     if not policies.full_weights:
         policies.add(_POLICY, _setup(config).spec, seed=0)
     try:
@@ -237,7 +239,8 @@ def rehearse(policies: Policies, config: Config, tokens: int, device: torch.devi
 
 
 def forward_backward(policies: Policies, policy: str, row: Microbatch, entropies: bool = False) -> None:
-    """Run a forward and backward pass with a dummy loss; gradients add up in the policy's parameters."""
+    """Run a forward and backward pass over `row`. The loss is a dummy: the sum of the logprobs, plus the entropies if
+    `entropies` is True. Gradients accumulate in `.grad` of the policy's parameters."""
     outputs = policies.outputs(row, policy, entropies=entropies)
     (outputs.logprobs if outputs.entropies is None else outputs.logprobs + outputs.entropies).sum().backward()
 
@@ -255,7 +258,7 @@ def _vocabulary(base: PreTrainedConfig) -> int:
 
 
 def _base_bytes(model: PreTrainedModel, learner: LearnerConfig) -> int:
-    """Bytes of the base in this learner. Embeddings and head are neither quantised nor sharded."""
+    """Count the bytes of the base in a learner. Embeddings and head are neither quantised nor sharded."""
     total = sum(map(bytes_of, [*model.parameters(), *model.buffers()]))
     inner = sum(bytes_of(matrix.weight) for matrix in matrices(model) if matrix.kind != "head")
     share = _QUANTISED[learner.quantise] / (learner.replicas if learner.shard else 1)

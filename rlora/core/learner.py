@@ -1,4 +1,4 @@
-"""The learner: K policies over one resident base, each with its own masters, Adam and random state."""
+"""The learner: K policies over one resident base, each with its own fp32 master weights, Adam and random state."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -37,7 +37,7 @@ Groups = Sequence[Sequence[Sample]]  # the samples of a group share one prompt, 
 
 @dataclass(eq=False)
 class PolicyState:
-    """The learner's state of one policy. It does not depend on the other policies."""
+    """The learner's state of one policy, which does not depend on other policies."""
 
     name: str
     setup: Setup
@@ -47,11 +47,11 @@ class PolicyState:
     random: dict[str, Tensor]  # the state of every random generator, between two updates
     critic: "PolicyState | None" = None
     number: int = 0  # of the current version
-    skipped_in_a_row: int = 0  # updates whose loss or gradient was not finite
+    skipped_in_a_row: int = 0  # consecutive updates without a finite loss and gradient
     canary: Canary | None = None  # of the current version; None after an optimizer step until the next version
 
     def zero_grad(self) -> None:
-        """Drop the gradients of the policy and its critic."""
+        """Drop the gradients of the policy and of its critic."""
         self.optimizer.zero_grad()
         if self.critic:
             self.critic.zero_grad()
@@ -59,18 +59,18 @@ class PolicyState:
 
 @dataclass(frozen=True)
 class ForwardBackwardOutput:
-    """The result of a forward and backward pass: sums over all learners, outputs of this learner's samples."""
+    """The result of a forward and backward pass: sums over all learners, and outputs of this learner's samples."""
 
-    sums: dict[str, float]  # the loss's figures summed over all targets, with the number of targets `tokens` and `loss`
+    sums: dict[str, float]  # over all targets: the figures of the loss, `loss`, and `tokens`, the number of targets
     outputs: list[list[Tensor]]  # per sample, the logprobs or values of its targets: (C,) float32 on the CPU
 
 
 class Learner:
-    """Loads the frozen base from `base` and trains policies over it, each opened under a unique name.
+    """Loads the frozen base from `base`, a directory or hub id, and trains policies over the base, one per name.
 
-    From the same episodes a policy learns bit for bit the same, whichever policies are trained beside it: each row of a
-    forward pass belongs to one policy. A policy's critic is the policy `<name>/critic`, whose outputs are values. Only
-    the process-wide fields of `config` are used here: the model, its dtype, sharding and quantisation.
+    A policy is trained bit for bit the same whichever other policies are open, because each row of a forward pass
+    belongs to one policy. The critic of a policy is the policy `<name>/critic`, whose outputs are values. Only the
+    process-wide fields of `config` are used here, such as the dtype, sharding and quantisation of the base.
     """
 
     def __init__(self, config: Config, base: str) -> None:
@@ -90,7 +90,8 @@ class Learner:
         self._base_logprobs: dict[int, tuple[float, ...]] = {}  # the base's canary, by its number of tokens
 
     def join(self, address: str, rank: int, ranks: int) -> None:
-        """Become one of `ranks` learners that share each update; rank 0 listens at `address` (host:port)."""
+        """Become one of `ranks` learners that share each update; rank 0 listens at `address` (host:port). Blocks until
+        all have joined. Raises RloraError if the connection fails."""
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         host, _, port = address.rpartition(":")
         try:
@@ -102,19 +103,21 @@ class Learner:
             )
             torch.distributed.all_reduce(torch.zeros(1, device=self.device))  # NCCL connects at its first use
         except RuntimeError as error:
-            raise RloraError(f"learner {rank} of {ranks}: no connection to rank 0 at {address}: {error}") from error
+            reason = f"no connection to rank 0 at {address} ({error})"
+            fix = "check that no firewall blocks TCP connections between the nodes of the learners"
+            raise RloraError(f"learner {rank} of {ranks}: {reason}; {fix}") from error
         self.rank, self.ranks = rank, ranks
         if self.config.learner.shard:
             shard(self.policies.body, self.device)
             self.policies.base.to(self.device)  # the weights that are not sharded
 
     def rehearse(self) -> tuple[str, int]:
-        """Compute the largest row once under a temporary adapter. Returns the GPU's UUID and the peak bytes that this
-        process reserved on it; an engine may use the rest of the card."""
+        """Compute the largest row once, under a temporary adapter. Return the GPU's UUID and the peak bytes that this
+        process reserved there ("" and 0 on a CPU); an engine may use the rest of the GPU."""
         return device.card_uuid(), rehearse(self.policies, self.config, self.rows.tokens, self.device)
 
     def about(self) -> str:
-        """A line for the log: device, dtype, attention and rows."""
+        """Return a line for the log: device, dtype, attention and rows."""
         by_segments = self.device.type == "cuda" and self.config.dtype != "float32"
         attention = "by varlen kernels" if by_segments else "under masks"
         tokens = self.config.learner.microbatch_tokens or self.rows.tokens
@@ -127,7 +130,7 @@ class Learner:
     # --- opening and closing policies ---
 
     def open(self, policy: str, setup: Setup, saved: bytes | None = None) -> Adapter:
-        """Start a policy, or restore it from the bytes of `state()`. Returns its adapter.
+        """Start a policy, or restore the policy from `saved`, the result of `state()`. Return the policy's adapter.
 
         Raises RloraError, leaving other policies unchanged, if the name is taken, the adapter does not fit the base, or
         `saved` belongs to a different base, rank or set of matrices.
@@ -135,12 +138,12 @@ class Learner:
         full_weights, critic = self.policies.full_weights, critic_of(policy)
         if policy in self.states or (full_weights and self.states):
             only_one = 'with learner.adapter = "none" a learner has only one policy'
-            reason = only_one if full_weights else "it is already open"
+            reason = only_one if full_weights else "a policy of this name is already open"
             raise RloraError(f"policy {policy}: {reason}; close the open policy first")
         if policy.endswith(suffix := critic_of("")):
-            raise RloraError(f"policy {policy}: names that end in {suffix} are reserved for critics; rename it")
+            raise RloraError(f"policy {policy}: names that end in {suffix} are reserved for critics; rename the policy")
         if self._base_was_trained and saved is None:
-            raise RloraError(f"policy {policy}: a previous policy trained all weights; start a new learner")
+            raise RloraError(f"policy {policy}: a previous policy trained all weights of the base; start a new learner")
         receive(setup.plugins)
         try:
             if not full_weights:
@@ -164,14 +167,14 @@ class Learner:
         return self.adapter(policy)
 
     def close(self, policy: str) -> None:
-        """Remove a policy and its critic, if it is open."""
+        """Remove a policy and its critic. Does nothing if the policy is not open."""
         for name in (policy, critic_of(policy)):
             if state := self.states.pop(name, None):
                 state.optimizer.close()
             self.policies.remove(name)
 
     def adapter(self, policy: str) -> Adapter:
-        """The current version in PEFT's format; with `learner.adapter = "none"` all weights in transformers' format."""
+        """Return the current version in PEFT's format, or with `full_weights` all weights in transformers' format."""
         state = self.states[policy]
         if not self.policies.full_weights:
             files = peft_format.encode(self.policies.bank, policy, self.base)
@@ -182,10 +185,10 @@ class Learner:
         return Adapter(policy, state.number, config, weights, full_weights=True, canary=state.canary)
 
     def state(self, policy: str) -> bytes:
-        """Everything that the policy's next update depends on except its groups and setup, in safetensors format.
+        """Return everything that the next update depends on, except its groups and setup, in safetensors format.
 
-        Masters and Adam's moments by matrix and factor (the critic's too), the version's number, the state of every
-        random generator, and the base's canary, by which `open` recognises the base.
+        The tensors are fp32 master weights and Adam's moments by matrix and factor (the critic's too), the version's
+        number, the state of every random generator, and the base's canary, by which `open` recognises the base.
         """
         state = self.states[policy]
         counts = {"version": state.number, "skipped_in_a_row": state.skipped_in_a_row}
@@ -201,8 +204,8 @@ class Learner:
 
     @torch.no_grad()
     def forward(self, policy: str, groups: Groups, reference: bool = False) -> list[list[Tensor]]:
-        """Logprobs of each sample's targets at the policy's temperature, or a critic's values: (C,) float32 on the CPU.
-        With `reference` they are the base's logprobs."""
+        """Compute the logprobs of each sample's targets at the policy's temperature, or a critic's values: (C,) float32
+        on the CPU, by group and sample. With `reference` the logprobs are the base's."""
         state = self.states[policy]
         return by_sample(
             groups, [(row.samples, _values(self._outputs(state, row, reference))) for row in self._rows(state, groups)]
@@ -211,7 +214,7 @@ class Learner:
     def forward_backward(self, policy: str, groups: Groups, loss: Loss) -> ForwardBackwardOutput:
         """Add the gradient of `loss`, summed over microbatches, to the policy's accumulated gradient.
 
-        An error drops the accumulated gradient, and so do `update` and `optim_step`.
+        The accumulated gradient is cleared by an error, by `update` and by `optim_step`.
         """
         state, zero = self.states[policy], torch.zeros((), device=self.device)
         sums, rows = {"loss": zero, "tokens": zero}, list[tuple[Sequence[Sample], Tensor]]()
@@ -242,8 +245,8 @@ class Learner:
         return ForwardBackwardOutput(dict(zip(names, totals, strict=True)), by_sample(groups, rows))
 
     def optim_step(self, policy: str, adam: Adam) -> StepStats:
-        """Step along the gradient that `forward_backward` accumulated, and clear it. Without a gradient, or with one
-        that is not finite, nothing changes."""
+        """Step along the gradient that `forward_backward` accumulated, and clear the gradient. Without a gradient, or
+        with a gradient that is not finite, weights and moments do not change."""
         state = self.states[policy]
         if self.ranks > 1:
             state.optimizer.all_reduce()
@@ -255,8 +258,8 @@ class Learner:
 
         A minibatch with a non-finite loss or gradient leaves adapter and optimizer unchanged, and likewise for the
         critic; the version number increases anyway. Gradients that were accumulated before are dropped. If several
-        learners share the update, each receives all groups and computes its share. Their gradients are summed, and all
-        learners take the same steps.
+        learners share the update, each receives all groups and computes its share. The gradients of all learners are
+        summed, and all learners take the same steps. Return the adapter of the next version, and metrics.
         """
         state = self.states[policy]
         with self._policy_context(state):
@@ -266,7 +269,7 @@ class Learner:
         return updated, stats
 
     def next_version(self, policy: str) -> Adapter:
-        """Number the current weights as the policy's next version, and return its adapter."""
+        """Make the current weights the next version: increase the version's number by 1, and return the adapter."""
         state = self.states[policy]
         state.number, state.canary = state.number + 1, state.canary or self.canary_of(state)
         return self.adapter(policy)
@@ -274,7 +277,7 @@ class Learner:
     # --- helpers ---
 
     def all_reduce(self, sums: Tensor) -> Tensor:
-        """The sum over all learners."""
+        """Return the elementwise sum of `sums` over all learners."""
         if self.ranks == 1:
             return sums
         sums = sums.to(self.device)
@@ -288,20 +291,20 @@ class Learner:
         return state
 
     def _check_figures(self, state: PolicyState, names: list[str]) -> None:
-        """Raise RloraError on all learners if their figures differ, since sums over learners would mix figures."""
+        """Raise RloraError on all learners if the names of figures differ: sums over learners would mix figures."""
         if self.ranks > 1:
             digest = int.from_bytes(hashlib.sha256(" ".join(names).encode()).digest()[:4])
             ends = torch.tensor([digest, -digest], device=self.device)
             torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MIN)
             if int(ends.sum()) != 0:
                 raise RloraError(
-                    f"algorithm.name = {state.setup.algorithm.name!r}: its loss returns different figures for some "
-                    f"microbatches, here {names}; return the same figures each time if several learners share an update"
+                    f"algorithm.name = {state.setup.algorithm.name!r}: its loss returns figures of different names for "
+                    f"some microbatches, here {names}; return the same names for all, since learners sum their figures"
                 )
 
     @contextmanager
     def _policy_context(self, state: PolicyState) -> Iterator[None]:
-        """Context with the policy's random state, in which errors of a plug-in name its file and line."""
+        """Context with the policy's random state. Errors of a plug-in name the plug-in's file and line."""
         if self._in_context:  # `forward_backward` within `update`
             yield
             return
@@ -316,10 +319,10 @@ class Learner:
 
     @torch.no_grad()
     def canary_of(self, state: PolicyState) -> Canary | None:
-        """The policy's logprobs of a few random tokens, which are always the same.
+        """Compute the policy's canary: logprobs of a few random tokens, always the same, by which engines are checked.
 
-        None if the context is shorter than two tokens, or if the adapter covers the head, which vLLM can't apply to
-        the logprobs of a prompt.
+        None if the context has fewer than three tokens, or if the adapter covers the output head, which vLLM does not
+        apply to the logprobs of a prompt.
         """
         count = min(_CANARY_TOKENS, state.setup.max_model_len - 1)  # an engine samples one more
         if count < 2 or self.policies.adapts_head(state.name):
@@ -341,7 +344,7 @@ class Learner:
             if difference > _MAX_BASE_DIFFERENCE:
                 raise RloraError(
                     f"model = {self.config.model!r}: the saved adapter was trained on a different base: the logprobs "
-                    f"of a few tokens are {difference:.2g} nats apart; use the base that it was trained on"
+                    f"of a few tokens are {difference:.2g} nats apart; use the base of the saved adapter"
                 )
         policy_tensors, critic_tensors = split_critic(with_current_names(tensors, self.policies, state.name))
         state.optimizer.resume(policy_tensors)
@@ -352,7 +355,7 @@ class Learner:
         state.canary = self.canary_of(state)
 
     def _outputs(self, state: PolicyState, row: Microbatch, reference: bool = False) -> Outputs | Tensor:
-        """The outputs of a policy, or with `reference` of the base, for a row; a critic's values."""
+        """Compute the outputs of a policy, or with `reference` of the base, for a row; for a critic its values."""
         if state.name in self.policies.value_heads:
             return self.policies.values(row, state.name)
         policy = None if reference else state.name
@@ -369,7 +372,7 @@ class Learner:
         return empty_batch(self.policies.base.dtype, self.device, optional)
 
     def _pad_rows(self, rows: Iterator[Microbatch], state: PolicyState) -> Iterator[Microbatch]:
-        """`rows`, then empty rows until all ranks are done: with shards, all ranks must run the same passes."""
+        """Yield `rows`, then empty rows until all ranks are done: with shards, all ranks must run the same passes."""
         while True:
             row = next(rows, None)
             remaining = torch.tensor(int(row is not None), device=self.device)
@@ -384,7 +387,7 @@ def _values(outputs: Outputs | Tensor) -> Tensor:
 
 
 def by_sample(groups: Groups, rows: Sequence[tuple[Sequence[Sample], Tensor]]) -> list[list[Tensor]]:
-    """Split the (C,) values of each row by sample, after one copy to the CPU. A row comes with its samples."""
+    """Split the (C,) values of each row by sample, after one copy to the CPU. `rows` are (samples, values) pairs."""
     joined = torch.cat([values for _, values in rows]).cpu() if rows else torch.zeros(0)
     samples = [sample for row_samples, _ in rows for sample in row_samples]
     parts = joined.split([len(sample.targets) for sample in samples])

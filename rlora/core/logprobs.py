@@ -15,7 +15,7 @@ LOGITS = {"cpu": 3 * 2**21, "cuda": 2**28, "meta": 2**21}
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """log softmax(h W^T / t) at the target.
+    """Computes log softmax(h W^T / t) at the target.
 
     A logprob is one number, so its gradient with respect to h is one vector per token, (W[target] - p W) / t. The
     forward pass computes it while it has p; the backward pass only scales it. Logits are neither kept nor recomputed.
@@ -49,7 +49,7 @@ class _TokenLogprobs(torch.autograd.Function):
 def token_logprobs(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float = 1.0
 ) -> Tensor:
-    """Natural logs of the targets' probabilities under softmax(hidden weight^T / temperature), in fp32.
+    """Return the natural logs of the targets' probabilities under softmax(hidden weight^T / temperature), in fp32.
 
     hidden (C, d), weight (V, d), bias (V,) or None, targets (C,) int64 -> (C,). Gradients reach only `hidden`: the head
     is frozen. Logits are rounded to the head's dtype, as in the engine, and so is each probability relative to the
@@ -62,7 +62,7 @@ def logprobs_and_entropies(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: tuple[Tensor, Tensor] | None,
     targets: Tensor, temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Logprobs of the targets and entropies -sum p log p in nats, (C,) each; shapes as in `token_logprobs`.
+    """Return logprobs of the targets and entropies -sum p log p in nats, (C,) each; shapes as in `token_logprobs`.
 
     Gradients also reach a trained head, or an adapter over the head: A (r, d) and B (V, r). The backward pass
     recomputes the logits, one chunk at a time.
@@ -80,6 +80,6 @@ def logprobs_and_entropies(
 
 
 def _chunks(hidden: Tensor, vocabulary: int) -> list[slice]:
-    """Slices of tokens whose logits are held at the same time; one empty slice if there are no tokens."""
+    """Return slices of tokens whose logits are held at the same time; one empty slice if there are no tokens."""
     chunk = max(1, LOGITS[hidden.device.type] // vocabulary)
     return [slice(start, start + chunk) for start in range(0, max(1, len(hidden)), chunk)]

@@ -56,7 +56,7 @@ class Spec:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def rank_of(self, matrix: Matrix) -> int:
-        """The adapter's rank for a matrix; 0 if the matrix is not adapted.
+        """Return the adapter's rank for a matrix; 0 if the matrix is not adapted.
 
         With `shares_rank` an expert's rank is `rank` divided by the experts per token, at least 1 ("LoRA Without
         Regret", Thinking Machines 2025), so that each token uses as many adapter parameters there as elsewhere.
@@ -69,7 +69,7 @@ class Spec:
         return _match(self.rank_pattern, matrix.key, rank) if is_target else 0
 
     def scale(self, key: str, rank: int) -> float:
-        """The scale of B A for the matrix `key`, in which the adapter has this rank."""
+        """Return the scale of B A for the matrix `key`, given the adapter's rank for this matrix."""
         return _match(self.alpha_pattern, key, self.alpha) / max(1, math.sqrt(rank) if self.rslora else rank)
 
 
@@ -79,14 +79,14 @@ def _match(pattern: Mapping[str, _Number], key: str, default: _Number) -> _Numbe
 
 @dataclass
 class Serving:
-    """The name of the adapter that all layers of a bank apply; None applies none, which is the base."""
+    """The name of the adapter that all layers of a bank apply; with None they compute the base alone."""
 
     adapter: str | None = None
 
 
 @dataclass(eq=False)
 class Pair:
-    """A and B of one adapter for one matrix: fp32 masters in PEFT's layout."""
+    """A and B of one adapter for one matrix: fp32 master weights in PEFT's layout."""
 
     a: nn.Parameter  # (E r, d_in), rows grouped by expert; E is 1 without experts
     b: nn.Parameter  # (d_out, r E), columns interleaved by expert: those of one expert are E apart
@@ -110,10 +110,10 @@ class Factors:
         self.pairs[name] = Pair(nn.Parameter(a), nn.Parameter(b), spec.scale(self.matrix.key, rank))
 
     def served(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """A (r, d_in) and B (d_out, r) of the served adapter; with experts (E, r, d_in) and (E, d_out, r).
+        """Return A (r, d_in) and B (d_out, r) of the served adapter; with experts (E, r, d_in) and (E, d_out, r).
 
-        They are as in the engine: rounded to the dtype of the activations, with the scale folded into B. Gradients
-        pass through the rounding to the masters. None if no adapter is served or this matrix is not adapted.
+        A and B are as in the engine: rounded to `dtype`, that of the activations, with the scale folded into B.
+        Gradients reach the fp32 master weights. None if no adapter is served or this matrix is not adapted.
         """
         pair = self.pairs.get(self.serving.adapter) if self.serving.adapter else None
         if pair is None:
@@ -123,12 +123,12 @@ class Factors:
 
 
 def split_experts(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """A (E r, d_in) and B (d_out, r E) in PEFT's layout -> A (E, r, d_in) and B (E, d_out, r), views."""
+    """Return views by expert: A (E r, d_in) and B (d_out, r E) in PEFT's layout -> A (E, r, d_in), B (E, d_out, r)."""
     return a.view(experts, -1, a.shape[1]), b.view(len(b), -1, experts).permute(2, 0, 1)
 
 
 def _initial(init: Init, experts: int, rank: int, d_in: int, generator: torch.Generator) -> Tensor:
-    """The initial A, (E r, d_in).
+    """Draw the initial A, (E r, d_in).
 
     PiSSA (arXiv:2404.02948), which starts from the base's singular vectors, is not offered: it subtracts its initial
     B A from the base, so the adapter would be of no use with the original base.
@@ -164,7 +164,7 @@ class LoRAExperts(nn.Module):
         self.base, self.gate_up_factors, self.down_factors = base, gate_up_factors, down_factors
 
     def forward(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """x (tokens, H), each token's experts and their weights (tokens, top k) -> (tokens, H)."""
+        """Compute the layer. x (tokens, H), each token's experts and their weights (tokens, top k) -> (tokens, H)"""
         served_gate_up, served_down = self.gate_up_factors.served(x.dtype), self.down_factors.served(x.dtype)
         if served_gate_up is None and served_down is None:
             return self.base(x, top_k_index, top_k_weights)  # type: ignore[no-any-return]
@@ -178,7 +178,7 @@ class LoRAExperts(nn.Module):
 
 
 def _routes(top_k_index: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """For each expert in use: its index, its tokens, and the column of `top_k_index` that chose it, (rows,) int64 each.
+    """Yield for each used expert the index, its tokens, and the columns of `top_k_index` that chose it, (rows,) int64.
 
     The meta device, which only counts memory, gets the worst case: all rows in as few experts as possible.
     """
@@ -191,7 +191,7 @@ def _routes(top_k_index: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
 
 
 def _product(weight: Any, served: tuple[Tensor, Tensor] | None) -> Callable[[Tensor, int], Tensor]:
-    """A function (rows, expert) -> the expert's matrix, with its adapter, times the rows."""
+    """Return a function (rows, expert) -> the expert's matrix, with its adapter, times the rows."""
     if served is None:
         return lambda h, expert: linear(h, weight[expert])
     a, b = (factor.unbind() for factor in served)
@@ -199,12 +199,12 @@ def _product(weight: Any, served: tuple[Tensor, Tensor] | None) -> Callable[[Ten
 
 
 def low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """y = W x + bias + b a x: x (..., d_in), W (d_out, d_in), a (r, d_in), b (d_out, r) -> (..., d_out)"""
+    """Compute W x + bias + b a x: x (..., d_in), W (d_out, d_in), a (r, d_in), b (d_out, r) -> (..., d_out)"""
     return _LowRank.apply(x, weight, bias, a, b)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def thin_product(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """y + b a x with y = W x (..., d_out), for a base layer that only exposes W x; shapes as in `low_rank`."""
+    """Compute y + b a x with y = W x (..., d_out), for base layers that only expose W x; shapes as in `low_rank`."""
     return torch.addmm(y.flatten(0, -2), x.flatten(0, -2) @ a.mT, b.mT).view_as(y)
 
 
@@ -232,7 +232,7 @@ class Bank:
     """Adapters over the weight matrices of `model`, which is frozen and changed in place.
 
     An adapter depends only on its spec and seed, and a forward pass only on the served adapter: adapters never affect
-    each other. `targets` are the matrices that adapters may target, by default all.
+    each other. `targets` are the matrices that adapters may target, by default those of `matrices(model)`.
     """
 
     def __init__(self, model: nn.Module, targets: Iterable[Matrix] | None = None) -> None:
@@ -249,15 +249,15 @@ class Bank:
             setattr(model.get_submodule(parent), leaf, layer)
 
     def add(self, name: str, spec: Spec, seed: int = 0) -> None:
-        """Add an adapter for the matrices that `spec` targets. Raises RloraError, changing nothing, if there are none
-        or one of them is not supported."""
+        """Add an adapter for the matrices that `spec` targets. Raises RloraError, changing nothing, if the model has no
+        such matrix, or if one of these matrices is not supported."""
         targets = [matrix for matrix in self.factors if spec.rank_of(matrix)]
         kind = type(self.model).__name__
         if not targets:
             wanted = spec.targets if isinstance(spec.targets, str) else sorted(spec.targets)[:3]
             raise RloraError(
                 f"model: none of the {len(self.factors)} weight matrices (torch.nn.Linear and experts) of {kind} is a "
-                f"target of the adapter ({wanted}); use a different model, or an adapter made for this one"
+                f"target of the adapter ({wanted}); use a different model, or an adapter made for this model"
             )
         for matrix in targets:
             if matrix.kind == "head":
@@ -284,17 +284,17 @@ class Bank:
             self.serves.adapter = previous
 
     def pairs_of(self, name: str) -> dict[Matrix, Pair]:
-        """A and B of one adapter, by the matrix that they adapt."""
+        """Return A and B of one adapter, keyed by matrix."""
         return {matrix: factors.pairs[name] for matrix, factors in self.factors.items() if name in factors.pairs}
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
-        """The masters of one adapter, by matrix and factor: `<key>.lora_A` and `<key>.lora_B`."""
+        """Return the fp32 master weights of one adapter, keyed by `<key>.lora_A` and `<key>.lora_B` of each matrix."""
         pairs = [(matrix.key, pair) for matrix, pair in self.pairs_of(name).items()]
         return {f"{key}.{factor}": p for key, pair in pairs for factor, p in (("lora_A", pair.a), ("lora_B", pair.b))}
 
 
 def matrices(model: nn.Module) -> Iterator[Matrix]:
-    """All matrices that can be adapted: PEFT's all-linear, fused experts, and the head. Routers are left out."""
+    """Yield all matrices that can be adapted: linear layers except routers, fused experts, and the output head."""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
@@ -311,8 +311,8 @@ def matrices(model: nn.Module) -> Iterator[Matrix]:
 def _check_untied(model: Any, head: Matrix) -> None:
     if model.get_input_embeddings().weight is head.module.weight:
         raise RloraError(
-            f"learner.head = true: the output head of {type(model).__name__} is tied to its embedding matrix, and the "
-            "engine can't adapt one without the other; set learner.head to false"
+            f"learner.head = true: the output head of {type(model).__name__} is tied to its embedding matrix, and "
+            "an engine can't adapt the head without the embeddings; set learner.head = false"
         )
 
 
@@ -322,5 +322,5 @@ def _check_layout(matrix: Matrix) -> None:
     if traits or not hasattr(experts, "_apply_gate"):
         raise RloraError(
             f"model: the experts in {matrix.module_name} ({type(experts).__name__}: {', '.join(traits) or 'no gate'}) "
-            'can\'t be adapted yet; use learner.targets = "attention"'
+            'have a layout that rlora does not support; set learner.targets = "attention"'
         )

@@ -35,17 +35,17 @@ class Tokens:
 
 
 def ratio_of(log_ratio: Tensor) -> Tensor:
-    """exp(log_ratio), capped at exp(MAX_LOG_RATIO), so that value and gradient are finite. (C,) -> (C,)"""
+    """Return exp(log_ratio), capped at exp(MAX_LOG_RATIO), so that value and gradient are finite. (C,) -> (C,)"""
     return _bounded(log_ratio).exp()
 
 
 def is_outside(ratio: Tensor, low: float, high: float) -> Tensor:
-    """Whether each ratio is outside of [1 - low, 1 + high]. (C,) -> (C,) bool"""
+    """Return whether each ratio is outside of [1 - low, 1 + high]. (C,) -> (C,) bool"""
     return (ratio < 1 - low) | (ratio > 1 + high)
 
 
 def sequence_log_ratio(log_ratio: Tensor, lengths: Tensor) -> Tensor:
-    """Each token gets the mean over its episode: log s_i of GSPO (arXiv:2507.18071, eq. 7). (C,), (E,) int64 -> (C,)"""
+    """Return each episode's mean for its tokens: log s_i of GSPO (arXiv:2507.18071, eq. 7). (C,), (E,) int64 -> (C,)"""
     return _to_tokens(_episode_sums(log_ratio, lengths) / lengths.clamp(min=1), lengths, len(log_ratio))
 
 
@@ -53,10 +53,10 @@ def sequence_log_ratio(log_ratio: Tensor, lengths: Tensor) -> Tensor:
 
 
 def importance(start: Tensor, behaviour: Tensor, lengths: Tensor, per_episode: bool) -> Tensor:
-    """p_start / p_behaviour, detached: per token, or the product over each episode. (C,) each, lengths (E,) -> (C,)
+    """Return p_start / p_behaviour, detached: per token, or the product over each episode. (C,), (C,), (E,) -> (C,)
 
-    With a cap this is truncated importance sampling (TIS, "Your Efficient RL Framework Secretly Brings You Off-Policy
-    RL Training", Yao et al. 2025). Set to 0 above the cap, it is masked importance sampling (MIS).
+    A loss weighted by the capped ratio is truncated importance sampling (TIS, "Your Efficient RL Framework Secretly
+    Brings You Off-Policy RL Training", Yao et al. 2025). With a ratio of 0 above the cap it is masked (MIS).
     """
     log_ratio = (start - behaviour).detach()
     if per_episode:
@@ -68,8 +68,8 @@ def importance(start: Tensor, behaviour: Tensor, lengths: Tensor, per_episode: b
 
 
 def kl(log_p: Tensor, log_q: Tensor, estimator: Literal["k1", "k2", "k3"]) -> Tensor:
-    """KL(p || q) per token, for tokens sampled from p; d = log p - log q (Schulman 2020, "Approximating KL
-    divergence"). (C,), (C,) -> (C,)
+    """Estimate KL(p || q) in nats per token, for tokens sampled from p; d = log p - log q (Schulman 2020,
+    "Approximating KL divergence"). (C,), (C,) -> (C,)
 
     k1 = d: unbiased, of either sign. k2 = d^2 / 2: biased, but its gradient is that of the KL. k3 = exp(-d) - 1 + d:
     unbiased, never negative (GRPO, arXiv:2402.03300, eq. 4); its exponential is capped at exp(MAX_LOG_RATIO).
@@ -81,18 +81,18 @@ def kl(log_p: Tensor, log_q: Tensor, estimator: Literal["k1", "k2", "k3"]) -> Te
 
 
 def _bounded(x: Tensor) -> Tensor:
-    """min(x, MAX_LOG_RATIO) with gradient 1 everywhere: a token above the cap is still pushed back. Values up to the
-    cap keep every bit."""
+    """Return min(x, MAX_LOG_RATIO) with gradient 1 everywhere, so that the loss still lowers a ratio above the cap.
+    Values up to the cap keep every bit."""
     return x.detach().clamp(max=MAX_LOG_RATIO) + (x - x.detach())
 
 
 def _episode_sums(x: Tensor, lengths: Tensor) -> Tensor:
-    """The sum over each episode's tokens. (C,), (E,) int64 -> (E,)"""
+    """Return the sum over each episode's tokens. (C,), (E,) int64 -> (E,)"""
     episodes = _to_tokens(torch.arange(len(lengths), device=x.device), lengths, len(x))
     return x.new_zeros(len(lengths)).index_add(0, episodes, x)
 
 
 def _to_tokens(x: Tensor, lengths: Tensor, tokens: int) -> Tensor:
-    """Repeat each episode's value for its tokens. (E,), (E,) int64 -> (tokens,). With `tokens` the host needs not wait
+    """Repeat each episode's value for its tokens. (E,), (E,) int64 -> (tokens,). With `tokens` the host need not wait
     for a GPU to sum the lengths."""
     return x.repeat_interleave(lengths, output_size=tokens)

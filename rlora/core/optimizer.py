@@ -1,4 +1,4 @@
-"""Adam on fp32 masters of a policy's weights."""
+"""Adam on the fp32 master weights of a policy."""
 
 import math
 from collections.abc import Mapping
@@ -28,12 +28,12 @@ class Adam:
 class StepStats:
     """The outcome of one optimizer step."""
 
-    grad_norm: float  # before clipping; NaN if it is not finite
+    grad_norm: float  # before clipping; NaN if not finite, 0 without a gradient
     stepped: bool  # False without a finite gradient: weights and moments are unchanged
 
 
 class Optimizer:
-    """Adam over a policy's weights of any dtype. `weights` are named by matrix and factor."""
+    """Adam over a policy's weights of any dtype. `weights` are keyed by matrix and factor, or by parameter name."""
 
     def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
         self.weights = dict(weights)
@@ -50,7 +50,7 @@ class Optimizer:
         self.adam.zero_grad()
 
     def all_reduce(self) -> None:
-        """Sum the gradients over all ranks in one message. If no rank has a gradient, none has one afterwards."""
+        """Sum the gradients over all ranks in one message. If no rank has a gradient, the gradients stay None."""
         masters = list(self.masters.values())
         gradients = [torch.zeros_like(master) if master.grad is None else master.grad for master in masters]
         has_gradient = gradients[0].new_tensor([float(any(master.grad is not None for master in masters))])
@@ -61,7 +61,7 @@ class Optimizer:
             master.grad = part.view_as(master) if has_gradient else None
 
     def step(self, settings: Adam) -> StepStats:
-        """Step along the gradient and clear it. A gradient that is not finite changes nothing."""
+        """Step along the gradient and clear the gradient. A gradient that is not finite changes no weight."""
         masters = [master for master in self.masters.values() if master.grad is not None]
         if not masters:
             return StepStats(0.0, stepped=False)
@@ -75,7 +75,7 @@ class Optimizer:
         return StepStats(norm if math.isfinite(norm) else math.nan, stepped=math.isfinite(norm))
 
     def state(self) -> dict[str, Tensor]:
-        """Masters and Adam's moments on the CPU: `<name>.master` and `<name>.adam.<moment>`."""
+        """Return master weights and Adam's moments on the CPU: `<name>.master` and `<name>.adam.<moment>`."""
         tensors = {}
         for name, master in self.masters.items():
             tensors[f"{name}.master"] = master.detach().cpu()
@@ -87,7 +87,7 @@ class Optimizer:
         """Restore from `state()`. Raises RloraError, changing nothing, if the tensors do not fit the weights."""
         shapes = {f"{name}.master": master.shape for name, master in self.masters.items()}
         if shapes != {name: tensor.shape for name, tensor in tensors.items() if name.endswith(".master")}:
-            raise RloraError("resume: the saved state has a different model or rank; use the config of the saved run")
+            raise RloraError("resume: the saved state is of a different model or rank; use the config of the saved run")
         for name, master in self.masters.items():
             master.data.copy_(tensors[f"{name}.master"])
             self.adam.state.pop(master, None)  # the state has no moments if no step was taken
@@ -97,16 +97,16 @@ class Optimizer:
         self._round()
 
     def _round(self) -> None:
-        """Copy the masters into the weights, rounding to each weight's dtype."""
+        """Copy the master weights into the weights, rounding to each weight's dtype."""
         for name, weight in self.weights.items():
             if weight is not (master := self.masters[name]):
                 weight.data.copy_(master.data)
 
     def _master_of(self, weight: nn.Parameter) -> nn.Parameter:
-        """The tensor that Adam steps for a trained weight: the weight itself if it is fp32, otherwise an fp32 copy.
+        """Return the tensor that Adam steps for a trained weight: the weight itself if it is fp32, else an fp32 copy.
 
-        16 bits would round many steps to nothing; the copy keeps them. It also accumulates the gradients of all
-        microbatches in fp32.
+        16 bits would round many steps to nothing; the fp32 copy keeps these steps. The copy also accumulates the
+        gradients of all microbatches in fp32.
         """
         if weight.dtype == torch.float32:
             return weight
@@ -122,7 +122,7 @@ class Optimizer:
 
 
 def scheduled_lr(learner: LearnerConfig, lr: float, step: int, steps: int) -> float:
-    """The learning rate at `step` (0-based) of `steps`, under `learner.lr_schedule`."""
+    """Return the learning rate at `step` (0-based) of `steps`: `lr` times the factor of `learner.lr_schedule`."""
     progress = step / steps
     decay = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
     return lr * (learner.lr_floor + (1 - learner.lr_floor) * decay[learner.lr_schedule])

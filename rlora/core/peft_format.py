@@ -18,7 +18,7 @@ _FUSED = ("gate_up_proj", "down_proj")  # parameters of fused experts, in the or
 
 
 def encode(bank: Bank, adapter: str, base: str) -> tuple[bytes, bytes]:
-    """The config and the fp32 weights of an adapter in `bank`, as bytes. `base` is the path or id of its base model."""
+    """Return the config and the fp32 weights of an adapter in `bank`, as bytes. `base` is the base's path or id."""
     spec = bank.specs[adapter]
     experts = [matrix for matrix in bank.pairs_of(adapter) if len(matrix.shape) == 3]
     config = {
@@ -44,7 +44,7 @@ def encode(bank: Bank, adapter: str, base: str) -> tuple[bytes, bytes]:
 
 
 def masters(bank: Bank, adapter: str) -> dict[str, nn.Parameter]:
-    """The adapter's masters, under PEFT's tensor names."""
+    """Return the adapter's fp32 master weights, keyed by PEFT's tensor names."""
     parameters: dict[str, nn.Parameter] = {}
     pairs = bank.pairs_of(adapter)
     for (name_a, name_b), matrix in matrices_by_name(pairs).items():
@@ -53,7 +53,7 @@ def masters(bank: Bank, adapter: str) -> dict[str, nn.Parameter]:
 
 
 def matrices_by_name(matrices: Iterable[Matrix]) -> dict[tuple[str, str], Matrix]:
-    """An adapter's matrices, by PEFT's names of their A and B.
+    """Return an adapter's matrices, keyed by PEFT's names of A and B.
 
     PEFT wraps fused experts once for each adapted parameter; the wrapper of the first parameter is innermost.
     """
@@ -69,7 +69,7 @@ def matrices_by_name(matrices: Iterable[Matrix]) -> dict[tuple[str, str], Matrix
 
 
 def _target_modules(bank: Bank, adapter: str) -> list[str]:
-    """The adapted linear layers: the last part of their names, or the full name if that would match other layers."""
+    """Return the adapted linear layers: the last part of a name, or the full name if the part matches other layers."""
     adapted = {matrix.key for matrix in bank.pairs_of(adapter)}
     linear = {matrix.key for matrix in bank.factors if len(matrix.shape) == 2}
     ambiguous = {key.rpartition(".")[2] for key in linear - adapted}
@@ -77,14 +77,14 @@ def _target_modules(bank: Bank, adapter: str) -> list[str]:
 
 
 def _suffix(expert: Matrix) -> str:
-    """The last two parts of the key, such as `experts.down_proj`."""
+    """Return the last two parts of the key, such as `experts.down_proj`."""
     return ".".join(expert.key.split(".")[-2:])
 
 
 def decode(config: bytes, weights: bytes) -> tuple[Spec, dict[str, Tensor]]:
-    """The spec of an adapter that PEFT saved, and its tensors under PEFT's names.
-
-    Raises RloraError, naming the setting, if it is not plain LoRA of rank 1 to 8.
+    """Parse the bytes of adapter_config.json and adapter_model.safetensors. Return the spec, and the tensors keyed
+    by PEFT's names, without copies of base weights. Raises RloraError, naming the setting or tensor, unless this is
+    plain LoRA: A and B of rank 1 to 8 over weight matrices, without DoRA, biases, embeddings or whole modules.
     """
     try:
         settings: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}} | json.loads(config)
@@ -107,7 +107,7 @@ def decode(config: bytes, weights: bytes) -> tuple[Spec, dict[str, Tensor]]:
 
 
 def _keys(modules: set[str], parameters: list[str]) -> frozenset[str]:
-    """The keys of the matrices that PEFT wrapped as `modules`; `parameters` are its `target_parameters`."""
+    """Return the keys of the matrices that PEFT wrapped as `modules`; `parameters` is PEFT's `target_parameters`."""
     keys = set()
     for module in modules:
         name = module.removesuffix(".base_layer")
@@ -118,13 +118,13 @@ def _keys(modules: set[str], parameters: list[str]) -> frozenset[str]:
 
 
 def parse(name: str) -> tuple[str, str]:
-    """The adapted module and the factor, lora_A or lora_B, that a saved tensor's name stands for."""
+    """Split the name of a saved tensor into the name of the adapted module and the factor: lora_A or lora_B."""
     module, _, factor = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
     return module, factor
 
 
 def fill(bank: Bank, adapter: str, tensors: dict[str, Tensor]) -> None:
-    """Copy saved tensors into an adapter of the bank. Raises RloraError, changing nothing, if they do not fit."""
+    """Copy saved tensors into an adapter. Raises RloraError, changing nothing, if a name or a shape differs."""
     parameters = masters(bank, adapter)
     for name in sorted(parameters.keys() | tensors.keys()):
         expected, shape = (list(t[name].shape) if name in t else "no tensor" for t in (parameters, tensors))

@@ -44,7 +44,8 @@ class Policies:
         if checkpointing:
             if not hasattr(self.body, "layers"):
                 raise RloraError(
-                    f"learner.checkpointing = true: {type(base).__name__} has no list of layers; set it to false"
+                    f"learner.checkpointing = true: {type(base).__name__} has no list of layers to checkpoint; set "
+                    "learner.checkpointing = false"
                 )
             for layer in cast(nn.ModuleList, self.body.layers):
                 layer.forward = self._checkpointed(layer.forward)
@@ -58,11 +59,11 @@ class Policies:
         if self.head is None or not self.base(probe).logits.equal(self.head(self.body(probe).last_hidden_state)):
             raise RloraError(
                 f"model: {type(self.base).__name__} changes its logits after the output head (for example, it caps "
-                "them), which is not supported yet; use a different model"
+                "them), which rlora does not support; use a different model"
             )
 
     def add(self, name: str, spec: Spec, seed: int, values: bool = False) -> None:
-        """Add an adapter, whose policy starts as the base. With `values` it is a critic's, whose values start at 0."""
+        """Add a policy, which starts as the base. With `values` the policy is a critic, whose values start at 0."""
         self.bank.add(name, spec, seed)
         if values:
             head = self.value_heads[name] = nn.Linear(cast(int, self.head.in_features), 1, device=self.base.device)
@@ -73,7 +74,7 @@ class Policies:
         self.bank.remove(name)
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
-        """A policy's trained parameters by matrix and factor, or with `full_weights` the base's weights by name."""
+        """Return a policy's parameters, keyed by matrix and factor; with `full_weights` the base's weights by name."""
         if self.full_weights:
             return dict(self.base.named_parameters())
         head = self.value_heads.get(name)
@@ -81,15 +82,15 @@ class Policies:
         return self.bank.parameters_of(name) | head_parameters
 
     def logprobs(self, row: Microbatch, name: str | None, temperature: float = 1.0) -> Tensor:
-        """Natural log of each target's probability at the temperature the engine samples with: (C,) fp32.
+        """Compute the natural log of each target's probability at the engine's sampling temperature: (C,) fp32.
 
-        The row runs through the base once. A prompt is computed once for all its completions, whose gradients add up
-        in it. `name` None is the reference policy: the base without an adapter.
+        The row runs through the base once. A prompt is computed once for all its completions, and receives the sum of
+        the gradients of all its completions. With `name` None the policy is the reference: the base without adapter.
         """
         return self.outputs(row, name, temperature).logprobs
 
     def outputs(self, row: Microbatch, name: str | None, temperature: float = 1.0, entropies: bool = False) -> Outputs:
-        """Logprobs, and with `entropies` also entropies, which takes a different kernel with different rounding."""
+        """Compute logprobs, and with `entropies` also entropies, by a different kernel with different rounding."""
         hidden, head = self._hidden(row, name), (self.head.weight, self.head.bias)
         head_factors = self._head_factors(name, hidden.dtype)
         if entropies or head_factors or self.full_weights:
@@ -98,15 +99,15 @@ class Policies:
         return Outputs(token_logprobs(hidden, *head, row.targets, temperature))
 
     def values(self, row: Microbatch, critic: str) -> Tensor:
-        """A critic's value of the text up to each of the row's predictors: (C,) fp32."""
+        """Compute a critic's values of the text up to each of the row's predictors: (C,) fp32."""
         return self.value_heads[critic](self._hidden(row, critic).float())[:, 0]  # type: ignore[no-any-return]
 
     def adapts_head(self, name: str) -> bool:
-        """Whether the policy's adapter covers the output head."""
+        """Return whether the policy's adapter covers the output head."""
         return any(matrix.kind == "head" for matrix in self.bank.pairs_of(name))
 
     def _hidden(self, row: Microbatch, name: str | None) -> Tensor:
-        """The last hidden states at the row's predictors: (C, hidden size)."""
+        """Compute the last hidden states at the row's predictors: (C, hidden size)."""
         with self.bank.serving(name):
             hidden: Tensor = self.body(
                 input_ids=row.input_ids[None], position_ids=row.position_ids[None], use_cache=False, layout=row.layout
@@ -114,13 +115,13 @@ class Policies:
         return hidden[row.predictors]
 
     def _head_factors(self, name: str | None, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """A and B of the adapter over the output head; None if the head is not adapted."""
+        """Return A and B of the adapter over the output head; None if the head is not adapted."""
         factors = next((factors for matrix, factors in self.bank.factors.items() if matrix.kind == "head"), None)
         with self.bank.serving(name):
             return factors.served(dtype) if factors else None
 
     def _checkpointed(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """A layer's forward pass that keeps only its inputs; that of transformers is off in eval mode."""
+        """Return a layer's forward pass that keeps only the inputs; transformers' checkpointing is off in eval mode."""
 
         def checkpointed(*arguments: Any, **options: Any) -> Any:
             served = self.bank.serves.adapter

@@ -11,7 +11,7 @@ from rlora.settings import AlgorithmConfig, Config, CriticConfig, LearnerConfig
 
 @dataclass(frozen=True)
 class Setup:
-    """The settings of one policy. Other policies of the learner may have different ones."""
+    """The settings of one policy. Other policies of the learner may have different settings."""
 
     learner: LearnerConfig = field(default_factory=LearnerConfig)  # settings of the adapter, Adam and microbatches
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
@@ -26,6 +26,7 @@ class Setup:
 
     @classmethod
     def of(cls, config: Config, start: tuple[bytes, bytes] | None = None) -> "Setup":
+        """Return the setup of a run's config. Raises RloraError if a plug-in can't be sent to other processes."""
         sampling, algorithm = config.sampling, config.algorithm
         file, _, name = algorithm.name.rpartition(":")
         if file.endswith(".py"):  # the process that loads it may have a different working directory
@@ -37,7 +38,7 @@ class Setup:
 
     @property
     def spec(self) -> Spec:
-        """The spec of a fresh adapter."""
+        """The spec of a new adapter."""
         learner = self.learner
         return Spec(learner.rank, learner.alpha, learner.rslora, learner.init, learner.targets, learner.head)
 

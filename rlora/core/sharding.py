@@ -1,4 +1,4 @@
-"""Shard the frozen base over ranks (FSDP2): each holds a part of every layer, and gathers a layer while it runs."""
+"""Shard the frozen base over ranks (FSDP2): each rank holds a part of every layer, and gathers a layer to run it."""
 
 from typing import cast
 
@@ -21,7 +21,7 @@ def shard(body: nn.Module, device: torch.device) -> None:
     Raises RloraError if the model has no list of layers.
     """
     if not hasattr(body, "layers"):
-        raise RloraError(f"learner.shard = true: {type(body).__name__} has no list of layers; set it to false")
+        raise RloraError(f"learner.shard = true: {type(body).__name__} has no list of layers; unset learner.shard")
     ranks = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     layers = cast(nn.ModuleList, body.layers)
     for layer in layers:

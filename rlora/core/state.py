@@ -1,4 +1,4 @@
-"""Names of the tensors in a policy's state: masters and moments by matrix and factor; a critic's have a prefix."""
+"""Names of the tensors in a policy's state: fp32 master weights and moments, keyed by matrix and factor."""
 
 import re
 from collections.abc import Mapping
@@ -11,26 +11,27 @@ CRITIC = "critic/"
 
 
 def critic_of(policy: str) -> str:
-    """The name of a policy's critic, which is a policy itself."""
+    """Return the name of a policy's critic, which is a policy itself."""
     return f"{policy}/critic"
 
 
 def split_critic(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tensors of the policy, and those of its critic without their prefix."""
+    """Split a state into the tensors of the policy and those of its critic, whose names lose the prefix `critic/`."""
     critic = {name.removeprefix(CRITIC): tensor for name, tensor in tensors.items() if name.startswith(CRITIC)}
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(CRITIC)}, critic
 
 
 def is_by_position(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether an old release wrote the state, which numbered the masters: the policy's, then its critic's."""
+    """Return whether an old release wrote the state: master weights are keyed by index, not by matrix and factor."""
     return "0.master" in tensors
 
 
 def with_current_names(tensors: Mapping[str, Tensor], policies: Policies, policy: str) -> dict[str, Tensor]:
-    """The state under current names.
+    """Rename the tensors of an old state, `<index>.master`, to `<matrix>.<factor>.master`; likewise Adam's moments.
 
-    Old releases numbered the masters. If any adapter of the policy or its critic covered a module, they numbered the
-    A and B of all its matrices for both adapters; those of matrices that are not adapted were empty.
+    The index counts A and B of every matrix in a module that the adapter of the policy or of its critic covers: first
+    all of the policy's, then all of the critic's, then the value head. Tensors of matrices that the adapter does not
+    cover are empty and are dropped. Current states, and tensors without an index, are returned unchanged.
     """
     if not is_by_position(tensors):
         return dict(tensors)

@@ -27,7 +27,7 @@ _FIGURES = ("kl_behaviour", "ratio_truncated", "clipped", "kl_update", "kl_refer
 
 
 def update(learner: "Learner", state: "PolicyState", groups: Sequence[Group]) -> UpdateStats:
-    """Train on `groups` with the policy's objective, one Adam step per minibatch."""
+    """Train on `groups` with the policy's objective, one Adam step per minibatch. Return the metrics."""
     began, setup, objective = time.perf_counter(), state.setup, state.objective
     algorithm, lr = setup.algorithm, scheduled_lr(setup.learner, state.lr, state.number, setup.steps)
     if state.critic and state.number < setup.critic.warmup:
@@ -89,8 +89,8 @@ def _with_weight(sample: Sample, weight: Callable[[Episode], float]) -> Sample:
 def _make_samples(
     learner: "Learner", state: "PolicyState", groups: Sequence[Group]
 ) -> tuple[list[list[Sample]], float | None]:
-    """This learner's samples of each group, without those of other learners or without a gradient; and the critic's
-    explained variance."""
+    """Return this learner's samples of each group, without samples of other learners or without a gradient, and the
+    explained variance of the critic."""
     objective = state.objective
     samples = [
         [sample_of(group.prompt.token_ids, episode) for episode in group.episodes if objective.learns_from(episode)]
@@ -109,8 +109,8 @@ def _make_samples(
 
 
 def _add_advantages(state: "PolicyState", groups: Sequence[Group], samples: list[list[Sample]]) -> list[list[Sample]]:
-    """The samples with advantages, not whitened yet, and with returns if there is a critic. Advantages of large rewards
-    are float64 until they are whitened."""
+    """Return the samples with advantages, not whitened yet, and with returns if there is a critic. Advantages of large
+    rewards are float64 until they are whitened."""
 
     def credit(group: Group, group_samples: list[Sample]) -> list[Sample]:
         advantages = state.objective.advantages(group, group_samples) if group_samples else []
@@ -133,7 +133,7 @@ def _with_advantages(sample: Sample, advantages: Tensor) -> Sample:
 
 
 def _precompute(learner: "Learner", state: "PolicyState", samples: list[list[Sample]]) -> list[list[Sample]]:
-    """The samples with the outputs that the objective needs before its first minibatch."""
+    """Return the samples with the outputs that the objective needs before its first minibatch."""
     needs, critic = state.objective.needs, state.critic
     completed: list[list[Sample]] = list(samples)
     minibatches = _minibatches(state.setup, state.number, len(samples), epochs=1) if needs else iter(())
@@ -164,7 +164,7 @@ def _with_outputs(sample: Sample, outputs: Mapping[Need, Tensor]) -> Sample:
 
 
 def _minibatches(setup: Setup, number: int, groups: int, epochs: int) -> Iterator[list[int]]:
-    """The indices of each minibatch's groups, shuffled in every epoch; the same on all ranks."""
+    """Yield the indices of each minibatch's groups, shuffled in every epoch; the same on all ranks."""
     algorithm = setup.algorithm
     for epoch in range(epochs):
         order = list(range(groups))
@@ -178,10 +178,9 @@ def _minibatches(setup: Setup, number: int, groups: int, epochs: int) -> Iterato
 def whiten(
     samples: Sequence[Sequence[Sample]], all_reduce: Callable[[Tensor], Tensor]
 ) -> tuple[list[list[Sample]], float | None]:
-    """The samples with advantages of mean 0 and variance 1 over the tokens of all learners; and the explained variance.
-
-    That is the share of the returns' variance that the critic predicted: 1 - Var(R - V) / Var(R), where R - V is the
-    advantage. It is None if all returns are equal. `all_reduce` sums a tensor over the learners.
+    """Scale advantages to mean 0 and variance 1 over the tokens of all learners. Return the samples and the explained
+    variance: the share of the returns' variance that the critic predicted, 1 - Var(R - V) / Var(R), where R - V is the
+    advantage; None if all returns are equal. `all_reduce` sums a tensor over the learners.
     """
     mean, variance = _moments(samples, torch.zeros(2, dtype=torch.float64), all_reduce)
     # mean(x^2) - mean(x)^2 is imprecise if both are large and nearly equal; then the moments about the mean are taken.
@@ -203,7 +202,7 @@ def whiten(
 def _moments(
     samples: Sequence[Sequence[Sample]], origin: Tensor, all_reduce: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Means of advantages and returns over all tokens, relative to `origin`, and their variances: (2,) float64 each.
+    """Return means of advantages and returns over all tokens, relative to `origin`, and variances: (2,) float64 each.
 
     Without a critic, the advantages take the place of the returns.
     """

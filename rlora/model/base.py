@@ -35,7 +35,8 @@ _NF4_BLOCK = 64  # weights per quantisation scale
 def locate(model: str) -> str:
     """Return the local directory or hub id to load `model` from. `demo:smollm2-135m` is converted on first use.
 
-    Raises RloraError if `model` is not a causal language model that can be loaded.
+    Raises RloraError if there is no such model, if the model is not a causal language model, or if weights of a local
+    directory are missing or corrupt.
     """
     if model == DEMO:
         return str(_demo())
@@ -49,12 +50,12 @@ def locate(model: str) -> str:
 
 
 def read_config(model: str) -> PreTrainedConfig:
-    """Read the config of a model, which needs no weights. Raises RloraError if there is no such model."""
+    """Read the config of a model, without its weights. Raises RloraError if there is no such model."""
     if model == DEMO:
         model = locate(model)
     directory = Path(model) if os.path.isdir(model) else None
     if Path(model).is_file():
-        raise RloraError(f"model = {model!r}: it is a file; use a model's directory, a hub id, or {DEMO}")
+        raise RloraError(f"model = {model!r}: this path is a file; use a model's directory, a hub id, or {DEMO}")
     if not directory and (model.startswith(("/", ".", "~")) or model.count("/") > 1):  # hub ids are OWNER/NAME
         raise RloraError(f"model = {model!r}: there is no such directory; use a model's directory, a hub id, or {DEMO}")
     if directory:
@@ -65,8 +66,8 @@ def read_config(model: str) -> PreTrainedConfig:
     except Exception as error:  # from the hub, the file system or a parser
         if "trust_remote_code" in str(error):
             raise RloraError(
-                f"model = {model!r}: it needs custom code (auto_map in its config.json), which rlora does not run; "
-                "use a model whose class is part of transformers"
+                f"model = {model!r}: the model needs custom code (auto_map in its config.json), which rlora does not "
+                "run; use a model whose class is part of transformers"
             ) from error
         reason = "" if directory else "neither a local directory with a model nor a reachable hub id: "
         raise RloraError(
@@ -76,15 +77,16 @@ def read_config(model: str) -> PreTrainedConfig:
 
 
 def load_base(path: str, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
-    """Load a causal language model onto `device`, by default this machine's. Raises RloraError if that fails."""
+    """Load a causal language model onto `device`, by default the GPU if there is one. Raises RloraError if transformers
+    can't load the weights."""
     try:
         base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # such as a missing package for a quantised base, or inconsistent files
         raise RloraError(
-            f"model = {path!r}: transformers can't load its weights: {error_summary(error)}; save the model again, or "
-            "use one in bf16 or fp32 (learner.quantise quantises it to 8 or 4 bit)"
+            f"model = {path!r}: transformers can't load the weights: {error_summary(error)}; save the model again, or "
+            "use a model in bf16 or fp32 (learner.quantise quantises such a model to 8 or 4 bit)"
         ) from error
     base.to(device or current_device())  # type: ignore[arg-type]  # transformers wraps Module.to
     return base
@@ -118,12 +120,12 @@ def load_quantised(path: str, dtype: torch.dtype, quantise: Literal["int8", "nf4
     except ImportError as error:
         raise RloraError(
             f"learner.quantise = {quantise!r}: bitsandbytes or accelerate is missing, or too old for this transformers "
-            f"({error}); run `pip install 'rlora[quantise]'`, or leave learner.quantise off"
+            f"({error}); run `pip install 'rlora[quantise]'`, or set learner.quantise = \"none\""
         ) from error
     except (ValueError, RuntimeError) as error:
         raise RloraError(
-            f"learner.quantise = {quantise!r}: bitsandbytes can't quantise this model on this machine ({error}); leave "
-            "learner.quantise off"
+            f"learner.quantise = {quantise!r}: bitsandbytes can't quantise this model on this machine ({error}); set "
+            'learner.quantise = "none"'
         ) from error
     if quantise == "nf4" and device.type == "cpu":
         _enable_gradients_on_cpu(base)
@@ -145,58 +147,63 @@ def _enable_gradients_on_cpu(base: PreTrainedModel) -> None:
             if layer.in_features % _NF4_BLOCK:
                 raise RloraError(
                     f'learner.quantise = "nf4": {name} has {layer.in_features} input features, but on CPU bitsandbytes '
-                    f'needs a multiple of {_NF4_BLOCK}; use "int8"'
+                    f'needs a multiple of {_NF4_BLOCK}; set learner.quantise = "int8"'
                 )
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model. Raises RloraError if it has none or it can't be loaded."""
+    """Load the tokenizer of a model. Raises RloraError if the model has no tokenizer, or if loading fails."""
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # as in read_config
         pointers = [file.name for file in Path(path).glob("*.json") if is_pointer(file)]
         if pointers:
-            reason = f"its {pointers[0]} is a Git LFS pointer, run `git lfs pull`"
+            reason = f"its {pointers[0]} is a Git LFS pointer, which `git lfs pull` replaces"
         elif "trust_remote_code" in str(error):
-            reason = "it needs custom code, which rlora does not run"
+            reason = "the tokenizer needs custom code, which rlora does not run"
         else:
             reason = error_summary(error)
         raise RloraError(
-            f"model = {path!r}: its tokenizer can't be loaded: {reason}; save one there with save_pretrained"
+            f"model = {path!r}: its tokenizer can't be loaded: {reason}; save a tokenizer there with save_pretrained"
         ) from error
     if tokenizer.vocab_size < 2:  # transformers returns an empty tokenizer if files are missing
-        raise RloraError(f"model = {path!r}: it has no tokenizer (tokenizer.json); save one there with save_pretrained")
+        raise RloraError(
+            f"model = {path!r}: there is no tokenizer (tokenizer.json); save a tokenizer there with save_pretrained"
+        )
     return tokenizer
 
 
 def context_length(path: str) -> int | None:
-    """Maximum tokens of prompt and completion together, None if the model's config does not set it."""
+    """Return the maximum number of tokens of a prompt with its completion; None if the model's config has no limit."""
     length: int | None = getattr(_text_config(path), "max_position_embeddings", None)
     return length
 
 
 def vocabulary_size(path: str) -> int:
-    """Number of rows of the embedding matrix."""
+    """Return the number of rows of the embedding matrix."""
     size: int = _text_config(path).vocab_size
     return size
 
 
 def kv_bytes_per_token(config: PreTrainedConfig, parts: int = 1) -> int:
-    """Bytes of one token's keys and values in 16 bits, on each of `parts` tensor-parallel GPUs. Counts every layer, as
-    with full attention."""
+    """Return the bytes that a token takes in the KV cache of each of `parts` tensor-parallel GPUs, in 16 bits.
+
+    Every layer is counted as full attention. For models in which some layers keep no keys and values of old tokens
+    (sliding-window or linear attention), this is an upper bound.
+    """
     base: Any = config.get_text_config()
     heads = getattr(base, "num_key_value_heads", None) or base.num_attention_heads
     return int(2 * base.num_hidden_layers * max(1, heads // parts) * head_size(config) * 2)
 
 
 def head_size(config: PreTrainedConfig) -> int:
-    """Dimensions of one attention head."""
+    """Return the number of dimensions of an attention head."""
     base: Any = config.get_text_config()
     return int(getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads)
 
 
 def has_experts(path: str) -> bool:
-    """Whether the model is a mixture of experts."""
+    """Return whether the model is a mixture of experts."""
     return bool(getattr(_text_config(path), "num_experts_per_tok", 0))
 
 
@@ -205,7 +212,8 @@ def _text_config(path: str) -> Any:
 
 
 def stop_token_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Tokens that end a completion, sorted. The generation config may name more than the tokenizer."""
+    """Return the sorted IDs of the tokens that end a completion: those of the generation config (or else the config),
+    and the tokenizer's."""
     try:
         ids = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:
@@ -249,9 +257,11 @@ def _demo() -> Path:
 
 
 def auto_lr(learner: LearnerConfig, base: PreTrainedConfig) -> float:
-    """Learning rate for `learner.lr = "auto"`: 5e-5 (2000 / hidden size)^p, times 10 for an adapter, with p = 0.781 for
-    Llama and 0.0775 for Qwen ("LoRA Without Regret", Thinking Machines 2025). The rule was fitted on supervised runs.
-    Other models use Llama's p."""
+    """Return the learning rate of `learner.lr = "auto"`: 5e-5 (2000 / hidden size)^p, times 10 for an adapter.
+
+    p is 0.0775 for Qwen and 0.781 for Llama ("LoRA Without Regret", Thinking Machines 2025) and for all other models.
+    The rule was fitted on supervised runs.
+    """
     power = 0.0775 if "qwen" in base.model_type else 0.781
     lr = 5e-5 if learner.full_finetuning else 5e-4
     return float(lr * (2000 / base.get_text_config().hidden_size) ** power)

@@ -13,7 +13,10 @@ THINK = ("<think>", "</think>")  # reward functions see these in place of the mo
 
 
 class Chat:
-    """Tokenises prompts and replies for the policy, and decodes its messages. Raises RloraError for bad `settings`."""
+    """Tokenises prompts and replies for the policy, and decodes the policy's messages.
+
+    Raises RloraError if `settings.template` can't be read. `stop_token_ids` are the tokens that end a completion.
+    """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, settings: ChatConfig, stop_token_ids: tuple[int, ...]
@@ -23,12 +26,16 @@ class Chat:
         self.template, self._special = self._template.source, self._template.special
 
     def prompt_ids(self, text: str | Messages) -> tuple[int, ...]:
-        """Tokens of a prompt. A plain string becomes one user message if there is a chat template, else bare text."""
+        """Return the tokens of a prompt. A string becomes one user message if there is a chat template, else bare text.
+
+        Raises RloraError if the chat template is missing, rejects the messages or does not render all of them.
+        """
         if not self.template:
             if not isinstance(text, str) or self.settings.system:
                 raise RloraError(
                     "model: its tokenizer has no chat template, but the env's prompts or chat.system are chat "
-                    "messages; use an instruct model, set chat.template, or use an env whose prompts are plain strings"
+                    "messages; use an instruct model, set chat.template, or unset chat.system and use an env whose "
+                    "prompts are strings"
                 )
             return self._bare_ids(text) + self._ids(self._opening(text)[1])
         messages = self._template.messages(text)
@@ -37,8 +44,8 @@ class Chat:
         return tuple(ids) + self._ids(self._opening(messages)[1])
 
     def _bare_ids(self, text: str) -> tuple[int, ...]:
-        """Tokens of a bare text after the special tokens that the tokenizer puts before it (once), without those that
-        it puts after it, because the policy continues the text."""
+        """Return the tokens of a bare text after the special tokens that the tokenizer puts before a text (once).
+        Special tokens after the text are removed, because the policy continues the text."""
         ids, full = self._ids(text), tuple(self.tokenizer.encode(text))
         start = next((i for i in range(len(full) - len(ids) + 1) if full[i : i + len(ids)] == ids), None)
         if start is None or not ids:
@@ -48,11 +55,11 @@ class Chat:
         return ids if ids[:start] == full[:start] else full[:start] + ids
 
     def reply_ids(self, reply: str | Messages, completion_ids: Sequence[int]) -> tuple[int, ...]:
-        """Tokens of an env's reply, to be appended to a completion.
+        """Return the tokens of an env's reply, to be appended to a completion.
 
         A string continues the policy's message. Chat messages are rendered by the template as after a message of the
-        policy, up to the start of the policy's next one. The end token of the policy's message appears once, whether
-        the policy or the template wrote it.
+        policy, up to the start of the policy's next message. The end token of the policy's message appears once,
+        whether the policy or the template wrote the token. Raises RloraError if the template does not render the reply.
         """
         if isinstance(reply, str):
             return self._ids(reply)
@@ -69,20 +76,20 @@ class Chat:
         return ids[1:] if has_end else ids
 
     def conversation(self, reply: Messages) -> Messages:
-        """A conversation for the template in which an env's reply follows a message of the policy."""
+        """Return a conversation for the template in which an env's reply follows a message of the policy."""
         history = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
         return self._template.messages([*history, *reply])
 
     def check_replies(self) -> None:
-        """Raise RloraError if the template does not show an env's reply after a message of the policy."""
+        """Raise RloraError if the template does not render an env's reply after a message of the policy."""
         self.reply_ids([{"role": "user", "content": "?"}], ())
 
     def text(self, ids: Sequence[int], with_opening: bool = True, prompt: str | Messages = "") -> str:
-        """Decode a message of the policy, without special tokens except thinking tags (shown as `THINK`).
+        """Decode a message of the policy, without special tokens except thinking tags (returned as `THINK`).
 
         With `with_opening`, the text starts with the part of the message that the prompt already contains: text from
-        the template, `chat.prefill`, or the thinking tag at the end of a bare prompt. It depends on `prompt`, the
-        prompt or conversation before the message.
+        the template, `chat.prefill`, or the thinking tag at the end of a bare prompt. That part depends on `prompt`,
+        the prompt or conversation before the message.
         """
         text = ("".join(self._opening(prompt)) if with_opening else "") + self._without_special(ids)
         for tag, usual in zip(self.settings.think, THINK, strict=True):
@@ -118,9 +125,8 @@ class Chat:
     # --- how the policy's message begins ---
 
     def _opening(self, prompt: str | Messages) -> tuple[str, str]:
-        """Text with which the template or a bare prompt opens the policy's message, and the rest of `chat.prefill`.
-
-        Raises RloraError if both contain a thinking tag.
+        """Return the text with which the template or a bare prompt opens the policy's message, and the rest of
+        `chat.prefill`. Raises RloraError if both texts contain a thinking tag.
         """
         opens, closes = self.settings.think
         if not self.template:
@@ -132,12 +138,12 @@ class Chat:
         if opens in prefill and (opens in opened + generated or closes in generated):
             raise RloraError(
                 f"chat.prefill = {self.settings.prefill!r}: the chat template already ends a prompt with {opens} or "
-                f"{closes}, in {generated or opened!r}; leave chat.prefill out, or change chat.template_args"
+                f"{closes}, in {generated or opened!r}; unset chat.prefill, or change chat.template_args"
             )
         return opened, prefill
 
     def _remaining_prefill(self, opened: str) -> str:
-        """`chat.prefill` without the part that `opened` already contains."""
+        """Return `chat.prefill` without the part that `opened` already contains."""
         prefill, present = self.settings.prefill, opened.strip()
         if not present or not prefill.lstrip().startswith(present):
             return prefill

@@ -14,21 +14,23 @@ _GENERATES = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$")
 
 
 def check_config_file(directory: Path) -> None:
-    """Raise RloraError if a directory has no config.json with a JSON object."""
+    """Raise RloraError if a directory has no config.json that contains a JSON object."""
     file = directory / "config.json"
     if file.is_file():
         try:
             if isinstance(json.loads(file.read_bytes()), dict):
                 return
-            reason = "it contains no object"
+            reason = "the content is not an object"
         except ValueError as error:
             _check_no_pointer(f"model = {str(directory)!r}", file)
             reason = str(error)
-        raise RloraError(f"model = {str(directory)!r}: its config.json is not valid JSON: {reason}; save it again")
+        raise RloraError(
+            f"model = {str(directory)!r}: its config.json is not a JSON object: {reason}; save the model again"
+        )
     _check_no_adapter(directory)
     ggufs = sorted(directory.glob("*.gguf"))
     inner = sorted([*directory.glob("*/config.json"), *directory.glob("snapshots/*/config.json")])
-    reason = f"it has {ggufs[0].name}, but GGUF is not supported" if ggufs else "it has no config.json"
+    reason = f"rlora does not load GGUF ({ggufs[0].name})" if ggufs else "the directory has no config.json"
     fix = f"did you mean {inner[0].parent}?" if inner else "use a directory with config.json and safetensors"
     raise RloraError(
         f"model = {str(directory)!r}: neither a local directory with a model nor a reachable hub id: {reason}; {fix}"
@@ -42,7 +44,7 @@ def _check_no_pointer(field: str, file: Path) -> None:
 
 
 def is_pointer(file: Path) -> bool:
-    """Whether a file is a Git LFS pointer."""
+    """Return whether a file is a Git LFS pointer."""
     with file.open("rb") as opened:
         return opened.read(40).startswith(b"version https://git-lfs")
 
@@ -57,8 +59,8 @@ def _check_no_adapter(directory: Path) -> None:
     except (ValueError, AttributeError):
         base = None
     raise RloraError(
-        f"model = {str(directory)!r}: it is an adapter for {repr(base) if base else 'an unnamed base'}, not a model; "
-        f"set model = {repr(base) if base else 'its base'} and learner.start_from = {str(directory)!r}"
+        f"model = {str(directory)!r}: this is an adapter for {repr(base) if base else 'an unnamed base'}, not a model; "
+        f"set model = {repr(base) if base else 'the base of the adapter'} and learner.start_from = {str(directory)!r}"
     )
 
 
@@ -71,13 +73,16 @@ def check_kind(model: str, config: Any) -> None:
     elif getattr(config, "is_encoder_decoder", False):
         reason = f"type {config.model_type!r} is an encoder-decoder"
     elif architectures and not any(map(_GENERATES.search, architectures)):
-        reason = f"it was saved as {', '.join(architectures)}, which has no language-modelling head"
+        reason = f"the model was saved as {', '.join(architectures)}, which has no language-modelling head"
     if reason:
-        raise RloraError(f"model = {model!r}: not a causal language model: {reason}; use one, such as SmolLM2 or Qwen3")
+        raise RloraError(
+            f"model = {model!r}: not a causal language model: {reason}; use a causal language model, such as "
+            "SmolLM2 or Qwen3"
+        )
 
 
 def check_weights(directory: Path) -> None:
-    """Raise RloraError if weights are missing or unreadable in a directory."""
+    """Raise RloraError if files with weights are missing or unreadable in a directory."""
     names = {path.name for path in directory.iterdir()}
     field = f"model = {str(directory)!r}"
     for name in ("model.safetensors", "pytorch_model.bin"):
@@ -97,7 +102,7 @@ def check_weights(directory: Path) -> None:
     _check_no_adapter(directory)
     unread = sorted(name for name in names if name.endswith((".safetensors", ".bin", ".gguf", ".pt", ".pth")))
     raise RloraError(
-        f"{field}: it has no weights (*.safetensors)"
+        f"{field}: the directory has no weights (*.safetensors)"
         + (f" with the names that transformers reads, only {', '.join(unread[:3])}" if unread else "")
         + "; save the complete model there with save_pretrained"
     )
@@ -119,9 +124,11 @@ def _check_file(field: str, file: Path) -> None:
             pass
     except Exception as error:  # raised by Rust
         _check_no_pointer(field, file)
-        raise RloraError(f"{field}: its {file.name} can't be read ({error}); download or save it again") from error
+        raise RloraError(
+            f"{field}: its {file.name} can't be read ({error}); download or save the file again"
+        ) from error
 
 
 def error_summary(error: BaseException) -> str:
-    """First paragraph of an exception's message, on one line."""
+    """Return the first paragraph of an exception's message, on one line."""
     return " ".join(str(error).strip().split("\n\n")[0].split()).rstrip(".") or type(error).__name__

@@ -16,13 +16,19 @@ _DISABLED = {  # PEFT's settings, with the value that disables them
 def check_supported(settings: Mapping[str, Any], factors: Mapping[str, str]) -> None:
     """Raise RloraError that names the setting or the tensor unless an adapter is plain LoRA of rank 1 to 8.
 
-    `settings` is adapter_config.json; `factors` maps tensor names to factors, such as lora_A.
+    `settings` is the content of adapter_config.json; `factors` maps tensor names to factors, such as lora_A.
     """
     if settings.get("peft_type") != "LORA":
-        raise RloraError(f"adapter_config.json: peft_type = {settings.get('peft_type')!r}; only LORA can be loaded")
+        raise RloraError(
+            f"adapter_config.json: peft_type = {settings.get('peft_type')!r} can't be loaded; use an adapter with "
+            "peft_type = 'LORA'"
+        )
     for name, value in _DISABLED.items():
         if settings.get(name, value) not in (value, None):
-            raise RloraError(f"adapter_config.json: {name} = {settings[name]!r} can't be loaded; it must be {value!r}")
+            raise RloraError(
+                f"adapter_config.json: {name} = {settings[name]!r} can't be loaded, because rlora applies only W + "
+                f"scale B A; use an adapter with {name} = {value!r}"
+            )
     init = settings.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower() not in _INITS:
         raise RloraError(
@@ -37,11 +43,11 @@ def check_supported(settings: Mapping[str, Any], factors: Mapping[str, str]) -> 
             )
     for name, rank in ({"r": settings["r"]} | settings["rank_pattern"]).items():
         if not 1 <= rank <= MAX_RANK:
-            raise RloraError(f"adapter_config.json: {name} has rank {rank}; use a rank from 1 to {MAX_RANK}")
+            raise RloraError(f"adapter_config.json: {name} has rank {rank}; use an adapter of rank 1 to {MAX_RANK}")
 
 
 def kind_of(name: str) -> str:
-    """Describe a tensor that is neither A nor B."""
+    """Describe the tensor `name` of an adapter, which is neither A nor B, and name the PEFT setting that adds it."""
     kinds = {
         "lora_magnitude_vector": "a magnitude vector of DoRA (use_dora)",
         "lora_embedding_": "LoRA over embeddings",

@@ -14,12 +14,12 @@ from rlora.settings import ChatConfig
 
 MARK = "\N{SYMBOL FOR RECORD SEPARATOR}"  # placeholder message, to find the text that a template puts around it
 _USER, _POLICY = {"role": "user", "content": MARK}, {"role": "assistant", "content": MARK}
-_FIX = "fix it, or set a different chat.template"
+_FIX = "fix the template, or set a different chat.template"
 _CACHED = 256
 
 
 class Template:
-    """The chat template of the tokenizer or of `chat.template`. Raises RloraError if it can't be read."""
+    """The chat template of the tokenizer or of `chat.template`. Raises RloraError if the template can't be read."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: ChatConfig) -> None:
         self.tokenizer, self.settings = tokenizer, settings
@@ -30,17 +30,18 @@ class Template:
         self._openings: dict[str, tuple[str, str]] = {}  # cache of opening, by messages
 
     def messages(self, text: str | Messages) -> list[Mapping[str, str]]:
-        """Messages of a prompt, with `chat.system` if they have no system message."""
+        """Return the messages of a prompt, after `chat.system` if none of them is a system message."""
         messages = [{"role": "user", "content": text}] if isinstance(text, str) else [dict(turn) for turn in text]
         if self.settings.system and all(turn["role"] != "system" for turn in messages):
             messages.insert(0, self._system)
         return list(messages)
 
     def opening(self, prompt: str | Messages) -> tuple[str, str]:
-        """Part of the generation prompt that belongs to the policy's message and not to its header; and all of it.
+        """Return two parts of the rendered prompt: the text at the end that belongs to the policy's message, and the
+        whole generation prompt, which is "" if the template does not depend on `add_generation_prompt`.
 
-        The header is the text that also precedes the policy's messages inside a conversation, up to a thinking tag.
-        An empty thinking block, which the template closes at once, is left out.
+        The message begins after the header, the text that also precedes the policy's messages inside a conversation, up
+        to a thinking tag. An empty thinking block, which the template closes at once, is removed.
         """
         messages = self.messages(prompt)
         if repr(messages) not in self._openings:
@@ -68,8 +69,8 @@ class Template:
 
     @cached_property
     def _frame(self) -> tuple[str | None, str, bool]:
-        """Text before a message of the policy, None if the template hides it; text after the last message; and
-        whether the latter contains a generation prompt that depends on `add_generation_prompt`."""
+        """Text before a message of the policy, None if the template does not render such messages; text after the last
+        message; and whether the latter text depends on `add_generation_prompt`."""
         try:
             parts = self.render([_USER, _POLICY, _USER], tokenize=False).split(MARK)
         except RloraError:
@@ -82,7 +83,7 @@ class Template:
         return parts[1] if len(parts) == 4 else None, end, end != bare_end
 
     def _after_special(self, text: str) -> str:
-        """Text after the last special token that is not a thinking tag. Earlier text belongs to a header."""
+        """Return the text after the last special token that is not a thinking tag. Earlier text belongs to a header."""
         specials = [special for special in self.special.values() if special not in self.settings.think]
         matches = re.finditer("|".join(map(re.escape, (*self.settings.think, *specials))), text)
         return text[max((match.end() for match in matches if match[0] in specials), default=0) :]
@@ -98,9 +99,9 @@ class Template:
         return {"role": "system", "content": self.settings.system}
 
     def check_shown(self, messages: Messages, description: str) -> None:
-        """Raise RloraError if the template leaves out a message. Checked once per sequence of roles.
+        """Raise RloraError if the template does not render a message. Each sequence of roles is checked once.
 
-        `description` names the messages in the error.
+        `description` describes the messages in the error.
         """
         has_system = bool(self.settings.system) and messages[0] == self._system
         roles = tuple(str(turn["role"]) for turn in messages)
@@ -121,13 +122,14 @@ class Template:
         if left_out:
             number = left_out[-1]
             raise RloraError(
-                f"{self._name}: it does not show {description}: of the roles {', '.join(roles)} it leaves out "
-                f"number {number}, {roles[number]}; {_FIX}, or let the env return other messages"
+                f"{self._name}: the template does not render {description}: of the roles {', '.join(roles)}, "
+                f"message {number + 1} ({roles[number]}) is missing; {_FIX}, or let the env return other messages"
             )
         self._shown_roles.add((has_system, roles))
 
     def render(self, messages: Messages, **options: Any) -> Any:
-        """Render messages, up to the start of the policy's next one. `options` are those of `apply_chat_template`."""
+        """Render messages, up to the start of the policy's next message. `options` are those of `apply_chat_template`,
+        and decide whether the result is text or token IDs."""
         try:
             return self._render(messages, self.settings.template_args, options)
         except Exception as error:  # a template is a program
@@ -139,23 +141,25 @@ class Template:
         return self.tokenizer.apply_chat_template([dict(turn) for turn in messages], **arguments)
 
     def _explain(self, messages: Messages, error: Exception) -> RloraError:
-        """The error for a template that fails. It names the field whose removal helps, if there is one."""
+        """Return the error for a template that fails. The error names the field that can be unset, if there is such a
+        field."""
         if isinstance(error, TemplateSyntaxError):
             return RloraError(f"{self._name}: line {error.lineno} is not valid Jinja ({error}); {_FIX}")
         if self.settings.template_args and self._renders(messages, {}):
             return RloraError(
-                f"chat.template_args = {self.settings.template_args!r}: the chat template fails with them ({error}); "
-                "set arguments that it accepts, or remove them"
+                f"chat.template_args = {self.settings.template_args!r}: the chat template fails with these arguments "
+                f"({error}); set arguments that the template accepts, or unset chat.template_args"
             )
         rest = [turn for turn in messages if turn != self._system]
         if self.settings.system and len(rest) < len(messages) and self._renders(rest, self.settings.template_args):
             return RloraError(
                 f"chat.system = {self.settings.system!r}: the chat template rejects system messages ({error}); "
-                "remove it and put it into the prompts, or set a chat.template that accepts it"
+                "unset chat.system and put the text into the env's prompts, or set a chat.template that accepts system "
+                "messages"
             )
         return RloraError(
-            f"env: the model's chat template rejects {messages!r} ({error}); return messages that it accepts"
-            + (", or fix chat.template" if self.settings.template else "")
+            f"env: the model's chat template rejects {messages!r} ({error}); let the env return messages that the "
+            "template accepts" + (", or fix chat.template" if self.settings.template else "")
         )
 
     def _renders(self, messages: Messages, template_args: Any) -> bool:
@@ -167,14 +171,14 @@ class Template:
 
 
 def _source(tokenizer: PreTrainedTokenizerBase, setting: str) -> str | None:
-    """Jinja source for the setting `chat.template`: Jinja, the name of one of the tokenizer's templates, or a file. ""
-    is the tokenizer's template, None if it has none."""
+    """Return the Jinja source for `chat.template`: source, the name of one of the tokenizer's templates, or a file. ""
+    is the tokenizer's own template. None if the tokenizer has no template."""
     template: Any = tokenizer.chat_template
     named = template if isinstance(template, dict) else {}
     several = f"its tokenizer has several chat templates ({', '.join(named)})"
     if not setting:
         if named and "default" not in named:
-            raise RloraError(f"model: {several}, and none is the default; set chat.template to one of them")
+            raise RloraError(f"model: {several}, and none is the default; set chat.template to one of these names")
         return str(named["default"]) if named else str(template) if template else None
     if setting in named:
         return str(named[setting])
@@ -185,6 +189,6 @@ def _source(tokenizer: PreTrainedTokenizerBase, setting: str) -> str | None:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise RloraError(
-            f"chat.template = {setting!r}: can't be read ({reason}); use a Jinja template, or the file of one"
+            f"chat.template = {setting!r}: can't be read ({reason}); use Jinja source, or a file with Jinja source"
             + (f", or a name: {several}" if named else "")
         ) from None

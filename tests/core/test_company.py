@@ -149,7 +149,7 @@ def test_a_policy_whose_gradients_are_not_finite_harms_no_other(
 
 def test_opening_says_what_does_not_fit_and_leaves_the_others(together: Learner, setups: dict[str, Setup]) -> None:
     before = {name: bits(together, name) for name in POLICIES}
-    with pytest.raises(RloraError, match="policy a: it is already open; close the open policy first"):
+    with pytest.raises(RloraError, match="policy a: a policy of this name is already open; close the open"):
         together.open("a", setups["a"])
     with pytest.raises(RloraError, match="a different model or rank"):
         together.open("new", setups["a"], together.state("b"))

@@ -122,7 +122,7 @@ def test_rows_on_a_gpu_are_the_largest_that_fit(config: MakeConfig) -> None:
     assert rows(too_little, checkpointing=True, microbatch_tokens=8192) == Rows(8192, True)  # the user chose both
     with pytest.raises(RloraError, match=r"the learner needs \d\.\d GiB .*, half of a card.*rows of about \d+"):
         rows(too_little)
-    with pytest.raises(RloraError, match=r"use a smaller model, a larger card, learner\.quantise"):
+    with pytest.raises(RloraError, match=r"use a smaller model, a larger GPU, learner\.quantise"):
         rows(1 * GIB)
 
 

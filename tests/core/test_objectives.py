@@ -115,10 +115,10 @@ def test_an_objective_of_fewer_than_50_lines_plugs_in(
         (FULL.replace(".sum(), {", ", {"), "grad can be implicitly created only for scalar outputs"),
         (FULL.replace("BestOfGroup:", "Other:"), "mine.py has no 'BestOfGroup'"),
         (FULL.replace("(self, algorithm, max_tokens)", "(self)"), "BestOfGroup.: its constructor raised TypeError"),
-        (FULL.replace("skips_zeros", "skips"), r"mine.py:BestOfGroup.: it has no skips_zeros; define it"),
+        (FULL.replace("skips_zeros", "skips"), r"mine.py:BestOfGroup.: the objective has no skips_zeros; define each"),
         (FULL.replace("frozenset()", "frozenset([Need.VALUES])").replace(
             "import torch", "import torch\nfrom rlora.core.objectives.objective import Need"
-        ), "it needs .'VALUES'., but algorithm.advantage = 'centred'"),
+        ), "needs .'VALUES'., but algorithm.advantage = 'centred'"),
     ],
     ids=["shapes", "error", "no sum", "name", "init", "member", "values"],
 )  # fmt: skip

@@ -96,7 +96,7 @@ def test_an_adapter_of_some_layers_names_only_those(tmp_path: Path) -> None:
         ({"use_dora": True}, "use_dora = True can't be loaded"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save = ['lm_head']"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' also changed the base"),
-        ({"r": 9}, "r has rank 9; use a rank from 1 to 8"),
+        ({"r": 9}, "r has rank 9; use an adapter of rank 1 to 8"),
         ({"rank_pattern": {"q_proj": 16}}, "q_proj has rank 16"),
     ],
 )

@@ -54,22 +54,22 @@ INDEX = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors", 
     [
         ({"config.json": {"model_type": "qwen9"}}, r"has model type `qwen9` but Transformers does not recognize"),
         ({"config.json": {"model_type": "mine"} | AUTO_MAP},
-         r"it needs custom code \(auto_map .*\), which rlora does not run; use a model whose class"),
-        ({"config.json": AUTO_MAP}, r"it needs custom code|Should have a `model_type`"),
-        ({"config.json": b"{nope"}, r"its config\.json is not valid JSON: .*line 1 column 2.*; save it again"),
-        ({"config.json": b"\xff\xfe"}, r"its config\.json is not valid JSON"),
-        ({"config.json": []}, r"its config\.json is not valid JSON: it contains no object"),
+         r"the model needs custom code \(auto_map .*\), which rlora does not run; use a model whose class"),
+        ({"config.json": AUTO_MAP}, r"the model needs custom code|Should have a `model_type`"),
+        ({"config.json": b"{nope"}, r"its config\.json is not a JSON object: .*line 1 column 2.*; save the model"),
+        ({"config.json": b"\xff\xfe"}, r"its config\.json is not a JSON object"),
+        ({"config.json": []}, r"its config\.json is not a JSON object: the content is not an object"),
         ({"config.json": {}}, r"Should have a `model_type` key in its config\.json"),
         ({"adapter_config.json": {"base_model_name_or_path": "org/base"}},
-         r"it is an adapter for 'org/base', not a model; set model = 'org/base' and learner\.start_from = '.*/m'"),
-        ({"adapter_config.json": {}}, r"it is an adapter for an unnamed base, .* its base and learner\.start_from"),
-        ({"adapter_config.json": b"{"}, r"it is an adapter for an unnamed base"),
+         r"this is an adapter for 'org/base', not a model; set model = 'org/base' and learner\.start_from = '.*/m'"),
+        ({"adapter_config.json": {}}, r"adapter for an unnamed base, .* the base of the adapter and learner\.start"),
+        ({"adapter_config.json": b"{"}, r"this is an adapter for an unnamed base"),
         ({"adapter_config.json": {"base_model_name_or_path": "org/base"}, "config.json": LLAMA,
-          "model.safetensors": None, "adapter_model.safetensors": b""}, r"it is an adapter for 'org/base'"),
-        ({}, r"neither a local directory with a model .*it has no config\.json; use a directory"),
-        ({"model.safetensors": None, "q4.gguf": b"GGUF"}, r"it has q4\.gguf, but GGUF is not supported; use a dir"),
-        ({"snapshots/0a/config.json": LLAMA}, r"it has no config\.json; did you mean .*/m/snapshots/0a\?"),
-        ({"config.json": LLAMA, "model.safetensors": None}, r"it has no weights \(\*\.safetensors\); save the"),
+          "model.safetensors": None, "adapter_model.safetensors": b""}, r"this is an adapter for 'org/base'"),
+        ({}, r"neither a local directory with a model .*the directory has no config\.json; use a directory"),
+        ({"model.safetensors": None, "q4.gguf": b"GGUF"}, r"rlora does not load GGUF \(q4\.gguf\); use a dir"),
+        ({"snapshots/0a/config.json": LLAMA}, r"directory has no config\.json; did you mean .*/m/snapshots/0a\?"),
+        ({"config.json": LLAMA, "model.safetensors": None}, r"directory has no weights \(\*\.safetensors\); save the"),
         ({"config.json": LLAMA, "model.safetensors": None, "q4.gguf": b"GGUF"}, r"no weights .* only q4\.gguf; save"),
         ({"config.json": LLAMA, "model.safetensors": None, "model-00001-of-00002.safetensors": b""},
          r"no weights .* only model-00001-of-00002\.safetensors"),
@@ -90,9 +90,9 @@ INDEX = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors", 
         ({"config.json": {"model_type": "bart", "architectures": ["BartForConditionalGeneration"]}},
          r"type 'bart' is an encoder-decoder"),
         ({"config.json": {"model_type": "bert", "architectures": ["BertForMaskedLM"]}},
-         r"not a causal language model: it was saved as BertForMaskedLM"),
+         r"not a causal language model: the model was saved as BertForMaskedLM"),
         ({"config.json": LLAMA | {"architectures": ["LlamaForSequenceClassification"]}},
-         r"it was saved as LlamaForSequenceClassification, which has no language-modelling head"),
+         r"saved as LlamaForSequenceClassification, which has no language-modelling head"),
     ],
 )  # fmt: skip
 def test_a_directory_that_can_not_be_the_base_says_why(files: Files, message: str, tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_a_directory_that_can_not_be_the_base_says_why(files: Files, message: st
 
 def test_a_model_that_is_not_a_directory_says_why(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    with pytest.raises(RloraError, match=r"a\.gguf': it is a file; use a model's directory"):
+    with pytest.raises(RloraError, match=r"a\.gguf': this path is a file; use a model's directory"):
         locate(str(tmp_path / "a.gguf"))
     for name in ("./no/such/model", "/no/such", "no/such/model", "~/model"):
         with pytest.raises(RloraError, match=rf"model = '{name}': there is no such directory"):
@@ -120,7 +120,7 @@ def test_a_model_that_is_not_a_directory_says_why(tmp_path: Path) -> None:
 def test_a_model_without_a_tokenizer_is_refused(kind: str, tmp_path: Path) -> None:
     path = saved(tmp_path / "m", {"config.json": {"model_type": kind}})
     with pytest.raises(
-        RloraError, match=r"model = '.*/m': (its tokenizer can't be loaded: |it has no tokenizer)"
+        RloraError, match=r"model = '.*/m': (its tokenizer can't be loaded: |there is no tokenizer)"
     ) as refused:
         load_tokenizer(path)
     assert "\n" not in str(refused.value)

@@ -120,7 +120,7 @@ def test_an_agent_whose_replies_the_template_does_not_show_is_refused(
     settings = config(env=env, chat={"template": "{{ messages[0].content }}"})
     if refused:
         with pytest.raises(
-            RloraError, match=r"chat\.template = .*does not show an env's reply after .*; .* set a different"
+            RloraError, match=r"chat\.template = .*does not render an env's reply after .*; .* set a different"
         ):
             load_task(settings)
     else:
@@ -154,7 +154,7 @@ def test_a_local_directory_is_a_model(demo: str, tmp_path: Path, config: MakeCon
     with pytest.raises(RloraError, match="neither a local directory"):
         load_task(config(model=str(tmp_path)))  # empty
     shutil.copy(Path(demo) / "config.json", tmp_path)
-    with pytest.raises(RloraError, match="it has no weights"):
+    with pytest.raises(RloraError, match="the directory has no weights"):
         load_task(config(model=str(tmp_path)))
 
 
@@ -181,5 +181,5 @@ def test_weights_that_do_not_fit_their_config_are_reported(demo: str, tmp_path: 
     shutil.copytree(demo, model)
     (model / "model.safetensors").unlink()
     (model / "pytorch_model.bin").write_bytes(b"cut off")
-    with pytest.raises(RloraError, match=r"model = .*: transformers can't load its weights: .*save the model again"):
+    with pytest.raises(RloraError, match=r"model = .*: transformers can't load the weights: .*save the model again"):
         load_base(str(model), torch.float32)

@@ -10,6 +10,8 @@ from rlora.core.objectives.policy_gradient import PolicyGradient
 
 
 class Clip(PolicyGradient):
+    """The objective of `algorithm.loss = "clip"`, with the loss `clipped`."""
+
     def surrogate(self, log_ratio: Tensor, logprobs: Tensor, batch: Microbatch) -> tuple[Tensor, Figures]:
         low, high, dual = self.algorithm.clip_low, self.algorithm.clip_high, self.algorithm.dual_clip
         ratio = ratio_of(log_ratio)
@@ -17,8 +19,8 @@ class Clip(PolicyGradient):
 
 
 def clipped(ratio: Tensor, advantages: Tensor, low: float, high: float, dual: float = 0.0) -> Tensor:
-    """-min(r A, clip(r, 1 - low, 1 + high) A) (PPO, arXiv:1707.06347, eq. 7; DAPO's clip-higher, arXiv:2503.14476,
-    eq. 10). (C,) -> (C,)
+    """Return -min(r A, clip(r, 1 - low, 1 + high) A) (PPO, arXiv:1707.06347, eq. 7; DAPO's clip-higher,
+    arXiv:2503.14476, eq. 10). (C,) -> (C,)
 
     With `dual` > 1 the loss is at most -dual A if A < 0 (dual-clip PPO, arXiv:1912.09729, eq. 5).
     """

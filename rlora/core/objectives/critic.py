@@ -8,7 +8,8 @@ from rlora.core.objectives.objective import Figures, Loss
 
 
 def values_loss(clip: float) -> Loss:
-    """The loss of a microbatch's values, (C,), against the returns in its tokens. `clip` as in `value_loss`."""
+    """Return the loss of a critic: a function of the values (C,) of a microbatch, and of the microbatch, whose tokens
+    contain the returns. `clip` is as in `value_loss`."""
 
     def loss(values: Tensor, batch: Microbatch) -> tuple[Tensor, Figures]:
         previous, returns = batch.tokens.values, batch.tokens.returns
@@ -21,7 +22,7 @@ def values_loss(clip: float) -> Loss:
 
 
 def value_loss(values: Tensor, previous: Tensor, returns: Tensor, clip: float) -> Tensor:
-    """max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2) / 2 (PPO's reference code; "What Matters In
+    """Return max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2) / 2 (PPO's reference code; "What Matters In
     On-Policy RL", arXiv:2006.05990, appendix B.2). `previous` is V_old; `clip` 0 disables clipping. (C,) -> (C,)"""
     error = (values - returns).square()
     if clip:

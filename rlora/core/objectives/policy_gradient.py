@@ -19,9 +19,10 @@ _GROUP_ADVANTAGES = {"centred": centred, "standardised": standardised, "leave-on
 
 
 class PolicyGradient:
-    """sum over tokens of weight x (correction x surrogate + kl coefficient x KL - entropy coefficient x entropy).
+    """Policy gradients with the loss
+    sum over tokens of weight x (correction x surrogate + kl coefficient x KL - entropy coefficient x entropy).
 
-    Subclasses define the surrogate; the fields of `[algorithm]` choose everything else.
+    Subclasses define the surrogate; the fields of `[algorithm]` set everything else.
     """
 
     whole_groups = False
@@ -39,37 +40,39 @@ class PolicyGradient:
         self.skips_zeros = algorithm.of_group and not algorithm.kl_in_loss and not algorithm.entropy
 
     def surrogate(self, log_ratio: Tensor, logprobs: Tensor, batch: Microbatch) -> tuple[Tensor, Figures]:
-        """The loss of each token, (C,), and figures. `logprobs` (C,) are the current policy's; `log_ratio` (C,) is
-        current - start, whose value is 0 until the second minibatch."""
+        """Return the loss of each token, (C,), and figures to log, (C,) each, by name. `logprobs` (C,) are the current
+        policy's. `log_ratio` (C,) is current - start: the value is 0 until the second minibatch, but the gradient is
+        that of `logprobs`."""
         raise NotImplementedError
 
     def learns_from(self, episode: Episode) -> bool:
-        """False for empty episodes and, with `truncated = "drop"`, for episodes that were cut off."""
+        """Return False for episodes without sampled tokens and, with `algorithm.truncated = "drop"`, for episodes that
+        were cut off."""
         return episode.sampled_tokens > 0 and not (
             self.algorithm.truncated == "drop" and episode.finish_reason != "stop"
         )
 
     def advantages(self, group: Group, samples: Sequence[Sample]) -> list[Tensor]:
-        """Advantages (C,) of each sample: relative to the returns of its group, or from the rewards that follow each
-        token, in float64 if rewards are large."""
+        """Return the advantages (C,) of each sample: relative to the returns of the group, or from the rewards that
+        follow each token, in float64 if the return of the episode exceeds 16 in size."""
         returns = {id(episode): self.return_of(episode) for episode in group.episodes}
         if self.algorithm.of_group:
             return self._group_advantages(returns, samples)
         return [self._token_advantages(returns[id(sample.episode)], sample) for sample in samples]
 
     def return_of(self, episode: Episode) -> float:
-        """The episode's reward minus DAPO's soft overlong punishment (arXiv:2503.14476, eq. 13)."""
+        """Return the episode's reward minus DAPO's soft overlong punishment (arXiv:2503.14476, eq. 13)."""
         assert episode.reward is not None
         tokens, penalty = self.algorithm.overlong_tokens, self.algorithm.overlong_penalty
         excess = len(episode.completion_ids) - (self.max_tokens - tokens)
         return episode.reward - penalty * min(1.0, max(0, excess) / max(1, tokens))
 
     def weights(self, groups: Sequence[Group]) -> Callable[[Episode], float]:
-        """The weight of each token of an episode, under `algorithm.average`.
+        """Return a function from an episode to the weight of each token of the episode, by `algorithm.average`.
 
         "tokens" (DAPO, arXiv:2503.14476, eq. 8): 1 / the tokens that the minibatch learns from. "episodes" (GRPO,
         arXiv:2402.03300, eq. 3): 1 / (episodes x the episode's tokens). "constant" (Dr.GRPO, arXiv:2503.20783):
-        1 / (episodes x `max_tokens`). Episodes without signal are counted.
+        1 / (episodes x `max_tokens`). The number of episodes includes those that the loss does not use.
         """
         episodes = [episode for group in groups for episode in group.episodes]
         total = sum(episode.sampled_tokens for episode in episodes if self.learns_from(episode))
@@ -83,6 +86,7 @@ class PolicyGradient:
         return weight
 
     def loss(self, now: Outputs, batch: Microbatch) -> tuple[Tensor, Figures]:
+        """Return a microbatch's part of the loss of this class, and its figures: KLs, ratios and entropy per token."""
         algorithm, tokens, logprobs = self.algorithm, batch.tokens, now.logprobs
         detached = logprobs.detach()
         start = detached if tokens.start_logprobs is None else tokens.start_logprobs
@@ -126,7 +130,7 @@ class PolicyGradient:
         return generalised(rewards, values, end, algorithm.gamma, algorithm.lam)
 
     def _kl_in_reward(self, sample: Sample) -> Tensor:
-        """Each token's penalty for its KL to the reference policy, (C,); 0 unless the KL is in the reward."""
+        """Return each token's penalty for its KL to the reference policy, (C,); 0 unless the KL is in the reward."""
         tokens = sample.tokens
         if not self.algorithm.kl_in_reward:
             return torch.zeros_like(tokens.weights)
@@ -136,9 +140,9 @@ class PolicyGradient:
 
 
 def _precision(returns: Iterable[float]) -> torch.dtype:
-    """The dtype of a group's returns: float32 if it resolves all differences to 1%, otherwise float64.
+    """Return the dtype of a group's returns: float32 if this resolves all differences to 1%, otherwise float64.
 
-    Means round differently in the two. Earlier releases used only float32, and their runs must replay bit for bit.
+    Means round differently in the two dtypes. Runs of releases that used only float32 must replay bit for bit.
     """
     distinct = sorted(set(returns))
     smallest = min((high - low for low, high in pairwise(distinct)), default=math.inf)

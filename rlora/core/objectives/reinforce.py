@@ -9,13 +9,16 @@ from rlora.core.objectives.policy_gradient import PolicyGradient
 
 
 class Reinforce(PolicyGradient):
+    """The objective of `algorithm.loss = "reinforce"`, with the loss `reinforce`."""
+
     def surrogate(self, log_ratio: Tensor, logprobs: Tensor, batch: Microbatch) -> tuple[Tensor, Figures]:
         return reinforce(ratio_of(log_ratio), batch.tokens.advantages), {}
 
 
 def reinforce(ratio: Tensor, advantages: Tensor) -> Tensor:
-    """-r A, whose gradient is -r A grad log p: REINFORCE with importance weights. (C,) -> (C,)
+    """Return -r A, whose gradient is -r A grad log p: REINFORCE with importance weights. (C,) -> (C,)
 
-    The objective of "LoRA Without Regret" (Thinking Machines, 2025). On policy, the other surrogates have its gradient.
+    This is the objective of "LoRA Without Regret" (Thinking Machines, 2025). On policy (r = 1), the surrogates of
+    `clip`, `gspo` and `cispo` have the same gradient.
     """
     return -ratio * advantages
