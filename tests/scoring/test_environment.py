@@ -45,7 +45,7 @@ def test_a_variable_that_is_not_set_is_named(config: MakeConfig, monkeypatch: py
 
 @pytest.mark.parametrize("setting", [f"{NAME}={VALUE}", VALUE, f"${NAME}", "", " ", "A B"])
 def test_a_value_in_place_of_a_name_is_refused_and_not_shown(setting: str, config: MakeConfig) -> None:
-    with pytest.raises(RloraError, match=r"scoring\.environment: its item 1 is no name of .*give names alone") as error:
+    with pytest.raises(RloraError, match=r"scoring\.environment: item 1 is not the name of .*give names only") as error:
         validate(config(scoring={"environment": ["PATH", setting]}))
     assert VALUE not in str(error.value)
 
