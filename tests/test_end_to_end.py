@@ -106,10 +106,10 @@ def metrics(run: Path) -> list[dict[str, float]]:
 
 def test_a_short_run_raises_the_reward_and_can_be_resumed_and_evaluated(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    done = rlora("train", TOML, "--steps", "4", "--run-dir", str(run), "--evaluate.prompts", "40")
+    done = rlora("train", TOML, "--steps", "6", "--run-dir", str(run), "--evaluate.prompts", "40")
     assert done.returncode == 0, done.stderr
     lines = metrics(run)
-    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5]
     rewards = [line["reward/mean"] for line in lines]
     assert rewards[-1] > rewards[0] + 0.15, rewards
     assert all(line["kl/behaviour"] < 0.01 and line["staleness"] == 0 for line in lines)
@@ -117,8 +117,8 @@ def test_a_short_run_raises_the_reward_and_can_be_resumed_and_evaluated(tmp_path
     assert summary["accuracy/after"] > summary["accuracy/before"]
     assert summary["accuracy/prompts"] == 40
     assert summary["adapter/parameters"] == 305_280
-    assert sorted(int(path.name) for path in (run / "bundles").iterdir()) == [0, 1, 2, 3, 4]
-    assert "step 4/4" in done.stdout
+    assert sorted(int(path.name) for path in (run / "bundles").iterdir()) == [0, 1, 2, 3, 4, 5, 6]
+    assert "step 6/6" in done.stdout
     for shown in ("accuracy before", str(summary["adapter/path"]), f"rlora eval {run}", "PeftModel"):
         assert shown in done.stdout.replace("\n", "")
 
@@ -127,11 +127,12 @@ def test_a_short_run_raises_the_reward_and_can_be_resumed_and_evaluated(tmp_path
     assert "not empty" in refused.stderr
     changed = rlora("train", "--resume", str(run), "--learner.lr", "1.0")
     assert changed.returncode == 1
-    assert "learner.lr: 0.0005 -> 1.0" in changed.stderr
-    resumed = rlora("train", "--resume", str(run), "--steps", "5")
+    assert "learner.lr: 0.0005 -> 1.0" in changed.stdout
+    assert "set --steps to a larger number" in changed.stderr
+    resumed = rlora("train", "--resume", str(run), "--steps", "7")
     assert resumed.returncode == 0, resumed.stderr
-    assert "steps: 4 -> 5" in resumed.stdout
-    assert [line["step"] for line in metrics(run)] == [0, 1, 2, 3, 4]
+    assert "steps: 6 -> 7" in resumed.stdout
+    assert [line["step"] for line in metrics(run)] == [0, 1, 2, 3, 4, 5, 6]
     fork = tmp_path / "fork"
     forked = rlora(
         "train", "--fork", f"{run}@3", "--run-dir", str(fork), "--steps", "4", "--learner.lr", "1e-4", *SMALL
@@ -140,15 +141,15 @@ def test_a_short_run_raises_the_reward_and_can_be_resumed_and_evaluated(tmp_path
     assert [line["lr"] for line in metrics(fork)] == [pytest.approx(1e-4 / 4)]
     listed = rlora("runs", str(tmp_path)).stdout
     assert re.search(r"fork +finished +4/4 .* run@3 *\n", listed), listed
-    assert re.search(r"run +finished +5/5 ", listed), listed
+    assert re.search(r"run +finished +7/7 ", listed), listed
 
     replayed = rlora("replay", str(run))
     assert replayed.returncode == 0, replayed.stdout + replayed.stderr
-    assert replayed.stdout.count("bit for bit; loss") == 5  # the update after the resume too
+    assert replayed.stdout.count("bit for bit; loss") == 7  # the update after the resume too
 
     merged = rlora("export", str(run), "--to", str(tmp_path / "merged"), "--merge")
     assert merged.returncode == 0, merged.stderr
-    assert "version 5 merged in bfloat16" in merged.stdout
+    assert "version 7 merged in bfloat16" in merged.stdout
     assert "Rounding to bfloat16 loses that part: export with --dtype float32" in merged.stdout
     assert AutoConfig.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16
     assert rlora("export", f"{run}@2", "--to", str(tmp_path / "adapter")).returncode == 0

@@ -266,7 +266,7 @@ def test_an_episode_in_error_gets_its_status_and_number_and_the_others_theirs(
     assert statuses[2] == {"error"}
     assert collection.sampled[2].rewards == [-0.5, -0.5]
     assert "error" not in set.union(*statuses[:2], *statuses[3:])
-    assert capsys.readouterr().out.count("ZeroDivisionError") == 1  # shown once, not for each episode
+    assert capsys.readouterr().err.count("ZeroDivisionError") == 1  # shown once, not for each episode
 
 
 def test_statuses_are_numbers_as_the_config_has_it(rollouts: Callable[..., Rollouts]) -> None:
@@ -307,7 +307,7 @@ def test_an_error_is_shown_once_for_each_line_and_kind(capsys: pytest.CaptureFix
     sampled = Episode((1,), (-1.0,), "stop", version_of(0))
     for detail in details:
         scoring._scored(sampled, [Score("error", detail=detail)])
-    assert capsys.readouterr().out.splitlines() == [details[k] for k in (0, 2, 3, 4, 6)]
+    assert capsys.readouterr().err.splitlines() == [f"rlora: {details[k]}" for k in (0, 2, 3, 4, 6)]
     assert scoring.last_error == details[-1]
 
 
