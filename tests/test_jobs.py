@@ -130,7 +130,7 @@ def test_ctrl_c_asks(
     assert ended.value.code == 130
     assert bool(calls) == stops
     assert (
-        "saves its state first" if stops else "Follow the job: rlora submit --follow mine"
+        "saves its state" if stops else "Follow the job: rlora submit --follow mine"
     ) in capsys.readouterr().out
 
 
