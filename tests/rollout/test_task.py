@@ -49,7 +49,7 @@ def test_every_end_token_of_the_model_stops(demo: str) -> None:
         ),
         ({"env_args": {"operator": "/"}}, r"env_args\.operator = '/': use one of"),
         ({"sampling": {"max_tokens": 100000}}, r"max_tokens = 100512: the context length of .* is \d+"),
-        ({"reward": "rlora.config:read"}, r"reward = 'rlora\.config:read': its parameters are \(path"),
+        ({"reward": "rlora.config:read"}, r"reward = 'rlora\.config:read': its parameters \(path"),
         ({"reward": "mine.py:f"}, r"reward = 'mine\.py:f': there is no file mine\.py"),
         ({"reward_args": {"hihg": 3}}, r"reward_args\.hihg = 3: no reward function has a parameter of that name"),
     ],
