@@ -118,7 +118,7 @@ class Sweep:
         """Report what a group needs. Raises RloraError if memory or disk space is too small."""
         needs = budget(group, {member.name: self._task(member.config) for member in group}, self.path)
         needs.check()
-        self.report("\n".join(f"{label}: {value}" for label, value in needs.lines))
+        self._report_once("\n".join(f"{label}: {value}" for label, value in needs.lines))
 
     def _train(self, group: Sequence[Member]) -> None:
         runs: list[Run] = []
