@@ -1,11 +1,12 @@
 """`rlora train`: trains a run, and prints the table at its end."""
 
 import math
+from contextlib import nullcontext
 
 from upath import UPath
 
 from rlora.cli.overrides import parse_train
-from rlora.run.directory import check_free
+from rlora.run.directory import check_free, summary
 from rlora.run.source import reachable
 
 # torch, transformers and Ray take seconds to import, so they are imported after the command line is parsed
@@ -20,7 +21,9 @@ def train_command(arguments: list[str]) -> None:
         check_free(reachable(options.run_dir), options.overwrite)  # before the slow imports
     from rlora import cluster
 
-    with cluster.starting(options.config):  # Ray starts while this process imports torch and loads the prompts
+    is_done = options.resume is not None and summary(options.resume).get("steps") == options.config.steps
+    # Ray starts while this process imports torch and loads the prompts.
+    with nullcontext() if is_done else cluster.starting(options.config):
         from rlora.cluster.gauges import Gauges
         from rlora.run.prepare import is_finished, prepared
         from rlora.trackers.tracking import tracked

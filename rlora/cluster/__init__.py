@@ -51,6 +51,7 @@ if TYPE_CHECKING:  # these modules import torch and transformers, which takes se
 
 _log = logging.getLogger(__name__)
 
+_starter = ThreadPoolExecutor(1)  # starts Ray, one job after the other; Python waits for its thread at exit
 _ahead: list[Future[Processes]] = []  # what `starting` creates, until `start` uses it: at most one
 
 
@@ -95,20 +96,19 @@ def starting(*configs: Config, learn: bool = True) -> Iterator[None]:
     """Start Ray and the processes of a job in a thread. `start`, called in this context, uses them.
 
     They import their packages while the caller loads prompts and reward functions. `configs` are those of the job's
-    policies. If nothing calls `start`, the processes end with the context.
+    policies. Neither end of the context blocks: if nothing calls `start`, the thread also ends the processes, so that
+    an error in the caller's data is shown immediately.
     """
     staleness = max(config.max_staleness for config in configs)
     previous = machine.on_signal(signal.SIGTERM, _exit)
-    with ThreadPoolExecutor(1) as executor:
-        _ahead.append(executor.submit(_create, replace(configs[0], max_staleness=staleness), learn))
-        try:
-            yield
-        finally:
-            with machine.undisturbed():
-                while _ahead:
-                    with suppress(Exception):  # the caller's own error counts
-                        _end(_ahead.pop().result())
-                machine.on_signal(signal.SIGTERM, previous)
+    _ahead.append(_starter.submit(_create, replace(configs[0], max_staleness=staleness), learn))
+    try:
+        yield
+    finally:
+        while _ahead:
+            if not (created := _ahead.pop()).cancel():  # it may wait for the end of an earlier one
+                _starter.submit(_end_unused, created)
+        machine.on_signal(signal.SIGTERM, previous)
 
 
 @contextmanager
@@ -164,7 +164,7 @@ def learning(config: Config, base: str) -> Iterator[Learner]:
 @contextmanager
 def _processes(config: Config, base: str, slots: int = 1) -> Iterator[Processes]:
     """Join or start a Ray cluster; at the end of the context, end all actors in it."""
-    processes = _ahead.pop().result() if _ahead else _create(config)
+    processes = (_ahead.pop() if _ahead else _starter.submit(_create, config)).result()
     machine.on_signal(signal.SIGTERM, _exit)  # sent by `ray job stop`; Ray's own handler cleans nothing up
     try:
         processes.configure(config, base, slots)
@@ -185,6 +185,11 @@ def _create(config: Config, learn: bool | None = None) -> Processes:
         ray.shutdown()
         raise
     return processes
+
+
+def _end_unused(created: Future[Processes]) -> None:
+    with suppress(Exception):  # if they could not be created, the caller's own error counts
+        _end(created.result())
 
 
 def _end(processes: Processes) -> None:
