@@ -114,7 +114,8 @@ def starting(*configs: Config, learn: bool = True) -> Iterator[None]:
         yield
     finally:
         while _ahead:
-            _starter.submit(_end_unused, _ahead.pop())
+            if not (created := _ahead.pop()).cancel():  # it may wait until an earlier one has ended
+                _starter.submit(_end_unused, created)
         machine.on_signal(signal.SIGTERM, previous)
 
 
