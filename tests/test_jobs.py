@@ -129,9 +129,7 @@ def test_ctrl_c_asks(
         main()
     assert ended.value.code == 130
     assert bool(calls) == stops
-    assert (
-        "saves its state" if stops else "Follow the job: rlora submit --follow mine"
-    ) in capsys.readouterr().out
+    assert ("saves its state" if stops else "Follow the job: rlora submit --follow mine") in capsys.readouterr().out
 
 
 def test_errors_in_the_config_are_reported_before_submitting(
