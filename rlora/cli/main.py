@@ -267,6 +267,8 @@ def _replay(arguments: list[str]) -> None:
 
     run, step = split(options.run)
     check_same_policy(read_run(run), options.config, "rlora replay")
+    if step is not None and options.step not in (None, step):
+        raise RloraError(f"--step {options.step}: {options.run} names a different version; use one of the two")
     step = options.step if step is None else step
     steps = updates(checkpoint.versions(run), step)
     if not steps:

@@ -94,7 +94,8 @@ class Job:
         The policy's requests fail with StaleError. Waits for the thread of the agent loop, but not for the engines.
         """
         self.fleet.leave(policy)
-        self.learners.pop(policy).close(policy)
+        if learner := self.learners.pop(policy, None):
+            learner.close(policy)
         self.loops.pop(policy).close()
 
 

@@ -101,6 +101,7 @@ def test_bad_input_is_told_in_a_line_and_makes_nothing(
             ("replay", "{run}", "--step", "3"),
             r"--step 3: needs the bundles of versions 3 and 4; use one of the steps whose",
         ),
+        (("replay", "{run}@2", "--step", "3"), r"--step 3: .*run@2 names a different version; use one of the two"),
         (
             ("replay", "{run}", "--learner.rank", "2"),
             r"learner\.rank = 2: rlora replay continues an adapter that was",
