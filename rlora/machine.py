@@ -1,5 +1,6 @@
 """This machine: cores, environment variables of engines and learners, memory, signals. Does not import torch."""
 
+import gc
 import os
 import shutil
 import signal
@@ -47,6 +48,18 @@ def learner_environment(threads: int, cuda: bool) -> dict[str, str]:
     if cuda:  # rows differ in length, which fragments fixed segments
         environment["PYTORCH_CUDA_ALLOC_CONF"] = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     return environment
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Context in which Python's garbage collector does not run. Imports create many objects that stay, which the
+    collector would visit again and again: a sixth of the time that vLLM's imports take."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()  # it never visits them
+        gc.enable()
 
 
 def private_bytes() -> int | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from rlora.records import Adapter, RloraError
-from rlora.run.source import Source, resolve_config
+from rlora.run import directory
+from rlora.run.source import RunPath, Source, reachable, resolve_config
 
 if TYPE_CHECKING:  # torch and Ray take seconds to import, and `import rlora` must not wait for them
     from upath import UPath
@@ -20,10 +21,9 @@ if TYPE_CHECKING:  # torch and Ray take seconds to import, and `import rlora` mu
 def drive(runs: Sequence[Run], turns: Turns | None = None) -> None:
     """prompts -> groups of episodes -> rewards -> advantages -> adapter v + 1 -> engines -> prompts ...
 
-    Train runs, each with its policy, until all have done their steps. They share the frozen base, the engines and the
-    learner's process (`learner.concurrent` processes). Adapters, optimizers and random states are separate.
-    `turns` decides which runs take the next step; by default all of them do, in `rounds`. A failed run ends while the
-    others continue. Its error is raised at the end.
+    Train runs, each with its policy, until all have done their steps. They share the frozen base, the engines and
+    `learner.concurrent` learners. Adapters, optimizers and random states are separate. `turns` decides which runs take
+    the next step: by default all, in `rounds`. A failed run ends while others continue; its error is raised at the end.
     """
     from rlora import cluster
     from rlora.run.run import closing
@@ -65,9 +65,9 @@ class Result:
 
 
 def train(
-    config: Source = None, *, run_dir: str | PathLike[str] | None = None, overwrite: bool = False,
-    resume: str | PathLike[str] | None = None, fork: str | None = None,
-    on_step: Callable[[Mapping[str, Any]], object] | None = None, observers: Sequence[Observer] = (), **changes: Any,
+    config: Source = None, *, run_dir: RunPath = None, overwrite: bool = False, resume: RunPath = None,
+    fork: str | None = None, on_step: Callable[[Mapping[str, Any]], object] | None = None,
+    observers: Sequence[Observer] = (), **changes: Any,
 ) -> Result:  # fmt: skip
     """Train one policy, as `rlora train` does. Blocks until the run ends.
 
@@ -77,18 +77,18 @@ def train(
     config.toml records an object that can't be imported as `python:NAME`; `resume` needs such an object again.
 
     `run_dir` is the directory of a new run (default: runs/ENV-TIME); `overwrite` replaces a run there. `fork` (RUN or
-    RUN@STEP) starts the new run from a version. `resume`, a run's directory, continues that run from its newest bundle
-    (checkpoint), under its config with `changes`. `on_step` and `observers` receive the metrics of each step; their
-    exceptions are logged as warnings. Raises RloraError for errors that the user can fix, before training if possible.
+    RUN@STEP) starts the new run from a version. `resume` continues the run in this directory from its newest bundle.
+    `on_step` and `observers` receive the metrics of each step. Raises RloraError for errors that the user can fix.
     """
     from rlora import cluster
 
     if resume and (run_dir or overwrite):
         raise RloraError(f"train: resume = {str(resume)!r} is the run's directory; remove run_dir and overwrite")
     resolved = resolve_config(config, changes, resume, fork)
-    with cluster.starting(resolved):  # Ray starts while this process imports torch and loads the prompts
+    is_complete = resume is not None and directory.is_complete(reachable(resume), resolved.steps)
+    with nullcontext() if is_complete else cluster.starting(resolved):  # beside the imports and the prompts' loading
         from rlora.cluster.gauges import Gauges
-        from rlora.run import checkpoint, directory, prepare
+        from rlora.run import checkpoint, prepare
         from rlora.run.run import Callback
         from rlora.trackers.tracking import tracked
 
@@ -97,5 +97,5 @@ def train(
             if not prepare.is_finished(run.path, run.config, run.start):
                 with tracked(run):
                     drive([run])
-    last = checkpoint.read_version(run.path)
-    return Result(run.path, last.adapter, directory.summary(run.path), directory.figures(run.path))
+    path, adapter = run.path, checkpoint.read_version(run.path).adapter
+    return Result(path, adapter, directory.summary(path), directory.figures(path))

@@ -252,7 +252,7 @@ WEIGHTS = (2).to_bytes(8, "little") + b"{}"  # a safetensors file of no tensors
 
 
 def adapter(number: int) -> Adapter:
-    return Adapter("run", number, b"{}", WEIGHTS + number.to_bytes(2, "little") * 50)
+    return Adapter("run", number, b'{"base_model_name_or_path": "base"}', WEIGHTS + number.to_bytes(2, "little") * 50)
 
 
 def write_provenance(run: Path) -> None:

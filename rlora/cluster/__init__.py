@@ -132,6 +132,7 @@ def start(served: Sequence[ServedPolicy], learn: bool = True) -> Iterator[Job]:
     from rlora.cluster.ranks import Ranks
 
     machine.check_ram_directory()
+    _log.info("starting engines and learners, which can take a minute")
     config, slots = shared_config(served), total_slots(served)
     with _processes(config, served[0].task.base, slots) as processes:
         count = min(config.learner.concurrent, len(served)) if learn else 0

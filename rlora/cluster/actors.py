@@ -17,6 +17,7 @@ from typing import Any, cast
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from rlora import machine
 from rlora.cards import MEMORY_ADVICE
 from rlora.cluster.joining import first_sentence
 from rlora.engine.scratch import remove_leftovers
@@ -38,7 +39,7 @@ class _Actor:
 
     def prepare(self, spec: str) -> None:
         """Import the object's module. Errors are ignored here, because `build` raises them again."""
-        with suppress(Exception):
+        with suppress(Exception), machine.importing():
             load("actor", spec)
 
     def build(self, role: str, spec: str, *arguments: Any) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import cast
 
 import ray
+from ray._private.node import Node
 from ray.exceptions import AuthenticationError
 
 from rlora.records import RloraError
@@ -41,7 +42,7 @@ def join_ray() -> bool:
     if not address.startswith("ray://") and address not in ("auto", "local"):
         _check_connection(address, source)
     try:
-        with _single_attempt(address):
+        with _single_attempt(address), _no_dashboard():
             ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
         ray.shutdown()
@@ -77,6 +78,18 @@ def _single_attempt(address: str) -> Iterator[None]:
         yield
     finally:
         del os.environ[name]
+
+
+@contextmanager
+def _no_dashboard() -> Iterator[None]:
+    """Keep Ray from starting its dashboard's process, which `include_dashboard=False` does not: Ray starts the process
+    for its usage statistics, and waits until it has a port, which takes 2 s."""
+    start = Node.start_api_server
+    Node.start_api_server = lambda *_, **__: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Node.start_api_server = start  # type: ignore[method-assign]
 
 
 def _reason(error: BaseException) -> str:

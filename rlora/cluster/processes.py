@@ -56,9 +56,12 @@ class Processes:
         self._learners: dict[int, list[Remote]] = {}  # created ahead, by group
 
     def create(self, learn: bool) -> None:
-        """Create the processes of the engines and, if `learn` is True, of the first learner group. Does not block."""
+        """Create the processes of the engines and, if `learn` is True, of the first learner group. Does not block.
+
+        On CPU a learner is created later, because an engine takes longest to import its packages, and needs the cores.
+        """
         self._engines = {number: self._create_engine(number) for number in range(self.config.engine.replicas)}
-        if learn:
+        if learn and self.cuda:
             self._learners = {0: self._create_learners(0)}
 
     def configure(self, config: Config, base: str, slots: int) -> None:

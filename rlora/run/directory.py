@@ -226,6 +226,11 @@ def summary(run: UPath) -> dict[str, Any]:
     return figures
 
 
+def is_complete(run: UPath, steps: int) -> bool:
+    """Return whether the run has done `steps` steps and has written its final summary."""
+    return summary(run).get("steps") == steps
+
+
 def summarise(run: UPath, figures: Mapping[str, Any]) -> None:
     """Add `figures` to `<run>/summary.json`."""
     write_file(run / SUMMARY, json.dumps(summary(run) | dict(figures), indent=2).encode() + b"\n")

@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from os import PathLike
 from typing import Any
 
 from transformers import AutoConfig
@@ -19,14 +18,13 @@ from rlora.rollout.task import Task, load_task
 from rlora.run import checkpoint, directory, resume
 from rlora.run.checkpoint import Bundle
 from rlora.run.run import Observer, Run
-from rlora.run.source import reachable, split
+from rlora.run.source import RunPath, reachable, split
 from rlora.run.start import read_start
 from rlora.settings import Config
 from rlora.store import holds
 
 _log = logging.getLogger(__name__)
 
-RunPath = str | PathLike[str] | UPath | None
 Report = Callable[[str], object]  # receives a line for the user
 Load = Callable[[Config], Task]  # loads the prompts, rewards and chat template of a config
 
@@ -40,7 +38,8 @@ def prepared(
 
     `resume` is the directory of an existing run to continue. Otherwise creates a new run in `run_dir` (None:
     runs/ENV-TIME), in place of a run there if `overwrite` is set; `fork`, RUN or RUN@STEP, is a version to start from.
-    `observers` receive the metrics of each step. Raises RloraError for an error in config, data or directory.
+    `observers` receive the metrics of each step. Raises RloraError for an error in config, data or directory. An error
+    in the context gets a note with the command that resumes the run.
     """
     if not config.env:
         raise RloraError("env = '': a run needs an env; use module:name or path/to/file.py:name")
@@ -55,7 +54,11 @@ def prepared(
         if run.task.dropped:
             report(f"{run.task.dropped} prompts exceed sampling.max_prompt_tokens and are dropped")
         report(f"run: {run.path}" + (f", starting from version {run.start.version}" if run.start else ""))
-        yield run
+        try:
+            yield run
+        except BaseException as error:
+            error.add_note(f"`rlora train --resume {run.path}` continues from the newest saved step")
+            raise
 
 
 def begin(
@@ -123,7 +126,7 @@ def resume_run(
 def is_finished(path: UPath, config: Config, start: Bundle | None) -> bool:
     """Return whether the run in `path`, with the newest bundle `start`, has done all steps and written its final
     summary."""
-    return bool(start and start.version >= config.steps and directory.summary(path).get("steps") == start.version)
+    return bool(start and start.version >= config.steps and directory.is_complete(path, start.version))
 
 
 def load_and_check(config: Config, report: Report = _log.info, load: Load = load_task) -> tuple[Task, Setup]:

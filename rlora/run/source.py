@@ -14,6 +14,7 @@ from rlora.records import RloraError
 from rlora.settings import Config
 from rlora.store import read_file
 
+RunPath = str | PathLike[str] | UPath | None
 Source = Config | Mapping[str, Any] | str | PathLike[str] | None  # text and paths name a TOML file
 
 
@@ -23,7 +24,7 @@ def split(source: str) -> tuple[UPath, int | None]:
     return (reachable(run), int(step)) if run and step.isdigit() else (reachable(source), None)
 
 
-def reachable(path: str | Path | UPath) -> UPath:
+def reachable(path: str | PathLike[str] | UPath) -> UPath:
     """Convert a path or URL to UPath. Raises RloraError if fsspec does not support the protocol, or lacks a package."""
     try:
         upath = UPath(path)
@@ -55,7 +56,7 @@ def config_at(run: UPath, step: int | None) -> Config:
 
 
 def resolve_config(
-    source: Source, changes: Mapping[str, Any], resume: str | PathLike[str] | None = None, fork: str | None = None,
+    source: Source, changes: Mapping[str, Any], resume: RunPath = None, fork: str | None = None,
     defaults: Mapping[str, Any] | None = None,
 ) -> Config:  # fmt: skip
     """Build the config of a call from Python: the config of `source`, `resume` or `fork`, with `changes`.
@@ -69,8 +70,8 @@ def resolve_config(
             "resume and fork"
         )
     file, previous = "", dict[str, Any]()
-    if resume or fork:
-        table = previous = asdict(config_at(*split(fork)) if fork else read_run(reachable(str(resume))))
+    if fork or resume:
+        table = previous = asdict(config_at(*split(fork)) if fork else read_run(reachable(resume or "")))
     elif isinstance(source, str | PathLike):
         table, file = read_table(Path(source)), f"{source}: "
     else:

@@ -1,4 +1,4 @@
-"""Replacements for two parts of vLLM's CPU build: the low-rank product and the sampler."""
+"""Replacements for parts of vLLM's CPU build: the low-rank product, the sampler, and the ranks of tokens."""
 
 import warnings
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.platforms.cpu import CpuPlatform
+from vllm.v1.sample import sampler
 from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
 
 _TESTED = {"0.32.0"}  # versions of vLLM whose own parts these were compared with
@@ -34,6 +35,7 @@ def install(head: bool) -> bool:
     CpuPlatform.get_punica_wrapper = classmethod(lambda cls: f"{__name__}.ThinProducts")  # type: ignore[assignment]
     ThinProducts.head = head
     TopKTopPSampler.forward_cpu = draw  # type: ignore[method-assign]
+    sampler.batched_count_greater_than = no_ranks  # type: ignore[assignment,attr-defined]
     return True
 
 
@@ -160,3 +162,12 @@ def draw(
     u = (1 - torch.rand(len(total), 1)) * total[:, -1:]
     tokens = torch.searchsorted(total, u)[:, 0].clamp_(max=logits.shape[1] - 1)  # past the end if a row is NaN
     return tokens, logprobs
+
+
+def no_ranks(logprobs: Tensor, _: Tensor) -> Tensor:
+    """Return a rank of 0 for the token of each row of `logprobs` (rows, V).
+
+    Replaces `batched_count_greater_than`, which counts the tokens that are more probable. rlora does not read ranks,
+    and vLLM compiles that function with Inductor in every process, which takes 2 s.
+    """
+    return logprobs.new_zeros(len(logprobs), dtype=torch.long)
