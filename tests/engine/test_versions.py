@@ -72,7 +72,7 @@ def line() -> Iterator[Line]:
             (engine,) = fleet.engines
             engine.load(versions[0]).result()
             sampling, version = Sampling(24, 1.0, 4), versions[0].version
-            futures = [engine.generate(prompt, sampling, version) for prompt in task.prompts[:8]]
+            futures = [engine.generate(prompt, sampling, version) for prompt in task.prompts[:3]]
             groups = marked([future.result() for future in futures])
             versions += [learner.update(groups)[0] for _ in range(4)]
             yield Line(learner, task, engine, versions)
@@ -93,10 +93,10 @@ def test_versions_in_flight_at_once_each_match_their_own_learner(line: Line) -> 
     groups = {number: [future.result() for future in row] for number, row in futures.items()}
     for number, sampled in groups.items():
         assert {episode.version for group in sampled for episode in group.episodes} == {line.version(number)}
-        assert line.differences(number, sampled).max() < 1e-3
+        differences = line.differences(number, sampled)
+        assert differences.max() < 1e-3
         if number > 0:  # version 0 equals the base
-            assert line.differences(number - 1, sampled).mean() > 20 * line.differences(number, sampled).mean()
-            assert line.differences(number - 1, sampled).mean() > 1e-3
+            assert line.differences(number - 1, sampled[:4]).mean() > max(1e-3, 20 * differences.mean())
     assert line.engine.versions().result() == [line.version(2)]  # the others were unloaded with their last lease
     assert len(line.engine.lora_ids().result()) == 1
 
