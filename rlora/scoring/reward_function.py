@@ -102,7 +102,7 @@ class RewardFunction:
         return [Call(inputs, part, chat) for part in parts]
 
     def _start(self, call: Call) -> Any:
-        """Call the function with copies of the values and columns, so that it can modify them. Returns its result.
+        """Call the function with copies of all arguments, so that it can modify them. Returns its result.
 
         Raises FaultError if a required argument has no value.
         """
@@ -110,7 +110,7 @@ class RewardFunction:
         arguments = {name: values[name](call) for name in self.value_names}
         if STYLES[self.style].columns:
             arguments |= self._columns(call)
-        arguments |= self.args
+        arguments |= deepcopy(dict(self.args))
         missing = self.required.difference(arguments)
         if missing:
             raise FaultError(

@@ -648,12 +648,12 @@ def test_the_innermost_line_of_the_users_own_file_is_named() -> None:
 
 
 def test_a_function_may_modify_its_arguments() -> None:
-    def spoils(completions: list[str], answers: list[dict[str, int]]) -> list[float]:
+    def spoils(completions: list[str], answers: list[dict[str, int]], words: list[str]) -> list[float]:
         completions.clear()
         answers[0]["it"] = 5
-        return [1.0, 2.0]
+        return [1.0, 2.0] if words.pop() == "last" else [0.0, 0.0]
 
     inputs = case("a", "b", answer={"it": 4})
-    prepared = reward_function(SPEC, spoils)
+    prepared = reward_function(SPEC, spoils, args={"words": ["first", "last"]})
     assert values(prepared(inputs, range(2))) == values(prepared(inputs, range(2))) == [1.0, 2.0]
     assert inputs.answer == {"it": 4}
