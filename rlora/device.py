@@ -6,12 +6,16 @@ On a GPU most of these functions create a CUDA context: call them only in learne
 import json
 import platform
 import random
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rlora import cards, machine
 from rlora.records import RloraError
@@ -138,3 +142,41 @@ def error_text(error: Exception) -> str:
     """Return the type and message of an error, with advice if the error is an out-of-memory error."""
     text = f"{type(error).__name__}: {error}"
     return f"{text}. {cards.MEMORY_ADVICE}" if isinstance(error, torch.OutOfMemoryError) else text
+
+
+class Live(TorchDispatchMode):
+    """Context that counts the bytes of live tensors that were created within it: `now`, and their maximum, `peak`."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._live = set[int]()
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
+    ) -> Any:
+        inputs = {_storage(tensor)._cdata for tensor in _tensors((arguments, options))}  # may be older: not counted
+        outputs = operation(*arguments, **(options or {}))
+        for tensor in _tensors(outputs):
+            storage = _storage(tensor)
+            if storage._cdata not in inputs and storage._cdata not in self._live:
+                self._add(storage, storage.nbytes())
+        return outputs
+
+    def _add(self, storage: Any, size: int) -> None:
+        self._live.add(storage._cdata)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._remove, storage._cdata, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self._live.discard(key)
+        self.now -= size
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _storage(tensor: Tensor) -> Any:
+    return tensor.untyped_storage()

@@ -4,15 +4,13 @@ A meta tensor has a shape but no data. The code that trains therefore runs there
 largest row, while the bytes that its tensors would hold at a time are counted.
 """
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from rlora import cards
@@ -23,7 +21,7 @@ from rlora.core.lora import matrices
 from rlora.core.loss import Tokens
 from rlora.core.policy import Policies
 from rlora.core.setup import Setup
-from rlora.device import DTYPES, release, room_of_learner
+from rlora.device import DTYPES, Live, release, room_of_learner
 from rlora.model.base import META, meta_model
 from rlora.records import RloraError
 from rlora.settings import Config, LearnerConfig
@@ -67,62 +65,51 @@ class Footprint:
         return int(self.fixed + FRAGMENTED * self.per_row)
 
 
-class Live(TorchDispatchMode):
-    """Context that counts the bytes of live tensors that were created within it: `now`, and their maximum, `peak`."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
-        self._live = set[int]()
-
-    def __torch_dispatch__(
-        self, operation: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
-    ) -> Any:
-        inputs = {_storage(tensor)._cdata for tensor in _tensors((arguments, options))}  # may be older: not counted
-        outputs = operation(*arguments, **(options or {}))
-        for tensor in _tensors(outputs):
-            storage = _storage(tensor)
-            if storage._cdata not in inputs and storage._cdata not in self._live:
-                self._add(storage, storage.nbytes())
-        return outputs
-
-    def _add(self, storage: Any, size: int) -> None:
-        self._live.add(storage._cdata)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._remove, storage._cdata, size)
-
-    def _remove(self, key: int, size: int) -> None:
-        self._live.discard(key)
-        self.now -= size
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _storage(tensor: Tensor) -> Any:
-    return tensor.untyped_storage()
-
-
 def footprint(config: Config, base: PreTrainedConfig, rows: Rows, on_gpu: bool) -> Footprint:
     """Count the memory of a learner with one policy, on a GPU or CPU. `base` is the config of the base model."""
     model, learner = meta_model(base, DTYPES[config.dtype]), config.learner
-    base_bytes = _base_bytes(model, learner)
-    policies = Policies(model, rows.checkpointing, learner.full_finetuning)
-    trained = _add_policies(policies, config)
+    base_bytes, layers = _base_bytes(model, learner), list(getattr(model.base_model, "layers", ()))
     row = largest_row(config, rows.tokens, META, on_gpu)
+    count = partial(_activations, config, base, row, rows.checkpointing)
+    if len(layers) > 3 and _are_equal(layers):  # each layer after the second adds the same
+        activations = (two := count(2)) + (len(layers) - 2) * (count(3) - two)
+    else:
+        activations = count(None)
     by_autograd = config.algorithm.entropy > 0 or learner.full_finetuning or learner.head  # keeps fp32 logits
-    with Live() as live:
-        forward_backward(policies, _POLICY, row, entropies=config.algorithm.entropy > 0)
-    gradients = sum(bytes_of(weight.grad) for weight in trained if weight.grad is not None)
     logits = min(len(row.targets), max(1, LOGITS["cuda" if on_gpu else "cpu"] // _vocabulary(base))) * _vocabulary(base)
     return Footprint(
         base=base_bytes,
-        adapter=_training_bytes(trained, config),
-        activations=live.peak - gradients,
+        adapter=adapter_bytes(config, base),
+        activations=activations,
         head=logits * (2 * model.dtype.itemsize + 4 * 4 if by_autograd else model.dtype.itemsize),
     )
+
+
+def _activations(
+    config: Config, base: PreTrainedConfig, row: Microbatch, checkpointing: bool, depth: int | None
+) -> int:
+    """Count the peak of a pass over `row` through the first `depth` layers, without gradients of trained weights."""
+    model = meta_model(base, DTYPES[config.dtype])
+    if depth:
+        model.base_model.layers = cast(nn.ModuleList, model.base_model.layers)[:depth]
+    policies = Policies(model, checkpointing, config.learner.full_finetuning)
+    trained = _add_policies(policies, config)
+    with Live() as live:
+        forward_backward(policies, _POLICY, row, entropies=config.algorithm.entropy > 0)
+    return int(live.peak) - sum(bytes_of(weight.grad) for weight in trained if weight.grad is not None)
+
+
+def _are_equal(layers: Sequence[nn.Module]) -> bool:
+    """Return whether layers have the same type, kind of attention, and shapes of parameters."""
+    kinds = {
+        (
+            type(layer),
+            getattr(layer, "attention_type", ""),
+            *((name, weight.shape) for name, weight in layer.named_parameters()),
+        )
+        for layer in layers
+    }
+    return len(kinds) == 1
 
 
 def adapter_bytes(config: Config, base: PreTrainedConfig) -> int:

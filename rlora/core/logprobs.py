@@ -11,7 +11,7 @@ from rlora.core.lora import low_rank
 
 # Logits held at a time. On a CPU few enough that malloc reuses their memory (below 32 MiB in fp32). On a GPU enough
 # that the head's weights are read once for hundreds of tokens, not dozens.
-LOGITS = {"cpu": 3 * 2**21, "cuda": 2**28, "meta": 2**21}
+LOGITS = {"cpu": 3 * 2**21, "cuda": 2**28, "meta": 2**24}
 
 
 class _TokenLogprobs(torch.autograd.Function):

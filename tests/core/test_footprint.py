@@ -11,7 +11,6 @@ from rlora.cards import GIB
 from rlora.core.flash import check_heads
 from rlora.core.footprint import (
     FRAGMENTED,
-    Live,
     Rows,
     cpu_rows,
     fitting_rows,
@@ -22,6 +21,7 @@ from rlora.core.footprint import (
 )
 from rlora.core.lora import Spec
 from rlora.core.policy import Policies
+from rlora.device import Live
 from rlora.records import RloraError
 from rlora.settings import Config
 
@@ -69,6 +69,17 @@ def test_without_memory_as_much_is_counted_as_with(config: MakeConfig, kind: str
     assert counted.adapter == 16 * sum(weight.numel() for weight in weights)
     activations = live.peak - sum(4 * weight.numel() for weight in weights)
     assert counted.per_row == pytest.approx(activations, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_equal_layers_are_counted_from_three(
+    config: MakeConfig, kind: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = AutoConfig.for_model(kind, **TINY_CONFIGS[kind] | {"num_hidden_layers": 7})
+    counted = footprint(config(), base, Rows(60, checkpointing), on_gpu=True)
+    monkeypatch.setattr("rlora.core.footprint._are_equal", lambda _: False)  # counts all seven
+    assert footprint(config(), base, Rows(60, checkpointing), on_gpu=True) == counted
 
 
 def test_experts_are_counted_as_if_few_were_met(config: MakeConfig) -> None:
