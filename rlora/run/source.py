@@ -121,7 +121,10 @@ def _check_objects(previous: Mapping[str, Any], changes: Mapping[str, Any]) -> N
     for name, spec in plugin_specs(previous).items():
         field = name.partition(".")[0]
         if spec.startswith(PYTHON) and field not in passed:
-            raise RloraError(f"{field} = {spec!r}: the run got this object from Python; pass it again as {field}=...")
+            raise RloraError(
+                f"{field} = {spec!r}: it was passed from Python; pass the object again, as in "
+                f"rlora.train(resume=..., {field}=...)"
+            )
 
 
 def plain_data(table: Mapping[str, Any]) -> dict[str, Any]:
