@@ -83,6 +83,7 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundle: Callable[
     """A working directory with the files of all blocks, and every run that a command names."""
     write_files(tmp_path)
     (tmp_path / "path" / "to" / "adapter").mkdir(parents=True)
+    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
     monkeypatch.chdir(tmp_path)
     named = [split(word) for _, words in commands("rlora") for word in words if word.startswith("runs/")]
     for run, version in named:

@@ -108,7 +108,7 @@ def test_a_resumed_run_needs_its_objects_again(tmp_path: Path) -> None:
     again = lambda completion: 2.5  # noqa: E731
     config = resolve_config(TABLE, {"reward": first, "reward_args": {"least": 3}})
     (tmp_path / "config.toml").write_text(tomli_w.dumps(asdict(config)))
-    with pytest.raises(RloraError, match=r"reward = 'python:lambda\w*': the run got this object from Python; pass"):
+    with pytest.raises(RloraError, match=r"reward = 'python:lambda\w*': it was passed from Python; pass the"):
         resolve_config(None, {"steps": 3}, resume=tmp_path)
     resumed = resolve_config(None, {"reward": again}, resume=tmp_path)
     assert (resumed.reward, resumed.reward_args) == (config.reward, {"least": 3})  # registered under the same name
