@@ -66,6 +66,7 @@ ON_CPU = {  # only imported on a CPU
     "token_lora_indices sampler_indices",
     "vllm.platforms.cpu:CpuPlatform": "get_punica_wrapper",
     "vllm.v1.sample.ops.topk_topp_sampler:TopKTopPSampler": "forward_cpu logprobs_mode",
+    "vllm.v1.sample.sampler:batched_count_greater_than": "",
 }
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 

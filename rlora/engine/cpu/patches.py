@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import vllm
+import vllm.v1.sample.sampler
 from numpy.typing import NDArray
 from torch import Tensor
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.platforms.cpu import CpuPlatform
-from vllm.v1.sample import sampler
 from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
 
 _TESTED = {"0.32.0"}  # versions of vLLM whose own parts these were compared with
@@ -35,7 +34,7 @@ def install(head: bool) -> bool:
     CpuPlatform.get_punica_wrapper = classmethod(lambda cls: f"{__name__}.ThinProducts")  # type: ignore[assignment]
     ThinProducts.head = head
     TopKTopPSampler.forward_cpu = draw  # type: ignore[method-assign]
-    sampler.batched_count_greater_than = no_ranks  # type: ignore[assignment,attr-defined]
+    vllm.v1.sample.sampler.batched_count_greater_than = no_ranks  # type: ignore[assignment,attr-defined]
     return True
 
 
