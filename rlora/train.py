@@ -93,7 +93,7 @@ def train(
         from rlora.trackers.tracking import tracked
 
         observers = (*observers, Gauges(), *([Callback(on_step)] if on_step else []))
-        with prepare.prepared(resolved, run_dir, resume, fork, overwrite, observers) as run:
+        with prepare.prepared(resolved, run_dir, resume, fork, overwrite, observers) as run, prepare.resume_note(run):
             if not prepare.is_finished(run.path, run.config, run.start):
                 with tracked(run):
                     drive([run])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from rlora.cli.overrides import parse_train
 from rlora.run.directory import check_free
@@ -23,11 +24,10 @@ def train_command(arguments: list[str]) -> None:
         check_free(reachable(options.run_dir), options.overwrite)  # before imports and Ray's start, which take seconds
     from rlora.train import train
 
+    source: Mapping[str, Any] = options.changes if options.resume or options.fork else {"config": options.config}
     result = train(
-        None if options.resume or options.fork else options.config,
-        run_dir=options.run_dir, resume=options.resume, fork=options.fork, overwrite=options.overwrite,
-        **(options.changes if options.resume or options.fork else {}),
-    )  # fmt: skip
+        run_dir=options.run_dir, resume=options.resume, fork=options.fork, overwrite=options.overwrite, **source
+    )
     _report(result)
 
 

@@ -38,8 +38,7 @@ def prepared(
 
     `resume` is the directory of an existing run to continue. Otherwise creates a new run in `run_dir` (None:
     runs/ENV-TIME), in place of a run there if `overwrite` is set; `fork`, RUN or RUN@STEP, is a version to start from.
-    `observers` receive the metrics of each step. Raises RloraError for an error in config, data or directory. An error
-    in the context gets a note with the command that resumes the run.
+    `observers` receive the metrics of each step. Raises RloraError for an error in config, data or directory.
     """
     if not config.env:
         raise RloraError("env = '': a run needs an env; use module:name or path/to/file.py:name")
@@ -54,11 +53,17 @@ def prepared(
         if run.task.dropped:
             report(f"{run.task.dropped} prompts exceed sampling.max_prompt_tokens and are dropped")
         report(f"run: {run.path}" + (f", starting from version {run.start.version}" if run.start else ""))
-        try:
-            yield run
-        except BaseException as error:
-            error.add_note(f"`rlora train --resume {run.path}` continues from the newest saved step")
-            raise
+        yield run
+
+
+@contextmanager
+def resume_note(run: Run) -> Iterator[None]:
+    """Add a note with the command that resumes the run to an error in the context."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"`rlora train --resume {run.path}` continues from the newest saved step")
+        raise
 
 
 def begin(
