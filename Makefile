@@ -20,7 +20,7 @@ train: setup
 	$(BIN)/rlora train launch/arithmetic.toml
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: setup
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reached a hub would pass here and fail there
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads that wait for each other must not keep a core from other workers
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+from commands import ROOT, TOKEN, orphans, processes
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
@@ -28,6 +32,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from rlora import machine
 from rlora.cli.logs import show_log
 from rlora.cli.main import main
 from rlora.config import validate
@@ -46,11 +51,21 @@ from rlora.settings import Config
 
 # Tests interrupt commands; these would inherit that a shell's background job ignores SIGINT.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 NEEDS_SHARED = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
 
 show_log()  # so that tests of the library see what the command line prints
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """The workers of `make test`: one per core, with 10 GiB each for its engines and learners."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(machine.cores(), memory // (10 * 2**30), 4))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the long tests, so that all workers end at about the same time."""
+    items.sort(key=lambda item: item.get_closest_marker("vllm") is None)
 
 
 def exit_status(*arguments: str) -> int:
@@ -92,6 +107,34 @@ def ray_node(log: Path, environment: Mapping[str, str], *options: str) -> Iterat
     finally:
         node.terminate()
         node.wait(timeout=60)
+
+
+@pytest.fixture
+def nothing_stays_behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fails a test that leaves a process behind, or a file in RAM of an engine.
+
+    Other tests and programs run on the machine, so only what this test started counts.
+    """
+    monkeypatch.setenv(*TOKEN)
+    before, ended = processes().keys(), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.5):
+            processes()
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    yield
+    ended.set()
+    watching.join()
+
+    def left() -> dict[int, str]:
+        return {pid: what for pid, what in (orphans() | processes()).items() if pid not in before}
+
+    deadline = time.monotonic() + 20
+    while left() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not left()
 
 
 @pytest.fixture(scope="session")

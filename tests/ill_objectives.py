@@ -1,4 +1,4 @@
-"""Objectives that make a run ill, for test_end_to_end.py."""
+"""Objectives that make a run ill, for end_to_end/test_several.py."""
 
 from typing import Any
 

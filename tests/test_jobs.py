@@ -1,4 +1,4 @@
-"""Bad addresses and rejected jobs, with Ray's own client. For a real cluster see test_end_to_end.py."""
+"""Bad addresses and rejected jobs, with Ray's own client. For a real cluster see end_to_end/test_submit.py."""
 
 import json
 import re

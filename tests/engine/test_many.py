@@ -97,7 +97,7 @@ def test_eight_policies_at_one_number_and_the_base_each_sample_their_own_tokens(
         differences = many.differences(groups, version)
         assert differences.max() < 1e-3
         for wrong in {neighbour, BASE.version} - {version}:
-            assert many.differences(groups, wrong).mean() > 20 * differences.mean(), (version, wrong)
+            assert many.differences(groups[:2], wrong).mean() > 20 * differences.mean(), (version, wrong)
     # only versions that were replaced have been unloaded, with their last lease
     replaced = {adapter.policy for adapter in later}
     newest = [adapter.version for adapter in first if adapter.policy not in replaced]

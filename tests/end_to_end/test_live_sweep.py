@@ -13,15 +13,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT
-from test_end_to_end import SMALL, TOML, _nothing_stays_behind, rlora
+from commands import SMALL, TOML, rlora
+from conftest import ROOT, exit_status
 from upath import UPath
 
 from rlora.run import checkpoint
 from rlora.sweeps.diary import Diary, ask, complete_lines
 
-pytestmark = pytest.mark.vllm
-_fixtures = (_nothing_stays_behind,)  # makes pytest use the fixture
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("nothing_stays_behind")]
 FAILING = """
 def sums(completion, answer, step):
     if step == 2:
@@ -38,7 +37,9 @@ def wait_for(holds: Callable[[], bool], process: "subprocess.Popen[str]") -> Non
         time.sleep(0.1)
 
 
-def test_members_pause_continue_and_fork_and_a_failing_one_affects_no_other(tmp_path: Path) -> None:
+def test_members_pause_continue_and_fork_and_a_failing_one_affects_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path, reward = tmp_path / "sweep", tmp_path / "mine.py"
     reward.write_text(FAILING)
     axes = ["--over", "learner.rank=1,2", "--member", f"failing:reward={reward}:sums,evaluate.prompts=0"]
@@ -65,24 +66,24 @@ def test_members_pause_continue_and_fork_and_a_failing_one_affects_no_other(tmp_
     statuses = {name: state.status for name, state in Diary(path).states.items()}
     assert statuses == {"rank-1": "finished", "rank-2": "finished", "hotter": "finished", "failing": "failed"}
     for name, updates in (("rank-1", 8), ("rank-2", 8), ("hotter", 7)):
-        replayed = rlora("replay", str(path / name))
-        assert replayed.returncode == 0, replayed.stderr
-        assert replayed.stdout.endswith(f"{updates} of {updates} updates bit for bit\n")
+        assert exit_status("replay", str(path / name)) == 0
+        assert capsys.readouterr().out.endswith(f"{updates} of {updates} updates bit for bit\n")
         assert json.loads((path / name / "summary.json").read_text())["accuracy/after"] >= 0
-    listed_before = rlora("runs", str(path)).stdout
+    assert exit_status("runs", str(path)) == 0
+    assert re.search(r"^ *failing +failed ", capsys.readouterr().out, re.MULTILINE)
     reward.write_text(FAILING.replace("step == 2", "False"))
     resumed = rlora("sweep", "--resume", str(path))
     assert resumed.returncode == 0, resumed.stderr
-    assert re.search(r"^ *failing +failed ", listed_before, re.MULTILINE), listed_before
     assert Diary(path).states["failing"].status == "finished"
     assert "best configuration " in resumed.stdout
-    listed = rlora("runs", str(path), "--plot", str(tmp_path / "sweep.png"))
-    assert listed.returncode == 0, listed.stderr
+    assert exit_status("runs", str(path), "--plot", str(tmp_path / "sweep.png")) == 0
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
-def test_kills_leave_every_chain_of_bundles_unbroken_and_every_member_replays(tmp_path: Path) -> None:
+def test_kills_leave_every_chain_of_bundles_unbroken_and_every_member_replays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """kill -9 of engines, the learner and scoring at random moments, and six times of the sweep itself."""
     path, draw = tmp_path / "sweep", random.Random(0)
     axes = ["--over", "learner.rank=1,2", "--over", "seed=0,1", "--steps", "12", *SMALL]
@@ -113,6 +114,5 @@ def test_kills_leave_every_chain_of_bundles_unbroken_and_every_member_replays(tm
         bundles = [checkpoint.read(checkpoint.bundle_path(run, number)) for number in checkpoint.versions(run)]
         assert [bundle.version for bundle in bundles] == [*range(13)]
         assert all(second.parent == first.adapter.digest for first, second in pairwise(bundles))
-        replayed = rlora("replay", str(run))
-        assert replayed.returncode == 0, replayed.stderr
-        assert replayed.stdout.endswith("12 of 12 updates bit for bit\n")
+        assert exit_status("replay", str(run)) == 0
+        assert capsys.readouterr().out.endswith("12 of 12 updates bit for bit\n")
