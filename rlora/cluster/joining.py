@@ -5,7 +5,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import cast
 
 import ray
@@ -42,7 +42,7 @@ def join_ray() -> bool:
     if not address.startswith("ray://") and address not in ("auto", "local"):
         _check_connection(address, source)
     try:
-        with _single_attempt(address), _no_dashboard():
+        with _single_attempt(address), _few_processes():
             ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
         ray.shutdown()
@@ -81,15 +81,19 @@ def _single_attempt(address: str) -> Iterator[None]:
 
 
 @contextmanager
-def _no_dashboard() -> Iterator[None]:
-    """Keep Ray from starting its dashboard's process, which `include_dashboard=False` does not: Ray starts the process
-    for its usage statistics, and waits until it has a port, which takes 2 s."""
-    start = Node.start_api_server
-    Node.start_api_server = lambda *_, **__: None  # type: ignore[method-assign]
-    try:
+def _few_processes() -> Iterator[None]:
+    """Keep Ray from starting processes that a run has no use for, and that no option of `ray.init` turns off.
+
+    These are the dashboard, for whose port Ray waits 2 s in spite of `include_dashboard=False`, because it also sends
+    usage statistics; the monitor of the autoscaler; and the monitor of log
+    files, in spite of `log_to_driver=False`.
+    """
+    names = "start_api_server", "start_monitor", "start_log_monitor"
+    with ExitStack() as stack:
+        for name in names:
+            stack.callback(setattr, Node, name, getattr(Node, name))
+            setattr(Node, name, lambda *_, **__: None)
         yield
-    finally:
-        Node.start_api_server = start  # type: ignore[method-assign]
 
 
 def _reason(error: BaseException) -> str:
