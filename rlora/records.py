@@ -263,7 +263,7 @@ class UpdateStats:
     grad_norm: float  # before clipping, mean over the Adam steps; NaN if no gradient was finite, 0 without tokens
     lr: float  # of the policy; 0 while only the critic is trained (`critic.warmup`)
     kl_behaviour: float | None  # nats per token, KL between the policies of engine and learner
-    ratio_truncated: float | None  # share of tokens whose ratio exceeded `algorithm.importance_cap`
+    ratio_truncated: float | None  # share of tokens whose importance ratio was truncated or masked
     tokens: int  # number of these completion tokens
     seconds: float  # duration
     skipped_in_a_row: int  # consecutive updates without a finite loss and gradient, including this update

@@ -49,6 +49,8 @@ def test_written_config_reads_back_equal(tmp_path: Path) -> None:
         ({"algorithm": {"name": "gspo", "correction": "token-mask"}}, r"algorithm\.correction = 'token-mask': GSPO"),
         ({"algorithm": {"name": "gspo", "advantage": "gae"}}, r"algorithm\.advantage = 'gae': advantages are"),
         ({"algorithm": {"target_kl": 0.1}}, r"algorithm\.target_kl = 0\.1: an update with one minibatch"),
+        ({"algorithm": {"importance_floor": 0.5}}, r"importance_floor = 0\.5: .*'token-truncate' masks nothing; set"),
+        ({"algorithm": {"name": "gspo", "importance_floor": 0.5}}, r'correction to "episode-mask"'),
         ({"algorithm": {"name": "grpo", "dual_clip": 1.1}}, r"algorithm\.dual_clip = 1\.1: .*dual_clip above 1\.2"),
         ({"algorithm": "grpo"}, r"algorithm = 'grpo': "),
         ({"algorithm": {"name": ["grpo"]}}, r"algorithm\.name = \['grpo'\]: "),

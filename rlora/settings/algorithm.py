@@ -55,6 +55,15 @@ class AlgorithmConfig:
     importance_cap: Annotated[float, Field(ge=1)] = 2.0
     """Largest importance ratio that `algorithm.correction` applies, 1 or more. A larger ratio is truncated to this
     value or masked."""
+    importance_floor: Share = 0.0
+    """Smallest importance ratio for `algorithm.correction` = `token-mask` and `episode-mask`, 0 to 1: tokens or
+    episodes with a smaller ratio are masked too. `token-mask` with a floor of 0.5 and an `algorithm.importance_cap` of
+    5 is IcePop. `0` sets no floor."""
+    geometric_mask: NonNegativeFloat = 0.0
+    """Mask for whole episodes whose policy changed since they were sampled: an episode has no policy loss if the
+    geometric mean of its tokens' importance ratios is above 1 + `algorithm.geometric_mask` or below 1 / (1 +
+    `algorithm.geometric_mask`). 0.001 to 0.01 are usual. `algorithm.correction` applies to the remaining episodes. `0`
+    masks no episode."""
     kl: NonNegativeFloat = 0.0
     """Coefficient of the KL divergence from the policy to the reference policy, which is the base model with the
     adapter off. Larger values keep the policy closer to the base. `0` computes no KL; the metric `kl/reference` is then
@@ -135,6 +144,12 @@ class AlgorithmConfig:
                 "algorithm.correction",
                 'GSPO (algorithm.loss = "gspo") has one ratio per episode, so the correction must be per episode too; '
                 'set algorithm.correction to "episode-truncate", "episode-mask" or "none"',
+            )
+        if self.importance_floor and not self.correction.endswith("mask"):
+            yield Problem(
+                "algorithm.importance_floor",
+                f"algorithm.correction = {self.correction!r} masks nothing; set algorithm.correction to "
+                f'"{"episode" if gspo else "token"}-mask", or algorithm.importance_floor to 0',
             )
         if gspo and per_token:
             yield Problem(

@@ -172,6 +172,36 @@ def test_the_importance_ratio_is_capped(correction: str, weights: list[float]) -
     assert figures["ratio_truncated"].tolist() == [True, correction.startswith("episode"), False]
 
 
+NONE = {"correction": "none"}
+ICEPOP = {"correction": "token-mask", "importance_floor": 0.5, "importance_cap": 5.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "weights", "outside"),
+    [
+        (ICEPOP, [0.0, 4.0, 0.0, 1.0], [True, False, True, False]),
+        ({"correction": "episode-mask", "importance_floor": 0.5}, [1.6, 1.6, 0.0, 0.0], [False, False, True, True]),
+        (NONE | {"geometric_mask": 0.3}, [1.0, 1.0, 0.0, 0.0], [False, True, True, True]),  # means 1.26 and 0.5
+        (NONE | {"geometric_mask": 0.2}, [0.0, 0.0, 0.0, 0.0], [True, True, True, True]),
+        (NONE | {"geometric_mask": 1.01}, [1.0, 1.0, 1.0, 1.0], [False, True, False, False]),
+        ({"geometric_mask": 0.3}, [0.4, 2.0, 0.0, 0.0], [False, True, True, True]),  # beside each token's ratio
+    ],
+)
+def test_ratios_outside_of_a_range_are_masked(
+    settings: dict[str, Any], weights: list[float], outside: list[bool]
+) -> None:
+    two = group([5], episode([6, 7], 1.0, [-1.0, -2.0]), episode([8, 9], 0.0, [-1.0, -2.0]))
+    (row,) = microbatches([samples_of(two)], 100, torch.float32, torch.device("cpu"))
+    row = replace(row, tokens=replace(row.tokens, advantages=torch.ones(4)))
+    now = (row.tokens.behaviour_logprobs + torch.tensor([0.4, 4.0, 0.25, 1.0]).log()).requires_grad_()
+    losses, figures = token_losses(row, now, None, objective(**settings))
+    assert losses.tolist() == pytest.approx([-weight for weight in weights])
+    assert figures["ratio_truncated"].tolist() == outside
+    losses.sum().backward()
+    assert now.grad is not None
+    assert (-now.grad).tolist() == pytest.approx(weights)
+
+
 @pytest.mark.parametrize("name", ["grpo", "dr-grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++"])
 def test_on_policy_every_algorithm_has_the_gradient_of_its_advantages(name: str) -> None:
     two = group([5], episode([6, 7], 1.0, [-2.0, -1.0]), episode([8], 0.0, [-4.0]))

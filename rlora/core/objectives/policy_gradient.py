@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlora.core.advantage import LARGEST_IN_FLOAT32, centred, generalised, leave_one_out, standardised
 from rlora.core.batch import Microbatch, Sample
-from rlora.core.loss import importance, kl
+from rlora.core.loss import importance, kl, sequence_log_ratio
 from rlora.core.objectives.objective import Figures, Need
 from rlora.core.policy import Outputs
 from rlora.records import Episode, Group
@@ -94,12 +94,16 @@ class PolicyGradient:
         level, _, method = algorithm.correction.partition("-")
         behaviour = tokens.behaviour_logprobs
         ratio = importance(start, behaviour, batch.lengths, per_episode=level == "episode")
-        capped = ratio > algorithm.importance_cap
+        outside = (ratio > algorithm.importance_cap) | (ratio < algorithm.importance_floor)
         if method:
-            losses = losses * ratio.masked_fill(capped, algorithm.importance_cap if method == "truncate" else 0.0)
+            losses = losses * ratio.masked_fill(outside, algorithm.importance_cap if method == "truncate" else 0.0)
+        if algorithm.geometric_mask:
+            mean_log_ratio = sequence_log_ratio((start - behaviour).detach(), batch.lengths)
+            is_masked = mean_log_ratio.abs() > math.log1p(algorithm.geometric_mask)
+            losses, outside = losses.masked_fill(is_masked, 0.0), outside | is_masked
         figures = dict(figures) | {
             "kl_behaviour": kl(behaviour, start, "k3"),
-            "ratio_truncated": capped,
+            "ratio_truncated": outside,
             "kl_update": kl(start, detached, "k3"),
             "entropy": -detached if now.entropies is None else now.entropies,  # on policy, its mean is the entropy
         }
