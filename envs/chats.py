@@ -36,7 +36,19 @@ _PARTS_START = re.compile(
 
 
 def as_text(value: Any, source: str) -> str | Messages:
-    """Return a prompt's text, or its chat messages reduced to role and content.
+    """Return a prompt's text, or its chat messages reduced to role and content, as `as_conversation` does. Raises
+    RloraError, which begins with `source`, if the last message is the assistant's."""
+    messages = as_conversation(value, source)
+    if not isinstance(messages, str) and messages[-1]["role"] == "assistant":
+        raise RloraError(
+            f"{source}: its last message is the assistant's, {messages[-1]['content']!r:.80}, but a prompt must end "
+            "with the message that the policy answers; drop the last message, or use its content as the answer"
+        )
+    return messages
+
+
+def as_conversation(value: Any, source: str) -> str | Messages:
+    """Return text, or chat messages reduced to role and content.
 
     `value` is text or messages. Messages can be a list, a single message, the `messages` of an object, or a string with
     any of these as JSON or a Python literal. `content` can be a list of text parts, also as a string. ShareGPT's `from`
@@ -58,13 +70,7 @@ def as_text(value: Any, source: str) -> str | Messages:
             f'{source} is {value!r}; it must be a string or a list of chat messages, {{"role": ..., "content": ...}} '
             "with string values"
         )
-    messages = [_message(turn, f"{source}, message {number}") for number, turn in enumerate(value)]
-    if messages[-1]["role"] == "assistant":
-        raise RloraError(
-            f"{source}: its last message is the assistant's, {messages[-1]['content']!r:.80}, but a prompt must end "
-            "with the message that the policy answers; drop the last message, or use its content as the answer"
-        )
-    return messages
+    return [_message(turn, f"{source}, message {number}") for number, turn in enumerate(value)]
 
 
 def _is_list(value: Any) -> bool:

@@ -77,6 +77,9 @@ class Prompt:
     answer: Any = None  # reference answer for the reward function
     token_ids: tuple[int, ...] = ()  # of `text` after the chat template
     columns: Mapping[str, Any] = field(default_factory=dict)  # further arguments of reward functions, by name
+    completions: tuple[str | Messages | Episode, ...] = ()  # given ones, for SFT (one) and pairs (chosen, rejected)
+    weight: float = 1.0  # of the example in the loss of SFT
+    source: str = ""  # file and row, for error messages
 
 
 @dataclass(frozen=True)

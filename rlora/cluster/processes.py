@@ -48,7 +48,7 @@ class Processes:
         self.config = assign_gpus(config, gpus, can_grow)
         self.cuda = max(float(self.config.engine.gpus), float(self.config.learner.gpus)) > 0
         self.memory_plan = MemoryPlan()
-        busy = config.engine.replicas + (config.max_staleness > 0)  # processes that compute at the same time
+        busy = max(1, config.engines) + (config.max_staleness > 0)  # processes that compute at the same time
         self.cores_per_process = max(1, machine.cores() // busy)
         self.base = ""
         self._put = lru_cache(maxsize=1)(ray.put)
@@ -60,7 +60,7 @@ class Processes:
 
         On CPU a learner is created later, because an engine takes longest to import its packages, and needs the cores.
         """
-        self._engines = {number: self._create_engine(number) for number in range(self.config.engine.replicas)}
+        self._engines = {number: self._create_engine(number) for number in range(self.config.engines)}
         if learn and self.cuda:
             self._learners = {0: self._create_learners(0)}
 
@@ -79,8 +79,8 @@ class Processes:
         wait_for_results({remote.built: remote for remote in self.remotes if remote.built}, report_starting)
 
     def start_engines(self, served: Sequence[ServedPolicy]) -> list[RemoteEngine]:
-        """Start `engine.replicas` engines for the policies in `served`, without blocking (see `wait`)."""
-        return [self.start_engine(served, number) for number in range(self.config.engine.replicas)]
+        """Start `Config.engines` engines for the policies in `served`, without blocking (see `wait`)."""
+        return [self.start_engine(served, number) for number in range(self.config.engines)]
 
     def measure_learners(self, learners: Sequence[Ranks]) -> None:
         """Set `memory_plan` to the memory that learners take on each GPU. This blocks.
@@ -97,7 +97,7 @@ class Processes:
         """Log the devices of learners and engines. Engines that start later on a GPU get the same KV cache size."""
         infos = [engine.about().result() for engine in engines]
         if self.cuda:
-            self.memory_plan = replace(self.memory_plan, kv_cache=min(info.kv_cache for info in infos))
+            self.memory_plan = replace(self.memory_plan, kv_cache=min((info.kv_cache for info in infos), default=0))
         lines = [*(ranks.about() for ranks in learners[:1]), *sorted({info.description for info in infos})]
         _log.info("; ".join(lines))
 

@@ -91,7 +91,7 @@ def assign_gpus(config: Config, cluster_gpus: float, can_grow: bool = False) -> 
     learners, parts = learner.replicas * learner.concurrent, engine.tensor_parallel_size
     if not cluster_gpus:
         return replace(config, engine=replace(engine, gpus=0.0), learner=replace(learner, gpus=0.0))
-    enough = engine.replicas * parts + learners <= cluster_gpus
+    enough = config.engines * parts + learners <= cluster_gpus
     learner_gpus = (1.0 if enough or learner.replicas > 1 else 0.5) if learner.gpus == "auto" else learner.gpus
     engine_gpus = (1.0 if enough or parts > 1 else 0.5) if engine.gpus == "auto" else engine.gpus
     if parts > 1 and engine_gpus < 1:
@@ -105,10 +105,10 @@ def assign_gpus(config: Config, cluster_gpus: float, can_grow: bool = False) -> 
             f"{learner.replicas} learners on one GPU, but NCCL requires a GPU for each; set learner.gpus = 1, or unset "
             "learner.gpus (each learner then reserves 1 GPU)"
         )
-    needed = engine.replicas * parts * engine_gpus + learners * learner_gpus
+    needed = config.engines * parts * engine_gpus + learners * learner_gpus
     if needed > cluster_gpus and not can_grow:
         raise RloraError(
-            f"GPU: engines need {engine.replicas} x {parts * engine_gpus:g} and learners {learners} x {learner_gpus:g} "
+            f"GPU: engines need {config.engines} x {parts * engine_gpus:g} and learners {learners} x {learner_gpus:g} "
             f"GPUs, {needed:g} in total, and Ray has {cluster_gpus:g}; lower engine.replicas, "
             "engine.tensor_parallel_size or learner.replicas, or set engine.gpus and learner.gpus below 1, so that "
             "engines and learners share GPUs"

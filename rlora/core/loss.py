@@ -46,7 +46,7 @@ def is_outside(ratio: Tensor, low: float, high: float) -> Tensor:
 
 def sequence_log_ratio(log_ratio: Tensor, lengths: Tensor) -> Tensor:
     """Return each episode's mean for its tokens: log s_i of GSPO (arXiv:2507.18071, eq. 7). (C,), (E,) int64 -> (C,)"""
-    return _to_tokens(_episode_sums(log_ratio, lengths) / lengths.clamp(min=1), lengths, len(log_ratio))
+    return _to_tokens(episode_sums(log_ratio, lengths) / lengths.clamp(min=1), lengths, len(log_ratio))
 
 
 # --- correction for the policy that sampled ---
@@ -60,7 +60,7 @@ def importance(start: Tensor, behaviour: Tensor, lengths: Tensor, per_episode: b
     """
     log_ratio = (start - behaviour).detach()
     if per_episode:
-        log_ratio = _to_tokens(_episode_sums(log_ratio, lengths), lengths, len(log_ratio))
+        log_ratio = _to_tokens(episode_sums(log_ratio, lengths), lengths, len(log_ratio))
     return log_ratio.clamp(max=MAX_LOG_RATIO).exp()
 
 
@@ -86,7 +86,7 @@ def _bounded(x: Tensor) -> Tensor:
     return x.detach().clamp(max=MAX_LOG_RATIO) + (x - x.detach())
 
 
-def _episode_sums(x: Tensor, lengths: Tensor) -> Tensor:
+def episode_sums(x: Tensor, lengths: Tensor) -> Tensor:
     """Return the sum over each episode's tokens. (C,), (E,) int64 -> (E,)"""
     episodes = _to_tokens(torch.arange(len(lengths), device=x.device), lengths, len(x))
     return x.new_zeros(len(lengths)).index_add(0, episodes, x)

@@ -66,7 +66,7 @@ def update(learner: "Learner", state: "PolicyState", groups: Sequence[Group]) ->
         grad_norm=fmean(finite_norms) if finite_norms else math.nan if norms else 0.0,
         lr=lr,
         **{name: means.get(name) for name in _FIGURES},
-        objective_metrics={key: mean for key, mean in means.items() if key not in (*_FIGURES, "loss", "tokens")},
+        objective_metrics=_objective_metrics(means),
         explained_variance=explained_variance if state.critic else None,
         minibatches=len(finite_norms),
         tokens=int(sums["tokens"]),
@@ -74,6 +74,12 @@ def update(learner: "Learner", state: "PolicyState", groups: Sequence[Group]) ->
         skipped_in_a_row=state.skipped_in_a_row,
         private_bytes=machine.private_bytes(),
     )
+
+
+def _objective_metrics(means: Mapping[str, float]) -> dict[str, float]:
+    """Return the figures of an objective, means per token. With a figure `pairs`, the others become means per pair."""
+    pairs = means.get("pairs", 1.0)
+    return {name: mean / pairs for name, mean in means.items() if name not in (*_FIGURES, "loss", "tokens", "pairs")}
 
 
 def _adam(setup: Setup, lr: float) -> Adam:

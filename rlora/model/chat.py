@@ -1,6 +1,6 @@
 """Text to tokens and back, with the chat template and the `[chat]` settings. Only this module tokenises prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
@@ -74,6 +74,46 @@ class Chat:
         ids = self._ids(text + self._opening(messages)[1])
         has_end = ids and completion_ids and completion_ids[-1] in self.stop_token_ids and completion_ids[-1] == ids[0]
         return ids[1:] if has_end else ids
+
+    def completion_ids(
+        self, completion: str | Messages, prompt: str | Messages
+    ) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+        """Return the tokens of a given completion, as if the policy had sampled it, and which of them are the policy's.
+
+        A string is one message of the policy. Chat messages may include those of others, whose tokens have False. Each
+        message of the policy ends with the token that ends it in the chat template; without a template, with the
+        model's end token. Raises RloraError if the messages do not alternate from the policy's to the policy's.
+        """
+        messages = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
+        ids: list[int] = []
+        mask: list[bool] = []
+        others: list[Mapping[str, str]] = []
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                others.append(message)
+                continue
+            if bool(number) != bool(others):
+                raise RloraError(f"message {number + 1} of the completion: two messages of the assistant in a row")
+            if others:
+                reply = self.reply_ids(others, ids)
+                ids, mask, others = [*ids, *reply], [*mask, *[False] * len(reply)], []
+            opened = "".join(self._opening(prompt)) if not number else ""
+            text = (*self._ids(message["content"].removeprefix(opened)), self._end_id)
+            ids, mask = [*ids, *text], [*mask, *[True] * len(text)]
+        return tuple(ids), tuple(mask)
+
+    @cached_property
+    def _end_id(self) -> int:
+        """The token that ends a message of the policy."""
+        if self.template:
+            after = self._template.render(
+                [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}],
+                tokenize=False,
+                add_generation_prompt=False,
+            ).partition(MARK)[2]
+            if (found := next((token for token in self._ids(after) if token in self.stop_token_ids), None)) is not None:
+                return found
+        return self.stop_token_ids[0]
 
     def conversation(self, reply: Messages) -> Messages:
         """Return a conversation for the template in which an env's reply follows a message of the policy."""

@@ -100,7 +100,7 @@ class Fleet:
                 with self._changed:
                     self._replace(replica, error)
         with self._changed:
-            self._changed.wait_for(lambda: self._replicas or self._failure)
+            self._changed.wait_for(lambda: self._replicas or self._failure or not self._target)
             if self._failure:
                 raise self._failure
         return receipts

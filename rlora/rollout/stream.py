@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 from rlora.records import Adapter, Cursor, Group, InFlight, Prompt, RewardError, Sampling
 from rlora.rollout.fleet import Fleet, wait_for
 from rlora.rollout.player import AgentLoop, Flight
 from rlora.settings import Config
+
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Collection:
     """The scored groups of one step."""
 
     groups: tuple[Group, ...]  # to learn from
-    sampled: tuple[Group, ...]  # all groups, including those without a learning signal
+    sampled: tuple[Group, ...]  # all groups, including those without a learning signal; empty for given completions
     reward_seconds: float
     late: int  # prompts that the step did not wait for; their groups may still arrive in time for a later step
     stale: int  # prompts whose groups arrived too late to learn from and that are sampled again
@@ -205,10 +208,10 @@ def sampling_of(config: Config, group_size: int, temperature: float | None = Non
     return Sampling(sampling.max_tokens, sampling.temperature if temperature is None else temperature, group_size)
 
 
-def prompt_at(prompts: Sequence[Prompt], position: int, seed: int) -> Prompt:
-    """Return the prompt at `position`, counted over all epochs.
+def prompt_at(prompts: Sequence[_Item], position: int, seed: int) -> _Item:
+    """Return the prompt, or example, at `position`, counted over all epochs.
 
-    Each epoch visits all prompts once, in an order that depends on `seed` and the epoch.
+    Each epoch visits all of them once, in an order that depends on `seed` and the epoch.
     """
     epoch, index = divmod(position, len(prompts))
     return prompts[_order(len(prompts), seed, epoch)[index]]

@@ -13,8 +13,9 @@ from typing import Any
 from rlora.model.base import context_length, load_tokenizer, locate, stop_token_ids, vocabulary_size
 from rlora.model.chat import Chat
 from rlora.plugin import env_of, file_of, load, location_prefix, pickled
-from rlora.records import Messages, Prompt, RloraError, without_surrogates
+from rlora.records import Group, Messages, Prompt, RloraError, without_surrogates
 from rlora.rollout.check import Report, check
+from rlora.rollout.given import example_of
 from rlora.scoring.pool import Pool
 from rlora.scoring.worker import Setup
 from rlora.settings import Config
@@ -36,6 +37,8 @@ class Task:
     checked: Report = field(default_factory=Report)  # result of the reward check
     scoring: Setup = field(default_factory=Setup)  # what the processes run that score and that reply for the env
     sets: Mapping[str, list[Prompt]] = field(default_factory=dict)  # evaluation sets by name, including `held_out`
+    examples: list[Group] = field(default_factory=list)  # of `prompts`, with the given completions, for SFT and pairs
+    held_out_examples: list[Group] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ def load_task(config: Config) -> Task:
         return bare_task(config)
     plugin = load("env", config.env)
     env, (train, held_out) = _load_prompts("env", config.env, plugin, config.env_args, config.evaluate.prompts)
+    if config.algorithm.supervised:
+        return _load_examples(config, train, held_out)
     agent = hasattr(env, "reply")
     scoring = setup_of(config, agent)
     with closing(Pool(scoring, 1)) as pool:  # the same processes as in the run
@@ -82,6 +87,17 @@ def load_task(config: Config) -> Task:
             scoring=scoring,
             sets=({HELD_OUT: fitting_held_out} if fitting_held_out else {}) | _load_evaluation_sets(config, task, env),
         )
+
+
+def _load_examples(config: Config, train: Sequence[Prompt], held_out: Sequence[Prompt]) -> Task:
+    """Return the task of an algorithm that learns from given completions. Raises RloraError for an invalid example."""
+    task = bare_task(config)
+    if not train:
+        raise RloraError(f"env = {config.env!r}: its train() returned no examples; use a data set that has some")
+    parts = [[example_of(prompt, task.chat, config, n) for n, prompt in enumerate(part)] for part in (train, held_out)]
+    # the completions belong to the data's identity, as `run.directory.prompts_digest` sees it
+    prompts = [replace(group.prompt, completions=group.episodes) for group in parts[0]]
+    return replace(task, prompts=prompts, examples=parts[0], held_out_examples=parts[1])
 
 
 def _load_evaluation_sets(config: Config, task: Task, train_env: Any) -> dict[str, list[Prompt]]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import tomli_w
 from upath import UPath
 
-from rlora.records import Prompt, RewardError, RloraError
+from rlora.records import Episode, Prompt, RewardError, RloraError
 from rlora.settings import Config
 from rlora.store import HALF, holds, names, read_file, remove, write_file, write_rows
 
@@ -148,10 +148,12 @@ def _version(package: str) -> str | None:
 
 
 def prompts_digest(prompts: Sequence[Prompt]) -> str:
-    """Return the SHA-256, in hex, of the prompts' tokens, answers and columns, in order."""
+    """Return the SHA-256, in hex, of the prompts' tokens, answers, columns and given completions, in order."""
     digest = hashlib.sha256()
     for prompt in prompts:
         content = [prompt.token_ids, prompt.answer, dict(prompt.columns)]
+        given = [completion for completion in prompt.completions if isinstance(completion, Episode)]
+        content += [[episode.completion_ids, episode.sampled_mask, episode.reward] for episode in given]
         digest.update(json.dumps(content, default=lambda value: type(value).__name__, skipkeys=True).encode())
     return digest.hexdigest()
 

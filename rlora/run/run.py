@@ -4,13 +4,16 @@ import json
 import logging
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
+from torch import Tensor
 from upath import UPath
 
 from rlora.core.setup import Setup
 from rlora.records import Adapter, Cursor, Group, Receipt, RloraError, UpdateStats
+from rlora.rollout.examples import Examples
 from rlora.rollout.fleet import Fleet
 from rlora.rollout.player import AgentLoop
 from rlora.rollout.stream import Collection, Rollouts
@@ -19,6 +22,7 @@ from rlora.run import directory
 from rlora.run.checkpoint import Bundle
 from rlora.run.evaluation import HeldOut
 from rlora.run.health import Health, check_updates
+from rlora.run.held_out_loss import Groups, HeldOutLoss
 from rlora.run.resume import cursor_for, describe
 from rlora.run.writer import CheckpointWriter
 from rlora.settings import Config
@@ -57,8 +61,22 @@ class RunLearner(Protocol):
 
     def open(self, policy: str, setup: Setup, saved: bytes | None = None) -> Adapter: ...
     def start_update(self, policy: str, groups: Sequence[Group]) -> Callable[[], tuple[Adapter, UpdateStats]]: ...
+    def forward(self, policy: str, groups: Groups, reference: bool = False) -> list[list[Tensor]]: ...
     def state(self, policy: str) -> bytes: ...
     def close(self, policy: str) -> None: ...
+
+
+class Stream(Protocol):
+    """Gives each step its groups. `Rollouts` samples them, `Examples` takes them from a data set."""
+
+    @property
+    def cursor(self) -> Cursor: ...
+    @property
+    def pending(self) -> list[Future[Group]]: ...
+    @property
+    def due(self) -> bool: ...
+    def send(self, version: int) -> None: ...
+    def take(self, version: int) -> Collection: ...
 
 
 class Job(Protocol):
@@ -159,10 +177,16 @@ class Run:
         if not start:
             self.writer.save(self.adapter, self.learner.state(self.policy), Cursor())
         self.health = Health(config, directory.figures(path))
-        fleet, loop = job.fleet, job.loops[self.policy]
-        self.held_out = HeldOut(config, path, self.task, origin.first, fleet, loop, self.metrics.log_line)
+        fleet, loop, task = job.fleet, job.loops[self.policy], self.task
         cursor = cursor_for(config, start, origin) if start else Cursor()
-        self.stream = Rollouts(config, self.task.prompts, fleet, loop, cursor)
+        self.stream: Stream
+        self.held_out: HeldOut | HeldOutLoss
+        if task.examples:
+            self.stream = Examples(config, task.examples, cursor)
+            self.held_out = HeldOutLoss(config, path, task, origin.first, self.learner, self.metrics.log_line)
+        else:
+            self.stream = Rollouts(config, task.prompts, fleet, loop, cursor)
+            self.held_out = HeldOut(config, path, task, origin.first, fleet, loop, self.metrics.log_line)
         self.metrics.start(self.number, fleet.stats())
         self.held_out.resume(self.number)
         self.deliver()

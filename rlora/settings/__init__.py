@@ -32,9 +32,10 @@ class Config:
     env: Annotated[str, Tag.EPISODES]
     """Environment (env) that provides the prompts and, for an agent, replies to the policy: module:Name, such as
     rlora.envs.arithmetic:Arithmetic, or path/to/file.py:Name. The classes in docs/envs.md come with rlora."""
-    reward: Annotated[str | tuple[str, ...], Tag.EPISODES]
+    reward: Annotated[str | tuple[str, ...], Tag.EPISODES] = ""
     """Reward function: module:name or path/to/file.py:name. If several functions are given, the reward of a completion
-    is the sum of their values, weighted by `reward_weights`."""
+    is the sum of their values, weighted by `reward_weights`. Only `algorithm.name` = `sft`, `dpo`, `ipo` and `orpo`
+    have none."""
     env_args: Annotated[Arguments, Tag.EPISODES] = field(default_factory=dict)
     """Keyword arguments with which the env is constructed, none by default; on the command line --env-args.NAME VALUE.
     If `env` is changed, the arguments of the previous env are dropped."""
@@ -83,6 +84,11 @@ class Config:
         return self.sampling.max_prompt_tokens + self.sampling.max_tokens
 
     @property
+    def engines(self) -> int:
+        """Number of engines: `engine.replicas`, or 0 if the algorithm samples nothing."""
+        return 0 if self.algorithm.supervised else self.engine.replicas
+
+    @property
     def straggler_seconds(self) -> float:
         """Seconds that a step waits for its last groups after half have arrived."""
         return self.engine.straggler_seconds or 120.0 + self.sampling.max_tokens / 10
@@ -110,12 +116,23 @@ class Config:
                 f"there are {len(functions)} reward functions and {len(self.reward_weights)} weights; give one weight "
                 "per function, or unset reward_weights (each weight is then 1)",
             )
-        if (self.env and not functions) or len(set(functions)) < len(functions):
+        if self.algorithm.supervised:
+            if functions:
+                yield Problem(
+                    "reward",
+                    f"algorithm.loss = {self.algorithm.loss!r} learns from given completions, which are not scored; "
+                    "remove reward, and measure accuracy with `rlora eval RUN --reward ...`",
+                )
+        elif (self.env and not functions) or len(set(functions)) < len(functions):
             yield Problem("reward", "name at least one reward function, and each function only once")
 
     def _algorithm_at_fault(self) -> Iterator[Problem]:
         algorithm = self.algorithm
-        if algorithm.of_group and self.group_size == 1:
+        if algorithm.supervised:
+            yield from self._supervised_at_fault()
+        elif not self.engine.replicas:
+            yield Problem("engine.replicas", "no engine would sample; set engine.replicas to 1 or more")
+        if algorithm.of_group and self.group_size == 1 and not algorithm.supervised:
             yield Problem(
                 "group_size",
                 f"algorithm.advantage = {algorithm.advantage!r} is relative to the other completions of a prompt; set "
@@ -139,6 +156,22 @@ class Config:
                 f"a completion has at most {self.sampling.max_tokens} tokens (sampling.max_tokens); set "
                 f"algorithm.overlong_tokens below {self.sampling.max_tokens}",
             )
+
+    def _supervised_at_fault(self) -> Iterator[Problem]:
+        name = f"algorithm.loss = {self.algorithm.loss!r} learns from given completions"
+        unused = {
+            "max_staleness": self.max_staleness, "algorithm.refills": self.algorithm.refills,
+            "algorithm.entropy": self.algorithm.entropy, "algorithm.overlong_tokens": self.algorithm.overlong_tokens,
+        }  # fmt: skip
+        for unused_field, value in unused.items():
+            if value:
+                yield Problem(unused_field, f"{name}, and has no use for it; set {unused_field} to 0")
+        if self.algorithm.advantage == "gae":
+            yield Problem("algorithm.advantage", f"{name}, and has no critic; remove algorithm.advantage")
+        if self.sampling.temperature != 1:
+            yield Problem("sampling.temperature", f"{name} at temperature 1; set sampling.temperature to 1")
+        if self.checkpoint.best_by == "accuracy":
+            yield Problem("checkpoint.best_by", f"{name}, and no accuracy is measured; remove checkpoint.best_by")
 
     def _checkpoints_at_fault(self) -> Iterator[Problem]:
         checkpoint, evaluate = self.checkpoint, self.evaluate
@@ -174,7 +207,7 @@ class Config:
             yield Problem(
                 "max_staleness", f"{one_version}, so sampling can't overlap with updates; set max_staleness to 0, {fix}"
             )
-        if self.algorithm.kl:
+        if self.algorithm.kl and self.algorithm.loss != "orpo":
             yield Problem(
                 "algorithm.kl",
                 "the reference policy is the base with the adapter off, and full fine-tuning changes the base; set "

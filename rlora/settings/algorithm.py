@@ -8,7 +8,9 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from rlora.settings.fields import STRICT, Problem, Share
 
-ReadyAlgorithm = Literal["reinforce", "grpo", "dr-grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++", "ppo"]
+ReadyAlgorithm = Literal[
+    "reinforce", "grpo", "dr-grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++", "ppo", "sft", "dpo", "ipo", "orpo"
+]
 
 
 @dataclass(frozen=True)
@@ -16,22 +18,24 @@ class AlgorithmConfig:
     __pydantic_config__ = STRICT
 
     name: ReadyAlgorithm | Annotated[str, Field(pattern=r".:\w+$")] = "reinforce"
-    """Algorithm: `reinforce`, `grpo`, `dr-grpo`, `dapo`, `gspo`, `cispo`, `rloo`, `reinforce++`, `ppo`, or your own
-    objective as module:name or path/to/file.py:name. The name sets the defaults of the other `algorithm` fields (table
-    in docs/algorithms.md); fields that are set explicitly take precedence. The defaults in this help are those of
-    `reinforce` and of your own objective."""
+    """Algorithm: `reinforce`, `grpo`, `dr-grpo`, `dapo`, `gspo`, `cispo`, `rloo`, `reinforce++`, `ppo`; `sft`, `dpo`,
+    `ipo`, `orpo`, which learn from completions that the env gives; or your own objective as module:name or
+    path/to/file.py:name. The name sets the defaults of the other `algorithm` fields (table in docs/algorithms.md);
+    fields that are set explicitly take precedence. The defaults in this help are those of `reinforce` and of your own
+    objective."""
     advantage: Literal["centred", "standardised", "leave-one-out", "whitened", "gae"] = "centred"
     """Advantage estimator. `centred`: reward minus the mean reward of the prompt's group. `standardised`: `centred`,
     divided by the group's standard deviation. `leave-one-out`: reward minus the mean reward of the group's other
     completions. `whitened`: for each token the sum of the rewards that follow (discounted by `algorithm.gamma`), scaled
     to mean 0 and variance 1 over the step's tokens. `gae`: generalised advantage estimation for each token with a
     critic (`critic` fields), scaled like `whitened`."""
-    loss: Literal["reinforce", "clip", "gspo", "cispo"] = "reinforce"
+    loss: Literal["reinforce", "clip", "gspo", "cispo", "sft", "dpo", "ipo", "orpo"] = "reinforce"
     """Policy loss per token, where A is the advantage, p the token's probability under the current policy, and r is p
     divided by the token's probability under the policy at the update's start. `reinforce`: -r A. `clip`: PPO's loss,
     the larger of -r A and -r A with r clipped (`algorithm.clip_low`, `algorithm.clip_high`). `gspo`: `clip` with one r
     per episode, the geometric mean over its tokens. `cispo`: -r A log p with r clipped and without a gradient, so that
-    tokens outside the clip range are trained on too."""
+    tokens outside the clip range are trained on too. The others learn from completions that the env gives, without
+    sampling. `sft`: -log p. `dpo`, `ipo`, `orpo`: losses of pairs of a chosen and a rejected completion."""
     average: Literal["tokens", "episodes", "constant"] = "tokens"
     """Normalisation of the loss within a minibatch. `tokens`: the mean over all tokens that are trained on. `episodes`:
     the mean over the tokens of each episode, then over episodes. `constant`: the sum over all tokens, divided by the
@@ -67,7 +71,7 @@ class AlgorithmConfig:
     kl: NonNegativeFloat = 0.0
     """Coefficient of the KL divergence from the policy to the reference policy, which is the base model with the
     adapter off. Larger values keep the policy closer to the base. `0` computes no KL; the metric `kl/reference` is then
-    null."""
+    null. For `algorithm.loss` = `dpo`, `ipo` and `orpo` this is beta."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of the KL per token for `algorithm.kl`, from d = log p - log p_reference (Schulman 2020). `k1`: d,
     which is subtracted from the reward, because the gradient of d in the loss is 0 on average. `k2`: d^2 / 2, added to
@@ -113,6 +117,11 @@ class AlgorithmConfig:
     def of_group(self) -> bool:
         """Whether an advantage is relative to the other completions of the prompt, and the same for all its tokens."""
         return self.advantage not in ("whitened", "gae")
+
+    @property
+    def supervised(self) -> bool:
+        """Whether the loss learns from given completions, so that nothing is sampled."""
+        return self.loss in ("sft", "dpo", "ipo", "orpo")
 
     @property
     def kl_in_reward(self) -> bool:
@@ -169,6 +178,10 @@ class AlgorithmConfig:
                 'bootstrap needs a critic; set algorithm.advantage = "gae", or algorithm.truncated to "learn" or '
                 '"drop"',
             )
+        if self.loss in ("dpo", "ipo", "orpo") and not self.kl:
+            yield Problem(
+                "algorithm.kl", f"it is beta of algorithm.loss = {self.loss!r}; set algorithm.kl above 0, 0.1 is usual"
+            )
         if self.refills and per_token:
             yield Problem(
                 "algorithm.refills",
@@ -196,4 +209,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "rloo": {"advantage": "leave-one-out"},
     "reinforce++": {"advantage": "whitened", "loss": "clip", "kl": 1e-3, "kl_estimator": "k1"},
     "ppo": {"advantage": "gae", "loss": "clip", "minibatches": 4, "lam": 0.95},
+    "sft": {"loss": "sft"},
+    **{name: {"loss": name, "kl": 0.1} for name in ("dpo", "ipo", "orpo")},
 }  # fmt: skip

@@ -11,7 +11,7 @@ from rlora.settings.fields import STRICT, Gpus, Share
 class EngineConfig:
     __pydantic_config__ = STRICT
 
-    replicas: PositiveInt = 1
+    replicas: NonNegativeInt = 1
     """Number of engines (vLLM), which sample the completions. Ray places each engine on a node with enough free CPUs
     and GPUs."""
     cpus: NonNegativeFloat = 0.5

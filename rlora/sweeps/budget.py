@@ -83,7 +83,7 @@ def budget(group: Sequence[Member], tasks: Mapping[str, Task], path: Path) -> Bu
         key = str((member.config.learner, member.config.critic, member.config.algorithm.advantage))
         size_of[key] = size_of.get(key) or adapter_bytes(member.config, base)
         sizes.append(size_of[key])
-    engines = job.engine.replicas
+    engines = job.engines
     learner = estimate.learner.fixed + estimate.learner.per_row + estimate.slack
     engine = estimate.weights + estimate.overhead + estimate.kv_cache
     base_bytes = estimate.used if estimate.on_gpu else estimate.overhead + learner + engines * engine

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -26,6 +27,8 @@ _SHOWN = {  # metrics in a progress line: label and format
     "rollout/tokens_per_second": ("engine", "{:.0f} tokens/s"),
     "learner/tokens_per_second": ("learner", "{:.0f} tokens/s"),
     "kl/behaviour": ("KL", "{:.5f}"),
+    "objective/nll": ("nll", "{:.4f}"),
+    "objective/accuracy": ("accuracy", "{:.3f}"),
 }
 _FAILED = {"status/error": "errors", "status/timeout": "timeouts"}  # shown if above 0
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -52,6 +55,13 @@ def summarise(groups: Sequence[Group], version: int) -> dict[str, float | None]:
         "completion/env_tokens": sum(len(episode.completion_ids) - episode.sampled_tokens for episode in episodes),
         "staleness": fmean(version - episode.version.number for episode in episodes),
     }
+
+
+def summarise_given(groups: Sequence[Group]) -> dict[str, float | None]:
+    """Compute the metrics of a step's given completions: those of `summarise`, where rewards and staleness are None."""
+    episodes = [replace(episode, reward=None) for group in groups for episode in group.episodes]
+    figures = summarise([Group(groups[0].prompt, tuple(episodes))], version=0)
+    return figures | {"reward/informative_groups": None, "staleness": None}
 
 
 class Metrics:
@@ -115,7 +125,8 @@ class Metrics:
         now = time.perf_counter()
         total, sampling = now - self.lapped, fleet.busy_seconds - self.busy_seconds
         self.lapped, self.busy_seconds = now, fleet.busy_seconds
-        figures = summarise(collection.sampled, step) | {
+        figures = summarise(collection.sampled, step) if collection.sampled else summarise_given(collection.groups)
+        figures |= {
             "loss": update.loss,
             "grad/norm": update.grad_norm,
             "lr": update.lr,
@@ -176,7 +187,7 @@ class Metrics:
         _log.info("%s", f"{self.name}: {text}" if self.name else text)
 
     def _show(self, step: int, figures: Mapping[str, float | None], slowest: tuple[str, float] | None) -> None:
-        self.rewards.append(figures["reward/mean"] or 0.0)
+        self.rewards.append(figures.get("reward/mean") or 0.0)
         if self.is_quiet:
             return
         remaining = (time.perf_counter() - self.started) / (step + 1 - self.first_step) * (self.steps - step - 1)

@@ -1,13 +1,15 @@
 """The built-in objectives, one file for each `algorithm.loss`, and the loader of a run's objective."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from rlora.core.objectives.cispo import Cispo
 from rlora.core.objectives.clip import Clip
 from rlora.core.objectives.gspo import Gspo
 from rlora.core.objectives.objective import Need, Objective
+from rlora.core.objectives.preference import Dpo, Ipo, Orpo
 from rlora.core.objectives.reinforce import Reinforce
+from rlora.core.objectives.sft import Sft
 from rlora.plugin import file_of, load, location_prefix
 from rlora.records import RloraError
 from rlora.settings import AlgorithmConfig
@@ -16,7 +18,10 @@ _MEMBERS = (
     "needs", "needs_first", "whole_groups", "entropies", "whitens", "skips_zeros",
     "learns_from", "advantages", "weights", "loss",
 )  # fmt: skip
-READY = {"reinforce": Reinforce, "clip": Clip, "gspo": Gspo, "cispo": Cispo}  # by `algorithm.loss`
+READY: Mapping[str, Callable[[AlgorithmConfig, int], Objective]] = {  # by `algorithm.loss`
+    "reinforce": Reinforce, "clip": Clip, "gspo": Gspo, "cispo": Cispo,
+    "sft": Sft, "dpo": Dpo, "ipo": Ipo, "orpo": Orpo,
+}  # fmt: skip
 
 
 def objective_of(algorithm: AlgorithmConfig, max_tokens: int) -> Objective:

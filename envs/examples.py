@@ -1,0 +1,122 @@
+"""An env over a data set of given completions, in the column forms of TRL, for SFT and preference learning."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlora.records import Messages, Prompt, RloraError
+
+from .chats import as_conversation, as_text
+from .files import Row
+from .table import Table, cell
+
+_FORMS = "messages; prompt and completion; prompt, chosen and rejected; or chosen and rejected"
+
+
+class Examples(Table):
+    """A data set for `algorithm.name` = `sft`, `dpo`, `ipo` and `orpo`. Each row becomes an example.
+
+    `path`, `name`, `split` and the `held_out_` arguments are those of `Table`. The columns select the form: `messages`
+    (a conversation whose assistant's messages are learned from), `prompt` and `completion`, `prompt`, `chosen` and
+    `rejected`, or `chosen` and `rejected`, two conversations that begin alike. Text and chat messages are both
+    supported. `prompt` and `completion` name the columns of the second form. `weight` is a column with the weight of
+    each example in the loss of SFT, "" for none.
+    """
+
+    def __init__(
+        self, path: str, name: str | None = None, split: str = "train", held_out_split: str = "",
+        held_out_path: str = "", held_out_share: float = 0.0, seed: int = 0, prompt: str = "prompt",
+        completion: str = "completion", weight: str = "",
+    ) -> None:  # fmt: skip
+        super().__init__(path, name, split, held_out_split, held_out_path, held_out_share, seed, prompt, answer="")
+        self._completion, self._weight = completion, weight
+
+    def _to_prompt(self, row: Row, source: str) -> Prompt:
+        renamed = {"prompt": self._prompt, "completion": self._completion}
+        row = dict(row) | {name: row[column] for name, column in renamed.items() if column in row}
+        prompt, completions = _parts(row, source)
+        return Prompt(prompt, completions=completions, weight=self._weight_of(row, source), source=source)
+
+    def _weight_of(self, row: Row, source: str) -> float:
+        value = cell(row, self._weight, source) if self._weight else 1.0
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+            raise RloraError(f"{source}: column {self._weight!r} is {value!r}; use a number of 0 or more")
+        return float(value)
+
+
+def _parts(row: Row, source: str) -> tuple[str | Messages, tuple[str | Messages, ...]]:
+    """Return the prompt of a row and its completions. Raises RloraError, which begins with `source`."""
+
+    def conversation(name: str) -> str | Messages:
+        return as_conversation(cell(row, name, source), f"{source}: column {name!r}")
+
+    if "chosen" in row or "rejected" in row:
+        sides = [(name, conversation(name)) for name in ("chosen", "rejected")]
+        if row.get("prompt"):
+            prompt = as_text(row["prompt"], f"{source}: column 'prompt'")
+            return _pair(prompt, [_after(side, prompt, name, source) for name, side in sides], source)
+        (_, chosen), (_, rejected) = sides
+        if isinstance(chosen, str) or isinstance(rejected, str):
+            raise RloraError(f"{source}: chosen and rejected are text without a prompt; add a column prompt")
+        return _pair(*_shared(chosen, rejected, source), source)
+    if "completion" in row:
+        return as_text(cell(row, "prompt", source), f"{source}: column 'prompt'"), (
+            _completion(conversation("completion"), "completion", source),
+        )
+    name = next((name for name in ("messages", "conversations", "conversation") if name in row), "")
+    if not name:
+        raise RloraError(f"{source}: it has the columns {', '.join(row)}; an example needs {_FORMS}")
+    messages = conversation(name)
+    first = next((i for i, m in enumerate(messages) if isinstance(m, Mapping) and m["role"] == "assistant"), 0)
+    if not first:
+        raise RloraError(
+            f"{source}: column {name!r} has no message of the assistant after one of the user, so there is no "
+            "completion to learn from; fix or drop the row"
+        )
+    return messages[:first], (_completion(messages[first:], name, source),)
+
+
+def _completion(value: Any, name: str, source: str) -> str | Messages:
+    """Return the value as a completion. Raises RloraError if it is empty, or does not end with the assistant."""
+    if isinstance(value, str):
+        if not value.strip():
+            raise RloraError(f"{source}: column {name!r} is empty, so there is no completion; fix or drop the row")
+        return value
+    if not value or value[-1]["role"] != "assistant":
+        last = value[-1]["role"] if value else "none"
+        raise RloraError(
+            f"{source}: column {name!r} ends with a message of {last}, and a completion must end with the "
+            "assistant's; drop the last message, or the row"
+        )
+    return tuple(value)
+
+
+def _after(side: str | Messages, prompt: str | Messages, name: str, source: str) -> str | Messages:
+    """Return the completion of one side, without the messages of the prompt if the side repeats them."""
+    if isinstance(side, str):
+        return _completion(side, name, source)
+    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    rest = side[len(before) :] if list(side[: len(before)]) == before else side
+    if rest and rest[0]["role"] != "assistant":
+        raise RloraError(
+            f"{source}: column {name!r} begins with a different prompt, {rest[0]['content']!r:.80}; a pair has one "
+            "prompt, so fix or drop the row"
+        )
+    return _completion(rest, name, source)
+
+
+def _shared(chosen: Messages, rejected: Messages, source: str) -> tuple[Messages, list[str | Messages]]:
+    """Return the prompt that two conversations share, and the rest of each."""
+    same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+    if same is None or chosen[same]["role"] != "assistant" or rejected[same]["role"] != "assistant" or not same:
+        fault = "are the same" if list(chosen) == list(rejected) else "do not share a prompt that ends before an answer"
+        raise RloraError(f"{source}: chosen and rejected {fault}; fix or drop the row")
+    sides = (("chosen", chosen), ("rejected", rejected))
+    return chosen[:same], [_completion(side[same:], name, source) for name, side in sides]
+
+
+def _pair(
+    prompt: str | Messages, sides: Sequence[str | Messages], source: str
+) -> tuple[str | Messages, tuple[str | Messages, ...]]:
+    if sides[0] == sides[1]:
+        raise RloraError(f"{source}: chosen and rejected are the same; fix or drop the row")
+    return prompt, tuple(sides)

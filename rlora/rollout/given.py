@@ -1,0 +1,50 @@
+"""Groups of given completions, in place of sampled ones, for SFT and pairs."""
+
+from dataclasses import replace
+
+from rlora.model.chat import Chat
+from rlora.records import BASE, Episode, Group, Messages, Prompt, RloraError
+from rlora.settings import Config
+
+
+def example_of(prompt: Prompt, chat: Chat, config: Config, number: int) -> Group:
+    """Return the group of a prompt with given completions: an episode for each completion, with rewards 1 and 0 for the
+    chosen and the rejected completion of a pair, and the example's weight for a single completion.
+
+    `number` is the index in the data set, for messages. Raises RloraError, with the place in the data, if the number of
+    completions does not fit the algorithm, or if prompt or completion is empty or too long.
+    """
+    source = prompt.source or f"env = {config.env!r}: example {number}"
+    wanted = 1 if config.algorithm.loss == "sft" else 2
+    if len(prompt.completions) != wanted:
+        raise RloraError(
+            f"{source}: it has {len(prompt.completions)} completions, but algorithm.loss = {config.algorithm.loss!r} "
+            f"learns from {'one' if wanted == 1 else 'a chosen and a rejected one'}; use an env that gives them"
+        )
+    prompt_ids = chat.prompt_ids(prompt.text)
+    _check_length(source, "prompt", len(prompt_ids), "sampling.max_prompt_tokens", config.sampling.max_prompt_tokens)
+    episodes = []
+    for completion, reward in zip(prompt.completions, (prompt.weight if wanted == 1 else 1.0, 0.0), strict=False):
+        episode = completion if isinstance(completion, Episode) else _episode(completion, prompt, chat)
+        _check_length(
+            source, "completion", len(episode.completion_ids), "sampling.max_tokens", config.sampling.max_tokens
+        )
+        episodes.append(replace(episode, reward=reward))
+    if wanted == 2 and episodes[0].completion_ids == episodes[1].completion_ids:
+        raise RloraError(f"{source}: the chosen and the rejected completion have the same tokens; drop the row")
+    return Group(replace(prompt, completions=(), token_ids=prompt_ids), tuple(episodes))
+
+
+def _episode(completion: str | Messages, prompt: Prompt, chat: Chat) -> Episode:
+    ids, mask = chat.completion_ids(completion, prompt.text)
+    messages = () if isinstance(completion, str) else tuple(completion)
+    text = completion if isinstance(completion, str) else str(completion[-1]["content"])
+    return Episode(ids, (0.0,) * len(ids), "stop", BASE.version, text, sampled_mask=mask, messages=messages)
+
+
+def _check_length(source: str, part: str, tokens: int, field: str, most: int) -> None:
+    if not 0 < tokens <= most:
+        raise RloraError(
+            f"{source}: its {part} has {tokens} tokens, and {field} = {most}; "
+            + (f"raise {field}, or drop the row" if tokens else "drop the row")
+        )
