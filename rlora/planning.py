@@ -197,7 +197,7 @@ def _plan_on_cpu(config: Config, base: PreTrainedConfig, weights: int, active: i
     kv_cache = (config.engine.kv_cache_gib or 2) * GIB
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     learner = footprint(config, base, rows, on_gpu=False)
-    engines, name = config.engine.replicas, f"CPU ({cores()} cores)"
+    engines, name = config.engines, f"CPU ({cores()} cores)"
     memory = Plan(name, total, False, True, learner, rows, weights, kv_cache, kv_token, config.max_model_len, _PROCESS)
     needed = _PROCESS + learner.fixed + learner.per_row + memory.slack + engines * (weights + kv_cache + _PROCESS)
     fix = "lower engine.kv_cache_gib, or use a smaller model"
@@ -227,7 +227,7 @@ def _seconds(config: Config, kind: Kind, memory: Plan, active: int) -> dict[str,
     completions = config.prompts_per_step * config.group_size
     length = _MEAN_LENGTH * config.sampling.max_tokens
     prompts = config.prompts_per_step * config.sampling.max_prompt_tokens / 2
-    engines, parts = config.engine.replicas, config.engine.tensor_parallel_size
+    engines, parts = max(1, config.engines), config.engine.tensor_parallel_size
     context = memory.context - config.sampling.max_tokens / 2 - length / 2  # tokens of a half-finished sequence
     limit = min(config.engine.sequences(memory.on_gpu), max(1, int(memory.kv_cache / (memory.kv_token * context))))
     batch = max(1, min(limit, math.ceil(completions / engines)))
@@ -243,4 +243,4 @@ def _seconds(config: Config, kind: Kind, memory: Plan, active: int) -> dict[str,
     objective = objective_of(config.algorithm, config.sampling.max_tokens)
     passes = config.algorithm.epochs * (6 if memory.rows.checkpointing else 4) + 2 * len(objective.needs)
     update = passes * active * tokens / (_LEARNER * kind.flops * config.learner.replicas)
-    return {"sampling": sampling, "update": update, "swap": 0.1}
+    return {"sampling": sampling, "update": update, "swap": 0.1} if config.engines else {"update": update}

@@ -220,6 +220,11 @@ def _grade(arguments: list[str]) -> None:
 
 def _check(arguments: list[str]) -> None:
     options = parse_source(Check, "rlora check", arguments)
+    if options.config.algorithm.supervised:
+        raise RloraError(
+            f"algorithm.loss = {options.config.algorithm.loss!r}: there is no reward function to check; look at an "
+            "example with `rlora show`"
+        )
     if not options.config.check.prompts:
         raise RloraError("check.prompts = 0: there is no prompt to try; set check.prompts to 1 or more")
     from rlora.rollout.task import load_task
@@ -250,6 +255,10 @@ def _show(arguments: list[str]) -> None:
           f"the policy's message ends with {' or '.join(map(repr, ends))}")  # fmt: skip
     if prompt.columns:
         print(f"--- columns {dict(prompt.columns)!r}")
+    for number, episode in enumerate(task.examples[options.number].episodes if task.examples else ()):
+        label = ("chosen", "rejected")[number] if len(prompt.completions) > 1 else "completion"
+        learned = f"{episode.sampled_tokens} of {len(episode.completion_ids)} tokens are learned from"
+        print(f"--- {label}: {learned}\n{task.chat.decode(episode.completion_ids)}")
 
 
 def _replay(arguments: list[str]) -> None:

@@ -8,14 +8,14 @@ from typing import Any
 
 import tyro
 
-from rlora.cli.arguments import AnyOverConfig, Replay, Sweep, Train
+from rlora.cli.arguments import AnyOverConfig, Eval, Replay, Sweep, Train
 from rlora.cli.grammar import split
 from rlora.cli.help import help_of
 from rlora.config import changed, check_same_policy, differences, read_table, validate
 from rlora.records import RloraError
 from rlora.run.source import config_at, reachable, read_run
 from rlora.run.source import split as split_source
-from rlora.settings import Config
+from rlora.settings import SUPERVISED, Config
 from rlora.store import names
 
 
@@ -76,9 +76,12 @@ def parse_source(kind: type[AnyOverConfig], program: str, arguments: list[str]) 
     source = options.run if isinstance(options, Replay) else getattr(options, "source", "")
     if not source:
         raise RloraError("no run and no config; name the directory of a run, RUN@STEP, or a TOML file")
-    if source.endswith(".toml") and not isinstance(options, Replay):
-        return replace(options, config=with_changes(read_table(Path(source)), options.changes, Path(source)))
-    return replace(options, config=with_changes(asdict(read_run(split_source(source)[0])), options.changes))
+    file = Path(source) if source.endswith(".toml") and not isinstance(options, Replay) else None
+    table = read_table(file) if file else asdict(read_run(split_source(source)[0]))
+    changes = options.changes
+    if isinstance(options, Eval) and dict(table.get("algorithm", {})).get("name") in SUPERVISED:
+        changes = {"algorithm.name": "reinforce"} | changes  # evaluation samples, whatever the policy learned from
+    return replace(options, config=with_changes(table, changes, file))
 
 
 def parse_members(arguments: list[str]) -> tuple[Sweep, dict[str, Any]]:

@@ -48,6 +48,11 @@ def shared_config(served: Sequence[ServedPolicy]) -> Config:
                     f"{name} = {value!r} of {member.policy}: {first.policy} has {expected!r}, and policies that train "
                     "together share this field; set the same value, or train the policies one after the other"
                 )
+        if member.config.algorithm.supervised != first.config.algorithm.supervised:
+            raise RloraError(
+                f"algorithm.loss = {member.config.algorithm.loss!r} of {member.policy}: {first.policy} has "
+                f"{first.config.algorithm.loss!r}, and only one of them samples; train the policies one after the other"
+            )
         if bool(member.config.max_staleness) != bool(first.config.max_staleness) and not first.config.learner.threads:
             raise RloraError(
                 f"max_staleness = {member.config.max_staleness} of {member.policy}: {first.policy} has "

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from rlora.settings.algorithm import PRESETS, AlgorithmConfig
+from rlora.settings.algorithm import PRESETS, SUPERVISED, AlgorithmConfig
 from rlora.settings.checkpoint import CheckpointConfig
 from rlora.settings.engine import EngineConfig
 from rlora.settings.fields import STRICT, Arguments, Directory, Problem, Tag
@@ -16,7 +16,7 @@ from rlora.settings.scoring import ScoringConfig
 from rlora.settings.watching import CheckConfig, EvaluateConfig, HealthConfig, HealthRule, SetConfig, TrackersConfig
 
 __all__ = [
-    "PRESETS", "AlgorithmConfig", "ChatConfig", "CheckConfig", "CheckpointConfig", "Config", "CriticConfig",
+    "PRESETS", "SUPERVISED", "AlgorithmConfig", "ChatConfig", "CheckConfig", "CheckpointConfig", "Config", "CriticConfig",
     "EngineConfig", "EvaluateConfig", "HealthConfig", "HealthRule", "LearnerConfig", "SamplingConfig", "ScoringConfig",
     "SetConfig", "TrackersConfig",
 ]  # fmt: skip

@@ -12,6 +12,8 @@ ReadyAlgorithm = Literal[
     "reinforce", "grpo", "dr-grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++", "ppo", "sft", "dpo", "ipo", "orpo"
 ]
 
+SUPERVISED = ("sft", "dpo", "ipo", "orpo")  # values of `name` and `loss` that learn from given completions
+
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
@@ -121,7 +123,7 @@ class AlgorithmConfig:
     @property
     def supervised(self) -> bool:
         """Whether the loss learns from given completions, so that nothing is sampled."""
-        return self.loss in ("sft", "dpo", "ipo", "orpo")
+        return self.loss in SUPERVISED
 
     @property
     def kl_in_reward(self) -> bool:
@@ -178,7 +180,7 @@ class AlgorithmConfig:
                 'bootstrap needs a critic; set algorithm.advantage = "gae", or algorithm.truncated to "learn" or '
                 '"drop"',
             )
-        if self.loss in ("dpo", "ipo", "orpo") and not self.kl:
+        if self.supervised and self.loss != "sft" and not self.kl:
             yield Problem(
                 "algorithm.kl", f"it is beta of algorithm.loss = {self.loss!r}; set algorithm.kl above 0, 0.1 is usual"
             )

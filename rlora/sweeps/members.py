@@ -107,7 +107,8 @@ def groups(candidates: Sequence[Member], stops: Mapping[str, Sequence[str]]) -> 
         shared = [attrgetter(name)(member.config) for name in SHARED]
         is_async = bool(member.config.max_staleness) and not member.config.learner.threads
         exclusive = member.name if member.config.learner.full_finetuning else ""
-        key = json.dumps([shared, is_async, exclusive, list(stops[member.name])], default=asdict)
+        is_supervised = member.config.algorithm.supervised  # such a group has no engines
+        key = json.dumps([shared, is_async, is_supervised, exclusive, list(stops[member.name])], default=asdict)
         groups_by_key.setdefault(key, []).append(member)
     return list(groups_by_key.values())
 
