@@ -78,9 +78,9 @@ def parse_source(kind: type[AnyOverConfig], program: str, arguments: list[str]) 
         raise RloraError("no run and no config; name the directory of a run, RUN@STEP, or a TOML file")
     file = Path(source) if source.endswith(".toml") and not isinstance(options, Replay) else None
     table = read_table(file) if file else asdict(read_run(split_source(source)[0]))
-    changes = options.changes
+    changes: Mapping[str, Any] = options.changes
     if isinstance(options, Eval) and dict(table.get("algorithm", {})).get("name") in SUPERVISED:
-        changes = {"algorithm.name": "reinforce"} | changes  # evaluation samples, whatever the policy learned from
+        changes = {"algorithm.name": "reinforce", **changes}  # evaluation samples, whatever the policy learned from
     return replace(options, config=with_changes(table, changes, file))
 
 

@@ -16,9 +16,9 @@ from rlora.settings.scoring import ScoringConfig
 from rlora.settings.watching import CheckConfig, EvaluateConfig, HealthConfig, HealthRule, SetConfig, TrackersConfig
 
 __all__ = [
-    "PRESETS", "SUPERVISED", "AlgorithmConfig", "ChatConfig", "CheckConfig", "CheckpointConfig", "Config", "CriticConfig",
-    "EngineConfig", "EvaluateConfig", "HealthConfig", "HealthRule", "LearnerConfig", "SamplingConfig", "ScoringConfig",
-    "SetConfig", "TrackersConfig",
+    "PRESETS", "SUPERVISED", "AlgorithmConfig", "ChatConfig", "CheckConfig", "CheckpointConfig", "Config",
+    "CriticConfig", "EngineConfig", "EvaluateConfig", "HealthConfig", "HealthRule", "LearnerConfig", "SamplingConfig",
+    "ScoringConfig", "SetConfig", "TrackersConfig",
 ]  # fmt: skip
 
 

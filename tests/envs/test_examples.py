@@ -1,0 +1,184 @@
+"""Data sets of given completions, in the column forms of TRL, and the groups that they become."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlora.envs.examples import Examples
+from rlora.records import Cursor, Messages, Prompt, RloraError
+from rlora.rollout.examples import Examples as Stream
+from rlora.rollout.given import example_of
+from rlora.rollout.task import bare_task, load_task
+from rlora.settings import Config
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def write(path: Path, rows: Sequence[object]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+TWICE = {"chosen": [user("2 + 2?"), assistant("4")], "rejected": [user("2 + 2?"), assistant("5")]}
+EQUAL = {"chosen": [user("a"), assistant("4")], "rejected": [user("a"), assistant("4")]}
+ASKED = [{"role": "system", "content": "Be brief."}, user("2 + 2?")]
+
+
+@pytest.mark.parametrize(
+    ("row", "text", "completions"),
+    [
+        ({"prompt": "2 + 2?", "completion": "4"}, "2 + 2?", ("4",)),
+        ({"prompt": ASKED, "completion": [assistant("4")]}, ASKED, ((assistant("4"),),)),
+        ({"messages": [*ASKED, assistant("4")]}, ASKED, ((assistant("4"),),)),
+        (
+            {"messages": [user("2 + 2?"), assistant("4"), user("Sure?"), assistant("Yes.")]},
+            [user("2 + 2?")],
+            ((assistant("4"), user("Sure?"), assistant("Yes.")),),
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]},
+            [user("2 + 2?")],
+            ((assistant("4"),),),
+        ),
+        ({"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}, "2 + 2?", ("4", "5")),
+        (
+            {"prompt": ASKED, "chosen": [assistant("4")], "rejected": [assistant("5")]},
+            ASKED,
+            ((assistant("4"),), (assistant("5"),)),
+        ),
+        (  # as ultrafeedback_binarized has it: the prompt once more in both conversations
+            {
+                "prompt": "2 + 2?",
+                "chosen": [user("2 + 2?"), assistant("4")],
+                "rejected": [user("2 + 2?"), assistant("5")],
+            },
+            "2 + 2?",
+            ((assistant("4"),), (assistant("5"),)),
+        ),
+        (
+            {"chosen": [*ASKED, assistant("4")], "rejected": [*ASKED, assistant("5")]},
+            ASKED,
+            ((assistant("4"),), (assistant("5"),)),
+        ),
+        (  # alike up to the second answer
+            {
+                "chosen": [user("a"), assistant("b"), user("c"), assistant("d")],
+                "rejected": [user("a"), assistant("b"), user("c"), assistant("e")],
+            },
+            [user("a"), assistant("b"), user("c")],
+            ((assistant("d"),), (assistant("e"),)),
+        ),
+    ],
+)
+def test_the_column_forms_of_trl(row: Any, text: str | Messages, completions: tuple[Any, ...], tmp_path: Path) -> None:
+    (prompt,) = Examples(write(tmp_path / "a.jsonl", [row])).train()
+    assert prompt.text == text
+    assert prompt.completions == completions
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "2 + 2?", "completion": " "}, "row 0: column 'completion' is empty"),
+        ({"prompt": "2 + 2?", "completion": None}, "row 0: column 'completion' is null"),
+        ({"completion": "4"}, "row 0: column 'prompt' is missing"),
+        ({"messages": ASKED}, "row 0: column 'messages' has no message of the assistant"),
+        ({"messages": [assistant("4")]}, "row 0: column 'messages' has no message of the assistant after"),
+        ({"messages": [*ASKED, assistant("4"), user("?")]}, "row 0: column 'messages' ends with a message of user"),
+        ({"prompt": "2 + 2?", "chosen": "4"}, "row 0: column 'rejected' is missing"),
+        ({"prompt": "2 + 2?", "chosen": "4", "rejected": ""}, "row 0: column 'rejected' is empty"),
+        ({"prompt": "2 + 2?", "chosen": "4", "rejected": "4"}, "row 0: chosen and rejected are the same"),
+        ({"chosen": "4", "rejected": "5"}, "row 0: chosen and rejected are text without a prompt"),
+        (
+            {"chosen": [user("a"), assistant("4")], "rejected": [user("b"), assistant("5")]},
+            "row 0: chosen and rejected do not share a prompt",
+        ),
+        (
+            {"chosen": [user("a"), assistant("4")], "rejected": [user("a"), assistant("4")]},
+            "chosen and rejected are the same",
+        ),
+        (
+            {"prompt": "a", "chosen": [user("a"), assistant("4")], "rejected": [user("b"), assistant("5")]},
+            "row 0: column 'rejected' begins with a different prompt, 'b'",
+        ),
+        (
+            {"question": "a", "answer": "b"},
+            "row 0: it has the columns question, answer; an example needs",
+        ),
+    ],
+)
+def test_rows_that_are_no_examples_say_where_and_why(row: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(RloraError, match=message):
+        Examples(write(tmp_path / "a.jsonl", [row])).train()
+
+
+def test_columns_can_have_other_names_and_weights(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"question": "2 + 2?", "solution": "4", "w": 2}])
+    (prompt,) = Examples(path, prompt="question", completion="solution", weight="w").train()
+    assert (prompt.text, prompt.completions, prompt.weight) == ("2 + 2?", ("4",), 2.0)
+    path = write(tmp_path / "b.jsonl", [{"prompt": "2 + 2?", "completion": "4", "w": -1}])
+    with pytest.raises(RloraError, match=r"row 0: column 'w' is -1; use a number of 0 or more"):
+        Examples(path, weight="w").train()
+
+
+@pytest.fixture
+def supervised(config: Callable[..., Config]) -> Callable[..., Config]:
+    def make(**changes: Any) -> Config:
+        return config(**{"reward": "", "env": "rlora.envs.examples:Examples", "algorithm": {"name": "sft"}} | changes)
+
+    return make
+
+
+def test_a_completion_has_the_tokens_that_the_policy_would_sample(supervised: Callable[..., Config]) -> None:
+    made = supervised(sampling={"max_tokens": 99, "max_prompt_tokens": 99})
+    chat = bare_task(made).chat
+    turns = [user("2 + 2?"), assistant("4"), user("Sure?"), assistant("Yes.")]
+    example = example_of(Prompt(turns[:1], completions=(turns[1:],)), chat, made, 0)
+    (episode,) = example.episodes
+    whole = chat.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+    ids = [*example.prompt.token_ids, *episode.completion_ids]
+    assert ids == list(whole)[: len(ids)]  # the template ends with a line break, which nobody samples
+    assert chat.decode(whole[len(ids) :]).strip() == ""
+    learned = [token for token, own in zip(episode.completion_ids, episode.sampled_mask, strict=True) if own]
+    assert chat.decode(learned) == "4<|im_end|>Yes.<|im_end|>"
+    assert set(episode.behaviour_logprobs) == {0.0}
+
+
+def test_bad_lengths_and_counts_say_what_to_do(supervised: Callable[..., Config]) -> None:
+    made = supervised(sampling={"max_tokens": 8, "max_prompt_tokens": 48})
+    chat = bare_task(made).chat
+    long = " ".join(["word"] * 60)
+    with pytest.raises(RloraError, match=r"example 3: its completion has 6\d tokens, and sampling\.max_tokens = 8"):
+        example_of(Prompt("a", completions=(long,)), chat, made, 3)
+    with pytest.raises(RloraError, match=r"a\.jsonl, row 7: its prompt has \d+ tokens, and sampling\.max_prompt"):
+        example_of(Prompt(long, completions=("a",), source="a.jsonl, row 7"), chat, made, 3)
+    with pytest.raises(RloraError, match=r"it has 2 completions, but algorithm\.loss = 'sft' learns from one"):
+        example_of(Prompt("a", completions=("b", "c")), chat, made, 0)
+    with pytest.raises(RloraError, match=r"it has 0 completions, but algorithm\.loss = 'dpo' learns from a chosen"):
+        example_of(Prompt("a"), chat, supervised(algorithm={"name": "dpo"}), 0)
+
+
+def test_each_epoch_visits_all_examples_and_a_resumed_stream_continues(
+    supervised: Callable[..., Config], tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"{n}?", "completion": str(n)} for n in range(5)]
+    made = supervised(env_args={"path": write(tmp_path / "a.jsonl", rows), "held_out_share": 0.2}, prompts_per_step=3)
+    task = load_task(made)
+    assert (len(task.examples), len(task.held_out_examples), len(task.prompts)) == (4, 1, 4)
+    stream = Stream(made, task.examples, Cursor())
+    seen = [group.prompt.text for step in range(4) for group in stream.take(step).groups]
+    assert all(
+        sorted(map(str, seen[n : n + 4])) == sorted(str(g.prompt.text) for g in task.examples) for n in (0, 4, 8)
+    )
+    resumed = Stream(made, task.examples, Cursor(next=6))
+    assert [group.prompt.text for group in resumed.take(2).groups] == seen[6:9]
+    assert resumed.cursor == Cursor(9)
