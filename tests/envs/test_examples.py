@@ -2,17 +2,24 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import episode, group, write_provenance
+from upath import UPath
 
+from rlora.envs.episodes import RunEpisodes
 from rlora.envs.examples import Examples
-from rlora.records import Cursor, Messages, Prompt, RloraError
+from rlora.records import Cursor, Episode, Messages, Prompt, RloraError
 from rlora.rollout.examples import Examples as Stream
 from rlora.rollout.given import example_of
 from rlora.rollout.task import bare_task, load_task
+from rlora.run import episodes
+from rlora.run.checkpoint import Bundle, bundle_path
 from rlora.settings import Config
+from rlora.store import write_directory
 
 
 def user(text: str) -> dict[str, str]:
@@ -165,6 +172,56 @@ def test_bad_lengths_and_counts_say_what_to_do(supervised: Callable[..., Config]
         example_of(Prompt("a", completions=("b", "c")), chat, made, 0)
     with pytest.raises(RloraError, match=r"it has 0 completions, but algorithm\.loss = 'dpo' learns from a chosen"):
         example_of(Prompt("a"), chat, supervised(algorithm={"name": "dpo"}), 0)
+
+
+@pytest.fixture
+def recorded(tmp_path: Path, bundle: Callable[..., Bundle]) -> str:
+    """A run with two updates, on a prompt with two right and two wrong completions and on one with right ones only."""
+    write_provenance(tmp_path)
+    for version in range(3):
+        first = group([5, 6], *(episode([7 + n, version], float(n < 2), [-0.5, -1.5]) for n in range(4)))
+        second = group([8], episode([9, 9], 1.0), episode([9, 9], 1.0))
+        update = episodes.encode([first, second]) if version else None
+        made = replace(bundle(version), update=update)
+        write_directory(bundle_path(UPath(tmp_path), version), made.files)
+    return str(tmp_path)
+
+
+def test_the_episodes_of_a_run_become_pairs_or_single_examples(recorded: str) -> None:
+    pairs = RunEpisodes(recorded, pairs=True, most=9).train()
+    assert len(pairs) == 4  # two steps, two pairs each
+    for prompt in pairs:
+        right, wrong = prompt.completions
+        assert isinstance(right, Episode)
+        assert isinstance(wrong, Episode)
+        assert right.completion_ids[0] in (7, 8)
+        assert wrong.completion_ids[0] in (9, 10)
+        assert right.completion_ids[1] == wrong.completion_ids[1]  # of the same step
+    assert [prompt.source for prompt in pairs] == [f"{recorded}, step {step}" for step in (0, 0, 1, 1)]
+    single = RunEpisodes(recorded).train()
+    assert [len(prompt.completions) for prompt in single] == [1] * 4
+    assert len(RunEpisodes(recorded, most=2, steps=1).train()) == 3  # equal completions count once
+    half = RunEpisodes(recorded, held_out_share=0.5)
+    assert {p.token_ids for p in half.train()} | {p.token_ids for p in half.held_out()} == {(5, 6), (8,)}
+    assert not {p.token_ids for p in half.train()} & {p.token_ids for p in half.held_out()}
+
+
+def test_sampled_tokens_are_learned_from_as_they_are(recorded: str, supervised: Callable[..., Config]) -> None:
+    made = supervised(algorithm={"name": "dpo"})
+    (prompt, *_) = RunEpisodes(recorded, pairs=True).train()
+    example = example_of(prompt, bare_task(made).chat, made, 0)
+    assert example.prompt.token_ids == (5, 6)
+    assert [e.completion_ids for e in example.episodes] == [
+        e.completion_ids for e in prompt.completions if isinstance(e, Episode)
+    ]
+    assert example.rewards == [1.0, 0.0]
+
+
+def test_a_run_without_fitting_episodes_is_refused(recorded: str, tmp_path: Path) -> None:
+    with pytest.raises(RloraError, match=r"its bundles have no right completion \(threshold 2\)"):
+        RunEpisodes(recorded, threshold=2).train()
+    with pytest.raises(RloraError, match="not the directory of a run with bundles"):
+        RunEpisodes(str(tmp_path / "nowhere")).train()
 
 
 def test_each_epoch_visits_all_examples_and_a_resumed_stream_continues(

@@ -5,9 +5,11 @@ from contextlib import contextmanager
 
 from rlora.core.objectives.cispo import Cispo
 from rlora.core.objectives.clip import Clip
+from rlora.core.objectives.dpo import Dpo
 from rlora.core.objectives.gspo import Gspo
+from rlora.core.objectives.ipo import Ipo
 from rlora.core.objectives.objective import Need, Objective
-from rlora.core.objectives.preference import Dpo, Ipo, Orpo
+from rlora.core.objectives.orpo import Orpo
 from rlora.core.objectives.reinforce import Reinforce
 from rlora.core.objectives.sft import Sft
 from rlora.plugin import file_of, load, location_prefix

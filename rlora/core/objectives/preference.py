@@ -1,14 +1,13 @@
-"""Learning from pairs: a completion that is preferred, and one that is not (DPO, IPO, ORPO)."""
+"""Base class of the losses of pairs: a completion that is chosen, and one that is rejected."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from rlora.core.batch import Microbatch, Sample
 from rlora.core.loss import episode_sums
-from rlora.core.objectives.objective import Figures, Need, Objective
+from rlora.core.objectives.objective import Figures, Objective
 from rlora.core.policy import Outputs
 from rlora.records import Episode, Group
 from rlora.settings import AlgorithmConfig
@@ -50,34 +49,3 @@ class Preference(Objective):
         zeros = torch.zeros_like(batch.tokens.weights)
         spread = {name: zeros.index_copy(0, first, values.to(zeros.dtype)) for name, values in figures.items()}
         return (losses * batch.tokens.weights[first]).sum(), spread
-
-
-class Dpo(Preference):
-    """Direct preference optimisation (arXiv:2305.18290, eq. 7): -log sigmoid(beta (chosen - rejected)). `algorithm.kl`
-    is beta."""
-
-    needs = frozenset({Need.REFERENCE})
-
-    def of_pairs(self, chosen: Tensor, rejected: Tensor, lengths: Tensor, batch: Microbatch) -> Tensor:
-        return -logsigmoid(self.beta * (chosen - rejected))
-
-
-class Ipo(Preference):
-    """Identity preference optimisation (arXiv:2310.12036, eq. 17): (chosen - rejected - 1 / (2 beta))^2, with means
-    over the tokens in place of sums, as in TRL. `algorithm.kl` is beta."""
-
-    needs = frozenset({Need.REFERENCE})
-
-    def of_pairs(self, chosen: Tensor, rejected: Tensor, lengths: Tensor, batch: Microbatch) -> Tensor:
-        return (chosen / lengths[:, 0] - rejected / lengths[:, 1] - 1 / (2 * self.beta)).square()
-
-
-class Orpo(Preference):
-    """Odds ratio preference optimisation (arXiv:2403.07691, eq. 6 and 7): -log p per token of the chosen completion, -
-    beta log sigmoid(log odds(chosen) - log odds(rejected)), with odds of the mean logprobs. Without a reference policy;
-    `algorithm.kl` is beta, lambda in the paper."""
-
-    def of_pairs(self, chosen: Tensor, rejected: Tensor, lengths: Tensor, batch: Microbatch) -> Tensor:
-        means = torch.stack([chosen, rejected], 1) / lengths
-        log_odds = means - torch.log1p(-means.exp())
-        return -means[:, 0] - self.beta * logsigmoid(log_odds[:, 0] - log_odds[:, 1])

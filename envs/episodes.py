@@ -1,0 +1,86 @@
+"""An env whose examples are the episodes of a run: its right completions, or pairs of a right and a wrong one."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from rlora.records import BASE, Episode, Group, Prompt, RloraError
+
+
+class RunEpisodes:
+    """The episodes in the bundles of a run, with the tokens that were sampled, for algorithms that learn from given
+    completions.
+
+    `run` is the run's directory. Without `pairs` each right completion is an example for SFT (rejection sampling); with
+    `pairs` each prompt that has right and wrong completions gives pairs for DPO, IPO and ORPO. A completion is right if
+    its reward is at least `threshold`, and wrong if it is below. `steps` limits the examples to those of steps before
+    this number, 0 for all. A prompt gives at most `most` examples per step, drawn with `seed`. `held_out_share` of the
+    prompts are held out.
+    """
+
+    def __init__(
+        self, run: str, pairs: bool = False, threshold: float = 1.0, steps: int = 0, most: int = 1,
+        held_out_share: float = 0.0, seed: int = 0,
+    ) -> None:  # fmt: skip
+        if not 0 <= held_out_share < 1:
+            raise RloraError(f"env_args.held_out_share = {held_out_share}: use a number from 0 to less than 1")
+        if most < 1:
+            raise RloraError(f"env_args.most = {most}: use 1 or more")
+        self._run, self._pairs, self._threshold, self._steps = run, pairs, threshold, steps
+        self._most, self._share, self._seed = most, held_out_share, seed
+
+    def train(self) -> Sequence[Prompt]:
+        return self._part(held_out=False)
+
+    def held_out(self) -> Sequence[Prompt]:
+        return self._part(held_out=True) if self._share else []
+
+    def _part(self, held_out: bool) -> list[Prompt]:
+        groups = list(self._groups())
+        prompts = sorted({group.prompt.token_ids for _, group in groups})
+        rng = random.Random(self._seed)
+        chosen = set(rng.sample(prompts, round(len(prompts) * self._share)))
+        examples = [
+            example
+            for step, group in groups
+            for example in self._examples(group, f"{self._run}, step {step}", rng)
+            if (group.prompt.token_ids in chosen) == held_out
+        ]
+        if not examples and not held_out:
+            kind = "pair of a right and a wrong completion" if self._pairs else "right completion"
+            raise RloraError(
+                f"env_args.run = {self._run!r}: its bundles have no {kind} (threshold {self._threshold}); lower "
+                "env_args.threshold, or use a run with such episodes"
+            )
+        return examples
+
+    def _groups(self) -> Iterator[tuple[int, Group]]:
+        """Yield the groups of each update whose bundle has them, with the number of the step."""
+        from upath import UPath
+
+        from rlora.run import checkpoint
+
+        run = UPath(self._run)
+        versions = checkpoint.versions(run)
+        if not versions:
+            raise RloraError(f"env_args.run = {self._run!r}: not the directory of a run with bundles; name one")
+        for version in versions:
+            if version and not 0 < self._steps < version:
+                bundle = checkpoint.read(checkpoint.bundle_path(run, version))
+                yield from ((version - 1, group) for group in bundle.groups or ())
+
+    def _examples(self, group: Group, source: str, rng: random.Random) -> list[Prompt]:
+        scored = [replace(episode, version=BASE.version) for episode in group.scored.episodes]
+        right, wrong = (self._distinct([e for e in scored if self._is_right(e) == side], rng) for side in (True, False))
+        completions = list(zip(right, wrong, strict=False)) if self._pairs else [(episode,) for episode in right]
+        return [replace(group.prompt, completions=given, source=source) for given in completions[: self._most]]
+
+    def _is_right(self, episode: Episode) -> bool:
+        return episode.reward is not None and episode.reward >= self._threshold
+
+    @staticmethod
+    def _distinct(episodes: Sequence[Episode], rng: random.Random) -> list[Episode]:
+        """Return the episodes without repeated completions, in random order."""
+        found = list({episode.completion_ids: episode for episode in episodes}.values())
+        rng.shuffle(found)
+        return found

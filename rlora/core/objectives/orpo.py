@@ -1,0 +1,19 @@
+"""Odds ratio preference optimisation."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from rlora.core.batch import Microbatch
+from rlora.core.objectives.preference import Preference
+
+
+class Orpo(Preference):
+    """Odds ratio preference optimisation (arXiv:2403.07691, eq. 6 and 7): -log p per token of the chosen completion, -
+    beta log sigmoid(log odds(chosen) - log odds(rejected)), with odds of the mean logprobs. Without a reference policy;
+    `algorithm.kl` is beta, lambda in the paper."""
+
+    def of_pairs(self, chosen: Tensor, rejected: Tensor, lengths: Tensor, batch: Microbatch) -> Tensor:
+        means = torch.stack([chosen, rejected], 1) / lengths
+        log_odds = means - torch.log1p(-means.exp())
+        return -means[:, 0] - self.beta * logsigmoid(log_odds[:, 0] - log_odds[:, 1])
