@@ -72,8 +72,8 @@ class RunEpisodes:
     def _examples(self, group: Group, source: str, rng: random.Random) -> list[Prompt]:
         scored = [replace(episode, version=BASE.version) for episode in group.scored.episodes]
         right, wrong = (self._distinct([e for e in scored if self._is_right(e) == side], rng) for side in (True, False))
-        completions = list(zip(right, wrong, strict=False)) if self._pairs else [(episode,) for episode in right]
-        return [replace(group.prompt, completions=given, source=source) for given in completions[: self._most]]
+        examples = list(zip(right, wrong, strict=False)) if self._pairs else [(episode,) for episode in right]
+        return [replace(group.prompt, completions=episodes, source=source) for episodes in examples[: self._most]]
 
     def _is_right(self, episode: Episode) -> bool:
         return episode.reward is not None and episode.reward >= self._threshold

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from upath import UPath
 
 from rlora.records import RloraError
-from rlora.settings import PRESETS, AlgorithmConfig, Config
+from rlora.settings import PRESETS, SUPERVISED, AlgorithmConfig, Config
 from rlora.settings.earlier import REPLACED, replaced
 from rlora.settings.fields import Tag, tagged
 
@@ -80,6 +80,7 @@ def validate(values: Config | dict[str, Any], source: str = "") -> Config:
     table = asdict(values) if isinstance(values, Config) else values
     algorithm = table.get("algorithm")
     if isinstance(algorithm, dict):
+        table = {"reward": ""} | table if algorithm.get("name") in SUPERVISED else table
         table = table | {"algorithm": PRESETS.get(str(algorithm.get("name")), {}) | replaced(algorithm)}
     try:
         config = _ADAPTER.validate_json(json.dumps(table, default=str))  # JSON, like TOML, has lists instead of tuples

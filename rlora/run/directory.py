@@ -152,8 +152,8 @@ def prompts_digest(prompts: Sequence[Prompt]) -> str:
     digest = hashlib.sha256()
     for prompt in prompts:
         content = [prompt.token_ids, prompt.answer, dict(prompt.columns)]
-        given = [completion for completion in prompt.completions if isinstance(completion, Episode)]
-        content += [[episode.completion_ids, episode.sampled_mask, episode.reward] for episode in given]
+        episodes = [completion for completion in prompt.completions if isinstance(completion, Episode)]
+        content += [[episode.completion_ids, episode.sampled_mask, episode.reward] for episode in episodes]
         digest.update(json.dumps(content, default=lambda value: type(value).__name__, skipkeys=True).encode())
     return digest.hexdigest()
 

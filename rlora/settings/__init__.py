@@ -32,10 +32,10 @@ class Config:
     env: Annotated[str, Tag.EPISODES]
     """Environment (env) that provides the prompts and, for an agent, replies to the policy: module:Name, such as
     rlora.envs.arithmetic:Arithmetic, or path/to/file.py:Name. The classes in docs/envs.md come with rlora."""
-    reward: Annotated[str | tuple[str, ...], Tag.EPISODES] = ""
+    reward: Annotated[str | tuple[str, ...], Tag.EPISODES]
     """Reward function: module:name or path/to/file.py:name. If several functions are given, the reward of a completion
-    is the sum of their values, weighted by `reward_weights`. Only `algorithm.name` = `sft`, `dpo`, `ipo` and `orpo`
-    have none."""
+    is the sum of their values, weighted by `reward_weights`. `algorithm.name` = `sft`, `dpo`, `ipo` and `orpo` have
+    none."""
     env_args: Annotated[Arguments, Tag.EPISODES] = field(default_factory=dict)
     """Keyword arguments with which the env is constructed, none by default; on the command line --env-args.NAME VALUE.
     If `env` is changed, the arguments of the previous env are dropped."""

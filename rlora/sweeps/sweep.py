@@ -187,8 +187,8 @@ class Sweep:
         irrelevant = ("learner", "critic", "algorithm", "engine", "checkpoint", "health", "trackers", "steps",
                       "restarts", "prompts_per_step", "group_size", "max_staleness", "dtype")  # fmt: skip
         table = asdict(replace(config, **{name: getattr(defaults, name) for name in irrelevant}))
-        given = config.algorithm.loss if config.algorithm.supervised else ""  # the loss says what an example is
-        key = json.dumps([table, given], sort_keys=True, default=str)
+        loss = config.algorithm.loss if config.algorithm.supervised else ""  # says what an example is
+        key = json.dumps([table, loss], sort_keys=True, default=str)
         if key not in self._tasks:
             self._tasks[key] = load_task(config)
         return self._tasks[key]

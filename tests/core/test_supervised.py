@@ -149,7 +149,7 @@ def test_updates_learn(name: str, config: MakeConfig, tiny: str) -> None:
         ({"sampling": {"temperature": 0.5}}, r"sampling\.temperature = 0\.5: "),
         ({"algorithm": {"name": "dpo", "kl": 0.0}}, r"algorithm\.kl = 0\.0: it is beta"),
         ({"algorithm": {"name": "sft", "entropy": 0.1}}, r"algorithm\.entropy = 0\.1: .*set algorithm\.entropy to 0"),
-        ({"algorithm": {"name": "reinforce"}}, r"reward = '': name at least one"),
+        ({"algorithm": {"name": "reinforce"}}, r"reward: not set, and it has no default"),
         ({"algorithm": {"name": "reinforce"}, "reward": "a:b", "engine": {"replicas": 0}}, r"engine\.replicas = 0: "),
     ],
 )
