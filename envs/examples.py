@@ -94,8 +94,8 @@ def _after(side: str | Messages, prompt: str | Messages, name: str, source: str)
     """Return the completion of one side, without the messages of the prompt if the side repeats them."""
     if isinstance(side, str):
         return _completion(side, name, source)
-    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    rest = side[len(before) :] if list(side[: len(before)]) == before else side
+    asking = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    rest = side[len(asking) :] if list(side[: len(asking)]) == asking else side
     if rest and rest[0]["role"] != "assistant":
         raise RloraError(
             f"{source}: column {name!r} begins with a different prompt, {rest[0]['content']!r:.80}; a pair has one "
@@ -106,12 +106,12 @@ def _after(side: str | Messages, prompt: str | Messages, name: str, source: str)
 
 def _shared(chosen: Messages, rejected: Messages, source: str) -> tuple[Messages, list[str | Messages]]:
     """Return the prompt that two conversations share, and the rest of each."""
-    same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
-    if same is None or chosen[same]["role"] != "assistant" or rejected[same]["role"] != "assistant" or not same:
+    split = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+    if split is None or chosen[split]["role"] != "assistant" or rejected[split]["role"] != "assistant" or not split:
         fault = "are the same" if list(chosen) == list(rejected) else "do not share a prompt that ends before an answer"
         raise RloraError(f"{source}: chosen and rejected {fault}; fix or drop the row")
     sides = (("chosen", chosen), ("rejected", rejected))
-    return chosen[:same], [_completion(side[same:], name, source) for name, side in sides]
+    return chosen[:split], [_completion(side[split:], name, source) for name, side in sides]
 
 
 def _pair(

@@ -87,16 +87,16 @@ class Chat:
         messages = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
         ids: list[int] = []
         mask: list[bool] = []
-        others: list[Mapping[str, str]] = []
+        replies: list[Mapping[str, str]] = []
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
-                others.append(message)
+                replies.append(message)
                 continue
-            if bool(number) != bool(others):
+            if bool(number) != bool(replies):
                 raise RloraError(f"message {number + 1} of the completion: two messages of the assistant in a row")
-            if others:
-                reply = self.reply_ids(others, ids)
-                ids, mask, others = [*ids, *reply], [*mask, *[False] * len(reply)], []
+            if replies:
+                reply = self.reply_ids(replies, ids)
+                ids, mask, replies = [*ids, *reply], [*mask, *[False] * len(reply)], []
             opened = "".join(self._opening(prompt)) if not number else ""
             text = (*self._ids(message["content"].removeprefix(opened)), self._end_id)
             ids, mask = [*ids, *text], [*mask, *[True] * len(text)]
@@ -106,12 +106,12 @@ class Chat:
     def _end_id(self) -> int:
         """The token that ends a message of the policy."""
         if self.template:
-            after = self._template.render(
+            text = self._template.render(
                 [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}],
                 tokenize=False,
                 add_generation_prompt=False,
             ).partition(MARK)[2]
-            if (found := next((token for token in self._ids(after) if token in self.stop_token_ids), None)) is not None:
+            if (found := next((token for token in self._ids(text) if token in self.stop_token_ids), None)) is not None:
                 return found
         return self.stop_token_ids[0]
 
