@@ -37,13 +37,20 @@ class Budget:
     @property
     def lines(self) -> list[tuple[str, str]]:
         """Label and text of each line of the report."""
-        limit = f"; the engines sample {self.concurrent_rows} at a time" if self.rows > self.concurrent_rows else ""
+        sampling = [] if not self.concurrent_rows else self._sampling_lines
         return [
             ("members", str(self.members)),
-            ("completions in flight", f"{self.rows}{limit}"),
-            ("adapter slots per engine", f"{self.slots}, {self.slot_bytes / _MIB:.1f} MiB each"),
+            *sampling,
             ("memory", f"base and processes {gib(self.base)}, members {gib(self.member_bytes)} of {gib(self.total)}"),
             ("disk", f"{gib(self.disk)} of {gib(self.free)} free"),
+        ]
+
+    @property
+    def _sampling_lines(self) -> list[tuple[str, str]]:
+        limit = f"; the engines sample {self.concurrent_rows} at a time" if self.rows > self.concurrent_rows else ""
+        return [
+            ("completions in flight", f"{self.rows}{limit}"),
+            ("adapter slots per engine", f"{self.slots}, {self.slot_bytes / _MIB:.1f} MiB each"),
         ]
 
     def check(self) -> None:

@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from rlora.records import RloraError
-from rlora.sweeps.results import OVER_LAST, MemberResult, standings
+from rlora.sweeps.results import NLL, OVER_LAST, MemberResult, standings
 
 _LR, _RANK = "learner.lr", "learner.rank"
 
@@ -35,7 +35,7 @@ def plot(members: list[MemberResult], file: Path) -> None:
             means = [fmean(values) for values in zip(*curves, strict=False)]  # as far as all members have got
             left.plot(range(member.first, member.first + len(means)), means, color=colour, label=name, lw=1.6)
     title = f"Each member (thin; x: dropped) and configuration, mean of {OVER_LAST} steps"
-    left.set(xlabel="step", ylabel="mean reward", title=title)
+    left.set(xlabel="step", ylabel="log p per token" if standings(members)[0] == NLL else "mean reward", title=title)
     if len(configurations) <= 24:
         left.legend(fontsize=7, ncols=2, loc="upper left", bbox_to_anchor=(0, -0.16))
     _compare(right, members, colours)
@@ -51,7 +51,7 @@ def _compare(axes: Any, members: list[MemberResult], colours: dict[str, Any]) ->
     label, ranking = standings(members)
     axes.set(ylabel=label)
     done = [member for member in members if member.status == "finished" and not member.origin]
-    values = {member.name: member.final_accuracy if "accuracy" in label else member.reward for member in done}
+    values = {member.name: member.value(label) for member in done}
     rates = {member.changes.get(_LR) for member in done}
     if len(rates) > 1 and all(isinstance(rate, int | float) for rate in rates):
         ranks = sorted({member.changes.get(_RANK, 0) for member in done})

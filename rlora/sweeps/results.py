@@ -13,8 +13,10 @@ from upath import UPath
 from rlora.run import directory
 from rlora.sweeps.diary import DIARY, complete_lines, member_states
 from rlora.sweeps.sweep import read_members
+from rlora.telemetry.metrics import progress
 
 OVER_LAST = 4  # number of last steps that a member's reward is averaged over
+ACCURACY, NLL = "accuracy after training", "held-out log p per token after training"
 
 
 @dataclass(frozen=True)
@@ -25,16 +27,22 @@ class MemberResult:
     configuration: str  # the member's changes as text, without the fields of `Halving.pool`
     changes: Mapping[str, Any]  # `Member.changes`
     status: str
-    rewards: Sequence[float]  # mean reward of each step
+    rewards: Sequence[float]  # `progress` of each step: the mean reward, if there are rewards
     initial_accuracy: float | None  # on held-out prompts, before training; None if not evaluated
-    final_accuracy: float | None  # on held-out prompts, after training; None if not evaluated yet
+    final_accuracy: float | None  # on held-out prompts or pairs, after training; None if not evaluated yet
     first: int = 0  # completed steps at the start: those of the version that a fork started from
     origin: str = ""  # name of the member that a fork started from; forks are configurations of their own
+    final_nll: float | None = None  # of SFT, on held-out examples, after training
 
     @property
     def reward(self) -> float | None:
         """Mean reward of the last `OVER_LAST` steps; None before the first step."""
         return fmean(self.rewards[-OVER_LAST:]) if self.rewards else None
+
+    def value(self, metric: str) -> float:
+        """Return the value that members are compared by, higher is better. `metric` is from `metric_of`."""
+        by_metric = {ACCURACY: self.final_accuracy, NLL: None if self.final_nll is None else -self.final_nll}
+        return by_metric.get(metric, self.reward) or 0.0
 
 
 @dataclass(frozen=True)
@@ -83,26 +91,33 @@ def read_results(path: Path) -> list[MemberResult]:
             MemberResult(
                 member.name, (label or "as given") + f", forked from {origin}@{first}" * bool(origin), member.changes,
                 states[member.name].status if member.name in states else "waiting",
-                [line["reward/mean"] or 0.0 for line in directory.figures(run)],
-                summary.get("accuracy/before"), summary.get("accuracy/after"), first, origin,
+                [progress(line) for line in directory.figures(run)],
+                summary.get("accuracy/before"), summary.get("accuracy/after", summary.get("held_out/accuracy/after")),
+                first, origin, summary.get("held_out/nll/after"),
             )
         )  # fmt: skip
     return results
 
 
+def metric_of(done: Sequence[MemberResult]) -> str:
+    """Return the metric that finished members are compared by: the held-out accuracy or log-likelihood after training,
+    or the mean reward if a member lacks both."""
+    if done and all(member.final_accuracy is not None for member in done):
+        return ACCURACY
+    if done and all(member.final_nll is not None for member in done):
+        return NLL
+    return f"mean reward of the last {OVER_LAST} steps"
+
+
 def standings(members: Sequence[MemberResult]) -> tuple[str, list[Standing]]:
     """Return the name of the metric that configurations are compared by, and their results, the best first.
 
-    Only finished members count. The metric is the accuracy after training, or the mean reward if a finished member has
-    no accuracy.
+    Only finished members count.
     """
     done = [member for member in members if member.status == "finished"]
-    by_accuracy = bool(done) and all(member.final_accuracy is not None for member in done)
-    metric = "accuracy after training" if by_accuracy else f"mean reward of the last {OVER_LAST} steps"
-    values: dict[str, list[float]] = {}
+    metric, values = metric_of(done), dict[str, list[float]]()
     for member in done:
-        value = member.final_accuracy if by_accuracy else member.reward
-        values.setdefault(member.configuration, []).append(value or 0.0)
+        values.setdefault(member.configuration, []).append(member.value(metric))
     ranking = [Standing(configuration, results) for configuration, results in values.items()]
     return metric, sorted(ranking, key=lambda standing: standing.mean, reverse=True)
 

@@ -64,6 +64,14 @@ def summarise_given(groups: Sequence[Group]) -> dict[str, float | None]:
     return figures | {"reward/informative_groups": None, "staleness": None}
 
 
+def progress(line: Mapping[str, Any]) -> float:
+    """Return the figure of a step that rises as a policy learns: the mean reward; without rewards the share of pairs
+    that are in the right order, or the log-likelihood per token."""
+    figures = (line.get("reward/mean"), line.get("objective/accuracy"))
+    found = next((figure for figure in figures if figure is not None), None)
+    return float(-(line.get("objective/nll") or 0.0) if found is None else found)
+
+
 class Metrics:
     """Builds the metrics of each step and prints progress: updated in place on a terminal, otherwise as lines.
 
