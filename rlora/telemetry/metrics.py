@@ -114,16 +114,9 @@ class Metrics:
         self.seconds[phase] = time.perf_counter() - start
 
     def log(
-        self,
-        step: int,
-        receipts: Sequence[Receipt],
-        collection: Collection,
-        update: UpdateStats,
-        fleet: FleetStats,
-        saved: SaveStats | None,
-        adapter: Adapter,
-        extra: Mapping[str, float | None],
-    ) -> dict[str, Any]:
+        self, step: int, receipts: Sequence[Receipt], collection: Collection, update: UpdateStats, fleet: FleetStats,
+        saved: SaveStats | None, adapter: Adapter, extra: Mapping[str, float | None],
+    ) -> dict[str, Any]:  # fmt: skip
         """Print progress, and return the line of metrics.jsonl for the step that made `adapter` (docs/metrics.md).
 
         `receipts` are those of the version that was delivered last, `collection` has the step's groups, `fleet` are the
