@@ -9,6 +9,7 @@ from rlora.records import RloraError
 from rlora.sweeps.results import NLL, OVER_LAST, MemberResult, standings
 
 _LR, _RANK = "learner.lr", "learner.rank"
+_LONGEST = 40  # characters of a name in the plot
 
 
 def plot(members: list[MemberResult], file: Path) -> None:
@@ -33,7 +34,7 @@ def plot(members: list[MemberResult], file: Path) -> None:
                 left.plot(steps[-1], curves[-1][-1], "x", color=colour)
         if curves:
             means = [fmean(values) for values in zip(*curves, strict=False)]  # as far as all members have got
-            left.plot(range(member.first, member.first + len(means)), means, color=colour, label=name, lw=1.6)
+            left.plot(range(member.first, member.first + len(means)), means, color=colour, label=_short(name), lw=1.6)
     title = f"Each member (thin; x: dropped) and configuration, mean of {OVER_LAST} steps"
     left.set(xlabel="step", ylabel="log p per token" if standings(members)[0] == NLL else "mean reward", title=title)
     if len(configurations) <= 24:
@@ -75,12 +76,17 @@ def _compare(axes: Any, members: list[MemberResult], colours: dict[str, Any]) ->
         axes.plot(standing.values, [height] * len(standing.values), "o", color=colours[standing.configuration], ms=4)
         axes.plot(standing.mean, height, "|", color="black", ms=14)
     axes.set(xlabel=label, ylabel="", title="Each member, and the mean")
-    axes.set_yticks(range(len(ranking)), [standing.configuration for standing in reversed(ranking)], fontsize=7)
+    axes.set_yticks(range(len(ranking)), [_short(standing.configuration) for standing in reversed(ranking)], fontsize=7)
 
 
 def _smoothed(rewards: Sequence[float]) -> list[float]:
     """Return the mean of each step and up to `OVER_LAST` - 1 steps before."""
     return [fmean(rewards[max(0, end - OVER_LAST) : end]) for end in range(1, len(rewards) + 1)]
+
+
+def _short(name: str) -> str:
+    """Return the name of a configuration, with its end only if it is so long that it would leave no room to plot."""
+    return name if len(name) <= _LONGEST else f"...{name[-_LONGEST:]}"
 
 
 def _spaced(count: int) -> list[float]:

@@ -68,6 +68,12 @@ def test_a_plot(field: str, tmp_path: Path) -> None:
     assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_long_names_leave_room_for_a_plot(tmp_path: Path) -> None:
+    """matplotlib warns if names leave no room, and warnings are errors here."""
+    name = f"reward = {'/a/long/path' * 12}/mine.py:reward"
+    plot([result(name, 0.5, rewards=[0.0, 0.5]), result("other", 0.2, rewards=[0.0, 0.2])], tmp_path / "sweep.png")
+
+
 def member(name: str, **changes: Any) -> Member:
     return Member(name, changes, None)  # type: ignore[arg-type]
 
