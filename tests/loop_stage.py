@@ -117,7 +117,16 @@ def task_of(base: str) -> Any:
     """A task whose prompts and rewards are never used."""
     prompts, chat = [Prompt("?", 0, (5,))], SimpleNamespace(template=None)
     return SimpleNamespace(
-        base=base, prompts=prompts, held_out=[], sets={}, stop=(), agent=False, chat=chat, dropped=0, checked=""
+        base=base,
+        prompts=prompts,
+        held_out=[],
+        sets={},
+        stop=(),
+        agent=False,
+        chat=chat,
+        dropped=0,
+        checked="",
+        examples=[],
     )
 
 

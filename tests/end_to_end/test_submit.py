@@ -104,7 +104,7 @@ def let_go(
     seen = ""
     while "step 2/1000" not in seen:
         text = process.stdout.readline()
-        assert text, seen
+        assert text, (seen, process.communicate(), called(("jobs", *ADDRESS), checkout, environment).stdout)
         seen += text
     process.send_signal(signal.SIGINT)
     os.write(terminal, b"n\n")
