@@ -33,6 +33,7 @@ def test_a_bare_checkout_runs_as_a_ray_job_with_two_replicas(tmp_path: Path) -> 
     environment = {**os.environ, **token, "PATH": path}
     home = tempfile.mkdtemp(prefix="ray-")  # of its own: no later ray.init finds this cluster; short for its sockets
     head = "--head", "--port=0", "--dashboard-port=8299", f"--temp-dir={home}"
+    head += ("--dashboard-agent-listen-port=8298",)  # by default a port that any other Ray of this machine takes too
     job = [
         *("env", f"PYTHONPATH={sysconfig.get_path('purelib')}", sys.executable, "-S"),  # without the editable install
         *("-m", "rlora", "train", TOML, "--steps", "2", "--env", "rlora.envs.only_here:Arithmetic"),
