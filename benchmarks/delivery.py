@@ -61,7 +61,7 @@ from rlora.core.learner import Learner
 from rlora.core.lora import matrices
 from rlora.core.setup import Setup
 from rlora.engine import vllm_engine
-from rlora.engine.cpu import patches
+from rlora.engine.cpu import patches, sampling
 from rlora.model.base import DEMO
 from rlora.records import BASE, OFF, Adapter, Sampling
 from rlora.rollout.fleet import Fleet, wait_for
@@ -175,7 +175,7 @@ class StockOp(Probe):
 
     def __init__(self, *made_of: Any) -> None:
         def without_the_product(head: bool) -> bool:
-            TopKTopPSampler.forward_cpu = patches.draw
+            TopKTopPSampler.forward_cpu = sampling.draw
             return False
 
         patches.install = without_the_product

@@ -23,8 +23,8 @@ from rlora.settings.fields import Tag, tagged
 
 _log = logging.getLogger(__name__)
 
-# With these the probability of a token would depend on which others were cut off, which the learner can't reproduce.
-_UNLEARNABLE = {"top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
+# With these the probability of a token depends on the tokens before it in a way that the learner does not compute.
+_UNLEARNABLE = {"repetition_penalty", "presence_penalty", "frequency_penalty"}
 _ARGUMENT = re.compile(r"(env_args|reward_args|chat\.template_args)\.[^.]+")
 _SETS = ("evaluate", "sets")
 _SECRET = "scoring.environment"  # its value is never shown: it may hold a secret by mistake
@@ -97,13 +97,13 @@ def _shown(config: Config, name: str) -> str:
 
 
 def check_learnable(names: Iterable[str]) -> None:
-    """Raise RloraError if `names` has a sampling option, such as top_p, for which the learner can't compute the
-    probabilities of the sampled tokens."""
+    """Raise RloraError if `names` has a sampling option, such as repetition_penalty, for which the learner can't
+    compute the probabilities of the sampled tokens."""
     for name in names:
         if name in _UNLEARNABLE:
             raise RloraError(
                 f"sampling.{name}: with this option the learner can't compute the probabilities of the sampled tokens; "
-                f"remove sampling.{name} (in training only sampling.temperature can change the distribution)"
+                f"remove sampling.{name} (sampling.temperature, top_k, top_p and min_p can change the distribution)"
             )
 
 

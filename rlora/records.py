@@ -83,6 +83,18 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """The tokens that each of S sampled tokens was drawn from: what top-k, top-p and min-p kept of the vocabulary."""
+
+    ids: bytes  # int32, in native byte order: the kept tokens of all sampled tokens, one after the other
+    counts: tuple[int, ...]  # S, the number of tokens that were kept; 0: the whole vocabulary
+
+    def __add__(self, following: Kept) -> Kept:
+        """Return the kept tokens of both."""
+        return Kept(self.ids + following.ids, self.counts + following.counts)
+
+
+@dataclass(frozen=True)
 class Episode:
     """One completion of a prompt, sampled by one adapter version."""
 
@@ -97,6 +109,7 @@ class Episode:
     state: Mapping[str, Any] = field(default_factory=dict)  # as the env's `reply` left the state
     status: str = ""  # one of STATUSES; empty before scoring
     parts: Mapping[str, float] = field(default_factory=dict)  # unweighted result of each reward function, by name
+    kept: Kept | None = None  # with top-k, top-p or min-p, of the tokens that the policy sampled
 
     @property
     def sampled_tokens(self) -> int:
@@ -291,11 +304,15 @@ class SaveStats:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling settings of a request. Only the temperature shapes the distribution; the learner uses the same value."""
+    """Sampling settings of a request. The learner computes probabilities at the same temperature, over the tokens that
+    top-k, top-p and min-p kept (`Episode.kept`)."""
 
     max_tokens: int  # per completion
     temperature: float = 1.0  # 0 is greedy
     group_size: int = 1  # completions per prompt
+    top_k: int = 0  # 0: all tokens
+    top_p: float = 1.0
+    min_p: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ MEMBERS = {
     "collective_rpc reset_prefix_cache model_config vllm_config",
     "vllm:RequestOutput": "",
     "vllm.outputs:RequestOutput": "request_id prompt_token_ids prompt_logprobs outputs finished",
-    "vllm.outputs:CompletionOutput": "token_ids logprobs finish_reason",
+    "vllm.outputs:CompletionOutput": "token_ids logprobs finish_reason sampling_mask",
+    "vllm.outputs:SamplingMask": "token_ids",
     "vllm.logprobs:Logprob": "logprob",
     "vllm.lora.request:LoRARequest": "lora_int_id",
     "vllm.sampling_params:RequestOutputKind": "FINAL_ONLY",
@@ -45,7 +46,7 @@ PARAMETERS = {
     "vllm:EngineArgs": "model dtype max_model_len max_num_seqs seed logprobs_mode generation_config "
     "tensor_parallel_size gpu_memory_utilization disable_log_stats use_tqdm_on_load enable_lora max_lora_rank "
     "enable_mixed_moe_lora_format lora_target_modules kv_cache_memory_bytes max_num_batched_tokens "
-    "max_loras max_cpu_loras enforce_eager block_size distributed_executor_backend",
+    "max_loras max_cpu_loras enforce_eager block_size distributed_executor_backend return_sampling_mask",
     "vllm:LLMEngine.from_engine_args": "cls engine_args / usage_context",
     "vllm:LLMEngine.add_request": "self request_id prompt params / lora_request",
     "vllm:LLMEngine.abort_request": "self request_ids /",
@@ -53,7 +54,7 @@ PARAMETERS = {
     "vllm:LLMEngine.remove_lora": "self lora_id /",
     "vllm:LLMEngine.apply_model": "self func /",
     "vllm:LLMEngine.collective_rpc": "self method / kwargs",
-    "vllm:SamplingParams": "n temperature max_tokens stop_token_ids stop detokenize skip_special_tokens logprobs "
+    "vllm:SamplingParams": "n temperature top_k top_p min_p max_tokens stop_token_ids stop detokenize skip_special_tokens logprobs "
     "prompt_logprobs output_kind",
     "vllm.inputs:TokensPrompt": "prompt_token_ids",
     "vllm.lora.request:LoRARequest": "lora_name lora_int_id lora_path / is_3d_lora_weight",
@@ -67,6 +68,10 @@ ON_CPU = {  # only imported on a CPU
     "vllm.platforms.cpu:CpuPlatform": "get_punica_wrapper",
     "vllm.v1.sample.ops.topk_topp_sampler:TopKTopPSampler": "forward_cpu logprobs_mode",
     "vllm.v1.sample.sampler:batched_count_greater_than": "",
+    "vllm.v1.outputs:ModelRunnerOutput": "sampling_masks",
+    "vllm.v1.outputs:SamplingMaskLists": "token_ids offsets",
+    "vllm.v1.core.sched.scheduler:Scheduler": "return_sampling_mask",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": "sample_tokens",
 }
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -82,7 +82,10 @@ def shared_config(served: Sequence[ServedPolicy]) -> Config:
     )
     longest = max(configs, key=lambda config: config.max_model_len)
     staleness = max(config.max_staleness for config in configs)
-    return replace(first.config, learner=learner, sampling=longest.sampling, max_staleness=staleness)
+    sampling = next((config.sampling for config in configs if config.sampling.truncates), longest.sampling)
+    limits = longest.sampling
+    sampling = replace(sampling, max_tokens=limits.max_tokens, max_prompt_tokens=limits.max_prompt_tokens)
+    return replace(first.config, learner=learner, sampling=sampling, max_staleness=staleness)
 
 
 def assign_gpus(config: Config, cluster_gpus: float, can_grow: bool = False) -> Config:

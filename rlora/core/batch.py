@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from rlora.core.attention import Layout, layout_of
+from rlora.core.logprobs import Support, support_of
 from rlora.core.loss import Tokens
 from rlora.device import send
-from rlora.records import Episode
+from rlora.records import Episode, Kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +30,7 @@ class Sample:
     tokens: Tokens  # (C,) each
     episode: Episode | None = None  # the episode that the sample was made from
     end: Tensor | None = None  # (1,), the critic's value after the last token
+    kept: Kept | None = None  # of the C targets, if probabilities are over a part of the vocabulary
 
     @property
     def length(self) -> int:
@@ -47,7 +49,7 @@ class Sample:
     def to_the_end(self) -> "Sample":
         """Return a copy with the last token as one more predictor and a dummy target, for a critic's value there."""
         last = len(self.prompt) + self.length - 1
-        return replace(self, predictors=(*self.predictors, last), targets=(*self.targets, 0))
+        return replace(self, predictors=(*self.predictors, last), targets=(*self.targets, 0), kept=None)
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Microbatch:
     lengths: Tensor  # (S,) int64, the number of targets of each sample
     tokens: Tokens  # (C,) each
     samples: tuple[Sample, ...]  # S
+    support: Support | None = None  # of the targets; None: the whole vocabulary
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ def sample_of(prompt: Sequence[int], episode: Episode, advantage: float = 0.0, w
     indices = [index for index, sampled in enumerate(mask) if sampled]
     return Sample(
         tuple(prompt), episode.completion_ids, tuple(len(prompt) - 1 + index for index in indices),
-        tuple(episode.completion_ids[index] for index in indices), tokens, episode,
+        tuple(episode.completion_ids[index] for index in indices), tokens, episode, kept=episode.kept,
     )  # fmt: skip
 
 
@@ -204,4 +207,7 @@ def _pack(branches: Sequence[_Branch], dtype: torch.dtype, device: torch.device)
         lengths=send(torch.tensor([len(sample.targets) for sample in samples]), device),
         tokens=_join_tokens(samples, device),
         samples=tuple(samples),
+        support=support_of([sample.kept or Kept(b"", (0,) * len(sample.targets)) for sample in samples], device)
+        if any(sample.kept for sample in samples)
+        else None,
     )

@@ -1,5 +1,7 @@
 """The output head: hidden states -> logprobs of target tokens, without holding the logits of all tokens at once."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,10 +10,40 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from rlora.core.lora import low_rank
+from rlora.device import send
+from rlora.records import Kept
 
 # Logits held at a time. On a CPU few enough that malloc reuses their memory (below 32 MiB in fp32). On a GPU enough
 # that the head's weights are read once for hundreds of tokens, not dozens.
 LOGITS = {"cpu": 3 * 2**21, "cuda": 2**28, "meta": 2**24}
+
+
+@dataclass(frozen=True)
+class Support:
+    """The part of the vocabulary over which the probabilities of C targets sum to 1, from `Kept`."""
+
+    ids: Tensor  # (K,) int64, the kept tokens of all targets, one after the other
+    rows: Tensor  # (K,) int64, the target of each
+    is_open: Tensor  # (C, 1) bool, whether the target has the whole vocabulary
+    starts: tuple[int, ...]  # C + 1, index of each target's first kept token
+
+    def dropped(self, logits: Tensor, chunk: slice) -> Tensor:
+        """Return which of the logits (n, V) of a chunk of targets are outside of the support: (n, V) bool."""
+        outside = (~self.is_open[chunk]).expand_as(logits).clone()
+        part = slice(self.starts[chunk.start], self.starts[chunk.start + len(logits)])
+        outside[self.rows[part] - chunk.start, self.ids[part]] = False
+        return outside
+
+
+def support_of(kept: Sequence[Kept], device: torch.device) -> Support:
+    """Return the support of targets whose kept tokens are `kept`, in order."""
+    counts = torch.tensor([count for part in kept for count in part.counts])
+    ids = torch.frombuffer(bytearray(b"".join(part.ids for part in kept)) or bytearray(4), dtype=torch.int32)
+    rows = torch.arange(len(counts)).repeat_interleave(counts)
+    starts = (0, *counts.cumsum(0).tolist())
+    return Support(
+        send(ids[: len(rows)].long(), device), send(rows, device), send((counts == 0)[:, None], device), starts
+    )
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -23,12 +55,15 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
-    ) -> Tensor:
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float,
+        support: Support | None,
+    ) -> Tensor:  # fmt: skip
         logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for chunk in _chunks(hidden, len(weight)):
             logits = linear(hidden[chunk], weight, bias)
+            if support:
+                logits.masked_fill_(support.dropped(logits, chunk), -torch.inf)
             target_id = targets[chunk, None]
             target, top = logits.gather(1, target_id).float(), logits.amax(1, keepdim=True)
             exps = logits.sub_(top).div_(temperature).exp_()  # in place: each token's p over the largest p
@@ -43,24 +78,26 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad[:, None].to(ctx.gradient.dtype) * ctx.gradient, None, None, None, None
+        return grad[:, None].to(ctx.gradient.dtype) * ctx.gradient, None, None, None, None, None
 
 
 def token_logprobs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float = 1.0
-) -> Tensor:
-    """Return the natural logs of the targets' probabilities under softmax(hidden weight^T / temperature), in fp32.
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float = 1.0,
+    support: Support | None = None,
+) -> Tensor:  # fmt: skip
+    """Return the natural logs of the targets' probabilities under softmax(hidden weight^T / temperature), in fp32, over
+    the tokens of `support`, by default the whole vocabulary.
 
     hidden (C, d), weight (V, d), bias (V,) or None, targets (C,) int64 -> (C,). Gradients reach only `hidden`: the head
     is frozen. Logits are rounded to the head's dtype, as in the engine, and so is each probability relative to the
     largest one; sums over the vocabulary are fp32.
     """
-    return _TokenLogprobs.apply(hidden, weight, bias, targets, temperature)  # type: ignore[no-any-return, no-untyped-call]
+    return _TokenLogprobs.apply(hidden, weight, bias, targets, temperature, support)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def logprobs_and_entropies(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: tuple[Tensor, Tensor] | None,
-    targets: Tensor, temperature: float = 1.0,
+    targets: Tensor, temperature: float = 1.0, support: Support | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return logprobs of the targets and entropies -sum p log p in nats, (C,) each; shapes as in `token_logprobs`.
 
@@ -71,8 +108,14 @@ def logprobs_and_entropies(
     def outputs(chunk: slice) -> Tensor:
         head = hidden[chunk], weight, bias
         logits = linear(*head) if adapter is None else low_rank(*head, *adapter)
-        logprobs = (logits.float() / temperature).log_softmax(1)
-        return torch.stack([logprobs.gather(1, targets[chunk, None])[:, 0], -(logprobs.exp() * logprobs).sum(1)])
+        scaled = logits.float() / temperature
+        if support is None:
+            logprobs = scaled.log_softmax(1)
+            return torch.stack([logprobs.gather(1, targets[chunk, None])[:, 0], -(logprobs.exp() * logprobs).sum(1)])
+        dropped = support.dropped(logits, chunk)
+        logprobs = scaled.masked_fill(dropped, -torch.inf).log_softmax(1)
+        terms = logprobs.exp() * logprobs.masked_fill(dropped, 0.0)  # p log p is 0 where p is 0
+        return torch.stack([logprobs.gather(1, targets[chunk, None])[:, 0], -terms.sum(1)])
 
     chunks = _chunks(hidden, len(weight))
     stacked = torch.cat([checkpoint(outputs, chunk, use_reentrant=False) for chunk in chunks], dim=1)

@@ -94,9 +94,9 @@ class Policies:
         hidden, head = self._hidden(row, name), (self.head.weight, self.head.bias)
         head_factors = self._head_factors(name, hidden.dtype)
         if entropies or head_factors or self.full_weights:
-            pair = logprobs_and_entropies(hidden, *head, head_factors, row.targets, temperature)
+            pair = logprobs_and_entropies(hidden, *head, head_factors, row.targets, temperature, row.support)
             return Outputs(pair[0], pair[1] if entropies else None)
-        return Outputs(token_logprobs(hidden, *head, row.targets, temperature))
+        return Outputs(token_logprobs(hidden, *head, row.targets, temperature, row.support))
 
     def values(self, row: Microbatch, critic: str) -> Tensor:
         """Compute a critic's values of the text up to each of the row's predictors: (C,) fp32."""

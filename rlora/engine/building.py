@@ -51,9 +51,15 @@ def build(
     else:
         _check_cpu_build(config, experts)
         from rlora.engine.cpu import patches
+        from rlora.engine.cpu.sampling import record_masks
 
         options |= _CPU_OPTIONS
         is_patched = patches.install(config.learner.head or bool(config.learner.start_from))
+        if config.sampling.truncates and not is_patched:
+            raise RloraError(
+                f"sampling.top_k, top_p, min_p: vLLM {vllm.__version__} does not return the tokens that were kept on a "
+                "CPU; install the version of vLLM that rlora was tested with, or unset the three"
+            )
     if settings.max_num_batched_tokens:
         options["max_num_batched_tokens"] = settings.max_num_batched_tokens
     if settings.tensor_parallel_size == 1:
@@ -77,6 +83,8 @@ def build(
     )
     if is_patched and not full_weights:
         llm.apply_model(patches.fuse_slots)
+    if is_patched and config.sampling.truncates:
+        record_masks(llm)
     return llm
 
 
@@ -98,6 +106,13 @@ def _gpu_options(config: Config, shape: PreTrainedModel, memory_plan: MemoryPlan
         "enforce_eager": config.engine.eager,
         "gpu_memory_utilization": _memory_share(config, shape, memory_plan),
     }
+    if config.sampling.truncates:
+        if not config.sampling.top_k:
+            raise RloraError(
+                "sampling.top_k = 0: on a GPU, vLLM returns the tokens that top-p and min-p kept only if top-k limits "
+                "their number; set sampling.top_k, for example to 512"
+            )
+        options["return_sampling_mask"] = True
     kv_cache = config.engine.kv_cache_gib * cards.GIB or memory_plan.kv_cache
     return options | ({"kv_cache_memory_bytes": kv_cache} if kv_cache else {})
 

@@ -1,11 +1,13 @@
 """Converts vLLM's outputs to records."""
 
+from itertools import chain
 from typing import cast
 
+import numpy as np
 from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput, RequestOutput
 
-from rlora.records import Episode, Version
+from rlora.records import Episode, Kept, Version
 
 
 def prompt_logprobs(output: RequestOutput) -> list[float]:
@@ -18,4 +20,16 @@ def to_episode(completion: CompletionOutput, version: Version) -> Episode:
     """Convert a completion that `version` sampled to an episode without text or reward."""
     entries = cast(list[dict[int, Logprob]], completion.logprobs)
     logprobs = tuple(entry[token].logprob for token, entry in zip(completion.token_ids, entries, strict=True))
-    return Episode(tuple(completion.token_ids), logprobs, str(completion.finish_reason), version)
+    return Episode(
+        tuple(completion.token_ids), logprobs, str(completion.finish_reason), version, kept=_kept(completion)
+    )
+
+
+def _kept(completion: CompletionOutput) -> Kept | None:
+    """Return the tokens that top-k, top-p and min-p kept; None if vLLM returned none."""
+    if completion.sampling_mask is None:
+        return None
+    kept = completion.sampling_mask.token_ids
+    assert len(kept) == len(completion.token_ids)
+    ids = np.fromiter(chain.from_iterable(kept), np.int32)
+    return Kept(ids.tobytes(), tuple(map(len, kept)))

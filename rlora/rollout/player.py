@@ -150,4 +150,5 @@ def _append_turn(episode: Episode, reply_ids: Sequence[int], turn: Episode) -> E
         completion_ids=episode.completion_ids + tuple(reply_ids) + turn.completion_ids,
         behaviour_logprobs=episode.behaviour_logprobs + (0.0,) * len(reply_ids) + turn.behaviour_logprobs,
         sampled_mask=mask + (False,) * len(reply_ids) + (True,) * len(turn.completion_ids),
+        kept=episode.kept + turn.kept if episode.kept and turn.kept else None,
     )

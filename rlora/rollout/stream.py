@@ -203,9 +203,13 @@ class Rollouts:
 
 
 def sampling_of(config: Config, group_size: int, temperature: float | None = None) -> Sampling:
-    """Return the sampling settings of a config for groups of `group_size`. `temperature` overrides the config's."""
+    """Return the sampling settings of a config for groups of `group_size`. `temperature` overrides the config's; 0 is
+    greedy, without top-k, top-p and min-p."""
     sampling = config.sampling
-    return Sampling(sampling.max_tokens, sampling.temperature if temperature is None else temperature, group_size)
+    if temperature == 0:
+        return Sampling(sampling.max_tokens, 0.0, group_size)
+    chosen = sampling.temperature if temperature is None else temperature
+    return Sampling(sampling.max_tokens, chosen, group_size, sampling.top_k, sampling.top_p, sampling.min_p)
 
 
 def prompt_at(prompts: Sequence[_Item], position: int, seed: int) -> _Item:

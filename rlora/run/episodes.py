@@ -9,7 +9,7 @@ import numpy
 import pyarrow
 from pyarrow import parquet
 
-from rlora.records import Episode, Group, Prompt, Version
+from rlora.records import Episode, Group, Kept, Prompt, Version
 
 
 def encode(groups: Sequence[Group]) -> bytes:
@@ -37,6 +37,7 @@ def encode(groups: Sequence[Group]) -> bytes:
         "text": _texts(episode.text for episode in episodes),
         "messages": _texts([dict(message) for message in episode.messages] for episode in episodes),
         "state": _texts(dict(episode.state) for episode in episodes),
+        **_kept_columns(episodes),
     })  # fmt: skip
     file = pyarrow.BufferOutputStream()
     parquet.write_table(table, file, compression="zstd")
@@ -74,7 +75,19 @@ def _episode(row: dict[str, Any], policy: str) -> Episode:
         state=json.loads(row["state"]),
         status=row["status"],
         parts=json.loads(row["parts"]),
+        kept=Kept(row["kept_ids"], tuple(row["kept_counts"])) if row.get("kept_counts") else None,
     )
+
+
+def _kept_columns(episodes: Sequence[Episode]) -> dict[str, Any]:
+    """Return the columns of `Episode.kept`; none if no episode has it."""
+    if not any(episode.kept for episode in episodes):
+        return {}
+    kept = [episode.kept or Kept(b"", ()) for episode in episodes]
+    return {
+        "kept_ids": pyarrow.array([each.ids for each in kept], pyarrow.large_binary()),
+        "kept_counts": _lists([each.counts for each in kept], "int32"),
+    }
 
 
 def _texts(values: Iterable[Any]) -> Any:

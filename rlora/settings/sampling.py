@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
-from rlora.settings.fields import STRICT, Arguments, Problem
+from rlora.settings.fields import STRICT, Arguments, Problem, Share
 
 
 @dataclass(frozen=True)
@@ -15,12 +15,27 @@ class SamplingConfig:
 
     temperature: Annotated[float, Field(ge=0.01)] = 1.0
     """Sampling temperature in training, 0.01 or more. The learner computes logprobs at the same temperature."""
+    top_k: NonNegativeInt = 0
+    """Number of the most probable tokens that a token is sampled from. `0` samples from all tokens. The engines record
+    which tokens were kept, and the learner computes probabilities over the same tokens."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Probability that the most probable tokens must reach together; a token is sampled from these (nucleus sampling).
+    `1` samples from all tokens. The engines record which tokens were kept, and the learner computes probabilities over
+    the same tokens."""
+    min_p: Share = 0.0
+    """Smallest probability of a token that can be sampled, relative to the most probable token. `0` samples from all
+    tokens. The engines record which tokens were kept, and the learner computes probabilities over the same tokens."""
     max_tokens: PositiveInt = 256
     """Maximum length of a completion in tokens. In an episode of several turns, this is the limit for all turns
     together, including the env's messages."""
     max_prompt_tokens: PositiveInt = 512
     """Maximum length of a prompt in tokens, chat template included. Longer prompts are dropped when the prompts are
     loaded, and `rlora train` prints their number."""
+
+    @property
+    def truncates(self) -> bool:
+        """Whether a token is sampled from a part of the vocabulary."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
 @dataclass(frozen=True)

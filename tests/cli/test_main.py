@@ -61,7 +61,8 @@ def test_help_documents_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (("--learner.rank", "9"), r"learner\.rank = 9: .*less than or equal to 8"),
         (("--group_size", "1"), r"group_size = 1: .*2 or more"),
-        (("--sampling.top-p", "0.9"), r"sampling\.top_p: .*remove sampling\.top_p"),
+        (("--sampling.top-p", "0"), r"sampling\.top_p = 0: .*greater than 0"),
+        (("--sampling.repetition-penalty", "0.9"), r"sampling\.repetition_penalty: .*remove sampling\.repetition"),
         (("--model", "./nowhere"), r"model = './nowhere': there is no such directory"),
         (("--model", "nobody/here/this"), r"model = 'nobody/here/this': there is no such directory"),
         (("--reward", "mine.py:f"), r"reward = 'mine.py:f': there is no file mine.py"),

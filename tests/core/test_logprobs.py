@@ -3,6 +3,7 @@ import torch
 
 from rlora.core import logprobs as head
 from rlora.core.logprobs import logprobs_and_entropies, token_logprobs
+from rlora.records import Kept
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -63,3 +64,27 @@ def test_entropies_and_their_gradients_are_the_plain_ones(monkeypatch: pytest.Mo
     torch.testing.assert_close(entropies, plain)
     gradient, expected = (torch.autograd.grad(x.sum(), hidden, retain_graph=True)[0] for x in (entropies, plain))
     torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("entropies", [False, True])
+def test_probabilities_over_a_part_of_the_vocabulary(entropies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand, in chunks of two targets; a target without kept tokens has the whole vocabulary."""
+    monkeypatch.setitem(head.LOGITS, "cpu", 2 * 11)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(5, 6, requires_grad=True), torch.randn(11, 6)
+    targets, kept = torch.tensor([3, 0, 10, 5, 5]), [[3, 4], [], [10], [1, 5, 9], []]
+    ids = torch.tensor([token for part in kept for token in part], dtype=torch.int32).numpy().tobytes()
+    support = head.support_of([Kept(ids, tuple(map(len, kept)))], torch.device("cpu"))
+    mask = torch.tensor([[not part or token in part for token in range(11)] for part in kept])
+    expected = (hidden @ weight.T / 0.7).masked_fill(~mask, -torch.inf).log_softmax(1)
+    wanted = expected.gather(1, targets[:, None])[:, 0]
+    if entropies:
+        found, entropy = logprobs_and_entropies(hidden, weight, None, None, targets, 0.7, support)
+        by_hand = -(expected.exp() * expected.masked_fill(~mask, 0)).sum(1)
+        torch.testing.assert_close(entropy, by_hand)
+    else:
+        found = token_logprobs(hidden, weight, None, targets, 0.7, support)
+    torch.testing.assert_close(found, wanted)
+    (gradient,) = torch.autograd.grad(found.sum(), hidden, retain_graph=True)
+    torch.testing.assert_close(gradient, torch.autograd.grad(wanted.sum(), hidden)[0])
+    assert found[2] == 0  # the only token

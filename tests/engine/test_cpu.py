@@ -1,5 +1,6 @@
 """The replacements for parts of vLLM's CPU build, against plain loops and known probabilities."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -77,7 +78,7 @@ def test_without_a_cache_directory_code_is_compiled_in_each_process(monkeypatch:
 
 
 def test_tokens_are_drawn_with_their_probabilities() -> None:
-    from rlora.engine.cpu.patches import draw
+    from rlora.engine.cpu.sampling import draw
 
     torch.manual_seed(0)
     count = 100_000
@@ -88,3 +89,36 @@ def test_tokens_are_drawn_with_their_probabilities() -> None:
     assert ((drawn - p).abs() <= 5 * (p * (1 - p) / count).sqrt()).all()  # exactly 0 if p is 0
     assert logprobs is not None
     torch.testing.assert_close(logprobs[0].exp(), p)
+
+
+@pytest.mark.parametrize(
+    ("k", "p"),
+    [(None, [0.9, 0.3, 1.0]), ([5, 97, 1], None), ([50, 97, 8], [0.5, 0.999, 0.9]), ([97, 97, 97], [1.0, 1.0, 1.0])],
+)
+def test_the_tokens_that_vllm_keeps_are_kept(k: list[int] | None, p: list[float] | None) -> None:
+    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+
+    from rlora.engine.cpu.sampling import Masks, truncate
+
+    torch.manual_seed(0)
+    logits = torch.randn(3, 97) * 3
+    ks = None if k is None else torch.tensor(k, dtype=torch.int32)
+    ps = None if p is None else torch.tensor(p)
+    expected, ours = apply_top_k_top_p(logits.clone(), ks, ps), logits.clone()
+    truncate(ours, ks, ps)
+    assert torch.equal(ours, expected)
+    Masks.of(ours)
+    assert Masks.ids is not None
+    for row, (start, end) in zip(expected, pairwise(Masks.offsets), strict=True):
+        kept = (row > -torch.inf).nonzero()[:, 0].tolist()
+        assert Masks.ids[start:end].tolist() == (kept if len(kept) < 97 else [])
+    Masks.ids = None
+
+
+def test_a_flat_nucleus_is_found_too() -> None:
+    from rlora.engine.cpu.sampling import truncate
+
+    logits = torch.zeros(2, 5000)
+    logits[1, 7] = 20.0
+    truncate(logits, None, torch.tensor([0.5, 0.5]))
+    assert (logits > -torch.inf).sum(1).tolist() == [2500, 1]

@@ -14,8 +14,9 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
 
+from rlora.engine.cpu import sampling
+
 _TESTED = {"0.32.0"}  # versions of vLLM whose own parts these were compared with
-_vllm_draw = TopKTopPSampler.forward_cpu
 
 
 def install(head: bool) -> bool:
@@ -33,8 +34,8 @@ def install(head: bool) -> bool:
         return False
     CpuPlatform.get_punica_wrapper = classmethod(lambda cls: f"{__name__}.ThinProducts")  # type: ignore[assignment]
     ThinProducts.head = head
-    TopKTopPSampler.forward_cpu = draw  # type: ignore[method-assign]
-    vllm.v1.sample.sampler.batched_count_greater_than = no_ranks  # type: ignore[assignment,attr-defined]
+    TopKTopPSampler.forward_cpu = sampling.draw  # type: ignore[method-assign]
+    vllm.v1.sample.sampler.batched_count_greater_than = sampling.no_ranks  # type: ignore[assignment,attr-defined]
     return True
 
 
@@ -140,33 +141,3 @@ def _fused(part: Tensor) -> NDArray[Any]:
 def _array(tensor: Tensor) -> NDArray[Any]:
     """Return an array that shares the tensor's memory. A bfloat16 becomes the uint16 with the same bits."""
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-def draw(
-    self: TopKTopPSampler, logits: Tensor, generators: dict[int, torch.Generator], k: Tensor | None, p: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Sample a token for each row of `logits` (rows, V) by inversion: one random number per row instead of V.
-
-    Returns the tokens (rows,) and the logprobs (rows, V), which are the log-softmax of the logits in fp32. For each row
-    a number u is drawn uniformly from (0, 1]. The row's token is the first at which the cumulative probability is at
-    least u. Both u and the cumulative probability are rounded to fp32, whose spacing just below 1 is 6e-8.
-
-    Replaces `TopKTopPSampler.forward_cpu`, and calls vLLM's own method if a request has a generator (a seed), top-k `k`
-    or top-p `p`, or if `logprobs_mode` is not processed_logprobs.
-    """
-    if generators or k is not None or p is not None or self.logprobs_mode != "processed_logprobs":
-        return _vllm_draw(self, logits, generators, k, p)
-    logprobs = logits.log_softmax(-1, dtype=torch.float32)
-    total = logprobs.exp().cumsum_(-1)
-    u = (1 - torch.rand(len(total), 1)) * total[:, -1:]
-    tokens = torch.searchsorted(total, u)[:, 0].clamp_(max=logits.shape[1] - 1)  # past the end if a row is NaN
-    return tokens, logprobs
-
-
-def no_ranks(logprobs: Tensor, _: Tensor) -> Tensor:
-    """Return a rank of 0 for the token of each row of `logprobs` (rows, V).
-
-    Replaces `batched_count_greater_than`, which counts the tokens that are more probable. rlora does not read ranks,
-    and vLLM compiles that function with Inductor in every process, which takes 2 s.
-    """
-    return logprobs.new_zeros(len(logprobs), dtype=torch.long)
