@@ -18,7 +18,7 @@ from typing import NamedTuple
 # Parameters before "/" are passed by position, so they must come first.
 MEMBERS = {
     "vllm:LLMEngine": "from_engine_args add_request step abort_request add_lora remove_lora list_loras apply_model "
-    "collective_rpc reset_prefix_cache model_config vllm_config",
+    "collective_rpc reset_prefix_cache model_config vllm_config engine_core",
     "vllm:RequestOutput": "",
     "vllm.outputs:RequestOutput": "request_id prompt_token_ids prompt_logprobs outputs finished",
     "vllm.outputs:CompletionOutput": "token_ids logprobs finish_reason sampling_mask",
@@ -46,7 +46,8 @@ PARAMETERS = {
     "vllm:EngineArgs": "model dtype max_model_len max_num_seqs seed logprobs_mode generation_config "
     "tensor_parallel_size gpu_memory_utilization disable_log_stats use_tqdm_on_load enable_lora max_lora_rank "
     "enable_mixed_moe_lora_format lora_target_modules kv_cache_memory_bytes max_num_batched_tokens "
-    "max_loras max_cpu_loras enforce_eager block_size distributed_executor_backend return_sampling_mask",
+    "max_loras max_cpu_loras enforce_eager block_size distributed_executor_backend "
+    "return_sampling_mask",
     "vllm:LLMEngine.from_engine_args": "cls engine_args / usage_context",
     "vllm:LLMEngine.add_request": "self request_id prompt params / lora_request",
     "vllm:LLMEngine.abort_request": "self request_ids /",
@@ -54,8 +55,8 @@ PARAMETERS = {
     "vllm:LLMEngine.remove_lora": "self lora_id /",
     "vllm:LLMEngine.apply_model": "self func /",
     "vllm:LLMEngine.collective_rpc": "self method / kwargs",
-    "vllm:SamplingParams": "n temperature top_k top_p min_p max_tokens stop_token_ids stop detokenize skip_special_tokens logprobs "
-    "prompt_logprobs output_kind",
+    "vllm:SamplingParams": "n temperature top_k top_p min_p max_tokens stop_token_ids stop detokenize "
+    "skip_special_tokens logprobs prompt_logprobs output_kind",
     "vllm.inputs:TokensPrompt": "prompt_token_ids",
     "vllm.lora.request:LoRARequest": "lora_name lora_int_id lora_path / is_3d_lora_weight",
     "vllm.lora.utils:parse_fine_tuned_lora_name": "name weights_mapper /",

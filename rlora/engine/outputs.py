@@ -1,4 +1,4 @@
-"""Converts vLLM's outputs to records."""
+"""Converts settings of sampling to vLLM's, and vLLM's outputs to records."""
 
 from itertools import chain
 from typing import cast
@@ -7,13 +7,20 @@ import numpy as np
 from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput, RequestOutput
 
-from rlora.records import Episode, Kept, Version
+from rlora.records import Episode, Kept, Sampling, Version
 
 
 def prompt_logprobs(output: RequestOutput) -> list[float]:
     """Return the logprobs of the T - 1 prompt tokens after the first, in nats."""
     tokens, entries = cast(list[int], output.prompt_token_ids), cast(list[dict[int, Logprob]], output.prompt_logprobs)
     return [entry[token].logprob for token, entry in zip(tokens[1:], entries[1:], strict=True)]
+
+
+def distribution(sampling: Sampling) -> dict[str, float]:
+    """Return the settings of vLLM that shape the distribution of a token."""
+    return {
+        "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p, "min_p": sampling.min_p,
+    }  # fmt: skip
 
 
 def to_episode(completion: CompletionOutput, version: Version) -> Episode:

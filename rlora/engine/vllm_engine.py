@@ -26,7 +26,7 @@ from rlora.engine.building import build, engine_info, load_adapter, sampling_see
 from rlora.engine.canary import compare_canary, distance
 from rlora.engine.futures import errors_to, resolved
 from rlora.engine.loaded import LoadedAdapter, next_to_unload, unused
-from rlora.engine.outputs import prompt_logprobs, to_episode
+from rlora.engine.outputs import distribution, prompt_logprobs, to_episode
 from rlora.engine.scratch import Scratch
 from rlora.model.base import has_experts
 from rlora.records import (
@@ -216,10 +216,7 @@ class Engine:
                 prompt.token_ids,
                 loaded,
                 n=sampling.group_size,
-                temperature=sampling.temperature,
-                top_k=sampling.top_k,
-                top_p=sampling.top_p,
-                min_p=sampling.min_p,
+                **distribution(sampling),
                 max_tokens=sampling.max_tokens,
                 stop_token_ids=self.stop_token_ids,
                 stop=self.stop,

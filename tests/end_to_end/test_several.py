@@ -24,20 +24,24 @@ pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("nothing_stays_behind")]
 
 
 def test_two_engines_and_two_learners_on_stale_episodes_with_a_users_reward(tmp_path: Path) -> None:
-    """A reward in a file of the user's own, two engines, an update that two learners share, sampling beside it; at a
-    URL, where nothing is renamed or appended to."""
+    """A reward in a file of the user's own, two engines, an update that two learners share, sampling beside it, with
+    top-p; at a URL, where nothing is renamed or appended to."""
     (tmp_path / "brief.py").write_text("def brief(completion, answer):\n    return -float(len(completion))\n")
     run = tmp_path / "run"
     done = rlora(
         "train", TOML, "--reward", f"{tmp_path}/brief.py:brief", "--run-dir", run.as_uri(), "--steps", "3",
         "--engine.replicas", "2", "--engine.kv-cache-gib", "1", "--learner.replicas", "2", "--max-staleness", "1",
-        *SMALL,
+        "--sampling.top-p", "0.9", *SMALL,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     lines = metrics(run)
     assert all(line["reward/mean"] < 0 and line["reward/informative_groups"] > 0.5 for line in lines)
     assert all(line["grad/norm"] > 0 for line in lines)
     assert [line["staleness"] for line in lines] == [0, 1, 1]
+    assert lines[0]["kl/behaviour"] < 0.01  # probabilities over the whole vocabulary would be 5% smaller on average
+    groups = checkpoint.read_version(UPath(run), 1).groups
+    assert groups
+    assert all(episode.kept for group in groups for episode in group.episodes)
 
 
 @pytest.mark.parametrize("turns", [rounds, first])

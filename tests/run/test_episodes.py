@@ -1,3 +1,4 @@
+from array import array
 from dataclasses import replace
 
 import pyarrow
@@ -5,7 +6,7 @@ import pytest
 from conftest import episode, group
 from pyarrow import parquet
 
-from rlora.records import Episode, Group, Prompt, Version
+from rlora.records import Episode, Group, Kept, Prompt, Version
 from rlora.run import episodes
 
 
@@ -28,6 +29,15 @@ def test_encode_and_decode_are_inverse(groups: list[Group]) -> None:
     written = [*groups, Group(prompt, (played, unscored))]
     assert episodes.decode(episodes.encode(written), "run") == written
     assert episodes.decode(episodes.encode([]), "run") == []
+
+
+def test_kept_tokens_are_stored_where_there_are_some(groups: list[Group]) -> None:
+    kept = Kept(array("i", [3, 1, 48_000]).tobytes(), (2, 0, 1))
+    truncated = replace(groups[0], episodes=(replace(groups[0].episodes[0], kept=kept), *groups[0].episodes[1:]))
+    written = [truncated, *groups[1:]]
+    assert episodes.decode(episodes.encode(written), "run") == written
+    plain = parquet.read_table(pyarrow.BufferReader(episodes.encode(groups)))
+    assert not [name for name in plain.column_names if name.startswith("kept")]
 
 
 def test_a_file_of_a_release_without_digests_is_read() -> None:
