@@ -1,4 +1,5 @@
-"""Data classes that the packages exchange, and protocols of plug-ins. This module imports the standard library only."""
+"""Data classes that the packages exchange, and protocols of plug-ins. This module imports the standard library and
+`rlora.errors` only."""
 
 from __future__ import annotations
 
@@ -10,6 +11,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, Protocol
+
+from rlora.errors import DeliveryError as DeliveryError
+from rlora.errors import EngineLostError as EngineLostError
+from rlora.errors import NotLoadedError as NotLoadedError
+from rlora.errors import RewardError as RewardError
+from rlora.errors import RloraError as RloraError
+from rlora.errors import StaleError as StaleError
 
 MAX_RANK = 8
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -24,34 +32,6 @@ Messages = Sequence[Mapping[str, str]]  # chat messages: {"role": ..., "content"
 def without_surrogates(text: str) -> str:
     """Replace lone surrogates, which tokenizers reject, by question marks."""
     return text.encode("utf-8", "replace").decode()
-
-
-class RloraError(Exception):
-    """A user-fixable error. The message names the field, the value and the fix."""
-
-
-class RewardError(RloraError):
-    """A reward function failed. `groups` has the groups that were sampled, with unscored episodes."""
-
-    def __init__(self, message: str, groups: Sequence[Group] = ()) -> None:
-        super().__init__(message)
-        self.groups = tuple(groups)
-
-
-class DeliveryError(RloraError):
-    """An engine serves something other than the adapter version that was delivered to the engine."""
-
-
-class EngineLostError(RloraError):
-    """An engine's process died, or vLLM failed in that process. Another engine can repeat the engine's requests."""
-
-
-class NotLoadedError(RloraError):
-    """A request names an adapter version that the engine has not loaded."""
-
-
-class StaleError(RloraError):
-    """A request was aborted: its version is too old to learn from, its policy has left, or its group has failed."""
 
 
 @dataclass(frozen=True)
@@ -313,6 +293,11 @@ class Sampling:
     top_k: int = 0  # 0: all tokens
     top_p: float = 1.0
     min_p: float = 0.0
+
+    @property
+    def truncates(self) -> bool:
+        """Whether a token is sampled from a part of the vocabulary."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from conftest import ROOT
 from rlora.core.objectives import READY
 
 FLOORS = [
-    {"records"}, {"cards"}, {"plugin", "machine"}, {"device"}, {"settings"}, {"config", "store"},
+    {"errors"}, {"records"}, {"cards"}, {"plugin", "machine"}, {"device"}, {"settings"}, {"config", "store"},
     {"model"},
     {"core", "scoring"}, {"engine", "rollout"}, {"telemetry"}, {"run"}, {"cluster", "trackers"},
     {"train", "primitives", "planning"}, {"sweeps"}, {"__init__"},

@@ -1,7 +1,7 @@
 """Converts settings of sampling to vLLM's, and vLLM's outputs to records."""
 
 from itertools import chain
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from vllm.logprobs import Logprob
@@ -16,26 +16,30 @@ def prompt_logprobs(output: RequestOutput) -> list[float]:
     return [entry[token].logprob for token, entry in zip(tokens[1:], entries[1:], strict=True)]
 
 
-def distribution(sampling: Sampling) -> dict[str, float]:
-    """Return the settings of vLLM that shape the distribution of a token."""
+def params_of(sampling: Sampling) -> dict[str, Any]:
+    """Return the arguments of vLLM's SamplingParams that `sampling` sets."""
     return {
-        "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p, "min_p": sampling.min_p,
+        "n": sampling.group_size, "max_tokens": sampling.max_tokens, "temperature": sampling.temperature,
+        "top_k": sampling.top_k, "top_p": sampling.top_p, "min_p": sampling.min_p,
     }  # fmt: skip
 
 
-def to_episode(completion: CompletionOutput, version: Version) -> Episode:
+def to_episode(completion: CompletionOutput, version: Version, sampling: Sampling) -> Episode:
     """Convert a completion that `version` sampled to an episode without text or reward."""
     entries = cast(list[dict[int, Logprob]], completion.logprobs)
     logprobs = tuple(entry[token].logprob for token, entry in zip(completion.token_ids, entries, strict=True))
     return Episode(
-        tuple(completion.token_ids), logprobs, str(completion.finish_reason), version, kept=_kept(completion)
+        tuple(completion.token_ids),
+        logprobs,
+        str(completion.finish_reason),
+        version,
+        kept=_kept(completion) if sampling.truncates else None,
     )
 
 
-def _kept(completion: CompletionOutput) -> Kept | None:
-    """Return the tokens that top-k, top-p and min-p kept; None if vLLM returned none."""
-    if completion.sampling_mask is None:
-        return None
+def _kept(completion: CompletionOutput) -> Kept:
+    """Return the tokens that top-k, top-p and min-p kept."""
+    assert completion.sampling_mask
     kept = completion.sampling_mask.token_ids
     assert len(kept) == len(completion.token_ids)
     ids = np.fromiter(chain.from_iterable(kept), np.int32)

@@ -26,7 +26,7 @@ from rlora.engine.building import build, engine_info, load_adapter, sampling_see
 from rlora.engine.canary import compare_canary, distance
 from rlora.engine.futures import errors_to, resolved
 from rlora.engine.loaded import LoadedAdapter, next_to_unload, unused
-from rlora.engine.outputs import distribution, prompt_logprobs, to_episode
+from rlora.engine.outputs import params_of, prompt_logprobs, to_episode
 from rlora.engine.scratch import Scratch
 from rlora.model.base import has_experts
 from rlora.records import (
@@ -215,9 +215,7 @@ class Engine:
             output = self._submit(
                 prompt.token_ids,
                 loaded,
-                n=sampling.group_size,
-                **distribution(sampling),
-                max_tokens=sampling.max_tokens,
+                **params_of(sampling),
                 stop_token_ids=self.stop_token_ids,
                 stop=self.stop,
                 detokenize=bool(self.stop),  # vLLM looks for stop strings in the text
@@ -233,7 +231,9 @@ class Engine:
             def settle(output: Future[RequestOutput], verdict: Future[None]) -> None:
                 with errors_to(group):
                     verdict.result()
-                    episodes = tuple(to_episode(completion, version) for completion in output.result().outputs)
+                    episodes = tuple(
+                        to_episode(completion, version, sampling) for completion in output.result().outputs
+                    )
                     group.set_result(Group(prompt, episodes))
 
             if loaded:

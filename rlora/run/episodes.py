@@ -85,8 +85,8 @@ def _kept_columns(episodes: Sequence[Episode]) -> dict[str, Any]:
         return {}
     kept = [episode.kept or Kept(b"", ()) for episode in episodes]
     return {
-        "kept_ids": pyarrow.array([each.ids for each in kept], pyarrow.large_binary()),
-        "kept_counts": _lists([each.counts for each in kept], "int32"),
+        "kept_ids": pyarrow.array([item.ids for item in kept], pyarrow.large_binary()),
+        "kept_counts": _lists([item.counts for item in kept], "int32"),
     }
 
 

@@ -95,12 +95,12 @@ def _nucleus(logits: Tensor, p: Tensor) -> Tensor:
     limit = min(_NUCLEUS, logits.shape[1])
     while True:
         top, ids = probabilities.topk(limit, 1)
-        before = top.cumsum(1) - top  # probability of the more probable tokens
-        if limit == logits.shape[1] or bool((before[:, -1] >= p).all()):
+        reached = top.cumsum(1) - top  # probability of the more probable tokens
+        if limit == logits.shape[1] or bool((reached[:, -1] >= p).all()):
             break
         limit = logits.shape[1]  # a row is so flat that its nucleus is large
     kept = torch.full_like(logits, -torch.inf)
-    inside = logits.gather(1, ids).masked_fill(before >= p[:, None], -torch.inf)
+    inside = logits.gather(1, ids).masked_fill(reached >= p[:, None], -torch.inf)
     return kept.scatter_(1, ids, inside)
 
 
