@@ -1,8 +1,9 @@
 """An env whose examples are the episodes of a run: its right completions, or pairs of a right and a wrong one."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 
 from rlora.records import BASE, Episode, Group, Prompt, RloraError
 
@@ -36,13 +37,12 @@ class RunEpisodes:
         return self._part(held_out=True) if self._share else []
 
     def _part(self, held_out: bool) -> list[Prompt]:
-        groups = list(self._groups())
-        prompts = sorted({group.prompt.token_ids for _, group in groups})
+        prompts = sorted({group.prompt.token_ids for _, group in self._groups})
         rng = random.Random(self._seed)
         chosen = set(rng.sample(prompts, round(len(prompts) * self._share)))
         examples = [
             example
-            for step, group in groups
+            for step, group in self._groups
             for example in self._examples(group, f"{self._run}, step {step}", rng)
             if (group.prompt.token_ids in chosen) == held_out
         ]
@@ -54,8 +54,9 @@ class RunEpisodes:
             )
         return examples
 
-    def _groups(self) -> Iterator[tuple[int, Group]]:
-        """Yield the groups of each update whose bundle has them, with the number of the step."""
+    @cached_property
+    def _groups(self) -> list[tuple[int, Group]]:
+        """The groups of each update whose bundle has them, with the number of the step."""
         from upath import UPath
 
         from rlora.run import checkpoint
@@ -64,10 +65,12 @@ class RunEpisodes:
         versions = checkpoint.versions(run)
         if not versions:
             raise RloraError(f"env_args.run = {self._run!r}: not the directory of a run with bundles; name one")
-        for version in versions:
-            if version and not 0 < self._steps < version:
-                bundle = checkpoint.read(checkpoint.bundle_path(run, version))
-                yield from ((version - 1, group) for group in bundle.groups or ())
+        return [
+            (version - 1, group)
+            for version in versions
+            if version and not 0 < self._steps < version
+            for group in checkpoint.read(checkpoint.bundle_path(run, version)).groups or ()
+        ]
 
     def _examples(self, group: Group, source: str, rng: random.Random) -> list[Prompt]:
         scored = [replace(episode, version=BASE.version) for episode in group.scored.episodes]

@@ -85,8 +85,7 @@ def _few_processes() -> Iterator[None]:
     """Keep Ray from starting processes that a run has no use for, and that no option of `ray.init` turns off.
 
     These are the dashboard, for whose port Ray waits 2 s in spite of `include_dashboard=False`, because it also sends
-    usage statistics; the monitor of the autoscaler; and the monitor of log
-    files, in spite of `log_to_driver=False`.
+    usage statistics; the monitor of the autoscaler; and the monitor of log files, in spite of `log_to_driver=False`.
     """
     names = "start_api_server", "start_monitor", "start_log_monitor"
     with ExitStack() as stack:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from upath import UPath
 
-from rlora.core.batch import Sample, sample_of
+from rlora.core.batch import sample_of
+from rlora.core.learner import Groups
 from rlora.core.objectives import objective_of
 from rlora.core.objectives.objective import Need
 from rlora.records import Adapter
@@ -15,7 +16,6 @@ from rlora.rollout.task import Task
 from rlora.run import directory
 from rlora.settings import Config
 
-Groups = Sequence[Sequence[Sample]]
 Figures = dict[str, float | None]
 
 

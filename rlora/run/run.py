@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from upath import UPath
 
+from rlora.core.learner import Groups
 from rlora.core.setup import Setup
 from rlora.records import Adapter, Cursor, Group, Receipt, RloraError, UpdateStats
 from rlora.rollout.examples import Examples
@@ -22,7 +23,7 @@ from rlora.run import directory
 from rlora.run.checkpoint import Bundle
 from rlora.run.evaluation import HeldOut
 from rlora.run.health import Health, check_updates
-from rlora.run.held_out_loss import Groups, HeldOutLoss
+from rlora.run.held_out_loss import HeldOutLoss
 from rlora.run.resume import cursor_for, describe
 from rlora.run.writer import CheckpointWriter
 from rlora.settings import Config

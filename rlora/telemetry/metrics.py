@@ -188,7 +188,7 @@ class Metrics:
         _log.info("%s", f"{self.name}: {text}" if self.name else text)
 
     def _show(self, step: int, figures: Mapping[str, float | None], slowest: tuple[str, float] | None) -> None:
-        self.rewards.append(figures.get("reward/mean") or 0.0)
+        self.rewards.append(figures["reward/mean"] or 0.0)
         if self.is_quiet:
             return
         remaining = (time.perf_counter() - self.started) / (step + 1 - self.first_step) * (self.steps - step - 1)

@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("nothing_stays_behind")]
 
 
 def test_a_run_on_two_nodes_goes_on_where_one_dies(tmp_path: Path) -> None:
-    """An engine is on either node. Their processes are told apart by the raylet that started them."""
+    """Each node has one engine. The raylet that started a process identifies the node of the process."""
     home, run = Path(tempfile.mkdtemp(prefix="ray-")), tmp_path / "run"
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     with ray_head(home, environment) as address, ExitStack() as second:

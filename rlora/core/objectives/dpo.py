@@ -3,7 +3,6 @@
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlora.core.batch import Microbatch
 from rlora.core.objectives.objective import Need
 from rlora.core.objectives.preference import Preference
 
@@ -14,5 +13,5 @@ class Dpo(Preference):
 
     needs = frozenset({Need.REFERENCE})
 
-    def of_pairs(self, chosen: Tensor, rejected: Tensor, lengths: Tensor, batch: Microbatch) -> Tensor:
+    def of_pairs(self, chosen: Tensor, rejected: Tensor, lengths: Tensor) -> Tensor:
         return -logsigmoid(self.beta * (chosen - rejected))

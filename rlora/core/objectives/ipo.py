@@ -2,7 +2,6 @@
 
 from torch import Tensor
 
-from rlora.core.batch import Microbatch
 from rlora.core.objectives.objective import Need
 from rlora.core.objectives.preference import Preference
 
@@ -13,5 +12,5 @@ class Ipo(Preference):
 
     needs = frozenset({Need.REFERENCE})
 
-    def of_pairs(self, chosen: Tensor, rejected: Tensor, lengths: Tensor, batch: Microbatch) -> Tensor:
+    def of_pairs(self, chosen: Tensor, rejected: Tensor, lengths: Tensor) -> Tensor:
         return (chosen / lengths[:, 0] - rejected / lengths[:, 1] - 1 / (2 * self.beta)).square()

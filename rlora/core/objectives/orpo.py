@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlora.core.batch import Microbatch
 from rlora.core.objectives.preference import Preference
 
 
@@ -13,7 +12,7 @@ class Orpo(Preference):
     beta log sigmoid(log odds(chosen) - log odds(rejected)), with odds of the mean logprobs. Without a reference policy;
     `algorithm.kl` is beta, lambda in the paper."""
 
-    def of_pairs(self, chosen: Tensor, rejected: Tensor, lengths: Tensor, batch: Microbatch) -> Tensor:
+    def of_pairs(self, chosen: Tensor, rejected: Tensor, lengths: Tensor) -> Tensor:
         means = torch.stack([chosen, rejected], 1) / lengths
         log_odds = means - torch.log1p(-means.exp())
         return -means[:, 0] - self.beta * logsigmoid(log_odds[:, 0] - log_odds[:, 1])

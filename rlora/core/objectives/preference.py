@@ -30,7 +30,7 @@ class Preference(Objective):
         """Return a function from an episode to the weight of its pair: 1 / the pairs of the minibatch."""
         return lambda episode: 1 / len(groups)
 
-    def of_pairs(self, chosen: Tensor, rejected: Tensor, lengths: Tensor, batch: Microbatch) -> Tensor:
+    def of_pairs(self, chosen: Tensor, rejected: Tensor, lengths: Tensor) -> Tensor:
         """Return the loss of each pair, (P,), from the summed logprobs relative to the reference policy, (P,) each.
         `lengths` (P, 2) are the numbers of tokens of the chosen and the rejected completion."""
         raise NotImplementedError
@@ -41,8 +41,7 @@ class Preference(Objective):
         reference = batch.tokens.reference_logprobs
         log_ratio = now.logprobs if reference is None else now.logprobs - reference
         chosen, rejected = episode_sums(log_ratio, batch.lengths).view(-1, 2).unbind(1)
-        lengths = batch.lengths.view(-1, 2)
-        losses = self.of_pairs(chosen, rejected, lengths, batch)
+        losses = self.of_pairs(chosen, rejected, batch.lengths.view(-1, 2))
         first = (batch.lengths.cumsum(0) - batch.lengths)[::2]  # index of the first token of each pair
         margin = (chosen - rejected).detach()
         figures = {"accuracy": margin > 0, "margin": self.beta * margin, "pairs": torch.ones_like(margin)}

@@ -42,7 +42,8 @@ def draw(
 class Masks:
     """The tokens that top-k, top-p and min-p kept for the rows of the last `draw`, as vLLM's GPU sampler returns them.
 
-    vLLM's model runner for CPUs (version 1) has no `return_sampling_mask`. `record` attaches the masks to its outputs.
+    vLLM's model runner for CPUs (version 1) has no `return_sampling_mask`. `record_masks` attaches the masks to its
+    outputs.
     """
 
     are_wanted = False
