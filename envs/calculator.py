@@ -1,25 +1,29 @@
-"""A calculator agent: the policy calls a tool in its message, reads the result, and answers.
+"""A calculator agent, in two forms: the policy calls a calculator, reads the result, and answers.
+
+`Calculator` has the calls in the policy's text, in the format of GSM8K (Cobbe et al. 2021, arXiv:2110.14168). Few
+tokenizers merge "=" with a preceding digit, so the sampled tokens end exactly where the env's reply begins.
 
     policy  <<347*28=
     env              9716>>
     policy                  The answer is 9716.
 
-GSM8K writes its calculations in this format (Cobbe et al. 2021, arXiv:2110.14168). Few tokenizers merge "=" with a
-preceding digit, so the sampled tokens end exactly where the env's reply begins.
+`ToolCalculator` has the calls in the form that the chat template renders, such as Hermes':
+
+    policy  <tool_call>{"name": "calculator", "arguments": {"expression": "347*28"}}</tool_call>
+    env     <tool_response>9716</tool_response>
+    policy  The answer is 9716.
 """
 
-import ast
-import operator
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
-from fractions import Fraction
 from typing import Any
 
 from rlora.records import Prompt
 
 from .arithmetic import expression
 from .generated import Generated, counts
+from .tools import calculate, calculator, called
 
 SYSTEM = (
     "You can use a calculator: write <<expression= and it writes the result. Then give the answer as in the examples."
@@ -43,20 +47,10 @@ _LONG_STORIES: tuple[_Story, ...] = (
 )
 
 _CALL = re.compile(r"<<([\d+\-*/(). ]{1,100})=\s*$", re.ASCII)
-_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
-class Calculator(Generated):
-    """An agent with problems that are too hard for a small model without a tool, generated from `seed`.
-
-    `size` problems are for training, and `held_out_size` further problems are held out. `levels` is a selection of 1
-    (one operator), 2 (two operators), 3 (a story with one operator) and 4 (a story with two operators); the numbers
-    have two or three digits. `shots` (0 to 3) is the number of examples at the start of each prompt. The episode ends
-    with the first message that has no call at its end, or whose call would exceed `max_calls` calls. Reward:
-    `rlora.rewards.calculator:answered`. Columns for rewards: `level` and `question`.
-    """
-
-    stop = ("=",)
+class _Problems(Generated):
+    """Problems of `levels`, generated from `seed`, with `shots` examples of calls before each."""
 
     def __init__(
         self,
@@ -68,8 +62,39 @@ class Calculator(Generated):
         seed: int = 0,
     ) -> None:
         self._levels, self._shots = counts("levels", levels, 1, 4), counts("shots", shots, 0, len(_SHOTS))[0]
-        self._max_calls, self._seed = counts("max_calls", max_calls, 1, 100)[0], seed
+        self.max_calls, self._seed = counts("max_calls", max_calls, 1, 100)[0], seed
         self._size, self._held_out_size = size, held_out_size
+
+    def _example(self, call: str, result: int) -> list[dict[str, Any]]:
+        """Return the messages that answer a question by a call."""
+        raise NotImplementedError
+
+    def _problems(self) -> Iterator[Prompt]:
+        rng = random.Random(self._seed)
+        while True:
+            level = rng.choice(self._levels)
+            question, answer = _problem(rng, level)
+            turns: list[dict[str, Any]] = [{"role": "system", "content": self._system}] if self._system else []
+            for example, call, result in _SHOTS[: self._shots]:
+                turns += [{"role": "user", "content": example}, *self._example(call, result)]
+            turns.append({"role": "user", "content": question})
+            yield Prompt(turns, answer=answer, columns={"level": level, "question": question})
+
+    _system = ""
+
+
+class Calculator(_Problems):
+    """An agent with problems that are too hard for a small model without a tool, generated from `seed`.
+
+    `size` problems are for training, and `held_out_size` further problems are held out. `levels` is a selection of 1
+    (one operator), 2 (two operators), 3 (a story with one operator) and 4 (a story with two operators); the numbers
+    have two or three digits. `shots` (0 to 3) is the number of examples at the start of each prompt. The episode ends
+    with the first message that has no call at its end, or whose call would exceed `max_calls` calls. Reward:
+    `rlora.rewards.calculator:answered`. Columns for rewards: `level` and `question`.
+    """
+
+    stop = ("=",)
+    _system = SYSTEM
 
     def reply(self, prompt: Prompt, message: str, state: dict[str, Any]) -> str | None:
         """Return the result of the call at the end of the message, or "error" if the call can't be computed, and >>.
@@ -78,19 +103,23 @@ class Calculator(Generated):
         """
         call = _CALL.search(message)
         state["calls"] = state.get("calls", 0) + bool(call)
-        return f"{calculate(call[1])}>>" if call and state["calls"] <= self._max_calls else None
+        return f"{calculate(call[1])}>>" if call and state["calls"] <= self.max_calls else None
 
-    def _problems(self) -> Iterator[Prompt]:
-        rng = random.Random(self._seed)
-        while True:
-            level = rng.choice(self._levels)
-            question, answer = _problem(rng, level)
-            turns = [{"role": "system", "content": SYSTEM}]
-            for example, call, result in _SHOTS[: self._shots]:
-                completion = f"<<{call}={result}>> The answer is {result}."
-                turns += [{"role": "user", "content": example}, {"role": "assistant", "content": completion}]
-            turns.append({"role": "user", "content": question})
-            yield Prompt(turns, answer=answer, columns={"level": level, "question": question})
+    def _example(self, call: str, result: int) -> list[dict[str, Any]]:
+        return [{"role": "assistant", "content": f"<<{call}={result}>> The answer is {result}."}]
+
+
+class ToolCalculator(_Problems):
+    """The problems and arguments of `Calculator`, with a calculator as a tool. Reward:
+    `rlora.rewards.integer:integer_answer`."""
+
+    tools = (calculator,)
+
+    def _example(self, call: str, result: int) -> list[dict[str, Any]]:
+        return [
+            *called("calculator", str(result), expression=call),
+            {"role": "assistant", "content": f"The answer is {result}."},
+        ]
 
 
 def _problem(rng: random.Random, level: int) -> tuple[str, int]:
@@ -101,27 +130,3 @@ def _problem(rng: random.Random, level: int) -> tuple[str, int]:
     a, b, c = (rng.randrange(10 ** (digits - 1), 10**digits) for _ in range(3))
     story, value = rng.choice(_STORIES if level == 3 else _LONG_STORIES)
     return story.format(a=a, b=b, c=c), value(a, b, c)
-
-
-def calculate(text: str) -> str:
-    """Compute an expression of + - * / and parentheses. Returns an integer, a decimal with 6 digits, or "error".
-
-    `text` is parsed, never passed to `eval`. It must be short, so that its numbers and their product are small.
-    """
-    try:
-        value = _value(ast.parse(text.strip(), mode="eval").body)
-        return str(value) if value.denominator == 1 else f"{float(value):.6g}"
-    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
-        return "error"
-
-
-def _value(node: ast.expr) -> Fraction:
-    """Compute a parsed expression. Raises ValueError for any other expression, and ZeroDivisionError."""
-    if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
-        return Fraction(str(node.value))
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return -_value(node.operand)
-    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
-        result: Fraction = _OPERATORS[type(node.op)](_value(node.left), _value(node.right))
-        return result
-    raise ValueError("not an expression")

@@ -36,7 +36,7 @@ _PARTS_START = re.compile(
 
 
 def as_text(value: Any, source: str) -> str | Messages:
-    """Return a prompt's text, or its chat messages reduced to role and content, as `as_conversation` does. Raises
+    """Return a prompt's text, or its chat messages in the form of `as_conversation`. Raises
     RloraError, which begins with `source`, if the last message is the assistant's."""
     messages = as_conversation(value, source)
     if not isinstance(messages, str) and messages[-1]["role"] == "assistant":
@@ -48,8 +48,10 @@ def as_text(value: Any, source: str) -> str | Messages:
 
 
 def as_conversation(value: Any, source: str) -> str | Messages:
-    """Return text, or chat messages reduced to role and content.
+    """Return text, or chat messages reduced to role, content and tool calls, and for a tool's result its name and id.
 
+    The arguments of tool calls become objects, also from a string with JSON; their null values, which Arrow adds, are
+    dropped. Content that is null next to tool calls becomes "".
     `value` is text or messages. Messages can be a list, a single message, the `messages` of an object, or a string with
     any of these as JSON or a Python literal. `content` can be a list of text parts, also as a string. ShareGPT's `from`
     and `value` are supported. Raises RloraError, which begins with `source`, for any other value.
@@ -71,6 +73,13 @@ def as_conversation(value: Any, source: str) -> str | Messages:
             "with string values"
         )
     return [_message(turn, f"{source}, message {number}") for number, turn in enumerate(value)]
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a value without the nulls in its objects: Arrow gives all objects of a column the same keys."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if _is_list(value) else value
 
 
 def _is_list(value: Any) -> bool:
@@ -167,7 +176,7 @@ def _json_ends(text: str) -> list[int]:
         return []
 
 
-def _message(turn: Row, source: str) -> dict[str, str]:
+def _message(turn: Row, source: str) -> dict[str, Any]:
     role, content = turn.get("role"), turn.get("content")
     if role is None and content is None and "from" in turn:
         role, content = _SHAREGPT.get(str(turn["from"])), turn.get("value")
@@ -175,12 +184,28 @@ def _message(turn: Row, source: str) -> dict[str, str]:
             raise RloraError(f"{source}: from = {turn['from']!r} is not one of {', '.join(_SHAREGPT)}; rename it")
     if not isinstance(role, str) or not role:
         raise RloraError(f"{source} is {turn!r}; it must have a role, a string such as user, and a content")
-    if content is None and turn.get("tool_calls"):
+    calls = turn.get("tool_calls")
+    message: dict[str, Any] = {"role": role, "content": "" if content is None and calls else _content(content, source)}
+    if calls:
+        message["tool_calls"] = [_call(call, source) for call in calls] if _is_list(calls) else [_call(calls, source)]
+    if role == "tool":
+        message |= {key: turn[key] for key in ("name", "tool_call_id") if turn.get(key)}
+    return message
+
+
+def _call(call: Any, source: str) -> dict[str, Any]:
+    """Return a tool call in the form of the OpenAI API, with its arguments as an object."""
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    arguments = (function.get("arguments") or {}) if isinstance(function, Mapping) else None
+    arguments = _literal(arguments) if isinstance(arguments, str) else arguments
+    if not isinstance(name, str) or not isinstance(arguments, Mapping):
         raise RloraError(
-            f"{source}: content is null next to tool_calls, but a prompt contains only text; write the call into "
-            "content, or drop the row"
+            f"{source}: {call!r:.200} in tool_calls is not a call; use "
+            '{"type": "function", "function": {"name": ..., "arguments": {...}}}'
         )
-    return {"role": role, "content": _content(content, source)}
+    identity = {"id": call["id"]} if call.get("id") else {}
+    return {**identity, "type": "function", "function": {"name": name, "arguments": without_nulls(arguments)}}
 
 
 def _content(content: Any, source: str) -> str:

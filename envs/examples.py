@@ -1,11 +1,12 @@
 """An env over a data set of given completions, in the column forms of TRL, for SFT and preference learning."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlora.records import Messages, Prompt, RloraError
+from rlora.records import Messages, Prompt, RloraError, Tools
 
-from .chats import as_conversation, as_text
+from .chats import as_conversation, as_text, without_nulls
 from .files import Row
 from .table import Table, cell
 
@@ -19,7 +20,8 @@ class Examples(Table):
     (a conversation whose assistant's messages are learned from), `prompt` and `completion`, `prompt`, `chosen` and
     `rejected`, or `chosen` and `rejected`, two conversations that begin alike. Text and chat messages are both
     supported. `prompt` and `completion` name the columns of the second form. `weight` is a column with the weight of
-    each example in the loss of SFT, "" for none.
+    each example in the loss of SFT, "" for none. A column `tools` has the JSON schemas of the tools that the prompt
+    offers, as a list or as JSON.
     """
 
     def __init__(
@@ -34,13 +36,25 @@ class Examples(Table):
         renamed = {"prompt": self._prompt, "completion": self._completion}
         row = dict(row) | {name: row[column] for name, column in renamed.items() if column in row}
         prompt, completions = _parts(row, source)
-        return Prompt(prompt, completions=completions, weight=self._weight_of(row, source), source=source)
+        weight, tools = self._weight_of(row, source), _tools(row.get("tools"), source)
+        return Prompt(prompt, completions=completions, weight=weight, source=source, tools=tools)
 
     def _weight_of(self, row: Row, source: str) -> float:
         value = cell(row, self._weight, source) if self._weight else 1.0
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
             raise RloraError(f"{source}: column {self._weight!r} is {value!r}; use a number of 0 or more")
         return float(value)
+
+
+def _tools(value: Any, source: str) -> Tools:
+    """Return the tools of a row. Raises RloraError, which begins with `source`, if they are not a list."""
+    try:
+        tools = json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise RloraError(f"{source}: column 'tools' is not valid JSON ({error}); fix or drop the row") from None
+    if tools is not None and not isinstance(tools, Sequence):
+        raise RloraError(f"{source}: column 'tools' is {tools!r:.200}; it must be a list of JSON schemas")
+    return tuple(map(without_nulls, tools or ()))
 
 
 def _parts(row: Row, source: str) -> tuple[str | Messages, tuple[str | Messages, ...]]:

@@ -13,6 +13,7 @@ from typing import Any
 from rlora.plugin import load
 from rlora.records import Messages, Prompt, RloraError
 
+from .generated import counts
 from .sandbox import run
 
 INSTRUCTION = "You can run Python: write <python> code that prints </python>, and you get its output. Then answer."
@@ -42,26 +43,17 @@ class PythonTool:
         characters: int = 1000,
         **env_args: Any,
     ) -> None:
-        if not allow_python:
-            raise RloraError(
-                "env_args.allow_python = false: this env runs code that the model writes, in a sandbox; to allow that, "
-                "set env_args.allow_python = true"
-            )
-        for name, value in (("max_calls", max_calls), ("seconds", seconds), ("characters", characters)):
-            if value <= 0:
-                raise RloraError(f"env_args.{name} = {value}: use a positive number")
-        if memory_mib < 64:
-            raise RloraError(f"env_args.memory_mib = {memory_mib}: use 64 or more, which Python itself needs")
+        check_limits(allow_python, seconds, memory_mib, characters)
         self._env, self._env_args, self._instruction = env, env_args, instruction
-        self._max_calls = max_calls
+        self._max_calls = counts("max_calls", max_calls, 1, 1000)[0]
         self._limits = (seconds, memory_mib, characters)
 
     def train(self) -> Iterable[Prompt]:
         run("", seconds=60.0)  # raises RloraError before sampling if the sandbox does not work
-        return self._with_instructions(load("env_args.env", self._env)(**self._env_args).train())
+        return with_instruction(load("env_args.env", self._env)(**self._env_args).train(), self._instruction)
 
     def held_out(self) -> Iterable[Prompt]:
-        return self._with_instructions(load("env_args.env", self._env)(**self._env_args).held_out())
+        return with_instruction(load("env_args.env", self._env)(**self._env_args).held_out(), self._instruction)
 
     def reply(self, prompt: Prompt, message: str, state: dict[str, Any]) -> str | None:
         """Run the code at the end of the message, and return its output between <result> and </result>.
@@ -75,11 +67,28 @@ class PythonTool:
             return None
         return f"\n<result>\n{run(call[1].strip(), *self._limits).strip()}\n</result>\n"
 
-    def _with_instructions(self, prompts: Iterable[Prompt]) -> Iterable[Prompt]:
-        return [replace(prompt, text=self._with_instruction(prompt.text)) for prompt in prompts]
 
-    def _with_instruction(self, text: str | Messages) -> str | Messages:
-        if isinstance(text, str):
-            return f"{text}\n{self._instruction}"
-        *earlier, last = text
-        return [*earlier, {**last, "content": f"{last['content']}\n{self._instruction}"}]
+def check_limits(allow_python: bool, seconds: float, memory_mib: int, characters: int) -> None:
+    """Raise RloraError if the sandbox is not allowed, or if one of its limits is out of range."""
+    if not allow_python:
+        raise RloraError(
+            "env_args.allow_python = false: this env runs code that the model writes, in a sandbox; to allow that, "
+            "set env_args.allow_python = true"
+        )
+    for name, value in (("seconds", seconds), ("characters", characters)):
+        if value <= 0:
+            raise RloraError(f"env_args.{name} = {value}: use a positive number")
+    if memory_mib < 64:
+        raise RloraError(f"env_args.memory_mib = {memory_mib}: use 64 or more, which Python itself needs")
+
+
+def with_instruction(prompts: Iterable[Prompt], instruction: str) -> list[Prompt]:
+    """Return the prompts with the instruction, if there is one, at the end of the last message."""
+    return [replace(prompt, text=_extended(prompt.text, instruction)) if instruction else prompt for prompt in prompts]
+
+
+def _extended(text: str | Messages, instruction: str) -> str | Messages:
+    if isinstance(text, str):
+        return f"{text}\n{instruction}"
+    *earlier, last = text
+    return [*earlier, {**last, "content": f"{last['content']}\n{instruction}"}]

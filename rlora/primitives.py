@@ -191,7 +191,7 @@ class Policy:
             raise RloraError(f"prompts = {prompts!r}: a single string; pass a list of prompts")
         limit = self.config.sampling.max_prompt_tokens
         records = [prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in prompts]
-        results = [tokenise([prompt], self.task.chat, limit) for prompt in records]
+        results = [tokenise([prompt], self.task.chat, limit, self.task.tools) for prompt in records]
         for prompt, tokenised in zip(records, results, strict=True):
             if not tokenised:
                 raise RloraError(

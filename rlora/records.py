@@ -26,7 +26,8 @@ STATUSES = ("correct", "wrong", "unparsable", "timeout", "error")  # of a scored
 Style = Literal[  # calling conventions of reward functions, see docs/rewards.md
     "auto", "completion", "group", "trl", "verl", "verl-batch", "openrlhf", "verifiers", "verifiers-group", "areal"
 ]
-Messages = Sequence[Mapping[str, str]]  # chat messages: {"role": ..., "content": ...}
+Messages = Sequence[Mapping[str, Any]]  # chat messages: {"role": ..., "content": ...}, possibly with "tool_calls"
+Tools = Sequence[Mapping[str, Any]]  # JSON schemas of tools: {"type": "function", "function": {...}}
 
 
 def without_surrogates(text: str) -> str:
@@ -59,6 +60,7 @@ class Prompt:
     columns: Mapping[str, Any] = field(default_factory=dict)  # further arguments of reward functions, by name
     completions: tuple[str | Messages | Episode, ...] = ()  # given ones, for SFT (one) and pairs (chosen, rejected)
     weight: float = 1.0  # of the example in the loss of SFT
+    tools: Tools = ()  # that the chat template describes to the policy
     source: str = ""  # file and row, for error messages
 
 

@@ -9,7 +9,7 @@ import sys
 import textwrap
 import tomllib
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -39,11 +39,13 @@ from rlora.cli.overrides import parse_source, parse_train
 from rlora.cli.sweep import parse_sweep
 from rlora.config import changed, read, read_table, validate
 from rlora.plugin import load
-from rlora.rollout.task import load_task
+from rlora.rollout.task import bare_task, load_task
+from rlora.rollout.toolset import toolset_of
 from rlora.run.checkpoint import Bundle, bundle_path
 from rlora.run.health import RULES
 from rlora.run.source import split
 from rlora.scoring.signatures import reward_function
+from rlora.settings import ChatConfig
 from rlora.store import write_directory
 from rlora.sweeps.halving import Halving
 from rlora.sweeps.members import members
@@ -182,6 +184,7 @@ def test_the_files_do_what_is_said_of_them(directory: Path) -> None:
         "echo.py",
         "mine.py",
         "ranks.toml",
+        "shop.py",
     }
     task = load_task(read(Path("doubling.toml")))
     assert (task.prompts[1].text, task.prompts[1].answer) == ("What is twice 2?", 4)
@@ -191,6 +194,14 @@ def test_the_files_do_what_is_said_of_them(directory: Path) -> None:
     echo = load("env", "echo.py:Echo")()
     (prompt,) = echo.train()
     assert [echo.reply(prompt, message, {}) for message in ("7*8=", "It is 56.")] == ["56", None]
+    shop = load("env", "shop.py:Shop")()
+    chat = bare_task(replace(read(Path("doubling.toml")), chat=ChatConfig(template="hermes"))).chat
+    tools = toolset_of(shop, chat)
+    assert tools is not None
+    schema = tools.schemas["price"]
+    assert schema["function"]["description"] == "Look up the price of an item in coins."
+    (call,) = tools.calls(chat.call_text({"name": "price", "arguments": {"item": "cup"}}, [schema]))
+    assert shop.tools[0](**call.arguments) == 7
 
 
 def test_the_loop_of_the_readme_is_the_loop() -> None:

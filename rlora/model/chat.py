@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rlora.model.template import MARK, Template
-from rlora.records import Messages, RloraError
+from rlora.model.template import MARK, Template, called
+from rlora.records import Messages, RloraError, Tools
 from rlora.settings import ChatConfig
 
 THINK = ("<think>", "</think>")  # reward functions see these in place of the model's tags
@@ -25,22 +26,25 @@ class Chat:
         self._template = Template(tokenizer, settings)
         self.template, self._special = self._template.source, self._template.special
 
-    def prompt_ids(self, text: str | Messages) -> tuple[int, ...]:
+    def prompt_ids(self, text: str | Messages, tools: Tools = ()) -> tuple[int, ...]:
         """Return the tokens of a prompt. A string becomes one user message if there is a chat template, else bare text.
 
-        Raises RloraError if the chat template is missing, rejects the messages or does not render all of them.
+        The template gets the schemas of `tools`. Raises RloraError if the chat template is missing, rejects the
+        messages, or does not render all of them and the tools.
         """
         if not self.template:
-            if not isinstance(text, str) or self.settings.system:
+            if not isinstance(text, str) or self.settings.system or tools:
                 raise RloraError(
-                    "model: its tokenizer has no chat template, but the env's prompts or chat.system are chat "
-                    "messages; use an instruct model, set chat.template, or unset chat.system and use an env whose "
-                    "prompts are strings"
+                    "model: its tokenizer has no chat template, but the env has tools, or its prompts or chat.system "
+                    "are chat messages; use an instruct model, set chat.template, or unset chat.system and use an env "
+                    "whose prompts are strings"
                 )
             return self._bare_ids(text) + self._ids(self._opening(text)[1])
         messages = self._template.messages(text)
         self._template.check_shown(messages, "all messages of a prompt")
-        ids = self._template.render(messages, tokenize=True, return_dict=False)
+        if tools:
+            self._template.check_tools(tools)
+        ids = self._template.render(messages, tokenize=True, return_dict=False, tools=list(tools) or None)
         return tuple(ids) + self._ids(self._opening(messages)[1])
 
     def _bare_ids(self, text: str) -> tuple[int, ...]:
@@ -71,6 +75,8 @@ class Chat:
         messages = self.conversation(reply)
         self._template.check_shown(messages, "an env's reply after the policy's message")
         text = self._template.render(messages, tokenize=False).partition(MARK)[2]
+        if "tool_calls" in messages[-len(reply) - 1]:
+            text = text.removeprefix(self._before_end(text))
         ids = self._ids(text + self._opening(messages)[1])
         has_end = ids and completion_ids and completion_ids[-1] in self.stop_token_ids and completion_ids[-1] == ids[0]
         return ids[1:] if has_end else ids
@@ -98,7 +104,7 @@ class Chat:
                 reply = self.reply_ids(replies, ids)
                 ids, mask, replies = [*ids, *reply], [*mask, *[False] * len(reply)], []
             opened = "".join(self._opening(prompt)) if not number else ""
-            text = (*self._ids(message["content"].removeprefix(opened)), self._end_id)
+            text = (*self._ids(self.message_text(message).removeprefix(opened)), self._end_id)
             ids, mask = [*ids, *text], [*mask, *[True] * len(text)]
         return tuple(ids), tuple(mask)
 
@@ -116,9 +122,54 @@ class Chat:
         return self.stop_token_ids[0]
 
     def conversation(self, reply: Messages) -> Messages:
-        """Return a conversation for the template in which an env's reply follows a message of the policy."""
-        history = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
-        return self._template.messages([*history, *reply])
+        """Return a conversation for the template in which an env's reply follows a message of the policy. Results of
+        tools follow a message with a call, if the template renders calls."""
+        question: Mapping[str, Any] = {"role": "user", "content": "?"}
+        message: Mapping[str, Any] = {"role": "assistant", "content": MARK}
+        if reply[0]["role"] == "tool":
+            call = {"name": reply[0].get("name") or "tool", "arguments": {"value": MARK}}
+            message = called(call) if self._template.shows_calls else message
+        return self._template.messages([question, message, *reply])
+
+    def message_text(self, message: Mapping[str, Any]) -> str:
+        """Return a message as the policy writes it: its content, or its tool calls as the template renders them.
+
+        The text begins where a prompt ends. Raises RloraError if the template does not render the calls.
+        """
+        if not message.get("tool_calls"):
+            return str(message["content"])
+        result = {"role": "tool", "name": message["tool_calls"][0]["function"]["name"], "content": "?"}
+        messages = [{"role": "user", "content": MARK}, message, result]  # the last message can have a thinking block
+        self._template.check_shown(messages, "a message of the policy with a call")
+        opened, text = (
+            self._template.render(part, tokenize=False).partition(MARK)[2] for part in (messages[:1], messages)
+        )
+        shared = next((n for n, (a, b) in enumerate(zip(opened, text, strict=False)) if a != b), len(opened))
+        return self._before_end(text[shared:])
+
+    def call_text(self, function: Mapping[str, Any], tools: Tools) -> str:
+        """Return a message with one tool call, as `text` decodes it. `function` has the name and arguments of the call.
+
+        Raises RloraError if the template does not render the `tools`, the call, or the result of a tool.
+        """
+        if not self.template:
+            raise RloraError(
+                "env: it has tools, but the tokenizer of the model has no chat template; set chat.template"
+            )
+        self._template.check_tools(tools)
+        self.reply_ids([{"role": "tool", "name": str(function["name"]), "content": "?"}], ())
+        return self._without_special(self._ids(self.message_text(called(function))))
+
+    def _before_end(self, text: str) -> str:
+        """Return a rendered text up to the first token that ends a message of the policy. Raises RloraError if there is
+        none."""
+        ends = [text.find(self.decode([token])) for token in self.stop_token_ids]
+        if max(ends) < 0:
+            raise RloraError(
+                f"model: after a tool call its chat template has no end token of the model, in {text!r:.200}; set "
+                "chat.template to one that fits the model"
+            )
+        return text[: min(end for end in ends if end >= 0)]
 
     def check_replies(self) -> None:
         """Raise RloraError if the template does not render an env's reply after a message of the policy."""

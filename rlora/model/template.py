@@ -9,11 +9,12 @@ from typing import Any
 from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
-from rlora.records import Messages, RloraError
+from rlora.records import Messages, RloraError, Tools
 from rlora.settings import ChatConfig
 
 MARK = "\N{SYMBOL FOR RECORD SEPARATOR}"  # placeholder message, to find the text that a template puts around it
 _USER, _POLICY = {"role": "user", "content": MARK}, {"role": "assistant", "content": MARK}
+TEMPLATES = {"hermes": Path(__file__).with_name("hermes.jinja")}  # for `chat.template`, in addition to the tokenizer's
 _FIX = "fix the template, or set a different chat.template"
 _CACHED = 256
 
@@ -27,9 +28,10 @@ class Template:
         added = getattr(tokenizer, "added_tokens_decoder", {})
         self.special = {token: str(text) for token, text in added.items() if text.special}
         self._shown_roles: set[tuple[bool, tuple[str, ...]]] = set()  # cache of check_shown: has chat.system, roles
+        self._shown_tools: set[str] = set()  # cache of check_tools
         self._openings: dict[str, tuple[str, str]] = {}  # cache of opening, by messages
 
-    def messages(self, text: str | Messages) -> list[Mapping[str, str]]:
+    def messages(self, text: str | Messages) -> list[Mapping[str, Any]]:
         """Return the messages of a prompt, after `chat.system` if none of them is a system message."""
         messages = [{"role": "user", "content": text}] if isinstance(text, str) else [dict(turn) for turn in text]
         if self.settings.system and all(turn["role"] != "system" for turn in messages):
@@ -104,15 +106,16 @@ class Template:
         `description` describes the messages in the error.
         """
         has_system = bool(self.settings.system) and messages[0] == self._system
-        roles = tuple(str(turn["role"]) for turn in messages)
+        roles = tuple(f"{turn['role']}{' with tool_calls' * bool(turn.get('tool_calls'))}" for turn in messages)
         if (has_system, roles) in self._shown_roles:
             return
-        marked = [dict(turn) | {"content": f"{MARK}{number}{MARK}"} for number, turn in enumerate(messages)]
+        marks = [f"{MARK}{number}{MARK}" for number in range(len(messages))]
+        marked = [_marked(turn, mark) for turn, mark in zip(messages, marks, strict=True)]
         try:
             text = self.render(marked, tokenize=False)
         except RloraError:  # the messages themselves may render; if not, rendering them raises the error
             return
-        left_out = [number for number, turn in enumerate(marked) if turn["content"] not in text]
+        left_out = [number for number, mark in enumerate(marks) if mark not in text]
         if 0 in left_out and has_system:
             raise RloraError(
                 f"chat.system = {self.settings.system!r}: the chat template does not render system messages, so the "
@@ -126,6 +129,29 @@ class Template:
                 f"message {number + 1} ({roles[number]}) is missing; {_FIX}, or let the env return other messages"
             )
         self._shown_roles.add((has_system, roles))
+
+    def check_tools(self, tools: Tools) -> None:
+        """Raise RloraError if the template does not render the tools. Each list of tools is checked once."""
+        if repr(tools) in self._shown_tools:
+            return
+        text = self.render([_USER], tokenize=False, tools=list(tools))
+        names = [str(tool["function"]["name"]) for tool in tools]
+        if hidden := [name for name in names if name not in text]:
+            raise RloraError(
+                f"{self._name}: the template does not render tools ({', '.join(hidden)}), so the policy would not know "
+                f"them; set chat.template to one that does, such as {', '.join(TEMPLATES)}, or use an instruct model "
+                "that was trained to call tools"
+            )
+        self._shown_tools.add(repr(tools))
+
+    @cached_property
+    def shows_calls(self) -> bool:
+        """Whether the template renders the `tool_calls` of the policy's messages."""
+        try:
+            return MARK in self.render([_USER | {"content": "?"}, called({"name": "f", "arguments": {"a": MARK}})],
+                                       tokenize=False)  # fmt: skip
+        except RloraError:
+            return False
 
     def render(self, messages: Messages, **options: Any) -> Any:
         """Render messages, up to the start of the policy's next message. `options` are those of `apply_chat_template`,
@@ -170,6 +196,19 @@ class Template:
         return True
 
 
+def called(function: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message of the policy with one tool call."""
+    return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": dict(function)}]}
+
+
+def _marked(message: Mapping[str, Any], mark: str) -> dict[str, Any]:
+    """Return a message whose content is `mark`, or the name of its first call if it has only calls."""
+    if message["content"] or not message.get("tool_calls"):
+        return dict(message) | {"content": mark}
+    first, *further = message["tool_calls"]
+    return dict(message) | {"tool_calls": [{**first, "function": {**first["function"], "name": mark}}, *further]}
+
+
 def _source(tokenizer: PreTrainedTokenizerBase, setting: str) -> str | None:
     """Return the Jinja source for `chat.template`: source, the name of one of the tokenizer's templates, or a file. ""
     is the tokenizer's own template. None if the tokenizer has no template."""
@@ -182,6 +221,8 @@ def _source(tokenizer: PreTrainedTokenizerBase, setting: str) -> str | None:
         return str(named["default"]) if named else str(template) if template else None
     if setting in named:
         return str(named[setting])
+    if setting in TEMPLATES:
+        return TEMPLATES[setting].read_text("utf-8")
     if "{" in setting:
         return setting
     try:

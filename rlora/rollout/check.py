@@ -24,6 +24,7 @@ from rlora.rollout.golds import (
     requested_markers,
     shorten,
 )
+from rlora.rollout.toolset import is_agent
 from rlora.rollout.trial import Trial, TrialRunner
 from rlora.scoring.pool import Pool
 from rlora.scoring.worker import reward_names
@@ -87,7 +88,7 @@ def check(
 class _RewardCheck:
     def __init__(self, config: Config, env: Any, chat: Chat, pool: Pool, is_instance: bool) -> None:
         self.config, self.env, self.chat = config, env, chat
-        self.agent = hasattr(env, "reply")
+        self.agent = is_agent(env)
         self.runner = TrialRunner(config, chat, pool, self.agent)
         self.functions = reward_names(config.rewards)
         self.solution = getattr(env, "solution", None)

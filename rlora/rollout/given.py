@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from rlora.model.chat import Chat
 from rlora.records import BASE, Episode, Group, Messages, Prompt, RloraError
+from rlora.rollout.toolset import checked_schema
 from rlora.settings import Config
 
 
@@ -21,7 +22,8 @@ def example_of(prompt: Prompt, chat: Chat, config: Config, number: int) -> Group
             f"{source}: it has {len(prompt.completions)} completions, but algorithm.loss = {config.algorithm.loss!r} "
             f"learns from {'one' if wanted == 1 else 'a chosen and a rejected one'}; use an env that gives them"
         )
-    prompt_ids = prompt.token_ids or chat.prompt_ids(prompt.text)
+    tools = [checked_schema(tool, source) for tool in prompt.tools]
+    prompt_ids = prompt.token_ids or chat.prompt_ids(prompt.text, tools)
     _check_length(source, "prompt", len(prompt_ids), "sampling.max_prompt_tokens", config.sampling.max_prompt_tokens)
     episodes = []
     for completion, reward in zip(prompt.completions, (prompt.weight if wanted == 1 else 1.0, 0.0), strict=False):

@@ -3,16 +3,17 @@
 import asyncio
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from rlora.records import Adapter, Episode, Group, InFlight, Messages, Prompt, Sampling, StaleError
 from rlora.rollout.fleet import Fleet
 from rlora.rollout.requests import Request
 from rlora.rollout.task import Task
 from rlora.scoring.scoring import Scoring
-from rlora.scoring.worker import EnvTurn
+from rlora.scoring.worker import EnvReply, EnvTurn
 
 
 @dataclass(eq=False)
@@ -105,13 +106,13 @@ class AgentLoop:
     async def _play(self, flight: Flight, episode: Episode) -> Episode:
         """Alternate turns of the env and the policy until the env ends the episode or no room is left for tokens."""
         chat, prompt, sampling = self.task.chat, flight.request.prompt, flight.request.sampling
-        messages: list[dict[str, str]] = []
-        state: dict[str, object] = {}
+        messages: list[Mapping[str, Any]] = []
+        state: dict[str, Any] = {}
         context: str | Messages = prompt.text  # the policy's current message answers this
         message_start = turn_start = 0  # indices in the completion: the policy's current message, and its last turn
         while self.task.agent and episode.finish_reason == "stop":
             turn = chat.text(episode.completion_ids[turn_start:], turn_start == message_start, context)
-            reply = await self.scoring.answer(EnvTurn(prompt, turn, state))
+            reply = await self._reply(EnvTurn(prompt, turn, state), messages)
             state = dict(reply.state)
             if reply.content is None:
                 episode = replace(episode, status=reply.status)
@@ -123,12 +124,27 @@ class AgentLoop:
                 break
             if not isinstance(reply.content, str):
                 text = chat.text(episode.completion_ids[message_start:], prompt=context)
-                messages += [{"role": "assistant", "content": text}, *reply.content]
+                messages += [self._message(text), *reply.content]
                 message_start, context = len(completion_ids), chat.conversation(reply.content)
             turn_start = len(completion_ids)
             episode = _append_turn(episode, reply_ids, await self._sample_turn(flight, completion_ids))
         text = chat.text(episode.completion_ids[message_start:], prompt=context)
-        return replace(episode, text=text, messages=(*messages, {"role": "assistant", "content": text}), state=state)
+        return replace(episode, text=text, messages=(*messages, self._message(text)), state=state)
+
+    def _message(self, text: str) -> Mapping[str, Any]:
+        """Return the policy's message as a chat message."""
+        return self.task.tools.message(text) if self.task.tools else {"role": "assistant", "content": text}
+
+    async def _reply(self, turn: EnvTurn, messages: Messages) -> EnvReply:
+        """Return the results of the tools that a message calls, else the env's reply. `messages` are those so far."""
+        tools = self.task.tools
+        calls = tools.calls(turn.message) if tools else []
+        if not tools or not calls:
+            return await self.scoring.answer(turn)
+        made = sum(message["role"] == "tool" for message in messages)
+        if tools.max_calls is not None and made + len(calls) > tools.max_calls:
+            return EnvReply(None, turn.state)
+        return await tools.answer(calls, turn, self.scoring)
 
     async def _sample_turn(self, flight: Flight, completion_ids: tuple[int, ...]) -> Episode:
         """Sample the policy's tokens after the prompt and `completion_ids`, under the version of the first turn."""

@@ -16,6 +16,7 @@ from rlora.plugin import env_of, file_of, load, location_prefix, pickled
 from rlora.records import Group, Messages, Prompt, RloraError, without_surrogates
 from rlora.rollout.check import Report, check
 from rlora.rollout.given import example_of
+from rlora.rollout.toolset import Toolset, is_agent, toolset_of
 from rlora.scoring.pool import Pool
 from rlora.scoring.worker import Setup
 from rlora.settings import Config
@@ -30,7 +31,7 @@ class Task:
     base: str  # path of the frozen base model
     chat: Chat
     stop: tuple[str, ...]  # strings that end the policy's message
-    agent: bool  # whether the env replies to the policy
+    agent: bool  # whether the env replies to the policy, or has tools
     prompts: list[Prompt]  # training prompts
     held_out: list[Prompt]  # the first `evaluate.prompts` held-out prompts
     dropped: int  # prompts that are not used because they are empty or longer than `sampling.max_prompt_tokens`
@@ -39,6 +40,7 @@ class Task:
     sets: Mapping[str, list[Prompt]] = field(default_factory=dict)  # evaluation sets by name, including `held_out`
     examples: list[Group] = field(default_factory=list)  # of `prompts`, with the given completions, for SFT and pairs
     held_out_examples: list[Group] = field(default_factory=list)
+    tools: Toolset | None = None  # of the env
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,15 @@ def load_task(config: Config) -> Task:
     env, (train, held_out) = _load_prompts("env", config.env, plugin, config.env_args, config.evaluate.prompts)
     if config.algorithm.supervised:
         return _load_examples(config, train, held_out)
-    agent = hasattr(env, "reply")
+    agent = is_agent(env)
     scoring = setup_of(config, agent)
     with closing(Pool(scoring, 1)) as pool:  # the same processes as in the run
         task = bare_task(config)
-        if task.chat.template and agent and _may_reply_with_messages(env):
+        if task.chat.template and hasattr(env, "reply") and _may_reply_with_messages(env):
             task.chat.check_replies()
-        fitting = tokenise(train, task.chat, config.sampling.max_prompt_tokens)
-        fitting_held_out = tokenise(held_out, task.chat, config.sampling.max_prompt_tokens)
+        tools = toolset_of(env, task.chat)
+        fitting = tokenise(train, task.chat, config.sampling.max_prompt_tokens, tools)
+        fitting_held_out = tokenise(held_out, task.chat, config.sampling.max_prompt_tokens, tools)
         _check_vocabulary(config, vocabulary_size(task.base), [*fitting, *fitting_held_out])
         if not fitting:
             raise RloraError(
@@ -80,12 +83,14 @@ def load_task(config: Config) -> Task:
             task,
             stop=(*getattr(env, "stop", ()), *task.stop),
             agent=agent,
+            tools=tools,
             prompts=fitting,
             held_out=fitting_held_out,
             dropped=len(train) - len(fitting) + len(held_out) - len(fitting_held_out),
             checked=check(config, env, task.chat, pool, fitting, fitting_held_out, is_instance=env is plugin),
             scoring=scoring,
-            sets=({HELD_OUT: fitting_held_out} if fitting_held_out else {}) | _load_evaluation_sets(config, task, env),
+            sets=({HELD_OUT: fitting_held_out} if fitting_held_out else {})
+            | _load_evaluation_sets(config, task, env, tools),
         )
 
 
@@ -100,7 +105,7 @@ def _load_examples(config: Config, train: Sequence[Prompt], held_out: Sequence[P
     return replace(task, prompts=prompts, examples=parts[0], held_out_examples=parts[1])
 
 
-def _load_evaluation_sets(config: Config, task: Task, train_env: Any) -> dict[str, list[Prompt]]:
+def _load_evaluation_sets(config: Config, task: Task, train_env: Any, tools: Toolset | None) -> dict[str, list[Prompt]]:
     """Return the prompts of `evaluate.sets`. Raises RloraError if a set is empty, or if its env replies differently."""
     sets = {}
     for name, settings in config.evaluate.sets.items():
@@ -109,14 +114,14 @@ def _load_evaluation_sets(config: Config, task: Task, train_env: Any) -> dict[st
         spec = settings.env or config.env
         plugin = load(f"{field}.env", spec)
         env, (held_out,) = _load_prompts(f"{field}.env", spec, plugin, args, settings.prompts, ("held_out",))
-        replies, train_env_replies = hasattr(env, "reply"), hasattr(train_env, "reply")
+        replies, train_env_replies = is_agent(env), is_agent(train_env)
         if replies != train_env_replies or (replies and type(env) is not type(train_env)):
             raise RloraError(
                 f"{field}.env = {settings.env!r}: it must reply exactly as the run's env, {config.env!r}, because "
                 f"that env replies for all sets; unset {field}.env and set {field}.env_args, or evaluate on this env "
                 "with `rlora eval`"
             )
-        sets[name] = tokenise(held_out, task.chat, config.sampling.max_prompt_tokens)
+        sets[name] = tokenise(held_out, task.chat, config.sampling.max_prompt_tokens, tools)
         _check_vocabulary(config, vocabulary_size(task.base), sets[name])
         if not sets[name]:
             raise RloraError(
@@ -259,7 +264,8 @@ def _may_reply_with_messages(env: Any) -> bool:
     return annotation not in (str, str | None, "str", "str | None", "Optional[str]", "None | str")
 
 
-def tokenise(prompts: Iterable[Prompt], chat: Chat, max_tokens: int) -> list[Prompt]:
-    """Tokenise prompts, and return those of 1 to `max_tokens` tokens with `token_ids` set."""
-    tokenised = [replace(prompt, token_ids=chat.prompt_ids(prompt.text)) for prompt in prompts]
+def tokenise(prompts: Iterable[Prompt], chat: Chat, max_tokens: int, tools: Toolset | None = None) -> list[Prompt]:
+    """Tokenise prompts, with the schemas of the env's `tools`. Returns those of 1 to `max_tokens` tokens."""
+    offered = [replace(prompt, tools=tuple(tools.schemas.values())) if tools else prompt for prompt in prompts]
+    tokenised = [replace(prompt, token_ids=chat.prompt_ids(prompt.text, prompt.tools)) for prompt in offered]
     return [prompt for prompt in tokenised if 0 < len(prompt.token_ids) <= max_tokens]

@@ -27,6 +27,7 @@ from rlora.records import Prompt, RewardInput, RloraError, Score, Style, without
 from rlora.scoring.clock import Clock
 from rlora.scoring.reward_function import RewardFunction
 from rlora.scoring.signatures import reward_function
+from rlora.scoring.tools import ArgumentError, as_text, call_tool, functions_of
 
 IDLE = (-1, -1, -1)  # job, call and function between two jobs
 COROUTINES = -2  # as a call's number: all coroutines that are awaited at once
@@ -63,15 +64,17 @@ class EnvTurn:
     prompt: Prompt
     message: str  # text of the policy's last turn
     state: Mapping[str, Any]  # of the episode, as the previous reply left it
+    tool: str = ""  # name of the tool that the message calls; "": the env replies
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # of the tool, as the policy wrote them
 
 
 @dataclass(frozen=True)
 class EnvReply:
-    """The env's reply to an EnvTurn, and the episode's new state."""
+    """The env's reply to an EnvTurn, or a tool's result, and the episode's new state."""
 
     content: str | list[dict[str, str]] | None  # text or chat messages; None ends the episode
     state: Mapping[str, Any]
-    status: str = ""  # "error" or "timeout" if the call failed, which ends the episode
+    status: str = ""  # "error" or "timeout" if the call failed, or "invalid" if a tool does not accept the arguments
     detail: str = ""  # message of the error
 
 
@@ -128,6 +131,7 @@ class _Worker:
         self.setup, self.clock = setup, clock
         self.functions = load_reward_functions(setup)
         self.env = env_of(load("env", setup.env), setup.env_args) if setup.env else None
+        self.tools = functions_of(self.env)
         self.runner = asyncio.Runner()  # one loop for all jobs: a judge's client may keep connections bound to it
         self.names = reward_names(setup.rewards)
         self.coroutines = [number for number, function in enumerate(self.functions) if function.asynchronous]
@@ -205,29 +209,47 @@ class _Worker:
         return dict(zip(pending, await asyncio.gather(*pending.values()), strict=True))
 
     def _reply(self, number: int, job: Job, turn: EnvTurn) -> EnvReply:
+        name = f"tool {turn.tool}" if turn.tool else "reply()"
+        field = f"env = {self.setup.env!r}: {name}"
+
+        def failed(status: str, detail: str, reason: str) -> EnvReply:  # the policy reads the reason
+            return EnvReply(f"error: {reason}" if turn.tool else None, turn.state, status, detail)
+
         if failure := job.failures.get(0):
-            detail = f"env = {self.setup.env!r}: reply() failed: {failure.detail}"
-            return EnvReply(None, turn.state, failure.status or "error", detail)
-        assert self.env
+            reason = "the call took too long" if failure.status == "timeout" else "the call ended its process"
+            return failed(failure.status or "error", f"{field} failed: {failure.detail}", reason)
         state = deepcopy(dict(turn.state))
         deadline = self._deadline(ENV)
         self.clock.write(number, 0, ENV, deadline)
         try:
-            content = self.env.reply(turn.prompt, turn.message, state)
+            content = self._call(turn, state)
             if asyncio.iscoroutine(content):
                 content = self.runner.run(asyncio.wait_for(content, deadline))
-            reply = EnvReply(_plain_content(content), json.loads(json.dumps(state)))
+            plain = as_text(content) if turn.tool else _plain_content(content)
+            reply = EnvReply(plain, json.loads(json.dumps(state)))
+        except ArgumentError as error:
+            return failed("invalid", "", str(error))
         except TimeoutError:
-            message = f"reply() raised TimeoutError, or {timeout_message(self.setup, deadline, 'reply()')}"
-            return EnvReply(None, turn.state, "timeout", f"env = {self.setup.env!r}: {message}")
+            message = f"{field} raised TimeoutError, or {timeout_message(self.setup, deadline, name)}"
+            return failed("timeout", message, "the call took too long")
         except Exception as error:
-            prefix = location_prefix(error, file_of(self.env))
-            message = f"reply() raised {type(error).__name__}: {error}; fix this method"
-            return EnvReply(None, turn.state, "error", f"{prefix}env = {self.setup.env!r}: {message}")
+            reason = f"{type(error).__name__}: {error}"
+            prefix = location_prefix(error, *self._files(turn))
+            return failed("error", f"{prefix}{field} raised {reason}; fix this method", reason)
         finally:
             self.called.add(ENV)
             self.clock.write(*IDLE, self.setup.deadline)
         return reply
+
+    def _call(self, turn: EnvTurn, state: dict[str, Any]) -> Any:
+        """Call the tool, or the env's `reply`. An env with tools only replies with None, which ends the episode."""
+        if turn.tool:
+            return call_tool(self.tools[turn.tool], turn.arguments, turn.prompt, state)
+        reply = getattr(self.env, "reply", None)
+        return reply(turn.prompt, turn.message, state) if reply else None
+
+    def _files(self, turn: EnvTurn) -> list[str]:
+        return [file_of(self.env), *([file_of(self.tools[turn.tool])] if turn.tool else [])]
 
 
 def _masked(text: str, setup: Setup) -> str:

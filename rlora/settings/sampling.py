@@ -62,6 +62,10 @@ class ChatConfig:
     """Opening and closing tag that the model writes around its thinking. Reward functions receive <think> and </think>
     in place of these tags."""
 
+    tool_calls: str = "auto"
+    """Form in which the policy calls the env's tools: `hermes`, `xml`, `llama3`, `json`, or a parser of your own,
+    mine.py:parse. `auto` (the default) is the form in which the chat template renders a call."""
+
     def check(self) -> Iterator[Problem]:
         """Yield a Problem for every rule that these settings break."""
         if not all(self.think):

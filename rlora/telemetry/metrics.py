@@ -17,6 +17,7 @@ from rlora import machine
 from rlora.records import STATUSES, Adapter, Group, Receipt, SaveStats, UpdateStats
 from rlora.rollout.requests import FleetStats
 from rlora.rollout.stream import Collection
+from rlora.rollout.toolset import tool_metrics
 from rlora.telemetry.bottleneck import advice, bottleneck
 
 _log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ def summarise(groups: Sequence[Group], version: int) -> dict[str, float | None]:
         "completion/tokens": sum(episode.sampled_tokens for episode in episodes),
         "completion/env_tokens": sum(len(episode.completion_ids) - episode.sampled_tokens for episode in episodes),
         "staleness": fmean(version - episode.version.number for episode in episodes),
+        **(tool_metrics(episodes) if groups[0].prompt.tools else {}),
     }
 
 

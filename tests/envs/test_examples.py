@@ -239,3 +239,65 @@ def test_each_epoch_visits_all_examples_and_a_resumed_stream_continues(
     resumed = Stream(made, task.examples, Cursor(next=6))
     assert [group.prompt.text for group in resumed.take(2).groups] == seen[6:9]
     assert resumed.cursor == Cursor(9)
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "now", "arguments": {"zone": "UTC"}}}
+SCHEMA = {
+    "type": "function",
+    "function": {"name": "now", "description": "Tell the time.", "parameters": {"type": "object", "properties": {}}},
+}
+
+
+@pytest.mark.parametrize(
+    ("call", "tools"),
+    [
+        (CALL, [SCHEMA]),
+        (CALL | {"function": {"name": "now", "arguments": '{"zone": "UTC"}'}}, json.dumps([SCHEMA])),
+        (CALL | {"function": {"name": "now", "arguments": {"zone": "UTC", "unit": None}}}, [SCHEMA | {"strict": None}]),
+        ({"name": "now", "arguments": {"zone": "UTC"}}, [SCHEMA]),
+    ],
+)
+def test_conversations_with_tool_calls(
+    call: object, tools: object, supervised: Callable[..., Config], tmp_path: Path
+) -> None:
+    messages = [
+        user("What time is it?"),
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "name": "now", "tool_call_id": "c1", "content": "12:00"},
+        assistant("Noon."),
+    ]
+    env = Examples(write(tmp_path / "a.jsonl", [{"messages": messages, "tools": tools}]))
+    (prompt,) = env.train()
+    config = supervised(chat={"template": "hermes"}, sampling={"max_tokens": 99, "max_prompt_tokens": 200})
+    chat = bare_task(config).chat
+    (episode,) = example_of(prompt, chat, config, 0).episodes
+    learned = [token for token, own in zip(episode.completion_ids, episode.sampled_mask, strict=True) if own]
+    assert chat.decode(learned) == (
+        '<tool_call>\n{"name": "now", "arguments": {"zone": "UTC"}}\n</tool_call><|im_end|>Noon.<|im_end|>'
+    )
+    rendered = chat.decode(chat.prompt_ids(prompt.text, prompt.tools) + episode.completion_ids)
+    assert "Tell the time." in rendered
+    assert rendered.endswith(
+        "<tool_response>\n12:00\n</tool_response><|im_end|>\n<|im_start|>assistant\nNoon.<|im_end|>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "completion": "b", "tools": "["}, "row 0: column 'tools' is not valid JSON"),
+        ({"prompt": "a", "completion": "b", "tools": 4}, "row 0: column 'tools' is 4; it must be a list"),
+        (
+            {"prompt": "a", "completion": "b", "tools": [{"name": 4}]},
+            "row 0: .*'name': 4.* is not the schema of a tool",
+        ),
+        ({"prompt": "a", "completion": "b", "tools": ["now"]}, "row 0: 'now' is not the schema of a tool"),
+    ],
+)
+def test_tools_that_are_none_say_where(
+    row: object, message: str, supervised: Callable[..., Config], tmp_path: Path
+) -> None:
+    config = supervised(chat={"template": "hermes"})
+    chat, env = bare_task(config).chat, Examples(write(tmp_path / "a.jsonl", [row]))
+    with pytest.raises(RloraError, match=message):
+        [example_of(prompt, chat, config, 0) for prompt in env.train()]

@@ -327,7 +327,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x.png"}}
         ([{"role": "user", "content": 4}], r"message 0: content is 4; it must be a string"),
         ([{"role": "user"}], r"message 0: content is None"),
         ([USER, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, {"role": "tool", "content": "4"}],
-         r"message 1: content is null next to tool_calls, .* write the call into content, or drop the row"),
+         r"message 1: \{'id': '1'\} in tool_calls is not a call; use"),
         ([{"from": "robot", "value": "hi"}], r"message 0: from = 'robot' is not one of human, user, .*; rename it"),
         ([{"from": "human", "value": None}], r"message 0: content is None"),
         ([{"role": 3, "content": "a"}], r"message 0 is .*; it must have a role, a string"),

@@ -1,0 +1,158 @@
+"""The tools that an env gives to the policy: their schemas, and the calls in a message."""
+
+import inspect
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers.utils.chat_template_utils import get_json_schema
+
+from rlora.model.chat import THINK, Chat
+from rlora.model.tool_calls import FORMS, Parser, ToolCall, typed
+from rlora.plugin import load
+from rlora.records import Episode, RloraError
+from rlora.scoring.scoring import Scoring
+from rlora.scoring.tools import HIDDEN, functions_of
+from rlora.scoring.worker import EnvReply, EnvTurn
+
+_SCHEMA = '{"type": "function", "function": {"name": ..., "description": ..., "parameters": {"type": "object", ...}}}'
+
+
+@dataclass(frozen=True)
+class Toolset:
+    """The tools of an env, as the policy sees them, and the form in which it calls them."""
+
+    schemas: Mapping[str, Mapping[str, Any]]  # by name, for the chat template
+    parser: Parser
+    max_calls: int | None  # per episode; None: no limit
+
+    def calls(self, message: str) -> list[ToolCall]:
+        """Return the calls in a message of the policy, except in its thinking."""
+        return [self._typed(call) for call in self.parser(message.rpartition(THINK[1])[2])]
+
+    def _typed(self, call: ToolCall) -> ToolCall:
+        schema = self.schemas.get(call.name)
+        return typed(call, schema) if schema else call
+
+    def message(self, text: str) -> dict[str, Any]:
+        """Return the policy's message as a chat message, with its well-formed calls as `tool_calls`."""
+        calls = [
+            {"type": "function", "function": {"name": call.name, "arguments": dict(call.arguments)}}
+            for call in self.calls(text)
+            if not call.fault
+        ]
+        return {"role": "assistant", "content": text} | ({"tool_calls": calls} if calls else {})
+
+    async def answer(self, calls: Sequence[ToolCall], turn: EnvTurn, scoring: Scoring) -> EnvReply:
+        """Make the calls of a message one after the other. Returns their results as messages, and the episode's state.
+
+        A result has a `status`: "ok", "malformed", "unknown" (no tool has the name), "invalid" (the arguments do not
+        fit the tool), "timeout" or "error". The policy reads the reason for each status but "ok".
+        """
+        results, state = [], turn.state
+        for call in calls:
+            if call.fault:
+                status, content = "malformed", f"error: the call is malformed: {call.fault}"
+            elif call.name not in self.schemas:
+                status, content = "unknown", f"error: there is no tool {call.name!r}; use {', '.join(self.schemas)}"
+            else:
+                reply = await scoring.answer(replace(turn, state=state, tool=call.name, arguments=call.arguments))
+                status, content, state = reply.status or "ok", str(reply.content), reply.state
+            results.append({"role": "tool", "name": call.name, "content": content, "status": status})
+        return EnvReply(results, state)
+
+
+def tool_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
+    """Return the calls of tools per episode, and the share of calls whose status is not "ok"."""
+    messages = [message for episode in episodes for message in episode.messages]
+    statuses = [message["status"] for message in messages if message["role"] == "tool" and "status" in message]
+    failed = len(statuses) - statuses.count("ok")
+    return {"tools/calls": len(statuses) / len(episodes), "tools/failed": failed / max(1, len(statuses))}
+
+
+def is_agent(env: Any) -> bool:
+    """Return whether an env replies to the policy, or has tools."""
+    return hasattr(env, "reply") or bool(getattr(env, "tools", ()))
+
+
+def toolset_of(env: Any, chat: Chat) -> Toolset | None:
+    """Return the tools of an env; None if it has none.
+
+    `env.tools` are functions, whose type hints and docstrings make the schemas, and JSON schemas, whose functions are
+    the methods of the env with the tools' names. Raises RloraError if a schema is invalid, if two tools have one name,
+    or if the chat template does not render tools.
+    """
+    tools = getattr(env, "tools", ())
+    if not tools:
+        return None
+    schemas = {
+        name: checked_schema(tool, "env") if isinstance(tool, Mapping) else _schema_of(tool)
+        for name, tool in zip(functions_of(env), tools, strict=True)
+    }
+    return Toolset(schemas, _parser(chat, list(schemas.values())), getattr(env, "max_calls", None))
+
+
+def checked_schema(schema: Any, source: str) -> Mapping[str, Any]:
+    """Return the schema of a tool. Raises RloraError, which begins with `source`, if it is not one."""
+    function = schema.get("function", schema) if isinstance(schema, Mapping) else None
+    parameters = function.get("parameters", {"type": "object"}) if isinstance(function, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise RloraError(f"{source}: {schema!r:.200} is not the schema of a tool; use {_SCHEMA}")
+    properties = parameters.get("properties", {}) if isinstance(parameters, Mapping) else None
+    if (
+        not isinstance(parameters, Mapping)
+        or parameters.get("type", "object") != "object"
+        or not isinstance(properties, Mapping)
+        or not all(isinstance(item, Mapping) for item in properties.values())
+    ):
+        raise RloraError(
+            f"{source}: tool {function['name']!r}: its parameters {parameters!r:.200} are not a JSON schema of an "
+            'object; use {"type": "object", "properties": {NAME: {"type": ...}}}'
+        )
+    return {"type": "function", "function": {"description": "", **function, "parameters": dict(parameters)}}
+
+
+def _schema_of(tool: Any) -> Mapping[str, Any]:
+    """Return the schema that a function's type hints and docstring make, as transformers does."""
+    name = tool.__name__
+
+    def visible() -> None:
+        pass
+
+    try:
+        hints = typing.get_type_hints(tool)
+        parameters = [item for item in inspect.signature(tool).parameters.values() if item.name not in HIDDEN]
+        visible.__name__, visible.__doc__ = name, inspect.getdoc(tool)
+        visible.__annotations__ = {key: hint for key, hint in hints.items() if key not in HIDDEN}
+        visible.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        schema: Mapping[str, Any] = get_json_schema(visible)
+    except Exception as error:  # reads a user's annotations and docstring
+        raise RloraError(
+            f"env: its tool {name!r} has no schema: {error}; give each parameter a type hint and a line under Args: in "
+            "the docstring, or give the schema instead of the function"
+        ) from error
+    return schema
+
+
+def _parser(chat: Chat, schemas: Sequence[Mapping[str, Any]]) -> Parser:
+    """Return the parser that `chat.tool_calls` names; for `auto` the one that reads the template's own call.
+
+    Raises RloraError if the template does not render tools, or calls in no known form.
+    """
+    setting = chat.settings.tool_calls
+    probe = ToolCall(schemas[0]["function"]["name"], {"first": "one", "second": 'two "three"'})
+    text = chat.call_text({"name": probe.name, "arguments": probe.arguments}, schemas)
+    if setting in FORMS:
+        return FORMS[setting]
+    if setting != "auto" and ":" not in setting:
+        raise RloraError(f"chat.tool_calls = {setting!r}: use auto, {', '.join(FORMS)}, or a parser, mine.py:parse")
+    if setting != "auto":
+        return typing.cast(Parser, load("chat.tool_calls", setting))
+    for parser in FORMS.values():
+        if [*parser(text.rpartition(THINK[1])[2])] == [probe]:
+            return parser
+    raise RloraError(
+        f"chat.tool_calls = 'auto': the chat template writes a call as {text!r:.300}, which is in none of the forms "
+        f"{', '.join(FORMS)}; set chat.tool_calls to a parser of your own, mine.py:parse"
+    )

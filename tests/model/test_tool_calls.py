@@ -1,0 +1,80 @@
+"""The forms in which models write tool calls."""
+
+import pytest
+
+from rlora.model.tool_calls import FORMS, ToolCall, typed
+
+CALL = ToolCall("multiply", {"a": 347, "b": 28})
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "calls"),
+    [
+        ("hermes", '<tool_call>\n{"name": "multiply", "arguments": {"a": 347, "b": 28}}\n</tool_call>', [CALL]),
+        ("hermes", 'First:<tool_call>{"name": "multiply", "arguments": {"a": 347, "b": 28}}</tool_call> done', [CALL]),
+        ("hermes", '<tool_call>{"arguments": {"a": 347, "b": 28}, "name": "multiply"}', [CALL]),  # the end is missing
+        ("hermes", '<tool_call>{"name": "now"}</tool_call>', [ToolCall("now")]),
+        ("hermes", '<tool_call>{"name": "multiply", "arguments": "{\\"a\\": 347, \\"b\\": 28}"}</tool_call>', [CALL]),
+        ("hermes", '<tool_call>{"name": "run", "arguments": {"code": "a\nb"}}</tool_call>',
+         [ToolCall("run", {"code": "a\nb"})]),
+        ("hermes", "The answer is 9716.", []),
+        ("hermes", '{"name": "multiply", "arguments": {}}', []),
+        ("xml", "<tool_call>\n<function=multiply>\n<parameter=a>\n347\n</parameter>\n<parameter=b>\n28\n</parameter>\n"
+         "</function>\n</tool_call>", [ToolCall("multiply", {"a": "347", "b": "28"})]),
+        ("xml", "<tool_call><function=run><parameter=code>\nif a:\n  b\n</parameter></function></tool_call>",
+         [ToolCall("run", {"code": "if a:\n  b"})]),
+        ("llama3", '{"name": "multiply", "parameters": {"a": 347, "b": 28}}', [CALL]),
+        ("llama3", '<|python_tag|>{"name": "multiply", "parameters": {"a": 347, "b": 28}}', [CALL]),
+        ("llama3", '{"name": "multiply", "parameters": {"a": 347, "b": 28}}; {"name": "now", "parameters": {}}',
+         [CALL, ToolCall("now")]),
+        ("llama3", 'I call {"name": "multiply"}', []),
+        ("json", ' [{"name": "multiply", "arguments": {"a": 347, "b": 28}, "id": "a"}, {"name": "now"}] ',
+         [CALL, ToolCall("now")]),
+        ("json", '```json\n{"name": "multiply", "arguments": {"a": 347, "b": 28}}\n```', [CALL]),
+        ("json", '{"answer": 9716}', []),
+        ("json", "[1, 2, 3]", []),
+        ("json", "[not JSON", []),
+        ("json", "{}", []),
+        ("json", "", []),
+    ],
+)  # fmt: skip
+def test_calls_in_each_form(form: str, text: str, calls: list[ToolCall]) -> None:
+    assert list(FORMS[form](text)) == calls
+
+
+def test_parallel_calls_keep_their_order() -> None:
+    text = '<tool_call>{"name": "a"}</tool_call>\n<tool_call>{"name": "b"}</tool_call>\n<tool_call>{"name": "a"}'
+    assert [call.name for call in FORMS["hermes"](text)] == ["a", "b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "fault"),
+    [
+        ("hermes", '<tool_call>{"name": "multiply", "arguments": {"a": 347</tool_call>', "not valid JSON"),
+        ("hermes", "<tool_call></tool_call>", "not valid JSON"),
+        ("hermes", '<tool_call>["multiply", 1]</tool_call>', 'must be {"name": ..., "arguments": {...}}'),
+        ("hermes", '<tool_call>{"name": 7}</tool_call>', 'must be {"name"'),
+        ("hermes", '<tool_call>{"name": "multiply", "arguments": [347, 28]}</tool_call>', '"arguments" must be'),
+        ("hermes", "<tool_call>" + "[" * 100_000, "not valid JSON"),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"a": ' + "1" * 5000 + "}}</tool_call>", "not valid JSON"),
+        ("xml", '<tool_call>{"name": "multiply"}</tool_call>', "must be <function=NAME>"),
+        ("llama3", '{"name": "multiply", "parameters": {"a": 347', "not valid JSON"),
+        ("llama3", '{"name": "multiply", "parameters": 347}', '"parameters" must be'),
+        ("json", '[{"name": "multiply", "arguments": {"a": 347, "b": 28}}', "not valid JSON"),
+    ],
+)
+def test_a_malformed_call_has_a_fault(form: str, text: str, fault: str) -> None:
+    (call,) = FORMS[form](text)
+    assert fault in call.fault
+
+
+def test_one_malformed_call_leaves_the_others() -> None:
+    calls = FORMS["hermes"]('<tool_call>{"name": "a"}</tool_call><tool_call>{"name"</tool_call>')
+    assert [bool(call.fault) for call in calls] == [False, True]
+
+
+def test_text_becomes_a_value_of_the_type_in_the_schema() -> None:
+    properties = {"a": {"type": "integer"}, "b": {"type": "array"}, "c": {"type": "string"}, "e": {"type": "integer"}}
+    schema = {"function": {"name": "f", "parameters": {"type": "object", "properties": properties}}}
+    call = typed(ToolCall("f", {"a": "7", "b": "[1]", "c": "7", "d": "7", "e": "seven"}), schema)
+    assert call.arguments == {"a": 7, "b": [1], "c": "7", "d": "7", "e": "seven"}

@@ -1,0 +1,237 @@
+"""Tools of an env: schemas, the chat templates of model families, and calls in real scoring processes."""
+
+import asyncio
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from rlora.model.base import load_tokenizer
+from rlora.model.chat import Chat
+from rlora.model.tool_calls import ToolCall
+from rlora.records import Prompt, RloraError
+from rlora.rollout.task import load_task, setup_of
+from rlora.rollout.toolset import Toolset, toolset_of
+from rlora.scoring.pool import Pool
+from rlora.scoring.scoring import Scoring
+from rlora.scoring.worker import EnvTurn
+from rlora.settings import ChatConfig, Config
+
+TOOLS = Path(__file__).parents[1] / "tool_env.py"
+MISTRAL = """{{ '<s>' }}{%- for message in messages -%}
+{%- if message.role == 'user' -%}
+{%- if loop.first and tools -%}{{ '[AVAILABLE_TOOLS] ' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}{%- endif -%}
+{{ '[INST] ' + message.content + '[/INST]' }}
+{%- elif message.tool_calls -%}
+{{ '[TOOL_CALLS] [' }}
+{%- for call in message.tool_calls -%}{{ (call.function | tojson) + (', ' if not loop.last else '') }}{%- endfor -%}
+{{ ']</s>' }}
+{%- elif message.role == 'tool' -%}{{ '[TOOL_RESULTS] {"content": ' + message.content + '}[/TOOL_RESULTS]' }}
+{%- else -%}{{ ' ' + message.content + '</s>' }}{%- endif -%}{%- endfor -%}"""  # as Mistral's own, in short
+FAMILIES = {  # the template, the form of its calls, its special tokens with the one that ends a message first
+    "qwen2_5": ("hermes", ["<|im_end|>", "<|im_start|>"]),
+    "qwen3": ("hermes", ["<|im_end|>", "<|im_start|>"]),
+    "qwen3_5_nothink": ("xml", ["<|im_end|>", "<|im_start|>"]),
+    "llama3_1": ("llama3", ["<|eot_id|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]),
+    "llama3_2": ("llama3", ["<|eot_id|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]),
+    "mistral": ("json", ["</s>", "<s>", "[TOOL_CALLS]", "[INST]", "[/INST]"]),
+    "hermes": ("hermes", ["<|im_end|>", "<|im_start|>"]),
+}
+
+
+def multiply(a: int, b: int) -> int:
+    """Multiply two integers.
+
+    Args:
+        a: The first factor.
+        b: The second factor.
+    """
+    return a * b
+
+
+class Tools:
+    def __init__(self, *tools: Any, **methods: Any) -> None:
+        self.tools = tools
+        vars(self).update(methods)
+
+
+@pytest.fixture
+def chat(demo: str) -> Chat:
+    return Chat(load_tokenizer(demo), ChatConfig(template="hermes"), (2,))
+
+
+def published(family: str) -> str:
+    """The template of a model family, as the TRL package has it; ours by its name."""
+    spec = importlib.util.find_spec("trl")
+    assert spec is not None
+    assert spec.origin is not None
+    return (Path(spec.origin).parent / "chat_templates" / f"{family}.jinja").read_text()
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> Chat:
+    """A chat with a family's template, over a tokenizer of bytes and the family's special tokens."""
+    template = {"mistral": MISTRAL, "hermes": "hermes"}.get(request.param) or published(request.param)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: number for number, letter in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast.add_special_tokens({"additional_special_tokens": FAMILIES[request.param][1]})
+    return Chat(fast, ChatConfig(template=template), (len(alphabet),))
+
+
+def test_templates_of_model_families_show_the_form_of_their_calls(family: Chat, request: pytest.FixtureRequest) -> None:
+    tools = toolset_of(Tools(multiply), family)
+    assert tools is not None
+    assert tools.parser.__name__.endswith(FAMILIES[request.node.callspec.params["family"]][0])
+    ids = family.prompt_ids("What is 347 * 28?", tuple(tools.schemas.values()))
+    assert "Multiply two integers." in family.decode(ids)
+
+
+def test_ids_over_five_turns_are_those_that_the_template_renders(family: Chat) -> None:
+    """The prompt, five messages with a call each, their results, and the answer: decoded, the whole conversation."""
+    tools = toolset_of(Tools(multiply), family)
+    assert tools is not None
+    schemas = tuple(tools.schemas.values())
+    conversation: list[dict[str, Any]] = [{"role": "user", "content": "Multiply."}]
+    ids = list(family.prompt_ids(conversation, schemas))
+    for number in range(5):
+        call = {"type": "function", "function": {"name": "multiply", "arguments": {"a": number, "b": 28}}}
+        message = {"role": "assistant", "content": "", "tool_calls": [call]}
+        sampled = [*family._ids(family.message_text(message)), family.stop_token_ids[0]]
+        assert tools.calls(family.text(sampled)) == [ToolCall("multiply", {"a": number, "b": 28})]
+        result = {"role": "tool", "name": "multiply", "content": str(28 * number)}
+        reply = family.reply_ids([result], sampled)
+        ids += [*sampled, *reply]
+        conversation += [message, result]
+    expected = family._template.render(conversation, tokenize=False, tools=list(schemas))
+    assert family.decode(ids) == expected
+
+
+def test_a_message_with_several_calls_gets_several_results(chat: Chat) -> None:
+    results = [{"role": "tool", "name": "multiply", "content": text} for text in ("1", "2")]
+    assert chat.decode(chat.reply_ids(results, (5, 2))) == (
+        "\n<|im_start|>user\n<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+def test_calls_in_a_thought_are_not_made(chat: Chat) -> None:
+    tools = toolset_of(Tools(multiply), chat)
+    assert tools is not None
+    call = '<tool_call>{"name": "multiply", "arguments": {"a": "2", "b": 3}}</tool_call>'
+    assert tools.calls(f"<think>{call}</think>6") == []
+    assert tools.calls(f"<think>?</think>{call}") == [ToolCall("multiply", {"a": 2, "b": 3})]
+
+
+def no_types(a, b):  # type: ignore[no-untyped-def]
+    """Add.
+
+    Args:
+        a: One.
+        b: Two.
+    """
+
+
+def no_docstring(a: int) -> int:
+    return a
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        (Tools(multiply, multiply), "two of its tools have the name 'multiply'"),
+        (Tools(no_types), "'no_types' has no schema: .* type hint"),
+        (Tools(no_docstring), "'no_docstring' has no schema: .* docstring"),
+        (Tools(7), "its tool 7 has no name or can't be called"),
+        (Tools({"type": "function"}), "is a schema, but the env has no method None"),
+        (Tools({"name": "add"}), "is a schema, but the env has no method add"),
+        (Tools({"name": "add", "parameters": {"type": "array"}}, add=multiply), "'add': its parameters .* not a JSON"),
+        (Tools({"name": "add", "parameters": {"properties": ["a"]}}, add=multiply), "'add': its parameters"),
+    ],
+)
+def test_an_invalid_tool_is_an_error(chat: Chat, env: Any, message: str) -> None:
+    with pytest.raises(RloraError, match=message):
+        toolset_of(env, chat)
+
+
+def test_a_schema_calls_the_method_of_its_name(chat: Chat) -> None:
+    schema = {"name": "add", "description": "Add.", "parameters": {"type": "object", "properties": {}}}
+    tools = toolset_of(Tools(schema, add=multiply), chat)
+    assert tools is not None
+    assert tools.schemas["add"] == {"type": "function", "function": schema}
+
+
+def test_a_template_without_tools_is_an_error(demo: str, chat: Chat) -> None:
+    with pytest.raises(RloraError, match=r"does not render tools \(multiply\).*set chat\.template to .*hermes"):
+        toolset_of(Tools(multiply), Chat(chat.tokenizer, ChatConfig(), (2,)))
+    only_tools = "{{ tools }}{% for message in messages %}{{ message.content }}{% endfor %}"
+    with pytest.raises(RloraError, match="does not render a message of the policy"):
+        toolset_of(Tools(multiply), Chat(chat.tokenizer, ChatConfig(template=only_tools), (2,)))
+    hermes = (Path(__file__).parents[2] / "rlora" / "model" / "hermes.jinja").read_text()
+    other = Chat(chat.tokenizer, ChatConfig(template=hermes.replace("<tool_call>", "<call>")), (2,))
+    with pytest.raises(RloraError, match=r"chat\.tool_calls = 'auto': .*<call>.*none of the forms"):
+        toolset_of(Tools(multiply), other)
+    no_end = Chat(chat.tokenizer, ChatConfig(template="hermes"), (5,))
+    with pytest.raises(RloraError, match="no end token"):
+        toolset_of(Tools(multiply), no_end)
+
+
+def test_a_parser_of_ones_own(demo: str, chat: Chat) -> None:
+    own = Chat(chat.tokenizer, ChatConfig(template="hermes", tool_calls=f"{TOOLS}:parse"), (2,))
+    tools = toolset_of(Tools(multiply), own)
+    assert tools is not None
+    assert tools.calls("CALL multiply 2 3") == [ToolCall("multiply", {"a": 2, "b": 3})]
+    with pytest.raises(RloraError, match=r"chat\.tool_calls = 'qwen'"):
+        toolset_of(Tools(multiply), Chat(chat.tokenizer, ChatConfig(template="hermes", tool_calls="qwen"), (2,)))
+
+
+@pytest.fixture
+def played(config: Callable[..., Config]) -> Iterator[tuple[Toolset, Scoring, Prompt]]:
+    settings = config(
+        env=f"{TOOLS}:Shop", env_args={}, reward="rlora.rewards.integer:integer_answer",
+        chat={"template": "hermes"}, sampling={"max_prompt_tokens": 600, "max_tokens": 64}, scoring={"deadline": 1.0},
+    )  # fmt: skip
+    task = load_task(settings)
+    assert task.agent
+    assert task.tools is not None
+    with closing(Pool(setup_of(settings, agent=True), 1)) as pool:
+        yield task.tools, Scoring(settings, [pool]), task.prompts[0]
+
+
+def test_calls_and_their_statuses(played: tuple[Toolset, Scoring, Prompt]) -> None:
+    tools, scoring, prompt = played
+    block = "<tool_call>{}</tool_call>".format
+    text = "".join([
+        block('{"name": "put", "arguments": {"item": "pen", "number": 2}}'),
+        block('{"name": "put", "arguments": {"item": "cup", "number": 3}}'),
+        block('{"name": "fail", "arguments": {}}'), block('{"name": "hang", "arguments": {}}'),
+        block('{"name": "leave", "arguments": {}}'), block('{"name": "gone", "arguments": {}}'),
+        block('{"name": "put", "arguments": {"thing": "pen"}}'), block('{"name": "put"'),
+        block('{"name": "put", "arguments": {"item": "pen", "number": 1, "state": {}}}'),
+        block('{"name": "question", "arguments": {}}'),
+    ])  # fmt: skip
+    reply = asyncio.run(tools.answer(tools.calls(text), EnvTurn(prompt, text, {}), scoring))
+    assert isinstance(reply.content, list)
+    results = [(message["name"], message["status"], message["content"]) for message in reply.content]
+    assert results == [
+        ("put", "ok", '{"pen": 2}'),
+        ("put", "ok", '{"pen": 2, "cup": 3}'),
+        ("fail", "error", "error: ValueError: out of stock"),
+        ("hang", "timeout", "error: the call took too long"),
+        ("leave", "error", "error: the call ended its process"),
+        ("gone", "unknown", "error: there is no tool 'gone'; use put, fail, hang, leave, question"),
+        ("put", "invalid", "error: missing a required argument: 'item'; its parameters are item, number"),
+        ("", "malformed", results[7][2]),
+        ("put", "invalid", "error: got an unexpected keyword argument 'state'; its parameters are item, number"),
+        ("question", "ok", prompt.text),
+    ]
+    assert results[7][2].startswith("error: the call is malformed: not valid JSON")
+    assert reply.state == {"basket": {"pen": 2, "cup": 3}}
