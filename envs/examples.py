@@ -10,7 +10,7 @@ from .chats import as_conversation, as_text, without_nulls
 from .files import Row
 from .table import Table, cell
 
-_FORMS = "messages; prompt and completion; prompt, chosen and rejected; or chosen and rejected"
+_FORMS = "messages; prompt and completion; prompt, chosen and rejected; chosen and rejected; or text"
 
 
 class Examples(Table):
@@ -18,10 +18,10 @@ class Examples(Table):
 
     `path`, `name`, `split` and the `held_out_` arguments are those of `Table`. The columns select the form: `messages`
     (a conversation whose assistant's messages are learned from), `prompt` and `completion`, `prompt`, `chosen` and
-    `rejected`, or `chosen` and `rejected`, two conversations that begin alike. Text and chat messages are both
-    supported. `prompt` and `completion` name the columns of the second form. `weight` is a column with the weight of
-    each example in the loss of SFT, "" for none. A column `tools` has the JSON schemas of the tools that the prompt
-    offers, as a list or as JSON.
+    `rejected`, `chosen` and `rejected`, two conversations that begin alike, or `text`, which has no prompt. Text and
+    chat messages are both supported. `prompt` and `completion` name the columns of the second form. `weight` is a
+    column with the weight of each example in the loss of SFT, "" for none. A column `tools` has the JSON schemas of the
+    tools that the prompt offers, as a list or as JSON.
     """
 
     def __init__(
@@ -77,6 +77,8 @@ def _parts(row: Row, source: str) -> tuple[str | Messages, tuple[str | Messages,
             _completion(conversation("completion"), "completion", source),
         )
     name = next((name for name in ("messages", "conversations", "conversation") if name in row), "")
+    if not name and isinstance(row.get("text"), str):
+        return (), (_completion(row["text"], "text", source),)
     if not name:
         raise RloraError(f"{source}: it has the columns {', '.join(row)}; an example needs {_FORMS}")
     messages = conversation(name)

@@ -23,8 +23,11 @@ from rlora.settings.fields import Tag, tagged
 
 _log = logging.getLogger(__name__)
 
-# With these the probability of a token depends on the tokens before it in a way that the learner does not compute.
-_UNLEARNABLE = {"repetition_penalty", "presence_penalty", "frequency_penalty"}
+# With these the probabilities of a token differ from the model's in a way that the learner does not compute.
+_UNLEARNABLE = {
+    "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens", "logit_bias", "bad_words",
+    "allowed_token_ids", "ignore_eos",
+}  # fmt: skip
 _ARGUMENT = re.compile(r"(env_args|reward_args|chat\.template_args)\.[^.]+")
 _SETS = ("evaluate", "sets")
 _SECRET = "scoring.environment"  # its value is never shown: it may hold a secret by mistake

@@ -54,7 +54,7 @@ class Version:
 class Prompt:
     """One problem. The env sets all fields except `token_ids`, which rlora adds when the data is loaded."""
 
-    text: str | Messages  # with a chat template, a string becomes one user message
+    text: str | Messages  # a string becomes one user message; () for a given completion that is a whole text
     answer: Any = None  # reference answer for the reward function
     token_ids: tuple[int, ...] = ()  # of `text` after the chat template
     columns: Mapping[str, Any] = field(default_factory=dict)  # further arguments of reward functions, by name

@@ -103,7 +103,9 @@ def test_every_fault_is_told_at_once() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["repetition_penalty", "presence_penalty", "frequency_penalty"])
+@pytest.mark.parametrize(
+    "name", ["repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens", "logit_bias"]
+)
 def test_sampling_that_the_learner_could_not_know_is_refused(name: str, tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text(tomli_w.dumps(MINIMAL | {"sampling": {name: 0.9}}))

@@ -47,6 +47,10 @@ class Chat:
         ids = self._template.render(messages, tokenize=True, return_dict=False, tools=list(tools) or None)
         return tuple(ids) + self._ids(self._opening(messages)[1])
 
+    def text_ids(self, text: str) -> tuple[int, ...]:
+        """Return the tokens of a whole text, without the chat template, and the model's end token."""
+        return (*self._bare_ids(text), self.stop_token_ids[0])
+
     def _bare_ids(self, text: str) -> tuple[int, ...]:
         """Return the tokens of a bare text after the special tokens that the tokenizer puts before a text (once).
         Special tokens after the text are removed, because the policy continues the text."""

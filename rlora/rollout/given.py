@@ -23,6 +23,8 @@ def example_of(prompt: Prompt, chat: Chat, config: Config, number: int) -> Group
             f"learns from {'one' if wanted == 1 else 'a chosen and a rejected one'}; use an env that gives them"
         )
     tools = [checked_schema(tool, source) for tool in prompt.tools]
+    if not isinstance(prompt.text, str) and not prompt.text:
+        prompt = _text_example(prompt, str(prompt.completions[0]), chat)
     prompt_ids = prompt.token_ids or chat.prompt_ids(prompt.text, tools)
     _check_length(source, "prompt", len(prompt_ids), "sampling.max_prompt_tokens", config.sampling.max_prompt_tokens)
     episodes = []
@@ -35,6 +37,13 @@ def example_of(prompt: Prompt, chat: Chat, config: Config, number: int) -> Group
     if wanted == 2 and episodes[0].completion_ids == episodes[1].completion_ids:
         raise RloraError(f"{source}: the chosen and the rejected completion have the same tokens; drop the row")
     return Group(replace(prompt, completions=(), token_ids=prompt_ids), tuple(episodes))
+
+
+def _text_example(prompt: Prompt, text: str, chat: Chat) -> Prompt:
+    """Return a prompt of the first token of a text, whose completion is the rest."""
+    ids = chat.text_ids(text)
+    rest = Episode(ids[1:], (0.0,) * (len(ids) - 1), "stop", BASE.version, text)
+    return replace(prompt, token_ids=ids[:1], completions=(rest,))
 
 
 def _episode(completion: str | Messages, prompt: Prompt, chat: Chat) -> Episode:

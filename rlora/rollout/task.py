@@ -172,7 +172,10 @@ def bare_task(config: Config) -> Task:
             f"the context length of {config.model} is {limit}; lower one of the two settings"
         )
     tokenizer = load_tokenizer(base)
-    chat = Chat(tokenizer, config.chat, stop_token_ids(base, tokenizer))
+    size, further = vocabulary_size(base), config.chat.stop_token_ids
+    if beyond := [token for token in further if token >= size]:
+        raise RloraError(f"chat.stop_token_ids: {beyond[0]} is not one of the model's {size} tokens; remove it")
+    chat = Chat(tokenizer, config.chat, tuple(dict.fromkeys((*stop_token_ids(base, tokenizer), *further))))
     scoring = setup_of(config, agent=False)
     return Task(base, chat, config.chat.stop, agent=False, prompts=[], held_out=[], dropped=0, scoring=scoring)
 
@@ -228,7 +231,8 @@ def _check_prompt(source: str, prompt: Any, number: int) -> None:
             f"{source} returned {prompt!r}; return a rlora.records.Prompt(text, answer) for each problem{suffix}"
         )
     text: Any = prompt.text
-    if not isinstance(text, str) and not (isinstance(text, Sequence) and text and all(map(_is_message, text))):
+    is_chat = isinstance(text, Sequence) and (text or prompt.completions) and all(map(_is_message, text))
+    if not isinstance(text, str) and not is_chat:
         raise RloraError(
             f"{source} returned a Prompt whose text is {text!r}; use a string, or a list of chat messages, "
             f'{{"role": ..., "content": ...}} with string values{suffix}'

@@ -58,6 +58,8 @@ class ChatConfig:
     stop: tuple[str, ...] = ()
     """Strings that end the policy's message, in addition to the model's end tokens and the env's `stop` strings. None
     by default."""
+    stop_token_ids: tuple[NonNegativeInt, ...] = ()
+    """IDs of tokens that end the policy's message, in addition to the model's end tokens. None by default."""
     think: tuple[str, str] = ("<think>", "</think>")
     """Opening and closing tag that the model writes around its thinking. Reward functions receive <think> and </think>
     in place of these tags."""

@@ -241,6 +241,19 @@ def test_each_epoch_visits_all_examples_and_a_resumed_stream_continues(
     assert resumed.cursor == Cursor(9)
 
 
+def test_a_text_is_learned_from_as_it_is(supervised: Callable[..., Config], tmp_path: Path) -> None:
+    config = supervised(sampling={"max_tokens": 40, "max_prompt_tokens": 8})
+    chat = bare_task(config).chat
+    (prompt,) = Examples(write(tmp_path / "a.jsonl", [{"text": "Two and two is four."}])).train()
+    made = example_of(prompt, chat, config, 0)
+    ids = made.prompt.token_ids + made.episodes[0].completion_ids
+    assert chat.decode(ids[:-1]) == "Two and two is four."
+    assert ids[-1] in chat.stop_token_ids
+    assert len(made.prompt.token_ids) == 1
+    (loaded,) = load_task(replace(config, env_args={"path": str(tmp_path / "a.jsonl")})).examples
+    assert (loaded.prompt.token_ids, loaded.episodes[0].completion_ids) == (ids[:1], ids[1:])
+
+
 CALL = {"id": "c1", "type": "function", "function": {"name": "now", "arguments": {"zone": "UTC"}}}
 SCHEMA = {
     "type": "function",

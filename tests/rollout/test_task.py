@@ -9,7 +9,7 @@ import torch
 
 from rlora.model.base import load_base, load_tokenizer, stop_token_ids
 from rlora.records import RloraError
-from rlora.rollout.task import load_task
+from rlora.rollout.task import bare_task, load_task
 from rlora.settings import Config
 
 MakeConfig = Callable[..., Config]
@@ -183,3 +183,9 @@ def test_weights_that_do_not_fit_their_config_are_reported(demo: str, tmp_path: 
     (model / "pytorch_model.bin").write_bytes(b"cut off")
     with pytest.raises(RloraError, match=r"model = .*: transformers can't load the weights: .*save the model again"):
         load_base(str(model), torch.float32)
+
+
+def test_further_end_tokens(config: Callable[..., Config]) -> None:
+    assert bare_task(config(chat={"stop_token_ids": [5, 2]})).chat.stop_token_ids[-1] == 5
+    with pytest.raises(RloraError, match=r"chat\.stop_token_ids: 49152 is not one of the model's 49152 tokens"):
+        bare_task(config(chat={"stop_token_ids": [49152]}))
