@@ -42,7 +42,7 @@ class Display:
     def on_step(self, run: Run, figures: Mapping[str, Any]) -> None:
         """Record the metrics of a member's step."""
         self.latest[run.policy] = figures
-        self.rewards.setdefault(run.policy, []).append(progress(figures))
+        self.rewards.setdefault(run.policy, []).append(progress(figures) or 0.0)
 
     def turn(self, runs: Sequence[Run], due: Sequence[Run], seconds: float) -> None:
         """Log and show a turn of `seconds`, in which those of `runs` that are in `due` took a step."""
@@ -73,10 +73,10 @@ class Display:
             return
         steps = sorted(set(line["steps"].values()))
         span = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
-        best = max(self.latest, key=lambda name: progress(self.latest[name]), default="")
+        best = max(self.latest, key=lambda name: progress(self.latest[name]) or 0.0, default="")
         remaining = max((run.config.steps - run.number for run in runs if run.is_active), default=0) * line["time/turn"]
         text = f"{len(line['steps'])} members, {span}, {line['tokens_per_second']:.0f} tokens/s"
-        reward = f", best {best} {progress(self.latest[best]):.3f}" if best else ""
+        reward = f", best {best} {progress(self.latest[best]) or 0.0:.3f}" if best else ""
         text += f"{reward}, time {line['time/turn']:.1f} s, left {remaining:.0f} s"
         _log.info("turn %s: %s", line["turn"], text)
 

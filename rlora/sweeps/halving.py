@@ -12,6 +12,7 @@ from typing import Any
 
 from rlora.records import RloraError
 from rlora.sweeps.members import Member
+from rlora.telemetry.metrics import progress
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Halving:
 
     at: tuple[int, ...] = ()  # the rungs, in increasing order; empty: nothing is dropped
     keep: float = 0.5  # share of the configurations that continues, rounded up
-    by: str = "reward/mean"  # metric of metrics.jsonl, higher is better
+    by: str = ""  # metric of metrics.jsonl, higher is better; -held_out/nll: lower is better; "": `progress`
     over_last: int = 4  # number of steps that the metric is averaged over
     pool: tuple[str, ...] = ("seed",)  # members that differ only in these fields have one configuration
 
@@ -90,5 +91,11 @@ class Halving:
 
     def values(self, rung: int, lines: Iterable[Mapping[str, Any]]) -> list[float]:
         """Return the last `over_last` values of the metric before a rung, from lines of metrics.jsonl."""
-        values = [line[self.by] for line in lines if line["step"] < rung and line.get(self.by) is not None]
-        return values[-self.over_last :]
+        values = [self._value(line) for line in lines if line["step"] < rung]
+        return [value for value in values if value is not None][-self.over_last :]
+
+    def _value(self, line: Mapping[str, Any]) -> float | None:
+        if not self.by:
+            return progress(line)
+        value = line.get(self.by.removeprefix("-"))
+        return -value if value is not None and self.by.startswith("-") else value

@@ -91,7 +91,7 @@ def read_results(path: Path) -> list[MemberResult]:
             MemberResult(
                 member.name, (label or "as given") + f", forked from {origin}@{first}" * bool(origin), member.changes,
                 states[member.name].status if member.name in states else "waiting",
-                [progress(line) for line in directory.figures(run)],
+                [progress(line) or 0.0 for line in directory.figures(run)],
                 summary.get("accuracy/before"), summary.get("accuracy/after", summary.get("held_out/accuracy/after")),
                 first, origin, summary.get("held_out/nll/after"),
             )

@@ -66,12 +66,12 @@ def summarise_given(groups: Sequence[Group]) -> dict[str, float | None]:
     return figures | {"reward/informative_groups": None, "staleness": None}
 
 
-def progress(line: Mapping[str, Any]) -> float:
+def progress(line: Mapping[str, Any]) -> float | None:
     """Return the figure of a step that rises as a policy learns: the mean reward; without rewards the share of pairs
-    that are in the right order, or the log-likelihood per token."""
-    figures = (line.get("reward/mean"), line.get("objective/accuracy"))
-    found = next((figure for figure in figures if figure is not None), None)
-    return float(-(line.get("objective/nll") or 0.0) if found is None else found)
+    that are in the right order, or the log-likelihood per token. None if the step has none of these."""
+    nll = line.get("objective/nll")
+    figures = (line.get("reward/mean"), line.get("objective/accuracy"), None if nll is None else -nll)
+    return next((figure for figure in figures if figure is not None), None)
 
 
 class Metrics:

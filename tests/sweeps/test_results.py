@@ -89,3 +89,24 @@ def test_tied_configurations_are_kept() -> None:
     assert Halving(at=(6,), keep=0.25).dropped(6, members, lines) == ["a", "c", "d"]
     lines["b"] = [{"step": 0, "reward/mean": None}]  # without a reward so far
     assert "b" in Halving(at=(6,), keep=0.75).dropped(6, members, lines)
+
+
+@pytest.mark.parametrize(
+    ("by", "values", "dropped"),
+    [
+        ("", [{"objective/nll": 0.5}, {"objective/nll": 0.7}], "b"),
+        (
+            "",
+            [{"objective/nll": 0.5, "objective/accuracy": 0.5}, {"objective/nll": 0.7, "objective/accuracy": 0.6}],
+            "a",
+        ),
+        ("-held_out/nll", [{"held_out/nll": 0.5}, {"held_out/nll": 0.4, "objective/nll": 9.0}], "a"),
+        ("-held_out/nll", [{"held_out/nll": 0.5}, {}], "b"),
+    ],
+)
+def test_members_without_rewards_are_compared_by_their_losses(
+    by: str, values: list[dict[str, float]], dropped: str
+) -> None:
+    members = [member(name, rank=number, seed=0) for number, name in enumerate("ab")]
+    lines = {name: [{"step": 0, **line}] for name, line in zip("ab", values, strict=True)}
+    assert Halving(at=(1,), by=by).dropped(1, members, lines) == [dropped]
