@@ -33,7 +33,7 @@ class Prices(Generated):
     def __init__(
         self,
         most: int = 20,
-        shots: int = 1,
+        shots: int = 2,
         results: int = 1,
         max_calls: int = 4,
         size: int = 1000,

@@ -13,6 +13,7 @@ from rlora.core.batch import microbatches
 from rlora.records import Episode, Group, Prompt
 from rlora.rollout.stream import sampling_of
 from rlora.rollout.task import ServedPolicy, load_task
+from rlora.rollout.toolset import tool_metrics
 from rlora.settings import Config
 
 pytestmark = pytest.mark.vllm
@@ -69,6 +70,36 @@ def test_learner_and_engine_see_the_same_ids_over_turns(config: Callable[..., Co
         ]
     assert sum(map(len, differences)) == sum(e.sampled_tokens for group in groups for e in group.episodes)
     assert torch.cat(differences).max() < 2e-3  # in fp32: the same contexts
+
+
+def test_a_model_calls_tools_and_reads_their_results(config: Callable[..., Config]) -> None:
+    """SmolLM2 copies the form of the examples in some episodes; the results follow exactly what it sampled."""
+    settings = config(
+        env="rlora.envs.calculator:ToolCalculator", env_args={"levels": "1", "shots": 3}, chat={"template": "hermes"},
+        sampling={"max_tokens": 112, "max_prompt_tokens": 512},
+    )  # fmt: skip
+    task = load_task(settings)
+    assert task.tools
+    learner = Solo(settings, task.base)
+    with cluster.start([ServedPolicy("run", settings, task)], learn=False) as job:
+        job.fleet.swap(learner.adapter())
+        flights = [job.loops["run"].start(prompt, sampling_of(settings, 4)) for prompt in task.prompts[:4]]
+        groups = [flight.scored.result(timeout=300) for flight in flights]
+    episodes = [episode for group in groups for episode in group.episodes]
+    called = [episode for episode in episodes if len(episode.messages) > 1]
+    assert len(called) >= 2  # of 16
+    for episode in called:
+        call, result = episode.messages[:2]
+        sampled, reply, *_ = turns(episode)
+        assert task.chat.text(sampled) == call["content"]
+        assert task.chat.decode(reply) == (
+            f"\n<|im_start|>user\n<tool_response>\n{result['content']}\n</tool_response><|im_end|>\n"
+            "<|im_start|>assistant\n"
+        )
+    answered = [episode.messages[1] for episode in called if episode.messages[1]["status"] == "ok"]
+    assert answered
+    assert any(int(message["content"]) for message in answered if message["content"].lstrip("-").isdigit())
+    assert tool_metrics(episodes)["tools/calls"] >= len(called) / len(episodes)
 
 
 def turns(episode: Episode) -> list[list[int]]:
