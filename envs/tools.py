@@ -36,7 +36,7 @@ def calculator(expression: str) -> str:
     Args:
         expression: Numbers with + - * / and parentheses, such as (2+3)*4.
     """
-    return calculate(expression)
+    return calculate(str(expression))  # models write numbers without quotes
 
 
 def calculate(text: str) -> str:

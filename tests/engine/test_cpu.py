@@ -91,6 +91,24 @@ def test_tokens_are_drawn_with_their_probabilities() -> None:
     torch.testing.assert_close(logprobs[0].exp(), p)
 
 
+def test_draws_over_blocks_of_the_vocabulary() -> None:
+    """1,000 tokens are no multiple of a block; whole blocks, and the last token of each, have no probability."""
+    from rlora.engine.cpu.sampling import invert
+
+    torch.manual_seed(0)
+    count, p = 200_000, torch.rand(1000)
+    p[256:512] = p[255] = p[999] = p[0] = 0.0
+    p /= p.sum()
+    drawn = torch.cat(
+        [torch.bincount(invert(part), minlength=1000)[None] for part in p.expand(count, -1).split(20_000)]
+    )
+    share = drawn.sum(0) / count
+    assert ((share - p).abs() <= 5 * (p * (1 - p) / count).sqrt()).all()
+    peaked = torch.full((1000, 49152), -200.0)
+    peaked[:, 300] = 0.0
+    assert (invert(peaked.softmax(1)) == 300).all()
+
+
 @pytest.mark.parametrize(
     ("k", "p"),
     [(None, [0.9, 0.3, 1.0]), ([5, 97, 1], None), ([50, 97, 8], [0.5, 0.999, 0.9]), ([97, 97, 97], [1.0, 1.0, 1.0])],

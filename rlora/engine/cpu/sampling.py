@@ -6,12 +6,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 from vllm import LLMEngine
 from vllm.v1.outputs import ModelRunnerOutput, SamplingMaskLists
 from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
 
 _vllm_draw = TopKTopPSampler.forward_cpu
-_NUCLEUS = 256  # most tokens of a nucleus that is found without sorting the vocabulary
+_BLOCK = 256  # tokens whose probabilities are summed before the cumulative sum
+_NUCLEUS = (128, 2048)  # sizes up to which a nucleus is looked for before the vocabulary is sorted
 
 
 def draw(
@@ -21,7 +23,8 @@ def draw(
 
     Returns the tokens (rows,) and the logprobs (rows, V), which are the log-softmax of the logits in fp32. For each row
     a number u is drawn uniformly from (0, 1]. The row's token is the first at which the cumulative probability is at
-    least u. Both u and the cumulative probability are rounded to fp32, whose spacing just below 1 is 6e-8.
+    least u. Both u and the cumulative probability are rounded to fp32, whose spacing just below 1 is 6e-8. Blocks of
+    tokens are summed first, so that the cumulative sum, which is slow on a CPU, is over one block per row.
 
     Replaces `TopKTopPSampler.forward_cpu`, and calls vLLM's own method if a request has a generator (a seed), or if
     `logprobs_mode` is not processed_logprobs. If a request has top-k `k`, top-p `p` or min-p (vLLM has set these logits
@@ -33,10 +36,22 @@ def draw(
     if Masks.are_wanted:
         Masks.of(logits)
     logprobs = logits.log_softmax(-1, dtype=torch.float32)
-    total = logprobs.exp().cumsum_(-1)
-    u = (1 - torch.rand(len(total), 1)) * total[:, -1:]
-    tokens = torch.searchsorted(total, u)[:, 0].clamp_(max=logits.shape[1] - 1)  # past the end if a row is NaN
-    return tokens, logprobs
+    return invert(logits.softmax(-1, dtype=torch.float32)), logprobs
+
+
+def invert(probabilities: Tensor) -> Tensor:
+    """Draw an index for each row of `probabilities` (n, V), with a probability of 0 or more: (n,) int64."""
+    size = probabilities.shape[1]
+    padded = pad(probabilities, (0, -size % _BLOCK)) if size % _BLOCK else probabilities
+    blocks = padded.view(len(probabilities), -1, _BLOCK)
+    ends = blocks.sum(2).cumsum_(1)  # (n, blocks)
+    u = (1 - torch.rand(len(ends), 1)) * ends[:, -1:]
+    block = torch.searchsorted(ends, u).clamp_(max=ends.shape[1] - 1)  # past the end if a row is NaN
+    start = ends.gather(1, (block - 1).clamp_(min=0)).masked_fill_(block == 0, 0.0)
+    inside = blocks.take_along_dim(block[:, :, None], 1)[:, 0].cumsum(1)  # (n, _BLOCK)
+    # The block's sum is rounded differently here: without the limit an index of probability 0 could follow the last one
+    index = torch.searchsorted(inside, torch.minimum(u - start, inside[:, -1:])) + block * _BLOCK
+    return index[:, 0].clamp_(max=size - 1)
 
 
 class Masks:
@@ -53,12 +68,10 @@ class Masks:
     @classmethod
     def of(cls, logits: Tensor) -> None:
         """Keep the tokens of `logits` (rows, V) that are not -inf. A row that has all of them counts as 0 tokens."""
-        kept = logits > -torch.inf
-        counts = kept.sum(1)
-        kept &= (counts < logits.shape[1])[:, None]
-        rows, ids = kept.nonzero(as_tuple=True)
+        truncated = (logits.amin(1) == -torch.inf).nonzero()[:, 0]
+        rows, ids = (_rows_of(logits, truncated) > -torch.inf).nonzero(as_tuple=True)
         cls.ids = ids.int().numpy()
-        cls.offsets = np.concatenate([[0], np.cumsum(np.bincount(rows.numpy(), minlength=len(logits)))])
+        cls.offsets = np.concatenate([[0], np.cumsum(np.bincount(truncated[rows].numpy(), minlength=len(logits)))])
 
 
 def record_masks(llm: LLMEngine) -> None:
@@ -82,27 +95,30 @@ def record_masks(llm: LLMEngine) -> None:
 def truncate(logits: Tensor, k: Tensor | None, p: Tensor | None) -> None:
     """Set the logits (rows, V) outside of the `k` most probable tokens, and of the fewest that reach probability `p`,
     to -inf in place. `k` and `p` have one entry per row; V and 1 keep all. The most probable token always stays."""
-    if k is not None and len(rows := (k < logits.shape[1]).nonzero()[:, 0]):
-        chosen, limits = logits[rows], k[rows].long()
-        least = chosen.topk(int(limits.max()), 1).values.gather(1, limits[:, None] - 1)
-        logits[rows] = chosen.masked_fill_(chosen < least, -torch.inf)
+    size = logits.shape[1]
+    if k is not None and len(rows := (k < size).nonzero()[:, 0]):
+        least = logits.new_full((len(logits), 1), -torch.inf)
+        limits = k[rows, None].long()
+        least[rows] = _rows_of(logits, rows).topk(int(limits.max()), 1).values.gather(1, limits - 1)
+        logits.masked_fill_(logits < least, -torch.inf)
     if p is not None and len(rows := (p < 1).nonzero()[:, 0]):
-        logits[rows] = _nucleus(logits[rows], p[rows])
+        probabilities = logits.softmax(1)
+        for limit in (*(limit for limit in _NUCLEUS if limit < size), size):
+            top, ids = _rows_of(probabilities, rows).topk(limit, 1)
+            reached = top.cumsum(1) - top  # probability of the more probable tokens
+            done = (reached[:, -1] >= p[rows]) | (limit == size)
+            ready, ids = rows[done, None], ids[done]
+            kept = logits[ready, ids].masked_fill_(reached[done] >= p[ready], -torch.inf)
+            logits.index_fill_(0, rows[done], -torch.inf)
+            logits[ready, ids] = kept
+            rows = rows[~done]
+            if not len(rows):
+                break
 
 
-def _nucleus(logits: Tensor, p: Tensor) -> Tensor:
-    """Return `logits` (n, V), with -inf outside of the fewest tokens that reach probability `p` (n,) together."""
-    probabilities = logits.softmax(1)
-    limit = min(_NUCLEUS, logits.shape[1])
-    while True:
-        top, ids = probabilities.topk(limit, 1)
-        reached = top.cumsum(1) - top  # probability of the more probable tokens
-        if limit == logits.shape[1] or bool((reached[:, -1] >= p).all()):
-            break
-        limit = logits.shape[1]  # a row is so flat that its nucleus is large
-    kept = torch.full_like(logits, -torch.inf)
-    inside = logits.gather(1, ids).masked_fill(reached >= p[:, None], -torch.inf)
-    return kept.scatter_(1, ids, inside)
+def _rows_of(values: Tensor, rows: Tensor) -> Tensor:
+    """Return the rows, without a copy if they are all rows."""
+    return values if len(rows) == len(values) else values[rows]
 
 
 def no_ranks(logprobs: Tensor, _: Tensor) -> Tensor:
