@@ -91,7 +91,10 @@ def parse_members(arguments: list[str]) -> tuple[Sweep, dict[str, Any]]:
     if options.resume:
         if options.changes:
             names_set = ", ".join(f"--{name}" for name in options.changes)
-            raise RloraError(f"--resume {options.resume}: members keep their own configs; remove {names_set}")
+            raise RloraError(
+                f"--resume {options.resume}: a resumed sweep keeps the saved config of each member, so options can't "
+                f"change it; remove {names_set}"
+            )
         return options, {}
     if not options.file and not options.changes:
         raise RloraError("no config; name a TOML file, as in `rlora sweep launch/arithmetic.toml --over seed=0,1`")

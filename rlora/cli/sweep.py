@@ -88,7 +88,10 @@ def fork_command(arguments: list[str]) -> None:
 
 def _local(path: UPath) -> Path:
     if not isinstance(path, Path):
-        raise RloraError(f"{path}: a sweep has a local directory, not a URL; name the member's local directory")
+        raise RloraError(
+            f"{path}: this is a URL, but the members of a sweep are in local directories; name a member's directory, "
+            "runs/SWEEP/MEMBER"
+        )
     return path
 
 

@@ -208,8 +208,8 @@ def _attend(
     window = options.get("sliding_window")
     if window is not None and layout.longest > window:
         raise RloraError(
-            f"sampling.max_prompt_tokens + sampling.max_tokens: the model's attention window has {window} tokens, but "
-            f"a prompt with its completion has {layout.longest}; lower either setting"
+            f"sampling.max_prompt_tokens + sampling.max_tokens: the model's sliding attention window has {window} "
+            f"tokens, but a prompt with its completion can have {layout.longest}; lower either setting"
         )
     return layout.attend(q[0].transpose(0, 1), k[0].transpose(0, 1), v[0].transpose(0, 1), scaling)[None], None
 

@@ -156,7 +156,7 @@ def shares(sizes: Sequence[int], ranks: int) -> list[list[int]]:
 
 
 def _size(group: Sequence[Sample]) -> int:
-    """Count the tokens of the prompt, once, and of all completions."""
+    """Count the tokens of a group: its shared prompt once, and all completions."""
     return len(group[0].prompt) + sum(sample.length for sample in group)
 
 

@@ -34,10 +34,10 @@ _QUANTISED = {"none": 1.0, "int8": 0.5, "nf4": 0.28}  # size relative to 16 bits
 
 
 class Rows(NamedTuple):
-    """Size of a learner's rows: the maximum of tokens, and whether the backward pass recomputes activations."""
+    """What determines the memory of a learner's activations."""
 
-    tokens: int
-    checkpointing: bool
+    tokens: int  # maximum number of tokens per packed row
+    checkpointing: bool  # whether the backward pass recomputes activations
 
 
 @dataclass(frozen=True)

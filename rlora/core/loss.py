@@ -93,6 +93,6 @@ def episode_sums(x: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _to_tokens(x: Tensor, lengths: Tensor, tokens: int) -> Tensor:
-    """Repeat each episode's value for its tokens. (E,), (E,) int64 -> (tokens,). With `tokens` the host need not wait
-    for a GPU to sum the lengths."""
+    """Repeat each episode's value once per token of the episode: x (E,), lengths (E,) int64 -> (tokens,). `tokens` is
+    the sum of `lengths`; the caller passes it, so that the host does not wait for a GPU."""
     return x.repeat_interleave(lengths, output_size=tokens)

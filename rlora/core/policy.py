@@ -63,7 +63,8 @@ class Policies:
             )
 
     def add(self, name: str, spec: Spec, seed: int, values: bool = False) -> None:
-        """Add a policy, which starts as the base. With `values` the policy is a critic, whose values start at 0."""
+        """Add a policy with a new adapter, whose outputs equal the base's at first. If `values` is set, the adapter has
+        a value head, for a critic that predicts 0 for every token."""
         self.bank.add(name, spec, seed)
         if values:
             head = self.value_heads[name] = nn.Linear(cast(int, self.head.in_features), 1, device=self.base.device)

@@ -162,7 +162,10 @@ def load_adapter(llm: LLMEngine, adapter: Adapter, path: Path, lora_id: int, exp
         llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
         llm.apply_model(_repack_head)
         if not llm.reset_prefix_cache():  # it has keys and values of the previous weights
-            raise DeliveryError(f"version {adapter.name}: vLLM did not clear the prefix cache of the previous weights")
+            raise DeliveryError(
+                f"adapter version {adapter.name}: vLLM did not reset its prefix cache, so completions could reuse keys "
+                "and values of the previous weights; resume the run"
+            )
         return None
     request = LoRARequest(adapter.name, lora_id, str(path), is_3d_lora_weight=experts)
     try:

@@ -69,7 +69,8 @@ def _value(text: str) -> Any:
 
 
 def _objects(text: str, key: str) -> list[ToolCall]:
-    """Parse a message that consists of calls. A message that is other text, or other JSON, has no calls."""
+    """Parse a message that consists only of calls as JSON objects, whose arguments are under `key`. Returns no calls
+    for any other text or JSON."""
     text = text.strip()
     if not text.startswith(("{", "[")):
         return []

@@ -49,9 +49,10 @@ class Evaluations:
         self._flights: dict[str, list[Flight]] = {}
 
     def start(self, adapter: Adapter, background: bool = True) -> None:
-        """Send all prompts, to be sampled under `adapter`, without blocking. `result` raises errors of the sampling.
+        """Submit all prompts for sampling under `adapter`, without blocking. `result` raises the errors of sampling.
 
-        In the `background` a prompt is sampled when an engine has room and no other request waits.
+        With `background` the prompts have the lowest priority: an engine starts one only if it has room and no other
+        request waits.
         """
         self.version = adapter.number
         self._flights = {

@@ -55,7 +55,5 @@ def _episode(completion: str | Messages, prompt: Prompt, chat: Chat) -> Episode:
 
 def _check_length(source: str, part: str, tokens: int, field: str, most: int) -> None:
     if not 0 < tokens <= most:
-        raise RloraError(
-            f"{source}: its {part} has {tokens} tokens, and {field} = {most}; "
-            + (f"raise {field}, or drop the row" if tokens else "drop the row")
-        )
+        fault = f"{tokens} tokens, but {field} = {most}; raise {field}, or" if tokens else "no tokens;"
+        raise RloraError(f"{source}: its {part} has {fault} drop the row")

@@ -212,7 +212,7 @@ def _are_row_numbers(golds: Sequence[Any]) -> bool:
 
 
 def mismatch_reasons(gold: Any) -> Iterator[str]:
-    """Yield reasons why perhaps no completion equals a gold answer."""
+    """Yield the reasons why a gold answer may never equal a completion, such as an answer that is a full solution."""
     if not isinstance(gold, str | int | float | Decimal | list | tuple):
         yield f"the gold answer is a {type(gold).__name__}, but a completion is text"
     text = str(gold)

@@ -11,7 +11,7 @@ from transformers.utils.chat_template_utils import get_json_schema
 from rlora.model.chat import THINK, Chat
 from rlora.model.tool_calls import FORMS, Parser, ToolCall, typed
 from rlora.plugin import load
-from rlora.records import Episode, RloraError
+from rlora.records import Episode, RloraError, without_surrogates
 from rlora.scoring.scoring import Scoring
 from rlora.scoring.tools import HIDDEN, functions_of
 from rlora.scoring.worker import EnvReply, EnvTurn
@@ -28,8 +28,12 @@ class Toolset:
     max_calls: int | None  # per episode; None: no limit
 
     def calls(self, message: str) -> list[ToolCall]:
-        """Return the calls in a message of the policy, except in its thinking."""
-        return [self._typed(call) for call in self.parser(message.rpartition(THINK[1])[2])]
+        """Return the calls in a message of the policy, except in its thinking. A parser that raises an exception makes
+        the call malformed."""
+        try:
+            return [self._typed(call) for call in self.parser(message.rpartition(THINK[1])[2])]
+        except Exception as error:  # a parser of the user, on a model's text
+            return [ToolCall(fault=f"{type(error).__name__}: {error}")]
 
     def _typed(self, call: ToolCall) -> ToolCall:
         schema = self.schemas.get(call.name)
@@ -59,7 +63,8 @@ class Toolset:
             else:
                 reply = await scoring.answer(replace(turn, state=state, tool=call.name, arguments=call.arguments))
                 status, content, state = reply.status or "ok", str(reply.content), reply.state
-            results.append({"role": "tool", "name": call.name, "content": content, "status": status})
+            name = without_surrogates(call.name)
+            results.append({"role": "tool", "name": name, "content": without_surrogates(content), "status": status})
         return EnvReply(results, state)
 
 

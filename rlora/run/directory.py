@@ -125,8 +125,8 @@ def check_free(run: UPath, overwrite: bool = False) -> None:
 
 
 def update_config(run: UPath, config: Config) -> None:
-    """Write `config` to the run's `config.toml`, except `learner.start_from`, which keeps the user's path: `config` has
-    the path of the run's copy."""
+    """Write `config` to the run's `config.toml`, except `learner.start_from`: in `config` this field is the path of the
+    adapter's copy in the run's directory, and the file keeps the path that the user set."""
     previous = tomllib.loads((run / CONFIG).read_text())
     table = asdict(config) | {"provenance": previous["provenance"]}
     table["learner"]["start_from"] = previous["learner"]["start_from"]

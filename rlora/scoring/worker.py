@@ -74,7 +74,7 @@ class EnvReply:
 
     content: str | list[dict[str, str]] | None  # text or chat messages; None ends the episode
     state: Mapping[str, Any]
-    status: str = ""  # "error" or "timeout" if the call failed, or "invalid" if a tool does not accept the arguments
+    status: str = ""  # "error" or "timeout" if the call failed; "invalid" if a tool does not accept the arguments
     detail: str = ""  # message of the error
 
 

@@ -28,9 +28,9 @@ class AlgorithmConfig:
     advantage: Literal["centred", "standardised", "leave-one-out", "whitened", "gae"] = "centred"
     """Advantage estimator. `centred`: reward minus the mean reward of the prompt's group. `standardised`: `centred`,
     divided by the group's standard deviation. `leave-one-out`: reward minus the mean reward of the group's other
-    completions. `whitened`: for each token the sum of the rewards that follow (discounted by `algorithm.gamma`), scaled
-    to mean 0 and variance 1 over the step's tokens. `gae`: generalised advantage estimation for each token with a
-    critic (`critic` fields), scaled like `whitened`."""
+    completions. `whitened`: for each token the sum of the rewards that follow (discounted by `algorithm.gamma`),
+    normalised to mean 0 and variance 1 over the step's tokens. `gae`: generalised advantage estimation for each token
+    with a critic (`critic` fields), normalised like `whitened`."""
     loss: Literal["reinforce", "clip", "gspo", "cispo", "sft", "dpo", "ipo", "orpo"] = "reinforce"
     """Policy loss per token, where A is the advantage, p the token's probability under the current policy, and r is p
     divided by the token's probability under the policy at the update's start. `reinforce`: -r A. `clip`: PPO's loss,

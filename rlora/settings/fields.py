@@ -17,8 +17,8 @@ class Tag(Enum):
 
 
 def _absolute(directory: str) -> str:
-    """Return the absolute path of a local directory, because actors have other working directories, or other text
-    unchanged."""
+    """Return the absolute path of a local directory, because actors have different working directories. Any other text,
+    such as a URL or a hub id, is returned unchanged."""
     return str(Path(directory).absolute()) if directory and Path(directory).is_dir() else directory
 
 

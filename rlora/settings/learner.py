@@ -68,7 +68,7 @@ class LearnerConfig:
     otherwise."""
     quantise: Literal["none", "int8", "nf4"] = "none"
     """Quantisation of the learner's base by bitsandbytes (pip install 'rlora[quantise]'), to save memory. `none`: the
-    base is in `dtype`. `int8`: 8 bit. `nf4`: 4 bit. Engines keep the base in `dtype`; the importance ratio
+    base is in `dtype`. `int8`: 8-bit. `nf4`: 4-bit. Engines keep the base in `dtype`; the importance ratio
     (`algorithm.correction`) corrects for the difference."""
     max_bad_updates: PositiveInt = 3
     """Number of consecutive skipped updates after which the run stops. An update is skipped, and leaves the adapter

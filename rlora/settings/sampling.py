@@ -56,10 +56,10 @@ class ChatConfig:
     reward functions receive it before the sampled text. A beginning that the chat template already writes, such as
     <think>, is not repeated. Empty by default."""
     stop: tuple[str, ...] = ()
-    """Strings that end the policy's message, in addition to the model's end tokens and the env's `stop` strings. None
+    """Strings that end the policy's message, in addition to the model's end tokens and the env's `stop` strings. Empty
     by default."""
     stop_token_ids: tuple[NonNegativeInt, ...] = ()
-    """IDs of tokens that end the policy's message, in addition to the model's end tokens. None by default."""
+    """IDs of tokens that end the policy's message, in addition to the model's end tokens. Empty by default."""
     think: tuple[str, str] = ("<think>", "</think>")
     """Opening and closing tag that the model writes around its thinking. Reward functions receive <think> and </think>
     in place of these tags."""

@@ -100,7 +100,7 @@ class Metrics:
 
     @property
     def is_live(self) -> bool:
-        """Whether progress is updated in place."""
+        """Whether progress is one display on the terminal that is overwritten, instead of one line per step."""
         return self.console.is_terminal and not self.name
 
     def start(self, step: int, fleet: FleetStats) -> None:

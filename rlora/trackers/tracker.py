@@ -15,7 +15,7 @@ READY = {"wandb": "Wandb", "tensorboard": "TensorBoard", "trackio": "Trackio", "
 
 @dataclass(frozen=True)
 class Tracked:
-    """Information about a run for its trackers."""
+    """Name, directory and config of a run, for its trackers."""
 
     name: str  # of the run
     id: str  # unique id of the run

@@ -22,7 +22,8 @@ _START = 60.0  # seconds for a tracker to become ready, with `trackers.strict`
 
 
 class _Process:
-    """Handle of a tracker's process. A thread logs the errors of the process as warnings."""
+    """Handle of the process that runs a tracker. A thread reads the exceptions that the process reports, and logs them
+    as warnings."""
 
     def __init__(self, name: str, run: Run) -> None:
         self.name, self.settings = name, run.config.trackers

@@ -164,9 +164,9 @@ def test_bad_lengths_and_counts_say_what_to_do(supervised: Callable[..., Config]
     made = supervised(sampling={"max_tokens": 8, "max_prompt_tokens": 48})
     chat = bare_task(made).chat
     long = " ".join(["word"] * 60)
-    with pytest.raises(RloraError, match=r"example 3: its completion has 6\d tokens, and sampling\.max_tokens = 8"):
+    with pytest.raises(RloraError, match=r"example 3: its completion has 6\d tokens, but sampling\.max_tokens = 8"):
         example_of(Prompt("a", completions=(long,)), chat, made, 3)
-    with pytest.raises(RloraError, match=r"a\.jsonl, row 7: its prompt has \d+ tokens, and sampling\.max_prompt"):
+    with pytest.raises(RloraError, match=r"a\.jsonl, row 7: its prompt has \d+ tokens, but sampling\.max_prompt"):
         example_of(Prompt(long, completions=("a",), source="a.jsonl, row 7"), chat, made, 3)
     with pytest.raises(RloraError, match=r"it has 2 completions, but algorithm\.loss = 'sft' learns from one"):
         example_of(Prompt("a", completions=("b", "c")), chat, made, 0)

@@ -67,7 +67,8 @@ class Masks:
 
     @classmethod
     def of(cls, logits: Tensor) -> None:
-        """Keep the tokens of `logits` (rows, V) that are not -inf. A row that has all of them counts as 0 tokens."""
+        """Record the ids of the tokens of `logits` (rows, V) that are not -inf. A row in which no token is -inf records
+        0 tokens, which means the whole vocabulary."""
         truncated = (logits.amin(1) == -torch.inf).nonzero()[:, 0]
         rows, ids = (_rows_of(logits, truncated) > -torch.inf).nonzero(as_tuple=True)
         cls.ids = ids.int().numpy()
