@@ -26,8 +26,8 @@ class EngineConfig:
     """Number of CPU threads per engine, for engines on the CPU. `0` divides the cores among the engines; if
     `max_staleness` is above 0, the learner gets a share too, because it computes at the same time."""
     kv_cache_gib: NonNegativeInt = 0
-    """Size of each engine's KV cache in GiB. `0` (the default) chooses the size: 2 GiB on the CPU; on a GPU what remains
-    of the engine's memory after the base model and the activations."""
+    """Size of each engine's KV cache in GiB. `0` (the default) chooses the size: 2 GiB on the CPU; on a GPU what the
+    base model and the activations leave of the engine's memory."""
     max_num_seqs: NonNegativeInt = 0
     """Maximum number of completions that each engine samples at the same time. `0` is 128 on the CPU and 256 on a
     GPU."""
