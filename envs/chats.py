@@ -184,6 +184,8 @@ def _message(turn: Row, source: str) -> dict[str, Any]:
             raise RloraError(f"{source}: from = {turn['from']!r} is not one of {', '.join(_SHAREGPT)}; rename it")
     if not isinstance(role, str) or not role:
         raise RloraError(f"{source} is {turn!r}; it must have a role, a string such as user, and a content")
+    if turn.get("function_call"):
+        raise RloraError(f"{source}: function_call is an earlier form of tool calls; convert it to tool_calls")
     calls = turn.get("tool_calls")
     message: dict[str, Any] = {"role": role, "content": "" if content is None and calls else _content(content, source)}
     if calls:
@@ -198,14 +200,14 @@ def _call(call: Any, source: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
     arguments = (function.get("arguments") or {}) if isinstance(function, Mapping) else None
-    arguments = _literal(arguments) if isinstance(arguments, str) else arguments
+    arguments = _literal(arguments) if isinstance(arguments, str) else without_nulls(arguments)
     if not isinstance(name, str) or not isinstance(arguments, Mapping):
         raise RloraError(
             f"{source}: {call!r:.200} in tool_calls is not a call; use "
             '{"type": "function", "function": {"name": ..., "arguments": {...}}}'
         )
     identity = {"id": call["id"]} if call.get("id") else {}
-    return {**identity, "type": "function", "function": {"name": name, "arguments": without_nulls(arguments)}}
+    return {**identity, "type": "function", "function": {"name": name, "arguments": dict(arguments)}}
 
 
 def _content(content: Any, source: str) -> str:

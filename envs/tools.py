@@ -94,11 +94,11 @@ class Search:
 
 
 class WithTools:
-    """An agent that adds tools to an env, which is constructed with all arguments that are not named here.
+    """An agent that adds tools to an env with a single turn.
 
-    `env` is the spec of the env. `tools` is a selection of calculator, python, search, and specs of functions
+    `env` is the spec of the env, which gets all arguments that are not named here. `tools` is a selection of calculator, python, search, and specs of functions
     (mine.py:multiply). `instruction` is appended to each problem. An episode ends with the first message without a
-    call, or whose calls would exceed `max_calls` calls. `python` runs code in a sandbox (`rlora.envs.sandbox`), which
+    call, or with the message that would exceed `max_calls` calls, none of which is made. `python` runs code in a sandbox (`rlora.envs.sandbox`), which
     `allow_python` must allow, with the limits of `PythonTool`. `search` finds `results` documents of `corpus`, a file
     or a data set whose column `text` has the documents. Reward: the env's reward.
     """
@@ -125,7 +125,7 @@ class WithTools:
             check_limits(allow_python, *self._limits)
         if "search" in names and not corpus:
             raise RloraError("env_args.corpus is not set: name the file or data set that the tool search reads")
-        search = Search(lambda: _texts(corpus), counts("results", results, 1, 100)[0])
+        search = self._search = Search(lambda: _texts(corpus), counts("results", results, 1, 100)[0])
         ready = {"calculator": calculator, "python": self.python, "search": search.search}
         self.tools = [ready[name] if name in ready else load("env_args.tools", name) for name in names]
 
@@ -140,10 +140,18 @@ class WithTools:
     def train(self) -> Iterable[Prompt]:
         if self.python in self.tools:
             run("", seconds=60.0)  # raises RloraError before sampling if the sandbox does not work
-        return with_instruction(load("env_args.env", self._env)(**self._env_args).train(), self._instruction)
+        if self._search.search in self.tools:
+            self._search.search("")  # raises RloraError if the corpus can't be read
+        return with_instruction(self._inner().train(), self._instruction)
 
     def held_out(self) -> Iterable[Prompt]:
-        return with_instruction(load("env_args.env", self._env)(**self._env_args).held_out(), self._instruction)
+        return with_instruction(self._inner().held_out(), self._instruction)
+
+    def _inner(self) -> Any:
+        env = load("env_args.env", self._env)(**self._env_args)
+        if hasattr(env, "reply") or hasattr(env, "tools"):
+            raise RloraError(f"env_args.env = {self._env!r}: it is an agent itself; use an env with a single turn")
+        return env
 
 
 def _texts(corpus: str) -> list[str]:

@@ -1,5 +1,6 @@
 """Text to tokens and back, with the chat template and the `[chat]` settings. Only this module tokenises prompts."""
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -143,10 +144,13 @@ class Chat:
         if not message.get("tool_calls"):
             return str(message["content"])
         result = {"role": "tool", "name": message["tool_calls"][0]["function"]["name"], "content": "?"}
-        messages = [{"role": "user", "content": MARK}, message, result]  # the last message can have a thinking block
+        question = {"role": "user", "content": MARK}
+        messages = self._template.messages([question, message, result])  # the last message can have a thinking block
+        if inside := next((end for end in self._ends if end in json.dumps(dict(message), ensure_ascii=False)), ""):
+            raise RloraError(f"a message with tool_calls contains {inside}, which ends a message; fix or drop the row")
         self._template.check_shown(messages, "a message of the policy with a call")
         opened, text = (
-            self._template.render(part, tokenize=False).partition(MARK)[2] for part in (messages[:1], messages)
+            self._template.render(part, tokenize=False).partition(MARK)[2] for part in (messages[:-2], messages)
         )
         shared = next((n for n, (a, b) in enumerate(zip(opened, text, strict=False)) if a != b), len(opened))
         return self._before_end(text[shared:])
@@ -167,13 +171,18 @@ class Chat:
     def _before_end(self, text: str) -> str:
         """Return a rendered text up to the first token that ends a message of the policy. Raises RloraError if there is
         none."""
-        ends = [text.find(self.decode([token])) for token in self.stop_token_ids]
-        if max(ends) < 0:
+        ends = [text.find(end) for end in self._ends]
+        if max(ends, default=-1) < 0:
             raise RloraError(
-                f"model: after a tool call its chat template has no end token of the model, in {text!r:.200}; set "
-                "chat.template to one that fits the model"
+                f"model: its chat template writes none of the model's end tokens after a tool call, in {text!r:.200}; "
+                "set chat.template to one that fits the model, or chat.stop_token_ids"
             )
         return text[: min(end for end in ends if end >= 0)]
+
+    @cached_property
+    def _ends(self) -> list[str]:
+        """The end tokens as text, without those that have none."""
+        return [text for text in map(self.decode, ([token] for token in self.stop_token_ids)) if text]
 
     def check_replies(self) -> None:
         """Raise RloraError if the template does not render an env's reply after a message of the policy."""

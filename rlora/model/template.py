@@ -1,5 +1,6 @@
 """Chat templates: selection, rendering, and the text with which they open the policy's messages."""
 
+import json
 import re
 from collections.abc import Mapping
 from functools import cached_property
@@ -33,7 +34,7 @@ class Template:
 
     def messages(self, text: str | Messages) -> list[Mapping[str, Any]]:
         """Return the messages of a prompt, after `chat.system` if none of them is a system message."""
-        messages = [{"role": "user", "content": text}] if isinstance(text, str) else [dict(turn) for turn in text]
+        messages = [{"role": "user", "content": text}] if isinstance(text, str) else _with_ids(text)
         if self.settings.system and all(turn["role"] != "system" for turn in messages):
             messages.insert(0, self._system)
         return list(messages)
@@ -106,16 +107,15 @@ class Template:
         `description` describes the messages in the error.
         """
         has_system = bool(self.settings.system) and messages[0] == self._system
-        roles = tuple(f"{turn['role']}{' with tool_calls' * bool(turn.get('tool_calls'))}" for turn in messages)
+        roles = tuple(map(_kind, messages))
         if (has_system, roles) in self._shown_roles:
             return
-        marks = [f"{MARK}{number}{MARK}" for number in range(len(messages))]
-        marked = [_marked(turn, mark) for turn, mark in zip(messages, marks, strict=True)]
+        marked, marks = zip(*(_marked(turn, f"{MARK}{number}") for number, turn in enumerate(messages)), strict=True)
         try:
             text = self.render(marked, tokenize=False)
         except RloraError:  # the messages themselves may render; if not, rendering them raises the error
             return
-        left_out = [number for number, mark in enumerate(marks) if mark not in text]
+        left_out = [number for number, parts in enumerate(marks) if not all(part in text for part in parts)]
         if 0 in left_out and has_system:
             raise RloraError(
                 f"chat.system = {self.settings.system!r}: the chat template does not render system messages, so the "
@@ -134,9 +134,12 @@ class Template:
         """Raise RloraError if the template does not render the tools. Each list of tools is checked once."""
         if repr(tools) in self._shown_tools:
             return
-        text = self.render([_USER], tokenize=False, tools=list(tools))
-        names = [str(tool["function"]["name"]) for tool in tools]
-        if hidden := [name for name in names if name not in text]:
+        marks = [f"{MARK}{number}{MARK}" for number in range(len(tools))]
+        marked = [
+            {**tool, "function": {**tool["function"], "name": mark}} for tool, mark in zip(tools, marks, strict=True)
+        ]
+        text = self.render([_USER], tokenize=False, tools=marked)
+        if hidden := [tool["function"]["name"] for tool, mark in zip(tools, marks, strict=True) if mark not in text]:
             raise RloraError(
                 f"{self._name}: the template does not render tools ({', '.join(hidden)}), so the policy would not know "
                 f"them; set chat.template to one that does, such as {', '.join(TEMPLATES)}, or use an instruct model "
@@ -201,12 +204,50 @@ def called(function: Mapping[str, Any]) -> dict[str, Any]:
     return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": dict(function)}]}
 
 
-def _marked(message: Mapping[str, Any], mark: str) -> dict[str, Any]:
-    """Return a message whose content is `mark`, or the name of its first call if it has only calls."""
-    if message["content"] or not message.get("tool_calls"):
-        return dict(message) | {"content": mark}
-    first, *further = message["tool_calls"]
-    return dict(message) | {"tool_calls": [{**first, "function": {**first["function"], "name": mark}}, *further]}
+def _kind(message: Mapping[str, Any]) -> str:
+    """Return the role of a message, and what it has besides content. A template can render each kind differently."""
+    calls = len(message.get("tool_calls") or ())
+    return str(message["role"]) + (f" with {calls} tool_calls" + " and content" * bool(message["content"])) * bool(
+        calls
+    )
+
+
+def _marked(message: Mapping[str, Any], mark: str) -> tuple[dict[str, Any], list[str]]:
+    """Return a message with marks in place of its content and of the names of its calls, and the marks."""
+    calls = message.get("tool_calls") or []
+    names = [f"{mark}.{number}{MARK}" for number in range(len(calls))]
+    marked = dict(message)
+    if calls:
+        marked["tool_calls"] = [
+            {**call, "function": {**call["function"], "name": name}} for call, name in zip(calls, names, strict=True)
+        ]
+    if message["content"] or not calls:
+        marked["content"] = f"{mark}{MARK}"
+        names.append(f"{mark}{MARK}")
+    return marked, names
+
+
+def _with_ids(messages: Messages) -> list[dict[str, Any]]:
+    """Return messages whose calls and results have ids of 9 letters and digits, which Mistral's templates need, and
+    whose calls have their arguments as objects."""
+    made, ids = [], iter(f"call{number:05d}" for number in range(100_000))
+    waiting: list[str] = []  # ids of calls without a result
+    for message in map(dict, messages):
+        if message.get("tool_calls"):
+            calls = [
+                {"id": next(ids), **call, "function": _as_object(call["function"])} for call in message["tool_calls"]
+            ]
+            message["tool_calls"], waiting = calls, [call["id"] for call in calls]
+        elif message["role"] == "tool":
+            first = waiting.pop(0) if waiting else next(ids)
+            message.setdefault("tool_call_id", first)
+        made.append(message)
+    return made
+
+
+def _as_object(function: Mapping[str, Any]) -> dict[str, Any]:
+    arguments = function.get("arguments")
+    return {**function, "arguments": json.loads(arguments)} if isinstance(arguments, str) else dict(function)
 
 
 def _source(tokenizer: PreTrainedTokenizerBase, setting: str) -> str | None:

@@ -1,21 +1,32 @@
-"""Tool calls in a model's text: the forms in which models write them, and how to find the form of a chat template."""
+"""Tool calls in a model's text: the forms in which models write them, and values of the types in a tool's schema."""
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-_BLOCK = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
-_FUNCTION = re.compile(r"\s*<function=([^>\n]+)>(.*?)</function>\s*\Z", re.DOTALL)
+_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+_BLOCK = re.compile(rf"{_OPEN}(.*?)(?:{_CLOSE}|\Z)", re.DOTALL)
+_FUNCTION = re.compile(r"<function=([^>\n]+)>(.*?)</function>", re.DOTALL)
 _PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
-_FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```\Z", re.DOTALL)
-_DECODER = json.JSONDecoder(strict=False)  # models write line breaks into strings
+_KEYS = {"name", "arguments", "parameters", "id", "type"}
+_DEEPEST = 50  # levels of arguments; pickling fails at some 500
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("an object has a key twice")
+    return made
+
+
+_DECODER = json.JSONDecoder(strict=False, object_pairs_hook=_object)  # models write line breaks into strings
 
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call in a message of the policy. `fault` is what makes the call malformed, "" for a well-formed call."""
+    """A call in a message of the policy. `fault` describes why the call is malformed; "" for a well-formed call."""
 
     name: str = ""
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -27,86 +38,144 @@ Parser: TypeAlias = Callable[[str], Sequence[ToolCall]]  # of a message; no call
 
 def hermes(text: str) -> list[ToolCall]:
     """Parse `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, the form of Hermes, Qwen 2.5 and Qwen 3."""
-    return [_from_json(block, "arguments") for block in _BLOCK.findall(text)]
+    return [_from_json(block) for block in _BLOCK.findall(text)]
 
 
 def xml(text: str) -> list[ToolCall]:
     """Parse `<tool_call><function=NAME><parameter=NAME>VALUE</parameter></function></tool_call>`, the form of Qwen
-    3 Coder and Qwen 3.5. All values are text."""
-    return [_from_xml(block) for block in _BLOCK.findall(text)]
+    3 Coder, Qwen 3.5 and Nemotron 3. The values are text, which `typed` reads by the tool's schema."""
+    return [call for block in _BLOCK.findall(text) for call in _from_xml(block)]
 
 
-def llama3(text: str) -> list[ToolCall]:
-    """Parse a message of `{"name": ..., "parameters": {...}}`, one or several with semicolons: the form of Llama 3."""
-    return _objects(text.strip().removeprefix("<|python_tag|>"), "parameters")
+def json_calls(text: str) -> list[ToolCall]:
+    """Parse a message that consists only of calls as JSON, possibly in a fence: `{"name": ..., "parameters": {...}}`,
+    one or several with semicolons (Llama 3), or a list of `{"name": ..., "arguments": {...}}` (Mistral up to v3)."""
+    text = text.strip().removeprefix("<|python_tag|>")
+    fenced = text.startswith("```") and text.endswith("```") and len(text) > 6
+    return _objects(text[3:-3].removeprefix("json") if fenced else text)
 
 
-def plain_json(text: str) -> list[ToolCall]:
-    """Parse a message of `{"name": ..., "arguments": {...}}` or of a list of these, possibly in a fence: the form of
-    Mistral, without its special token."""
-    fence = _FENCE.match(text.strip())
-    return _objects(fence[1] if fence else text, "arguments")
+FORMS: Mapping[str, Parser] = {"hermes": hermes, "xml": xml, "json": json_calls}
 
 
-FORMS: Mapping[str, Parser] = {"hermes": hermes, "xml": xml, "llama3": llama3, "json": plain_json}
+def without_thoughts(text: str) -> str:
+    """Return a message without its thoughts, <think> to </think>, or to the end. A tag inside a call stays."""
+    kept, position = [], 0
+    while (start := text.find("<think>", position)) >= 0:
+        call = text.find(_OPEN, position)
+        if 0 <= call < start:
+            end = text.find(_CLOSE, call)
+            end = len(text) if end < 0 else end + len(_CLOSE)
+            kept.append(text[position:end])
+        else:
+            end = text.find("</think>", start)
+            end = len(text) if end < 0 else end + len("</think>")
+            kept.append(text[position:start])
+        position = end
+    return "".join([*kept, text[position:]])
 
 
 def typed(call: ToolCall, schema: Mapping[str, Any]) -> ToolCall:
-    """Return the call with values that are text read as JSON, where the tool's schema asks for another type."""
-    types = {name: item.get("type") for name, item in schema["function"]["parameters"].get("properties", {}).items()}
+    """Return the call with values that are text parsed, where the tool's schema has another type than string."""
+    properties = schema["function"]["parameters"].get("properties", {})
     arguments = {
-        name: _value(value) if isinstance(value, str) and types.get(name, "string") not in ("string", None) else value
+        name: _read(value, set(_types(properties.get(name, {})))) if isinstance(value, str) else value
         for name, value in call.arguments.items()
     }
-    return ToolCall(call.name, arguments, call.fault)
+    return ToolCall(call.name, arguments, call.fault or _depth_fault(arguments))
+
+
+def _types(schema: Mapping[str, Any]) -> Iterator[str]:
+    kind = schema.get("type", [])
+    yield from [kind] if isinstance(kind, str) else kind
+    yield from ["null"] if schema.get("nullable") else []
+    for choice in schema.get("anyOf", []):
+        yield from _types(choice)
+
+
+def _read(text: str, types: set[str]) -> Any:
+    """Return text as a value of one of the types; unchanged if it is none, or can be a string."""
+    word = text.strip().lower()
+    if "null" in types and word in ("null", "none"):
+        return None
+    if not types - {"null"} or "string" in types:
+        return text
+    if "boolean" in types and word in ("true", "false"):
+        return word == "true"
+    return _value(text)
 
 
 def _value(text: str) -> Any:
     try:
-        return json.loads(text)
+        return _DECODER.decode(text.strip())
     except (ValueError, RecursionError):
         return text
 
 
-def _objects(text: str, key: str) -> list[ToolCall]:
-    """Parse a message that consists only of calls as JSON objects, whose arguments are under `key`. Returns no calls
-    for any other text or JSON."""
+def _objects(text: str) -> list[ToolCall]:
+    """Return the calls of a text that consists only of them. Any other text or JSON has none."""
     text = text.strip()
     if not text.startswith(("{", "[")):
         return []
+    starts_call = re.match(r'[\[\s]{0,20}\{\s{0,20}"(name|type|function)"', text)
     calls: list[ToolCall] = []
     while text:
         try:
             value, end = _DECODER.raw_decode(text)
         except (ValueError, RecursionError) as error:
-            return [*calls, ToolCall(fault=f"not valid JSON: {error}")] if '"name"' in text else calls
-        values = value if isinstance(value, list) else [value]
-        calls += [_from_object(item, key) for item in values if isinstance(item, dict) and "name" in item]
+            return [*calls, ToolCall(fault=f"not valid JSON: {error}")] if starts_call else calls
+        items = value if isinstance(value, list) else [value]
+        if not any(map(_is_call, items)):
+            return calls
+        calls += [_from_object(item) for item in items]
         text = text[end:].lstrip("; \n\t")
     return calls
 
 
-def _from_json(text: str, key: str) -> ToolCall:
+def _is_call(value: Any) -> bool:
+    if isinstance(value, dict) and isinstance(value.get("function"), dict):
+        return _is_call(value["function"])
+    return isinstance(value, dict) and "name" in value and value.keys() <= _KEYS
+
+
+def _from_json(text: str) -> ToolCall:
     try:
-        value = _DECODER.decode(text.strip())
+        return _from_object(_DECODER.decode(text.strip()))
     except (ValueError, RecursionError) as error:
         return ToolCall(fault=f"not valid JSON: {error}")
-    return _from_object(value, key)
 
 
-def _from_object(value: Any, key: str) -> ToolCall:
+def _from_object(value: Any) -> ToolCall:
+    if isinstance(value, dict) and isinstance(value.get("function"), dict):
+        value = value["function"]
     name = value.get("name") if isinstance(value, dict) else None
     if not isinstance(name, str) or not name:
-        return ToolCall(fault=f'it must be {{"name": ..., "{key}": {{...}}}}')
-    arguments = value.get(key, {})
+        return ToolCall(fault='it must be {"name": ..., "arguments": {...}}')
+    if foreign := [key for key in value if key not in _KEYS]:
+        return ToolCall(name, fault=f'{foreign[0]!r} is no key of a call; put arguments under "arguments"')
+    arguments = value.get("arguments", value.get("parameters")) or {}
     arguments = _value(arguments) if isinstance(arguments, str) else arguments
     if not isinstance(arguments, dict):
-        return ToolCall(name, fault=f'"{key}" must be an object')
-    return ToolCall(name, arguments)
+        return ToolCall(name, fault="its arguments must be an object")
+    return ToolCall(name, {} if (fault := _depth_fault(arguments)) else arguments, fault)
 
 
-def _from_xml(text: str) -> ToolCall:
-    function = _FUNCTION.match(text)
-    if not function:
-        return ToolCall(fault="it must be <function=NAME> ... </function>")
-    return ToolCall(function[1].strip(), {name.strip(): value for name, value in _PARAMETER.findall(function[2])})
+def _depth_fault(value: Any, depth: int = 0) -> str:
+    """Return the fault of arguments that are nested too deeply; "" if they are not."""
+    if depth > _DEEPEST:
+        return f"its arguments are nested more than {_DEEPEST} levels deep"
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next(filter(None, (_depth_fault(item, depth + 1) for item in items)), "")
+
+
+def _from_xml(block: str) -> list[ToolCall]:
+    functions = _FUNCTION.findall(block)
+    if not functions or _FUNCTION.sub("", block).strip():
+        return [ToolCall(fault="it must be <function=NAME> ... </function>")]
+    calls = []
+    for name, body in functions:
+        parameters = [(key.strip(), value) for key, value in _PARAMETER.findall(body)]
+        is_whole = not _PARAMETER.sub("", body).strip() and len(dict(parameters)) == len(parameters)
+        fault = "" if is_whole else "each parameter must be <parameter=NAME>VALUE</parameter>, once"
+        calls.append(ToolCall(name.strip(), dict(parameters) if is_whole else {}, fault))
+    return calls

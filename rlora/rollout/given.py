@@ -23,6 +23,8 @@ def example_of(prompt: Prompt, chat: Chat, config: Config, number: int) -> Group
             f"learns from {'one' if wanted == 1 else 'a chosen and a rejected one'}; use an env that gives them"
         )
     tools = [checked_schema(tool, source) for tool in prompt.tools]
+    if len({tool["function"]["name"] for tool in tools}) < len(tools):
+        raise RloraError(f"{source}: two of its tools have the same name; fix or drop the row")
     if not isinstance(prompt.text, str) and not prompt.text:
         prompt = _text_example(prompt, str(prompt.completions[0]), chat)
     prompt_ids = prompt.token_ids or chat.prompt_ids(prompt.text, tools)

@@ -71,6 +71,8 @@ def load_task(config: Config) -> Task:
         if task.chat.template and hasattr(env, "reply") and _may_reply_with_messages(env):
             task.chat.check_replies()
         tools = toolset_of(env, task.chat)
+        if any(prompt.tools for prompt in (*train, *held_out)):
+            raise RloraError(f"env = {config.env!r}: its prompts have tools, which nobody calls; set the env's tools")
         fitting = tokenise(train, task.chat, config.sampling.max_prompt_tokens, tools)
         fitting_held_out = tokenise(held_out, task.chat, config.sampling.max_prompt_tokens, tools)
         _check_vocabulary(config, vocabulary_size(task.base), [*fitting, *fitting_held_out])
@@ -121,6 +123,8 @@ def _load_evaluation_sets(config: Config, task: Task, train_env: Any, tools: Too
                 f"that env replies for all sets; unset {field}.env and set {field}.env_args, or evaluate on this env "
                 "with `rlora eval`"
             )
+        if toolset_of(env, task.chat) != tools:
+            raise RloraError(f"{field}: its env has other tools, or another max_calls, than the run's env; unset them")
         sets[name] = tokenise(held_out, task.chat, config.sampling.max_prompt_tokens, tools)
         _check_vocabulary(config, vocabulary_size(task.base), sets[name])
         if not sets[name]:
@@ -173,8 +177,8 @@ def bare_task(config: Config) -> Task:
         )
     tokenizer = load_tokenizer(base)
     size, further = vocabulary_size(base), config.chat.stop_token_ids
-    if beyond := [token for token in further if token >= size]:
-        raise RloraError(f"chat.stop_token_ids: {beyond[0]} is not one of the model's {size} tokens; remove it")
+    if unknown := [token for token in further if token >= size]:
+        raise RloraError(f"chat.stop_token_ids: {unknown[0]} is not one of the model's {size} tokens; remove it")
     chat = Chat(tokenizer, config.chat, tuple(dict.fromkeys((*stop_token_ids(base, tokenizer), *further))))
     scoring = setup_of(config, agent=False)
     return Task(base, chat, config.chat.stop, agent=False, prompts=[], held_out=[], dropped=0, scoring=scoring)

@@ -1,6 +1,8 @@
 """The tools that an env gives to the policy: their schemas, and the calls in a message."""
 
+import functools
 import inspect
+import logging
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,15 +10,19 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import get_json_schema
 
-from rlora.model.chat import THINK, Chat
-from rlora.model.tool_calls import FORMS, Parser, ToolCall, typed
+from rlora.model.chat import Chat
+from rlora.model.tool_calls import FORMS, Parser, ToolCall, typed, without_thoughts
 from rlora.plugin import load
-from rlora.records import Episode, RloraError, without_surrogates
+from rlora.records import Episode, Prompt, RloraError, without_surrogates
 from rlora.scoring.scoring import Scoring
 from rlora.scoring.tools import HIDDEN, functions_of
 from rlora.scoring.worker import EnvReply, EnvTurn
 
 _SCHEMA = '{"type": "function", "function": {"name": ..., "description": ..., "parameters": {"type": "object", ...}}}'
+
+
+_log = logging.getLogger(__name__)
+_warn = functools.cache(_log.warning)  # once for each text
 
 
 @dataclass(frozen=True)
@@ -31,8 +37,9 @@ class Toolset:
         """Return the calls in a message of the policy, except in its thinking. A parser that raises an exception makes
         the call malformed."""
         try:
-            return [self._typed(call) for call in self.parser(message.rpartition(THINK[1])[2])]
+            return [self._typed(call) for call in self.parser(without_thoughts(message))]
         except Exception as error:  # a parser of the user, on a model's text
+            _warn(f"chat.tool_calls: the parser raised {type(error).__name__}: {error}; return [] for an answer")
             return [ToolCall(fault=f"{type(error).__name__}: {error}")]
 
     def _typed(self, call: ToolCall) -> ToolCall:
@@ -52,7 +59,7 @@ class Toolset:
         """Make the calls of a message one after the other. Returns their results as messages, and the episode's state.
 
         A result has a `status`: "ok", "malformed", "unknown" (no tool has the name), "invalid" (the arguments do not
-        fit the tool), "timeout" or "error". The policy reads the reason for each status but "ok".
+        fit the tool), "timeout" or "error". The policy reads the reason for each status except "ok".
         """
         results, state = [], turn.state
         for call in calls:
@@ -88,14 +95,47 @@ def toolset_of(env: Any, chat: Chat) -> Toolset | None:
     the methods of the env with the tools' names. Raises RloraError if a schema is invalid, if two tools have one name,
     or if the chat template does not render tools.
     """
-    tools = getattr(env, "tools", ())
-    if not tools:
+    functions = functions_of(env)
+    if not functions:
         return None
     schemas = {
         name: checked_schema(tool, "env") if isinstance(tool, Mapping) else _schema_of(tool)
-        for name, tool in zip(functions_of(env), tools, strict=True)
+        for (name, _), tool in zip(functions.items(), env.tools, strict=True)
     }
-    return Toolset(schemas, _parser(chat, list(schemas.values())), getattr(env, "max_calls", None))
+    for name, function in functions.items():
+        _check_callable(name, function, schemas[name])
+    max_calls = getattr(env, "max_calls", None)
+    if max_calls is not None and (not isinstance(max_calls, int) or max_calls < 1):
+        raise RloraError(f"env: its max_calls is {max_calls!r}; use an integer of 1 or more, or None for no limit")
+    return Toolset(schemas, _parser(chat, list(schemas.values())), max_calls)
+
+
+def _check_callable(name: str, function: Any, schema: Mapping[str, Any]) -> None:
+    """Raise RloraError if a function can't be called with the arguments that its schema shows."""
+    parameters = inspect.signature(function).parameters
+    shown = schema["function"]["parameters"].get("properties", {})
+    if reserved := sorted(shown.keys() & set(HIDDEN)):
+        raise RloraError(
+            f"env: its tool {name!r} shows the parameter {reserved[0]!r}, a name that rlora sets; rename it"
+        )
+    for parameter in parameters.values():
+        wanted = {"state": (dict, dict[str, Any], Mapping), "prompt": (Prompt,)}.get(parameter.name, ())
+        accepted = (*wanted, parameter.empty, Any)
+        hint = typing.get_type_hints(function).get(parameter.name, parameter.empty) if wanted else parameter.empty
+        if (typing.get_origin(hint) or hint) not in accepted:
+            raise RloraError(
+                f"env: its tool {name!r} has a parameter {parameter.name!r}, which rlora sets to the episode's "
+                f"{parameter.name}; rename it, or annotate it as {'dict' if parameter.name == 'state' else 'Prompt'}"
+            )
+        if parameter.name == "self" or parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise RloraError(
+                f"env: its tool {name!r} has the parameter {parameter}, which a call can't set; set tools in __init__ "
+                "to bound methods (self.tools = [self.name]), and use named parameters only"
+            )
+    try:
+        inspect.signature(function).bind(**dict.fromkeys([*shown, *(set(HIDDEN) & parameters.keys())]))
+    except TypeError as error:
+        raise RloraError(f"env: its tool {name!r} does not fit its schema: {error}; fix one of them") from None
 
 
 def checked_schema(schema: Any, source: str) -> Mapping[str, Any]:
@@ -155,7 +195,7 @@ def _parser(chat: Chat, schemas: Sequence[Mapping[str, Any]]) -> Parser:
     if setting != "auto":
         return typing.cast(Parser, load("chat.tool_calls", setting))
     for parser in FORMS.values():
-        if [*parser(text.rpartition(THINK[1])[2])] == [probe]:
+        if [*parser(without_thoughts(text))] == [probe]:
             return parser
     raise RloraError(
         f"chat.tool_calls = 'auto': the chat template writes a call as {text!r:.300}, which is in none of the forms "

@@ -15,14 +15,19 @@ class ArgumentError(Exception):
 
 
 def functions_of(env: Any) -> dict[str, Callable[..., Any]]:
-    """Return the functions of `env.tools` by name, in order: the tool itself, or the env's method with the name in a
-    JSON schema. Raises RloraError if a tool is neither, has no method, or has the name of another one."""
+    """Return the functions of `env.tools` by name, in order: the tool itself, or for a JSON schema the env's method of
+    the same name. Raises RloraError if the env has no such method, or if two tools have the same name."""
     functions: dict[str, Callable[..., Any]] = {}
-    for tool in getattr(env, "tools", ()):
+    tools = getattr(env, "tools", ())
+    if not isinstance(tools, list | tuple):
+        raise RloraError(f"env: its tools are {tools!r:.200}; use a list of functions and JSON schemas")
+    for tool in tools:
         if isinstance(tool, Mapping):
             function = tool.get("function", tool)
             name = function.get("name") if isinstance(function, Mapping) else None
-            called = getattr(env, name, None) if isinstance(name, str) else None
+            if not isinstance(name, str):
+                raise RloraError(f"env: {tool!r:.200} is not the schema of a tool, because it has no name; add a name")
+            called = getattr(env, name, None)
             fault = f"is a schema, but the env has no method {name}; add this method"
         else:
             name, called = getattr(tool, "__name__", None), tool
@@ -54,7 +59,8 @@ def call_tool(function: Callable[..., Any], arguments: Mapping[str, Any], prompt
 
 
 def as_text(result: Any) -> str:
-    """Return a tool's result as text: strings unchanged, other values as JSON, or by `str` if JSON has no form."""
+    """Return a tool's result as text: strings unchanged, other values as JSON, or by `str` if JSON can't represent
+    them."""
     if isinstance(result, str):
         return without_surrogates(result)
     try:

@@ -65,8 +65,8 @@ class ChatConfig:
     in place of these tags."""
 
     tool_calls: str = "auto"
-    """Form in which the policy calls the env's tools: `hermes`, `xml`, `llama3`, `json`, or a parser of your own,
-    mine.py:parse. `auto` (the default) is the form in which the chat template renders a call."""
+    """Format in which the policy calls the env's tools: `hermes`, `xml`, `json`, or your own parser, mine.py:parse.
+    `auto` (the default) is the format in which the chat template renders a call."""
 
     def check(self) -> Iterator[Problem]:
         """Yield a Problem for every rule that these settings break."""

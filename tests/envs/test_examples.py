@@ -314,3 +314,24 @@ def test_tools_that_are_none_say_where(
     chat, env = bare_task(config).chat, Examples(write(tmp_path / "a.jsonl", [row]))
     with pytest.raises(RloraError, match=message):
         [example_of(prompt, chat, config, 0) for prompt in env.train()]
+
+
+def test_a_template_that_drops_a_call_is_an_error(supervised: Callable[..., Config], tmp_path: Path) -> None:
+    """Also with content beside the call, and after a row that renders."""
+    config = supervised(sampling={"max_tokens": 99, "max_prompt_tokens": 200})
+    chat = bare_task(config).chat  # its template renders content only
+    for content in ("Let me look.", None):
+        call = {"role": "assistant", "content": content, "tool_calls": [CALL]}
+        row = {"messages": [user("What time is it?"), call, {"role": "tool", "content": "12:00"}, assistant("Noon.")]}
+        (prompt,) = Examples(write(tmp_path / "a.jsonl", [row])).train()
+        with pytest.raises(RloraError, match="does not render a message of the policy with a call"):
+            example_of(prompt, chat, config, 0)
+
+
+def test_an_end_token_inside_a_call_is_an_error(supervised: Callable[..., Config], tmp_path: Path) -> None:
+    config = supervised(chat={"template": "hermes"}, sampling={"max_tokens": 99, "max_prompt_tokens": 200})
+    call = {"name": "now", "arguments": {"zone": "<|im_end|>"}}
+    row = {"messages": [user("?"), {"role": "assistant", "tool_calls": [call]}]}
+    (prompt,) = Examples(write(tmp_path / "a.jsonl", [row])).train()
+    with pytest.raises(RloraError, match=r"contains <\|im_end\|>, which ends a message"):
+        example_of(prompt, bare_task(config).chat, config, 0)

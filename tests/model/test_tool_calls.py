@@ -23,14 +23,19 @@ CALL = ToolCall("multiply", {"a": 347, "b": 28})
          "</function>\n</tool_call>", [ToolCall("multiply", {"a": "347", "b": "28"})]),
         ("xml", "<tool_call><function=run><parameter=code>\nif a:\n  b\n</parameter></function></tool_call>",
          [ToolCall("run", {"code": "if a:\n  b"})]),
-        ("llama3", '{"name": "multiply", "parameters": {"a": 347, "b": 28}}', [CALL]),
-        ("llama3", '<|python_tag|>{"name": "multiply", "parameters": {"a": 347, "b": 28}}', [CALL]),
-        ("llama3", '{"name": "multiply", "parameters": {"a": 347, "b": 28}}; {"name": "now", "parameters": {}}',
+        ("json", '{"name": "multiply", "parameters": {"a": 347, "b": 28}}', [CALL]),
+        ("json", '<|python_tag|>{"name": "multiply", "parameters": {"a": 347, "b": 28}}', [CALL]),
+        ("json", '{"name": "multiply", "parameters": {"a": 347, "b": 28}}; {"name": "now", "parameters": {}}',
          [CALL, ToolCall("now")]),
-        ("llama3", 'I call {"name": "multiply"}', []),
+        ("json", 'I call {"name": "multiply"}', []),
         ("json", ' [{"name": "multiply", "arguments": {"a": 347, "b": 28}, "id": "a"}, {"name": "now"}] ',
          [CALL, ToolCall("now")]),
         ("json", '```json\n{"name": "multiply", "arguments": {"a": 347, "b": 28}}\n```', [CALL]),
+        ("json", '[{"type": "function", "function": {"name": "multiply", "arguments": {"a": 347, "b": 28}}}]', [CALL]),
+        ("json", '{"name": "multiply", "arguments": {"a": 347, "b": 28}}', [CALL]),
+        ("hermes", '<tool_call>{"name": "now", "arguments": null}</tool_call>', [ToolCall("now")]),
+        ("json", '{"name": "Bob", "age": 3}', []),
+        ("json", '[1] means the "name".', []),
         ("json", '{"answer": 9716}', []),
         ("json", "[1, 2, 3]", []),
         ("json", "[not JSON", []),
@@ -54,12 +59,29 @@ def test_parallel_calls_keep_their_order() -> None:
         ("hermes", "<tool_call></tool_call>", "not valid JSON"),
         ("hermes", '<tool_call>["multiply", 1]</tool_call>', 'must be {"name": ..., "arguments": {...}}'),
         ("hermes", '<tool_call>{"name": 7}</tool_call>', 'must be {"name"'),
-        ("hermes", '<tool_call>{"name": "multiply", "arguments": [347, 28]}</tool_call>', '"arguments" must be'),
+        (
+            "hermes",
+            '<tool_call>{"name": "multiply", "arguments": [347, 28]}</tool_call>',
+            "must be an object",
+        ),
+        ("hermes", '<tool_call>{"name": "multiply", "a": 347}</tool_call>', "'a' is no key of a call"),
+        ("hermes", '<tool_call>{"name": "a", "name": "b"}</tool_call>', "a key twice"),
+        (
+            "hermes",
+            '<tool_call>{"name": "f", "arguments": {"a": ' + "[" * 60 + "]" * 60 + "}}</tool_call>",
+            "50 levels",
+        ),
+        ("xml", "<tool_call><function=f><parameter=n>1</function></tool_call>", "each parameter must be"),
+        (
+            "xml",
+            "<tool_call><function=f><parameter=n>1</parameter><parameter=n>2</parameter></function></tool_call>",
+            "once",
+        ),
         ("hermes", "<tool_call>" + "[" * 100_000, "not valid JSON"),
         ("hermes", '<tool_call>{"name": "f", "arguments": {"a": ' + "1" * 5000 + "}}</tool_call>", "not valid JSON"),
         ("xml", '<tool_call>{"name": "multiply"}</tool_call>', "must be <function=NAME>"),
-        ("llama3", '{"name": "multiply", "parameters": {"a": 347', "not valid JSON"),
-        ("llama3", '{"name": "multiply", "parameters": 347}', '"parameters" must be'),
+        ("json", '{"name": "multiply", "parameters": {"a": 347', "not valid JSON"),
+        ("json", '{"name": "multiply", "parameters": 347}', "must be an object"),
         ("json", '[{"name": "multiply", "arguments": {"a": 347, "b": 28}}', "not valid JSON"),
     ],
 )
@@ -68,13 +90,27 @@ def test_a_malformed_call_has_a_fault(form: str, text: str, fault: str) -> None:
     assert fault in call.fault
 
 
+def test_whitespace_in_a_fence_takes_no_time() -> None:
+    assert FORMS["json"]("```json" + "\n" * 100_000 + "x") == []
+
+
+def test_a_function_per_block_or_several() -> None:
+    one, two = ("<function=f><parameter=n>1</parameter></function>", "<function=g></function>")
+    assert FORMS["xml"](f"<tool_call>{one}\n{two}</tool_call>") == [ToolCall("f", {"n": "1"}), ToolCall("g")]
+
+
 def test_one_malformed_call_leaves_the_others() -> None:
     calls = FORMS["hermes"]('<tool_call>{"name": "a"}</tool_call><tool_call>{"name"</tool_call>')
     assert [bool(call.fault) for call in calls] == [False, True]
 
 
 def test_text_becomes_a_value_of_the_type_in_the_schema() -> None:
-    properties = {"a": {"type": "integer"}, "b": {"type": "array"}, "c": {"type": "string"}, "e": {"type": "integer"}}
+    properties = {
+        "a": {"type": "integer"}, "b": {"type": "array"}, "c": {"type": "string"}, "e": {"type": "integer"},
+        "f": {"type": "boolean"}, "g": {"anyOf": [{"type": "integer"}, {"type": "array"}]},
+        "h": {"type": "string", "nullable": True}, "i": {"type": ["integer", "null"]},
+    }  # fmt: skip
     schema = {"function": {"name": "f", "parameters": {"type": "object", "properties": properties}}}
-    call = typed(ToolCall("f", {"a": "7", "b": "[1]", "c": "7", "d": "7", "e": "seven"}), schema)
-    assert call.arguments == {"a": 7, "b": [1], "c": "7", "d": "7", "e": "seven"}
+    texts = {"a": "7", "b": "[1]", "c": "7", "d": "7", "e": "seven", "f": "False", "g": "[1]", "h": "None", "i": "3"}
+    values = {"a": 7, "b": [1], "c": "7", "d": "7", "e": "seven", "f": False, "g": [1], "h": None, "i": 3}
+    assert typed(ToolCall("f", texts), schema).arguments == values

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlora.model.base import load_tokenizer
 from rlora.model.chat import Chat
-from rlora.model.tool_calls import ToolCall
+from rlora.model.tool_calls import FORMS, ToolCall
 from rlora.records import Prompt, RloraError
 from rlora.rollout.task import load_task, setup_of
 from rlora.rollout.toolset import Toolset, toolset_of
@@ -27,18 +27,21 @@ MISTRAL = """{{ '<s>' }}{%- for message in messages -%}
 {%- if message.role == 'user' -%}
 {%- if loop.first and tools -%}{{ '[AVAILABLE_TOOLS] ' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}{%- endif -%}
 {{ '[INST] ' + message.content + '[/INST]' }}
-{%- elif message.tool_calls -%}
-{{ '[TOOL_CALLS] [' }}
-{%- for call in message.tool_calls -%}{{ (call.function | tojson) + (', ' if not loop.last else '') }}{%- endfor -%}
-{{ ']</s>' }}
-{%- elif message.role == 'tool' -%}{{ '[TOOL_RESULTS] {"content": ' + message.content + '}[/TOOL_RESULTS]' }}
-{%- else -%}{{ ' ' + message.content + '</s>' }}{%- endif -%}{%- endfor -%}"""  # as Mistral's own, in short
+{%- elif message.tool_calls -%}{{ '[TOOL_CALLS] [' }}
+{%- for call in message.tool_calls -%}
+{%- if call.id|length != 9 -%}{{ raise_exception('Tool call IDs must have length 9') }}{%- endif -%}
+{{- (call.function | tojson)[:-1] + ', "id": "' + call.id + '"}' + (', ' if not loop.last else '') -}}
+{%- endfor -%}{{ ']</s>' }}
+{%- elif message.role == 'tool' -%}
+{%- if message.tool_call_id|length != 9 -%}{{ raise_exception('Tool call IDs must have length 9') }}{%- endif -%}
+{{ '[TOOL_RESULTS] {"content": ' + message.content + '}[/TOOL_RESULTS]' }}
+{%- else -%}{{ ' ' + message.content + '</s>' }}{%- endif -%}{%- endfor -%}"""  # as Mistral's up to v3, in short
 FAMILIES = {  # the template, the form of its calls, its special tokens with the one that ends a message first
     "qwen2_5": ("hermes", ["<|im_end|>", "<|im_start|>"]),
     "qwen3": ("hermes", ["<|im_end|>", "<|im_start|>"]),
     "qwen3_5_nothink": ("xml", ["<|im_end|>", "<|im_start|>"]),
-    "llama3_1": ("llama3", ["<|eot_id|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]),
-    "llama3_2": ("llama3", ["<|eot_id|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]),
+    "llama3_1": ("json", ["<|eot_id|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]),
+    "llama3_2": ("json", ["<|eot_id|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]),
     "mistral": ("json", ["</s>", "<s>", "[TOOL_CALLS]", "[INST]", "[/INST]"]),
     "hermes": ("hermes", ["<|im_end|>", "<|im_start|>"]),
 }
@@ -90,7 +93,7 @@ def family(request: pytest.FixtureRequest) -> Chat:
 def test_templates_of_model_families_show_the_form_of_their_calls(family: Chat, request: pytest.FixtureRequest) -> None:
     tools = toolset_of(Tools(multiply), family)
     assert tools is not None
-    assert tools.parser.__name__.endswith(FAMILIES[request.node.callspec.params["family"]][0])
+    assert tools.parser is FORMS[FAMILIES[request.node.callspec.params["family"]][0]]
     ids = family.prompt_ids("What is 347 * 28?", tuple(tools.schemas.values()))
     assert "Multiply two integers." in family.decode(ids)
 
@@ -103,11 +106,12 @@ def test_ids_over_five_turns_are_those_that_the_template_renders(family: Chat) -
     conversation: list[dict[str, Any]] = [{"role": "user", "content": "Multiply."}]
     ids = list(family.prompt_ids(conversation, schemas))
     for number in range(5):
-        call = {"type": "function", "function": {"name": "multiply", "arguments": {"a": number, "b": 28}}}
+        function = {"name": "multiply", "arguments": {"a": number, "b": 28}}
+        call = {"type": "function", "id": "call00000", "function": function}
         message = {"role": "assistant", "content": "", "tool_calls": [call]}
         sampled = [*family._ids(family.message_text(message)), family.stop_token_ids[0]]
         assert tools.calls(family.text(sampled)) == [ToolCall("multiply", {"a": number, "b": 28})]
-        result = {"role": "tool", "name": "multiply", "content": str(28 * number)}
+        result = {"role": "tool", "name": "multiply", "content": str(28 * number), "tool_call_id": "call00000"}
         reply = family.reply_ids([result], sampled)
         ids += [*sampled, *reply]
         conversation += [message, result]
@@ -127,8 +131,50 @@ def test_calls_in_a_thought_are_not_made(chat: Chat) -> None:
     tools = toolset_of(Tools(multiply), chat)
     assert tools is not None
     call = '<tool_call>{"name": "multiply", "arguments": {"a": "2", "b": 3}}</tool_call>'
-    assert tools.calls(f"<think>{call}</think>6") == []
-    assert tools.calls(f"<think>?</think>{call}") == [ToolCall("multiply", {"a": 2, "b": 3})]
+    made = ToolCall("multiply", {"a": 2, "b": 3})
+    quoted = '<tool_call>{"name": "multiply", "arguments": {"a": "<think>", "b": "</think>"}}</tool_call>'
+    for text, calls in (
+        (f"<think>{call}</think>6", []),
+        (f"<think>?</think>{call}", [made]),
+        (f"<think>{call}", []),
+        (f"<think>a</think>{call}<think>b</think>{call}", [made, made]),
+        (f"{call}<think>x</think>done", [made]),
+        (quoted, [ToolCall("multiply", {"a": "<think>", "b": "</think>"})]),
+    ):
+        assert tools.calls(text) == calls
+
+
+def of_properties(**properties: object) -> dict[str, Any]:
+    return {"name": "add", "parameters": {"type": "object", "properties": properties}}
+
+
+class Bound:
+    def put(self, item: str) -> str:
+        """Put.
+
+        Args:
+            item: What.
+        """
+        return item
+
+
+def any_number(*items: int) -> int:
+    """Add.
+
+    Args:
+        items: Numbers.
+    """
+    return sum(items)
+
+
+def tax(state: str, income: int) -> int:
+    """Compute a tax.
+
+    Args:
+        state: Where.
+        income: How much.
+    """
+    return income
 
 
 def no_types(a, b):  # type: ignore[no-untyped-def]
@@ -151,7 +197,19 @@ def no_docstring(a: int) -> int:
         (Tools(no_types), "'no_types' has no schema: .* type hint"),
         (Tools(no_docstring), "'no_docstring' has no schema: .* docstring"),
         (Tools(7), "its tool 7 has no name or can't be called"),
-        (Tools({"type": "function"}), "is a schema, but the env has no method None"),
+        (Tools({"type": "function"}), "is not the schema of a tool, because it has no name"),
+        (Tools(Bound.put), "'put' has the parameter self"),
+        (Tools(any_number), r"'any_number' has the parameter \*items"),
+        (Tools(tax), "'tax' has a parameter 'state', which rlora sets"),
+        (
+            Tools({"name": "add", "parameters": {"properties": {"c": {}}}}, add=multiply),
+            "'add' does not fit its schema",
+        ),
+        (
+            Tools({"name": "add", "parameters": {"properties": {"state": {}}}}, add=multiply),
+            "shows the parameter 'state'",
+        ),
+        (Tools(multiply, max_calls="3"), "its max_calls is '3'"),
         (Tools({"name": "add"}), "is a schema, but the env has no method add"),
         (Tools({"name": "add", "parameters": {"type": "array"}}, add=multiply), "'add': its parameters .* not a JSON"),
         (Tools({"name": "add", "parameters": {"properties": ["a"]}}, add=multiply), "'add': its parameters"),
@@ -163,7 +221,8 @@ def test_an_invalid_tool_is_an_error(chat: Chat, env: Any, message: str) -> None
 
 
 def test_a_schema_calls_the_method_of_its_name(chat: Chat) -> None:
-    schema = {"name": "add", "description": "Add.", "parameters": {"type": "object", "properties": {}}}
+    numbers = {"a": {"type": "integer"}, "b": {"type": "integer"}}
+    schema = {"name": "add", "description": "Add.", "parameters": {"type": "object", "properties": numbers}}
     tools = toolset_of(Tools(schema, add=multiply), chat)
     assert tools is not None
     assert tools.schemas["add"] == {"type": "function", "function": schema}
@@ -180,7 +239,7 @@ def test_a_template_without_tools_is_an_error(demo: str, chat: Chat) -> None:
     with pytest.raises(RloraError, match=r"chat\.tool_calls = 'auto': .*<call>.*none of the forms"):
         toolset_of(Tools(multiply), other)
     no_end = Chat(chat.tokenizer, ChatConfig(template="hermes"), (5,))
-    with pytest.raises(RloraError, match="no end token"):
+    with pytest.raises(RloraError, match="none of the model's end tokens"):
         toolset_of(Tools(multiply), no_end)
 
 
