@@ -148,12 +148,16 @@ def batches(found: Sequence[Row]) -> None:
     costs = {}
     small, large = sorted({row["prompts"] for row in found})
     for rank in ranks(found):
+        if not values(found, rank=rank, prompts=large):
+            print(f"- {name_of(rank)}: no members with {large} prompts yet")
+            continue
         best = {prompts: best_rate(found, rank=rank, prompts=prompts)[1] for prompts in (small, large)}
         print(
             f"- {name_of(rank)}: {Standing('', best[small])} at {small} prompts, {Standing('', best[large])} at {large}"
         )
         costs[rank] = [small_mean - large_mean for small_mean, large_mean in zip(best[small], best[large], strict=True)]
-    more("large batches cost rank 1 more than full fine-tuning", costs[1], costs[0])
+    if {0, 1} <= costs.keys():
+        more("large batches cost rank 1 more than full fine-tuning", costs[1], costs[0])
 
 
 def ranks(found: Sequence[Row]) -> list[int]:
