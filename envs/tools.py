@@ -96,11 +96,12 @@ class Search:
 class WithTools:
     """An agent that adds tools to an env with a single turn.
 
-    `env` is the spec of the env, which gets all arguments that are not named here. `tools` is a selection of calculator, python, search, and specs of functions
-    (mine.py:multiply). `instruction` is appended to each problem. An episode ends with the first message without a
-    call, or with the message that would exceed `max_calls` calls, none of which is made. `python` runs code in a sandbox (`rlora.envs.sandbox`), which
-    `allow_python` must allow, with the limits of `PythonTool`. `search` finds `results` documents of `corpus`, a file
-    or a data set whose column `text` has the documents. Reward: the env's reward.
+    `env` is the spec of the env, which gets all arguments that are not named here. `tools` is a selection of
+    calculator, python, search, and specs of functions (mine.py:multiply). `instruction` is appended to each problem. An
+    episode ends with the first message without a call, or with the message that would exceed `max_calls` calls, none of
+    which is made. `python` runs code in a sandbox (`rlora.envs.sandbox`), which `allow_python` must allow, with the
+    limits of `PythonTool`. `search` finds `results` documents of `corpus`, a file or a data set whose column `text` has
+    the documents. Reward: the env's reward.
     """
 
     def __init__(
