@@ -52,6 +52,8 @@ _CALL = re.compile(r"<<([\d+\-*/(). ]{1,100})=\s*$", re.ASCII)
 class _Problems(Generated):
     """Problems of `levels`, generated from `seed`, with `shots` examples of calls before each."""
 
+    _system = ""
+
     def __init__(
         self,
         levels: int | str | Sequence[int] = "1,2,3",
@@ -79,8 +81,6 @@ class _Problems(Generated):
                 turns += [{"role": "user", "content": example}, *self._example(call, result)]
             turns.append({"role": "user", "content": question})
             yield Prompt(turns, answer=answer, columns={"level": level, "question": question})
-
-    _system = ""
 
 
 class Calculator(_Problems):

@@ -50,11 +50,11 @@ class Prices(Generated):
         self.tools = [self._search.search, calculator]
 
     def _documents(self) -> list[str]:
-        return [f"A {item} costs {price} coins in {city}." for (item, city), price in self._prices.items()]
+        return [_document(item, city, price) for (item, city), price in self._prices.items()]
 
     def _example(self, item: str, city: str, number: int) -> list[dict[str, Any]]:
         price = self._prices[item, city]
-        found = called("search", f"A {item} costs {price} coins in {city}.", query=f"{item} {city}")
+        found = called("search", _document(item, city, price), query=f"{item} {city}")
         computed = called("calculator", str(price * number), expression=f"{price}*{number}") if number > 1 else []
         answer = {"role": "assistant", "content": f"The answer is {price * number}."}
         return [{"role": "user", "content": _question(item, city, number)}, *found, *computed, answer]
@@ -70,7 +70,10 @@ class Prices(Generated):
             yield Prompt(text, answer=answer, columns={"item": item, "city": city})
 
 
+def _document(item: str, city: str, price: int) -> str:
+    return f"A {item} costs {price} coins in {city}."
+
+
 def _question(item: str, city: str, number: int) -> str:
-    return (
-        f"What do {number} of the item {item} cost in {city}?" if number > 1 else f"What does a {item} cost in {city}?"
-    )
+    cost = f"do {number} of the item {item}" if number > 1 else f"does a {item}"
+    return f"What {cost} cost in {city}?"

@@ -38,6 +38,7 @@ from rlora.cli.grammar import change
 from rlora.cli.overrides import parse_source, parse_train
 from rlora.cli.sweep import parse_sweep
 from rlora.config import changed, read, read_table, validate
+from rlora.model.tool_calls import ToolCall
 from rlora.plugin import load
 from rlora.rollout.task import bare_task, load_task
 from rlora.rollout.toolset import toolset_of
@@ -200,7 +201,7 @@ def test_the_files_do_what_is_said_of_them(directory: Path) -> None:
     assert tools is not None
     schema = tools.schemas["price"]
     assert schema["function"]["description"] == "Look up the price of an item in coins."
-    (call,) = tools.calls(chat.call_text({"name": "price", "arguments": {"item": "cup"}}, [schema]))
+    (call,) = tools.calls(chat.call_text(ToolCall("price", {"item": "cup"}), [schema]))
     assert shop.tools[0](**call.arguments) == 7
 
 

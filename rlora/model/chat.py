@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rlora.model.template import MARK, Template, called
+from rlora.model.template import MARK, Template
+from rlora.model.tool_calls import ToolCall, calling
 from rlora.records import Messages, RloraError, Tools
 from rlora.settings import ChatConfig
 
@@ -132,8 +133,8 @@ class Chat:
         question: Mapping[str, Any] = {"role": "user", "content": "?"}
         message: Mapping[str, Any] = {"role": "assistant", "content": MARK}
         if reply[0]["role"] == "tool":
-            call = {"name": reply[0].get("name") or "tool", "arguments": {"value": MARK}}
-            message = called(call) if self._template.shows_calls else message
+            call = ToolCall(reply[0].get("name") or "tool", {"value": MARK})
+            message = calling(call) if self._template.shows_calls else message
         return self._template.messages([question, message, *reply])
 
     def message_text(self, message: Mapping[str, Any]) -> str:
@@ -155,8 +156,8 @@ class Chat:
         shared = next((n for n, (a, b) in enumerate(zip(opened, text, strict=False)) if a != b), len(opened))
         return self._before_end(text[shared:])
 
-    def call_text(self, function: Mapping[str, Any], tools: Tools) -> str:
-        """Return a message with one tool call, as `text` decodes it. `function` has the name and arguments of the call.
+    def call_text(self, call: ToolCall, tools: Tools) -> str:
+        """Return a message with one tool call, as `text` decodes it.
 
         Raises RloraError if the template does not render the `tools`, the call, or the result of a tool.
         """
@@ -165,8 +166,8 @@ class Chat:
                 "env: it has tools, but the tokenizer of the model has no chat template; set chat.template"
             )
         self._template.check_tools(tools)
-        self.reply_ids([{"role": "tool", "name": str(function["name"]), "content": "?"}], ())
-        return self._without_special(self._ids(self.message_text(called(function))))
+        self.reply_ids([{"role": "tool", "name": call.name, "content": "?"}], ())
+        return self._without_special(self._ids(self.message_text(calling(call))))
 
     def _before_end(self, text: str) -> str:
         """Return a rendered text up to the first token that ends a message of the policy. Raises RloraError if there is

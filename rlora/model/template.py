@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
+from rlora.model.tool_calls import ToolCall, calling
 from rlora.records import Messages, RloraError, Tools
 from rlora.settings import ChatConfig
 
@@ -151,8 +152,8 @@ class Template:
     def shows_calls(self) -> bool:
         """Whether the template renders the `tool_calls` of the policy's messages."""
         try:
-            return MARK in self.render([_USER | {"content": "?"}, called({"name": "f", "arguments": {"a": MARK}})],
-                                       tokenize=False)  # fmt: skip
+            message = calling(ToolCall("f", {"a": MARK}))
+            return MARK in self.render([_USER | {"content": "?"}, message], tokenize=False)
         except RloraError:
             return False
 
@@ -199,17 +200,11 @@ class Template:
         return True
 
 
-def called(function: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message of the policy with one tool call."""
-    return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": dict(function)}]}
-
-
 def _kind(message: Mapping[str, Any]) -> str:
     """Return the role of a message, and what it has besides content. A template can render each kind differently."""
     calls = len(message.get("tool_calls") or ())
-    return str(message["role"]) + (f" with {calls} tool_calls" + " and content" * bool(message["content"])) * bool(
-        calls
-    )
+    content = " and content" if message["content"] else ""
+    return f"{message['role']} with {calls} tool_calls{content}" if calls else str(message["role"])
 
 
 def _marked(message: Mapping[str, Any], mark: str) -> tuple[dict[str, Any], list[str]]:

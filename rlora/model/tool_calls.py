@@ -33,6 +33,13 @@ class ToolCall:
     fault: str = ""
 
 
+def calling(*calls: ToolCall, content: str = "") -> dict[str, Any]:
+    """Return a message of the policy with tool calls, in the form of the OpenAI API."""
+    functions = [{"name": call.name, "arguments": dict(call.arguments)} for call in calls]
+    tool_calls = [{"type": "function", "function": function} for function in functions]
+    return {"role": "assistant", "content": content, "tool_calls": tool_calls}
+
+
 Parser: TypeAlias = Callable[[str], Sequence[ToolCall]]  # of a message; no calls: the message is the policy's answer
 
 

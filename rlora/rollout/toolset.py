@@ -5,13 +5,13 @@ import inspect
 import logging
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers.utils.chat_template_utils import get_json_schema
 
 from rlora.model.chat import Chat
-from rlora.model.tool_calls import FORMS, Parser, ToolCall, typed, without_thoughts
+from rlora.model.tool_calls import FORMS, Parser, ToolCall, calling, typed, without_thoughts
 from rlora.plugin import load
 from rlora.records import Episode, Prompt, RloraError, without_surrogates
 from rlora.scoring.scoring import Scoring
@@ -19,7 +19,6 @@ from rlora.scoring.tools import HIDDEN, functions_of
 from rlora.scoring.worker import EnvReply, EnvTurn
 
 _SCHEMA = '{"type": "function", "function": {"name": ..., "description": ..., "parameters": {"type": "object", ...}}}'
-
 
 _log = logging.getLogger(__name__)
 _warn = functools.cache(_log.warning)  # once for each text
@@ -30,7 +29,7 @@ class Toolset:
     """The tools of an env, as the policy sees them, and the form in which it calls them."""
 
     schemas: Mapping[str, Mapping[str, Any]]  # by name, for the chat template
-    parser: Parser
+    parser: Parser = field(compare=False)  # a file's parser is another object each time that it is loaded
     max_calls: int | None  # per episode; None: no limit
 
     def calls(self, message: str) -> list[ToolCall]:
@@ -48,12 +47,8 @@ class Toolset:
 
     def message(self, text: str) -> dict[str, Any]:
         """Return the policy's message as a chat message, with its well-formed calls as `tool_calls`."""
-        calls = [
-            {"type": "function", "function": {"name": call.name, "arguments": dict(call.arguments)}}
-            for call in self.calls(text)
-            if not call.fault
-        ]
-        return {"role": "assistant", "content": text} | ({"tool_calls": calls} if calls else {})
+        calls = [call for call in self.calls(text) if not call.fault]
+        return calling(*calls, content=text) if calls else {"role": "assistant", "content": text}
 
     async def answer(self, calls: Sequence[ToolCall], turn: EnvTurn, scoring: Scoring) -> EnvReply:
         """Make the calls of a message one after the other. Returns their results as messages, and the episode's state.
@@ -187,7 +182,7 @@ def _parser(chat: Chat, schemas: Sequence[Mapping[str, Any]]) -> Parser:
     """
     setting = chat.settings.tool_calls
     probe = ToolCall(schemas[0]["function"]["name"], {"first": "one", "second": 'two "three"'})
-    text = chat.call_text({"name": probe.name, "arguments": probe.arguments}, schemas)
+    text = chat.call_text(probe, schemas)
     if setting in FORMS:
         return FORMS[setting]
     if setting != "auto" and ":" not in setting:

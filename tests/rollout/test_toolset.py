@@ -248,6 +248,7 @@ def test_a_parser_of_ones_own(demo: str, chat: Chat) -> None:
     tools = toolset_of(Tools(multiply), own)
     assert tools is not None
     assert tools.calls("CALL multiply 2 3") == [ToolCall("multiply", {"a": 2, "b": 3})]
+    assert toolset_of(Tools(multiply), own) == tools  # the env of an evaluation set has the same tools
     with pytest.raises(RloraError, match=r"chat\.tool_calls = 'qwen'"):
         toolset_of(Tools(multiply), Chat(chat.tokenizer, ChatConfig(template="hermes", tool_calls="qwen"), (2,)))
 
