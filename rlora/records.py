@@ -228,24 +228,11 @@ BASE = Adapter("base", OFF, b"", b"")
 
 
 @dataclass(frozen=True)
-class InFlight:
-    """A prompt that was sent for sampling and whose group has not been learned from yet."""
+class Trained:
+    """What an update computed for an episode's S sampled tokens, as float32 in native byte order."""
 
-    position: int  # of the prompt in the run's order
-    step: int  # the step that sent it
-    adapter: Adapter | None = None  # the version that samples the prompt; None: the prompt waits for a free engine
-    group: Group | None = None  # None: the prompt is still being sampled
-    scored: bool = False  # whether the group is scored
-
-
-@dataclass(frozen=True)
-class Cursor:
-    """State of a run's prompts between two steps, from which a resumed run continues. Positions count prompts in the
-    run's order, over all epochs."""
-
-    next: int = 0  # position of the next prompt that was never sent
-    retries: tuple[int, ...] = ()  # positions of prompts to sample again, before `next`
-    in_flight: tuple[InFlight, ...] = ()  # in the order of sending
+    advantages: bytes  # S
+    logprobs: bytes  # S, nats, under the policy when the update first computed them; empty if it did not
 
 
 @dataclass(frozen=True)
@@ -274,6 +261,8 @@ class UpdateStats:
     value_loss: float | None = None  # loss of the critic per token
     explained_variance: float | None = None  # share of the returns' variance that the critic's values had predicted
     objective_metrics: Mapping[str, float] = field(default_factory=dict)  # returned by the objective, per token
+    parts: Mapping[str, float] = field(default_factory=dict)  # seconds of the first learner by part of the update
+    trained: Mapping[tuple[int, int], Trained] = field(default_factory=dict)  # by group and episode, those with samples
 
 
 @dataclass(frozen=True)
@@ -317,6 +306,7 @@ class EngineStats:
 
     busy_seconds: float  # time spent computing
     canaries: Mapping[str, float]  # by policy: mean |engine - learner| of the last canary's logprobs, nats
+    kv_seconds: float = 0.0  # share of the KV cache in use, integrated over the busy time
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,8 @@ from rlora.core.learner import Learner, PolicyState
 from rlora.core.lora import Bank, Spec
 from rlora.core.setup import Setup
 from rlora.model.base import DEMO, locate
-from rlora.records import Adapter, Cursor, Episode, Group, Prompt, RewardInput, UpdateStats, Version
+from rlora.records import Adapter, Episode, Group, Prompt, RewardInput, UpdateStats, Version
+from rlora.rollout.cursor import Cursor
 from rlora.run import episodes
 from rlora.run.checkpoint import Bundle
 from rlora.run.directory import Provenance

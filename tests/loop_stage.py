@@ -14,7 +14,8 @@ from conftest import episode, group
 import rlora.cluster.resources
 import rlora.run.run
 from rlora.core.learner import Learner
-from rlora.records import Adapter, Cursor, Group, Prompt, UpdateStats
+from rlora.records import Adapter, Group, Prompt, UpdateStats
+from rlora.rollout.cursor import Cursor
 from rlora.rollout.requests import FleetStats
 from rlora.rollout.stream import Collection
 from rlora.rollout.task import ServedPolicy

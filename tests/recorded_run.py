@@ -26,7 +26,8 @@ import rlora.run.run
 from rlora import cluster, store
 from rlora.cli import main
 from rlora.cluster import resources
-from rlora.records import Cursor, Episode, Group, Prompt, Version
+from rlora.records import Episode, Group, Prompt, Version
+from rlora.rollout.cursor import Cursor
 from rlora.rollout.requests import FleetStats
 from rlora.rollout.stream import Collection
 from rlora.rollout.task import ServedPolicy

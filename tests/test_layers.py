@@ -25,7 +25,7 @@ HOMES = {
     "rich": {"cli", "telemetry", "sweeps"},
 }
 OF_CORE = {"torch", "transformers", "safetensors", "upath", "rlora"}  # what the mathematics may import
-MOST_LINES_OF_CORE = 2650  # without objectives/; kernels and what counts memory are 420 of them
+MOST_LINES_OF_CORE = 2700  # without objectives/; kernels and what counts memory are 420 of them
 MOST_LINES_OF_AN_OBJECTIVE = 50
 MOST_LINES_OF_A_FILE = 400
 PLUGINS = ("envs", "rewards")

@@ -25,7 +25,8 @@ from rlora.core.batch import microbatches, sample_of
 from rlora.core.learner import Learner
 from rlora.core.setup import Setup
 from rlora.device import hardware
-from rlora.records import Cursor, Episode, Group, Prompt, Version
+from rlora.records import Episode, Group, Prompt, Version
+from rlora.rollout.cursor import Cursor
 from rlora.run import episodes
 from rlora.run.checkpoint import Bundle
 from rlora.run.directory import Provenance

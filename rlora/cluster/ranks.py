@@ -3,8 +3,9 @@
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import ray
@@ -71,6 +72,11 @@ class Ranks:
         text: str = self._call(partial(self._on_first, "about"))
         return text
 
+    def base_norms(self, policy: str) -> dict[str, float]:
+        """Call `Learner.base_norms` on all learners: with sharded weights each has a part."""
+        norms: dict[str, float] = self._call(partial(self._on_all, "base_norms", policy))
+        return norms
+
     def update(self, policy: str, groups: Sequence[Group]) -> tuple[Adapter, UpdateStats]:
         """Call `Learner.update` on all learners, and keep the policy's new state for the case that a learner dies."""
         return self.start_update(policy, groups)()
@@ -82,7 +88,7 @@ class Ranks:
         policy's new state, and returns what `update` returns. It also raises the errors of the update, and replaces
         dead learners.
         """
-        return self._change(policy, "update", ray.put(groups))
+        return self._change(policy, "update", ray.put(groups), merge=_merge_updates)
 
     def forward(self, policy: str, groups: Groups, reference: bool = False) -> list[list[Tensor]]:
         """Call `Learner.forward` on all learners, with the groups divided among them."""
@@ -125,12 +131,16 @@ class Ranks:
             backup.state, backup.is_current_format = self._call(partial(self._on_first, "state", policy)), True
         return backup.state
 
-    def _change(self, policy: str, method: str, *arguments: Any) -> Callable[[], Any]:
-        """Call a method that changes a policy. The returned function waits for the result, and keeps the new state."""
+    def _change(
+        self, policy: str, method: str, *arguments: Any, merge: Callable[[list[Any]], Any] = itemgetter(0)
+    ) -> Callable[[], Any]:
+        """Call a method that changes a policy, on all learners. The returned function waits for the results, keeps the
+        new state, and returns `merge` of the results."""
 
         def send() -> Callable[[], tuple[Any, bytes]]:
-            output, state = self._on_all(method, policy, *arguments), self._on_first("state", policy)
-            return lambda: (output(), state())
+            outputs = self._on_each(method, [(policy, *arguments)] * len(self._remotes))
+            state = self._on_first("state", policy)
+            return lambda: (merge(outputs()), state())
 
         wait = self._start(send)
 
@@ -231,6 +241,13 @@ class Ranks:
             return [results[call] for call in calls]
 
         return wait
+
+
+def _merge_updates(updates: list[tuple[Adapter, UpdateStats]]) -> tuple[Adapter, UpdateStats]:
+    """Return the first learner's result, with the episodes that the other learners trained on."""
+    adapter, stats = updates[0]
+    trained = {episode: item for _, part in updates for episode, item in part.trained.items()}
+    return adapter, replace(stats, trained=trained)
 
 
 def _merge(parts: Sequence[list[list[Tensor]]]) -> list[list[Tensor]]:

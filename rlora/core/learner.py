@@ -111,6 +111,11 @@ class Learner:
             shard(self.policies.body, self.device)
             self.policies.base.to(self.device)  # the weights that are not sharded
 
+    def base_norms(self, policy: str) -> dict[str, float]:
+        """Return the Frobenius norm of the base's matrix under each of the policy's adapters, by key; empty for a
+        quantised base and in full finetuning."""
+        return {} if self.config.learner.quantise else self.policies.bank.base_norms(policy)
+
     def rehearse(self) -> tuple[str, int]:
         """Compute the largest row once, under a temporary adapter. Return the GPU's UUID and the peak bytes that this
         process reserved there ("" and 0 on a CPU); an engine may use the rest of the GPU."""

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
@@ -66,7 +67,11 @@ class Spec:
         else:
             is_target = self.head if matrix.kind == "head" else self.targets in ("all", matrix.kind)
         rank = max(1, self.rank // matrix.active) if self.shares_rank else self.rank
-        return _match(self.rank_pattern, matrix.key, rank) if is_target else 0
+        return self.rank_at(matrix.key, rank) if is_target else 0
+
+    def rank_at(self, key: str, default: int) -> int:
+        """Return the rank that `rank_pattern` sets for the matrix `key`, else `default`."""
+        return _match(self.rank_pattern, key, default)
 
     def scale(self, key: str, rank: int) -> float:
         """Return the scale of B A for the matrix `key`, given the adapter's rank for this matrix."""
@@ -286,6 +291,13 @@ class Bank:
     def pairs_of(self, name: str) -> dict[Matrix, Pair]:
         """Return A and B of one adapter, keyed by matrix."""
         return {matrix: factors.pairs[name] for matrix, factors in self.factors.items() if name in factors.pairs}
+
+    def base_norms(self, name: str) -> dict[str, float]:
+        """Return the Frobenius norm of the model's matrix under each pair of one adapter, by key."""
+        norms = {
+            matrix.key: torch.linalg.vector_norm(matrix.weight, dtype=torch.float32) for matrix in self.pairs_of(name)
+        }
+        return {key: float(norm.full_tensor() if isinstance(norm, DTensor) else norm) for key, norm in norms.items()}
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
         """Return the fp32 master weights of one adapter, keyed by `<key>.lora_A` and `<key>.lora_B` of each matrix."""

@@ -1,7 +1,7 @@
 """Encode and decode an adapter in PEFT's format: the bytes of adapter_config.json and adapter_model.safetensors."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import safetensors
@@ -98,7 +98,7 @@ def decode(config: bytes, weights: bytes) -> tuple[Spec, dict[str, Tensor]]:
         rank=rank,
         alpha=alpha,
         rslora=bool(settings.get("use_rslora")),
-        targets=_keys({parse(name)[0] for name in tensors}, settings.get("target_parameters") or []),
+        targets=frozenset(keys(settings, {parse(name)[0] for name in tensors}).values()),
         rank_pattern=settings["rank_pattern"],
         alpha_pattern=settings["alpha_pattern"],
         shares_rank=False,
@@ -106,15 +106,16 @@ def decode(config: bytes, weights: bytes) -> tuple[Spec, dict[str, Tensor]]:
     return spec, tensors
 
 
-def _keys(modules: set[str], parameters: list[str]) -> frozenset[str]:
-    """Return the keys of the matrices that PEFT wrapped as `modules`; `parameters` is PEFT's `target_parameters`."""
-    keys = set()
+def keys(settings: Mapping[str, Any], modules: Iterable[str]) -> dict[str, str]:
+    """Return the keys of the matrices that PEFT wrapped as `modules`. `settings` are those of adapter_config.json."""
+    parameters = settings.get("target_parameters") or ()
+    found = {}
     for module in modules:
         name = module.removesuffix(".base_layer")
         candidates = _FUSED if name.endswith(".experts") else ()
         fused = [part for part in candidates if any(f".{name}.{part}".endswith(f".{suffix}") for suffix in parameters)]
-        keys.add(f"{name}.{fused[0 if module != name else -1]}" if fused else module)
-    return frozenset(keys)
+        found[module] = f"{name}.{fused[0 if module != name else -1]}" if fused else module
+    return found
 
 
 def parse(name: str) -> tuple[str, str]:

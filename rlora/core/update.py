@@ -3,8 +3,9 @@
 import math
 import random
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from rlora.core.objectives.critic import values_loss
 from rlora.core.objectives.objective import Need
 from rlora.core.optimizer import Adam, scheduled_lr
 from rlora.core.setup import Setup
-from rlora.records import Episode, Group, RloraError, UpdateStats
+from rlora.records import Episode, Group, RloraError, Trained, UpdateStats
 
 if TYPE_CHECKING:
     from rlora.core.learner import Learner, PolicyState
@@ -32,30 +33,37 @@ def update(learner: "Learner", state: "PolicyState", groups: Sequence[Group]) ->
     algorithm, lr = setup.algorithm, scheduled_lr(setup.learner, state.lr, state.number, setup.steps)
     if state.critic and state.number < setup.critic.warmup:
         lr = 0.0
-    samples, explained_variance = _make_samples(learner, state, groups)
+    seconds: dict[str, float] = defaultdict(float)  # by part of the update
+    with _timed(seconds, "passes"):
+        samples, explained_variance = _make_samples(learner, state, groups)
     state.zero_grad()
+    first: dict[int, list[Tensor]] = {}  # by group: logprobs per sample, when they were first computed
     sums: Counter[str] = Counter()
     losses: list[float] = []  # of the minibatches that have tokens to learn from
     norms: list[float] = []
     for chosen in _minibatches(setup, state.number, len(groups), algorithm.epochs):
         weight = objective.weights([groups[i] for i in chosen])
         weighted = [[_with_weight(sample, weight) for sample in samples[i]] for i in chosen]
-        figures = learner.forward_backward(state.name, weighted, objective.loss).sums
-        if not figures["tokens"]:
-            continue
-        if state.critic:
-            critic_output = learner.forward_backward(state.critic.name, weighted, values_loss(setup.critic.clip))
-            figures["value_loss"] = critic_output.sums["value_loss"]
+        with _timed(seconds, "gradient"):
+            output = learner.forward_backward(state.name, weighted, objective.loss)
+            figures = output.sums
+            if not figures["tokens"]:
+                continue
+            if state.critic:
+                critic_output = learner.forward_backward(state.critic.name, weighted, values_loss(setup.critic.clip))
+                figures["value_loss"] = critic_output.sums["value_loss"]
+        first = dict(zip(chosen, output.outputs, strict=True)) | first
         sums.update(figures)
         if 0 < algorithm.target_kl < figures.get("kl_update", 0.0) / figures["tokens"]:
             break
         losses.append(figures["loss"])
         if not math.isfinite(losses[-1]):
             state.optimizer.zero_grad()
-        steps = [learner.optim_step(state.name, _adam(setup, lr))]
-        if state.critic:
-            critic_lr = scheduled_lr(setup.learner, state.critic.lr, state.number, setup.steps)
-            steps.append(learner.optim_step(state.critic.name, _adam(setup, critic_lr)))
+        with _timed(seconds, "adam"):
+            steps = [learner.optim_step(state.name, _adam(setup, lr))]
+            if state.critic:
+                critic_lr = scheduled_lr(setup.learner, state.critic.lr, state.number, setup.steps)
+                steps.append(learner.optim_step(state.critic.name, _adam(setup, critic_lr)))
         norms.append(steps[0].grad_norm if all(step.stepped for step in steps) else math.nan)
     state.zero_grad()
     finite_norms = [norm for norm in norms if math.isfinite(norm)]
@@ -73,7 +81,34 @@ def update(learner: "Learner", state: "PolicyState", groups: Sequence[Group]) ->
         seconds=time.perf_counter() - began,
         skipped_in_a_row=state.skipped_in_a_row,
         private_bytes=machine.private_bytes(),
+        parts=dict(seconds),
+        trained=_trained(groups, samples, first),
     )
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    """Add the seconds within the context to a part. Each part ends with results on the CPU, also on a GPU."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[part] += time.perf_counter() - start
+
+
+def _trained(
+    groups: Sequence[Group], samples: Sequence[Sequence[Sample]], logprobs: Mapping[int, Sequence[Tensor]]
+) -> dict[tuple[int, int], Trained]:
+    """Return what was computed for the episodes of this learner's samples. `logprobs` are by group, per sample."""
+    trained = {}
+    for number, group_samples in enumerate(samples):
+        numbers = {id(episode): index for index, episode in enumerate(groups[number].episodes)}
+        computed = logprobs.get(number) or [torch.zeros(0)] * len(group_samples)
+        for sample, first in zip(group_samples, computed, strict=True):
+            start = first if sample.tokens.start_logprobs is None else sample.tokens.start_logprobs
+            tensors = (sample.tokens.advantages.float(), start)
+            trained[number, numbers[id(sample.episode)]] = Trained(*(tensor.numpy().tobytes() for tensor in tensors))
+    return trained
 
 
 def _objective_metrics(means: Mapping[str, float]) -> dict[str, float]:

@@ -249,3 +249,9 @@ def _repack_head(model: Any) -> None:
     for head in model.modules():
         if isinstance(head, ParallelLMHead):
             head.quant_method.process_weights_after_loading(head)
+
+
+def kv_use(llm: LLMEngine) -> float:
+    """Return the share of the KV cache that is in use, 0 to 1."""
+    client: Any = llm.engine_core  # in this process
+    return float(client.engine_core.scheduler.kv_cache_manager.usage)

@@ -22,7 +22,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from rlora import cards, device, machine
 from rlora.engine import slots
-from rlora.engine.building import build, engine_info, load_adapter, sampling_seed
+from rlora.engine.building import build, engine_info, kv_use, load_adapter, sampling_seed
 from rlora.engine.canary import compare_canary, distance
 from rlora.engine.futures import errors_to, resolved
 from rlora.engine.loaded import LoadedAdapter, next_to_unload, unused
@@ -87,7 +87,7 @@ class Engine:
         self.adapters: list[LoadedAdapter] = []  # in the order of the last request for each
         self.noise: float | None = None  # distance of the base's canary from the learner's; None until it was measured
         self.canary_distances: dict[str, float] = {}  # by policy: its last canary from the learner's, nats per token
-        self.busy_seconds = 0.0  # in vLLM's steps
+        self.busy_seconds = self.kv_seconds = 0.0  # in vLLM's steps; the share of the KV cache in use, integrated
         self._engine_ids = itertools.count(1)  # LoRA ids, never reused: vLLM's prefix cache and slots are keyed by them
         self._request_ids = itertools.count()
         self._running: dict[str, _Request] = {}
@@ -123,8 +123,8 @@ class Engine:
         return group
 
     def stats(self) -> Future[EngineStats]:
-        """Return the metrics so far, in a future that is already resolved, also during a step."""
-        return resolved(EngineStats(self.busy_seconds, dict(self.canary_distances)))
+        """Return the metrics so far, in a resolved future, also during a step."""
+        return resolved(EngineStats(self.busy_seconds, dict(self.canary_distances), self.kv_seconds))
 
     def about(self) -> Future[EngineInfo]:
         """Describe the device and the settings that vLLM runs with."""
@@ -184,17 +184,17 @@ class Engine:
 
     def _step(self) -> None:
         """Run one step of vLLM: one token per completion in flight. Raises EngineLostError; then the thread ends."""
-        start = time.perf_counter()
+        start, used = time.perf_counter(), kv_use(self.llm)
         try:
             outputs = self.llm.step()
         except Exception as error:  # vLLM's state is undefined now
             self._failure = EngineLostError(f"vLLM failed in a step: {device.error_text(error)}")
             raise self._failure from error
-        self.busy_seconds += time.perf_counter() - start
+        self.busy_seconds += (elapsed := time.perf_counter() - start)
+        self.kv_seconds += elapsed * used
         for output in outputs:
             assert isinstance(output, RequestOutput)
-            request = self._running.pop(output.request_id, None) if output.finished else None
-            if request:  # else it was aborted
+            if output.finished and (request := self._running.pop(output.request_id, None)):  # else it was aborted
                 request.output.set_result(output)
 
     def _submit(self, tokens: Sequence[int], loaded: LoadedAdapter | None, **params: Any) -> Future[RequestOutput]:

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from concurrent.futures import Future
 
-from rlora.records import Cursor, Group
+from rlora.records import Group
+from rlora.rollout.cursor import Cursor
 from rlora.rollout.stream import Collection, prompt_at
 from rlora.settings import Config
 

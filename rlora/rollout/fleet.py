@@ -54,7 +54,7 @@ class Fleet:
         self._target = self._next_number = len(engines)  # engines wanted; number of the next one to be started
         self._starting = 0  # engines that are starting now
         self._failed, self._last_failed = 0, -1  # consecutive failed starts, and the number of the last one
-        self._busy_seconds = 0.0
+        self._busy_seconds = self._kv_seconds = self._queued_seconds = 0.0
         self._queue: deque[Request] = deque()
         self._latest: dict[str, Adapter] = {}  # by policy: the adapter that every engine has or is loading
         self._departed: set[str] = set()  # policies that left
@@ -185,11 +185,15 @@ class Fleet:
         with self._changed:
             for replica, figures in stats.items():
                 self._busy_seconds += (figures.busy_seconds - replica.busy_seconds) / len(futures)
-                replica.busy_seconds = figures.busy_seconds
+                self._kv_seconds += (figures.kv_seconds - replica.kv_seconds) / len(futures)
+                replica.busy_seconds, replica.kv_seconds = figures.busy_seconds, figures.kv_seconds
             canaries: dict[str, float] = {}
             for policy, canary in (pair for figures in stats.values() for pair in figures.canaries.items()):
                 canaries[policy] = max(canary, canaries.get(policy, canary))
-            return FleetStats(len(futures), self._busy_seconds, canaries, self._lost, self._replayed)
+            return FleetStats(
+                len(futures), self._busy_seconds, canaries, self._lost, self._replayed, self._kv_seconds,
+                self._queued_seconds,
+            )  # fmt: skip
 
     def stop(self) -> None:
         """Start no more engines and dispatch no more requests, without closing the engines. Does not block."""
@@ -216,6 +220,7 @@ class Fleet:
             self._queue.remove(request)
             if not request.cancelled:
                 request.adapter = request.adapter or self._delivered[request.policy]
+                self._queued_seconds += time.monotonic() - request.queued
                 completions[request.policy] += request.sampling.group_size
                 self._dispatch(min(free, key=lambda replica: replica.completions), request)
         if self._failure:
@@ -292,6 +297,7 @@ class Fleet:
             request.attempts += 1
             if request.attempts < _ATTEMPTS:
                 self._replayed += not request.cancelled
+                request.queued = time.monotonic()
                 self._queue.appendleft(request)
             else:
                 message = f"engine: {_ATTEMPTS} engines died while they sampled {request.prompt.text!r}: {error}"

@@ -8,7 +8,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rlora.records import Adapter, Episode, Group, InFlight, Messages, Prompt, Sampling, StaleError
+from rlora.records import Adapter, Episode, Group, Messages, Prompt, Sampling, StaleError
+from rlora.rollout.cursor import InFlight
 from rlora.rollout.fleet import Fleet
 from rlora.rollout.requests import Request
 from rlora.rollout.task import Task

@@ -1,5 +1,6 @@
 """Records of a fleet: a request, an engine replica, and the fleet's statistics."""
 
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ class Request:
     group: Future[Group] = field(default_factory=Future)  # the result; its episodes are unscored
     adapter: Adapter | None = None  # samples the prompt, also on every retry; None while the request is queued
     attempts: int = 0
+    queued: float = field(default_factory=time.monotonic)  # when it was queued last
     cancelled: bool = False  # no caller waits for the result, so the request is not retried
     background: bool = False  # has a lower priority than all other requests
 
@@ -31,7 +33,8 @@ class Replica:
 
     engine: Engine
     number: int
-    busy_seconds: float = 0.0  # as of the last `Fleet.stats`
+    busy_seconds: float = 0.0  # as of the last `Fleet.stats`, like `kv_seconds`
+    kv_seconds: float = 0.0
     in_flight: list[Request] = field(default_factory=list)
     draining: bool = False  # takes no more requests and is closed after its last
 
@@ -50,6 +53,8 @@ class FleetStats:
     canaries: Mapping[str, float]  # by policy: largest mean |engine logprob - learner logprob| of any engine, in nats
     lost: int  # engines that died
     replayed: int  # prompts sampled again after their engine died
+    kv_seconds: float = 0.0  # share of the KV cache in use, integrated over `busy_seconds`
+    queued_seconds: float = 0.0  # waiting for room in an engine, summed over prompts
 
 
 def policy_left(policy: str) -> StaleError:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
 
-from rlora.records import Adapter, Cursor, Group, InFlight, Prompt, RewardError, Sampling
+from rlora.records import Adapter, Group, Prompt, RewardError, Sampling
+from rlora.rollout.cursor import Cursor, InFlight
 from rlora.rollout.fleet import Fleet, wait_for
 from rlora.rollout.player import AgentLoop, Flight
 from rlora.settings import Config

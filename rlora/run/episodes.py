@@ -1,7 +1,7 @@
 """Encoding of groups as Parquet, one row per episode."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, groupby
 from typing import Any
 
@@ -9,11 +9,16 @@ import numpy
 import pyarrow
 from pyarrow import parquet
 
-from rlora.records import Episode, Group, Kept, Prompt, Version
+from rlora.records import Episode, Group, Kept, Prompt, Trained, Version
+
+_TRAINED = "advantages", "learner_logprobs"  # columns
 
 
-def encode(groups: Sequence[Group]) -> bytes:
-    """Encode groups as zstd-compressed Parquet.
+Training = Mapping[tuple[int, int], Trained]  # by group and episode
+
+
+def encode(groups: Sequence[Group], trained: Training | None = None) -> bytes:
+    """Encode groups as zstd-compressed Parquet, with what an update computed for their tokens.
 
     Logprobs and rewards are exact. Objects that JSON can't represent are stored as `str` of the object.
     """
@@ -38,6 +43,7 @@ def encode(groups: Sequence[Group]) -> bytes:
         "messages": _texts([dict(message) for message in episode.messages] for episode in episodes),
         "state": _texts(dict(episode.state) for episode in episodes),
         **_kept_columns(episodes),
+        **_trained_columns(groups, trained or {}),
     })  # fmt: skip
     file = pyarrow.BufferOutputStream()
     parquet.write_table(table, file, compression="zstd")
@@ -88,6 +94,33 @@ def _kept_columns(episodes: Sequence[Episode]) -> dict[str, Any]:
         "kept_ids": pyarrow.array([item.ids for item in kept], pyarrow.large_binary()),
         "kept_counts": _lists([item.counts for item in kept], "int32"),
     }
+
+
+def decode_training(content: bytes) -> dict[tuple[int, int], Trained]:
+    """Decode what `encode` wrote of an update. Empty for files of earlier releases."""
+    file = pyarrow.BufferReader(content)
+    names = [name for name in _TRAINED if name in parquet.read_schema(file).names]
+    if len(names) < len(_TRAINED):
+        return {}
+    rows = parquet.read_table(file, columns=["group", *names], use_threads=False).to_pylist()
+    return {
+        (number, index): Trained(*(numpy.asarray(row[name], "float32").tobytes() for name in _TRAINED))
+        for number, members in groupby(rows, key=lambda row: row["group"])
+        for index, row in enumerate(members)
+        if row[_TRAINED[0]] is not None
+    }
+
+
+def _trained_columns(groups: Sequence[Group], trained: Training) -> dict[str, Any]:
+    """Return the columns of `Trained`, null for episodes that the update did not compute; none without an update."""
+    if not trained:
+        return {}
+    items = [trained.get((g, e)) for g, group in enumerate(groups) for e in range(len(group.episodes))]
+    values = {
+        "advantages": [item and numpy.frombuffer(item.advantages, "float32") for item in items],
+        "learner_logprobs": [item and numpy.frombuffer(item.logprobs, "float32") for item in items],
+    }
+    return {name: pyarrow.array(column, pyarrow.list_(pyarrow.float32())) for name, column in values.items()}
 
 
 def _texts(values: Iterable[Any]) -> Any:

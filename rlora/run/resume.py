@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from upath import UPath
 
-from rlora.records import ADAPTER_FILES, Adapter, Cursor
+from rlora.records import ADAPTER_FILES, Adapter
+from rlora.rollout.cursor import Cursor
 from rlora.run.checkpoint import Bundle, bundle_path, read
 from rlora.run.directory import Provenance
 from rlora.run.start import read as read_files

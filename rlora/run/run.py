@@ -13,13 +13,14 @@ from upath import UPath
 
 from rlora.core.learner import Groups
 from rlora.core.setup import Setup
-from rlora.records import Adapter, Cursor, Group, Receipt, RloraError, UpdateStats
+from rlora.records import Adapter, Group, Receipt, RloraError, UpdateStats
+from rlora.rollout.cursor import Cursor
 from rlora.rollout.examples import Examples
 from rlora.rollout.fleet import Fleet
 from rlora.rollout.player import AgentLoop
 from rlora.rollout.stream import Collection, Rollouts
 from rlora.rollout.task import ServedPolicy, Task
-from rlora.run import directory
+from rlora.run import checkpoint, directory
 from rlora.run.checkpoint import Bundle
 from rlora.run.evaluation import HeldOut
 from rlora.run.health import Health, check_updates
@@ -28,6 +29,7 @@ from rlora.run.resume import cursor_for, describe
 from rlora.run.writer import CheckpointWriter
 from rlora.settings import Config
 from rlora.telemetry.metrics import Metrics
+from rlora.telemetry.weights import Weights, weights_line
 
 _log = logging.getLogger(__name__)
 
@@ -61,6 +63,7 @@ class RunLearner(Protocol):
     """Methods of a learner that a run calls. `rlora.cluster.ranks.Ranks` implements this protocol."""
 
     def open(self, policy: str, setup: Setup, saved: bytes | None = None) -> Adapter: ...
+    def base_norms(self, policy: str) -> dict[str, float]: ...
     def start_update(self, policy: str, groups: Sequence[Group]) -> Callable[[], tuple[Adapter, UpdateStats]]: ...
     def forward(self, policy: str, groups: Groups, reference: bool = False) -> list[list[Tensor]]: ...
     def state(self, policy: str) -> bytes: ...
@@ -177,6 +180,8 @@ class Run:
         directory.update_config(path, config)  # only now, after all checks of the new config
         if not start:
             self.writer.save(self.adapter, self.learner.state(self.policy), Cursor())
+        self.weights = Weights(self.learner.base_norms(self.policy), checkpoint.adapters(path, self.adapter))
+        directory.write_matrices(path, self.weights.base_norms)
         self.health = Health(config, directory.figures(path))
         fleet, loop, task = job.fleet, job.loops[self.policy], self.task
         cursor = cursor_for(config, start, origin) if start else Cursor()
@@ -214,12 +219,14 @@ class Run:
             adapter, update = self._await_update()
         step, metrics, writer, self.adapter = self.number, self.metrics, self.writer, adapter
         collection, fleet = self._collection, self.fleet.stats()
-        accuracy = self.held_out.figures(adapter.number)
-        figures = metrics.log(step, self._receipts, collection, update, fleet, writer.saved, adapter, accuracy)
+        moved, matrices = self.weights.measure(adapter)
+        extra = self.held_out.figures(adapter.number) | moved
+        figures = metrics.log(step, self._receipts, collection, update, fleet, writer.saved, adapter, extra)
         remedies = self._check_health(figures)
         line = json.dumps(figures | {f"health/{name}": self.health.holding[name] for name in remedies})
         with metrics.timed("save"):
-            writer.save(adapter, self.learner.state(self.policy), self.stream.cursor, collection, line)
+            state, cursor = self.learner.state(self.policy), self.stream.cursor
+            writer.save(adapter, state, cursor, collection, line, weights_line(step, matrices), update.trained)
         for observer in self.observers:
             self._notify(observer, json.loads(line))
         self.held_out.check_rewards()

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -15,16 +14,20 @@ from threading import Event, Thread
 from upath import UPath
 
 from rlora import machine
-from rlora.records import Adapter, Cursor, Group, RloraError, SaveStats
+from rlora.records import Adapter, Group, RloraError, SaveStats
+from rlora.rollout.cursor import Cursor
 from rlora.rollout.stream import Collection
 from rlora.rollout.task import HELD_OUT
 from rlora.run import episodes
 from rlora.run.checkpoint import BUNDLES, Bundle, Rewards, bundle_path, versions
-from rlora.run.directory import METRICS, Provenance, complete_lines
+from rlora.run.directory import METRICS, WEIGHTS, Provenance, complete_lines
+from rlora.run.line_log import LineLog
 from rlora.settings import Config
 from rlora.store import remove, remove_halves, write_directory, write_file
 
 _log = logging.getLogger(__name__)
+
+_Update = tuple[Sequence[Group], episodes.Training]  # the groups of an update, and what it computed for their tokens
 
 
 class CheckpointWriter:
@@ -48,8 +51,8 @@ class CheckpointWriter:
         self._failing_since: float | None = None
         self._unremovable: set[int] = set()  # versions whose bundles can't be removed
         remove_halves(run / BUNDLES)
-        self._logged = self._truncate_metrics(start.version if start else 0)  # bytes of metrics.jsonl that are written
-        self._unlogged = b""
+        step = start.version if start else 0
+        self._metrics, self._weights = (LineLog(run / name, step) for name in (METRICS, WEIGHTS))
         self._accuracies: dict[int, float] = {}  # on the held-out prompts, by evaluated version
         for line in complete_lines(run):
             self._count_accuracy(line)
@@ -67,8 +70,8 @@ class CheckpointWriter:
         if self._ended:
             return
         try:
-            if self._wait(ending=True) and (self._unsaved or self._unlogged):
-                self._start(partial(self._write, self._unsaved) if self._unsaved else self._log)
+            if self._wait(ending=True) and (self._unsaved or self._metrics.pending):
+                self._start(partial(self._write, self._unsaved) if self._unsaved else self._write_lines)
                 self._wait(ending=True)
         finally:
             unsaved = self._unsaved  # read once: a write that completes now clears it
@@ -85,20 +88,24 @@ class CheckpointWriter:
         cursor: Cursor,
         collection: Collection | None = None,
         line: str = "",
+        weights: str = "",
+        trained: episodes.Training | None = None,
     ) -> None:
         """Start writing the bundle of `adapter`, which an update on `collection` made, and appending `line` to
-        metrics.jsonl. Blocks until the previous bundle is written.
+        metrics.jsonl and `weights` to weights.jsonl. Blocks until the previous bundle is written.
 
-        `state` is `Learner.state` after the update, `cursor` the position in the prompts. Raises RloraError if writes
-        have failed for `checkpoint.patience` seconds, or if a write takes that long.
+        `state` is `Learner.state` after the update, `cursor` the position in the prompts, `trained` what the update
+        computed for the collection's tokens. Raises RloraError if writes have failed for `checkpoint.patience` seconds,
+        or if a write takes that long.
         """
         in_time = self._wait()
         if collection:
             self._count(collection.sampled)
         bundle = Bundle(self.origin, adapter, state, cursor, self.config, None, self._parent, dict(self._rewards))
-        groups = collection.groups if collection else None
+        groups = (collection.groups, trained or {}) if collection else None
         self._parent = adapter.digest
-        self._unlogged += f"{line}\n".encode() if line else b""
+        self._metrics.add(line)
+        self._weights.add(weights)
         self._count_accuracy(line or "{}")
         if not in_time:
             raise self._save_elsewhere(self._with_episodes(bundle, groups))
@@ -146,13 +153,13 @@ class CheckpointWriter:
 
     # --- on the writing thread ---
 
-    def _write(self, bundle: Bundle, groups: Sequence[Group] | None = None) -> None:
+    def _write(self, bundle: Bundle, groups: _Update | None = None) -> None:
         """Write the pending lines of metrics.jsonl, then the bundle: a resume removes lines without a bundle, but can't
         recover missing lines."""
         start = time.perf_counter()
         try:
             self._unsaved = bundle = self._with_episodes(bundle, groups)
-            self._log()
+            self._write_lines()
             files = bundle.files
             write_directory(bundle_path(self.run, bundle.version), files)
         except Exception as error:  # any file system of fsspec
@@ -171,14 +178,19 @@ class CheckpointWriter:
         with suppress(Exception):  # if the store fails, more bundles than configured are kept for now
             self._remove_old(bundle.version)
 
-    def _with_episodes(self, bundle: Bundle, groups: Sequence[Group] | None) -> Bundle:
+    def _write_lines(self) -> None:
+        for log in (self._metrics, self._weights):
+            log.write()
+
+    def _with_episodes(self, bundle: Bundle, groups: _Update | None) -> Bundle:
         """Return the bundle with the episodes of its update, if their size is at most `checkpoint.episodes_mib`."""
         limit = self.config.checkpoint.episodes_mib
         if groups is None or not limit:
             return bundle
-        update = episodes.encode(groups)
-        if len(update) <= limit * 2**20:
-            return replace(bundle, update=update)
+        for trained in (groups[1], None):  # without what the update computed, they may still fit
+            update = episodes.encode(groups[0], trained)
+            if len(update) <= limit * 2**20:
+                return replace(bundle, update=update)
         _log.warning(
             f"checkpoint.episodes_mib = {limit}: the episodes of version {bundle.version} are not stored, because "
             f"they take {len(update) / 2**20:.1f} MiB; raise checkpoint.episodes_mib, or set it to 0 to store none"
@@ -206,37 +218,6 @@ class CheckpointWriter:
                 self._unremovable.add(version)
         self._rewards = {version: rewards for version, rewards in self._rewards.items() if version in kept}
 
-    def _truncate_metrics(self, step: int) -> int:
-        """Remove the lines of `step` and later steps, which run again, and a last line that a crash cut off.
-
-        Returns the size of the file in bytes.
-        """
-        kept = "".join(f"{line}\n" for line in complete_lines(self.run) if json.loads(line)["step"] < step).encode()
-        write_file(self.run / METRICS, kept)
-        return len(kept)
-
-    def _log(self) -> None:
-        """Append the pending lines to metrics.jsonl."""
-        if not self._unlogged:
-            return
-        path = self.run / METRICS
-        try:
-            if not isinstance(path, Path):  # most object stores can't append
-                write_file(path, path.read_bytes()[: self._logged] + self._unlogged)
-            else:
-                with path.open("r+b") as file:
-                    file.truncate(self._logged)  # removes a partial line that a full disk left
-                    file.seek(self._logged)
-                    file.write(self._unlogged)
-                    file.flush()
-                    os.fsync(file.fileno())
-        except Exception as error:
-            _log.warning(
-                f"NOT SAVED: {path} could not be written ({error}); its lines will be written with the next step"
-            )
-            return
-        self._logged, self._unlogged = self._logged + len(self._unlogged), b""
-
     # --- with no write running, or one that hangs ---
 
     def _save_elsewhere(self, bundle: Bundle) -> RloraError:
@@ -252,9 +233,11 @@ class CheckpointWriter:
                 copy = Path(tempfile.mkdtemp(prefix=f"rlora-{self.run.name}-")) / destination.name
                 write_directory(copy, bundle.files)
                 message = f"{failure}. It was saved to {copy}: {fix}, move the copy to {destination}, then {command}"
-                if self._unlogged:
-                    write_file(copy.with_name(METRICS), self._unlogged)
-                    message += f". First append its last lines, {copy.with_name(METRICS)}, to {self.run / METRICS}"
+                for log in (self._metrics, self._weights):
+                    if log.pending:
+                        lines = copy.with_name(log.path.name)
+                        write_file(lines, log.pending)
+                        message += f". First append its last lines, {lines}, to {log.path}"
             except Exception as error:
                 message = f"{failure}, nor to a temporary directory ({error}); free disk space, then {command}"
         return RloraError(message)

@@ -106,7 +106,7 @@ class Metrics:
     def start(self, step: int, fleet: FleetStats) -> None:
         """Start timing at step number `step`. `fleet` are the statistics of the engines so far."""
         self.first_step, self.started, self.lapped = step, time.perf_counter(), time.perf_counter()
-        self.busy_seconds = fleet.busy_seconds
+        self.fleet = fleet
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -126,8 +126,9 @@ class Metrics:
         metrics are added. Metrics that are not finite become None.
         """
         now = time.perf_counter()
-        total, sampling = now - self.lapped, fleet.busy_seconds - self.busy_seconds
-        self.lapped, self.busy_seconds = now, fleet.busy_seconds
+        total, sampling = now - self.lapped, fleet.busy_seconds - self.fleet.busy_seconds
+        kv, queued = fleet.kv_seconds - self.fleet.kv_seconds, fleet.queued_seconds - self.fleet.queued_seconds
+        self.lapped, self.fleet = now, fleet
         figures = summarise(collection.sampled, step) if collection.sampled else summarise_given(collection.groups)
         figures |= {
             "loss": update.loss,
@@ -150,11 +151,14 @@ class Metrics:
             "engine/count": fleet.engines,
             "engine/lost": fleet.lost,
             "engine/busy": sampling / total if sampling > 0 else None,
+            "engine/kv": kv / sampling if sampling > 0 else None,
             "learner/busy": update.seconds / total,
             "swap/load": max((receipt.load_seconds for receipt in receipts), default=None),
             "swap/proof": max((receipt.proof_seconds for receipt in receipts), default=None),
             "swap/canary": fleet.canaries.get(adapter.policy),
             **{f"time/{phase}": seconds for phase, seconds in self.seconds.items()},
+            **{f"time/update/{part}": update.parts.get(part) for part in ("passes", "gradient", "adam")},
+            "time/queue": queued if sampling > 0 else None,
             "time/sampling": sampling if sampling > 0 else None,  # 0 if no engine reported
             "time/reward": collection.reward_seconds,
             "time/stragglers": collection.straggler_seconds,

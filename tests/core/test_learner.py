@@ -1,6 +1,7 @@
 import json
 import socket
 import weakref
+from array import array
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +47,31 @@ def on_policy(learner: Solo, groups: list[Group]) -> list[Group]:
                 replace(e, behaviour_logprobs=measured(g.prompt.token_ids, e.completion_ids)) for e in g.episodes
             )) for g in groups
         ]  # fmt: skip
+
+
+def test_an_update_returns_advantages_and_logprobs_per_token(learner: Solo, groups: list[Group]) -> None:
+    measured = on_policy(learner, groups)
+    stats = learner.update(measured)[1]
+    advantages = {(0, 0): 0.5, (0, 1): -0.5, (2, 1): -0.5}  # episodes with tokens and an advantage
+    assert stats.trained.keys() == advantages.keys()
+    for (g, e), trained in stats.trained.items():
+        played = measured[g].episodes[e]
+        assert array("f", trained.advantages).tolist() == [advantages[g, e]] * len(played.completion_ids)
+        assert array("f", trained.logprobs).tolist() == pytest.approx(played.behaviour_logprobs, abs=1e-5)
+    assert {"passes", "gradient", "adam"} == stats.parts.keys()
+    assert sum(stats.parts.values()) <= stats.seconds
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_the_logprobs_are_those_before_the_first_minibatch(
+    epochs: int, tiny: str, config: MakeConfig, groups: list[Group]
+) -> None:
+    algorithm = {"name": "dapo", "minibatches": 3, "epochs": epochs}
+    learner = Solo(config(learner={"rank": 2, "lr": 0.5}, algorithm=algorithm), tiny)
+    measured = on_policy(learner, groups)
+    for (g, e), trained in learner.update(measured)[1].trained.items():
+        expected = measured[g].episodes[e].behaviour_logprobs
+        assert array("f", trained.logprobs).tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_on_policy_the_loss_is_the_plain_policy_gradient(learner: Solo, groups: list[Group]) -> None:

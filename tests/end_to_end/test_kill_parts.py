@@ -22,7 +22,8 @@ from conftest import ROOT, ray_head, ray_node
 from rlora import cluster
 from rlora.cluster import processes
 from rlora.core.setup import Setup
-from rlora.records import Cursor, EngineLostError, Group
+from rlora.records import EngineLostError, Group
+from rlora.rollout.cursor import Cursor
 from rlora.rollout.stream import Rollouts, prompt_at
 from rlora.rollout.task import ServedPolicy, load_task
 from rlora.settings import Config

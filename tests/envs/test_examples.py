@@ -12,7 +12,8 @@ from upath import UPath
 
 from rlora.envs.episodes import RunEpisodes
 from rlora.envs.examples import Examples
-from rlora.records import Cursor, Episode, Messages, Prompt, RloraError
+from rlora.records import Episode, Messages, Prompt, RloraError
+from rlora.rollout.cursor import Cursor
 from rlora.rollout.examples import Examples as Stream
 from rlora.rollout.given import example_of
 from rlora.rollout.task import bare_task, load_task

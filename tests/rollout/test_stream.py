@@ -9,19 +9,8 @@ import torch
 from rlora.config import validate
 from rlora.model.base import load_tokenizer
 from rlora.model.chat import Chat
-from rlora.records import (
-    Adapter,
-    Cursor,
-    Episode,
-    Group,
-    InFlight,
-    Prompt,
-    RewardError,
-    RewardInput,
-    Sampling,
-    Score,
-    Version,
-)
+from rlora.records import Adapter, Episode, Group, Prompt, RewardError, RewardInput, Sampling, Score, Version
+from rlora.rollout.cursor import Cursor, InFlight
 from rlora.rollout.player import AgentLoop
 from rlora.rollout.requests import Request
 from rlora.rollout.stream import Rollouts, prompt_at

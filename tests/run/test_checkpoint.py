@@ -10,7 +10,8 @@ import pytest
 from conftest import ORIGIN, WEIGHTS, adapter, episode, group, write_provenance
 from upath import UPath
 
-from rlora.records import Adapter, Cursor, Group, InFlight, RloraError
+from rlora.records import Adapter, Group, RloraError
+from rlora.rollout.cursor import Cursor, InFlight
 from rlora.run import checkpoint
 from rlora.run.checkpoint import Bundle, BundleError, bundle_path
 from rlora.store import write_directory

@@ -6,7 +6,7 @@ import pytest
 from conftest import episode, group
 from pyarrow import parquet
 
-from rlora.records import Episode, Group, Kept, Prompt, Version
+from rlora.records import Episode, Group, Kept, Prompt, Trained, Version
 from rlora.run import episodes
 
 
@@ -38,6 +38,17 @@ def test_kept_tokens_are_stored_where_there_are_some(groups: list[Group]) -> Non
     assert episodes.decode(episodes.encode(written), "run") == written
     plain = parquet.read_table(pyarrow.BufferReader(episodes.encode(groups)))
     assert not [name for name in plain.column_names if name.startswith("kept")]
+
+
+def test_what_an_update_computed_is_stored_beside_the_episodes(groups: list[Group]) -> None:
+    trained = {
+        (0, 1): Trained(array("f", [0.5, -1.0]).tobytes(), array("f", [-0.1, -2.0]).tobytes()),
+        (2, 0): Trained(array("f", [0.25]).tobytes(), b""),
+    }
+    content = episodes.encode(groups, trained)
+    assert episodes.decode(content, "run") == groups
+    assert episodes.decode_training(content) == trained
+    assert episodes.decode_training(episodes.encode(groups)) == {}
 
 
 def test_a_file_of_a_release_without_digests_is_read() -> None:

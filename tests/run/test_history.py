@@ -6,7 +6,7 @@ import pytest
 from conftest import adapter
 from upath import UPath
 
-from rlora.records import Cursor
+from rlora.rollout.cursor import Cursor
 from rlora.rollout.task import Task, load_task
 from rlora.run import directory
 from rlora.run.checkpoint import Bundle, bundle_path

@@ -9,7 +9,8 @@ from upath import UPath
 
 from rlora.core.learner import Learner
 from rlora.core.setup import Setup
-from rlora.records import Cursor, Group, RloraError
+from rlora.records import Group, RloraError
+from rlora.rollout.cursor import Cursor
 from rlora.run import episodes
 from rlora.run.checkpoint import Bundle, bundle_path
 from rlora.run.replay import pairs, replay, updates

@@ -12,7 +12,8 @@ from killed import DRIVER, LEARNER, RAY, WRITE, Driver
 from recorded_run import generated
 from upath import UPath
 
-from rlora.records import Adapter, Cursor, InFlight, Version
+from rlora.records import Adapter, Version
+from rlora.rollout.cursor import Cursor, InFlight
 from rlora.run import checkpoint, resume
 from rlora.run.checkpoint import Bundle
 from rlora.run.directory import Provenance

@@ -16,9 +16,10 @@ import pytest
 from conftest import ORIGIN, adapter, episode, group
 from upath import UPath
 
-from rlora.records import Cursor, Group, Prompt, RloraError, Version
+from rlora.records import Group, Prompt, RloraError, Version
+from rlora.rollout.cursor import Cursor
 from rlora.rollout.stream import Collection
-from rlora.run import checkpoint, writer
+from rlora.run import checkpoint, line_log, writer
 from rlora.run.writer import CheckpointWriter
 from rlora.settings import Config
 
@@ -62,11 +63,18 @@ def collection(version: int, reward: float, groups: list[Group]) -> Collection:
 def save(checkpoints: CheckpointWriter, version: int, groups: list[Group] | None = None, reward: float = 0.0) -> None:
     """Save as the step that made `version` does."""
     collected = collection(version - 1, reward, groups or [])
-    checkpoints.save(adapter(version), b"state" * 100, Cursor(version), collected, json.dumps({"step": version - 1}))
+    line = json.dumps({"step": version - 1})
+    checkpoints.save(adapter(version), b"state" * 100, Cursor(version), collected, line, line)
 
 
 def steps(run: UPath) -> list[int]:
-    return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """Steps in metrics.jsonl, which are those in weights.jsonl too."""
+    metrics, weights = (
+        [json.loads(line)["step"] for line in (run / name).read_text().splitlines()]
+        for name in ("metrics.jsonl", "weights.jsonl")
+    )
+    assert metrics == weights
+    return metrics
 
 
 def test_each_step_leaves_a_bundle_and_a_line(run: UPath, config: Callable[..., Config], groups: list[Group]) -> None:
@@ -88,8 +96,8 @@ def test_a_resumed_run_repeats_steps_without_a_bundle(run: UPath, config: Callab
     with open_writer(run, config) as checkpoints:
         for version in (1, 2, 3):
             save(checkpoints, version)
-    log = run / "metrics.jsonl"
-    log.write_text(log.read_text() + '{"step": 3, "rew')  # the process died while it wrote a line
+    for log in (run / "metrics.jsonl", run / "weights.jsonl"):
+        log.write_text(log.read_text() + '{"step": 3, "rew')  # the process died while it wrote a line
     start = checkpoint.read(checkpoint.bundle_path(run, 2))
     with open_writer(run, config, start) as checkpoints:
         save(checkpoints, 3)
@@ -439,14 +447,15 @@ def test_a_disk_that_hangs_at_a_line_loses_no_episodes(
 ) -> None:
     monkeypatch.setattr(writer.tempfile, "tempdir", str(tmp_path))
     answers = threading.Event()
-    monkeypatch.setattr(writer.os, "fsync", lambda _: answers.wait())
+    monkeypatch.setattr(line_log.os, "fsync", lambda _: answers.wait())
 
     def train() -> None:
         with open_writer(local, config, patience=1) as checkpoints:
             save(checkpoints, 1, groups)
 
     monkeypatch.setattr(writer, "write_directory", unsynced)
-    monkeypatch.setattr(writer, "write_file", lambda path, content: path.write_bytes(content))
+    for module in (writer, line_log):
+        monkeypatch.setattr(module, "write_file", lambda path, content: path.write_bytes(content))
     with pytest.raises(RloraError, match=r"version 1 could not be written there in time") as ended:
         train()
     answers.set()

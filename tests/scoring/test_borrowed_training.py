@@ -9,7 +9,7 @@ from conftest import ROOT
 from rlora import cluster
 from rlora.core.learner import Learner
 from rlora.core.setup import Setup
-from rlora.records import Cursor
+from rlora.rollout.cursor import Cursor
 from rlora.rollout.fleet import Fleet
 from rlora.rollout.player import AgentLoop
 from rlora.rollout.stream import Rollouts
