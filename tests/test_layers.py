@@ -13,7 +13,7 @@ FLOORS = [
     {"errors"}, {"records"}, {"cards"}, {"plugin", "machine"}, {"device"}, {"settings"}, {"config", "store"},
     {"model"},
     {"core", "scoring"}, {"engine", "rollout"}, {"telemetry"}, {"run"}, {"cluster", "trackers"},
-    {"train", "primitives", "planning"}, {"sweeps"}, {"__init__"},
+    {"train", "primitives", "planning"}, {"sweeps"}, {"report"}, {"__init__"},
     {"cli"}, {"__main__"},
 ]  # fmt: skip
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

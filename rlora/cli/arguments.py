@@ -195,6 +195,23 @@ class Export:
 
 
 @dataclass(frozen=True)
+class Report:
+    """Write one HTML page about runs: curves, update of the weights, completions, config and lineage. The page needs no
+    network."""
+
+    runs: tyro.conf.Positional[tuple[UPath, ...]]
+    """Directories of runs or of sweeps. Several runs are drawn in the same charts."""
+    out: Path = Path("report.html")
+    """File to write."""
+    episodes_mib: float = 4.0
+    """Limit in MiB for the completions on the page, compressed. Evenly spaced steps are selected that fit. `0` leaves
+    the completions out."""
+    watch: float | None = None
+    """Write the page again after each step, until all runs are finished. The value is the number of seconds between two
+    checks, after which an open page also loads itself again."""
+
+
+@dataclass(frozen=True)
 class Replay(OverConfig):
     """Recompute updates of a run from its checkpoints, and report whether each is equal bit for bit. Each field of the
     config is an option too, such as a different loss."""

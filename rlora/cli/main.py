@@ -13,11 +13,27 @@ import tyro
 from upath import UPath
 
 import rlora
-from rlora.cli.arguments import Check, Eval, Export, Fork, Grade, Jobs, Plan, Replay, Runs, Scale, Show, Sweep, Train
+from rlora.cli.arguments import (
+    Check,
+    Eval,
+    Export,
+    Fork,
+    Grade,
+    Jobs,
+    Plan,
+    Replay,
+    Report,
+    Runs,
+    Scale,
+    Show,
+    Sweep,
+    Train,
+)
 from rlora.cli.grammar import UsageError
 from rlora.cli.logs import show_log
 from rlora.cli.overrides import parse_source, with_changes
 from rlora.cli.plan import plan_command
+from rlora.cli.report import report_command
 from rlora.cli.submit import jobs_command, submit_command
 from rlora.cli.sweep import ask_command, fork_command, report_sweep, sweep_command
 from rlora.cli.train import train_command
@@ -49,6 +65,7 @@ _USAGE = f"""usage: rlora COMMAND ...
   plan      {_summary(Plan)}
   replay    {_summary(Replay)}
   runs      {_summary(Runs)}
+  report    {_summary(Report)}
   export    {_summary(Export)}
   grade     {_summary(Grade)}
   show      {_summary(Show)}
@@ -64,7 +81,7 @@ def main() -> None:
     commands: dict[str, Callable[[list[str]], None]] = {
         "train": train_command, "eval": _eval, "check": _check, "plan": plan_command, "replay": _replay, "runs": _runs,
         "export": _export, "grade": _grade, "show": _show, "scale": _scale, "submit": submit_command,
-        "jobs": jobs_command, "sweep": sweep_command, "fork": fork_command,
+        "jobs": jobs_command, "sweep": sweep_command, "fork": fork_command, "report": report_command,
         **{request: partial(ask_command, request) for request in ("pause", "go", "drop")},
     }  # fmt: skip
     show_log()

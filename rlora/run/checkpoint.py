@@ -280,6 +280,16 @@ def read_version(run: UPath, version: int | None = None) -> Bundle:
     return bundle
 
 
+def read_update(run: UPath, version: int) -> bytes | None:
+    """Read and verify the episodes of the update that made a version, as Parquet; None if they are not stored.
+
+    Raises as `read` does.
+    """
+    path = bundle_path(run, version)
+    expected = _read_manifest(path)["files"].get(_UPDATE)
+    return _read_verified(path / _UPDATE, expected) if expected else None
+
+
 def adapters(run: UPath, newest: Adapter) -> list[Adapter]:
     """Return `newest`, the current version of a run, after the version before it if that has an intact bundle."""
     try:

@@ -1,4 +1,4 @@
-"""Bottleneck of a step, and the settings that affect it."""
+"""Phases of a step, its bottleneck, and the settings that affect it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,20 +18,29 @@ def bottleneck(figures: Mapping[str, Any]) -> tuple[str, float] | None:
 
     `figures` are the metrics of the step. Returns None without "time/step".
     """
-    wait, total = figures.get("time/wait") or 0.0, figures.get("time/step") or 0.0
+    total = figures.get("time/step") or 0.0
     if total <= 0:
         return None
+    parts = phases(figures)
+    name = max(parts, key=lambda part: parts[part])
+    return name, parts[name] / total
+
+
+def phases(figures: Mapping[str, Any]) -> dict[str, float]:
+    """Return the seconds that the loop spent in each phase of a step, whose metrics are `figures`.
+
+    The phases do not overlap. Work that overlaps another phase, such as sampling during an update, is not counted.
+    """
+    wait = figures.get("time/wait") or 0.0
     late = min(wait, figures.get("time/stragglers") or 0.0)
     idle = max(0.0, wait - (figures.get("time/sampling") or 0.0))  # no sampling left, but groups are incomplete
     rewards = min(idle, figures.get("time/reward") or 0.0, wait - late)
-    parts = {
+    return {
         "sampling": wait - late - rewards,
         "stragglers": late,
         "rewards": rewards,
         **{name: figures.get(f"time/{name}") or 0.0 for name in ("update", "swap", "save")},
     }
-    name = max(parts, key=lambda part: parts[part])
-    return name, parts[name] / total
 
 
 def advice(name: str) -> str:

@@ -89,12 +89,12 @@ class Moved:
         x, d, y, e, d_e, d_y = products.tolist()
         return Moved(math.sqrt(x), math.sqrt(d), _cosine(d_e, d, e), _cosine(d_y, d, y), tuple(sigma))
 
-    @property
-    def rank_used(self) -> float | None:
-        """Effective rank exp(H) of X divided by the adapter's rank, H the entropy of sigma / sum(sigma) (Roy and
-        Vetterli 2007, "The effective rank"): from 1 / r to 1, None if X is 0."""
-        shares = [value / total for value in self.sigma if value] if (total := sum(self.sigma)) else []
-        return math.exp(-sum(share * math.log(share) for share in shares)) / len(self.sigma) if shares else None
+
+def rank_used(sigma: Sequence[float]) -> float | None:
+    """Return the effective rank exp(H) of a matrix divided by the number of its singular values `sigma`, where H is the
+    entropy of sigma / sum(sigma) (Roy and Vetterli 2007, "The effective rank"): from 1 / r to 1, None if all are 0."""
+    shares = [value / total for value in sigma if value] if (total := sum(sigma)) else []
+    return math.exp(-sum(share * math.log(share) for share in shares)) / len(sigma) if shares else None
 
 
 def _cosine(product: float, square: float, other_square: float) -> float | None:
@@ -134,7 +134,7 @@ class Weights:
             matrices |= {key: Moved.of(row, sigma) for key, row, sigma in rows}
         total = Moved.of(sums)
         base_norm = math.hypot(*(norm or 0.0 for norm in self.base_norms.values()))
-        used = [figures.rank_used for figures in matrices.values() if figures.rank_used is not None]
+        used = [share for figures in matrices.values() if (share := rank_used(figures.sigma)) is not None]
         return {
             "weights/norm": total.norm,
             "weights/relative": total.norm / base_norm if base_norm else None,

@@ -14,7 +14,7 @@ from torch import Tensor
 from rlora.core import peft_format
 from rlora.core.lora import Bank, Spec, split_experts
 from rlora.records import Adapter
-from rlora.telemetry.weights import Moved, Weights, weights_line
+from rlora.telemetry.weights import Weights, rank_used, weights_line
 
 TOLERANCE = 1e-5
 
@@ -77,11 +77,11 @@ def test_figures_equal_those_of_the_full_matrices(kind: str, spec: Spec, moved: 
 
 
 def test_the_effective_rank_by_hand() -> None:
-    assert Moved(1, 1, None, None, (3.0,)).rank_used == 1.0
-    assert Moved(1, 1, None, None, (2.0, 2.0, 0.0, 0.0)).rank_used == pytest.approx(0.5)
+    assert rank_used((3.0,)) == 1.0
+    assert rank_used((2.0, 2.0, 0.0, 0.0)) == pytest.approx(0.5)
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
-    assert Moved(1, 1, None, None, (3.0, 1.0)).rank_used == pytest.approx(math.exp(entropy) / 2)
-    assert Moved(0, 0, None, None, (0.0, 0.0)).rank_used is None
+    assert rank_used((3.0, 1.0)) == pytest.approx(math.exp(entropy) / 2)
+    assert rank_used((0.0, 0.0)) is None
 
 
 def test_a_policy_that_has_not_moved_has_no_directions() -> None:
