@@ -4,6 +4,7 @@
 const COLOURS = ["#3b7dd8", "#e07b28", "#2f9e63", "#c2405a", "#8a63d2", "#9a7b4f", "#d262b0", "#6b7885", "#a3a822", "#20a4b5"];
 const DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"];
 const SVG_CHARTS = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+const MOST_NAMES = 10; // in the legend of a chart
 const $ = (id) => document.getElementById(id);
 
 function element(tag, attributes = {}, ...children) {
@@ -46,7 +47,7 @@ function layout(extra) {
   return {
     margin: { l: 45, r: 10, t: 8, b: 35 }, paper_bgcolor: "transparent", plot_bgcolor: "transparent",
     font: { color: css("--ink"), size: 12 }, showlegend: true, hovermode: "closest",
-    legend: { orientation: "h", y: -0.2, font: { size: 11 } }, ...extra,
+    legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 11 } }, ...extra,
     xaxis: { ...axis, ...extra.xaxis }, yaxis: { ...axis, ...extra.yaxis },
   };
 }
@@ -73,14 +74,15 @@ function traces(chart) {
   for (const run of runs) {
     const colour = COLOURS[data.runs.indexOf(run) % COLOURS.length], x = positions(run);
     const metrics = chart.metrics.filter((metric) => run.columns[metric]);
-    if (alone && chart.band.length) {
-      const [low, high] = chart.band.map((name) => run.columns[name]);
+    if (alone && (chart.band || chart.spread)) {
+      const [low, high] = chart.band ? chart.band.map((name) => run.columns[name]) : spread(run.columns[metrics[0]], run.columns[chart.spread]);
       const edge = { x, mode: "lines", line: { width: 0 }, hoverinfo: "skip", showlegend: false, connectgaps: true };
       made.push({ ...edge, y: low }, { ...edge, y: high, fill: "tonexty", fillcolor: `${colour}26` });
     }
     for (const metric of metrics) {
+      if (metrics.length > 1 && run.columns[metric].every((value) => !value)) continue; // a line at 0 beside others
       const index = chart.metrics.indexOf(metric), raw = run.columns[metric];
-      const label = metric.replace(/^phase\//, "");
+      const label = short(metric, chart.metrics);
       const name = alone ? label : chart.metrics.length > 1 ? `${run.name}: ${label}` : run.name;
       const shade = alone ? COLOURS[index % COLOURS.length] : colour;
       if (chart.kind === "bars") {
@@ -101,9 +103,19 @@ function traces(chart) {
   return made;
 }
 
+function spread(means, deviations) {
+  const at = (sign) => means.map((mean, index) => (mean === null ? null : mean + sign * (deviations[index] || 0)));
+  return [at(-1), at(1)];
+}
+
+function short(metric, metrics) {
+  const prefix = metric.slice(0, metric.indexOf("/") + 1);
+  return metrics.every((name) => name.startsWith(prefix)) ? metric.slice(prefix.length) : metric;
+}
+
 function meanBars(chart, runs) {
   return chart.metrics.map((metric, index) => ({
-    type: "bar", name: metric.replace(/^phase\//, ""), x: runs.map((run) => run.name), marker: { color: COLOURS[index % COLOURS.length] },
+    type: "bar", name: short(metric, chart.metrics), x: runs.map((run) => run.name), marker: { color: COLOURS[index % COLOURS.length] },
     y: runs.map((run) => {
       const values = (run.columns[metric] || [0]).filter((value) => value !== null);
       return values.reduce((sum, value) => sum + value, 0) / Math.max(1, values.length);
@@ -113,11 +125,11 @@ function meanBars(chart, runs) {
 
 function drawChart(chart, plot) {
   const many = data.runs.length > 1, bars = chart.kind === "bars";
-  const made = traces(chart);
+  const made = traces(chart), named = made.filter((trace) => trace.name).length;
   Plotly.react(plot, made, layout({
-    barmode: "stack", showlegend: made.filter((trace) => trace.name).length > 1,
+    barmode: "stack", showlegend: named > 1 && named <= MOST_NAMES, // the table of runs has their colours
     xaxis: { title: { text: bars && many ? "" : $("axis").value }, type: bars && many ? "category" : "linear" },
-    yaxis: { title: { text: chart.unit || "" }, type: chart.logarithmic ? "log" : "linear", exponentformat: "power" },
+    yaxis: { title: { text: chart.unit || "" }, type: chart.logarithmic ? "log" : "linear", exponentformat: chart.unit === "bytes" ? "SI" : "power" },
   }), SVG_CHARTS);
 }
 
@@ -432,6 +444,9 @@ async function start() {
   data = page;
   document.head.append(element("script", {}, plotly));
   addCharts();
+  document.querySelectorAll("#runs-table tbody th").forEach((cell, index) => {
+    if (data.runs.length > 1) cell.prepend(element("i", { class: "colour", style: `background: ${COLOURS[index % COLOURS.length]}` }));
+  });
   for (const name of ["axis", "smooth"]) {
     $(name).value = remembered(name, $(name).value);
     $(name).onchange = () => { remember(name, $(name).value); redraw(); };

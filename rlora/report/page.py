@@ -19,10 +19,14 @@ from rlora.report.weights import FIGURES, heat_maps
 
 MOST_RUNS = 20  # that a page overlays
 _MOST_WEIGHTS = 6  # runs with heat maps
-_SUMMARY = {  # a run's row in the table of runs
-    "accuracy/before": "accuracy before", "accuracy/after": "accuracy after", "held_out/nll/after": "held-out nll",
-    "time/total": "seconds", "adapter/parameters": "parameters",
-}  # fmt: skip
+_SUMMARY = {  # a run's row in the table of runs: metric, label and format
+    "accuracy/before": ("accuracy before", ".3f"),
+    "accuracy/after": ("accuracy after", ".3f"),
+    "held_out/nll/before": ("held-out nll before", ".4f"),
+    "held_out/nll/after": ("held-out nll after", ".4f"),
+    "adapter/parameters": ("parameters", ",.0f"),
+    "time/total": ("seconds", ",.0f"),
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,6 @@ def render(runs: Sequence[RunData], limit: int, ranking: Ranking | None = None, 
             f"{len(left_out)} of {len(runs)} runs are left out, the page shows {MOST_RUNS}: {', '.join(left_out)}"
         )
     columns = [run.columns for run in shown]
-    names = dict.fromkeys(name for run_columns in columns for name in run_columns)
     maps = [heat_maps(run) if number < _MOST_WEIGHTS else None for number, run in enumerate(shown)]
     if len(shown) > _MOST_WEIGHTS:
         notes.append(f"heat maps are of the first {_MOST_WEIGHTS} runs")
@@ -59,7 +62,7 @@ def render(runs: Sequence[RunData], limit: int, ranking: Ranking | None = None, 
             {"name": run.name, "columns": values, "weights": weights}
             for run, values, weights in zip(shown, columns, maps, strict=True)
         ],
-        "charts": charts(names),
+        "charts": charts(columns),
         "figures": FIGURES,
         "refresh": refresh,
     }
@@ -72,7 +75,7 @@ def render(runs: Sequence[RunData], limit: int, ranking: Ranking | None = None, 
     )
     return environment.from_string(_asset("page.html.jinja")).render(
         title=", ".join(run.name for run in shown[:3]) + (f" and {len(runs) - 3} more" if len(runs) > 3 else ""),
-        runs=[_row(run) for run in shown],
+        runs=_without_empty([_row(run) for run in shown]),
         events=[(run.name, *event) for run in shown for event in _events(run)],
         notes=notes,
         ranking=ranking,
@@ -102,8 +105,13 @@ def _row(run: RunData) -> dict[str, str]:
     row = {"run": run.name, "status": run.status, "steps": f"{len(run.lines)} of {run.config.get('steps', '?')}"}
     rewards = [line["reward/mean"] for line in run.lines if line.get("reward/mean") is not None]
     row["reward"] = f"{rewards[0]:.3g} → {rewards[-1]:.3g}" if rewards else ""
-    values = {label: run.summary.get(name) for name, label in _SUMMARY.items()}
-    return row | {label: "" if value is None else f"{value:,.4g}" for label, value in values.items()}
+    values = {label: (run.summary.get(name), form) for name, (label, form) in _SUMMARY.items()}
+    return row | {label: "" if value is None else format(value, form) for label, (value, form) in values.items()}
+
+
+def _without_empty(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    names = [name for name in rows[0] if any(row[name] for row in rows)]
+    return [{name: row[name] for name in names} for row in rows]
 
 
 def _events(run: RunData) -> list[tuple[str, int, int]]:

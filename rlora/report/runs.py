@@ -92,8 +92,9 @@ def _phases(line: Line) -> dict[str, float]:
     seconds = phases(line)
     update = seconds.pop("update")
     parts = {part: line.get(f"time/update/{part}") or 0.0 for part in _UPDATE_PARTS}
-    seconds |= {f"update: {part}": value for part, value in parts.items()}
-    seconds["update: other"] = max(0.0, update - sum(parts.values()))
+    seconds |= {f"update: {part}": value for part, value in parts.items() if value}
+    rest = "update: other" if any(parts.values()) else "update"
+    seconds[rest] = max(0.0, update - sum(parts.values()))
     seconds["other"] = max(0.0, (line.get("time/step") or 0.0) - sum(seconds.values()))
     return {f"phase/{name}": value for name, value in seconds.items()}
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from statistics import fmean
+from statistics import fmean, pstdev
 from typing import Any
 
 from rich.console import Console
@@ -45,6 +45,7 @@ def summarise(groups: Sequence[Group], version: int) -> dict[str, float | None]:
     parts = sorted({name for episode in episodes for name in episode.parts})
     return {
         "reward/mean": fmean(rewards) if rewards else None,
+        "reward/std": pstdev(rewards) if rewards else None,
         "reward/max": max(rewards, default=None),
         "reward/min": min(rewards, default=None),
         **{f"status/{name}": fmean(episode.status == name for episode in episodes) for name in STATUSES},

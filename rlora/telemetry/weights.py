@@ -111,7 +111,7 @@ class Weights:
     def __init__(self, base_norms: Mapping[str, float], versions: Sequence[Adapter]) -> None:
         self._versions = [low_rank_update(adapter) for adapter in versions if not adapter.full_weights]
         keys = [key for stack in self._versions[-1] for key in stack] if self._versions else []
-        self.base_norms = {key: base_norms.get(key) for key in keys}
+        self.base_norms = {key: base_norms.get(key) for key in sorted(keys, key=_by_layer)}
 
     def measure(self, adapter: Adapter) -> tuple[dict[str, float | None], dict[str, Moved]]:
         """Return the metrics of the step that made `adapter`, as in docs/metrics.md, and the figures by matrix."""
@@ -142,7 +142,7 @@ class Weights:
             "weights/cosine_last": total.cosine_last,
             "weights/cosine_update": total.cosine_update,
             "weights/rank_used": fmean(used) if used else None,
-        }, matrices
+        }, {key: matrices[key] for key in self.base_norms}
 
 
 def weights_line(step: int, matrices: Mapping[str, Moved]) -> str:

@@ -22,6 +22,7 @@ UPDATE = UpdateStats(0.5, 0.1, 5e-4, 0.001, 0.0, tokens=3, seconds=2.0, skipped_
 def test_metrics_by_hand() -> None:
     assert summarise(GROUPS, version=3) == {
         "reward/mean": 0.25,
+        "reward/std": pytest.approx(0.4330127),
         "reward/max": 1.0,
         "reward/min": 0.0,
         "reward/informative_groups": 0.5,
