@@ -198,9 +198,10 @@ class _Decoder:
             try:
                 from transformers import AutoTokenizer
 
-                from rlora.model.base import locate
+                from rlora.model.base import DEMO, locate
 
-                self._tokenizer = AutoTokenizer.from_pretrained(locate(self.run.config["model"]))
+                model = self.run.config["model"]
+                self._tokenizer = AutoTokenizer.from_pretrained(locate(model) if model == DEMO else model)
             except Exception as error:  # no such model here, no network, an unknown tokenizer: the texts are shown
                 self._is_missing = True
                 self.found.notes.append(
