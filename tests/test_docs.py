@@ -29,6 +29,7 @@ from rlora.cli.arguments import (
     Jobs,
     Plan,
     Replay,
+    Report,
     Runs,
     Scale,
     Show,
@@ -112,7 +113,7 @@ def test_the_commands_are_understood(directory: Path) -> None:
         "train": parse_train, "submit": parse_submit, "sweep": parse_sweep, "fork": parse_fork,
         **{kind.__name__.lower(): partial(parse_source, kind, "rlora") for kind in (Eval, Check, Show, Replay, Plan)},
     }  # fmt: skip
-    classes = {"export": Export, "grade": Grade, "jobs": Jobs, "runs": Runs, "scale": Scale}
+    classes = {"export": Export, "grade": Grade, "jobs": Jobs, "report": Report, "runs": Runs, "scale": Scale}
     classes |= dict.fromkeys(("pause", "go", "drop"), Ask)
     calls = commands("rlora")
     assert len(calls) > 30

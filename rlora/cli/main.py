@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import tyro
 from upath import UPath
@@ -31,20 +30,18 @@ from rlora.cli.arguments import (
 )
 from rlora.cli.grammar import UsageError
 from rlora.cli.logs import show_log
-from rlora.cli.overrides import parse_source, with_changes
+from rlora.cli.overrides import parse_source
 from rlora.cli.plan import plan_command
+from rlora.cli.replay import replay_command
 from rlora.cli.report import report_command
 from rlora.cli.submit import jobs_command, submit_command
 from rlora.cli.sweep import ask_command, fork_command, report_sweep, sweep_command
 from rlora.cli.train import train_command
-from rlora.config import check_same_policy, differences, validate
+from rlora.config import validate
 from rlora.records import BASE, STATUSES, Adapter, RewardError, RloraError
 from rlora.run.source import read_run, split
 from rlora.settings import CheckConfig, Config
 from rlora.store import AnyPath, write_rows
-
-if TYPE_CHECKING:
-    from rlora.run.replay import Replayed
 
 # torch, transformers and Ray take seconds to import, so they are imported after the command line is parsed
 
@@ -79,8 +76,8 @@ _USAGE = f"""usage: rlora COMMAND ...
 def main() -> None:
     """Run the command in sys.argv. Exits with status 0, 1 (an error, with a message), 2 (usage) or 130 (Ctrl-C)."""
     commands: dict[str, Callable[[list[str]], None]] = {
-        "train": train_command, "eval": _eval, "check": _check, "plan": plan_command, "replay": _replay, "runs": _runs,
-        "export": _export, "grade": _grade, "show": _show, "scale": _scale, "submit": submit_command,
+        "train": train_command, "eval": _eval, "check": _check, "plan": plan_command, "runs": _runs,
+        "replay": replay_command, "export": _export, "grade": _grade, "show": _show, "scale": _scale, "submit": submit_command,
         "jobs": jobs_command, "sweep": sweep_command, "fork": fork_command, "report": report_command,
         **{request: partial(ask_command, request) for request in ("pause", "go", "drop")},
     }  # fmt: skip
@@ -276,84 +273,6 @@ def _show(arguments: list[str]) -> None:
         label = ("chosen", "rejected")[number] if len(prompt.completions) > 1 else "completion"
         learned = f"{episode.sampled_tokens} of {len(episode.completion_ids)} tokens are learned from"
         print(f"--- {label}: {learned}\n{task.chat.decode(episode.completion_ids)}")
-
-
-def _replay(arguments: list[str]) -> None:
-    options = parse_source(Replay, "rlora replay", arguments)
-    from itertools import groupby
-
-    from rlora import cluster
-    from rlora.core.setup import Setup
-    from rlora.device import hardware
-    from rlora.model.base import locate
-    from rlora.run import checkpoint, resume
-    from rlora.run.prepare import report_changes
-    from rlora.run.replay import pairs, replay, updates
-    from rlora.run.start import read_start
-
-    run, step = split(options.run)
-    check_same_policy(read_run(run), options.config, "rlora replay")
-    if step is not None and options.step not in (None, step):
-        raise RloraError(f"--step {options.step}: {options.run} names a different version; use one of the two")
-    step = options.step if step is None else step
-    steps = updates(checkpoint.versions(run), step)
-    if not steps:
-        raise RloraError(
-            f"{run}: no two consecutive checkpoints are kept, and an update is recomputed from the checkpoints before "
-            "and after the update; train further steps with a larger checkpoint.keep_last"
-        )
-
-    done, changed = [], False
-    for made_under, group in groupby(pairs(run, steps), key=lambda pair: pair[1].config):
-        config = with_changes(asdict(made_under), options.changes)
-        report_changes(changes := differences(made_under, config), print)
-        changed |= bool(changes)
-        config = resume.with_kept_start(run, config)
-        setup = Setup.of(config, read_start(config))
-        with cluster.learning(config, locate(config.model)) as learner:
-            for previous, bundle in group:
-                version, made_on = f"version {bundle.version}", bundle.origin.machine
-                if bundle.update is None and step is None:
-                    print(f"{version}: skipped, because its checkpoint has no episodes (checkpoint.episodes_mib)")
-                    continue
-                if made_on != hardware():
-                    print(f"{version}: made on a different machine ({made_on}; this is {hardware()})")
-                done.append(replay(learner, setup, previous, bundle))
-                _report_replayed(done[-1])
-    exact = sum(update.exact and update.exact_state for update in done)
-    skipped = f"; {len(steps) - len(done)} skipped" if len(done) < len(steps) else ""
-    print(f"{exact} of {len(done)} updates bit for bit{skipped}")
-    if not done:
-        raise RloraError(
-            f"{run}: no update was recomputed, for the reasons above; train further steps with a "
-            "checkpoint.episodes_mib that is large enough to store the episodes, or replay a different run"
-        )
-    if exact < len(done) and not changed:
-        first = next(update.step for update in done if not (update.exact and update.exact_state))
-        raise RloraError(
-            f"{run}: {len(done) - exact} of {len(done)} updates differ from the saved updates, first version {first} "
-            f"-> {first + 1}; replay with the packages and on the kind of machine (processor, cores, GPU) that "
-            f"{run}/bundles/{first + 1}/bundle.json names. On a GPU, set learner.deterministic = true when training a "
-            "run that is to be replayed"
-        )
-
-
-def _report_replayed(update: "Replayed") -> None:
-    figures = {
-        name: value for name, value in asdict(update.stats).items() if isinstance(value, float) and name != "seconds"
-    }
-    verdict = "bit for bit"
-    if not update.exact:
-        verdict = f"differs by up to {update.max_difference:.3g}, of an update of up to {update.max_change:.3g}"
-        if update.rows_were_shared:
-            verdict += " (made by a release in which policy and critic shared rows, so sums were rounded otherwise)"
-    elif not update.exact_state:
-        verdict = "the adapter bit for bit, but not the optimizer's state"
-    print(
-        f"version {update.step} -> {update.step + 1}: {verdict}; "
-        + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()),
-        flush=True,
-    )
 
 
 def _runs(arguments: list[str]) -> None:

@@ -118,9 +118,9 @@ def _events(run: RunData) -> list[tuple[str, int, int]]:
     """Return the health rules that matched: name, first and last step of each time."""
     events: list[tuple[str, int, int]] = []
     for line in run.lines:
-        for name, since in line.items():
-            if name.startswith("health/") and isinstance(since, int):
-                event = (name.removeprefix("health/"), since)
+        for name, first in line.items():
+            if name.startswith("health/") and isinstance(first, int):
+                event = (name.removeprefix("health/"), first)
                 events = [old for old in events if old[:2] != event] + [(*event, line["step"])]
     return events
 

@@ -249,7 +249,7 @@ def test_no_command(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr()
     assert "rlora: 'tarin' is not a command" in shown.err
     words = "train Train|sweep Train|pause, go, drop Ask|fork Add|eval Answer|check Try|plan Predict|replay Recompute|"
-    words += "runs List|export Write|grade Grade|show Show"
+    words += "runs List|report Write|export Write|grade Grade|show Show"
     listed = ".*\n +".join(words.replace(" ", " +").split("|"))
     assert re.search(listed, shown.err)
     assert run("--help") == run("--version") == 0

@@ -132,7 +132,7 @@ def test_completions_by_step_prompt_and_colour(open_page: Open, tmp_path: Path, 
     page.wait_for_function("() => document.querySelector('.prompt').textContent.includes('What is 1 + 1?')")
     for name in ("prob", "ratio", "adv"):
         page.select_option(control(page, "Colour"), name)
-        page.wait_for_function("() => [...document.querySelectorAll('.episode .text span')].some(span => span.style.background)")
+        page.wait_for_selector(".episode .text span[style*=background]")
         title = page.get_attribute(".episode .text span", "title")
         assert title
         assert all(word in title for word in ("probability", "ratio", "advantage"))
