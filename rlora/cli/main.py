@@ -76,9 +76,9 @@ _USAGE = f"""usage: rlora COMMAND ...
 def main() -> None:
     """Run the command in sys.argv. Exits with status 0, 1 (an error, with a message), 2 (usage) or 130 (Ctrl-C)."""
     commands: dict[str, Callable[[list[str]], None]] = {
-        "train": train_command, "eval": _eval, "check": _check, "plan": plan_command, "runs": _runs,
-        "replay": replay_command, "export": _export, "grade": _grade, "show": _show, "scale": _scale, "submit": submit_command,
-        "jobs": jobs_command, "sweep": sweep_command, "fork": fork_command, "report": report_command,
+        "train": train_command, "sweep": sweep_command, "fork": fork_command, "eval": _eval, "check": _check,
+        "plan": plan_command, "replay": replay_command, "runs": _runs, "report": report_command, "export": _export,
+        "grade": _grade, "show": _show, "scale": _scale, "submit": submit_command, "jobs": jobs_command,
         **{request: partial(ask_command, request) for request in ("pause", "go", "drop")},
     }  # fmt: skip
     show_log()
