@@ -1,8 +1,8 @@
-# make setup | train | test | check. Each runs the set-up first; it installs only once.
+# make setup | train | test | check | docs. Each runs the set-up first; it installs only once.
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: setup train test check
+.PHONY: setup train test check docs
 setup: .venv/.complete
 
 # If pip does not find torch 2.13.0+cpu, put PyTorch's CPU wheel index into PIP_EXTRA_INDEX_URL.
@@ -26,3 +26,6 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: setup
+	$(BIN)/mkdocs build --strict

@@ -271,4 +271,12 @@ class Jobs:
     """Id of a job to stop, instead of listing jobs. A run in the job saves its state first."""
 
 
+@dataclass(frozen=True)
+class Completion:
+    """Print the script by which a shell completes commands, options and fields of the config."""
+
+    shell: tyro.conf.Positional[Literal["bash", "zsh", "tcsh"]]
+    """The shell."""
+
+
 AnyOverConfig = TypeVar("AnyOverConfig", Train, Sweep, Eval, Check, Show, Plan, Replay)

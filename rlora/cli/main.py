@@ -14,6 +14,7 @@ from upath import UPath
 import rlora
 from rlora.cli.arguments import (
     Check,
+    Completion,
     Eval,
     Export,
     Fork,
@@ -28,6 +29,7 @@ from rlora.cli.arguments import (
     Sweep,
     Train,
 )
+from rlora.cli.completion import completion_command
 from rlora.cli.grammar import UsageError
 from rlora.cli.logs import show_log
 from rlora.cli.overrides import parse_source
@@ -69,6 +71,7 @@ _USAGE = f"""usage: rlora COMMAND ...
   scale     {_summary(Scale)}
   submit    Train on a Ray cluster, as one of its jobs, and follow it.
   jobs      {_summary(Jobs)}
+  completion   {_summary(Completion)}
 
 `rlora COMMAND --help` documents every option, `rlora --version` prints the version."""
 
@@ -79,6 +82,7 @@ def main() -> None:
         "train": train_command, "sweep": sweep_command, "fork": fork_command, "eval": _eval, "check": _check,
         "plan": plan_command, "replay": replay_command, "runs": _runs, "report": report_command, "export": _export,
         "grade": _grade, "show": _show, "scale": _scale, "submit": submit_command, "jobs": jobs_command,
+        "completion": completion_command,
         **{request: partial(ask_command, request) for request in ("pause", "go", "drop")},
     }  # fmt: skip
     show_log()
