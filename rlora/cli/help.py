@@ -25,13 +25,11 @@ def help_of(kind: type[OverConfig], program: str) -> NoReturn:
     with suppress(SystemExit):
         tyro.cli(kind, args=["--help"], prog=program)
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for name, field_kind in _documented_fields():
-        value = NOTHING if "NAME" not in name else ""
-        for part in name.split(".") if value else ():
-            value = getattr(value, part)
-        default = f" (default: {value})" if value not in ("", (), {}) else ""
+    for name, shape, default, description in documented_fields():
         option = f"--{name.replace('_', '-')}"
-        table.add_row(Text(f"{option} {_shape(field_kind)}"), Text(f"{doc(*name.split('.'))}{default}"))
+        table.add_row(
+            Text(f"{option} {shape}"), Text(f"{description} (default: {default})" if default else description)
+        )
     console = Console()
     with console.capture() as text:
         console.print("fields of the config, each as --FIELD VALUE or --FIELD=VALUE:", table)
@@ -39,7 +37,16 @@ def help_of(kind: type[OverConfig], program: str) -> NoReturn:
     sys.exit(0)
 
 
-def _documented_fields() -> Iterator[tuple[str, Any]]:
+def documented_fields() -> Iterator[tuple[str, str, str, str]]:
+    """Yield the full name of each field of the config, its values, its default ("" for none), and its description."""
+    for name, kind in _fields():
+        value: Any = NOTHING if "NAME" not in name else ""
+        for part in name.split(".") if value else ():
+            value = getattr(value, part)
+        yield name, _shape(kind), "" if value in ("", (), {}) else str(value), doc(*name.split("."))
+
+
+def _fields() -> Iterator[tuple[str, Any]]:
     """Yield fields and their types; tables of settings, such as evaluate.sets, have NAME for the user's names."""
     for name, kind in kinds().items():
         values = get_args(kind)
