@@ -162,12 +162,38 @@ function addCharts() {
       grid.append(figure);
       addPlot(figure, `${chart.title}. ${chart.text}`, (plot) => drawChart(chart, plot));
     }
-    if (section === "Weights") addHeatMap(grid);
+    if (section === "Weights") {
+      addPath(grid);
+      addHeatMap(grid);
+    }
     $("charts").append(element("section", { id }, element("h2", {}, section), grid));
   }
 }
 
-// --- heat map of the update ---
+// --- path of the policy, and heat map of the update ---
+
+function addPath(grid) {
+  const runs = data.runs.filter((run) => run.path);
+  if (!runs.length) return;
+  const percent = (share) => `${Math.round(100 * share)}%`;
+  const of = (run) => {
+    const { explained, straightness } = run.path;
+    const name = data.runs.length > 1 ? `${run.name}: ` : "";
+    if (straightness === null) return `${name}The policy did not move.`;
+    const directions = explained.slice(0, 3).map(percent).join(", ");
+    return `${name}The first directions have ${directions} of the changes; the path is ${(1 / straightness).toFixed(1)} times as long as the distance.`;
+  };
+  const figure = element("figure", {}, element("figcaption", {}, element("b", {}, "Path of the policy"),
+    "Kept versions along the two main directions of the changes. ", ...runs.map((run) => element("span", {}, of(run), " "))));
+  grid.append(figure);
+  addPlot(figure, "Path of the policy along the two main directions of its changes", (plot) => {
+    const made = runs.map((run) => ({
+      name: run.name, x: run.path.points.map((point) => point[0]), y: run.path.points.map((point) => point[1]), mode: "lines+markers",
+      text: run.path.versions.map((version) => `version ${version}`), line: { color: COLOURS[data.runs.indexOf(run) % COLOURS.length] }, marker: { size: 4 },
+    }));
+    Plotly.react(plot, made, layout({ showlegend: runs.length > 1, xaxis: { title: { text: "first direction" } }, yaxis: { title: { text: "second direction" }, scaleanchor: "x" } }), SVG_CHARTS);
+  });
+}
 
 function options(select, pairs, chosen) {
   select.replaceChildren(...pairs.map(([value, text]) => element("option", { value, selected: String(value) === String(chosen) }, text)));

@@ -15,7 +15,7 @@ from rlora.records import RloraError
 from rlora.report.charts import charts
 from rlora.report.completions import packed, read_completions
 from rlora.report.runs import RunData
-from rlora.report.weights import FIGURES, heat_maps
+from rlora.report.weights import FIGURES, heat_maps, path
 
 MOST_RUNS = 20  # that a page overlays
 _MOST_WEIGHTS = 6  # runs with heat maps
@@ -44,23 +44,24 @@ def render(runs: Sequence[RunData], limit: int, ranking: Ranking | None = None, 
 
     Raises RloraError if plotly or jinja2 is not installed.
     """
-    shown, notes = list(runs[:MOST_RUNS]), [f"{run.name}: {note}" for run in runs[:MOST_RUNS] for note in run.notes]
+    shown, notes = list(runs[:MOST_RUNS]), list[str]()
     if left_out := [run.name for run in runs[MOST_RUNS:]]:
         notes.append(
             f"{len(left_out)} of {len(runs)} runs are left out, the page shows {MOST_RUNS}: {', '.join(left_out)}"
         )
     columns = [run.columns for run in shown]
     maps = [heat_maps(run) if number < _MOST_WEIGHTS else None for number, run in enumerate(shown)]
+    paths = [path(run) if number < _MOST_WEIGHTS else None for number, run in enumerate(shown)]
     if len(shown) > _MOST_WEIGHTS:
-        notes.append(f"heat maps are of the first {_MOST_WEIGHTS} runs")
+        notes.append(f"heat maps and paths are of the first {_MOST_WEIGHTS} runs")
     completions = []
     for run in shown:
         completions.append(read_completions(run, limit // len(shown)))
-        notes += [f"{run.name}: {note}" for note in completions[-1].notes]
+        notes += [f"{run.name}: {note}" for note in (*run.notes, *completions[-1].notes)]
     data = {
         "runs": [
-            {"name": run.name, "columns": values, "weights": weights}
-            for run, values, weights in zip(shown, columns, maps, strict=True)
+            {"name": run.name, "columns": values, "weights": weights, "path": way}
+            for run, values, weights, way in zip(shown, columns, maps, paths, strict=True)
         ],
         "charts": charts(columns),
         "figures": FIGURES,

@@ -1,11 +1,15 @@
-"""The heat maps of a report: what each step changed in each matrix of a run."""
+"""What a report shows of the weights: a heat map of the update by matrix and step, and the path of the policy."""
 
+from collections.abc import Sequence
 from typing import Any
 
+from rlora.records import RloraError
 from rlora.report.runs import RunData, rounded
-from rlora.telemetry.weights import rank_used
+from rlora.run import checkpoint
+from rlora.telemetry.weights import path_of, rank_used
 
 _MOST_STEPS = 100  # columns of a heat map
+_MOST_VERSIONS = 60  # points of a path
 
 FIGURES = {  # of a matrix in a step: title and explanation
     "norm": ("size of the update", "Frobenius norm of s B A"),
@@ -24,9 +28,7 @@ def heat_maps(run: RunData) -> dict[str, Any] | None:
     """
     if not run.weights:
         return None
-    last = len(run.weights) - 1
-    count = min(_MOST_STEPS, len(run.weights))
-    lines = [run.weights[round(index * last / max(1, count - 1))] for index in range(count)]
+    lines = [run.weights[index] for index in evenly(len(run.weights), _MOST_STEPS)]
     norms = list(run.matrices.values())
     figures: dict[str, list[list[float | None]]] = {}
     for name in FIGURES:
@@ -49,3 +51,37 @@ def heat_maps(run: RunData) -> dict[str, Any] | None:
         "of": len(run.weights),
         "figures": figures,
     }
+
+
+def path(run: RunData) -> dict[str, Any] | None:
+    """Return the path of the policy over the versions whose bundles are kept, at most 60; None with fewer than two, or
+    in full finetuning. Bundles that can't be read are left out, and a note says so."""
+    try:
+        versions = checkpoint.versions(run.path)
+    except OSError:  # the completions say why
+        return None
+    adapters = []
+    for index in evenly(len(versions), _MOST_VERSIONS):
+        try:
+            adapters.append(checkpoint.read_version(run.path, versions[index]).adapter)
+        except (RloraError, OSError) as error:  # damaged, or removed by the run in the meantime
+            run.notes.append(f"version {versions[index]} is left out of the path: {error}")
+    if len(adapters) < 2 or any(adapter.full_weights for adapter in adapters):
+        return None
+    found = path_of(adapters)
+    return {
+        "versions": [adapter.number for adapter in adapters],
+        "points": [[rounded(value) for value in point] for point in found.coordinates],
+        "explained": [rounded(share, 3) for share in found.explained],
+        "cosines": [rounded(cosine, 3) for cosine in found.cosines],
+        "straightness": rounded(found.straightness, 3),
+    }
+
+
+def evenly(count: int, most: int) -> Sequence[int]:
+    """Return the indices of at most `most` of `count` items, evenly spaced, with the first and the last."""
+    return (
+        sorted({round(index * (count - 1) / max(1, most - 1)) for index in range(most)})
+        if count > most
+        else range(count)
+    )

@@ -161,3 +161,49 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_rounded(item) for item in value]
     return None if value is None else float(f"{value:.5g}")
+
+
+@dataclass(frozen=True)
+class Path:
+    """The path of a policy through weight space, over T versions, as points relative to the first one.
+
+    The principal directions are those of the changes between consecutive versions, without centring: a path along a
+    straight line has one.
+    """
+
+    explained: tuple[float, ...]  # share of the squared length of the changes, by principal direction
+    coordinates: tuple[tuple[float, float], ...]  # T, along the first two principal directions
+    cosines: tuple[float | None, ...]  # T - 1, between each change and the first principal direction
+    straightness: float | None  # distance between the first and the last version, divided by the length of the path
+
+
+def path_of(adapters: Sequence[Adapter]) -> Path:
+    """Compute the path of T adapters, at least two, over the same matrices.
+
+    The inner products of all T - 1 changes follow from products of the factors; the principal directions are the
+    eigenvectors of their Gram matrix.
+    """
+    versions = [low_rank_update(adapter) for adapter in adapters]
+    products = numpy.zeros((len(versions), len(versions)))  # of the updates
+    for keys in versions[0]:
+        factors = [version[keys] for version in versions]
+        for row, left in enumerate(factors):
+            for column, right in enumerate(factors[: row + 1]):
+                products[row, column] += left.dot(right).sum()
+    products += numpy.tril(products, -1).T
+    gram = numpy.diff(numpy.diff(products, axis=0), axis=1)  # of the changes
+    values, vectors = numpy.linalg.eigh(gram)
+    values, vectors = numpy.maximum(values[::-1], 0.0), vectors[:, ::-1]
+    vectors *= numpy.where(vectors.sum(0) < 0, -1.0, 1.0)  # forwards
+    along = vectors * numpy.sqrt(values)  # (T - 1, T - 1): of each change, along each direction
+    lengths = numpy.sqrt(numpy.maximum(gram.diagonal(), 0.0))
+    points = numpy.concatenate((numpy.zeros((1, along.shape[1])), along.cumsum(0)))
+    if points.shape[1] < 2:
+        points = numpy.pad(points, ((0, 0), (0, 1)))
+    total = values.sum()
+    return Path(
+        explained=tuple((values / total).tolist()) if total else (),
+        coordinates=tuple((float(x), float(y)) for x, y in points[:, :2]),
+        cosines=tuple(float(a / n) if n else None for a, n in zip(along[:, 0], lengths, strict=True)),
+        straightness=float(numpy.linalg.norm(points[-1]) / lengths.sum()) if lengths.any() else None,
+    )

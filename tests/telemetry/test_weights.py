@@ -14,7 +14,7 @@ from torch import Tensor
 from rlora.core import peft_format
 from rlora.core.lora import Bank, Spec, split_experts
 from rlora.records import Adapter
-from rlora.telemetry.weights import Weights, rank_used, weights_line
+from rlora.telemetry.weights import Weights, path_of, rank_used, weights_line
 
 TOLERANCE = 1e-5
 
@@ -120,3 +120,39 @@ def test_a_line_has_a_figure_per_matrix() -> None:
     assert line["sigma"][0] == pytest.approx(first[4], rel=1e-4)
     assert {len(values) for name, values in line.items() if name != "step"} == {len(matrices)}
     assert line["cosine_last"][0] is None
+
+
+def test_a_path_equals_that_of_the_full_matrices() -> None:
+    bank, adapters = versions(5, Spec(rank=2))
+    path = path_of(adapters)
+    points = torch.stack([torch.cat([update.flatten() for update in full(bank, item).values()]) for item in adapters])
+    changes = points.diff(dim=0)
+    _, sigma, directions = torch.linalg.svd(changes, full_matrices=False)
+    assert path.explained == pytest.approx((sigma**2 / (sigma**2).sum()).tolist(), abs=TOLERANCE)
+    for index in (0, 1):
+        exact = (points - points[0]) @ directions[index]
+        exact = exact * (1 if float(exact[-1] * path.coordinates[-1][index]) > 0 else -1)
+        size = float(exact.abs().max())
+        assert [point[index] for point in path.coordinates] == pytest.approx(exact.tolist(), abs=TOLERANCE * size)
+    cosines = [abs(cosine(change, directions[0])) for change in changes]
+    assert [abs(value or 0.0) for value in path.cosines] == pytest.approx(cosines, abs=TOLERANCE)
+    length = changes.norm(dim=1).sum()
+    assert path.straightness == pytest.approx(float((points[-1] - points[0]).norm() / length), rel=TOLERANCE)
+
+
+def test_a_straight_path_has_one_direction() -> None:
+    bank, adapters = versions(1, Spec(rank=1))
+    for number in (1, 2, 3):
+        for matrix, pair in bank.pairs_of("run").items():
+            pair.b.data[:] = number * torch.arange(float(matrix.shape[-2]))[:, None]
+        adapters.append(Adapter("run", number, *peft_format.encode(bank, "run", "base")))
+    path = path_of(adapters)
+    assert path.explained == pytest.approx([1.0, 0.0, 0.0], abs=1e-9)
+    assert path.straightness == pytest.approx(1.0)
+    assert path.cosines == pytest.approx([1.0] * 3)
+
+
+def test_a_policy_that_stands_still_has_no_direction() -> None:
+    _, (start,) = versions(1, Spec(rank=1))
+    path = path_of([start, start, start])
+    assert (path.explained, path.straightness, path.cosines) == ((), None, (None, None))
