@@ -64,7 +64,7 @@ def path(run: RunData) -> dict[str, Any] | None:
     for index in evenly(len(versions), _MOST_VERSIONS):
         try:
             adapters.append(checkpoint.read_version(run.path, versions[index]).adapter)
-        except (RloraError, OSError) as error:  # damaged, or removed by the run in the meantime
+        except (RloraError, OSError, ValueError) as error:  # damaged, or removed by the run in the meantime
             run.notes.append(f"version {versions[index]} is left out of the path: {error}")
     if len(adapters) < 2 or any(adapter.full_weights for adapter in adapters):
         return None

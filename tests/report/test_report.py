@@ -209,7 +209,7 @@ def test_of_many_runs_the_page_says_what_it_leaves_out(tmp_path: Path) -> None:
     assert len(chunk(page, "data")["runs"]) == MOST_RUNS == 20
     assert "30 of 50 runs are left out" in notes(page)
     assert "run-49" in notes(page)
-    assert "heat maps are of the first 6 runs" in notes(page)
+    assert "heat maps and paths are of the first 6 runs" in notes(page)
 
 
 def test_completions_beyond_the_limit_are_left_out_evenly(tmp_path: Path) -> None:
