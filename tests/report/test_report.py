@@ -3,9 +3,11 @@ import gzip
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from rlora.records import RloraError
 from rlora.report.charts import charts
 from rlora.report.completions import read_completions, spread
 from rlora.report.page import MOST_RUNS, render
-from rlora.report.report import write_report
+from rlora.report.report import watch, write_report
 from rlora.report.runs import read_data
 from rlora.report.weights import heat_maps
 
@@ -302,3 +304,32 @@ def sweep_of() -> Callable[[Path], UPath]:
 
 def _nested(config: str) -> str:
     return re.sub(r"^\[", "[config.", config, flags=re.MULTILINE)
+
+
+def test_watching_follows_a_run_that_is_killed_and_resumed(tmp_path: Path) -> None:
+    """Each state is a directory that replaces the one before, as a run that was killed leaves a partial line."""
+    states = [write_run(tmp_path / f"state-{done}" / "sums", done=done) for done in (2, 4, 6)]
+    run, out = UPath(tmp_path / "sums"), tmp_path / "report.html"
+    shutil.copytree(states[0], run)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "rew')  # killed
+    watching = Thread(target=watch, args=([run], out, LIMIT, 0.05), daemon=True)
+    watching.start()
+
+    def wait_for(text: str) -> str:
+        for _ in range(600):
+            if out.exists() and text in (page := out.read_text()):
+                return page
+            time.sleep(0.05)
+        raise AssertionError(f"{text!r} did not appear")
+
+    assert chunk(wait_for("2 of 6"), "data")["refresh"] == 0.05
+    for done, state in zip((4, 6), states[1:], strict=True):
+        for name in ("metrics.jsonl", "weights.jsonl", "summary.json"):
+            (run / f"{name}.new").write_bytes((state / name).read_bytes())
+            (run / f"{name}.new").rename(run / name)
+        page = wait_for(f"{done} of 6")
+    watching.join(timeout=30)
+    assert not watching.is_alive()  # the run is finished
+    assert chunk(out.read_text(), "data")["refresh"] is None
+    assert chunk(page, "data")["runs"][0]["columns"]["step"] == list(range(6))
