@@ -55,10 +55,13 @@ def _parser() -> argparse.ArgumentParser:
         own = {field.name: hints[field.name] for field in fields(kind) if field.name not in ("config", "changes")}
         takes_fields = issubclass(kind, OverConfig) or kind is Submit
         for field, hint in (kinds() | own if takes_fields else own).items():
-            choices = _choices(hint)
             is_positional = tyro.conf.Positional in getattr(hint, "__metadata__", ())
-            flag = field if is_positional else f"--{field.replace('_', '-')}"
-            action: Any = command.add_argument(flag, choices=choices or None, nargs="*" if is_positional else None)
+            option = field if is_positional else f"--{field.replace('_', '-')}"
+            if field in own and getattr(hint, "__origin__", None) is bool:  # a flag without a value
+                command.add_argument(option, action="store_true")
+                continue
+            choices = _choices(hint)
+            action: Any = command.add_argument(option, choices=choices or None, nargs="*" if is_positional else None)
             if not choices:
                 action.complete = shtab.FILE
     return parser

@@ -114,7 +114,8 @@ class Learner:
     def base_norms(self, policy: str) -> dict[str, float]:
         """Return the Frobenius norm of the base's matrix under each of the policy's adapters, by key; empty for a
         quantised base and in full finetuning."""
-        return {} if self.config.learner.quantise else self.policies.bank.base_norms(policy)
+        is_quantised = self.config.learner.quantise != "none"
+        return {} if is_quantised else self.policies.bank.base_norms(policy)
 
     def rehearse(self) -> tuple[str, int]:
         """Compute the largest row once, under a temporary adapter. Return the GPU's UUID and the peak bytes that this

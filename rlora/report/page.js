@@ -1,7 +1,8 @@
 "use strict";
 // The charts and the completions of a report. All texts of runs enter the page as text nodes, never as HTML.
 
-const COLOURS = ["#3b7dd8", "#e07b28", "#2f9e63", "#c2405a", "#8a63d2", "#9a7b4f", "#d262b0", "#6b7885", "#a3a822", "#20a4b5"];
+const COLOURS = ["#3b7dd8", "#e07b28", "#2f9e63", "#c2405a", "#8a63d2", "#9a7b4f", "#d262b0", "#6b7885", "#a3a822", "#20a4b5",
+  "#1f4e8c", "#f2b36b", "#7fc99f", "#7a1f33", "#c4aef0", "#5c452a", "#f0a8da", "#b9c2ca", "#5d6113", "#8fdce6"];
 const DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"];
 const SVG_CHARTS = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
 const MOST_NAMES = 10; // in the legend of a chart
@@ -80,7 +81,7 @@ function traces(chart) {
       made.push({ ...edge, y: low }, { ...edge, y: high, fill: "tonexty", fillcolor: `${colour}26` });
     }
     for (const metric of metrics) {
-      if (metrics.length > 1 && run.columns[metric].every((value) => !value)) continue; // a line at 0 beside others
+      if (/^(kl|ratio|status|phase)\//.test(metric) && metrics.length > 1 && run.columns[metric].every((value) => !value)) continue; // nothing to see
       const index = chart.metrics.indexOf(metric), raw = run.columns[metric];
       const label = short(metric, chart.metrics);
       const name = alone ? label : chart.metrics.length > 1 ? `${run.name}: ${label}` : run.name;
@@ -94,10 +95,10 @@ function traces(chart) {
         made.push({ x, y: raw, name, mode: "lines", stackgroup: "one", line: { ...line, width: 0.5 } });
         continue;
       }
-      const sparse = raw.some((value) => value === null);
+      const sparse = 2 * raw.filter((value) => value === null).length > raw.length;
       const y = width > 1 && !sparse ? smooth(raw, width) : raw;
       if (y !== raw) made.push({ x, y: raw, mode: "lines", line: { ...line, width: 0.6 }, opacity: 0.5, hoverinfo: "skip", showlegend: false });
-      made.push({ x, y, name, mode: sparse || x.length < 2 ? "lines+markers" : "lines", line, connectgaps: true, marker: { size: 5 } });
+      made.push({ x, y, name, mode: sparse || x.length < 3 ? "lines+markers" : "lines", line, connectgaps: true, marker: { size: 5 } });
     }
   }
   return made;
@@ -145,10 +146,16 @@ function redraw() {
   for (const [plot, draw] of drawn) if (plot.dataset.drawn) draw();
 }
 
+function failed(error) { // tells it, and the other plots are still drawn
+  $("error").hidden = false;
+  $("error").textContent = `A part of the page could not be drawn: ${error.message}`;
+  console.error(error);
+}
+
 function addPlot(figure, label, draw) {
   const plot = element("div", { class: "plot", role: "img", "aria-label": label });
   figure.append(plot);
-  drawn.set(plot, () => draw(plot));
+  drawn.set(plot, () => { try { draw(plot); } catch (error) { failed(error); } });
   seen.observe(plot);
 }
 
@@ -203,9 +210,10 @@ function addHeatMap(grid) {
   const runs = data.runs.map((run, index) => [index, run]).filter(([, run]) => run.weights);
   if (!runs.length) return;
   const run = element("select"), figure = element("select"), view = element("select"), text = element("span");
-  options(run, runs.map(([index, item]) => [index, item.name]));
-  options(view, [["steps", "matrices by steps"], ["layers", "layers by matrices, last step"]]);
-  const fill = () => options(figure, Object.keys(data.runs[run.value].weights.figures).map((name) => [name, data.figures[name][0]]), figure.value);
+  const keep = () => [["run", run], ["figure", figure], ["view", view]].forEach(([name, select]) => remember(`map-${name}`, select.value));
+  options(run, runs.map(([index, item]) => [index, item.name]), remembered("map-run", ""));
+  options(view, [["steps", "matrices by steps"], ["layers", "layers by matrices, last step"]], remembered("map-view", ""));
+  const fill = () => options(figure, Object.keys(data.runs[run.value].weights.figures).map((name) => [name, data.figures[name][0]]), figure.value || remembered("map-figure", ""));
   fill();
   const box = element("figure", { class: "wide" }, element("figcaption", {}, element("b", {}, "Update by matrix"), text),
     element("div", { class: "bar" }, element("label", {}, "Figure ", figure), element("label", {}, "View ", view), element("label", { hidden: runs.length < 2 }, "Run ", run)));
@@ -221,8 +229,8 @@ function addHeatMap(grid) {
   };
   grid.append(box);
   addPlot(box, "Heat map of the update by matrix", draw);
-  run.onchange = () => { fill(); redraw(); };
-  figure.onchange = view.onchange = redraw;
+  run.onchange = () => { fill(); keep(); redraw(); };
+  figure.onchange = view.onchange = () => { keep(); redraw(); };
 }
 
 function bySteps(weights, values) {
@@ -264,7 +272,9 @@ function visible(text, query = "") {
   return parts;
 }
 
-function pieces(episode, tokens) { return episode.ids ? episode.ids.map((id) => tokens[id]) : [episode.text]; }
+function pieces(episode, texts) { return episode.ids ? episode.ids.map((id) => texts[id]) : [episode.text]; }
+
+function percent(values, index) { return values && values[index] !== null && values[index] !== undefined ? values[index] / 100 : null; }
 
 function shade(value, low, middle, high) {
   if (value === null || value === undefined) return "";
@@ -275,22 +285,22 @@ function shade(value, low, middle, high) {
 
 const COLOURINGS = {
   none: { text: "no colour" },
-  prob: { text: "probability", of: (episode, index) => episode.prob[index] / 100, range: [0, 1, 1], ends: ["0", "1"] },
-  ratio: { text: "importance ratio", of: (episode, index) => episode.ratio && episode.ratio[index] / 100, range: [0.8, 1, 1.2], ends: ["0.8", "1.2"] },
+  prob: { text: "probability", of: (episode, index) => percent(episode.prob, index), range: [0, 1, 1], ends: ["0", "1"] },
+  ratio: { text: "importance ratio", of: (episode, index) => percent(episode.ratio, index), range: [0.8, 1, 1.2], ends: ["0.8", "1.2"] },
   adv: { text: "advantage", of: (episode, index) => Array.isArray(episode.adv) ? episode.adv[index] : episode.adv, range: [-1, 0, 1], ends: ["-1", "1"] },
 };
 
-function textOf(episode, tokens, colouring, query) {
+function textOf(episode, texts, colouring, query) {
   const box = element("pre", { class: "text", dir: "auto", tabindex: 0 });
   if (!episode.ids || (query && !colouring.of)) {
-    box.append(...visible(pieces(episode, tokens).join(""), query));
+    box.append(...visible(pieces(episode, texts).join(""), query));
   } else {
     let sampled = 0;
     episode.ids.forEach((id, index) => {
       const own = !episode.mask || episode.mask[index];
       const value = own && colouring.of ? colouring.of(episode, sampled) : null;
       const title = own ? describe(episode, sampled) : "from the env";
-      box.append(element("span", { class: own ? false : "env", style: shade(value, ...(colouring.range || [])), title }, ...visible(tokens[id])));
+      box.append(element("span", { class: own ? false : "env", style: shade(value, ...(colouring.range || [])), title }, ...visible(texts[id])));
       sampled += own ? 1 : 0;
     });
   }
@@ -299,11 +309,8 @@ function textOf(episode, tokens, colouring, query) {
 }
 
 function describe(episode, index) {
-  const parts = [`probability ${(episode.prob[index] / 100).toFixed(2)}`];
-  if (episode.ratio) parts.push(`ratio ${(episode.ratio[index] / 100).toFixed(2)}`);
-  const advantage = COLOURINGS.adv.of(episode, index);
-  if (advantage !== undefined) parts.push(`advantage ${advantage}`);
-  return parts.join(", ");
+  const figures = [["probability", percent(episode.prob, index)], ["ratio", percent(episode.ratio, index)], ["advantage", COLOURINGS.adv.of(episode, index)]];
+  return figures.filter(([, value]) => value !== null && value !== undefined).map(([name, value]) => `${name} ${name === "advantage" ? value : value.toFixed(2)}`).join(", ");
 }
 
 function difference(before, after) {
@@ -355,6 +362,7 @@ class Browser {
 
   async openRun() {
     const token = (this.token = {});
+    this.results.replaceChildren();
     const index = await chunk(`completions-${this.run.value}`);
     if (token !== this.token) return;
     this.index = index;
@@ -382,7 +390,8 @@ class Browser {
     remember("prompt", chosen);
     const key = this.index.prompts[step][chosen];
     const shared = this.steps.filter((other) => other !== step && this.index.prompts[other].includes(key));
-    options(this.other, [["", shared.length ? "none" : "no other step has this prompt"], ...shared.map((other) => [other, other])], this.other.value);
+    options(this.other, [["", shared.length ? "none" : "no other step has this prompt"], ...shared.map((other) => [other, other])], this.other.value || remembered("other", ""));
+    remember("other", this.other.value);
     const group = groups[chosen];
     this.colours(group);
     const other = this.other.value === "" ? null : (await this.load(this.other.value))[this.index.prompts[this.other.value].indexOf(key)];
@@ -406,23 +415,27 @@ class Browser {
 
   episodeBox(episode, index) {
     const colouring = COLOURINGS[this.colour.value || "none"];
-    return element("article", { class: "episode", "aria-label": `completion ${index + 1}` }, summary(episode, index), textOf(episode, this.index.tokens, colouring, this.query.value));
+    return element("article", { class: "episode", "aria-label": `completion ${index + 1}` }, summary(episode, index), textOf(episode, this.index.texts, colouring, this.query.value));
   }
 
   compared(before, after) {
     const pairs = after.episodes.map((episode, index) => [before.episodes[index % before.episodes.length], episode, index]);
     return pairs.map(([old, episode, index]) => element("article", { class: "episode" }, summary(episode, index),
-      element("p", {}, `compared with completion ${(index % before.episodes.length) + 1} of step ${this.other.value}, reward ${old.reward}: `, element("del", {}, "only there"), " ", element("ins", {}, "only here")),
-      element("pre", { class: "text", dir: "auto", tabindex: 0 }, ...difference(pieces(old, this.index.tokens), pieces(episode, this.index.tokens)))));
+      element("p", {}, `compared with completion ${(index % before.episodes.length) + 1} of step ${this.other.value}, reward ${old.reward ?? "none"}: `, element("del", {}, "only there"), " ", element("ins", {}, "only here")),
+      element("pre", { class: "text", dir: "auto", tabindex: 0 }, ...difference(pieces(old, this.index.texts), pieces(episode, this.index.texts)))));
   }
 
   async search() {
-    const query = this.query.value.toLowerCase(), most = 100, hits = [];
+    const token = (this.searching = {}), query = this.query.value.toLowerCase(), most = 100, hits = [];
     this.results.replaceChildren();
-    if (!query) return this.show();
+    await this.show();
+    if (!query) return;
+    const run = this.run.value;
     search: for (const step of this.steps) {
-      for (const [number, group] of (await this.load(step)).entries()) {
-        const texts = [group.prompt.map(([, text]) => text).join("\n"), ...group.episodes.map((episode) => pieces(episode, this.index.tokens).join(""))];
+      const groups = await this.load(step);
+      if (token !== this.searching || run !== this.run.value) return;
+      for (const [number, group] of groups.entries()) {
+        const texts = [group.prompt.map(([, text]) => text).join("\n"), ...group.episodes.map((episode) => pieces(episode, this.index.texts).join(""))];
         const text = texts.find((item) => item.toLowerCase().includes(query));
         if (text === undefined) continue;
         const start = Math.max(0, text.toLowerCase().indexOf(query) - 40);
@@ -450,7 +463,7 @@ function label(group, index) {
 }
 
 function summary(episode, index) {
-  const figures = [`version ${episode.version}`, `${episode.length} tokens`, episode.finish === "stop" ? "" : `ended by ${episode.finish}`];
+  const figures = [episode.version === null ? "given" : `version ${episode.version}`, `${episode.length} tokens`, episode.finish === "stop" ? "" : `ended by ${episode.finish}`];
   figures.push(typeof episode.adv === "number" ? `advantage ${episode.adv}` : "");
   figures.push(...Object.entries(episode.parts).map(([name, value]) => `${name} ${value}`));
   return element("p", {}, `${index + 1}: reward ${episode.reward ?? "none"} `, element("b", { class: episode.status }, episode.status), ` · ${figures.filter(Boolean).join(" · ")}`);
@@ -483,7 +496,11 @@ async function start() {
   await new Browser($("browser")).openRun();
   if (data.refresh) {
     scrollTo(0, Number(remembered("scroll", 0)));
-    setTimeout(() => { remember("scroll", scrollY); location.reload(); }, data.refresh * 1000);
+    setInterval(() => { // not while a control is in use
+      if (document.activeElement.matches("input, select")) return;
+      remember("scroll", scrollY);
+      location.reload();
+    }, data.refresh * 1000);
   }
   document.documentElement.dataset.ready = "yes";
 }

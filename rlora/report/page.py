@@ -8,17 +8,16 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-import jinja2
-
 import rlora
 from rlora.records import RloraError
 from rlora.report.charts import charts
 from rlora.report.completions import packed, read_completions
-from rlora.report.runs import RunData
+from rlora.report.runs import RunData, rounded
 from rlora.report.weights import FIGURES, heat_maps, path
 
 MOST_RUNS = 20  # that a page overlays
 _MOST_WEIGHTS = 6  # runs with heat maps
+_SECRET = ("key", "token", "secret", "password")  # arguments with these words in their names are not shown
 _SUMMARY = {  # a run's row in the table of runs: metric, label and format
     "accuracy/before": ("accuracy before", ".3f"),
     "accuracy/after": ("accuracy after", ".3f"),
@@ -38,13 +37,22 @@ class Ranking:
     verdict: str
 
 
-def render(runs: Sequence[RunData], limit: int, ranking: Ranking | None = None, refresh: float | None = None) -> str:
+def render(
+    runs: Sequence[RunData], limit: int, ranking: Ranking | None = None, refresh: float | None = None,
+    notes: Sequence[str] = (),
+) -> str:  # fmt: skip
     """Return the page of the first `MOST_RUNS` runs. `limit` is the size of all completions in bytes. `refresh` is the
-    number of seconds after which the page loads its file again, for `rlora report --watch`.
+    number of seconds after which the page loads its file again, for `rlora report --watch`. `notes` say what is left
+    out.
 
     Raises RloraError if plotly or jinja2 is not installed.
     """
-    shown, notes = list(runs[:MOST_RUNS]), list[str]()
+    try:
+        import jinja2
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise RloraError(f"rlora report: {error}; install it with pip install 'rlora[report]'") from error
+    shown, notes = list(runs[:MOST_RUNS]), [*notes]
     if left_out := [run.name for run in runs[MOST_RUNS:]]:
         notes.append(
             f"{len(left_out)} of {len(runs)} runs are left out, the page shows {MOST_RUNS}: {', '.join(left_out)}"
@@ -69,7 +77,7 @@ def render(runs: Sequence[RunData], limit: int, ranking: Ranking | None = None, 
     }
     chunks = {"data": packed(data)}
     for number, found in enumerate(completions):
-        chunks[f"completions-{number}"] = packed({"prompts": found.prompts, "tokens": found.tokens})
+        chunks[f"completions-{number}"] = packed({"prompts": found.prompts, "texts": list(found.pieces)})
         chunks |= {f"completions-{number}-{step}": chunk for step, chunk in sorted(found.chunks.items())}
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -84,7 +92,7 @@ def render(runs: Sequence[RunData], limit: int, ranking: Ranking | None = None, 
         chunks=chunks,
         css=_asset("page.css"),
         script=_asset("page.js"),
-        plotly=_plotly(),
+        plotly=base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode(),
         version=rlora.__version__,
     )
 
@@ -93,20 +101,11 @@ def _asset(name: str) -> str:
     return files("rlora.report").joinpath(name).read_text()
 
 
-def _plotly() -> str:
-    """Return Plotly's script, compressed by gzip, in Base64."""
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise RloraError(f"rlora report: {error}; install it with pip install 'rlora[report]'") from error
-    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()
-
-
 def _row(run: RunData) -> dict[str, str]:
     row = {"run": run.name, "status": run.status, "steps": f"{len(run.lines)} of {run.config.get('steps', '?')}"}
-    rewards = [line["reward/mean"] for line in run.lines if line.get("reward/mean") is not None]
+    rewards = [reward for line in run.lines if (reward := rounded(line.get("reward/mean"))) is not None]
     row["reward"] = f"{rewards[0]:.3g} → {rewards[-1]:.3g}" if rewards else ""
-    values = {label: (run.summary.get(name), form) for name, (label, form) in _SUMMARY.items()}
+    values = {label: (rounded(run.summary.get(name), 9), form) for name, (label, form) in _SUMMARY.items()}
     return row | {label: "" if value is None else format(value, form) for label, (value, form) in values.items()}
 
 
@@ -133,15 +132,15 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         if isinstance(value, Mapping) and value and prefix + name != "provenance":
             rows += _flat(value, f"{prefix}{name}.")
         elif prefix + name != "provenance":
-            rows.append((prefix + name, json.dumps(value, default=str, ensure_ascii=False)))
+            is_secret = "_args." in prefix and any(word in name.lower() for word in _SECRET)
+            rows.append((prefix + name, "…" if is_secret else json.dumps(value, default=str, ensure_ascii=False)))
     return rows
 
 
 def _lineage(run: RunData) -> list[tuple[str, str]]:
     """Return where the run comes from: its source if it is a fork, the packages and the machine."""
-    provenance = run.config.get("provenance") or {}
     rows = [("directory", str(run.path))]
-    for name, value in provenance.items():
+    for name, value in run.provenance.items():
         if isinstance(value, Mapping):
             rows += [(f"{name}: {key}", str(item)) for key, item in value.items()]
         else:

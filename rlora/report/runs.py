@@ -15,6 +15,12 @@ from rlora.telemetry.bottleneck import phases
 
 Line = Mapping[str, Any]
 _UPDATE_PARTS = ("passes", "gradient", "adam")
+_COLUMNS = ("norm", "moved", "sigma", "cosine_last", "cosine_update")  # of weights.jsonl
+_EVALUATED = {"accuracy/version": "accuracy/", "held_out/version": "held_out/"}  # prefix of the results of a version
+_AFTER = {
+    "accuracy/held_out": "accuracy/after", "held_out/nll": "held_out/nll/after",
+    "held_out/accuracy": "held_out/accuracy/after",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,27 +34,41 @@ class RunData:
     summary: Mapping[str, Any]
     matrices: Mapping[str, float | None]  # norm of the base's matrix, by the adapter's matrix
     weights: Sequence[Line]  # weights.jsonl
-    is_running: bool
+    status: str  # running, finished or stopped; of a sweep's member also waiting, paused, dropped or failed
     notes: list[str] = field(default_factory=list)
 
     @property
-    def status(self) -> str:
-        """Running, finished or stopped."""
-        if self.is_running:
-            return "running"
-        return "finished" if self.summary.get("steps") == self.config.get("steps") else "stopped"
+    def provenance(self) -> Mapping[str, Any]:
+        """Where the run comes from, as in config.toml."""
+        table = self.config.get("provenance")
+        return table if isinstance(table, Mapping) else {}
 
     @property
-    def columns(self) -> dict[str, list[Any]]:
-        """The values of each metric that is a number in any step, and of each phase of the steps in seconds."""
+    def columns(self) -> dict[str, list[float | None]]:
+        """The values of each metric that is a number in any step, and of each phase of the steps in seconds.
+
+        Results of evaluations are at the step whose number is the evaluated version. Those after training, from
+        summary.json, are at one more step.
+        """
         lines = [dict(line) | _phases(line) for line in self.lines]
+        if lines and self.status == "finished":
+            final = {name: rounded(self.summary.get(after)) for name, after in _AFTER.items()}
+            number = lines[-1]["step"] + 1
+            lines.append({"step": number, **{name: value for name, value in final.items() if value is not None}})
+        at = {line["step"]: line for line in lines}
+        for line in [*lines]:
+            for version, prefix in _EVALUATED.items():
+                moved = at.get(line.get(version))
+                for name in [name for name in line if name.startswith(prefix)] if moved not in (None, line) else ():
+                    moved[name] = line.pop(name)  # type: ignore[index]
         names = dict.fromkeys(name for line in lines for name in line)
         columns = {name: [rounded(line.get(name)) for line in lines] for name in names}
         return {name: values for name, values in columns.items() if any(value is not None for value in values)}
 
 
-def read_data(path: UPath, name: str = "") -> RunData:
-    """Read the run in a directory. Raises RloraError if there is no run."""
+def read_data(path: UPath, name: str = "", status: str = "") -> RunData:
+    """Read the run in a directory, with its name and its status if they are known. Raises RloraError if there is no
+    run."""
     content = read_file(path / CONFIG)
     if content is None:
         raise RloraError(f"{path}: it is not a run, because it has no {CONFIG}; name the directory of a run or a sweep")
@@ -60,8 +80,18 @@ def read_data(path: UPath, name: str = "") -> RunData:
         notes.append(f"{CONFIG} is damaged: {error}")
     lines, weights = (_lines(path, file, notes) for file in (METRICS, WEIGHTS))
     summary, matrices = (_object(path, file, notes) for file in (SUMMARY, MATRICES))
-    weights = [line for line in weights if len(line.get("norm") or ()) == len(matrices)]
-    return RunData(name or path.name, path, config, lines, summary, matrices, weights, is_locked(path), notes)
+    whole = [line for line in weights if all(_fits(line.get(name), len(matrices)) for name in _COLUMNS)]
+    if len(whole) < len(weights):
+        notes.append(f"{WEIGHTS}: {len(weights) - len(whole)} lines do not match {MATRICES} and are left out")
+    is_finished = "steps" in config and summary.get("steps") == config["steps"]
+    status = status or ("running" if is_locked(path) else "finished" if is_finished else "stopped")
+    return RunData(
+        name or path.name or path.absolute().name, path, config, lines, summary, matrices, whole, status, notes
+    )
+
+
+def _fits(column: Any, count: int) -> bool:
+    return isinstance(column, list) and len(column) == count > 0
 
 
 def _lines(path: UPath, file: str, notes: list[str]) -> list[Line]:
@@ -89,6 +119,9 @@ def _object(path: UPath, file: str, notes: list[str]) -> dict[str, Any]:
 
 def _phases(line: Line) -> dict[str, float]:
     """Return the phases of a step: those of the bottleneck, with the update by parts, and the remaining time."""
+    line = {name: rounded(value) for name, value in line.items() if name.startswith("time/")}
+    if not line.get("time/step"):
+        return {}
     seconds = phases(line)
     update = seconds.pop("update")
     parts = {part: line.get(f"time/update/{part}") or 0.0 for part in _UPDATE_PARTS}

@@ -24,7 +24,7 @@ FIGURES = {  # of a matrix in a step: title and explanation
 def heat_maps(run: RunData) -> dict[str, Any] | None:
     """Return the matrices, the steps, and for each figure a list by matrix of lists by step; None without telemetry.
 
-    A run of more than 100 steps is shown at evenly spaced ones.
+    A run of more than 100 steps is shown at evenly spaced ones. Figures that are the same everywhere are left out.
     """
     if not run.weights:
         return None
@@ -35,9 +35,10 @@ def heat_maps(run: RunData) -> dict[str, Any] | None:
         columns = []
         for line in lines:
             if name == "relative":
-                values = [norm / base if base else None for norm, base in zip(line["norm"], norms, strict=True)]
+                pairs = [(rounded(norm), base) for norm, base in zip(line["norm"], norms, strict=True)]
+                values = [norm / base if norm is not None and base else None for norm, base in pairs]
             elif name == "rank_used":
-                values = [rank_used(sigma) for sigma in line["sigma"]]
+                values = [rank_used([rounded(value) or 0.0 for value in sigma]) for sigma in line["sigma"]]
             else:
                 values = line[name]
             columns.append([rounded(value, 4) for value in values])
@@ -45,6 +46,8 @@ def heat_maps(run: RunData) -> dict[str, Any] | None:
         distinct = {value for row in rows for value in row if value is not None}
         if len(distinct) > 1:  # at rank 1 the whole rank is in use
             figures[name] = rows
+    if not figures:  # no step has changed the policy yet
+        return None
     return {
         "matrices": [name.removeprefix("model.") for name in run.matrices],
         "steps": [line["step"] for line in lines],

@@ -220,7 +220,7 @@ class Fleet:
             self._queue.remove(request)
             if not request.cancelled:
                 request.adapter = request.adapter or self._delivered[request.policy]
-                self._queued_seconds += time.monotonic() - request.queued
+                self._queued_seconds += 0.0 if request.background else time.monotonic() - request.queued
                 completions[request.policy] += request.sampling.group_size
                 self._dispatch(min(free, key=lambda replica: replica.completions), request)
         if self._failure:

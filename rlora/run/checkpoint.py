@@ -292,9 +292,11 @@ def read_update(run: UPath, version: int) -> bytes | None:
 
 def adapters(run: UPath, newest: Adapter) -> list[Adapter]:
     """Return `newest`, the current version of a run, after the version before it if that has an intact bundle."""
+    if newest.full_weights or newest.number - 1 not in versions(run):
+        return [newest]
     try:
         return [read_version(run, newest.number - 1).adapter, newest]
-    except RloraError:
+    except (RloraError, OSError):
         return [newest]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from upath import UPath
 
+from rlora.records import RloraError
 from rlora.run.directory import complete_lines
 from rlora.store import write_file
 
@@ -21,7 +22,7 @@ class LineLog:
 
     def __init__(self, path: UPath, step: int) -> None:
         self.path, self.pending = path, b""  # lines that are not written yet
-        kept = [line for line in complete_lines(path.parent, path.name) if json.loads(line)["step"] < step]
+        kept = [line for line in complete_lines(path.parent, path.name) if _step_of(line, path) < step]
         content = "".join(f"{line}\n" for line in kept).encode()
         write_file(path, content)
         self._size = len(content)
@@ -50,3 +51,10 @@ class LineLog:
             )
             return
         self._size, self.pending = self._size + len(self.pending), b""
+
+
+def _step_of(line: str, path: UPath) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise RloraError(f"{path}: a line is damaged ({error!r}): {line!r:.80}; remove the line") from error

@@ -70,7 +70,7 @@ class CheckpointWriter:
         if self._ended:
             return
         try:
-            if self._wait(ending=True) and (self._unsaved or self._metrics.pending):
+            if self._wait(ending=True) and (self._unsaved or self._metrics.pending or self._weights.pending):
                 self._start(partial(self._write, self._unsaved) if self._unsaved else self._write_lines)
                 self._wait(ending=True)
         finally:

@@ -4,7 +4,7 @@ The update of a matrix is X = s B A, with A (r, d_in), B (d_out, r) and the scal
 X itself is never computed. All products are in float64:
 
     <X, X'>  = sum((B^T B') * (A A'^T))        inner product of two updates, with the scale in B
-    sigma(X) = sigma(R_B R_A^T)                singular values, with B = Q_B R_B and A^T = Q_A R_A
+    sigma(X)^2 = eig(S (A A^T) S)              singular values, with S = (B^T B)^(1/2)
     X - X'   = [B - B', B'] [A; A - A']        the change of one step, which has rank 2 r at most
 """
 
@@ -45,8 +45,9 @@ class Factors:
 
     def singular_values(self) -> Array:
         """Compute the singular values of each matrix, in descending order; for experts the r largest of all: (n, r)."""
-        r_b, r_a = (numpy.asarray(numpy.linalg.qr(factor, mode="r")) for factor in (self.b, self.a.mT))
-        values = numpy.linalg.svd(r_b @ r_a.mT, compute_uv=False)
+        squares, vectors = numpy.linalg.eigh(self.b.mT @ self.b)
+        root = (vectors * numpy.sqrt(numpy.maximum(squares, 0.0))[..., None, :]) @ vectors.mT
+        values = numpy.sqrt(numpy.maximum(numpy.linalg.eigvalsh(root @ (self.a @ self.a.mT) @ root), 0.0))
         return numpy.sort(values.reshape(len(values), -1), -1)[:, ::-1][:, : self.a.shape[-2]]
 
 
@@ -87,7 +88,8 @@ class Moved:
         """Make the figures from the inner products <X, X>, <D, D>, <Y, Y>, <E, E>, <D, E>, <D, Y>, where E is the
         change of the step before."""
         x, d, y, e, d_e, d_y = products.tolist()
-        return Moved(math.sqrt(x), math.sqrt(d), _cosine(d_e, d, e), _cosine(d_y, d, y), tuple(sigma))
+        norms = math.sqrt(max(0.0, x)), math.sqrt(max(0.0, d))  # rounding can make the square of 0 negative
+        return Moved(*norms, _cosine(d_e, d, e), _cosine(d_y, d, y), tuple(sigma))
 
 
 def rank_used(sigma: Sequence[float]) -> float | None:

@@ -34,6 +34,7 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("rlora sweep --algorithm.loss cl", {"clip"}),
         ("rlora submit --max-st", {"--max-staleness"}),
         ("rlora export --dtype ", {"bfloat16", "float32"}),
+        ("rlora export --merge --dt", {"--dtype"}),
         ("rlora report --epi", {"--episodes-mib"}),
         ("rlora scale --learner.", set()),
         ("rlora completion ", {"bash", "zsh", "tcsh"}),

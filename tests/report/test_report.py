@@ -80,7 +80,8 @@ def test_tokens_have_texts_if_the_tokenizer_is_there(tmp_path: Path, worded: str
     page = page_of(write_run(tmp_path / "sums", model=worded))
     index, groups = chunk(page, "completions-0"), chunk(page, "completions-0-0")
     ids = groups[0]["episodes"][0]["ids"]
-    assert [index["tokens"][str(token)] for token in ids] == [f"w{token}" for token in ids]
+    tokens = report_run.step_groups(0)[0].episodes[0].completion_ids
+    assert "".join(index["texts"][number] for number in ids).split() == [f"w{token}" for token in tokens]
     assert "tokenizer" not in page.split("<footer>")[0].split("</style>")[1]
 
 
@@ -170,7 +171,6 @@ def test_damaged_files_are_left_out_and_named(tmp_path: Path) -> None:
     assert "matrices.json is damaged" in said
     assert "step 2: the completions can" in said
     assert "step 1: the completions can" in said
-    assert "5 of 2 steps" not in said
     assert sorted(chunk(page, "completions-0")["prompts"]) == ["0", "4", "5"]
 
 
