@@ -15,7 +15,7 @@ def charts(runs: Sequence[Columns]) -> list[dict[str, Any]]:
     found = []
     for chart in tomllib.loads(files("rlora.report").joinpath("charts.toml").read_text())["chart"]:
         metrics = [name for pattern in chart["metrics"] for name in names if re.fullmatch(pattern, name)]
-        varies = any(len(set(columns.get(name, ()))) > 1 for columns in runs for name in metrics)
+        varies = any(len({*columns.get(name, ())} - {None}) > 1 for columns in runs for name in metrics)
         if len(metrics) < chart.get("at_least", 1) or (chart.get("varies") and not varies):
             continue
         found.append(chart | {"metrics": metrics})

@@ -17,9 +17,8 @@ Line = Mapping[str, Any]
 _UPDATE_PARTS = ("passes", "gradient", "adam")
 _COLUMNS = ("norm", "moved", "sigma", "cosine_last", "cosine_update")  # of weights.jsonl
 _EVALUATED = {"accuracy/version": "accuracy/", "held_out/version": "held_out/"}  # prefix of the results of a version
-_AFTER = {
-    "accuracy/held_out": "accuracy/after", "held_out/nll": "held_out/nll/after",
-    "held_out/accuracy": "held_out/accuracy/after",
+_SUMMARY = {  # names in summary.json
+    "accuracy/held_out": "accuracy/{}", "held_out/nll": "held_out/nll/{}", "held_out/accuracy": "held_out/accuracy/{}",
 }  # fmt: skip
 
 
@@ -47,23 +46,26 @@ class RunData:
     def columns(self) -> dict[str, list[float | None]]:
         """The values of each metric that is a number in any step, and of each phase of the steps in seconds.
 
-        Results of evaluations are at the step whose number is the evaluated version. Those after training, from
-        summary.json, are at one more step.
+        Results of evaluations are at the step whose number is the evaluated version. Those before and after training
+        are in summary.json; the ones after training are at one more step.
         """
         lines = [dict(line) | _phases(line) for line in self.lines]
-        if lines and self.status == "finished":
-            final = {name: rounded(self.summary.get(after)) for name, after in _AFTER.items()}
-            number = lines[-1]["step"] + 1
-            lines.append({"step": number, **{name: value for name, value in final.items() if value is not None}})
-        at = {line["step"]: line for line in lines}
+        if lines and (final := self._evaluated("after")):
+            lines[0] = self._evaluated("before") | lines[0]
+            lines.append({"step": lines[-1]["step"] + 1} | final)
+        by_step = {line["step"]: line for line in lines}
         for line in [*lines]:
             for version, prefix in _EVALUATED.items():
-                moved = at.get(line.get(version))
+                moved = by_step.get(line.get(version))
                 for name in [name for name in line if name.startswith(prefix)] if moved not in (None, line) else ():
                     moved[name] = line.pop(name)  # type: ignore[index]
         names = dict.fromkeys(name for line in lines for name in line)
         columns = {name: [rounded(line.get(name)) for line in lines] for name in names}
         return {name: values for name, values in columns.items() if any(value is not None for value in values)}
+
+    def _evaluated(self, moment: str) -> dict[str, float]:
+        found = {name: rounded(self.summary.get(source.format(moment))) for name, source in _SUMMARY.items()}
+        return {name: value for name, value in found.items() if value is not None} if self.status == "finished" else {}
 
 
 def read_data(path: UPath, name: str = "", status: str = "") -> RunData:

@@ -14,9 +14,10 @@ import pytest
 import report_run
 from conftest import save_words
 from report_run import write_run
+from transformers import AutoTokenizer
 from upath import UPath
 
-from rlora.records import RloraError
+from rlora.records import BASE, RloraError
 from rlora.report.charts import charts
 from rlora.report.completions import read_completions, spread
 from rlora.report.page import MOST_RUNS, render
@@ -43,8 +44,9 @@ def test_a_page_contains_metrics_weights_completions_and_config(tmp_path: Path) 
     data = chunk(page, "data")
     (run,) = data["runs"]
     assert run["name"] == "sums"
-    assert run["columns"]["reward/mean"] == [round(0.1 + 0.8 * step / 6, 5) for step in range(6)]
-    assert run["columns"]["phase/update: gradient"] == [0.9] * 6
+    assert run["columns"]["reward/mean"] == [*(round(0.1 + 0.8 * step / 6, 5) for step in range(6)), None]
+    assert run["columns"]["accuracy/held_out"] == [0.25, None, None, None, None, None, 0.75]
+    assert run["columns"]["phase/update: gradient"] == [0.9] * 6 + [None]
     phases = [values[0] for name, values in run["columns"].items() if name.startswith("phase/")]
     assert sum(phases) == pytest.approx(4.0)  # time/step
     assert run["weights"]["figures"]["norm"][0] == [0.01, 0.02, 0.03, 0.04, 0.05, 0.06]
@@ -64,7 +66,7 @@ def test_a_page_contains_metrics_weights_completions_and_config(tmp_path: Path) 
     assert "no_signal" in page
     assert "rlora.rewards.integer:integer_answer" in page
     assert "0123456789abcdef" in page
-    assert "the tokenizer of the model can" in page
+    assert "the tokenizer of missing/model can" in page
 
 
 @pytest.fixture
@@ -202,7 +204,7 @@ def test_a_run_of_an_earlier_release_has_no_figures_of_weights(tmp_path: Path) -
 def test_runs_that_share_no_step(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path / "early", steps=3), write_run(tmp_path / "late", steps=6, first=3))
     first, second = chunk(page, "data")["runs"]
-    assert (first["columns"]["step"], second["columns"]["step"]) == ([0, 1, 2], [3, 4, 5])
+    assert (first["columns"]["step"], second["columns"]["step"]) == ([0, 1, 2, 3], [3, 4, 5, 6])
 
 
 def test_of_many_runs_the_page_says_what_it_leaves_out(tmp_path: Path) -> None:
@@ -219,11 +221,11 @@ def test_completions_beyond_the_limit_are_left_out_evenly(tmp_path: Path) -> Non
     every = read_completions(run, LIMIT)
     size = sum(map(len, every.chunks.values()))
     found = read_completions(run, size // 4)
-    assert 8 <= len(found.chunks) <= 10
+    assert 6 <= len(found.chunks) <= 10
     assert {0, 39} <= found.chunks.keys()
     gaps = [b - a for a, b in zip(sorted(found.chunks), sorted(found.chunks)[1:], strict=False)]
-    assert max(gaps) <= 8
-    assert f"those of {40 - len(found.chunks)} are left out" in found.notes[-1]
+    assert max(gaps) <= 11
+    assert f"completions of {len(found.chunks)} of 40 steps are shown" in found.notes[-1]
     assert "--episodes-mib" in found.notes[-1]
     assert not read_completions(run, 0).chunks
 
@@ -240,7 +242,7 @@ def test_a_bundle_that_the_run_removes_meanwhile(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("rlora.report.completions.checkpoint.versions", lambda _: [1, 2, 3, 4])
     found = read_completions(run, LIMIT)
     assert sorted(found.chunks) == [0, 1, 2]
-    assert "step 3: the completions can't be read" in found.notes[0]
+    assert any(note.startswith("step 3: the completions can't be read") for note in found.notes)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 64, 100])
@@ -332,4 +334,103 @@ def test_watching_follows_a_run_that_is_killed_and_resumed(tmp_path: Path) -> No
     watching.join(timeout=30)
     assert not watching.is_alive()  # the run is finished
     assert chunk(out.read_text(), "data")["refresh"] is None
-    assert chunk(page, "data")["runs"][0]["columns"]["step"] == list(range(6))
+    assert chunk(page, "data")["runs"][0]["columns"]["step"] == list(range(7))  # with the accuracy after training
+
+
+def test_logprobs_that_are_not_finite_have_no_colour(tmp_path: Path) -> None:
+    group = report_run.step_groups(0)[0]
+    broken = replace(group.episodes[0], behaviour_logprobs=(float("nan"), *group.episodes[0].behaviour_logprobs[1:]))
+    groups = {0: [replace(group, episodes=(broken,))]}
+    (episode,) = chunk(page_of(write_run(tmp_path / "sums", steps=1, groups=groups)), "completions-0-0")[0]["episodes"]
+    assert (episode["prob"][0], episode["ratio"][0]) == (None, None)
+    assert None not in episode["prob"][1:]
+
+
+def test_given_completions_have_the_probabilities_of_the_learner(tmp_path: Path) -> None:
+    group = report_run.step_groups(0)[0]
+    given = replace(group.episodes[0], version=BASE.version, behaviour_logprobs=(0.0,) * 6, reward=None, parts={})
+    run = write_run(tmp_path / "sums", steps=1, groups={0: [replace(group, episodes=(given,))]})
+    (episode,) = chunk(page_of(run), "completions-0-0")[0]["episodes"]
+    assert episode["version"] is None
+    assert "ratio" not in episode
+    assert episode["prob"][:3] == [100, 104, 105]  # exp of the logprobs of `trained_on`
+
+
+def test_characters_of_several_tokens_and_spaces_are_kept(tmp_path: Path, demo: str) -> None:
+    text = "The answer is 4. 你好世界 😀"
+    ids = tuple(AutoTokenizer.from_pretrained(demo).encode(text))
+    group = report_run.step_groups(0)[0]
+    written = replace(group.episodes[0], completion_ids=ids, behaviour_logprobs=(-1.0,) * len(ids), text=text)
+    run = write_run(tmp_path / "sums", steps=1, model=demo, groups={0: [replace(group, episodes=(written,))]})
+    page = page_of(run)
+    index, (shown,) = chunk(page, "completions-0"), chunk(page, "completions-0-0")[0]["episodes"]
+    assert "".join(index["texts"][number] for number in shown["ids"]) == text
+
+
+def test_an_evaluation_is_drawn_at_its_version(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "sums", done=4)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines[3] |= {"accuracy/held_out": 0.5, "accuracy/held_out/low": 0.4, "accuracy/version": 2}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    columns = read_data(run).columns
+    assert columns["accuracy/held_out"] == [None, None, 0.5, None]
+    assert columns["accuracy/held_out/low"] == [None, None, 0.4, None]
+
+
+def test_figures_of_another_kind_are_left_out(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "sums")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines[1] |= {"reward/mean": "high", "time/step": [1], "time/wait": {"a": 1}}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    weights = (run / "weights.jsonl").read_text().splitlines()
+    others = [{"step": 0, "norm": 3}, {"step": 1, "norm": [1.0] * 12}]
+    (run / "weights.jsonl").write_text("\n".join([*map(json.dumps, others), *weights[2:]]) + "\n")
+    (run / "summary.json").write_text(json.dumps({"accuracy/after": "0.5", "time/total": [1]}))
+    page = page_of(run)
+    assert "weights.jsonl: 2 lines do not match matrices.json" in notes(page)
+    assert chunk(page, "data")["runs"][0]["columns"]["reward/mean"][1] is None
+
+
+def test_runs_of_equal_names_are_told_apart(tmp_path: Path) -> None:
+    sources = [write_run(tmp_path / name / "seed-0", steps=1) for name in ("a", "b")]
+    runs = write_report(sources, tmp_path / "new" / "report.html", LIMIT)
+    assert [run.name for run in runs] == ["a/seed-0", "b/seed-0"]
+    with pytest.raises(RloraError, match="no run; name the directory of a run or a sweep"):
+        write_report([], tmp_path / "report.html", LIMIT)
+
+
+def test_arguments_that_look_like_secrets_are_not_shown(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "sums", steps=1)
+    config = run / "config.toml"
+    config.write_text(config.read_text().replace("[env_args]", '[env_args]\napi_key = "s3cret"\nlow = 17'))
+    page = page_of(run)
+    assert "s3cret" not in page
+    assert "env_args.low" in page
+    assert "sampling.max_tokens" in page
+
+
+@pytest.mark.parametrize("damage", ["summary.json", "sweep.toml"])
+def test_a_damaged_sweep_is_shown_without_a_ranking(
+    tmp_path: Path, sweep_of: Callable[[Path], UPath], damage: str
+) -> None:
+    sweep = sweep_of(tmp_path / "sweep")
+    (sweep / damage if damage == "sweep.toml" else sweep / "seed-0" / damage).write_text("{")
+    write_report([sweep], tmp_path / "report.html", LIMIT)
+    assert "its configurations can" in (tmp_path / "report.html").read_text()
+
+
+def test_watching_a_sweep_waits_for_members_that_have_not_begun(
+    tmp_path: Path, sweep_of: Callable[[Path], UPath]
+) -> None:
+    sweep = sweep_of(tmp_path / "sweep")
+    (sweep / "seed-1").rename(tmp_path / "seed-1")
+    watching = Thread(target=watch, args=([sweep], tmp_path / "report.html", LIMIT, 0.05), daemon=True)
+    watching.start()
+    watching.join(timeout=3)
+    assert watching.is_alive()
+    (tmp_path / "seed-1").rename(sweep / "seed-1")
+    with (sweep / "sweep.jsonl").open("a") as diary:  # a dropped member has ended
+        diary.write(json.dumps({"event": "dropped", "member": "seed-1", "step": 6}) + "\n")
+    watching.join(timeout=30)
+    assert not watching.is_alive()
+    assert 'class="status dropped"' in (tmp_path / "report.html").read_text()
