@@ -1,17 +1,19 @@
 """The loop over several runs, with a real learner and recorded episodes instead of engines."""
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from loop_stage import Stage, set_stage, task_of
+from transformers import LlamaForCausalLM
 from upath import UPath
 
 from rlora.core.setup import Setup
 from rlora.records import DeliveryError, RloraError
-from rlora.run import checkpoint, directory
+from rlora.run import checkpoint, directory, episodes
 from rlora.run.run import Run
 from rlora.run.turns import first, rounds
 from rlora.settings import Config
@@ -138,3 +140,33 @@ def test_an_observer_and_a_turn_rule_plug_in(
     assert "one: Notes.on_step raised ValueError: no connection; training continues" in capsys.readouterr().err
     taken = [policy for call, policy, _ in stage.calls if call == "take"]
     assert taken == ["one", "one", "one", "two", "one", "two"]
+
+
+def test_each_step_records_what_it_changed_in_the_weights(stage: Stage, make: Callable[..., Run], tiny: str) -> None:
+    drive([run := make("two")])
+    norms = json.loads((run.path / "matrices.json").read_text())
+    base = LlamaForCausalLM.from_pretrained(tiny)
+    weights = {name: float(base.get_submodule(name).weight.detach().norm()) for name in norms}
+    assert norms == pytest.approx(weights, rel=1e-5)
+    lines = [json.loads(line) for line in directory.complete_lines(run.path, "weights.jsonl")]
+    assert [line["step"] for line in lines] == list(range(STEPS))
+    for line, figures in zip(lines, run.figures, strict=True):
+        assert len(line["norm"]) == len(norms)
+        assert figures["weights/norm"] == pytest.approx(math.hypot(*line["norm"]), rel=1e-3)
+        assert figures["weights/relative"] == pytest.approx(figures["weights/norm"] / math.hypot(*norms.values()))
+    groups = checkpoint.read_update(run.path, STEPS)
+    assert groups
+    assert episodes.decode_training(groups)  # advantages and logprobs of the last update
+
+
+def test_a_resumed_run_records_the_same_weights(
+    stage: Stage, make: Callable[..., Run], config: Callable[..., Config]
+) -> None:
+    drive([whole := make("one", "whole")])
+    stage.errors = {("take", "one", 2): KeyboardInterrupt()}  # type: ignore[dict-item]
+    with pytest.raises(KeyboardInterrupt):
+        drive([run := make("one", "resumed")])
+    stage.errors = {}
+    start = checkpoint.newest(run.path, directory.Provenance.of(run.path))
+    drive([Run(run.config, run.task, run.setup, run.path, start)])
+    assert (run.path / "weights.jsonl").read_text() == (whole.path / "weights.jsonl").read_text()
