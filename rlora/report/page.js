@@ -130,7 +130,7 @@ function drawChart(chart, plot) {
   Plotly.react(plot, made, layout({
     barmode: "stack", showlegend: named > 1 && named <= MOST_NAMES, // the table of runs has their colours
     xaxis: { title: { text: bars && many ? "" : $("axis").value }, type: bars && many ? "category" : "linear" },
-    yaxis: { title: { text: chart.unit || "" }, type: chart.logarithmic ? "log" : "linear", exponentformat: chart.unit === "bytes" ? "SI" : "power" },
+    yaxis: { title: { text: chart.unit || "" }, type: chart.logarithmic ? "log" : "linear", ...(chart.range ? { range: chart.range } : {}), exponentformat: chart.unit === "bytes" ? "SI" : "power" },
   }), SVG_CHARTS);
 }
 

@@ -54,7 +54,7 @@ def test_a_page_contains_metrics_weights_completions_and_config(tmp_path: Path) 
     titles = [chart["title"] for chart in data["charts"]]
     assert {"Reward", "KL divergence", "Where a step's time goes", "Size of the update"} <= {*titles}
     assert "Rank in use" not in titles
-    assert "Critic" not in titles
+    assert "Explained variance" not in titles
     index, groups = chunk(page, "completions-0"), chunk(page, "completions-0-5")
     assert sorted(index["prompts"], key=int) == ["0", "1", "2", "3", "4", "5"]
     assert index["prompts"]["0"] == index["prompts"]["2"] != index["prompts"]["1"]
