@@ -65,7 +65,12 @@ def fits(page: Page) -> bool:
 @pytest.mark.parametrize("width", [1200, 360])
 @pytest.mark.parametrize("dark", [False, True])
 def test_charts_are_drawn_and_fit(open_page: Open, tmp_path: Path, width: int, dark: bool) -> None:
-    page = open_page(write_run(tmp_path / "sums"), width=width, dark=dark)
+    groups = {
+        5: [
+            report_run.with_text(group, "What is the sum of these numbers? " * 9) for group in report_run.step_groups(5)
+        ]
+    }
+    page = open_page(write_run(tmp_path / "sums", groups=groups), width=width, dark=dark)
     assert drawn(page) >= len(page.query_selector_all(".plot")) >= 15
     assert fits(page)
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
