@@ -196,7 +196,7 @@ function addPath(grid) {
   addPlot(figure, "Path of the policy along the two main directions of its changes", (plot) => {
     const made = runs.map((run) => ({
       name: run.name, x: run.path.points.map((point) => point[0]), y: run.path.points.map((point) => point[1]), mode: "lines+markers",
-      text: run.path.versions.map((version) => `version ${version}`), line: { color: COLOURS[data.runs.indexOf(run) % COLOURS.length] }, marker: { size: 4 },
+      text: run.path.versions.map((version, index) => `version ${version}${index ? `, its change has a cosine of ${run.path.cosines[index - 1] ?? 0} with the first direction` : ""}`), hoverinfo: "text", line: { color: COLOURS[data.runs.indexOf(run) % COLOURS.length] }, marker: { size: 4 },
     }));
     Plotly.react(plot, made, layout({ showlegend: runs.length > 1, xaxis: { title: { text: "first direction" } }, yaxis: { title: { text: "second direction" }, scaleanchor: "x" } }), SVG_CHARTS);
   });
