@@ -164,6 +164,15 @@ def save_words(path: str) -> None:
     tokenizer.save_pretrained(path)
 
 
+@pytest.fixture
+def worded(tmp_path: Path, tiny: str) -> str:
+    """The directory of the tiny model with a tokenizer, whose token 5 is "w5"."""
+    model = str(tmp_path / "model")
+    shutil.copytree(tiny, model)
+    save_words(model)
+    return model
+
+
 _SMALL = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 64, "pad_token_id": None, "bos_token_id": 0,

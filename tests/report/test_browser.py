@@ -113,16 +113,6 @@ def test_the_heat_map_has_its_figures_and_views(open_page: Open, tmp_path: Path)
     assert "before it" in page.inner_text("figure.wide figcaption")
 
 
-@pytest.fixture
-def worded(tmp_path: Path, tiny: str) -> str:
-    from conftest import save_words
-
-    model = str(tmp_path / "model")
-    shutil.copytree(tiny, model)
-    save_words(model)
-    return model
-
-
 def control(page: Page, text: str) -> str:
     """Selector of the control with a label in the browser of completions."""
     return f"#browser label:has-text('{text}') select"

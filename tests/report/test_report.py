@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import report_run
-from conftest import save_words
 from report_run import write_run
 from transformers import AutoTokenizer
 from upath import UPath
@@ -67,15 +66,6 @@ def test_a_page_contains_metrics_weights_completions_and_config(tmp_path: Path) 
     assert "rlora.rewards.integer:integer_answer" in page
     assert "0123456789abcdef" in page
     assert "the tokenizer of missing/model can" in page
-
-
-@pytest.fixture
-def worded(tmp_path: Path, tiny: str) -> str:
-    """The tiny model with a tokenizer, whose token 5 is `w5`."""
-    model = str(tmp_path / "model")
-    shutil.copytree(tiny, model)
-    save_words(model)
-    return model
 
 
 def test_tokens_have_texts_if_the_tokenizer_is_there(tmp_path: Path, worded: str) -> None:
