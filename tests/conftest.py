@@ -21,6 +21,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # threads that wait for each other must
 import pytest
 import torch
 from commands import ROOT, TOKEN, orphans, processes
+from playwright.sync_api import Browser, sync_playwright
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
@@ -171,6 +172,22 @@ def worded(tmp_path: Path, tiny: str) -> str:
     shutil.copytree(tiny, model)
     save_words(model)
     return model
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")  # not for the session: while it is open, asyncio.run fails in this process
+def browser() -> Iterator[Browser]:
+    """Chromium without a screen; tests that use it are skipped without it."""
+    if not CHROMIUM:
+        pytest.skip("there is no Chromium (Debian's package chromium)")
+    options = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+               "--disable-component-update", "--disable-sync"]  # fmt: skip
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
+        yield browser
+        browser.close()
 
 
 _SMALL = {

@@ -1,7 +1,6 @@
 """The docs as a site: it builds without warnings, its links lead somewhere, and it loads nothing from elsewhere."""
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,10 +13,9 @@ from urllib.parse import unquote, urldefrag, urljoin
 
 import pytest
 from conftest import ROOT
+from playwright.sync_api import Browser
 
 from rlora.cli.grammar import kinds
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -79,23 +77,17 @@ def address(site: Path) -> Iterator[str]:
         server.shutdown()
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium (Debian's package chromium)")
-def test_pages_load_nothing_from_elsewhere_and_search_finds(site: Path, address: str) -> None:
-    from playwright.sync_api import sync_playwright
-
+def test_pages_load_nothing_from_elsewhere_and_search_finds(browser: Browser, site: Path, address: str) -> None:
     heard: list[str] = []
-    with sync_playwright() as playwright:
-        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
-        page = browser.new_page(viewport={"width": 400, "height": 900})
-        page.on("console", lambda message: heard.append(f"{page.url}: {message.text}"))
-        page.on("request", lambda asked: None if asked.url.startswith((address, "data:")) else heard.append(asked.url))
-        for file in sorted(site.rglob("index.html")):
-            page.goto(f"{address}/{file.relative_to(site)}", wait_until="networkidle")
-        page.set_viewport_size({"width": 1200, "height": 900})
-        page.goto(f"{address}/index.html", wait_until="networkidle")
-        page.click("input[name=query]")
-        page.keyboard.type("top_p")
-        page.wait_for_selector(".md-search-result__item")
-        browser.close()
+    page = browser.new_page(viewport={"width": 400, "height": 900})
+    page.on("console", lambda message: heard.append(f"{page.url}: {message.text}"))
+    page.on("request", lambda asked: None if asked.url.startswith((address, "data:")) else heard.append(asked.url))
+    for file in sorted(site.rglob("index.html")):
+        page.goto(f"{address}/{file.relative_to(site)}", wait_until="networkidle")
+    page.set_viewport_size({"width": 1200, "height": 900})
+    page.goto(f"{address}/index.html", wait_until="networkidle")
+    page.click("input[name=query]")
+    page.keyboard.type("top_p")
+    page.wait_for_selector(".md-search-result__item")
+    page.close()
     assert heard == []

@@ -114,8 +114,7 @@ class Learner:
     def base_norms(self, policy: str) -> dict[str, float]:
         """Return the Frobenius norm of the base's matrix under each of the policy's adapters, by key; empty for a
         quantised base and in full finetuning."""
-        is_quantised = self.config.learner.quantise != "none"
-        return {} if is_quantised else self.policies.bank.base_norms(policy)
+        return self.policies.bank.base_norms(policy) if self.config.learner.quantise == "none" else {}
 
     def rehearse(self) -> tuple[str, int]:
         """Compute the largest row once, under a temporary adapter. Return the GPU's UUID and the peak bytes that this

@@ -320,11 +320,13 @@ def test_watching_follows_a_run_that_is_killed_and_resumed(tmp_path: Path) -> No
         for name in ("metrics.jsonl", "weights.jsonl", "summary.json"):
             (run / f"{name}.new").write_bytes((state / name).read_bytes())
             (run / f"{name}.new").rename(run / name)
-        page = wait_for(f"{done} of 6")
+        wait_for(f"{done} of 6")
     watching.join(timeout=30)
     assert not watching.is_alive()  # the run is finished
     assert chunk(out.read_text(), "data")["refresh"] is None
-    assert chunk(page, "data")["runs"][0]["columns"]["step"] == list(range(7))  # with the accuracy after training
+    assert chunk(out.read_text(), "data")["runs"][0]["columns"]["step"] == list(
+        range(7)
+    )  # with the accuracy after training
 
 
 def test_logprobs_that_are_not_finite_have_no_colour(tmp_path: Path) -> None:
