@@ -19,22 +19,7 @@ import tomli_w
 import tyro
 from conftest import ROOT, case
 
-from rlora.cli.arguments import (
-    Ask,
-    Check,
-    Eval,
-    Export,
-    Fork,
-    Grade,
-    Jobs,
-    Plan,
-    Replay,
-    Report,
-    Runs,
-    Scale,
-    Show,
-    Submit,
-)  # fmt: skip
+from rlora.cli.arguments import COMMANDS, Check, Eval, Fork, Plan, Replay, Show, Submit
 from rlora.cli.grammar import change
 from rlora.cli.overrides import parse_source, parse_train
 from rlora.cli.sweep import parse_sweep
@@ -113,8 +98,6 @@ def test_the_commands_are_understood(directory: Path) -> None:
         "train": parse_train, "submit": parse_submit, "sweep": parse_sweep, "fork": parse_fork,
         **{kind.__name__.lower(): partial(parse_source, kind, "rlora") for kind in (Eval, Check, Show, Replay, Plan)},
     }  # fmt: skip
-    classes = {"export": Export, "grade": Grade, "jobs": Jobs, "report": Report, "runs": Runs, "scale": Scale}
-    classes |= dict.fromkeys(("pause", "go", "drop"), Ask)
     calls = commands("rlora")
     assert len(calls) > 30
     for page, (command, *arguments) in calls:
@@ -122,7 +105,7 @@ def test_the_commands_are_understood(directory: Path) -> None:
             if command in parsers:
                 parsers[command](arguments)
             else:
-                tyro.cli(classes[command], args=arguments)
+                tyro.cli(COMMANDS[command], args=arguments)
         except (Exception, SystemExit) as error:
             raise AssertionError(f"{page.name}: rlora {command} {shlex.join(arguments)}: {error}") from error
 

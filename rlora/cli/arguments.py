@@ -279,4 +279,10 @@ class Completion:
     """The shell."""
 
 
+COMMANDS: dict[str, type] = {
+    "train": Train, "sweep": Sweep, "pause": Ask, "go": Ask, "drop": Ask, "fork": Fork, "eval": Eval, "check": Check,
+    "plan": Plan, "replay": Replay, "runs": Runs, "report": Report, "export": Export, "grade": Grade, "show": Show,
+    "scale": Scale, "submit": Submit, "jobs": Jobs, "completion": Completion,
+}  # fmt: skip
+
 AnyOverConfig = TypeVar("AnyOverConfig", Train, Sweep, Eval, Check, Show, Plan, Replay)

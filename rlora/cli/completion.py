@@ -6,33 +6,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
-from rlora.cli.arguments import (
-    Ask,
-    Check,
-    Completion,
-    Eval,
-    Export,
-    Fork,
-    Grade,
-    Jobs,
-    OverConfig,
-    Plan,
-    Replay,
-    Report,
-    Runs,
-    Scale,
-    Show,
-    Submit,
-    Sweep,
-    Train,
-)
+from rlora.cli.arguments import COMMANDS, Completion, OverConfig, Submit
 from rlora.cli.grammar import kinds
-
-_COMMANDS: dict[str, type] = {
-    "train": Train, "sweep": Sweep, "pause": Ask, "go": Ask, "drop": Ask, "fork": Fork, "eval": Eval, "check": Check,
-    "plan": Plan, "replay": Replay, "runs": Runs, "report": Report, "export": Export, "grade": Grade, "show": Show,
-    "scale": Scale, "submit": Submit, "jobs": Jobs, "completion": Completion,
-}  # fmt: skip
 
 
 def completion_command(arguments: list[str]) -> None:
@@ -49,7 +24,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(prog="rlora")
     commands = parser.add_subparsers()
-    for name, kind in _COMMANDS.items():
+    for name, kind in COMMANDS.items():
         command = commands.add_parser(name, help=str(kind.__doc__))  # shtab leaves out commands without help
         hints = get_type_hints(kind, include_extras=True)
         own = {field.name: hints[field.name] for field in fields(kind) if field.name not in ("config", "changes")}

@@ -4,7 +4,6 @@ import base64
 import gzip
 import hashlib
 import json
-import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +16,6 @@ from tokenizers.decoders import DecodeStream
 from rlora.records import OFF, Episode, Group, Messages, RloraError, Trained
 from rlora.report.runs import RunData, rounded
 from rlora.run import checkpoint, episodes
-
-_log = logging.getLogger(__name__)
 
 _MOST_MISSES = 3  # steps that exceed the limit, after which no further one is read
 _MOST_TOKENS = 4_000  # of a completion
@@ -37,8 +34,12 @@ class Completions:
 
 def packed(value: Any) -> str:
     """Return JSON, compressed by gzip, in Base64: it contains no character with a meaning in HTML."""
-    content = json.dumps(value, separators=(",", ":"), ensure_ascii=True).encode()
-    return base64.b64encode(gzip.compress(content, mtime=0)).decode()
+    return compressed(json.dumps(value, separators=(",", ":")))
+
+
+def compressed(text: str) -> str:
+    """Return a text, compressed by gzip, in Base64."""
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 
 def read_completions(run: RunData, limit: int) -> Completions:

@@ -11,7 +11,7 @@ const $ = (id) => document.getElementById(id);
 function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
-    if (name === "onclick" || name === "onchange" || name === "oninput") made[name] = value;
+    if (name === "onclick" || name === "onchange") made[name] = value;
     else if (value !== false && value !== null) made.setAttribute(name, value === true ? "" : value);
   }
   made.append(...children);
@@ -53,11 +53,12 @@ function layout(extra) {
   };
 }
 
+function mean(values) { return values.reduce((sum, value) => sum + value, 0) / Math.max(1, values.length); }
+
 function smooth(values, width) {
   return values.map((value, end) => {
     if (value === null) return null;
-    const window = values.slice(Math.max(0, end - width + 1), end + 1).filter((item) => item !== null);
-    return window.reduce((sum, item) => sum + item, 0) / window.length;
+    return mean(values.slice(Math.max(0, end - width + 1), end + 1).filter((item) => item !== null));
   });
 }
 
@@ -117,10 +118,7 @@ function short(metric, metrics) {
 function meanBars(chart, runs) {
   return chart.metrics.map((metric, index) => ({
     type: "bar", name: short(metric, chart.metrics), x: runs.map((run) => run.name), marker: { color: COLOURS[index % COLOURS.length] },
-    y: runs.map((run) => {
-      const values = (run.columns[metric] || [0]).filter((value) => value !== null);
-      return values.reduce((sum, value) => sum + value, 0) / Math.max(1, values.length);
-    }),
+    y: runs.map((run) => mean((run.columns[metric] || []).filter((value) => value !== null))),
   }));
 }
 
@@ -146,17 +144,19 @@ function redraw() {
   for (const [plot, draw] of drawn) if (plot.dataset.drawn) draw();
 }
 
-function failed(error) { // tells it, and the other plots are still drawn
+function failed(error, text = "A part of the page could not be drawn") { // the other plots are still drawn
   $("error").hidden = false;
-  $("error").textContent = `A part of the page could not be drawn: ${error.message}`;
+  $("error").textContent = `${text}: ${error.message}`;
   console.error(error);
 }
 
 function addPlot(figure, label, draw) {
   const plot = element("div", { class: "plot", role: "img", "aria-label": label });
   figure.append(plot);
-  drawn.set(plot, () => { try { draw(plot); } catch (error) { failed(error); } });
+  const guarded = () => { try { draw(plot); } catch (error) { failed(error); } };
+  drawn.set(plot, guarded);
   seen.observe(plot);
+  return guarded;
 }
 
 function addCharts() {
@@ -228,9 +228,9 @@ function addHeatMap(grid) {
       layout({ showlegend: false, xaxis: { title: { text: map.x }, side: "bottom" }, yaxis: { autorange: "reversed", tickfont: { size: 10 } } }), SVG_CHARTS);
   };
   grid.append(box);
-  addPlot(box, "Heat map of the update by matrix", draw);
-  run.onchange = () => { fill(); keep(); redraw(); };
-  figure.onchange = view.onchange = () => { keep(); redraw(); };
+  const update = addPlot(box, "Heat map of the update by matrix", draw);
+  run.onchange = () => { fill(); keep(); update(); };
+  figure.onchange = view.onchange = () => { keep(); update(); };
 }
 
 function bySteps(weights, values) {
@@ -285,9 +285,9 @@ function shade(value, low, middle, high) {
 
 const COLOURINGS = {
   none: { text: "no colour" },
-  prob: { text: "probability", of: (episode, index) => percent(episode.prob, index), range: [0, 1, 1], ends: ["0", "1"] },
-  ratio: { text: "importance ratio", of: (episode, index) => percent(episode.ratio, index), range: [0.8, 1, 1.2], ends: ["0.8", "1.2"] },
-  adv: { text: "advantage", of: (episode, index) => Array.isArray(episode.adv) ? episode.adv[index] : episode.adv, range: [-1, 0, 1], ends: ["-1", "1"] },
+  prob: { text: "probability", of: (episode, index) => percent(episode.prob, index), range: [0, 1, 1] },
+  ratio: { text: "importance ratio", of: (episode, index) => percent(episode.ratio, index), range: [0.8, 1, 1.2] },
+  adv: { text: "advantage", of: (episode, index) => Array.isArray(episode.adv) ? episode.adv[index] : episode.adv, range: [-1, 0, 1] },
 };
 
 function textOf(episode, texts, colouring, query) {
@@ -347,14 +347,13 @@ class Browser {
     options(this.run, named, remembered("run", 0));
     if (!this.run.value) this.run.value = "0";
     const turn = (selected, by) => { selected.selectedIndex = Math.max(0, Math.min(selected.length - 1, selected.selectedIndex + by)); this.show(); };
-    const step = (by, text) => element("button", { type: "button", "aria-label": text, onclick: () => turn(this.step, by) }, by < 0 ? "‹" : "›");
-    const prompt = (by, text) => element("button", { type: "button", "aria-label": text, onclick: () => turn(this.prompt, by) }, by < 0 ? "‹" : "›");
+    const arrow = (selected, by, text) => element("button", { type: "button", "aria-label": text, onclick: () => turn(selected, by) }, by < 0 ? "‹" : "›");
     const search = element("form", { class: "bar", role: "search" }, element("label", {}, "Search ", this.query), element("button", {}, "Search in all steps"));
     search.onsubmit = (event) => { event.preventDefault(); this.search(); };
     this.hint = element("span", { class: "scale" });
     this.bars = [element("div", { class: "bar" }, element("label", { hidden: named.length < 2 }, "Run ", this.run),
-      element("label", {}, "Step ", this.step), step(-1, "previous step"), step(1, "next step"),
-      element("label", {}, "Prompt ", this.prompt), prompt(-1, "previous prompt"), prompt(1, "next prompt")),
+      element("label", {}, "Step ", this.step), arrow(this.step, -1, "previous step"), arrow(this.step, 1, "next step"),
+      element("label", {}, "Prompt ", this.prompt), arrow(this.prompt, -1, "previous prompt"), arrow(this.prompt, 1, "next prompt")),
     element("div", { class: "bar" }, element("label", {}, "Colour of tokens ", this.colour), this.hint,
       element("label", {}, "Compare with step ", this.other)), search];
     box.append(...this.bars, this.results, this.view);
@@ -403,9 +402,11 @@ class Browser {
     const has = (name) => group.episodes.some((episode) => episode.ids && episode[name] !== undefined);
     options(this.colour, Object.entries(COLOURINGS).filter(([name]) => name === "none" || has(name)).map(([name, colouring]) => [name, colouring.text]), this.colour.value || remembered("colour", "none"));
     remember("colour", this.colour.value);
-    const colouring = COLOURINGS[this.colour.value || "none"], ends = colouring.ends;
-    const ramp = ends && Array.from({ length: 9 }, (_, at) => shade(colouring.range[0] + (at / 8) * (colouring.range[2] - colouring.range[0]), ...colouring.range).replace("background: ", "") || "transparent");
-    this.hint.replaceChildren(...(ends ? [ends[0], element("i", { style: `background: linear-gradient(90deg, ${ramp.join(",")})` }), ends[1]] : []));
+    const range = COLOURINGS[this.colour.value || "none"].range;
+    if (!range) return this.hint.replaceChildren();
+    const [low, , high] = range;
+    const ramp = Array.from({ length: 9 }, (_, at) => shade(low + (at / 8) * (high - low), ...range).replace("background: ", "") || "transparent");
+    this.hint.replaceChildren(String(low), element("i", { style: `background: linear-gradient(90deg, ${ramp.join(",")})` }), String(high));
   }
 
   promptBox(group) {
@@ -457,9 +458,9 @@ class Browser {
 
 function label(group, index) {
   const rewards = group.episodes.map((episode) => episode.reward).filter((reward) => reward !== null);
-  const mean = rewards.length ? `, mean reward ${(rewards.reduce((sum, reward) => sum + reward, 0) / rewards.length).toFixed(2)}` : "";
+  const result = rewards.length ? `, mean reward ${mean(rewards).toFixed(2)}` : "";
   const last = group.prompt.length ? group.prompt.at(-1)[1].replace(/\s+/g, " ") : "";
-  return `${index + 1}: ${last.slice(0, 50).replace(UNSEEN, "�")}${mean}`;
+  return `${index + 1}: ${last.slice(0, 50).replace(UNSEEN, "�")}${result}`;
 }
 
 function summary(episode, index) {
@@ -505,8 +506,4 @@ async function start() {
   document.documentElement.dataset.ready = "yes";
 }
 
-start().catch((error) => {
-  $("error").hidden = false;
-  $("error").textContent = `The page could not be drawn: ${error.message}. It needs a browser of 2023 or later.`;
-  throw error;
-});
+start().catch((error) => failed(error, "The page, which needs a browser of 2023 or later, could not be drawn"));

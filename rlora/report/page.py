@@ -1,7 +1,5 @@
 """Render runs as one HTML page: tables by Jinja, charts by Plotly, which is embedded, and completions."""
 
-import base64
-import gzip
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +9,7 @@ from typing import Any
 import rlora
 from rlora.records import RloraError
 from rlora.report.charts import charts
-from rlora.report.completions import packed, read_completions
+from rlora.report.completions import compressed, packed, read_completions
 from rlora.report.runs import RunData, rounded
 from rlora.report.weights import FIGURES, heat_maps, path
 
@@ -92,7 +90,7 @@ def render(
         chunks=chunks,
         css=_asset("page.css"),
         script=_asset("page.js"),
-        plotly=base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode(),
+        plotly=compressed(get_plotlyjs()),
         version=rlora.__version__,
     )
 

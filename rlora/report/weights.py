@@ -66,10 +66,12 @@ def path(run: RunData) -> dict[str, Any] | None:
     adapters = []
     for index in evenly(len(versions), _MOST_VERSIONS):
         try:
-            adapters.append(checkpoint.read_version(run.path, versions[index]).adapter)
+            adapters.append(checkpoint.read_adapter(run.path, versions[index]))
         except (RloraError, OSError, ValueError) as error:  # damaged, or removed by the run in the meantime
             run.notes.append(f"version {versions[index]} is left out of the path: {error}")
-    if len(adapters) < 2 or any(adapter.full_weights for adapter in adapters):
+        if adapters and adapters[-1].full_weights:
+            return None
+    if len(adapters) < 2:
         return None
     found = path_of(adapters)
     return {

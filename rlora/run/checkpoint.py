@@ -154,10 +154,8 @@ def read(path: UPath) -> Bundle:
     """
     manifest = _read_manifest(path)
     contents = {name: _read_verified(path / name, expected) for name, expected in manifest["files"].items()}
-    origin, version = Provenance(**manifest["origin"]), manifest["version"]
-    full_weights = MODEL_FILES[0] in contents
-    adapter_config, weights = (contents[name] for name in (MODEL_FILES if full_weights else ADAPTER_FILES))
-    adapter = Adapter(origin.run, version, adapter_config, weights, full_weights)
+    origin = Provenance(**manifest["origin"])
+    adapter = _adapter_of(manifest, contents)
     played = episodes.decode(contents[_IN_FLIGHT], origin.run) if _IN_FLIGHT in contents else []
     adapters = {
         pinned: replace(adapter, number=pinned, weights=contents[_pinned(pinned)])
@@ -183,6 +181,16 @@ def read(path: UPath) -> Bundle:
         manifest["parent"],
         {int(version): (total, count) for version, (total, count) in manifest["rewards"].items()},
     )
+
+
+def _adapter_files(manifest: Mapping[str, Any]) -> tuple[str, ...]:
+    return MODEL_FILES if MODEL_FILES[0] in manifest["files"] else ADAPTER_FILES
+
+
+def _adapter_of(manifest: Mapping[str, Any], contents: Mapping[str, bytes]) -> Adapter:
+    names = _adapter_files(manifest)
+    config, weights = (contents[name] for name in names)
+    return Adapter(manifest["origin"]["run"], manifest["version"], config, weights, names == MODEL_FILES)
 
 
 def _read_manifest(path: UPath) -> dict[str, Any]:
@@ -253,17 +261,21 @@ def newest(run: UPath, origin: Provenance) -> Bundle | None:
 def _read_matching(path: UPath, origin: Provenance, version: int) -> Bundle:
     """Read the bundle at `path`. Raises BundleError if the bundle belongs to a different run or version."""
     bundle = read(path)
-    if bundle.origin.id != origin.id:
+    _check_matching(path, bundle.origin, bundle.version, origin, version)
+    return bundle
+
+
+def _check_matching(path: UPath, found: Provenance, number: int, origin: Provenance, version: int) -> None:
+    """Raise BundleError if the bundle at `path`, of run `found` and version `number`, is not the expected one."""
+    if found.id != origin.id:
         raise BundleError(
-            f"{path}: the bundle belongs to a different run, {bundle.origin.run} ({bundle.origin.id}), not to this run "
+            f"{path}: the bundle belongs to a different run, {found.run} ({found.id}), not to this run "
             f"({origin.id}); move the bundle to that run's directory, from which `rlora train --fork` starts a new run"
         )
-    if bundle.version != version:
+    if number != version:
         raise BundleError(
-            f"{path}: contains version {bundle.version}, so its directory has the wrong name; rename the directory to "
-            f"{bundle.version}"
+            f"{path}: contains version {number}, so its directory has the wrong name; rename the directory to {number}"
         )
-    return bundle
 
 
 def read_version(run: UPath, version: int | None = None) -> Bundle:
@@ -278,6 +290,14 @@ def read_version(run: UPath, version: int | None = None) -> Bundle:
     bundle = newest(run, Provenance.of(run))
     assert bundle
     return bundle
+
+
+def read_adapter(run: UPath, version: int) -> Adapter:
+    """Read and verify the adapter of a version, without the rest of its bundle. Raises as `read_version` does."""
+    manifest = _read_manifest(path := _existing_path(run, version))
+    _check_matching(path, Provenance(**manifest["origin"]), manifest["version"], Provenance.of(run), version)
+    files = {name: _read_verified(path / name, manifest["files"][name]) for name in _adapter_files(manifest)}
+    return _adapter_of(manifest, files)
 
 
 def read_update(run: UPath, version: int) -> bytes | None:
@@ -295,7 +315,7 @@ def adapters(run: UPath, newest: Adapter) -> list[Adapter]:
     if newest.full_weights or newest.number - 1 not in versions(run):
         return [newest]
     try:
-        return [read_version(run, newest.number - 1).adapter, newest]
+        return [read_adapter(run, newest.number - 1), newest]
     except (RloraError, OSError):
         return [newest]
 

@@ -11,8 +11,7 @@ from pyarrow import parquet
 
 from rlora.records import Episode, Group, Kept, Prompt, Trained, Version
 
-_TRAINED = "advantages", "learner_logprobs"  # columns
-
+_TRAINED = {"advantages": "advantages", "learner_logprobs": "logprobs"}  # column: field of `Trained`
 
 Training = Mapping[tuple[int, int], Trained]  # by group and episode
 
@@ -99,15 +98,16 @@ def _kept_columns(episodes: Sequence[Episode]) -> dict[str, Any]:
 def decode_training(content: bytes) -> dict[tuple[int, int], Trained]:
     """Decode what `encode` wrote of an update. Empty for files of earlier releases."""
     file = pyarrow.BufferReader(content)
-    names = [name for name in _TRAINED if name in parquet.read_schema(file).names]
-    if len(names) < len(_TRAINED):
+    if not _TRAINED.keys() <= set(parquet.read_schema(file).names):
         return {}
-    rows = parquet.read_table(file, columns=["group", *names], use_threads=False).to_pylist()
+    rows = parquet.read_table(file, columns=["group", *_TRAINED], use_threads=False).to_pylist()
     return {
-        (number, index): Trained(*(numpy.asarray(row[name], "float32").tobytes() for name in _TRAINED))
+        (number, index): Trained(
+            **{name: numpy.asarray(row[column], "float32").tobytes() for column, name in _TRAINED.items()}
+        )
         for number, members in groupby(rows, key=lambda row: row["group"])
         for index, row in enumerate(members)
-        if row[_TRAINED[0]] is not None
+        if row["advantages"] is not None
     }
 
 
@@ -116,11 +116,13 @@ def _trained_columns(groups: Sequence[Group], trained: Training) -> dict[str, An
     if not trained:
         return {}
     items = [trained.get((g, e)) for g, group in enumerate(groups) for e in range(len(group.episodes))]
-    values = {
-        "advantages": [item and numpy.frombuffer(item.advantages, "float32") for item in items],
-        "learner_logprobs": [item and numpy.frombuffer(item.logprobs, "float32") for item in items],
+    return {
+        column: pyarrow.array(
+            [item and numpy.frombuffer(getattr(item, name), "float32") for item in items],
+            pyarrow.list_(pyarrow.float32()),
+        )
+        for column, name in _TRAINED.items()
     }
-    return {name: pyarrow.array(column, pyarrow.list_(pyarrow.float32())) for name, column in values.items()}
 
 
 def _texts(values: Iterable[Any]) -> Any:
