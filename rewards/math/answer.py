@@ -1,4 +1,4 @@
-"""Finds the answer in a completion or in a gold, the reference answer. The rules: docs/rewards.md. Stdlib only."""
+"""Finds the answer in a completion or in a gold, the reference answer. The rules: docs/math.md. Stdlib only."""
 
 # ruff: noqa: RUF001 - signs of other scripts are intended
 

@@ -1,4 +1,4 @@
-"""The math reward: whether a completion's answer equals the gold answer. The rules are in docs/rewards.md.
+"""The math reward: whether a completion's answer equals the gold answer. The rules are in docs/math.md.
 
 `answer.py` finds the answer, and `exact.py` compares plain numbers. `decoration.py`, `notation.py` and `expression.py`
 parse other answers into trees, which `structure.py` compares and `values.py` evaluates.

@@ -12,23 +12,7 @@ import tyro
 from upath import UPath
 
 import rlora
-from rlora.cli.arguments import (
-    Check,
-    Completion,
-    Eval,
-    Export,
-    Fork,
-    Grade,
-    Jobs,
-    Plan,
-    Replay,
-    Report,
-    Runs,
-    Scale,
-    Show,
-    Sweep,
-    Train,
-)
+from rlora.cli.arguments import COMMANDS, Check, Eval, Export, Grade, Runs, Scale, Show
 from rlora.cli.completion import completion_command
 from rlora.cli.grammar import UsageError
 from rlora.cli.logs import show_log
@@ -48,32 +32,18 @@ from rlora.store import AnyPath, write_rows
 # torch, transformers and Ray take seconds to import, so they are imported after the command line is parsed
 
 
-def _summary(command: type) -> str:
-    """Return the first sentence of a docstring."""
-    return " ".join(str(command.__doc__).split()).partition(". ")[0].removesuffix(".") + "."
-
-
-_USAGE = f"""usage: rlora COMMAND ...
-
-  train     {_summary(Train)}
-  sweep     {_summary(Sweep)}
-  pause, go, drop   Ask a sweep to pause, resume or drop a member.
-  fork      {_summary(Fork)}
-  eval      {_summary(Eval)}
-  check     {_summary(Check)}
-  plan      {_summary(Plan)}
-  replay    {_summary(Replay)}
-  runs      {_summary(Runs)}
-  report    {_summary(Report)}
-  export    {_summary(Export)}
-  grade     {_summary(Grade)}
-  show      {_summary(Show)}
-  scale     {_summary(Scale)}
-  submit    Train on a Ray cluster, as one of its jobs, and follow it.
-  jobs      {_summary(Jobs)}
-  completion   {_summary(Completion)}
-
-`rlora COMMAND --help` documents every option, `rlora --version` prints the version."""
+def _usage() -> str:
+    """List all commands with the first sentence of their help."""
+    named: dict[type, list[str]] = {}
+    for name, options in COMMANDS.items():
+        named.setdefault(options, []).append(name)
+    rows = {", ".join(names): " ".join(str(options.__doc__).split()) for options, names in named.items()}
+    width = max(map(len, rows))
+    commands = "\n".join(f"  {names:<{width}}  {text.split('. ')[0].rstrip('.')}." for names, text in rows.items())
+    return (
+        f"usage: rlora COMMAND ...\n\n{commands}\n\n"
+        "`rlora COMMAND --help` documents every option, `rlora --version` prints the version."
+    )
 
 
 def main() -> None:
@@ -106,11 +76,11 @@ def main() -> None:
 def _run(commands: Mapping[str, Callable[[list[str]], None]]) -> None:
     command, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
     if command in ("-h", "--help", "--version"):
-        print(f"rlora {rlora.__version__}" if command == "--version" else _USAGE)
+        print(f"rlora {rlora.__version__}" if command == "--version" else _usage())
     elif command in commands:
         commands[command](arguments)
     else:
-        print((f"rlora: {command!r} is not a command\n\n" if command else "") + _USAGE, file=sys.stderr)
+        print((f"rlora: {command!r} is not a command\n\n" if command else "") + _usage(), file=sys.stderr)
         sys.exit(2)
 
 

@@ -47,10 +47,12 @@ def write_report(sources: Sequence[UPath], out: Path, limit: int, refresh: float
 def watch(sources: Sequence[UPath], out: Path, limit: int, seconds: float) -> None:
     """Write the page each time that a run has done a step, checking every `seconds`, until all runs have ended.
 
-    A run that is stopped is waited for, because it may be resumed. Raises as `write_report` does.
+    It waits longer if reading and writing took more than a tenth of that, so that it takes little of a machine that
+    trains. A run that is stopped is waited for, because it may be resumed. Raises as `write_report` does.
     """
     seen: list[tuple[str, int, str]] | None = None
     while True:
+        start = time.monotonic()
         contents = _gather(sources)
         state = [(run.name, len(run.lines), run.status) for run in contents.runs]
         if state != seen:
@@ -60,7 +62,7 @@ def watch(sources: Sequence[UPath], out: Path, limit: int, seconds: float) -> No
             seen = state
         if contents.is_finished:
             return
-        time.sleep(seconds)
+        time.sleep(max(seconds, 9 * (time.monotonic() - start)))
 
 
 def _write(contents: _Contents, out: Path, limit: int, refresh: float | None) -> _Contents:

@@ -11,7 +11,7 @@ from rlora.rewards.equivalence import grade
 
 pytestmark = NEEDS_SHARED
 
-# Grades that differ from the label; docs/rewards.md says which side is wrong.
+# Grades that differ from the label; docs/math.md says which side is wrong.
 LABEL_DISPUTED = {"hendrycks_math-10", "math_verify-31", "math_verify-32", "math_verify-187"}
 FLAGGED = {  # labels that are marked as conventions or as wrong
     "hendrycks_math-1", "hendrycks_math-8", "math_verify-133", "math_verify-139", "math_verify-253", "math_verify-263",
