@@ -17,6 +17,7 @@ _SHAREGPT = {
 }  # fmt: skip
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _MESSAGES = ("messages", "conversations", "conversation")  # keys of an object that holds only messages
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _OTHER_PARTS = ("image", "image_url", "input_image", "audio", "input_audio", "audio_url", "video", "video_url", "file")
 _KEY = r"""\\{{0,9}}["'](?:{})\\{{0,9}}["']\s*:"""
@@ -48,13 +49,15 @@ def as_text(value: Any, source: str) -> str | Messages:
 
 
 def as_conversation(value: Any, source: str) -> str | Messages:
-    """Return text, or chat messages reduced to role, content and tool calls, and for a tool's result its name and id.
+    """Return text, or chat messages reduced to role, content, reasoning_content and tool calls, and for a tool's result
+    its name and id.
 
     The arguments of tool calls become objects, also from a string with JSON; their null values, which Arrow adds, are
     dropped. Content that is null next to tool calls becomes "".
     `value` is text or messages. Messages can be a list, a single message, the `messages` of an object, or a string with
     any of these as JSON or a Python literal. `content` can be a list of text parts, also as a string. ShareGPT's `from`
-    and `value` are supported. Raises RloraError, which begins with `source`, for any other value.
+    and `value` are supported; the value of a `function_call` is a call. A thought can also be named `reasoning` or
+    `thinking`. Raises RloraError, which begins with `source`, for any other value.
     """
     if isinstance(value, str):
         value = _parse_chat(value, source)
@@ -177,19 +180,27 @@ def _json_ends(text: str) -> list[int]:
 
 
 def _message(turn: Row, source: str) -> dict[str, Any]:
-    role, content = turn.get("role"), turn.get("content")
+    role, content, calls = turn.get("role"), turn.get("content"), turn.get("tool_calls")
     if role is None and content is None and "from" in turn:
         role, content = _SHAREGPT.get(str(turn["from"])), turn.get("value")
         if role is None:
             raise RloraError(f"{source}: from = {turn['from']!r} is not one of {', '.join(_SHAREGPT)}; rename it")
+        if turn["from"] == "function_call":
+            content, calls = "", _literal(content) if isinstance(content, str) else content
+            if not calls:
+                raise RloraError(
+                    f"{source}: the value of a function_call is {turn.get('value')!r:.200}; use "
+                    '{"name": ..., "arguments": {...}} as JSON'
+                )
     if not isinstance(role, str) or not role:
         raise RloraError(f"{source} is {turn!r}; it must have a role, a string such as user, and a content")
     if turn.get("function_call"):
         raise RloraError(f"{source}: function_call is an earlier form of tool calls; convert it to tool_calls")
-    calls = turn.get("tool_calls")
     message: dict[str, Any] = {"role": role, "content": "" if content is None and calls else _content(content, source)}
     if calls:
         message["tool_calls"] = [_call(call, source) for call in calls] if _is_list(calls) else [_call(calls, source)]
+    if role == "assistant" and (thought := next(filter(None, map(turn.get, _THOUGHTS)), None)):
+        message["reasoning_content"] = _content(thought, source)
     if role == "tool":
         message |= {key: turn[key] for key in ("name", "tool_call_id") if turn.get(key)}
     return message

@@ -82,7 +82,7 @@ class Chat:
         self._template.check_shown(messages, "an env's reply after the policy's message")
         text = self._template.render(messages, tokenize=False).partition(MARK)[2]
         if "tool_calls" in messages[-len(reply) - 1]:
-            text = text.removeprefix(self._before_end(text))
+            text = text.removeprefix(self._up_to_end(text)[0])
         ids = self._ids(text + self._opening(messages)[1])
         has_end = ids and completion_ids and completion_ids[-1] in self.stop_token_ids and completion_ids[-1] == ids[0]
         return ids[1:] if has_end else ids
@@ -110,21 +110,20 @@ class Chat:
                 reply = self.reply_ids(replies, ids)
                 ids, mask, replies = [*ids, *reply], [*mask, *[False] * len(reply)], []
             opened = "".join(self._opening(prompt)) if not number else ""
-            text = (*self._ids(self.message_text(message).removeprefix(opened)), self._end_id)
-            ids, mask = [*ids, *text], [*mask, *[True] * len(text)]
+            text, end = self._message_and_end(message)
+            own = (*self._ids(text.removeprefix(opened)), end)
+            ids, mask = [*ids, *own], [*mask, *[True] * len(own)]
         return tuple(ids), tuple(mask)
 
     @cached_property
     def _end_id(self) -> int:
-        """The token that ends a message of the policy."""
-        if self.template:
-            text = self._template.render(
-                [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}],
-                tokenize=False,
-                add_generation_prompt=False,
-            ).partition(MARK)[2]
-            if (found := next((token for token in self._ids(text) if token in self.stop_token_ids), None)) is not None:
-                return found
+        """The token that ends a message of the policy without calls. Some templates write it only before the next
+        message (GLM), some only after the last one (gpt-oss)."""
+        question, message = {"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}
+        for messages in ([question, message], [question, message, question]) if self.template else ():
+            rendered = self._template.render(messages, tokenize=False, add_generation_prompt=False)
+            if (end := self._first_end(rendered.partition(MARK)[2])) is not None:
+                return end[1]
         return self.stop_token_ids[0]
 
     def conversation(self, reply: Messages) -> Messages:
@@ -138,12 +137,20 @@ class Chat:
         return self._template.messages([question, message, *reply])
 
     def message_text(self, message: Mapping[str, Any]) -> str:
-        """Return a message as the policy writes it: its content, or its tool calls as the template renders them.
+        """Return a message as the policy writes it: its content after its `reasoning_content`, or its tool calls as the
+        template renders them.
 
         The text begins where a prompt ends. Raises RloraError if the template does not render the calls.
         """
+        return self._message_and_end(message)[0]
+
+    def _message_and_end(self, message: Mapping[str, Any]) -> tuple[str, int]:
+        """Return `message_text` and the token that ends the message."""
+        thought = message.get("reasoning_content")
         if not message.get("tool_calls"):
-            return str(message["content"])
+            opens, closes = self.settings.think
+            thinking = f"{opens}\n{thought}\n{closes}\n\n" if thought else ""
+            return f"{thinking}{message['content']}", self._end_id
         result = {"role": "tool", "name": message["tool_calls"][0]["function"]["name"], "content": "?"}
         question = {"role": "user", "content": MARK}
         messages = self._template.messages([question, message, result])  # the last message can have a thinking block
@@ -153,8 +160,13 @@ class Chat:
         opened, text = (
             self._template.render(part, tokenize=False).partition(MARK)[2] for part in (messages[:-2], messages)
         )
+        if thought and thought not in text:
+            raise RloraError(
+                "a message with tool_calls has reasoning_content, which the chat template does not render; set a "
+                "chat.template that renders it, or drop reasoning_content"
+            )
         shared = next((n for n, (a, b) in enumerate(zip(opened, text, strict=False)) if a != b), len(opened))
-        return self._before_end(text[shared:])
+        return self._up_to_end(text[shared:])
 
     def call_text(self, call: ToolCall, tools: Tools) -> str:
         """Return a message with one tool call, as `text` decodes it.
@@ -169,21 +181,25 @@ class Chat:
         self.reply_ids([{"role": "tool", "name": call.name, "content": "?"}], ())
         return self._without_special(self._ids(self.message_text(calling(call))))
 
-    def _before_end(self, text: str) -> str:
-        """Return a rendered text up to the first token that ends a message of the policy. Raises RloraError if there is
-        none."""
-        ends = [text.find(end) for end in self._ends]
-        if max(ends, default=-1) < 0:
+    def _up_to_end(self, text: str) -> tuple[str, int]:
+        """Return a rendered text up to the first token that ends a message of the policy, and this token. Raises
+        RloraError if there is none."""
+        if (end := self._first_end(text)) is None:
             raise RloraError(
                 f"model: its chat template writes none of the model's end tokens after a tool call, in {text!r:.200}; "
                 "set chat.template to one that fits the model, or chat.stop_token_ids"
             )
-        return text[: min(end for end in ends if end >= 0)]
+        return text[: end[0]], end[1]
+
+    def _first_end(self, text: str) -> tuple[int, int] | None:
+        """Return the position of the first end token in a rendered text, and the token; None if there is none."""
+        ends = [(text.find(end), token) for end, token in self._ends.items()]
+        return min((end for end in ends if end[0] >= 0), default=None)
 
     @cached_property
-    def _ends(self) -> list[str]:
-        """The end tokens as text, without those that have none."""
-        return [text for text in map(self.decode, ([token] for token in self.stop_token_ids)) if text]
+    def _ends(self) -> dict[str, int]:
+        """The end tokens by their text, without those that have none."""
+        return {text: token for token in reversed(self.stop_token_ids) if (text := self.decode([token]))}
 
     def check_replies(self) -> None:
         """Raise RloraError if the template does not render an env's reply after a message of the policy."""

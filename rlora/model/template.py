@@ -242,7 +242,13 @@ def _with_ids(messages: Messages) -> list[dict[str, Any]]:
 
 def _as_object(function: Mapping[str, Any]) -> dict[str, Any]:
     arguments = function.get("arguments")
-    return {**function, "arguments": json.loads(arguments)} if isinstance(arguments, str) else dict(function)
+    try:
+        return {**function, "arguments": json.loads(arguments)} if isinstance(arguments, str) else dict(function)
+    except ValueError as error:
+        raise RloraError(
+            f"env: the tool call {function.get('name')!r} has the arguments {arguments!r:.200}, which are not valid "
+            f"JSON ({error}); use an object"
+        ) from None
 
 
 def _source(tokenizer: PreTrainedTokenizerBase, setting: str) -> str | None:

@@ -71,11 +71,21 @@ class Toolset:
 
 
 def tool_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
-    """Return the calls of tools per episode, and the share of calls whose status is not "ok"."""
+    """Return the calls of tools per episode, the share of calls whose status is not "ok", and the share of episodes
+    whose last message calls a tool beyond `max_calls`."""
     messages = [message for episode in episodes for message in episode.messages]
     statuses = [message["status"] for message in messages if message["role"] == "tool" and "status" in message]
     failed = len(statuses) - statuses.count("ok")
-    return {"tools/calls": len(statuses) / len(episodes), "tools/failed": failed / max(1, len(statuses))}
+    beyond = sum(
+        episode.finish_reason == "stop" and "tool_calls" in episode.messages[-1]
+        for episode in episodes
+        if episode.messages
+    )
+    return {
+        "tools/calls": len(statuses) / len(episodes),
+        "tools/failed": failed / max(1, len(statuses)),
+        "tools/beyond_limit": beyond / len(episodes),
+    }
 
 
 def is_agent(env: Any) -> bool:

@@ -262,9 +262,25 @@ def test_sharegpt_calls_and_observations_are_the_assistants_and_the_tools(tmp_pa
     turns = [("human", "Weather?"), ("function_call", '{"name": "weather"}'), ("observation", "sunny")]
     assert read_prompt(tmp_path, [{"from": role, "value": text} for role, text in turns]) == [
         {"role": "user", "content": "Weather?"},
-        {"role": "assistant", "content": '{"name": "weather"}'},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {}}}],
+        },
         {"role": "tool", "content": "sunny"},
     ]
+
+
+@pytest.mark.parametrize("value", ["weather", '{"city": "Rome"}', "[1]", ""])
+def test_a_sharegpt_call_that_is_none_is_refused(value: str, tmp_path: Path) -> None:
+    turns = [("human", "Weather?"), ("function_call", value), ("observation", "sunny")]
+    with pytest.raises(RloraError, match=r"message 1.*\{\"name\": \.\.\."):
+        read_prompt(tmp_path, [{"from": role, "value": text} for role, text in turns])
+
+
+def test_thoughts_stay_beside_the_answer(tmp_path: Path) -> None:
+    turns = [USER, {"role": "assistant", "content": "4", "reasoning": "2 and 2", "thinking": None}, USER]
+    assert read_prompt(tmp_path, turns)[1] == {"role": "assistant", "content": "4", "reasoning_content": "2 and 2"}
 
 
 UNREADABLE = [

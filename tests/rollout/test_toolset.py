@@ -4,6 +4,7 @@ import asyncio
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -76,18 +77,23 @@ def published(family: str) -> str:
     return (Path(spec.origin).parent / "chat_templates" / f"{family}.jinja").read_text()
 
 
-@pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> Chat:
-    """A chat with a family's template, over a tokenizer of bytes and the family's special tokens."""
-    template = {"mistral": MISTRAL, "hermes": "hermes"}.get(request.param) or published(request.param)
+def chat_of(template: str, special: list[str], ends: int = 1) -> Chat:
+    """A chat with a template, over a tokenizer of bytes and special tokens, of which the first `ends` end messages."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: number for number, letter in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    fast.add_special_tokens({"additional_special_tokens": FAMILIES[request.param][1]})
-    return Chat(fast, ChatConfig(template=template), (len(alphabet),))
+    fast.add_special_tokens({"additional_special_tokens": special})
+    return Chat(fast, ChatConfig(template=template), tuple(range(len(alphabet), len(alphabet) + ends)))
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> Chat:
+    """A chat with a family's template."""
+    template = {"mistral": MISTRAL, "hermes": "hermes"}.get(request.param) or published(request.param)
+    return chat_of(template, FAMILIES[request.param][1])
 
 
 def test_templates_of_model_families_show_the_form_of_their_calls(family: Chat, request: pytest.FixtureRequest) -> None:
@@ -117,6 +123,57 @@ def test_ids_over_five_turns_are_those_that_the_template_renders(family: Chat) -
         conversation += [message, result]
     expected = family._template.render(conversation, tokenize=False, tools=list(schemas))
     assert family.decode(ids) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "ends", "after_call", "after_answer"),
+    [
+        ("glm4moe", ["<|endoftext|>", "<|user|>", "<|observation|>"], "<|observation|>", "<|user|>"),
+        ("gptoss", ["<|return|>", "<|call|>"], "<|call|>", "<|return|>"),
+        ("llama3_1", ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"], "<|eot_id|>", "<|eot_id|>"),
+    ],
+)
+def test_a_given_message_ends_with_the_token_that_the_template_writes_after_it(
+    template: str, ends: list[str], after_call: str, after_answer: str
+) -> None:
+    """Some templates write no token after a message until the next one begins, and one of another kind after a call."""
+    chat = chat_of(published(template), ends, len(ends))
+    call = {"type": "function", "function": {"name": "multiply", "arguments": {"a": 1, "b": 2}}}
+    result = {"role": "tool", "name": "multiply", "content": "2"}
+    messages = [
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        result,
+        {"role": "assistant", "content": "Two."},
+    ]
+    ids, mask = chat.completion_ids(messages, "1 * 2?")
+    own = [
+        [token for token, _ in run]
+        for is_own, run in groupby(zip(ids, mask, strict=True), lambda pair: pair[1])
+        if is_own
+    ]
+    assert [chat.decode(run[-1:]) for run in own] == [after_call, after_answer]
+    assert chat.decode(own[-1]) == f"Two.{after_answer}"
+    if after_call == after_answer:  # the reply continues after the end token
+        return
+    assert chat.decode(ids).count(after_call) == 1
+
+
+def test_a_given_thought_precedes_the_answer_and_a_hidden_one_is_refused(chat: Chat) -> None:
+    thinking = chat_of(published("qwen3"), ["<|im_end|>", "<|im_start|>"])
+    message = {"role": "assistant", "content": "Two.", "reasoning_content": "1 * 2 is 2."}
+    expected = thinking._template.render([{"role": "user", "content": "?"}, message], tokenize=False)
+    assert thinking.message_text(message) + "<|im_end|>" in expected
+    call = {"type": "function", "function": {"name": "multiply", "arguments": {"a": 1, "b": 2}}}
+    called = message | {"tool_calls": [call], "content": ""}
+    assert thinking.message_text(called).startswith("<think>\n1 * 2 is 2.\n</think>\n\n<tool_call>")
+    with pytest.raises(RloraError, match="reasoning_content, which the chat template does not render"):
+        chat.message_text(called)
+
+
+def test_arguments_that_are_not_json_are_an_error_that_shows_them(chat: Chat) -> None:
+    call = {"type": "function", "function": {"name": "multiply", "arguments": '{"a": '}}
+    with pytest.raises(RloraError, match=r"'multiply' has the arguments '\{\"a\": ', which are not valid JSON"):
+        chat.prompt_ids([{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}])
 
 
 def test_a_message_with_several_calls_gets_several_results(chat: Chat) -> None:
