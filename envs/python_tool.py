@@ -56,7 +56,7 @@ class PythonTool:
         return with_instruction(load("env_args.env", self._env)(**self._env_args).held_out(), self._instruction)
 
     def reply(self, prompt: Prompt, message: str, state: dict[str, Any]) -> str | None:
-        """Run the code at the end of the message, and return its output between <result> and </result>.
+        """Run the code at the end of the message, and return its output between `<result>` and `</result>`.
 
         None, which ends the episode, without code or after `max_calls` calls. Blocks until the code has ended. Raises
         RloraError if the machine can't confine the code.

@@ -29,17 +29,26 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+_TAGS = set(  # that MkDocs and its theme write
+    "a article aside b blockquote body br code details div em footer form h1 h2 h3 h4 h5 h6 head header hr html "
+    "button img input label li link main meta nav noscript ol p path pre script small span strong style summary svg table tbody td "
+    "th thead title tr ul".split()
+)
+
+
 class Links(HTMLParser):
-    """Links and ids of a page."""
+    """Links, ids and tags of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.links: list[str] = []
         self.ids: set[str] = set()
+        self.tags: set[str] = set()
         self.feed(text)
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         values = dict(attributes)
+        self.tags.add(tag)
         self.ids |= {value for name in ("id", "name") if (value := values.get(name))}
         self.links += [value for name in ("href", "src") if (value := values.get(name))]
 
@@ -57,6 +66,14 @@ def test_links_lead_somewhere(site: Path) -> None:
             target = target / "index.html" if target.is_dir() else target
             assert target.exists(), (page, link)
             assert not anchor or target.suffix != ".html" or unquote(anchor) in pages[target].ids, (page, link)
+
+
+def test_tags_in_a_text_are_shown_and_not_read_as_html(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        tags = Links(page.read_text()).tags
+        assert not tags - _TAGS, page
+    text = (site / "config" / "index.html").read_text()
+    assert "<code>&lt;think&gt;</code> and <code>&lt;/think&gt;</code> in place of" in text
 
 
 def test_every_field_of_the_config_is_there(site: Path) -> None:
@@ -87,7 +104,10 @@ def test_pages_load_nothing_from_elsewhere_and_search_finds(browser: Browser, si
     page.set_viewport_size({"width": 1200, "height": 900})
     page.goto(f"{address}/index.html", wait_until="networkidle")
     page.click("input[name=query]")
-    page.keyboard.type("top_p")
-    page.wait_for_selector(".md-search-result__item")
+    for words in ("top_p", "microbatch_tokens", "learner.start_from"):
+        page.fill("input[name=query]", "")
+        page.click("input[name=query]")
+        page.keyboard.type(words)
+        page.wait_for_selector(f".md-search-result__item:has-text('{words}')")
     page.close()
     assert heard == []

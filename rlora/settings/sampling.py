@@ -54,16 +54,15 @@ class ChatConfig:
     prefill: str = ""
     """Text with which each message of the policy starts. This text is part of the prompt, so it is not trained on, and
     reward functions receive it before the sampled text. A beginning that the chat template already writes, such as
-    <think>, is not repeated. Empty by default."""
+    `<think>`, is not repeated. Empty by default."""
     stop: tuple[str, ...] = ()
     """Strings that end the policy's message, in addition to the model's end tokens and the env's `stop` strings. Empty
     by default."""
     stop_token_ids: tuple[NonNegativeInt, ...] = ()
     """IDs of tokens that end the policy's message, in addition to the model's end tokens. Empty by default."""
     think: tuple[str, str] = ("<think>", "</think>")
-    """Opening and closing tag that the model writes around its thinking. Reward functions receive <think> and </think>
-    in place of these tags."""
-
+    """Opening and closing tag that the model writes around its thinking. Reward functions receive `<think>` and
+    `</think>` in place of these tags."""
     tool_calls: str = "auto"
     """Format in which the policy calls the env's tools: `hermes`, `xml`, `json`, or your own parser, mine.py:parse.
     `auto` (the default) is the format in which the chat template renders a call."""
