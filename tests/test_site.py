@@ -31,8 +31,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 _TAGS = set(  # that MkDocs and its theme write
     "a article aside b blockquote body br code details div em footer form h1 h2 h3 h4 h5 h6 head header hr html "
-    "button img input label li link main meta nav noscript ol p path pre script small span strong style summary svg table "
-    "tbody td th thead title tr ul".split()
+    "button img input label li link main meta nav noscript ol p path pre script small span strong style summary svg "
+    "table tbody td th thead title tr ul".split()
 )
 
 
