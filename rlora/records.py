@@ -52,16 +52,17 @@ class Version:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One problem. The env sets all fields except `token_ids`, which rlora adds when the data is loaded."""
+    """One problem. The env sets all fields except those that rlora adds when the data is loaded."""
 
     text: str | Messages  # a string becomes one user message; () for a given completion that is a whole text
     answer: Any = None  # reference answer for the reward function
-    token_ids: tuple[int, ...] = ()  # of `text` after the chat template
+    token_ids: tuple[int, ...] = ()  # of `text` after the chat template; rlora adds them
     columns: Mapping[str, Any] = field(default_factory=dict)  # further arguments of reward functions, by name
     completions: tuple[str | Messages | Episode, ...] = ()  # given ones, for SFT (one) and pairs (chosen, rejected)
     weight: float = 1.0  # of the example in the loss of SFT
     tools: Tools = ()  # that the chat template describes to the policy
     source: str = ""  # file and row, for error messages
+    evaluation_set: str = ""  # name of the set in `evaluate.sets` that it belongs to; rlora adds it
 
 
 @dataclass(frozen=True)

@@ -112,19 +112,20 @@ def _load_evaluation_sets(config: Config, task: Task, train_env: Any, tools: Too
     sets = {}
     for name, settings in config.evaluate.sets.items():
         field = f"evaluate.sets.{name}"
-        args = settings.env_args if settings.env else {**config.env_args, **settings.env_args}
+        args = config.set_args(name)
         spec = settings.env or config.env
         plugin = load(f"{field}.env", spec)
         env, (held_out,) = _load_prompts(f"{field}.env", spec, plugin, args, settings.prompts, ("held_out",))
         replies, train_env_replies = is_agent(env), is_agent(train_env)
         if replies != train_env_replies or (replies and type(env) is not type(train_env)):
             raise RloraError(
-                f"{field}.env = {settings.env!r}: it must reply exactly as the run's env, {config.env!r}, because "
-                f"that env replies for all sets; unset {field}.env and set {field}.env_args, or evaluate on this env "
-                "with `rlora eval`"
+                f"{field}.env = {settings.env!r}: it must be of the class of the run's env, {config.env!r}, because "
+                f"only that class replies in this run; unset {field}.env and set {field}.env_args, or evaluate on this "
+                "env with `rlora eval`"
             )
         if toolset_of(env, task.chat) != tools:
             raise RloraError(f"{field}: its env has other tools, or another max_calls, than the run's env; unset them")
+        held_out = [replace(prompt, evaluation_set=name) for prompt in held_out]
         sets[name] = tokenise(held_out, task.chat, config.sampling.max_prompt_tokens, tools)
         _check_vocabulary(config, vocabulary_size(task.base), sets[name])
         if not sets[name]:
@@ -204,7 +205,7 @@ def setup_of(config: Config, agent: bool) -> Setup:
         style=config.scoring.style,
         reward_args=config.reward_args,
         env=config.env if agent else "",
-        env_args=config.env_args,
+        env_args={"": config.env_args} | {name: config.set_args(name) for name in config.evaluate.sets},
         directory=str(Path.cwd()),
         deadline=config.scoring.deadline,
         first_deadline=config.scoring.first_deadline,

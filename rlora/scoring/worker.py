@@ -46,7 +46,7 @@ class Setup:
     style: Style = "auto"
     reward_args: Mapping[str, Any] = field(default_factory=dict)
     env: str = ""  # spec of the env whose `reply` is called; empty for none
-    env_args: Mapping[str, Any] = field(default_factory=dict)
+    env_args: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"": {}})  # by `Prompt.evaluation_set`
     directory: str = "."  # working directory, if it exists
     deadline: float = 10.0  # seconds per call
     first_deadline: float = 0.0  # seconds for the first call of each function in each process, if more than `deadline`
@@ -130,8 +130,8 @@ class _Worker:
     def __init__(self, setup: Setup, clock: Clock) -> None:
         self.setup, self.clock = setup, clock
         self.functions = load_reward_functions(setup)
-        self.env = env_of(load("env", setup.env), setup.env_args) if setup.env else None
-        self.tools = functions_of(self.env)
+        self.envs = {name: env_of(load("env", setup.env), args) for name, args in setup.env_args.items() if setup.env}
+        self.tools = {name: functions_of(env) for name, env in self.envs.items()}
         self.runner = asyncio.Runner()  # one loop for all jobs: a judge's client may keep connections bound to it
         self.names = reward_names(setup.rewards)
         self.coroutines = [number for number, function in enumerate(self.functions) if function.asynchronous]
@@ -243,13 +243,15 @@ class _Worker:
 
     def _call(self, turn: EnvTurn, state: dict[str, Any]) -> Any:
         """Call the tool, or the env's `reply`. An env with tools only replies with None, which ends the episode."""
+        name = turn.prompt.evaluation_set
         if turn.tool:
-            return call_tool(self.tools[turn.tool], turn.arguments, turn.prompt, state)
-        reply = getattr(self.env, "reply", None)
+            return call_tool(self.tools[name][turn.tool], turn.arguments, turn.prompt, state)
+        reply = getattr(self.envs[name], "reply", None)
         return reply(turn.prompt, turn.message, state) if reply else None
 
     def _files(self, turn: EnvTurn) -> list[str]:
-        return [file_of(self.env), *([file_of(self.tools[turn.tool])] if turn.tool else [])]
+        name = turn.prompt.evaluation_set
+        return [file_of(self.envs[name]), *([file_of(self.tools[name][turn.tool])] if turn.tool else [])]
 
 
 def _masked(text: str, setup: Setup) -> str:

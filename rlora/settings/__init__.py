@@ -1,8 +1,8 @@
 """The settings of a run: one frozen dataclass, a section per part of it, and a docstring for each field."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import NonNegativeInt, PositiveInt
 
@@ -97,6 +97,11 @@ class Config:
     def rewards(self) -> tuple[str, ...]:
         """The functions in `reward`, each as module:name or path/to/file.py:name, as a tuple."""
         return (self.reward,) * bool(self.reward) if isinstance(self.reward, str) else self.reward
+
+    def set_args(self, name: str) -> Mapping[str, Any]:
+        """Return the arguments of the env of an evaluation set."""
+        settings = self.evaluate.sets[name]
+        return settings.env_args if settings.env else {**self.env_args, **settings.env_args}
 
     def problems(self) -> Iterator[Problem]:
         """Yield a Problem for every rule that the values break."""

@@ -223,7 +223,8 @@ def test_sets_have_prompts_of_their_own(config: Callable[..., Config]) -> None:
     settings = config(env_args={"high": 6}, evaluate={"sets": sets, "prompts": 3})
     task = load_task(settings)
     assert {name: len(prompts) for name, prompts in task.sets.items()} == {"held_out": 3, "times": 5, "same": 98}
-    assert all("*" in str(prompt.text) for prompt in task.sets["times"])
+    assert all("*" in str(prompt.text) and prompt.evaluation_set == "times" for prompt in task.sets["times"])
+    assert not any(prompt.evaluation_set for prompt in (*task.prompts, *task.held_out))
     assert max(int(str(word)) for word in str(task.sets["times"][0].text).rstrip("?").split() if word.isdigit()) <= 6
     for wrong, message in (
         ({"env": "gone.py:Env"}, r"evaluate\.sets\.bad\.env = 'gone\.py:Env': there is no file gone\.py"),
@@ -233,7 +234,7 @@ def test_sets_have_prompts_of_their_own(config: Callable[..., Config]) -> None:
         ),
         (
             {"env": "rlora.envs.calculator:Calculator"},
-            r"evaluate\.sets\.bad\.env = .*it must reply exactly as the run's env",
+            r"evaluate\.sets\.bad\.env = .*it must be of the class of the run's env",
         ),
     ):
         with pytest.raises(RloraError, match=message):

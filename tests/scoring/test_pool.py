@@ -125,7 +125,7 @@ def test_a_coroutine_that_blocks_the_others_costs_its_group_only(pool: MakePool)
         ({"rewards": (f"{SHADY}:missing",)}, r"reward = '.*': .* has no 'missing'"),
         ({"rewards": ("none.py:f",)}, r"reward = 'none\.py:f': there is no file none\.py"),
         ({"reward_args": {"over": 3}}, r"reward_args\.over = 3: no reward function has a parameter of that name"),
-        ({"env": f"{SHADY}:Guarded", "env_args": {"x": 1}}, r"unexpected keyword argument 'x'"),
+        ({"env": f"{SHADY}:Guarded", "env_args": {"": {"x": 1}}}, r"unexpected keyword argument 'x'"),
     ],
 )
 def test_what_can_not_be_loaded_is_refused_at_once(settings: dict[str, Any], message: str) -> None:
@@ -136,14 +136,18 @@ def test_what_can_not_be_loaded_is_refused_at_once(settings: dict[str, Any], mes
 
 
 def test_an_env_answers_where_rewards_run_and_keeps_what_it_knows(pool: MakePool) -> None:
-    made = pool("shady", env=f"{SHADY}:Guarded", env_args={"greeting": "hi"})
+    made = pool("shady", env=f"{SHADY}:Guarded", env_args={"": {"greeting": "hi"}, "polite": {"greeting": "good day"}})
 
-    def answer(message: str, state: dict[str, Any]) -> EnvReply:
-        reply = made.submit(EnvTurn(Prompt("greet", answer="hello"), message, state)).result(timeout=60)
+    def answer(message: str, state: dict[str, Any], evaluation_set: str = "") -> EnvReply:
+        prompt = Prompt("greet", answer="hello", evaluation_set=evaluation_set)
+        reply = made.submit(EnvTurn(prompt, message, state)).result(timeout=60)
         assert isinstance(reply, EnvReply)
         return reply
 
     assert answer("hello", {"seen": 4}) == EnvReply("hi 5", {"seen": 5})
+    assert answer("hello", {"seen": 4}, "polite") == EnvReply(
+        "good day 5", {"seen": 5}
+    )  # an env for each set's arguments
     assert answer("chat", {}) == EnvReply([{"role": "user", "content": "and you?"}], {"seen": 1})
     assert answer("bye", {}) == EnvReply(None, {"seen": 1})
     for bad, detail in (
