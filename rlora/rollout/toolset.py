@@ -76,7 +76,7 @@ def tool_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
     messages = [message for episode in episodes for message in episode.messages]
     statuses = [message["status"] for message in messages if message["role"] == "tool" and "status" in message]
     failed = len(statuses) - statuses.count("ok")
-    beyond = sum(
+    over_limit = sum(
         episode.finish_reason == "stop" and "tool_calls" in episode.messages[-1]
         for episode in episodes
         if episode.messages
@@ -84,7 +84,7 @@ def tool_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
     return {
         "tools/calls": len(statuses) / len(episodes),
         "tools/failed": failed / max(1, len(statuses)),
-        "tools/beyond_limit": beyond / len(episodes),
+        "tools/over_limit": over_limit / len(episodes),
     }
 
 
