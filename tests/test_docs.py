@@ -191,6 +191,15 @@ def test_the_files_do_what_is_said_of_them(directory: Path) -> None:
     assert shop.tools[0](**call.arguments) == 7
 
 
+def test_a_reward_model_scores_prompt_and_completion(directory: Path, worded: str) -> None:
+    file = directory / "judge.py"
+    file.write_text(file.read_text().replace("path/or/hub-id", worded))
+    judge = reward_function("judge.py:Judge", load("reward", "judge.py:Judge"))
+    scores = judge(case("w1 w2", "w3", "w1 w2"), range(3))
+    values = [score.value for score in scores]
+    assert values[0] == values[2] != values[1]
+
+
 def test_the_loop_of_the_readme_is_the_loop() -> None:
     shown = next(block.text for block in BLOCKS if "run.deliver()" in block.text)
     assert textwrap.indent(shown, " " * 8).strip() in inspect.getsource(drive)
