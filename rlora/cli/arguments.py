@@ -225,7 +225,7 @@ class Replay(OverConfig):
 
 @dataclass(frozen=True)
 class Runs:
-    """List runs: status, steps, best mean reward, and the run that each was forked from."""
+    """List runs: status, steps, best mean reward, and the run and version that each comes from."""
 
     directory: tyro.conf.Positional[UPath] = field(default_factory=lambda: UPath("runs"))
     """Directory that contains the runs, or a sweep."""

@@ -257,7 +257,7 @@ def _runs(arguments: list[str]) -> None:
     from rlora.run.history import list_runs
     from rlora.sweeps.diary import DIARY, SWEEP, complete_lines, member_states
 
-    columns = Column("run", no_wrap=True), "status", "steps", "best reward", "accuracy", "forked from"
+    columns = Column("run", no_wrap=True), "status", "steps", "best reward", "accuracy", "from"
     table = Table(*columns, box=None)
     is_sweep = (options.directory / SWEEP).exists()
     states = member_states(complete_lines(Path(str(options.directory)) / DIARY))

@@ -72,6 +72,11 @@ class Bundle:
         """Number of the version."""
         return self.adapter.number
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The run, its id, and the version and digest, for the provenance of runs that start from this bundle."""
+        return _identity(self.origin, self.version, self.adapter.digest)
+
     @cached_property
     def groups(self) -> list[Group] | None:
         """The groups that the update trained on; None if they are not stored."""
@@ -119,6 +124,10 @@ class Bundle:
         }
         plain = json.loads(json.dumps(manifest))  # as `read` will parse it
         return files | {_MANIFEST: json.dumps({"sha256": _digest(_canonical(plain))} | plain, indent=1).encode()}
+
+
+def _identity(origin: Provenance, version: int, digest: str) -> dict[str, Any]:
+    return {"run": origin.run, "id": origin.id, "version": version, "digest": digest}
 
 
 def _pinned(version: int) -> str:
@@ -290,6 +299,15 @@ def read_version(run: UPath, version: int | None = None) -> Bundle:
     bundle = newest(run, Provenance.of(run))
     assert bundle
     return bundle
+
+
+def identity(directory: UPath) -> dict[str, Any] | None:
+    """Return `Bundle.identity` of the bundle in a directory; None if the directory has no intact manifest."""
+    try:
+        manifest = _read_manifest(directory)
+    except RloraError:
+        return None
+    return _identity(Provenance(**manifest["origin"]), manifest["version"], manifest["digest"])
 
 
 def read_adapter(run: UPath, version: int) -> Adapter:

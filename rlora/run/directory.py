@@ -42,6 +42,7 @@ class Provenance:
     packages: Mapping[str, str]  # versions by name
     machine: str  # hardware; on different hardware results can differ by rounding
     forked_from: Mapping[str, Any] | None = None  # of a fork: run, id, version and digest of the source
+    started_from: Mapping[str, Any] | None = None  # likewise, if `learner.start_from` is a bundle of another run
 
     @property
     def first(self) -> int:
@@ -55,7 +56,7 @@ class Provenance:
         try:
             return Provenance(
                 run.name, provenance["id"], provenance["prompts_sha256"], provenance["packages"],
-                provenance["machine"], provenance.get("forked_from"),
+                provenance["machine"], provenance.get("forked_from"), provenance.get("started_from"),
             )  # fmt: skip
         except KeyError as error:
             message = f"{run}/{CONFIG}: [provenance] has no {error}; restore the file that `rlora train` wrote"
@@ -75,12 +76,12 @@ class Provenance:
 
 
 def create(
-    run: UPath, config: Config, task: "Task", overwrite: bool = False, forked_from: Mapping[str, Any] | None = None
+    run: UPath, config: Config, task: "Task", overwrite: bool = False, **sources: Mapping[str, Any] | None
 ) -> None:
     """Create the directory of a new run, with its `config.toml`.
 
-    `overwrite` removes an existing run. `forked_from` is the provenance of a fork, see `resume.lineage`. Raises
-    RloraError as `check_free` does, and if `overwrite` would remove the model or adapter that the config names.
+    `overwrite` removes an existing run. `sources` are `Provenance.forked_from` and `started_from`. Raises RloraError as
+    `check_free` does, and if `overwrite` would remove the model or adapter that the config names.
     """
     for field, path in {"model": config.model, "learner.start_from": config.learner.start_from}.items():
         if overwrite and path and holds(run, UPath(path)):
@@ -93,7 +94,7 @@ def create(
     run.mkdir(parents=True, exist_ok=True)
     from rlora.device import hardware  # imports torch
 
-    provenance = {
+    provenance: dict[str, Any] = {
         "id": secrets.token_hex(8),
         "packages": packages(),
         "machine": hardware(),
@@ -102,7 +103,8 @@ def create(
         "prompts": len(task.prompts),
         "prompts_dropped": task.dropped,
     }
-    table = asdict(config) | {"provenance": provenance | ({"forked_from": dict(forked_from)} if forked_from else {})}
+    provenance |= {name: dict(source) for name, source in sources.items() if source}
+    table = asdict(config) | {"provenance": provenance}
     write_file(run / CONFIG, tomli_w.dumps(table).encode())
     summarise(run, {"prompts/dropped": task.dropped})
 

@@ -168,8 +168,9 @@ def _facts(run: UPath, bundle: Bundle, merged: str | None) -> dict[str, str]:
         "software": ", ".join(f"{name} {version}" for name, version in bundle.origin.packages.items()),
         "SHA-256": f"`{adapter.digest}`",
     }
-    if fork := bundle.origin.forked_from:
-        facts["forked from"] = f"`{fork['run']}@{fork['version']}` (`{fork['digest'][:12]}`)"
+    for verb, source in (("forked", bundle.origin.forked_from), ("started", bundle.origin.started_from)):
+        if source:
+            facts[f"{verb} from"] = f"`{source['run']}@{source['version']}` (`{source['digest'][:12]}`)"
     if summary.get("steps") == bundle.version and "accuracy/after" in summary:
         initial = f"{summary['accuracy/before']:.3f} before, " if "accuracy/before" in summary else ""
         final, prompts = summary["accuracy/after"], summary["accuracy/prompts"]

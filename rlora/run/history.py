@@ -20,7 +20,7 @@ class RunSummary:
     steps: str  # done/total
     best: str  # highest mean reward of a step, and the version that the step started from
     accuracy: str  # before -> after training, on held-out prompts
-    origin: str  # RUN@VERSION that the run was forked from; empty if the run is not a fork
+    origin: str  # RUN@VERSION that the run was forked from, or whose adapter it started from; empty if there is none
 
 
 def list_runs(directory: UPath) -> Iterator[RunSummary]:
@@ -50,5 +50,5 @@ def _summarise(run: UPath) -> RunSummary:
         steps=f"{done}/{config.steps}",
         best="" if best is None else f"{rewards[best]:.3f} at version {best}",
         accuracy=" -> ".join(accuracy),
-        origin="{run}@{version}".format(**origin.forked_from) if origin.forked_from else "",
+        origin="{run}@{version}".format(**source) if (source := origin.forked_from or origin.started_from) else "",
     )

@@ -93,7 +93,8 @@ def begin(
     env_name = config.env.rpartition(":")[2].lower()
     path = path or UPath("runs") / f"{env_name}-{time.strftime('%Y%m%d-%H%M%S')}"
     stored, config = resume.with_template(stored, task.chat), resume.with_template(config, task.chat)
-    directory.create(path, stored, task, overwrite, resume.lineage(start) if start else None)
+    origin = checkpoint.identity(UPath(config.learner.start_from)) if config.learner.start_from else None
+    directory.create(path, stored, task, overwrite, forked_from=start and start.identity, started_from=origin)
     config = resume.keep_start(path, config)
     return Run(config, task, setup, path, resume.adopt(start, path) if start else None, observers)
 

@@ -64,12 +64,6 @@ def adopt(start: Bundle, run: UPath) -> Bundle:
     return read(path)
 
 
-def lineage(start: Bundle) -> dict[str, Any]:
-    """Return the provenance of a fork of `start`: run, id, version and digest of the source."""
-    origin = start.origin
-    return {"run": origin.run, "id": origin.id, "version": start.version, "digest": start.adapter.digest}
-
-
 def keep_start(run: UPath, config: Config) -> Config:
     """Copy the adapter in `learner.start_from` into a new run, because the original can be deleted later.
 

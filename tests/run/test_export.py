@@ -38,7 +38,8 @@ def test_a_model_card_describes_an_adapter_and_its_provenance(
     metrics(run, [0.0, 0.1, 0.2, 0.3])
     directory.summarise(run, {"steps": 4, "accuracy/before": 0.25, "accuracy/after": 0.75, "accuracy/prompts": 40})
     settings = config(algorithm={"name": "grpo"}, env_args={"high": 7})
-    fork = replace(ORIGIN, forked_from={"run": "other", "version": 2, "digest": "0123456789abcdef", "id": "1"})
+    sources = [{"run": name, "version": 2, "digest": "0123456789abcdef", "id": "1"} for name in ("other", "sft")]
+    fork = replace(ORIGIN, forked_from=sources[0], started_from=sources[1])
     version = bundle(4, config=settings, origin=fork)
     _, head, body = card(run, version).split("---\n", 2)
     assert yaml.safe_load(head) == {
@@ -54,7 +55,8 @@ def test_a_model_card_describes_an_adapter_and_its_provenance(
         "`rlora.rewards.integer:integer_answer`",
         "4 steps of 16 prompts x 8 completions",
         version.adapter.digest,
-        "`other@2` (`0123456789ab`)",
+        "forked from | `other@2` (`0123456789ab`)",
+        "started from | `sft@2` (`0123456789ab`)",
         "0.250 before, 0.750 after, greedily on 40 held-out prompts",
         "▁▃▆█",
         "| 3 | 0.300 | 9.5 |",

@@ -20,9 +20,9 @@ def task(config: Callable[..., Config]) -> Task:
     return load_task(config())
 
 
-def trained(run: UPath, config: Config, task: Task, steps: int, lineage: dict[str, object] | None = None) -> None:
+def trained(run: UPath, config: Config, task: Task, steps: int, **sources: dict[str, object]) -> None:
     """Write the directory of a run of `steps` steps."""
-    directory.create(run, config, task, forked_from=lineage)
+    directory.create(run, config, task, **sources)
     lines = [{"step": step, "reward/mean": step / 10, "completion/length": 9.5} for step in range(steps)]
     (run / directory.METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 9')
     bundle = Bundle(directory.Provenance.current(run, task), adapter(steps), b"", Cursor(), config)
@@ -33,7 +33,9 @@ def test_the_progress_of_each_run(tmp_path: Path, config: Callable[..., Config],
     path = UPath(tmp_path)
     trained(path / "done", config(steps=3), task, 3)
     directory.summarise(path / "done", {"accuracy/before": 0.25, "accuracy/after": 0.75})
-    trained(path / "forked", config(steps=9), task, 5, {"run": "done", "version": 2, "digest": "00ff", "id": "1"})
+    source: dict[str, object] = {"run": "done", "version": 2, "digest": "00ff", "id": "1"}
+    trained(path / "forked", config(steps=9), task, 5, forked_from=source)
+    trained(path / "started", config(steps=2), task, 2, started_from=source)
     (path / "no run").mkdir()
     (path / "old").mkdir()
     (path / "old" / "config.toml").write_text("fields = 'of another release'")
@@ -43,6 +45,7 @@ def test_the_progress_of_each_run(tmp_path: Path, config: Callable[..., Config],
         ("done", "finished", "3/3", "0.200 at version 2", "0.250 -> 0.750", ""),
         ("forked", "running", "5/9", "0.400 at version 4", "", "done@2"),
         ("old", "not readable", "", "", "", ""),
+        ("started", "finished", "2/2", "0.100 at version 1", "", "done@2"),
     ]
-    assert [run.status for run in list_runs(path)] == ["finished", "stopped", "not readable"]
+    assert [run.status for run in list_runs(path)] == ["finished", "stopped", "not readable", "finished"]
     assert list(list_runs(path / "nowhere")) == []

@@ -18,7 +18,7 @@ from rlora.run import checkpoint, resume
 from rlora.run.checkpoint import Bundle
 from rlora.run.directory import Provenance
 from rlora.settings import Config
-from rlora.store import write_adapter
+from rlora.store import write_adapter, write_directory
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_a_fork_adopts_the_bundle(tmp_path: Path, bundle: Callable[..., Bundle])
     assert checkpoint.newest(run, Provenance.of(run)) == adopted
     assert (adopted.origin.id, adopted.origin.prompts) == ("ff", "prompts")
     assert adopted.adapter.weights == adapter(3).weights
-    assert resume.lineage(bundle(3)) == {
+    assert bundle(3).identity == {
         "run": "run", "id": ORIGIN.id, "version": 3, "digest": adapter(3).digest,
     }  # fmt: skip
 
@@ -147,6 +147,15 @@ def test_prompts_in_flight_are_kept_only_if_the_config_still_asks_for_them(
     assert "sampling: changed, so the prompts in flight are sampled again" in capsys.readouterr().err
     assert resume.cursor_for(config(), start, replace(ORIGIN, prompts="others")) == Cursor(20)
     assert "its training prompts have changed since version 2" in capsys.readouterr().err
+
+
+def test_a_bundle_tells_the_run_and_version_that_a_start_is_from(tmp_path: Path, bundle: Callable[..., Bundle]) -> None:
+    source = bundle(3)
+    write_directory(path := UPath(tmp_path / "3"), source.files)
+    assert checkpoint.identity(path) == source.identity
+    (path / "bundle.json").write_text("{}")
+    assert checkpoint.identity(path) is None
+    assert checkpoint.identity(UPath(tmp_path)) is None
 
 
 def test_a_run_keeps_a_copy_of_its_start(tmp_path: Path, config: Callable[..., Config]) -> None:
