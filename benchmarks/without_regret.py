@@ -102,7 +102,7 @@ def tell(found: Sequence[Row]) -> None:
         rates(by_purpose.get("ranks", []) + by_purpose.get("full", []))
         if "batch" in by_purpose:  # the small batches are those of the first two sweeps
             first = by_purpose.get("ranks", []) + by_purpose.get("full", [])
-            by_purpose["batch"] += [row for row in first if row["rank"] in (0, 1)]
+            by_purpose["batch"] += [row for row in first if row["rank"] in ranks(by_purpose["batch"])]
         for kind, report in {"seeds": matches, "place": places, "batch": batches}.items():
             if kind in by_purpose:
                 print()
@@ -144,13 +144,10 @@ def places(found: Sequence[Row]) -> None:
 
 
 def batches(found: Sequence[Row]) -> None:
-    """Compare two batch sizes with equal episodes: the cost of the large one, for rank 1 and full fine-tuning."""
+    """Compare two batch sizes with equal episodes: the cost of the large one, for each rank."""
     costs = {}
     small, large = sorted({row["prompts"] for row in found})
     for rank in ranks(found):
-        if not values(found, rank=rank, prompts=large):
-            print(f"- {name_of(rank)}: no members with {large} prompts yet")
-            continue
         best = {prompts: best_rate(found, rank=rank, prompts=prompts)[1] for prompts in (small, large)}
         print(
             f"- {name_of(rank)}: {Standing('', best[small])} at {small} prompts, {Standing('', best[large])} at {large}"

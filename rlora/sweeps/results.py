@@ -131,7 +131,9 @@ def verdict(members: Sequence[MemberResult]) -> str:
     lines = [f"best configuration {best.configuration}: {metric} {best}"]
     similar = [standing for standing in remaining if not _is_better(best, standing)]
     if len(best.values) == 1:
-        lines.append("there is one member: train more seeds for a confidence interval (--over seed=0,1,2)")
+        lines.append("it has one member: train more seeds for a confidence interval (--over seed=0,1,2)")
+        if several := next((standing for standing in remaining if len(standing.values) > 1), None):
+            lines.append(f"best with several members: {several.configuration} {several}")
     elif similar:
         lines.append(f"not significantly worse: {'; '.join(f'{item.configuration} {item}' for item in similar)}")
     elif remaining:
