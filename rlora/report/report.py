@@ -47,8 +47,8 @@ def write_report(sources: Sequence[UPath], out: Path, limit: int, refresh: float
 def watch(sources: Sequence[UPath], out: Path, limit: int, seconds: float) -> None:
     """Write the page each time that a run has done a step, checking every `seconds`, until all runs have ended.
 
-    It waits longer if reading and writing took more than a tenth of that, so that it takes little of a machine that
-    trains. A run that is stopped is waited for, because it may be resumed. Raises as `write_report` does.
+    Between two checks it waits at least nine times as long as the check took, so that training has the machine. A run
+    that is stopped is waited for, because it may be resumed. Raises as `write_report` does.
     """
     seen: list[tuple[str, int, str]] | None = None
     while True:

@@ -112,7 +112,7 @@ def _load_evaluation_sets(config: Config, task: Task, train_env: Any, tools: Too
     sets = {}
     for name, settings in config.evaluate.sets.items():
         field = f"evaluate.sets.{name}"
-        args = config.set_args(name)
+        args = config.evaluation_args(name)
         spec = settings.env or config.env
         plugin = load(f"{field}.env", spec)
         env, (held_out,) = _load_prompts(f"{field}.env", spec, plugin, args, settings.prompts, ("held_out",))
@@ -205,7 +205,7 @@ def setup_of(config: Config, agent: bool) -> Setup:
         style=config.scoring.style,
         reward_args=config.reward_args,
         env=config.env if agent else "",
-        env_args={"": config.env_args} | {name: config.set_args(name) for name in config.evaluate.sets},
+        env_args={"": config.env_args} | {name: config.evaluation_args(name) for name in config.evaluate.sets},
         directory=str(Path.cwd()),
         deadline=config.scoring.deadline,
         first_deadline=config.scoring.first_deadline,

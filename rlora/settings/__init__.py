@@ -98,7 +98,7 @@ class Config:
         """The functions in `reward`, each as module:name or path/to/file.py:name, as a tuple."""
         return (self.reward,) * bool(self.reward) if isinstance(self.reward, str) else self.reward
 
-    def set_args(self, name: str) -> Mapping[str, Any]:
+    def evaluation_args(self, name: str) -> Mapping[str, Any]:
         """Return the arguments of the env of an evaluation set."""
         settings = self.evaluate.sets[name]
         return settings.env_args if settings.env else {**self.env_args, **settings.env_args}
