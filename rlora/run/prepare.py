@@ -93,8 +93,9 @@ def begin(
     env_name = config.env.rpartition(":")[2].lower()
     path = path or UPath("runs") / f"{env_name}-{time.strftime('%Y%m%d-%H%M%S')}"
     stored, config = resume.with_template(stored, task.chat), resume.with_template(config, task.chat)
-    origin = checkpoint.identity(UPath(config.learner.start_from)) if config.learner.start_from else None
-    directory.create(path, stored, task, overwrite, forked_from=start and start.identity, started_from=origin)
+    forked = start.identity if start else None
+    started = checkpoint.identity(UPath(config.learner.start_from)) if config.learner.start_from else None
+    directory.create(path, stored, task, overwrite, forked_from=forked, started_from=started)
     config = resume.keep_start(path, config)
     return Run(config, task, setup, path, resume.adopt(start, path) if start else None, observers)
 

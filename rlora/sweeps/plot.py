@@ -70,7 +70,7 @@ def _compare(axes: Any, members: list[MemberResult], colours: dict[str, Any]) ->
                 [rate for rate, _ in by_rate], means, "-", color=points[0].get_color(), label=name, zorder=-number
             )
         axes.set(xscale="log", xlabel="learning rate", title="Each seed, and the mean by rank")
-        axes.set_xticks(sorted(rates), [f"{rate:g}" for rate in sorted(rates)])
+        axes.set_xticks([*rates], [f"{rate:g}" for rate in rates])
         axes.minorticks_off()
         axes.legend(fontsize=8)
         return
