@@ -145,9 +145,7 @@ def test_an_env_answers_where_rewards_run_and_keeps_what_it_knows(pool: MakePool
         return reply
 
     assert answer("hello", {"seen": 4}) == EnvReply("hi 5", {"seen": 5})
-    assert answer("hello", {"seen": 4}, "polite") == EnvReply(
-        "good day 5", {"seen": 5}
-    )  # an env for each set's arguments
+    assert answer("hello", {"seen": 4}, "polite") == EnvReply("good day 5", {"seen": 5})  # the set has its own env
     assert answer("chat", {}) == EnvReply([{"role": "user", "content": "and you?"}], {"seen": 1})
     assert answer("bye", {}) == EnvReply(None, {"seen": 1})
     for bad, detail in (
