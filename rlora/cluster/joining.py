@@ -15,6 +15,8 @@ from ray.exceptions import AuthenticationError
 from rlora.records import RloraError
 
 _TIMEOUT = 10.0  # seconds for the head node to accept a connection
+# Ray would start one worker per core ahead. Actors with environment variables of their own cannot use these.
+_NO_IDLE_WORKERS = {"prestart_worker_first_driver": False}
 _ADDRESS = (
     "set RAY_ADDRESS to HOST:PORT of the head node, as `ray start --head` prints it, or to local, which starts a "
     "cluster for this run"
@@ -43,7 +45,12 @@ def join_ray() -> bool:
         _check_connection(address, source)
     try:
         with _single_attempt(address), _few_processes():
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _system_config=_NO_IDLE_WORKERS if address == "local" else None,
+            )
     except Exception as error:
         ray.shutdown()
         if address == "local":

@@ -12,20 +12,52 @@ from pathlib import Path
 import pytest
 import torch
 from commands import SMALL, TOML, metrics, rlora
-from conftest import NEEDS_SHARED, ROOT, SHARED, exit_status
+from conftest import ROOT, SHARED, exit_status
 from transformers import AutoConfig
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("nothing_stays_behind")]
 
 
-def test_a_short_run_raises_the_reward_and_can_be_resumed_and_exported(
+def interrupted(run: Path, number: signal.Signals, *arguments: str) -> tuple[int, str, str]:
+    """Train, and send a signal once version 1 is saved. Returns the exit status, stdout and stderr."""
+    heeding = "env", "--default-signal=INT"  # what a shell starts in the background ignores Ctrl-C, tests or not
+    command = [*heeding, sys.executable, "-m", "rlora", "train", *arguments, "--run-dir", str(run)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 300
+        while not (run / "bundles" / "1").exists():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # a terminal's Ctrl-C goes to all of them
+        else:
+            process.send_signal(number)
+        output, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert f"rlora train --resume {run}" in error
+    last = max(int(path.name) for path in (run / "bundles").iterdir() if path.name.isdigit())
+    assert len(metrics(run)) == last  # the step that was being saved is saved whole, its line with it
+    return process.returncode, output, error
+
+
+def test_a_short_run_is_interrupted_and_resumed_raises_the_reward_and_can_be_forked_and_exported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    done = rlora("train", TOML, "--steps", "6", "--run-dir", str(run), "--evaluate.prompts", "40")
+    status, output, _ = interrupted(run, signal.SIGINT, TOML, "--steps", "4", "--evaluate.prompts", "40")
+    assert status == 130
+    assert "before training: accuracy" in output
+    assert exit_status("train", TOML, "--run-dir", str(run)) == 1
+    assert "not empty" in capsys.readouterr().err
+    done = rlora("train", "--resume", str(run), "--steps", "7")
     assert done.returncode == 0, done.stderr
+    assert "steps: 4 -> 7" in done.stdout
     lines = metrics(run)
-    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5, 6]
     rewards = [line["reward/mean"] for line in lines]
     assert rewards[-1] > rewards[0] + 0.15, rewards
     assert all(line["kl/behaviour"] < 0.01 and line["staleness"] == 0 for line in lines)
@@ -33,22 +65,15 @@ def test_a_short_run_raises_the_reward_and_can_be_resumed_and_exported(
     assert summary["accuracy/after"] > summary["accuracy/before"]
     assert summary["accuracy/prompts"] == 40
     assert summary["adapter/parameters"] == 305_280
-    assert sorted(int(path.name) for path in (run / "bundles").iterdir()) == [0, 1, 2, 3, 4, 5, 6]
-    assert "step 6/6" in done.stdout
+    assert sorted(int(path.name) for path in (run / "bundles").iterdir()) == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert "step 7/7" in done.stdout
     for shown in ("accuracy before", str(summary["adapter/path"]), f"rlora eval {run}", "PeftModel"):
         assert shown in done.stdout.replace("\n", "")
 
-    refused = rlora("train", TOML, "--run-dir", str(run))
-    assert refused.returncode == 1
-    assert "not empty" in refused.stderr
     assert exit_status("train", "--resume", str(run), "--learner.lr", "1.0") == 1
     changed = capsys.readouterr()
     assert "learner.lr: 0.0005 -> 1.0" in changed.out
     assert "set --steps to a larger number" in changed.err
-    resumed = rlora("train", "--resume", str(run), "--steps", "7")
-    assert resumed.returncode == 0, resumed.stderr
-    assert "steps: 6 -> 7" in resumed.stdout
-    assert [line["step"] for line in metrics(run)] == [0, 1, 2, 3, 4, 5, 6]
     fork = tmp_path / "fork"
     forked = rlora(
         "train", "--fork", f"{run}@3", "--run-dir", str(fork), "--steps", "4", "--learner.lr", "1e-4", *SMALL
@@ -77,55 +102,10 @@ def test_a_short_run_raises_the_reward_and_can_be_resumed_and_exported(
     assert "it exists already" in capsys.readouterr().err
 
 
-def test_a_reward_that_raises_ends_the_run_with_what_was_sampled(tmp_path: Path) -> None:
-    (tmp_path / "bad.py").write_text("def bad(completion, answer):\n    raise ValueError('no judge today')\n")
-    run = tmp_path / "run"
-    reward = "--reward", f"{tmp_path}/bad.py:bad"
-    done = rlora("train", TOML, *reward, "--run-dir", str(run), *SMALL, "--evaluate.prompts", "0")
-    assert done.returncode == 1
-    assert "bad.py:2: bad raised ValueError: no judge today" in done.stderr
-    assert "16 of 16 episodes are in error" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert len((run / "unscored.jsonl").read_text().splitlines()) == 16
-    assert (run / "bundles" / "0" / "adapter_model.safetensors").exists()
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupt_keeps_the_last_version_and_ends_everything(
-    number: signal.Signals, status: int, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    heeding = "env", "--default-signal=INT"  # what a shell starts in the background ignores Ctrl-C, tests or not
-    command = [*heeding, sys.executable, "-m", "rlora", "train", TOML, "--run-dir", str(run), *SMALL]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        deadline = time.monotonic() + 300
-        while not (run / "bundles" / "1").exists():
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        if number == signal.SIGINT:
-            os.killpg(process.pid, number)  # a terminal's Ctrl-C goes to all of them
-        else:
-            process.send_signal(number)
-        _, error = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == status
-    assert f"rlora train --resume {run}" in error
-    last = max(int(path.name) for path in (run / "bundles").iterdir() if path.name.isdigit())
-    assert len(metrics(run)) == last  # the step that was being saved is saved whole, its line with it
-
-
-@NEEDS_SHARED
-def test_gsm8k_runs_three_steps(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    done = rlora(
-        "train", "launch/gsm8k.toml", "--env-args.path", str(SHARED / "data" / "gsm8k"), "--run-dir", str(run),
-        "--steps", "3", "--sampling.max-tokens", "64", *SMALL,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert len(metrics(run)) == 3
+def test_sigterm_keeps_the_last_version_of_gsm8k(tmp_path: Path) -> None:
+    """A scheduler's signal, to the recipe with real data where they are."""
+    run, data = tmp_path / "run", ("--env-args.path", str(SHARED / "data" / "gsm8k"), "--sampling.max-tokens", "64")
+    recipe = ("launch/gsm8k.toml", *data) if SHARED.is_dir() else (TOML,)
+    status, *_ = interrupted(run, signal.SIGTERM, *recipe, "--steps", "9", *SMALL)
+    assert status == 143
     assert all(0 <= line["reward/mean"] <= 1 for line in metrics(run))

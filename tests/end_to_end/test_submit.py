@@ -56,7 +56,12 @@ def test_a_bare_checkout_runs_as_a_ray_job_with_two_replicas(tmp_path: Path) -> 
     assert good.returncode == 0, good.stdout + good.stderr
     assert "step 1/1" in good.stdout
     assert bad.returncode == 1
-    assert "no judge today" in (bad.stdout + bad.stderr)[-2000:]
+    told = bad.stdout + bad.stderr
+    assert "bad.py:2: bad raised ValueError: no judge today" in told[-2000:]
+    assert "16 of 16 episodes are in error" in told
+    assert "Traceback" not in told
+    assert len((tmp_path / "bad" / "unscored.jsonl").read_text().splitlines()) == 16
+    assert (tmp_path / "bad" / "bundles" / "0" / "adapter_model.safetensors").exists()
     assert re.search(r"good +succeeded", listed.stdout), listed.stdout
     assert re.search(r"bad +failed", listed.stdout), listed.stdout
     assert nobody.returncode == 1
