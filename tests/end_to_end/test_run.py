@@ -75,10 +75,8 @@ def test_a_short_run_is_interrupted_and_resumed_raises_the_reward_and_can_be_for
     assert "learner.lr: 0.0005 -> 1.0" in changed.out
     assert "set --steps to a larger number" in changed.err
     fork = tmp_path / "fork"
-    forked = rlora(
-        "train", "--fork", f"{run}@3", "--run-dir", str(fork), "--steps", "4", "--learner.lr", "1e-4", *SMALL
-    )
-    assert forked.returncode == 0, forked.stderr
+    changes = "--steps", "4", "--learner.lr", "1e-4", *SMALL
+    assert exit_status("train", "--fork", f"{run}@3", "--run-dir", str(fork), *changes) == 0
     assert [line["lr"] for line in metrics(fork)] == [pytest.approx(1e-4 / 4)]
     assert exit_status("runs", str(tmp_path)) == 0
     listed = capsys.readouterr().out
