@@ -196,10 +196,9 @@ class Fleet:
             )  # fmt: skip
 
     def stop(self) -> None:
-        """Start no more engines and dispatch no more requests, without closing the engines. Does not block."""
+        """Fail all requests, and start no more engines, without closing the engines. Does not block."""
         with self._changed:
-            self._failure = self._failure or RloraError("engine: the job has ended, so no more prompts are sampled")
-            self._changed.notify_all()
+            self._fail(RloraError("engine: the job has ended, so no more prompts are sampled"))
         self._callbacks.shutdown(wait=False, cancel_futures=True)
 
     # --- callers of the methods below hold the lock ---
@@ -331,7 +330,7 @@ class Fleet:
             message = f"engine: no engine is left, and {self._failed} consecutive starts failed ({error})"
             self._fail(RloraError(f"{message}; fix the cause, and continue a run with --resume"), error)
 
-    def _fail(self, failure: RloraError, cause: BaseException) -> None:
+    def _fail(self, failure: RloraError, cause: BaseException | None = None) -> None:
         """Fail every request, now and from now on."""
         failure.__cause__ = cause
         self._failure = self._failure or failure

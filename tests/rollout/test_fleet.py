@@ -568,3 +568,15 @@ def test_a_version_that_was_refused_is_given_to_no_other_engine() -> None:
     stage.fleet.resize(2)
     until(lambda: len(stage.fleet.engines) == 2)
     assert sorted(map(str, stage.engines[1].held)) == sorted(map(str, (version(3), version(3, "other"))))
+
+
+def test_what_is_in_flight_or_queued_at_the_end_fails() -> None:
+    stage = Stage(1, room=2)
+    stage.fleet.swap(adapter(3))
+    in_flight, queued = stage.ask(0, 1)
+    stage.fleet.stop()
+    (late,) = stage.ask(2)
+    for request in (in_flight, queued, late):
+        with pytest.raises(RloraError, match="the job has ended"):
+            request.group.result(SOON)
+    stage.engines[0].answer()  # which nobody waits for
