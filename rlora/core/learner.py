@@ -5,8 +5,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import safetensors.torch
 import torch
@@ -25,9 +23,9 @@ from rlora.core.setup import Setup
 from rlora.core.sharding import shard
 from rlora.core.state import CRITIC, critic_of, split_critic, with_current_names
 from rlora.core.update import update
-from rlora.model.base import auto_lr, load_base, load_quantised
+from rlora.model.base import auto_lr, encode_model, load_base, load_quantised
 from rlora.plugin import receive
-from rlora.records import MODEL_FILES, Adapter, Canary, Group, RloraError, UpdateStats
+from rlora.records import Adapter, Canary, Group, RloraError, UpdateStats
 from rlora.settings import Config
 
 _CANARY_TOKENS = 24  # a short prompt that has enough logprobs for a mean
@@ -184,10 +182,7 @@ class Learner:
         if not self.policies.full_weights:
             files = peft_format.encode(self.policies.bank, policy, self.base)
             return Adapter(policy, state.number, *files, canary=state.canary)
-        with TemporaryDirectory() as directory:
-            self.policies.base.save_pretrained(directory, max_shard_size="1000GB")
-            config, weights = ((Path(directory) / name).read_bytes() for name in MODEL_FILES)
-        return Adapter(policy, state.number, config, weights, full_weights=True, canary=state.canary)
+        return Adapter(policy, state.number, *encode_model(self.policies.base), full_weights=True, canary=state.canary)
 
     def state(self, policy: str) -> bytes:
         """Return everything that the next update depends on, except its groups and setup, in safetensors format.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,7 +23,7 @@ from transformers import (
 
 from rlora.device import current_device
 from rlora.model.model_files import check_config_file, check_kind, check_weights, error_summary, is_pointer
-from rlora.records import RloraError
+from rlora.records import MODEL_FILES, RloraError
 from rlora.settings import LearnerConfig
 
 _log = logging.getLogger(__name__)
@@ -171,6 +172,23 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
             f"model = {path!r}: there is no tokenizer (tokenizer.json); save a tokenizer there with save_pretrained"
         )
     return tokenizer
+
+
+def encode_model(model: PreTrainedModel) -> tuple[bytes, bytes]:
+    """Return the config and all weights of a model, in the format of transformers, by way of a temporary directory.
+
+    Raises RloraError if the directory has no room.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            model.save_pretrained(directory, max_shard_size="1000GB")
+            config, weights = ((Path(directory) / name).read_bytes() for name in MODEL_FILES)
+    except (OSError, SafetensorError) as error:
+        raise RloraError(
+            f"learner: the model's weights could not be written to {tempfile.gettempdir()} ({error}); free disk space "
+            "there, or set TMPDIR to a directory that has room for all weights"
+        ) from error
+    return config, weights
 
 
 def context_length(path: str) -> int | None:

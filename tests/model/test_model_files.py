@@ -1,6 +1,7 @@
 """Every reason why a `model` can't be used raises an error, and nothing is read from the terminal."""
 
 import json
+import resource
 import shutil
 import sys
 from collections.abc import Callable
@@ -9,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_words
+from conftest import save_words, tiny_model
 from safetensors.torch import save_file
 
-from rlora.model.base import load_tokenizer, locate
+from rlora.model.base import encode_model, load_tokenizer, locate
 from rlora.records import RloraError
 from rlora.rollout.task import load_task
 from rlora.settings import Config
@@ -153,3 +154,16 @@ def test_a_task_without_a_tokenizer_is_refused(demo: str, tmp_path: Path, config
             shutil.copy(file, tmp_path)
     with pytest.raises(RloraError, match=r"^model = .*tokenizer"):
         load_task(config(model=str(tmp_path)))
+
+
+def test_weights_that_find_no_room_are_told_with_the_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    model = tiny_model("llama")
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # as a disk on which 10 kB are left
+    try:
+        with pytest.raises(RloraError, match=f"could not be written to {tmp_path} .*set TMPDIR"):
+            encode_model(model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, hard))
+    assert len(encode_model(model)[1]) > 10_000
