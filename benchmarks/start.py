@@ -164,7 +164,7 @@ def main() -> None:
         commands: dict[str, tuple[float, float]] = {}
         if options.runs > 1:
             rows = place / "rows.jsonl"
-            rows.write_text('{"completion": "The answer is \\\\boxed{4}", "answer": "4"}\n')
+            rows.write_text('{"prediction": "The answer is \\\\boxed{4}", "gold": "4"}\n')
             for name, arguments in {
                 "--help": ["--help"],
                 "train --help": ["train", "--help"],
