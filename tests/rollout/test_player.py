@@ -1,7 +1,6 @@
 """Episodes of several turns on real vLLM: the learner reads exactly the tokens that the engine sampled."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from itertools import chain, groupby
 from typing import Any
 
@@ -21,49 +20,25 @@ pytestmark = pytest.mark.vllm
 QUIZ = ROOT / "tests" / "quiz_env.py"
 
 
-@dataclass
-class Agents:
-    """Two agents of one engine."""
-
-    served: dict[str, ServedPolicy]
-    job: cluster.Job
-
-    def groups(self, name: str) -> list[Group]:
-        """Sample 4 completions of 4 prompts of an agent."""
-        task, config = self.served[name].task, self.served[name].config
-        flights = [self.job.loops[name].start(prompt, sampling_of(config, 4)) for prompt in task.prompts[:4]]
-        return [flight.scored.result(timeout=300) for flight in flights]
-
-
-@pytest.fixture(scope="module")
-def agents(config: Callable[..., Config]) -> Iterator[Agents]:
-    configs = {
-        "quiz": config(
-            env=f"{QUIZ}:Quiz", reward=f"{QUIZ}:all_turns", sampling={"max_tokens": 96, "max_prompt_tokens": 64}
-        ),
-        "tools": config(
-            env="rlora.envs.calculator:ToolCalculator", env_args={"levels": "1", "shots": 3},
-            chat={"template": "hermes"}, sampling={"max_tokens": 112, "max_prompt_tokens": 512},
-        ),
-    }  # fmt: skip
-    served = {name: ServedPolicy(name, config, load_task(config)) for name, config in configs.items()}
-    with cluster.start([*served.values()], learn=False) as job:
-        yield Agents(served, job)
-
-
-def test_learner_and_engine_see_the_same_ids_over_turns(agents: Agents, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings, task = agents.served["quiz"].config, agents.served["quiz"].task
+def test_learner_and_engine_see_the_same_ids_over_turns(config: Callable[..., Config]) -> None:
+    settings = config(
+        env=f"{QUIZ}:Quiz", reward=f"{QUIZ}:all_turns", sampling={"max_tokens": 96, "max_prompt_tokens": 64}
+    )
+    task = load_task(settings)
     learner = Solo(settings, task.base)
     requested: list[Prompt] = []
-    generate: Any = agents.job.fleet.generate
+    with cluster.start([ServedPolicy("run", settings, task)], learn=False) as job:
+        fleet, loops = job.fleet, job.loops
+        fleet.swap(learner.adapter())
+        generate: Any = fleet.generate
 
-    def recording_generate(prompt: Prompt, *arguments: Any) -> Any:
-        requested.append(prompt)
-        return generate(prompt, *arguments)
+        def recording_generate(prompt: Prompt, *arguments: Any) -> Any:
+            requested.append(prompt)
+            return generate(prompt, *arguments)
 
-    monkeypatch.setattr(agents.job.fleet, "generate", recording_generate)
-    agents.job.fleet.swap(replace(learner.adapter(), policy="quiz"))
-    groups = agents.groups("quiz")
+        fleet.generate = recording_generate  # type: ignore[method-assign]
+        flights = [loops["run"].start(prompt, sampling_of(settings, 4)) for prompt in task.prompts[:4]]
+        groups: list[Group] = [flight.scored.result(timeout=300) for flight in flights]
 
     chat = task.chat
     complete = 0
@@ -97,12 +72,20 @@ def test_learner_and_engine_see_the_same_ids_over_turns(agents: Agents, monkeypa
     assert torch.cat(differences).max() < 2e-3  # in fp32: the same contexts
 
 
-def test_a_model_calls_tools_and_reads_their_results(agents: Agents) -> None:
+def test_a_model_calls_tools_and_reads_their_results(config: Callable[..., Config]) -> None:
     """SmolLM2 copies the form of the examples in some episodes; the results follow exactly what it sampled."""
-    settings, task = agents.served["tools"].config, agents.served["tools"].task
+    settings = config(
+        env="rlora.envs.calculator:ToolCalculator", env_args={"levels": "1", "shots": 3}, chat={"template": "hermes"},
+        sampling={"max_tokens": 112, "max_prompt_tokens": 512},
+    )  # fmt: skip
+    task = load_task(settings)
     assert task.tools
-    agents.job.fleet.swap(replace(Solo(settings, task.base).adapter(), policy="tools"))
-    episodes = [episode for group in agents.groups("tools") for episode in group.episodes]
+    learner = Solo(settings, task.base)
+    with cluster.start([ServedPolicy("run", settings, task)], learn=False) as job:
+        job.fleet.swap(learner.adapter())
+        flights = [job.loops["run"].start(prompt, sampling_of(settings, 4)) for prompt in task.prompts[:4]]
+        groups = [flight.scored.result(timeout=300) for flight in flights]
+    episodes = [episode for group in groups for episode in group.episodes]
     called = [episode for episode in episodes if len(episode.messages) > 1]
     assert len(called) >= 2  # of 16
     for episode in called:
