@@ -130,8 +130,10 @@ class _Worker:
     def __init__(self, setup: Setup, clock: Clock) -> None:
         self.setup, self.clock = setup, clock
         self.functions = load_reward_functions(setup)
-        plugin = load("env", setup.env) if setup.env else None
-        self.envs = {name: env_of(plugin, args) for name, args in setup.env_args.items() if setup.env}
+        self.envs: dict[str, Any] = {}  # by evaluation set; empty if no env replies
+        if setup.env:
+            plugin = load("env", setup.env)
+            self.envs = {name: env_of(plugin, args) for name, args in setup.env_args.items()}
         self.tools = {name: functions_of(env) for name, env in self.envs.items()}
         self.runner = asyncio.Runner()  # one loop for all jobs: a judge's client may keep connections bound to it
         self.names = reward_names(setup.rewards)

@@ -44,7 +44,7 @@ def interrupted(run: Path, number: signal.Signals, *arguments: str) -> tuple[int
     return process.returncode, output, error
 
 
-def test_a_short_run_is_interrupted_and_resumed_raises_the_reward_and_can_be_forked_and_exported(
+def test_a_short_run_goes_on_after_ctrl_c_raises_the_reward_and_can_be_forked_and_exported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -101,10 +101,12 @@ def test_a_short_run_is_interrupted_and_resumed_raises_the_reward_and_can_be_for
     assert "it exists already" in capsys.readouterr().err
 
 
-def test_sigterm_keeps_the_last_version_of_gsm8k(tmp_path: Path) -> None:
+def test_gsm8k_goes_on_after_sigterm(tmp_path: Path) -> None:
     """A scheduler's signal, to the recipe with real data where they are."""
-    run, data = tmp_path / "run", ("--env-args.path", str(SHARED / "data" / "gsm8k"), "--sampling.max-tokens", "64")
-    recipe = ("launch/gsm8k.toml", *data) if SHARED.is_dir() else (TOML,)
-    status, *_ = interrupted(run, signal.SIGTERM, *recipe, "--steps", "9", *SMALL)
+    run, options = tmp_path / "run", ("--env-args.path", str(SHARED / "data" / "gsm8k"), "--sampling.max-tokens", "64")
+    recipe = ("launch/gsm8k.toml", *options) if SHARED.is_dir() else (TOML,)
+    status, *_ = interrupted(run, signal.SIGTERM, *recipe, "--steps", "3", *SMALL)
     assert status == 143
+    assert exit_status("train", "--resume", str(run)) == 0
+    assert len(metrics(run)) == 3
     assert all(0 <= line["reward/mean"] <= 1 for line in metrics(run))

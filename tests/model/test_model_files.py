@@ -159,11 +159,11 @@ def test_a_task_without_a_tokenizer_is_refused(demo: str, tmp_path: Path, config
 def test_weights_that_find_no_room_are_told_with_the_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     model = tiny_model("llama")
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # as a disk on which 10 kB are left
     try:
         with pytest.raises(RloraError, match=f"could not be written to {tmp_path} .*set TMPDIR"):
             encode_model(model)
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert len(encode_model(model)[1]) > 10_000
