@@ -1,5 +1,6 @@
-"""If a Ray cluster can't be joined, an error of one sentence says so within seconds."""
+"""Errors of joining a Ray cluster, in one sentence and within seconds, and futures of calls."""
 
+import asyncio
 import os
 import re
 import secrets
@@ -9,13 +10,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import ray
 from conftest import ray_head
 
 from rlora import cluster
+from rlora.cluster.actors import Remote
 from rlora.records import RloraError
 
 JOIN = """
@@ -141,3 +145,23 @@ def test_a_cluster_with_a_different_version_is_reported_with_both_versions(join:
     expected = f"runs Ray 2.9.3 on Python 3.8.2, and this process runs Ray {ray.__version__} on Python {python}"
     assert expected in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_call_ends_quietly_after_the_coroutine_that_awaits_it(fails: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """A run whose reward failed cancels its coroutines, and the other rewards arrive later."""
+    call: Future[str] = Future()
+    future = Remote.future(Mock(spec=Remote), Mock(future=lambda: call))
+
+    async def wait_in_vain() -> None:
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(asyncio.wrap_future(future), 0.01)
+
+    asyncio.run(wait_in_vain())
+    if fails:
+        call.set_exception(RloraError("late"))
+        assert isinstance(future.exception(1.0), RloraError)
+    else:
+        call.set_result("late")
+        assert future.result(1.0) == "late"
+    assert not caplog.records

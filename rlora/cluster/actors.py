@@ -23,6 +23,7 @@ from rlora.cluster.joining import first_sentence
 from rlora.engine.scratch import remove_leftovers
 from rlora.plugin import load
 from rlora.records import Adapter, EngineLostError, Receipt, RewardInput, RloraError
+from rlora.rollout.requests import running_future
 from rlora.scoring.worker import EnvTurn
 
 _log = logging.getLogger(__name__)
@@ -139,8 +140,11 @@ class Remote:
         return self.lost_error(f"the process of the {self.role} died ({log}): {error}")
 
     def future(self, reference: Any) -> Future[Any]:
-        """Return a future of a call's result, without blocking. The future raises the same exceptions as `wait`."""
-        future: Future[Any] = Future()
+        """Return a future of a call's result, without blocking. The future raises the same exceptions as `wait`.
+
+        The call goes on if a coroutine that awaits the future is cancelled, so `cancel` of the future has no effect.
+        """
+        future = running_future()
 
         def settle(call: Future[Any]) -> None:
             if error := call.exception():

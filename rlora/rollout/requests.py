@@ -4,8 +4,16 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 from rlora.records import Adapter, DeliveryError, Engine, Group, Prompt, Receipt, Sampling, StaleError, Version
+
+
+def running_future() -> Future[Any]:
+    """Return a future that only its result or its exception completes. A coroutine that awaits it can't cancel it."""
+    future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()
+    return future
 
 
 @dataclass(eq=False)
@@ -15,7 +23,7 @@ class Request:
     prompt: Prompt
     sampling: Sampling
     policy: str
-    group: Future[Group] = field(default_factory=Future)  # the result; its episodes are unscored
+    group: Future[Group] = field(default_factory=running_future)  # the result; its episodes are unscored
     adapter: Adapter | None = None  # samples the prompt, also on every retry; None while the request is queued
     attempts: int = 0
     queued: float = field(default_factory=time.monotonic)  # when it was queued last

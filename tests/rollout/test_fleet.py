@@ -1,5 +1,6 @@
 """A fleet of fake engines: which engine gets which request, and what happens when an engine dies."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -580,3 +581,18 @@ def test_what_is_in_flight_or_queued_at_the_end_fails() -> None:
         with pytest.raises(RloraError, match="the job has ended"):
             request.group.result(SOON)
     stage.engines[0].answer()  # which nobody waits for
+
+
+def test_a_caller_that_is_cancelled_harms_no_other() -> None:
+    """As at the end of a run: the coroutines that wait for groups are cancelled, and the engines answer later."""
+    stage = Stage(1, room=4)
+    stage.fleet.swap(adapter(3))
+    first, second = stage.ask(0, 1)
+
+    async def wait_in_vain() -> None:
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(asyncio.wrap_future(first.group), 0.01)
+
+    asyncio.run(wait_in_vain())
+    stage.engines[0].answer()
+    assert [request.group.result(SOON).prompt.answer for request in (first, second)] == [0, 1]
