@@ -12,6 +12,7 @@ from rlora.model.tool_calls import ToolCall, calling
 from rlora.records import Messages, RloraError, Tools
 from rlora.settings import ChatConfig
 
+_QUESTION = {"role": "user", "content": "?"}
 THINK = ("<think>", "</think>")  # reward functions see these in place of the model's tags
 
 
@@ -108,10 +109,10 @@ class Chat:
                 raise RloraError(f"message {number + 1} of the completion: two messages of the assistant in a row")
             if replies:
                 reply = self.reply_ids(replies, ids)
-                ids, mask, replies = [*ids, *reply], [*mask, *[False] * len(reply)], []
-            opened = "".join(self._opening(prompt)) if not number else ""
+                ids, mask = [*ids, *reply], [*mask, *[False] * len(reply)]
+                prompt, replies = self.conversation(replies), []
             text, end = self._message_and_end(message)
-            own = (*self._ids(text.removeprefix(opened)), end)
+            own = (*self._ids(self._after_opening(text, prompt)), end)
             ids, mask = [*ids, *own], [*mask, *[True] * len(own)]
         return tuple(ids), tuple(mask)
 
@@ -119,8 +120,8 @@ class Chat:
     def _end_id(self) -> int:
         """The token that ends a message of the policy without calls. Some templates write it only before the next
         message (GLM), some only after the last one (gpt-oss)."""
-        question, message = {"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}
-        for messages in ([question, message], [question, message, question]) if self.template else ():
+        message = {"role": "assistant", "content": MARK}
+        for messages in ([_QUESTION, message], [_QUESTION, message, _QUESTION]) if self.template else ():
             rendered = self._template.render(messages, tokenize=False, add_generation_prompt=False)
             if (end := self._first_end(rendered.partition(MARK)[2])) is not None:
                 return end[1]
@@ -129,44 +130,82 @@ class Chat:
     def conversation(self, reply: Messages) -> Messages:
         """Return a conversation for the template in which an env's reply follows a message of the policy. Results of
         tools follow a message with a call, if the template renders calls."""
-        question: Mapping[str, Any] = {"role": "user", "content": "?"}
         message: Mapping[str, Any] = {"role": "assistant", "content": MARK}
         if reply[0]["role"] == "tool":
             call = ToolCall(reply[0].get("name") or "tool", {"value": MARK})
             message = calling(call) if self._template.shows_calls else message
-        return self._template.messages([question, message, *reply])
+        return self._template.messages([_QUESTION, message, *reply])
 
     def message_text(self, message: Mapping[str, Any]) -> str:
-        """Return a message as the policy writes it: its content after its `reasoning_content`, or its tool calls as the
-        template renders them.
+        """Return a message as the policy writes it: its tool calls as the template renders them, or its content, after
+        its `reasoning_content` and what else the template renders before content.
 
-        The text begins where a prompt ends. Raises RloraError if the template does not render the calls.
+        The text begins after the header of the policy's message, so it includes a thinking tag with which the template
+        opens the message. Raises RloraError if the template does not render the calls, or if the message contains a
+        token that ends it.
         """
         return self._message_and_end(message)[0]
 
     def _message_and_end(self, message: Mapping[str, Any]) -> tuple[str, int]:
         """Return `message_text` and the token that ends the message."""
+        if inside := next((end for end in self._ends if end in json.dumps(dict(message), ensure_ascii=False)), ""):
+            raise RloraError(f"a message of the assistant contains {inside}, which ends a message; fix or drop the row")
         thought = message.get("reasoning_content")
         if not message.get("tool_calls"):
-            opens, closes = self.settings.think
-            thinking = f"{opens}\n{thought}\n{closes}\n\n" if thought else ""
-            return f"{thinking}{message['content']}", self._end_id
+            return self._before_content(thought, message["content"]) + message["content"], self._end_id
         result = {"role": "tool", "name": message["tool_calls"][0]["function"]["name"], "content": "?"}
-        question = {"role": "user", "content": MARK}
-        messages = self._template.messages([question, message, result])  # the last message can have a thinking block
-        if inside := next((end for end in self._ends if end in json.dumps(dict(message), ensure_ascii=False)), ""):
-            raise RloraError(f"a message with tool_calls contains {inside}, which ends a message; fix or drop the row")
+        messages = self._template.messages([_QUESTION, message, result])  # the last message can have a thinking block
         self._template.check_shown(messages, "a message of the policy with a call")
-        opened, text = (
-            self._template.render(part, tokenize=False).partition(MARK)[2] for part in (messages[:-2], messages)
-        )
+        text = self._from_header(messages)
         if thought and thought not in text:
             raise RloraError(
                 "a message with tool_calls has reasoning_content, which the chat template does not render; set a "
                 "chat.template that renders it, or drop reasoning_content"
             )
-        shared = next((n for n, (a, b) in enumerate(zip(opened, text, strict=False)) if a != b), len(opened))
-        return self._up_to_end(text[shared:])
+        return self._up_to_end(text)
+
+    def _before_content(self, thought: str | None, content: str) -> str:
+        """Return what the policy writes before the content of a message: the thought, in the form of the template or
+        else in thinking tags, and other text that the template renders there."""
+        opens, closes = self.settings.think
+        if thought and thought.strip() in (before := self._rendered_before_content(thought)):
+            return before
+        before = self._empty_before_content
+        if thought or closes in content:
+            before = before.partition(opens)[0]  # without the empty thought of the template
+        return before + (f"{opens}\n{thought}\n{closes}\n\n" if thought else "")
+
+    @cached_property
+    def _empty_before_content(self) -> str:
+        """What the template renders between the header of the policy's message and its content, without a thought."""
+        return self._rendered_before_content("")
+
+    def _rendered_before_content(self, thought: str) -> str:
+        if not self.template:
+            return ""
+        thoughts = {"reasoning_content": thought, "thinking": thought} if thought else {}  # the second: gpt-oss
+        messages = self._template.messages([_QUESTION, {"role": "assistant", "content": MARK, **thoughts}])
+        before, found, _ = self._from_header(messages).partition(MARK)
+        return before if found else ""
+
+    def _from_header(self, messages: Messages) -> str:
+        """Return the rendered text of messages after `_QUESTION`, from the header of the policy's message on."""
+        asked = self._template.messages([_QUESTION])
+        text = str(self._template.render(messages, tokenize=False, add_generation_prompt=False))
+        prompt = str(self._template.render(asked, tokenize=False))
+        opened, generated = self._template.opening(asked)
+        until_thought = prompt.removesuffix(generated) + generated.partition(self.settings.think[0])[0]
+        headers = [header for header in (prompt.removesuffix(opened), until_thought) if text.startswith(header)]
+        shared = next((n for n, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), len(prompt))
+        return text[len(headers[0]) if headers else shared :]
+
+    def _after_opening(self, text: str, prompt: str | Messages) -> str:
+        """Return a message of the policy, as `message_text` returns it, without the text that the prompt already
+        contains. A thought that the prompt opens is closed if the message has none."""
+        opened, (opens, closes) = "".join(self._opening(prompt)), self.settings.think
+        if text.startswith(opened) or not self.template or opens not in opened or closes in opened:
+            return text.removeprefix(opened)
+        return text.removeprefix(opens) if closes in text else f"\n{closes}\n\n{text}"
 
     def call_text(self, call: ToolCall, tools: Tools) -> str:
         """Return a message with one tool call, as `text` decodes it.
@@ -203,7 +242,7 @@ class Chat:
 
     def check_replies(self) -> None:
         """Raise RloraError if the template does not render an env's reply after a message of the policy."""
-        self.reply_ids([{"role": "user", "content": "?"}], ())
+        self.reply_ids([_QUESTION], ())
 
     def text(self, ids: Sequence[int], with_opening: bool = True, prompt: str | Messages = "") -> str:
         """Decode a message of the policy, without special tokens except thinking tags (returned as `THINK`).

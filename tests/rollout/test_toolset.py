@@ -126,15 +126,20 @@ def test_ids_over_five_turns_are_those_that_the_template_renders(family: Chat) -
 
 
 @pytest.mark.parametrize(
-    ("template", "ends", "after_call", "after_answer"),
+    ("template", "ends", "after_call", "answer"),
     [
-        ("glm4moe", ["<|endoftext|>", "<|user|>", "<|observation|>"], "<|observation|>", "<|user|>"),
-        ("gptoss", ["<|return|>", "<|call|>"], "<|call|>", "<|return|>"),
-        ("llama3_1", ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"], "<|eot_id|>", "<|eot_id|>"),
+        (
+            "glm4moe",
+            ["<|endoftext|>", "<|user|>", "<|observation|>"],
+            "<|observation|>",
+            "\n<think></think>\nTwo.<|user|>",
+        ),
+        ("gptoss", ["<|return|>", "<|call|>"], "<|call|>", "<|channel|>final<|message|>Two.<|return|>"),
+        ("llama3_1", ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"], "<|eot_id|>", "Two.<|eot_id|>"),
     ],
 )
 def test_a_given_message_ends_with_the_token_that_the_template_writes_after_it(
-    template: str, ends: list[str], after_call: str, after_answer: str
+    template: str, ends: list[str], after_call: str, answer: str
 ) -> None:
     """Some templates write no token after a message until the next one begins, and one of another kind after a call."""
     chat = chat_of(published(template), ends, len(ends))
@@ -151,11 +156,84 @@ def test_a_given_message_ends_with_the_token_that_the_template_writes_after_it(
         for is_own, run in groupby(zip(ids, mask, strict=True), lambda pair: pair[1])
         if is_own
     ]
-    assert [chat.decode(run[-1:]) for run in own] == [after_call, after_answer]
-    assert chat.decode(own[-1]) == f"Two.{after_answer}"
-    if after_call == after_answer:  # the reply continues after the end token
+    assert chat.decode(own[0][-1:]) == after_call
+    assert chat.decode(own[1]) == answer
+    if answer.endswith(after_call):  # the reply continues after the end token
         return
     assert chat.decode(ids).count(after_call) == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "ends", "plain", "thoughtful"),
+    [
+        ("qwen2_5", ["<|im_end|>"], "4<|im_end|>", "<think>\nA sum.\n</think>\n\n4<|im_end|>"),
+        ("qwen3", ["<|im_end|>"], "<think>\n\n</think>\n\n4<|im_end|>", "<think>\nA sum.\n</think>\n\n4<|im_end|>"),
+        ("qwen3_5_think", ["<|im_end|>"], "<think>\n\n</think>\n\n4<|im_end|>",
+         "<think>\nA sum.\n</think>\n\n4<|im_end|>"),
+        ("deepseek_r1_distill", ["</s>"], "<think>\n\n</think>\n\n4</s>", "<think>\nA sum.\n</think>\n\n4</s>"),
+        ("nemotron_3_nano", ["<|im_end|>"], "<think>\n</think>4<|im_end|>",
+         "<think>\nA sum.\n</think>\n4<|im_end|>"),
+        ("glm4moe", ["<|user|>"], "\n<think></think>\n4<|user|>", "\n<think>A sum.</think>\n4<|user|>"),
+        ("gptoss", ["<|return|>"], "<|channel|>final<|message|>4<|return|>",
+         "<|channel|>analysis<|message|>A sum.<|end|><|start|>assistant<|channel|>final<|message|>4<|return|>"),
+    ],
+)  # fmt: skip
+def test_given_answers_with_and_without_thoughts_are_as_the_template_renders_the_last_message(
+    template: str, ends: list[str], plain: str, thoughtful: str
+) -> None:
+    """In each turn, whether or not the prompt opens a thought."""
+    chat = chat_of(published(template), ends)
+    thinking = {"role": "assistant", "content": "4", "reasoning_content": "A sum."}
+    question, answer = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}
+    for messages, texts in (
+        ([answer, question, answer], [plain, plain]),
+        ([thinking, question, answer], [thoughtful, plain]),
+        ([answer, question, thinking], [plain, thoughtful]),
+    ):
+        rendered = chat.decode(chat.prompt_ids([question]) + chat.completion_ids(messages, [question])[0])
+        assert texts[0] in rendered.removesuffix(texts[1])
+        assert rendered.endswith(texts[1])
+        assert rendered.count("<think>") == rendered.count("</think>") == sum("<think>" in text for text in texts)
+
+
+@pytest.mark.parametrize(
+    "content", ["<think>\nA sum.\n</think>\n\n4", "<think>A sum.</think>4", "A sum.\n</think>\n\n4"]
+)
+@pytest.mark.parametrize("template", ["qwen2_5", "qwen3", "qwen3_5_think", "deepseek_r1_distill"])
+def test_a_thought_inside_a_given_content_stays_as_it_is(template: str, content: str) -> None:
+    chat = chat_of(published(template), ["<|im_end|>"])
+    prompt = [{"role": "user", "content": "2 + 2?"}]
+    rendered = chat.decode(chat.prompt_ids(prompt) + chat.completion_ids(content, prompt)[0])
+    opened = template in ("qwen3_5_think", "deepseek_r1_distill")
+    assert rendered.count("<think>") == (1 if opened else content.count("<think>"))
+    assert rendered.count("</think>") == 1
+    assert rendered.endswith(content.removeprefix("<think>") + "<|im_end|>")
+
+
+def test_a_prefill_is_in_a_given_answer_once_in_each_turn(chat: Chat) -> None:
+    filled = Chat(chat.tokenizer, ChatConfig(prefill="Answer: "), chat.stop_token_ids)
+    question, answer = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "Answer: 4"}
+    ids = filled.prompt_ids([question]) + filled.completion_ids([answer, question, answer], [question])[0]
+    assert filled.decode(ids).count("Answer: 4<|im_end|>") == filled.decode(ids).count("Answer:") == 2
+
+
+@pytest.mark.parametrize("content", ["4<|im_end|>", "4<|im_end|>\n<|im_start|>user\n2 + 3?"])
+def test_a_given_answer_that_contains_an_end_token_is_refused(content: str, chat: Chat) -> None:
+    with pytest.raises(RloraError, match=r"contains <\|im_end\|>, which ends a message"):
+        chat.completion_ids(content, "2 + 2?")
+
+
+def test_a_call_after_an_opened_thought_begins_with_its_tag() -> None:
+    """The tags of the thought and of the call, whose first letters agree, are told apart (QwQ)."""
+    template = published("qwen2_5")
+    opening = "<|im_start|>assistant\\n<think>\\n' }}".join(template.rsplit("<|im_start|>assistant\\n' }}", 1))
+    assert "<think>" in opening
+    chat = chat_of(opening, ["<|im_end|>", "<|im_start|>"])
+    called = {"role": "assistant", "content": "", "tool_calls": [
+        {"type": "function", "function": {"name": "multiply", "arguments": {"a": 1, "b": 2}}}
+    ]}  # fmt: skip
+    rendered = chat.decode(chat.prompt_ids("1 * 2?") + chat.completion_ids([called], "1 * 2?")[0])
+    assert rendered.partition("assistant\n")[2].startswith("<think>\n\n</think>\n\n<tool_call>")
 
 
 def test_a_given_thought_precedes_the_answer_and_a_hidden_one_is_refused(chat: Chat) -> None:
