@@ -1,11 +1,15 @@
 """An env whose examples are the episodes of a run: its right completions, or pairs of a right and a wrong one."""
 
+import logging
 import random
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 from rlora.records import BASE, Episode, Group, Prompt, RloraError
+
+_log = logging.getLogger(__name__)
 
 
 class RunEpisodes:
@@ -55,26 +59,47 @@ class RunEpisodes:
         return examples
 
     @cached_property
-    def _groups(self) -> list[tuple[int, Group]]:
-        """The groups of each update whose bundle has them, with the number of the step."""
+    def tokenized_by(self) -> str:
+        """The run's model, whose tokens the episodes have."""
+        *_, newest = self._versions
+        return str(self._bundle(newest).config.model)
+
+    @cached_property
+    def _versions(self) -> list[int]:
         from upath import UPath
 
         from rlora.run import checkpoint
 
-        run = UPath(self._run)
-        versions = checkpoint.versions(run)
-        if not versions:
-            raise RloraError(f"env_args.run = {self._run!r}: not the directory of a run with bundles; name one")
-        return [
-            (version - 1, group)
-            for version in versions
-            if version and not 0 < self._steps < version
-            for group in checkpoint.read(checkpoint.bundle_path(run, version)).groups or ()
-        ]
+        if versions := checkpoint.versions(UPath(self._run)):
+            return list(versions)
+        raise RloraError(f"env_args.run = {self._run!r}: not the directory of a run with bundles; name one")
+
+    def _bundle(self, version: int) -> Any:
+        from upath import UPath
+
+        from rlora.run import checkpoint
+
+        return checkpoint.read(checkpoint.bundle_path(UPath(self._run), version))
+
+    @cached_property
+    def _groups(self) -> list[tuple[int, Group]]:
+        """The groups of each update whose bundle has them, with the number of the step."""
+        steps = min(self._steps or self._versions[-1], self._versions[-1])
+        found = {version - 1: self._bundle(version).groups for version in self._versions if 0 < version <= steps}
+        stored = {step: groups for step, groups in found.items() if groups}
+        fault = f"{steps - len(stored)} of its first {steps} steps have no bundle with episodes"
+        fix = f"train it with checkpoint.keep_last = {steps + 1} and a larger checkpoint.episodes_mib"
+        if not stored:
+            raise RloraError(f"env_args.run = {self._run!r}: {fault}; raise env_args.steps, or {fix}")
+        if len(stored) < steps:
+            _log.warning("env_args.run = %r: %s; to learn from all of them, %s", self._run, fault, fix)
+        return [(step, group) for step, groups in stored.items() for group in groups]
 
     def _examples(self, group: Group, source: str, rng: random.Random) -> list[Prompt]:
         scored = [replace(episode, version=BASE.version) for episode in group.scored.episodes]
-        right, wrong = (self._distinct([e for e in scored if self._is_right(e) == side], rng) for side in (True, False))
+        right = self._distinct([episode for episode in scored if self._is_right(episode)], rng)
+        others = {episode.completion_ids for episode in right}  # once right, once a timeout: not wrong
+        wrong = self._distinct([episode for episode in scored if episode.completion_ids not in others], rng)
         examples = list(zip(right, wrong, strict=False)) if self._pairs else [(episode,) for episode in right]
         return [replace(group.prompt, completions=episodes, source=source) for episodes in examples[: self._most]]
 

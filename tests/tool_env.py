@@ -13,9 +13,19 @@ def parse(text: str) -> list[ToolCall]:
     return [ToolCall("multiply", {"a": int(a), "b": int(b)}) for _, _, a, b in [text.split()]]
 
 
-def fail() -> None:
-    """Raise."""
-    raise ValueError("out of stock")
+class MuteError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+def fail(kind: str = "ValueError") -> None:
+    """Raise.
+
+    Args:
+        kind: Type of the exception.
+    """
+    kinds = (ValueError, SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError, MuteError)
+    raise {kind.__name__: kind for kind in kinds}[kind]("out of stock")
 
 
 async def hang() -> None:

@@ -1,6 +1,8 @@
 """Prompts, reward functions and tokenizer of a run, validated before anything starts."""
 
 import inspect
+import logging
+import math
 import os
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,13 +15,15 @@ from typing import Any
 from rlora.model.base import context_length, load_tokenizer, locate, stop_token_ids, vocabulary_size
 from rlora.model.chat import Chat
 from rlora.plugin import env_of, file_of, load, location_prefix, pickled
-from rlora.records import Group, Messages, Prompt, RloraError, without_surrogates
+from rlora.records import Episode, Group, Messages, Prompt, RloraError, without_surrogates
 from rlora.rollout.check import Report, check
 from rlora.rollout.given import example_of
 from rlora.rollout.toolset import Toolset, is_agent, toolset_of
 from rlora.scoring.pool import Pool
 from rlora.scoring.worker import Setup
 from rlora.settings import Config
+
+_log = logging.getLogger(__name__)
 
 HELD_OUT = "held_out"  # name of the evaluation set that holds the run's held-out prompts
 
@@ -63,7 +67,7 @@ def load_task(config: Config) -> Task:
     plugin = load("env", config.env)
     env, (train, held_out) = _load_prompts("env", config.env, plugin, config.env_args, config.evaluate.prompts)
     if config.algorithm.supervised:
-        return _load_examples(config, train, held_out)
+        return _load_examples(config, env, train, held_out)
     agent = is_agent(env)
     scoring = setup_of(config, agent)
     with closing(Pool(scoring, 1)) as pool:  # the same processes as in the run
@@ -96,12 +100,16 @@ def load_task(config: Config) -> Task:
         )
 
 
-def _load_examples(config: Config, train: Sequence[Prompt], held_out: Sequence[Prompt]) -> Task:
+def _load_examples(config: Config, env: Any, train: Sequence[Prompt], held_out: Sequence[Prompt]) -> Task:
     """Return the task of an algorithm that learns from given completions. Raises RloraError for an invalid example."""
     task = bare_task(config)
+    _check_tokenizer(config, task.chat, getattr(env, "tokenized_by", config.model))
     if not train:
         raise RloraError(f"env = {config.env!r}: its train() returned no examples; use a data set that has some")
     parts = [[example_of(prompt, task.chat, config, n) for n, prompt in enumerate(part)] for part in (train, held_out)]
+    size = vocabulary_size(task.base)
+    for group in (*parts[0], *parts[1]):
+        _check_vocabulary(config, size, [group.prompt], group.episodes)
     # the completions belong to the data's identity, as `run.directory.prompts_digest` sees it
     prompts = [replace(group.prompt, completions=group.episodes) for group in parts[0]]
     return replace(task, prompts=prompts, examples=parts[0], held_out_examples=parts[1])
@@ -159,7 +167,8 @@ def _load_prompts(
     for method, prompts in zip(methods, parts, strict=True):
         for number, prompt in enumerate(prompts):
             _check_prompt(f"{field} = {spec!r}: its {method}()", prompt, number)
-            prompts[number] = replace(prompt, text=_without_surrogates(prompt.text))
+            completions = tuple(c if isinstance(c, Episode) else _without_surrogates(c) for c in prompt.completions)
+            prompts[number] = replace(prompt, text=_without_surrogates(prompt.text), completions=completions)
     return env, parts
 
 
@@ -185,9 +194,26 @@ def bare_task(config: Config) -> Task:
     return Task(base, chat, config.chat.stop, agent=False, prompts=[], held_out=[], dropped=0, scoring=scoring)
 
 
-def _check_vocabulary(config: Config, size: int, prompts: Sequence[Prompt]) -> None:
-    """Raise RloraError if a prompt contains a token for which the model has no embedding."""
-    largest = max((max(prompt.token_ids) for prompt in prompts), default=0)
+def _check_tokenizer(config: Config, chat: Chat, model: str) -> None:
+    """Raise RloraError if tokens of `model`, which the examples have, mean something else to the config's model."""
+    if model == config.model:
+        return
+    try:
+        vocabulary = load_tokenizer(locate(model)).get_vocab()
+    except RloraError as error:
+        _log.warning("env = %r: its tokens can't be compared with those of %r: %s", config.env, config.model, error)
+        return
+    if vocabulary != chat.tokenizer.get_vocab():
+        raise RloraError(
+            f"env = {config.env!r}: its examples have tokens of {model!r}, and those of model = {config.model!r} are "
+            "different; use a model with the same tokenizer"
+        )
+
+
+def _check_vocabulary(config: Config, size: int, prompts: Sequence[Prompt], episodes: Sequence[Episode] = ()) -> None:
+    """Raise RloraError if a prompt or an episode contains a token for which the model has no embedding."""
+    parts = [*(prompt.token_ids for prompt in prompts), *(episode.completion_ids for episode in episodes)]
+    largest = max(map(max, parts), default=0)
     if largest >= size:
         raise RloraError(
             f"model = {config.model!r}: its tokenizer produces token {largest}, but the model has {size} embeddings; "
@@ -242,6 +268,17 @@ def _check_prompt(source: str, prompt: Any, number: int) -> None:
             f"{source} returned a Prompt whose text is {text!r}; use a string, or a list of chat messages, "
             f'{{"role": ..., "content": ...}} with string values{suffix}'
         )
+    for completion in prompt.completions:
+        messages: Any = completion
+        is_messages = isinstance(messages, Sequence) and messages and all(map(_is_message, messages))
+        if not isinstance(completion, str | Episode) and not is_messages:
+            raise RloraError(
+                f"{source} returned a Prompt with the completion {completion!r:.200}; use a string, an Episode, or a "
+                f'list of chat messages, {{"role": ..., "content": ...}} with string values{suffix}'
+            )
+    weight: Any = prompt.weight
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+        raise RloraError(f"{source} returned a Prompt whose weight is {weight!r}; use a number of 0 or more{suffix}")
     columns: Any = prompt.columns
     if not isinstance(columns, Mapping) or not all(isinstance(name, str) for name in columns):
         raise RloraError(

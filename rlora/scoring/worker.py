@@ -25,6 +25,7 @@ from typing import Any
 from rlora.plugin import Pickled, env_of, file_of, load, location_prefix, receive
 from rlora.records import Prompt, RewardInput, RloraError, Score, Style, without_surrogates
 from rlora.scoring.clock import Clock
+from rlora.scoring.results import error_text
 from rlora.scoring.reward_function import RewardFunction
 from rlora.scoring.signatures import reward_function
 from rlora.scoring.tools import ArgumentError, as_text, call_tool, functions_of
@@ -235,8 +236,8 @@ class _Worker:
         except TimeoutError:
             message = f"{field} raised TimeoutError, or {timeout_message(self.setup, deadline, name)}"
             return failed("timeout", message, "the call took too long")
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
+        except BaseException as error:  # also the SystemExit of argparse in a tool
+            reason = error_text(error)
             prefix = location_prefix(error, *self._files(turn))
             return failed("error", f"{prefix}{field} raised {reason}; fix this method", reason)
         finally:

@@ -1,18 +1,24 @@
 """Data sets of given completions, in the column forms of TRL, and the groups that they become."""
 
 import json
+import math
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import episode, group, write_provenance
 from upath import UPath
 
 from rlora.envs.episodes import RunEpisodes
 from rlora.envs.examples import Examples
-from rlora.records import Episode, Messages, Prompt, RloraError
+from rlora.model.base import locate
+from rlora.plugin import register
+from rlora.records import Episode, Kept, Messages, Prompt, RloraError
 from rlora.rollout.cursor import Cursor
 from rlora.rollout.examples import Examples as Stream
 from rlora.rollout.given import example_of
@@ -336,3 +342,83 @@ def test_an_end_token_inside_a_call_is_an_error(supervised: Callable[..., Config
     (prompt,) = Examples(write(tmp_path / "a.jsonl", [row])).train()
     with pytest.raises(RloraError, match=r"contains <\|im_end\|>, which ends a message"):
         example_of(prompt, bare_task(config).chat, config, 0)
+
+
+def test_steps_without_episodes_are_told(
+    recorded: str, bundle: Callable[..., Bundle], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert len(RunEpisodes(recorded, pairs=True).train()) == 2
+    assert not caplog.records
+    write_directory(bundle_path(UPath(recorded), 5), replace(bundle(5), update=None).files)
+    assert len(RunEpisodes(recorded, pairs=True).train()) == 2
+    assert (
+        "3 of its first 5 steps have no bundle with episodes; to learn from all of them, train it with" in caplog.text
+    )
+    for version in (1, 2):
+        shutil.rmtree(bundle_path(UPath(recorded), version))
+    with pytest.raises(RloraError, match="2 of its first 2 steps have no bundle with episodes; raise"):
+        RunEpisodes(recorded, pairs=True, steps=2).train()
+
+
+def test_a_completion_that_was_right_and_wrong_is_no_pair(tmp_path: Path, bundle: Callable[..., Bundle]) -> None:
+    """A timeout can score a right completion as wrong."""
+    write_provenance(tmp_path)
+    sampled = group([5], episode([7], 1.0), episode([7], 0.0), episode([9], 0.0))
+    made = replace(bundle(1), update=episodes.encode([sampled]))
+    write_directory(bundle_path(UPath(tmp_path), 1), made.files)
+    (pair,) = RunEpisodes(str(tmp_path), pairs=True, most=9).train()
+    assert [c.completion_ids for c in pair.completions if isinstance(c, Episode)] == [(7,), (9,)]
+
+
+def test_episodes_of_truncated_sampling_are_learned_from_with_all_tokens(supervised: Callable[..., Config]) -> None:
+    sampled = replace(episode([7, 8], 1.0), kept=Kept(np.asarray([7, 8], np.int32).tobytes(), (1, 1)))
+    made = supervised()
+    prompt = Prompt("?", token_ids=(5,), completions=(sampled,))
+    (learned,) = example_of(prompt, bare_task(made).chat, made, 0).episodes
+    assert learned == replace(sampled, kept=None)  # and the weight 1 as its reward
+
+
+def test_episodes_of_another_tokenizer_are_refused(
+    recorded: str, supervised: Callable[..., Config], tmp_path: Path
+) -> None:
+    made = supervised(env="rlora.envs.episodes:RunEpisodes", env_args={"run": recorded})
+    other = tmp_path / "other"
+    shutil.copytree(locate(made.model), other, copy_function=os.symlink)
+    assert len(load_task(replace(made, model=str(other))).examples) == 4  # the same tokens
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["Ġthe"], vocabulary["Ġof"] = vocabulary["Ġof"], vocabulary["Ġthe"]
+    (other / "tokenizer.json").unlink()
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(RloraError, match=r"its examples have tokens of .* use a model with the same tokenizer"):
+        load_task(replace(made, model=str(other)))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (Prompt("?", completions=(7,)), "a Prompt with the completion 7; use a string, an Episode"),
+        (Prompt("?", completions=(None,)), "a Prompt with the completion None"),
+        (Prompt("?", completions=({"role": "assistant", "content": "a"},)), "a Prompt with the completion {'role'"),
+        (Prompt("?", completions=([{"content": "a"}],)), r"a Prompt with the completion \[{'content'"),
+        (Prompt("?", completions=([],)), r"a Prompt with the completion \[\]"),
+        (Prompt("?", completions=("a",), weight=math.nan), "a Prompt whose weight is nan; use a number of 0 or more"),
+        (Prompt("?", completions=("a",), weight=-1.0), "a Prompt whose weight is -1.0"),
+        (Prompt((), completions=([assistant("a")],)), "its prompt is empty, which only a single completion of text"),
+        (Prompt((), completions=("a", "b")), "it has 2 completions, but algorithm.loss = 'sft' learns from one"),
+        (Prompt("?", completions=([assistant("a"), assistant("b")],), source="x.jsonl, row 7"),
+         "x.jsonl, row 7: message 2 of the completion: two messages of the assistant in a row"),
+    ],
+)  # fmt: skip
+def test_bad_completions_of_an_own_env_say_what_is_wrong(
+    prompt: Any, message: str, supervised: Callable[..., Config]
+) -> None:
+    class Own:
+        def train(self) -> list[Prompt]:
+            return [prompt]
+
+        def held_out(self) -> list[Prompt]:
+            return []
+
+    with pytest.raises(RloraError, match=message):
+        load_task(supervised(env=register(Own())))

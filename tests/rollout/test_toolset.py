@@ -430,3 +430,18 @@ def test_calls_and_their_statuses(played: tuple[Toolset, Scoring, Prompt]) -> No
     ]
     assert results[7][2].startswith("error: the call is malformed: not valid JSON")
     assert reply.state == {"basket": {"pen": 2, "cup": 3}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [(kind, f"{kind}: out of stock") for kind in ("SystemExit", "KeyboardInterrupt", "GeneratorExit", "CancelledError")]
+    + [("MuteError", "MuteError:")],
+)
+def test_a_tool_may_raise_anything(kind: str, text: str, played: tuple[Toolset, Scoring, Prompt]) -> None:
+    """Such as the SystemExit of argparse: the policy reads it, and the process of the tools goes on."""
+    tools, scoring, prompt = played
+    message = f'<tool_call>{{"name": "fail", "arguments": {{"kind": "{kind}"}}}}</tool_call>'
+    for _ in range(5):
+        reply = asyncio.run(tools.answer(tools.calls(message), EnvTurn(prompt, message, {}), scoring))
+        assert isinstance(reply.content, list)
+        assert [(m["status"], m["content"]) for m in reply.content] == [("error", f"error: {text}")]
