@@ -57,7 +57,8 @@ def as_conversation(value: Any, source: str) -> str | Messages:
     `value` is text or messages. Messages can be a list, a single message, the `messages` of an object, or a string with
     any of these as JSON or a Python literal. `content` can be a list of text parts, also as a string. ShareGPT's `from`
     and `value` are supported; the value of a `function_call` is a call. A thought can also be named `reasoning` or
-    `thinking`. Raises RloraError, which begins with `source`, for any other value.
+    `thinking`. A `weight` of 0, for an answer that is not learned from, is kept.
+    Raises RloraError, which begins with `source`, for any other value.
     """
     if isinstance(value, str):
         value = _parse_chat(value, source)
@@ -201,6 +202,10 @@ def _message(turn: Row, source: str) -> dict[str, Any]:
         message["tool_calls"] = [_call(call, source) for call in calls] if _is_list(calls) else [_call(calls, source)]
     if role == "assistant" and (thought := next(filter(None, map(turn.get, _THOUGHTS)), None)):
         message["reasoning_content"] = _content(thought, source)
+    if turn.get("weight") is not None:  # OpenAI's, of an answer in a conversation to learn from
+        if turn["weight"] not in (0, 1):
+            raise RloraError(f"{source}: weight = {turn['weight']!r} of a message; use 0 or 1, or drop it")
+        message |= {} if turn["weight"] else {"weight": 0}
     if role == "tool":
         message |= {key: turn[key] for key in ("name", "tool_call_id") if turn.get(key)}
     return message
@@ -210,7 +215,9 @@ def _call(call: Any, source: str) -> dict[str, Any]:
     """Return a tool call in the form of the OpenAI API, with its arguments as an object."""
     function = call.get("function", call) if isinstance(call, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
-    arguments = (function.get("arguments") or {}) if isinstance(function, Mapping) else None
+    arguments = None
+    if isinstance(function, Mapping):
+        arguments = function.get("arguments") or function.get("parameters") or {}  # the second: Llama 3's form
     arguments = _literal(arguments) if isinstance(arguments, str) else without_nulls(arguments)
     if not isinstance(name, str) or not isinstance(arguments, Mapping):
         raise RloraError(

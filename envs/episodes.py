@@ -9,6 +9,8 @@ from typing import Any
 
 from rlora.records import BASE, Episode, Group, Prompt, RloraError
 
+from .table import held_out_of
+
 _log = logging.getLogger(__name__)
 
 
@@ -29,8 +31,11 @@ class RunEpisodes:
     ) -> None:  # fmt: skip
         if not 0 <= held_out_share < 1:
             raise RloraError(f"env_args.held_out_share = {held_out_share}: use a number from 0 to less than 1")
-        if most < 1:
-            raise RloraError(f"env_args.most = {most}: use 1 or more")
+        for name, number, least in (("most", most, 1), ("steps", steps, 0)):
+            if not isinstance(number, int) or number < least:
+                raise RloraError(f"env_args.{name} = {number!r}: use an integer of {least} or more")
+        if not isinstance(threshold, int | float):
+            raise RloraError(f"env_args.threshold = {threshold!r}: use a number")
         self._run, self._pairs, self._threshold, self._steps = run, pairs, threshold, steps
         self._most, self._share, self._seed = most, held_out_share, seed
 
@@ -43,7 +48,7 @@ class RunEpisodes:
     def _part(self, held_out: bool) -> list[Prompt]:
         prompts = sorted({group.prompt.token_ids for _, group in self._groups})
         rng = random.Random(self._seed)
-        chosen = set(rng.sample(prompts, round(len(prompts) * self._share)))
+        chosen = set(rng.sample(prompts, held_out_of(len(prompts), self._share) if self._share else 0))
         examples = [
             example
             for step, group in self._groups

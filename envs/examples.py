@@ -1,15 +1,18 @@
 """An env over a data set of given completions, in the column forms of TRL, for SFT and preference learning."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from rlora.records import Messages, Prompt, RloraError, Tools
 
 from .chats import as_conversation, as_text, without_nulls
 from .files import Row
+from .rows import is_null
 from .table import Table, cell
 
+_TELLING = ("chosen", "rejected", "completion", "messages", "conversations", "conversation", "text")
 _FORMS = "messages; prompt and completion; prompt, chosen and rejected; chosen and rejected; or text"
 
 
@@ -33,14 +36,16 @@ class Examples(Table):
         self._completion, self._weight = completion, weight
 
     def _to_prompt(self, row: Row, source: str) -> Prompt:
-        renamed = {"prompt": self._prompt, "completion": self._completion}
-        row = dict(row) | {name: row[column] for name, column in renamed.items() if column in row}
-        prompt, completions = _parts(row, source)
+        named = {"prompt": self._prompt, "completion": self._completion}
+        renamed = {name: cell(row, column, source) for name, column in named.items() if column != name}
+        prompt, completions = _parts(dict(row) | renamed, "completion" if "completion" in renamed else "", source)
         weight, tools = self._weight_of(row, source), _tools(row.get("tools"), source)
         return Prompt(prompt, completions=completions, weight=weight, source=source, tools=tools)
 
     def _weight_of(self, row: Row, source: str) -> float:
         value = cell(row, self._weight, source) if self._weight else 1.0
+        with suppress(ValueError):
+            value = float(value) if isinstance(value, str) else value  # as in CSV files
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
             raise RloraError(f"{source}: column {self._weight!r} is {value!r}; use a number of 0 or more")
         return float(value)
@@ -57,13 +62,20 @@ def _tools(value: Any, source: str) -> Tools:
     return tuple(map(without_nulls, tools or ()))
 
 
-def _parts(row: Row, source: str) -> tuple[str | Messages, tuple[str | Messages, ...]]:
-    """Return the prompt of a row and its completions. Raises RloraError, which begins with `source`."""
+def _form(names: Collection[str]) -> str:
+    """Return the column that tells the form of an example; "" if there is none."""
+    return next((name for name in _TELLING if name in names), "")
+
+
+def _parts(row: Row, form: str, source: str) -> tuple[str | Messages, tuple[str | Messages, ...]]:
+    """Return the prompt of a row and its completions. `form` is the column that tells the form of an example, "" for
+    the first that is not null. Raises RloraError, which begins with `source`."""
+    form = form or _form([name for name, value in row.items() if not is_null(value)]) or _form(row)
 
     def conversation(name: str) -> str | Messages:
         return as_conversation(cell(row, name, source), f"{source}: column {name!r}")
 
-    if "chosen" in row or "rejected" in row:
+    if form in ("chosen", "rejected"):
         sides = [(name, conversation(name)) for name in ("chosen", "rejected")]
         if row.get("prompt"):
             prompt = as_text(row["prompt"], f"{source}: column 'prompt'")
@@ -72,16 +84,16 @@ def _parts(row: Row, source: str) -> tuple[str | Messages, tuple[str | Messages,
         if isinstance(chosen, str) or isinstance(rejected, str):
             raise RloraError(f"{source}: chosen and rejected are text without a prompt; add a column prompt")
         return _pair(*_shared(chosen, rejected, source), source)
-    if "completion" in row:
-        return as_text(cell(row, "prompt", source), f"{source}: column 'prompt'"), (
-            _completion(conversation("completion"), "completion", source),
-        )
-    name = next((name for name in ("messages", "conversations", "conversation") if name in row), "")
-    if not name and isinstance(row.get("text"), str):
-        return (), (_completion(row["text"], "text", source),)
-    if not name:
+    if form == "completion":
+        prompt = as_text(cell(row, "prompt", source), f"{source}: column 'prompt'")
+        return prompt, (_after(conversation("completion"), prompt, "completion", source),)
+    if form == "text":
+        if not isinstance(text := cell(row, "text", source), str):
+            raise RloraError(f"{source}: column 'text' is {text!r:.200}; it must be text")
+        return (), (_completion(text, "text", source),)
+    if not form:
         raise RloraError(f"{source}: it has the columns {', '.join(row)}; an example needs {_FORMS}")
-    messages = conversation(name)
+    messages = conversation(name := form)
     first = next((i for i, m in enumerate(messages) if isinstance(m, Mapping) and m["role"] == "assistant"), 0)
     if not first:
         raise RloraError(
@@ -114,8 +126,8 @@ def _after(side: str | Messages, prompt: str | Messages, name: str, source: str)
     rest = side[len(asking) :] if list(side[: len(asking)]) == asking else side
     if rest and rest[0]["role"] != "assistant":
         raise RloraError(
-            f"{source}: column {name!r} begins with a different prompt, {rest[0]['content']!r:.80}; a pair has one "
-            "prompt, so fix or drop the row"
+            f"{source}: column {name!r} begins with a different prompt, {rest[0]['content']!r:.80}; an example has "
+            "one prompt, so fix or drop the row"
         )
     return _completion(rest, name, source)
 

@@ -106,7 +106,7 @@ class Table:
         disjoint_from = (self._train if held_out else self._held_out)[2] if self._is_same_data else ""
         rows = list(enumerate(read_rows("env_args.path", path, name, split, disjoint_from)))
         if self._share:
-            chosen = set(random.Random(self._seed).sample(range(len(rows)), round(len(rows) * self._share)))
+            chosen = set(random.Random(self._seed).sample(range(len(rows)), held_out_of(len(rows), self._share)))
             rows = [(index, row) for index, row in rows if (index in chosen) == held_out]
         return [self._to_prompt(row, f"{path}, {split}, row {index}") for index, row in rows]
 
@@ -118,6 +118,13 @@ class Table:
         answer = self.gold(cell(row, self._answer, source), source) if self._answer else None
         columns = {name: cell(row, name, source) for name in self._columns} if self._columns else dict(row)
         return Prompt(text, answer=answer, columns=columns)
+
+
+def held_out_of(count: int, share: float) -> int:
+    """Return the number of held-out rows. Raises RloraError if the share is too small to hold out any."""
+    if not (number := round(count * share)):
+        raise RloraError(f"env_args.held_out_share = {share}: less than one of {count} rows; raise it, or set it to 0")
+    return number
 
 
 def _is_same(first: str, second: str) -> bool:

@@ -95,7 +95,8 @@ class Chat:
 
         A string is one message of the policy. Chat messages may include those of others, whose tokens have False. Each
         message of the policy ends with the token that ends it in the chat template; without a template, with the
-        model's end token. Raises RloraError if the messages do not alternate from the policy's to the policy's.
+        model's end token. The tokens of a message with the `weight` 0 have False too. Raises RloraError if the messages
+        do not alternate from the policy's to the policy's.
         """
         messages = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
         ids: list[int] = []
@@ -113,7 +114,7 @@ class Chat:
                 prompt, replies = self.conversation(replies), []
             text, end = self._message_and_end(message)
             own = (*self._ids(self._after_opening(text, prompt)), end)
-            ids, mask = [*ids, *own], [*mask, *[True] * len(own)]
+            ids, mask = [*ids, *own], [*mask, *[message.get("weight") != 0] * len(own)]
         return tuple(ids), tuple(mask)
 
     @cached_property

@@ -93,10 +93,10 @@ def typed(call: ToolCall, schema: Mapping[str, Any]) -> ToolCall:
 
 
 def _types(schema: Mapping[str, Any]) -> Iterator[str]:
-    kind = schema.get("type", [])
+    kind = schema.get("type") or []
     yield from [kind] if isinstance(kind, str) else kind
     yield from ["null"] if schema.get("nullable") else []
-    for choice in schema.get("anyOf", []):
+    for choice in schema.get("anyOf") or []:
         yield from _types(choice)
 
 
@@ -142,7 +142,8 @@ def _objects(text: str) -> list[ToolCall]:
 def _is_call(value: Any) -> bool:
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
         return _is_call(value["function"])
-    return isinstance(value, dict) and "name" in value and value.keys() <= _KEYS
+    named = isinstance(value, dict) and ("name" in value or isinstance(value.get("function"), str))
+    return named and (value.keys() <= _KEYS or not {"arguments", "parameters"}.isdisjoint(value))
 
 
 def _from_json(text: str) -> ToolCall:
@@ -155,13 +156,16 @@ def _from_json(text: str) -> ToolCall:
 def _from_object(value: Any) -> ToolCall:
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
         value = value["function"]
+    if isinstance(value, dict) and isinstance(value.get("function"), str):  # a form that Llama 3.1 writes
+        value = {"name": value["function"], **{key: item for key, item in value.items() if key != "function"}}
     name = value.get("name") if isinstance(value, dict) else None
     if not isinstance(name, str) or not name:
         return ToolCall(fault='it must be {"name": ..., "arguments": {...}}')
     if foreign := [key for key in value if key not in _KEYS]:
         return ToolCall(name, fault=f'{foreign[0]!r} is no key of a call; put arguments under "arguments"')
-    arguments = value.get("arguments", value.get("parameters")) or {}
-    arguments = _value(arguments) if isinstance(arguments, str) else arguments
+    arguments = value.get("arguments", value.get("parameters"))
+    arguments = _value(arguments) if isinstance(arguments, str) and arguments else arguments
+    arguments = {} if arguments in (None, "") else arguments
     if not isinstance(arguments, dict):
         return ToolCall(name, fault="its arguments must be an object")
     return ToolCall(name, {} if (fault := _depth_fault(arguments)) else arguments, fault)

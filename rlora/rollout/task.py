@@ -107,6 +107,8 @@ def _load_examples(config: Config, env: Any, train: Sequence[Prompt], held_out: 
     if not train:
         raise RloraError(f"env = {config.env!r}: its train() returned no examples; use a data set that has some")
     parts = [[example_of(prompt, task.chat, config, n) for n, prompt in enumerate(part)] for part in (train, held_out)]
+    if not any(reward for group in parts[0] for reward in group.rewards):
+        raise RloraError(f"env = {config.env!r}: the weights of all examples are 0; give some a weight above 0")
     size = vocabulary_size(task.base)
     for group in (*parts[0], *parts[1]):
         _check_vocabulary(config, size, [group.prompt], group.episodes)

@@ -126,7 +126,7 @@ def _check_callable(name: str, function: Any, schema: Mapping[str, Any]) -> None
     for parameter in parameters.values():
         wanted = {"state": (dict, dict[str, Any], Mapping), "prompt": (Prompt,)}.get(parameter.name, ())
         accepted = (*wanted, parameter.empty, Any)
-        hint = typing.get_type_hints(function).get(parameter.name, parameter.empty) if wanted else parameter.empty
+        hint = _hints(name, function).get(parameter.name, parameter.empty) if wanted else parameter.empty
         if (typing.get_origin(hint) or hint) not in accepted:
             raise RloraError(
                 f"env: its tool {name!r} has a parameter {parameter.name!r}, which rlora sets to the episode's "
@@ -141,6 +141,13 @@ def _check_callable(name: str, function: Any, schema: Mapping[str, Any]) -> None
         inspect.signature(function).bind(**dict.fromkeys([*shown, *(set(HIDDEN) & parameters.keys())]))
     except TypeError as error:
         raise RloraError(f"env: its tool {name!r} does not fit its schema: {error}; fix one of them") from None
+
+
+def _hints(name: str, function: Any) -> Mapping[str, Any]:
+    try:
+        return typing.get_type_hints(function)
+    except Exception as error:  # evaluates annotations
+        raise RloraError(f"env: the annotations of its tool {name!r} can't be read ({error}); fix them") from error
 
 
 def checked_schema(schema: Any, source: str) -> Mapping[str, Any]:

@@ -1,5 +1,6 @@
 """The settings of a run: one frozen dataclass, a section per part of it, and a docstring for each field."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -164,15 +165,17 @@ class Config:
 
     def _supervised_at_fault(self) -> Iterator[Problem]:
         name = f"algorithm.loss = {self.algorithm.loss!r} learns from given completions"
-        unused = {
-            "max_staleness": self.max_staleness, "algorithm.refills": self.algorithm.refills,
-            "algorithm.entropy": self.algorithm.entropy, "algorithm.overlong_tokens": self.algorithm.overlong_tokens,
-        }  # fmt: skip
-        for unused_field, value in unused.items():
-            if value:
-                yield Problem(unused_field, f"{name}, and has no use for it; set {unused_field} to 0")
-        if self.algorithm.advantage == "gae":
-            yield Problem("algorithm.advantage", f"{name}, and has no critic; remove algorithm.advantage")
+        if self.max_staleness:
+            yield Problem("max_staleness", f"{name}, and has no use for it; set max_staleness to 0")
+        used = ("name", "loss", "epochs", "minibatches", *(["kl"] if self.algorithm.loss != "sft" else []))
+        for setting in dataclasses.fields(AlgorithmConfig):
+            if setting.name not in used and getattr(self.algorithm, setting.name) != setting.default:
+                yield Problem(
+                    f"algorithm.{setting.name}",
+                    f"{name}, and has no use for it; set algorithm.{setting.name} to {setting.default!r}",
+                )
+        if self.evaluate.sets:
+            yield Problem("evaluate.sets", f"{name}, and computes the loss of the env's held_out() only; remove it")
         if self.sampling.temperature != 1:
             yield Problem("sampling.temperature", f"{name} at temperature 1; set sampling.temperature to 1")
         if self.checkpoint.best_by == "accuracy":
@@ -216,7 +219,7 @@ class Config:
             yield Problem(
                 "algorithm.kl",
                 "the reference policy is the base with the adapter off, and full fine-tuning changes the base; set "
-                f"algorithm.kl to 0, {fix}",
+                + (f'algorithm.name to "orpo", {fix}' if self.algorithm.supervised else f"algorithm.kl to 0, {fix}"),
             )
         if self.algorithm.advantage == "gae":
             yield Problem(

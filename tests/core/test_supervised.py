@@ -13,6 +13,7 @@ from rlora.config import validate
 from rlora.core.batch import microbatches, sample_of
 from rlora.core.objectives import READY
 from rlora.core.objectives.objective import Objective
+from rlora.core.objectives.orpo import Orpo
 from rlora.core.policy import Outputs
 from rlora.records import Group as Examples
 from rlora.records import RloraError
@@ -141,6 +142,14 @@ def test_updates_learn(name: str, config: MakeConfig, tiny: str) -> None:
         assert stats[-1].objective_metrics["nll"] < 0.5 * stats[0].objective_metrics["nll"]
 
 
+def test_the_odds_of_orpo_are_finite_for_completions_of_probability_1() -> None:
+    objective = Orpo(validate({"model": "-", "env": "a:B", "algorithm": {"name": "orpo"}}).algorithm, 8)
+    sums = torch.tensor([[0.0, -3.0], [-3.0, 0.0], [0.0, 0.0], [-1e-9, -1.0]], requires_grad=True)
+    objective.of_pairs(sums[:, 0], sums[:, 1], torch.full((4, 2), 3)).sum().backward()
+    assert sums.grad is not None
+    assert torch.isfinite(sums.grad).all()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -149,6 +158,26 @@ def test_updates_learn(name: str, config: MakeConfig, tiny: str) -> None:
         ({"sampling": {"temperature": 0.5}}, r"sampling\.temperature = 0\.5: "),
         ({"algorithm": {"name": "dpo", "kl": 0.0}}, r"algorithm\.kl = 0\.0: it is beta"),
         ({"algorithm": {"name": "sft", "entropy": 0.1}}, r"algorithm\.entropy = 0\.1: .*set algorithm\.entropy to 0"),
+        *(
+            ({"algorithm": {"name": "sft", name: value}}, rf"algorithm\.{name} = .*set algorithm\.{name} to ")
+            for name, value in {
+                "kl": 0.1,
+                "target_kl": 0.1,
+                "truncated": "drop",
+                "average": "episodes",
+                "geometric_mask": 0.1,
+                "correction": "none",
+                "advantage": "gae",
+                "refills": 1,
+                "clip_high": 0.3,
+            }.items()
+        ),
+        ({"algorithm": {"name": "dpo", "target_kl": 0.1, "epochs": 2}}, r"algorithm\.target_kl = 0\.1: "),
+        ({"evaluate": {"sets": {"a": {}}}}, r"evaluate\.sets = .*the env's held_out\(\) only; remove it"),
+        (
+            {"algorithm": {"name": "dpo"}, "learner": {"adapter": "none"}},
+            r'set algorithm\.name to "orpo", or learner\.ad',
+        ),
         ({"algorithm": {"name": "reinforce"}}, r"reward: not set, and it has no default"),
         ({"algorithm": {"name": "reinforce"}, "reward": "a:b", "engine": {"replicas": 0}}, r"engine\.replicas = 0: "),
     ],

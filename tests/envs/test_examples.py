@@ -64,6 +64,9 @@ ASKED = [{"role": "system", "content": "Be brief."}, user("2 + 2?")]
             ((assistant("4"),),),
         ),
         ({"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}, "2 + 2?", ("4", "5")),
+        ({"prompt": "a", "completion": "b", "chosen": None, "rejected": None, "messages": None}, "a", ("b",)),
+        ({"prompt": None, "completion": None, "text": "b"}, (), ("b",)),
+        ({"prompt": "2 + 2?", "completion": [user("2 + 2?"), assistant("4")]}, "2 + 2?", ((assistant("4"),),)),
         (
             {"prompt": ASKED, "chosen": [assistant("4")], "rejected": [assistant("5")]},
             ASKED,
@@ -128,6 +131,10 @@ def test_the_column_forms_of_trl(row: Any, text: str | Messages, completions: tu
             {"question": "a", "answer": "b"},
             "row 0: it has the columns question, answer; an example needs",
         ),
+        ({"prompt": "a", "completion": [user("b"), assistant("c")]}, "row 0: column 'completion' begins with a diff"),
+        ({"messages": None, "text": None}, "row 0: column 'messages' is null"),
+        ({"text": 4}, "row 0: column 'text' is 4; it must be text"),
+        ({"messages": [user("a"), {**assistant("b"), "weight": 2}]}, "message 1: weight = 2 of a message; use 0 or 1"),
     ],
 )
 def test_rows_that_are_no_examples_say_where_and_why(row: Any, message: str, tmp_path: Path) -> None:
@@ -139,6 +146,29 @@ def test_columns_can_have_other_names_and_weights(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"question": "2 + 2?", "solution": "4", "w": 2}])
     (prompt,) = Examples(path, prompt="question", completion="solution", weight="w").train()
     assert (prompt.text, prompt.completions, prompt.weight) == ("2 + 2?", ("4",), 2.0)
+    (tmp_path / "a.csv").write_text("question,solution,w\n2 + 2?,4,0.5\n")
+    (prompt,) = Examples(str(tmp_path / "a.csv"), prompt="question", completion="solution", weight="w").train()
+    assert prompt.weight == 0.5
+    nested = write(tmp_path / "b.jsonl", [{"question": "2 + 2?", "extra": {"solution": "4"}, "text": "a"}])
+    (prompt,) = Examples(nested, prompt="question", completion="extra.solution").train()
+    assert prompt.completions == ("4",)
+    with pytest.raises(RloraError, match="row 0: column 'ask' is missing"):
+        Examples(path, prompt="ask", completion="solution").train()
+    with pytest.raises(RloraError, match="row 0: column 'answer' is missing"):
+        Examples(nested, prompt="question", completion="answer").train()
+    with pytest.raises(RloraError, match=r"held_out_share = 0\.1: less than one of 1 rows"):
+        Examples(path, prompt="question", completion="solution", held_out_share=0.1).train()
+
+
+def test_messages_of_weight_0_are_read_and_not_learned_from(supervised: Callable[..., Config], tmp_path: Path) -> None:
+    messages = [user("2 + 2?"), {**assistant("5"), "weight": 0}, user("Sure?"), {**assistant("4"), "weight": 1}]
+    (prompt,) = Examples(write(tmp_path / "a.jsonl", [{"messages": messages}])).train()
+    made = supervised(sampling={"max_tokens": 64, "max_prompt_tokens": 64})
+    chat = bare_task(made).chat
+    (example,) = example_of(prompt, chat, made, 0).episodes
+    learned = [token for token, own in zip(example.completion_ids, example.sampled_mask, strict=True) if own]
+    assert chat.decode(learned) == "4<|im_end|>"
+    assert chat.decode(example.completion_ids).startswith("5<|im_end|>")
     path = write(tmp_path / "b.jsonl", [{"prompt": "2 + 2?", "completion": "4", "w": -1}])
     with pytest.raises(RloraError, match=r"row 0: column 'w' is -1; use a number of 0 or more"):
         Examples(path, weight="w").train()
@@ -222,6 +252,22 @@ def test_sampled_tokens_are_learned_from_as_they_are(recorded: str, supervised: 
         e.completion_ids for e in prompt.completions if isinstance(e, Episode)
     ]
     assert example.rewards == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"most": "2"}, "most = '2': use an integer"), ({"steps": -1}, "steps = -1: use an integer of 0"),
+     ({"threshold": "1"}, "threshold = '1': use a number"), ({"held_out_share": 0.1}, "less than one of 2 rows")],
+)  # fmt: skip
+def test_arguments_of_a_run_are_checked(recorded: str, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(RloraError, match=message):
+        RunEpisodes(recorded, **arguments).train()
+
+
+def test_examples_whose_weights_are_all_0_are_refused(supervised: Callable[..., Config], tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b", "w": 0}] * 2)
+    with pytest.raises(RloraError, match="the weights of all examples are 0"):
+        load_task(supervised(env="rlora.envs.examples:Examples", env_args={"path": path, "weight": "w"}))
 
 
 def test_a_run_without_fitting_episodes_is_refused(recorded: str, tmp_path: Path) -> None:

@@ -34,6 +34,8 @@ CALL = ToolCall("multiply", {"a": 347, "b": 28})
         ("json", '[{"type": "function", "function": {"name": "multiply", "arguments": {"a": 347, "b": 28}}}]', [CALL]),
         ("json", '{"name": "multiply", "arguments": {"a": 347, "b": 28}}', [CALL]),
         ("hermes", '<tool_call>{"name": "now", "arguments": null}</tool_call>', [ToolCall("now")]),
+        ("json", '{"type": "function", "function": "multiply", "parameters": {"a": 347, "b": 28}}', [CALL]),
+        ("hermes", '<tool_call>{"name": "now", "arguments": ""}</tool_call>', [ToolCall("now")]),
         ("json", '{"name": "Bob", "age": 3}', []),
         ("json", '[1] means the "name".', []),
         ("json", '{"answer": 9716}', []),
@@ -82,6 +84,11 @@ def test_parallel_calls_keep_their_order() -> None:
         ("xml", '<tool_call>{"name": "multiply"}</tool_call>', "must be <function=NAME>"),
         ("json", '{"name": "multiply", "parameters": {"a": 347', "not valid JSON"),
         ("json", '{"name": "multiply", "parameters": 347}', "must be an object"),
+        ("json", '{"name": "multiply", "parameters": {"a": 1}, "thought": "So."}', "'thought' is no key of a call"),
+        *(
+            ("hermes", f'<tool_call>{{"name": "now", "arguments": {value}}}</tool_call>', "must be an object")
+            for value in ("0", "false", "[]")
+        ),
         ("json", '[{"name": "multiply", "arguments": {"a": 347, "b": 28}}', "not valid JSON"),
     ],
 )
@@ -114,3 +121,5 @@ def test_text_becomes_a_value_of_the_type_in_the_schema() -> None:
     texts = {"a": "7", "b": "[1]", "c": "7", "d": "7", "e": "seven", "f": "False", "g": "[1]", "h": "None", "i": "3"}
     values = {"a": 7, "b": [1], "c": "7", "d": "7", "e": "seven", "f": False, "g": [1], "h": None, "i": 3}
     assert typed(ToolCall("f", texts), schema).arguments == values
+    nulls = {"function": {"name": "f", "parameters": {"properties": {"a": {"type": None, "anyOf": None}}}}}
+    assert typed(ToolCall("f", {"a": "7"}), nulls).arguments == {"a": "7"}

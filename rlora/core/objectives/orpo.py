@@ -6,6 +6,8 @@ from torch.nn.functional import logsigmoid
 
 from rlora.core.objectives.preference import Preference
 
+_LARGEST = -1e-6  # mean logprob, in nats: the odds of a completion with probability 1 are infinite
+
 
 class Orpo(Preference):
     """Odds ratio preference optimisation (arXiv:2403.07691, eq. 6 and 7): -log p per token of the chosen completion, -
@@ -14,5 +16,6 @@ class Orpo(Preference):
 
     def of_pairs(self, chosen: Tensor, rejected: Tensor, lengths: Tensor) -> Tensor:
         means = torch.stack([chosen, rejected], 1) / lengths
-        log_odds = means - torch.log1p(-means.exp())
+        bounded = means.clamp(max=_LARGEST)
+        log_odds = bounded - torch.log1p(-bounded.exp())
         return -means[:, 0] - self.beta * logsigmoid(log_odds[:, 0] - log_odds[:, 1])
