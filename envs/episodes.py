@@ -103,8 +103,8 @@ class RunEpisodes:
     def _examples(self, group: Group, source: str, rng: random.Random) -> list[Prompt]:
         scored = [replace(episode, version=BASE.version) for episode in group.scored.episodes]
         right = self._distinct([episode for episode in scored if self._is_right(episode)], rng)
-        others = {episode.completion_ids for episode in right}  # once right, once a timeout: not wrong
-        wrong = self._distinct([episode for episode in scored if episode.completion_ids not in others], rng)
+        right_ids = {episode.completion_ids for episode in right}  # once right, once a timeout: not wrong
+        wrong = self._distinct([episode for episode in scored if episode.completion_ids not in right_ids], rng)
         examples = list(zip(right, wrong, strict=False)) if self._pairs else [(episode,) for episode in right]
         return [replace(group.prompt, completions=episodes, source=source) for episodes in examples[: self._most]]
 

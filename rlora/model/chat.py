@@ -169,12 +169,12 @@ class Chat:
         """Return what the policy writes before the content of a message: the thought, in the form of the template or
         else in thinking tags, and other text that the template renders there."""
         opens, closes = self.settings.think
-        if thought and thought.strip() in (before := self._rendered_before_content(thought)):
-            return before
-        before = self._empty_before_content
+        if thought and thought.strip() in (prefix := self._rendered_before_content(thought)):
+            return prefix
+        prefix = self._empty_before_content
         if thought or closes in content:
-            before = before.partition(opens)[0]  # without the empty thought of the template
-        return before + (f"{opens}\n{thought}\n{closes}\n\n" if thought else "")
+            prefix = prefix.partition(opens)[0]  # without the empty thought of the template
+        return prefix + (f"{opens}\n{thought}\n{closes}\n\n" if thought else "")
 
     @cached_property
     def _empty_before_content(self) -> str:
@@ -186,15 +186,15 @@ class Chat:
             return ""
         thoughts = {"reasoning_content": thought, "thinking": thought} if thought else {}  # the second: gpt-oss
         messages = self._template.messages([_QUESTION, {"role": "assistant", "content": MARK, **thoughts}])
-        before, found, _ = self._from_header(messages).partition(MARK)
-        return before if found else ""
+        prefix, found, _ = self._from_header(messages).partition(MARK)
+        return prefix if found else ""
 
     def _from_header(self, messages: Messages) -> str:
         """Return the rendered text of messages after `_QUESTION`, from the header of the policy's message on."""
-        asked = self._template.messages([_QUESTION])
+        question = self._template.messages([_QUESTION])
         text = str(self._template.render(messages, tokenize=False, add_generation_prompt=False))
-        prompt = str(self._template.render(asked, tokenize=False))
-        opened, generated = self._template.opening(asked)
+        prompt = str(self._template.render(question, tokenize=False))
+        opened, generated = self._template.opening(question)
         until_thought = prompt.removesuffix(generated) + generated.partition(self.settings.think[0])[0]
         headers = [header for header in (prompt.removesuffix(opened), until_thought) if text.startswith(header)]
         shared = next((n for n, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), len(prompt))
@@ -202,8 +202,15 @@ class Chat:
 
     def _after_opening(self, text: str, prompt: str | Messages) -> str:
         """Return a message of the policy, as `message_text` returns it, without the text that the prompt already
-        contains. A thought that the prompt opens is closed if the message has none."""
+        contains. A thought that the prompt opens is closed if the message has none. Raises RloraError if the message
+        has a thought, and the template has closed it in the prompt."""
         opened, (opens, closes) = "".join(self._opening(prompt)), self.settings.think
+        ends_thought = self.template and closes in self._template.opening(prompt)[1]
+        if ends_thought and text.startswith(opens) and text.removeprefix(opens).partition(closes)[0].strip():
+            raise RloraError(
+                f"a message of the assistant has a thought, but the chat template ends a prompt with {closes}; set "
+                "chat.template_args so that the model thinks, or drop the thoughts"
+            )
         if text.startswith(opened) or not self.template or opens not in opened or closes in opened:
             return text.removeprefix(opened)
         return text.removeprefix(opens) if closes in text else f"\n{closes}\n\n{text}"

@@ -210,6 +210,17 @@ def test_a_thought_inside_a_given_content_stays_as_it_is(template: str, content:
     assert rendered.endswith(content.removeprefix("<think>") + "<|im_end|>")
 
 
+@pytest.mark.parametrize("thought", ["", "A sum."])
+def test_a_thought_is_refused_where_the_template_thinks_not(thought: str) -> None:
+    chat = chat_of(published("qwen3_5_nothink"), ["<|im_end|>"])
+    answer = {"role": "assistant", "content": "4"} | ({"reasoning_content": thought} if thought else {})
+    if not thought:
+        assert chat.decode(chat.completion_ids([answer], "2 + 2?")[0]) == "4<|im_end|>"
+        return
+    with pytest.raises(RloraError, match="has a thought, but the chat template ends a prompt with </think>"):
+        chat.completion_ids([answer], "2 + 2?")
+
+
 def test_a_prefill_is_in_a_given_answer_once_in_each_turn(chat: Chat) -> None:
     filled = Chat(chat.tokenizer, ChatConfig(prefill="Answer: "), chat.stop_token_ids)
     question, answer = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "Answer: 4"}
