@@ -8,6 +8,7 @@ from typing import Any
 from rlora.records import Prompt, RloraError, without_surrogates
 
 HIDDEN = ("prompt", "state")  # parameters that rlora sets, and that the policy does not see
+_LONGEST = 1_000_000  # characters of a result
 
 
 class ArgumentError(Exception):
@@ -60,10 +61,12 @@ def call_tool(function: Callable[..., Any], arguments: Mapping[str, Any], prompt
 
 def as_text(result: Any) -> str:
     """Return a tool's result as text: strings unchanged, other values as JSON, or by `str` if JSON can't represent
-    them."""
+    them. Text that no context could hold is cut, and says so: tokenizing it would delay all other episodes."""
     if isinstance(result, str):
-        return without_surrogates(result)
-    try:
-        return json.dumps(result, ensure_ascii=False)
-    except (TypeError, ValueError):
-        return without_surrogates(str(result))
+        text = without_surrogates(result)
+    else:
+        try:
+            text = json.dumps(result, ensure_ascii=False)
+        except (TypeError, ValueError):
+            text = without_surrogates(str(result))
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} [cut: {len(text)} characters]"

@@ -20,6 +20,7 @@ from rlora.rollout.task import load_task, setup_of
 from rlora.rollout.toolset import Toolset, toolset_of
 from rlora.scoring.pool import Pool
 from rlora.scoring.scoring import Scoring
+from rlora.scoring.tools import as_text
 from rlora.scoring.worker import EnvTurn
 from rlora.settings import ChatConfig, Config
 
@@ -410,6 +411,13 @@ def played(config: Callable[..., Config]) -> Iterator[tuple[Toolset, Scoring, Pr
     assert task.tools is not None
     with closing(Pool(setup_of(settings, agent=True), 1)) as pool:
         yield task.tools, Scoring(settings, [pool]), task.prompts[0]
+
+
+def test_an_enormous_result_is_cut_and_says_so() -> None:
+    for result in ("a" * 2_000_000, ["a" * 1_999_996]):
+        text = as_text(result)
+        assert len(text) < 1_000_100
+        assert text.endswith(" [cut: 2000000 characters]")
 
 
 def test_calls_and_their_statuses(played: tuple[Toolset, Scoring, Prompt]) -> None:
