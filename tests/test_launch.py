@@ -1,15 +1,18 @@
-"""The files of launch/cluster, as far as a machine without a cluster can check them."""
+"""The recipes in launch/, and the files of launch/cluster as far as a machine without a cluster can check them."""
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, SHARED
 
 from rlora.cli.overrides import parse_train
 from rlora.cluster.resources import assign_gpus
+from rlora.config import read
+from rlora.rollout.task import load_task
 
 CLUSTER = ROOT / "launch" / "cluster"
 
@@ -76,3 +79,17 @@ def test_the_image_has_all_that_the_package_needs() -> None:
         line.split()[1:-1] for line in (CLUSTER / "Containerfile").read_text().splitlines() if line[:5] == "COPY "
     ]
     assert {"rlora", "envs", "rewards", "launch", "pyproject.toml"} <= {each for line in copied for each in line}
+
+
+@pytest.mark.parametrize("path", [*sorted((ROOT / "launch").glob("*.toml"))], ids=lambda path: path.stem)
+def test_no_prompt_of_a_recipe_is_too_long(path: Path) -> None:
+    """Of those whose data is generated, or is among the shared data sets."""
+    config = read(path)
+    arguments = dict(config.env_args)
+    if arguments.get("path") == "openai/gsm8k" and SHARED.is_dir():
+        arguments |= {"path": str(SHARED / "data" / "gsm8k")} | ({"name": None} if "name" in arguments else {})
+    if path.stem in ("competition-math", "dpo") or arguments.get("path") == "openai/gsm8k":
+        pytest.skip("its data is not here")
+    task = load_task(replace(config, env_args=arguments))
+    assert task.prompts
+    assert task.dropped == 0

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import pickle
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -81,9 +82,12 @@ def load_task(config: Config) -> Task:
         fitting_held_out = tokenise(held_out, task.chat, config.sampling.max_prompt_tokens, tools)
         _check_vocabulary(config, vocabulary_size(task.base), [*fitting, *fitting_held_out])
         if not fitting:
+            lengths = [len(prompt.token_ids) for prompt in tokenise(train, task.chat, sys.maxsize, tools)]
+            shortest = f" (the shortest has {min(lengths)})" if lengths else ""
             raise RloraError(
                 f"env = {config.env!r}: none of its {len(train)} training prompts has 1 to "
-                f"{config.sampling.max_prompt_tokens} tokens; raise sampling.max_prompt_tokens, or shorten the prompts"
+                f"{config.sampling.max_prompt_tokens} tokens{shortest}; raise sampling.max_prompt_tokens, or shorten "
+                "the prompts"
             )
         return replace(
             task,

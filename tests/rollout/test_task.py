@@ -30,7 +30,9 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(config: MakeConfig) 
     task = load_task(config(sampling={"max_prompt_tokens": limit, "max_tokens": 8}))
     assert all(len(prompt.token_ids) <= limit for prompt in task.prompts + task.held_out)
     assert task.dropped == len(everything.prompts + everything.held_out) - len(task.prompts + task.held_out) > 0
-    with pytest.raises(RloraError, match=r"none of its \d+ training prompts has 1 to 5 tokens"):
+    with pytest.raises(
+        RloraError, match=r"none of its \d+ training prompts has 1 to 5 tokens \(the shortest has \d\d\)"
+    ):
         load_task(config(sampling={"max_prompt_tokens": 5}))
 
 
