@@ -66,6 +66,8 @@ def _text_example(prompt: Prompt, chat: Chat, source: str) -> Prompt:
 
 def _episode(completion: str | Messages, prompt: Prompt, chat: Chat) -> Episode:
     ids, mask = chat.completion_ids(completion, prompt.text)
+    if not any(mask):
+        raise RloraError("every answer of the completion has the weight 0; drop the row")
     messages = () if isinstance(completion, str) else tuple(completion)
     text = completion if isinstance(completion, str) else str(completion[-1]["content"])
     return Episode(ids, (0.0,) * len(ids), "stop", BASE.version, text, sampled_mask=mask, messages=messages)

@@ -169,6 +169,8 @@ def test_messages_of_weight_0_are_read_and_not_learned_from(supervised: Callable
     learned = [token for token, own in zip(example.completion_ids, example.sampled_mask, strict=True) if own]
     assert chat.decode(learned) == "4<|im_end|>"
     assert chat.decode(example.completion_ids).startswith("5<|im_end|>")
+    with pytest.raises(RloraError, match=r"row 7: every answer of the completion has the weight 0; drop the row"):
+        example_of(Prompt("?", completions=([messages[1]],), source="row 7"), chat, made, 0)
     path = write(tmp_path / "b.jsonl", [{"prompt": "2 + 2?", "completion": "4", "w": -1}])
     with pytest.raises(RloraError, match=r"row 0: column 'w' is -1; use a number of 0 or more"):
         Examples(path, weight="w").train()
