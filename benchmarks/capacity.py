@@ -2,8 +2,9 @@
 
     python benchmarks/capacity.py runs/sft/capacity docs/capacity.png
 
-Prints a row per number of examples and plots the finished members of a sweep over them (docs/benchmarks.md names the
-command). Each member trains on its examples for two epochs. The information in the examples is the loss of the base on
+Prints a row per number of examples and plots the finished members of a sweep of launch/sft.toml over `learner.rank` (or
+full fine-tuning) and the number of examples, `env_args.split=train[:64]` and so on. Each member trains on its examples
+for two epochs. The information in the examples is the loss of the base on
 held-out examples, in bits, times their tokens. "LoRA Without Regret" (Thinking Machines, 2025) expects an adapter to
 fall behind full fine-tuning where this exceeds its capacity. 2 bits per parameter is the capacity that Allen-Zhu and Li
 measured for whole models (arXiv:2404.05405).
