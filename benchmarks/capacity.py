@@ -4,21 +4,20 @@
 
 Prints a row per number of examples and plots the finished members of a sweep of launch/sft.toml over `learner.rank` (or
 full fine-tuning) and the number of examples, `env_args.split=train[:64]` and so on. Each member trains on its examples
-for two epochs. The information in the examples is the loss of the base on
-held-out examples, in bits, times their tokens. "LoRA Without Regret" (Thinking Machines, 2025) expects an adapter to
-fall behind full fine-tuning where this exceeds its capacity. 2 bits per parameter is the capacity that Allen-Zhu and Li
-measured for whole models (arXiv:2404.05405).
+for two epochs. The information in the examples is the loss of the base on held-out examples, in bits, times their
+tokens. "LoRA Without Regret" (Thinking Machines, 2025) expects an adapter to fall behind full fine-tuning where this
+exceeds its capacity. 2 bits per parameter is the capacity that Allen-Zhu and Li measured for whole models
+(arXiv:2404.05405).
 """
 
 import argparse
-import json
 import math
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from safetensors import safe_open
 from upath import UPath
 
 from rlora.config import read
@@ -47,7 +46,9 @@ def main() -> None:
     parser.add_argument("plot", type=Path, nargs="?")
     options = parser.parse_args()
     names = [member.name for member in read_results(options.sweep) if member.status == "finished"]
-    points = sorted((point(options.sweep / name) for name in names), key=lambda item: (item.examples, item.rank or 99))
+    points = sorted(
+        (point(options.sweep / name) for name in names), key=lambda item: (item.examples, item.rank or math.inf)
+    )
     print("| examples | information | held-out loss before |", " | ".join(label(rank) for rank in ranks(points)), "|")
     print("|---" * (3 + len(ranks(points))), "|", sep="")
     for examples in dict.fromkeys(item.examples for item in points):
@@ -76,12 +77,10 @@ def point(run: Path) -> Point:
 
 
 def parameters(bundle: Path) -> int:
-    """Count the numbers in a bundle's safetensors file of weights, from its header."""
+    """Count the numbers in a bundle's file of weights, from its header."""
     (file,) = bundle.glob("*model.safetensors")
-    with file.open("rb") as content:
-        (length,) = struct.unpack("<Q", content.read(8))
-        header = json.loads(content.read(length))
-    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    with safe_open(file, "pt") as weights:
+        return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
 
 
 def plot(points: Sequence[Point], file: Path) -> None:

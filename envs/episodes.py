@@ -66,8 +66,7 @@ class RunEpisodes:
     @cached_property
     def tokenized_by(self) -> str:
         """The run's model, whose tokens the episodes have."""
-        *_, newest = self._versions
-        return str(self._bundle(newest).config.model)
+        return str(self._bundle(self._versions[-1]).config.model)
 
     @cached_property
     def _versions(self) -> list[int]:
@@ -76,7 +75,7 @@ class RunEpisodes:
         from rlora.run import checkpoint
 
         if versions := checkpoint.versions(UPath(self._run)):
-            return list(versions)
+            return versions
         raise RloraError(f"env_args.run = {self._run!r}: not the directory of a run with bundles; name one")
 
     def _bundle(self, version: int) -> Any:

@@ -93,14 +93,14 @@ def _parts(row: Row, form: str, source: str) -> tuple[str | Messages, tuple[str 
         return (), (_completion(text, "text", source),)
     if not form:
         raise RloraError(f"{source}: it has the columns {', '.join(row)}; an example needs {_FORMS}")
-    messages = conversation(name := form)
+    messages = conversation(form)
     first = next((i for i, m in enumerate(messages) if isinstance(m, Mapping) and m["role"] == "assistant"), 0)
     if not first:
         raise RloraError(
-            f"{source}: column {name!r} has no message of the assistant after one of the user, so there is no "
+            f"{source}: column {form!r} has no message of the assistant after one of the user, so there is no "
             "completion to learn from; fix or drop the row"
         )
-    return messages[:first], (_completion(messages[first:], name, source),)
+    return messages[:first], (_completion(messages[first:], form, source),)
 
 
 def _completion(value: Any, name: str, source: str) -> str | Messages:

@@ -149,7 +149,8 @@ class Chat:
 
     def _message_and_end(self, message: Mapping[str, Any]) -> tuple[str, int]:
         """Return `message_text` and the token that ends the message."""
-        if inside := next((end for end in self._ends if end in json.dumps(dict(message), ensure_ascii=False)), ""):
+        content = json.dumps(dict(message), ensure_ascii=False)
+        if inside := next((end for end in self._ends if end in content), ""):
             raise RloraError(f"a message of the assistant contains {inside}, which ends a message; fix or drop the row")
         thought = message.get("reasoning_content")
         if not message.get("tool_calls"):
@@ -191,14 +192,20 @@ class Chat:
 
     def _from_header(self, messages: Messages) -> str:
         """Return the rendered text of messages after `_QUESTION`, from the header of the policy's message on."""
-        question = self._template.messages([_QUESTION])
         text = str(self._template.render(messages, tokenize=False, add_generation_prompt=False))
+        prompt, *headers = self._question_prompt
+        if header := next(filter(text.startswith, headers), ""):
+            return text.removeprefix(header)
+        return text[next((n for n, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), len(prompt)) :]
+
+    @cached_property
+    def _question_prompt(self) -> tuple[str, str, str]:
+        """The prompt of `_QUESTION`, without the text that opens the policy's message, and up to an opened thought."""
+        question = self._template.messages([_QUESTION])
         prompt = str(self._template.render(question, tokenize=False))
         opened, generated = self._template.opening(question)
         until_thought = prompt.removesuffix(generated) + generated.partition(self.settings.think[0])[0]
-        headers = [header for header in (prompt.removesuffix(opened), until_thought) if text.startswith(header)]
-        shared = next((n for n, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), len(prompt))
-        return text[len(headers[0]) if headers else shared :]
+        return prompt, prompt.removesuffix(opened), until_thought
 
     def _after_opening(self, text: str, prompt: str | Messages) -> str:
         """Return a message of the policy, as `message_text` returns it, without the text that the prompt already

@@ -114,8 +114,8 @@ def _load_examples(config: Config, env: Any, train: Sequence[Prompt], held_out: 
     if not any(reward for group in parts[0] for reward in group.rewards):
         raise RloraError(f"env = {config.env!r}: the weights of all examples are 0; give some a weight above 0")
     size = vocabulary_size(task.base)
-    for group in (*parts[0], *parts[1]):
-        _check_vocabulary(config, size, [group.prompt], group.episodes)
+    groups = [*parts[0], *parts[1]]
+    _check_vocabulary(config, size, [g.prompt for g in groups], [e for group in groups for e in group.episodes])
     # the completions belong to the data's identity, as `run.directory.prompts_digest` sees it
     prompts = [replace(group.prompt, completions=group.episodes) for group in parts[0]]
     return replace(task, prompts=prompts, examples=parts[0], held_out_examples=parts[1])
@@ -268,16 +268,13 @@ def _check_prompt(source: str, prompt: Any, number: int) -> None:
             f"{source} returned {prompt!r}; return a rlora.records.Prompt(text, answer) for each problem{suffix}"
         )
     text: Any = prompt.text
-    is_chat = isinstance(text, Sequence) and (text or prompt.completions) and all(map(_is_message, text))
-    if not isinstance(text, str) and not is_chat:
+    if not isinstance(text, str) and not (_are_messages(text) and (text or prompt.completions)):
         raise RloraError(
             f"{source} returned a Prompt whose text is {text!r}; use a string, or a list of chat messages, "
             f'{{"role": ..., "content": ...}} with string values{suffix}'
         )
     for completion in prompt.completions:
-        messages: Any = completion
-        is_messages = isinstance(messages, Sequence) and messages and all(map(_is_message, messages))
-        if not isinstance(completion, str | Episode) and not is_messages:
+        if not isinstance(completion, str | Episode) and not (_are_messages(completion) and completion):
             raise RloraError(
                 f"{source} returned a Prompt with the completion {completion!r:.200}; use a string, an Episode, or a "
                 f'list of chat messages, {{"role": ..., "content": ...}} with string values{suffix}'
@@ -299,8 +296,12 @@ def _check_prompt(source: str, prompt: Any, number: int) -> None:
         ) from error
 
 
-def _is_message(message: Any) -> bool:
-    return isinstance(message, Mapping) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+def _are_messages(value: Any) -> bool:
+    """Return whether a value is a list of chat messages, possibly empty."""
+    return isinstance(value, Sequence) and all(
+        isinstance(message, Mapping) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+        for message in value
+    )
 
 
 def _without_surrogates(text: str | Messages) -> str | Messages:

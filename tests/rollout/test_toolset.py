@@ -211,15 +211,12 @@ def test_a_thought_inside_a_given_content_stays_as_it_is(template: str, content:
     assert rendered.endswith(content.removeprefix("<think>") + "<|im_end|>")
 
 
-@pytest.mark.parametrize("thought", ["", "A sum."])
-def test_a_thought_is_refused_where_the_template_thinks_not(thought: str) -> None:
+def test_a_thought_is_refused_if_the_template_has_closed_it() -> None:
     chat = chat_of(published("qwen3_5_nothink"), ["<|im_end|>"])
-    answer = {"role": "assistant", "content": "4"} | ({"reasoning_content": thought} if thought else {})
-    if not thought:
-        assert chat.decode(chat.completion_ids([answer], "2 + 2?")[0]) == "4<|im_end|>"
-        return
+    answer = {"role": "assistant", "content": "4"}
+    assert chat.decode(chat.completion_ids([answer], "2 + 2?")[0]) == "4<|im_end|>"
     with pytest.raises(RloraError, match="has a thought, but the chat template ends a prompt with </think>"):
-        chat.completion_ids([answer], "2 + 2?")
+        chat.completion_ids([answer | {"reasoning_content": "A sum."}], "2 + 2?")
 
 
 def test_a_prefill_is_in_a_given_answer_once_in_each_turn(chat: Chat) -> None:
@@ -236,7 +233,7 @@ def test_a_given_answer_that_contains_an_end_token_is_refused(content: str, chat
 
 
 def test_a_call_after_an_opened_thought_begins_with_its_tag() -> None:
-    """The tags of the thought and of the call, whose first letters agree, are told apart (QwQ)."""
+    """`<think>` and `<tool_call>` begin with the same characters, and the call keeps all of its own (as in QwQ)."""
     template = published("qwen2_5")
     opening = "<|im_start|>assistant\\n<think>\\n' }}".join(template.rsplit("<|im_start|>assistant\\n' }}", 1))
     assert "<think>" in opening
