@@ -56,7 +56,6 @@ class Display:
             "steps": {run.policy: run.number for run in due},
             "members": sum(run.is_open for run in runs),
             "time/turn": seconds,
-            "completions": sum(run.config.prompts_per_step * run.config.group_size for run in due),
             "completion/tokens": tokens,
             "tokens_per_second": tokens / seconds,
             "engine/count": stats.engines,
@@ -81,18 +80,21 @@ class Display:
         _log.info("turn %s: %s", line["turn"], text)
 
     def _table(self, runs: Sequence[Run]) -> Table:
-        table = Table("member", "step", "reward", "reward so far", "accuracy", "", box=None)
+        is_rewarded = any(figures.get("reward/mean") is not None for figures in self.latest.values())
+        figure = "reward" if is_rewarded else "log p or accuracy"
+        table = Table("member", "step", figure, f"{figure} so far", "held out", "", box=None)
         for run in runs:
             figures = self.latest.get(run.policy, {})
-            reward = figures.get("reward/mean")
-            accuracy = figures.get("accuracy/held_out")
+            latest = progress(figures)
+            held_out = (figures.get(name) for name in ("accuracy/held_out", "held_out/accuracy", "held_out/nll"))
+            evaluated = next((value for value in held_out if value is not None), None)
             ended = "failed" if run.failure else "done" if run.number >= run.config.steps else "left"
             table.add_row(
                 run.policy,
                 f"{run.number}/{run.config.steps}",
-                "" if reward is None else f"{reward:.3f}",
+                "" if latest is None else f"{latest:.3f}",
                 sparkline(self.rewards.get(run.policy, [0.0]), 24),
-                "" if accuracy is None else f"{accuracy:.3f}",
+                "" if evaluated is None else f"{evaluated:.3f}",
                 "" if run.is_active else ended,
             )
         return table

@@ -3,10 +3,13 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from rlora.sweeps.display import Display
 from rlora.sweeps.halving import Halving
 from rlora.sweeps.members import Member
 from rlora.sweeps.plot import plot
@@ -110,3 +113,23 @@ def test_members_without_rewards_are_compared_by_their_losses(
     members = [member(name, rank=number, seed=0) for number, name in enumerate("ab")]
     lines = {name: [{"step": 0, **line}] for name, line in zip("ab", values, strict=True)}
     assert Halving(at=(1,), by=by).dropped(1, members, lines) == [dropped]
+
+
+@pytest.mark.parametrize(
+    ("figures", "shown"),
+    [
+        ({"reward/mean": 0.25, "accuracy/held_out": 0.5}, ["reward so far", "0.250", "0.500"]),
+        ({"objective/nll": 1.5, "held_out/nll": 1.75}, ["log p or accuracy so far", "-1.500", "1.750"]),
+        ({"objective/accuracy": 0.75}, ["log p or accuracy so far", "0.750"]),
+    ],
+)  # fmt: skip
+def test_the_table_of_a_running_sweep_shows_the_figure_that_members_have(
+    figures: dict[str, Any], shown: list[str], tmp_path: Path
+) -> None:
+    display = Display(tmp_path)
+    run: Any = SimpleNamespace(policy="a", number=1, config=SimpleNamespace(steps=2), is_active=True, failure=None)
+    display.on_step(run, figures)
+    console = Console(width=120, record=True)
+    console.print(display._table([run]))
+    text = console.export_text()
+    assert [part for part in shown if part not in text] == []
