@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _BLOCK = re.compile(rf"{_OPEN}(.*?)(?:{_CLOSE}|\Z)", re.DOTALL)
-_FUNCTION = re.compile(r"<function=([^>\n]+)>(.*?)</function>", re.DOTALL)
-_PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
+_FUNCTION = re.compile(r"<function=([^<>\n]+)>(.*?)</function>", re.DOTALL)
+_PARAMETER = re.compile(r"<parameter=([^<>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
 _KEYS = {"name", "arguments", "parameters", "id", "type"}
 _DEEPEST = 50  # levels of arguments; pickling fails at some 500
 
@@ -180,13 +180,21 @@ def _depth_fault(value: Any, depth: int = 0) -> str:
 
 
 def _from_xml(block: str) -> list[ToolCall]:
-    functions = _FUNCTION.findall(block)
-    if not functions or _FUNCTION.sub("", block).strip():
+    functions, remaining = _elements(_FUNCTION, "</function>", block)
+    if not functions or remaining.strip():
         return [ToolCall(fault="it must be <function=NAME> ... </function>")]
     calls = []
     for name, body in functions:
-        parameters = [(key.strip(), value) for key, value in _PARAMETER.findall(body)]
-        is_whole = not _PARAMETER.sub("", body).strip() and len(dict(parameters)) == len(parameters)
+        elements, remaining = _elements(_PARAMETER, "</parameter>", body)
+        parameters = [(key.strip(), value) for key, value in elements]
+        is_whole = not remaining.strip() and len(dict(parameters)) == len(parameters)
         fault = "" if is_whole else "each parameter must be <parameter=NAME>VALUE</parameter>, once"
         calls.append(ToolCall(name.strip(), dict(parameters) if is_whole else {}, fault))
     return calls
+
+
+def _elements(pattern: re.Pattern[str], end: str, text: str) -> tuple[list[tuple[str, str]], str]:
+    """Return the names and texts of the elements, and the text without them. The time is linear in the length: an
+    element is looked for up to the last end tag only."""
+    head, last, tail = text.rpartition(end)
+    return pattern.findall(head + last), pattern.sub("", head + last) + tail

@@ -101,6 +101,15 @@ def test_whitespace_in_a_fence_takes_no_time() -> None:
     assert FORMS["json"]("```json" + "\n" * 100_000 + "x") == []
 
 
+@pytest.mark.parametrize(("unit", "end"), [
+    ("<function=", "</function>"), ("<function=a>", ""), ("<function=a><parameter=", "</parameter></function>"),
+    ("<function=a><parameter=b>", ""), ("</parameter>", "</function>"),
+])  # fmt: skip
+def test_repeated_tags_take_no_time(unit: str, end: str) -> None:
+    (call,) = FORMS["xml"]("<tool_call>" + unit * 50_000 + end)  # minutes, if the time were quadratic
+    assert call.fault
+
+
 def test_a_function_per_block_or_several() -> None:
     one, two = ("<function=f><parameter=n>1</parameter></function>", "<function=g></function>")
     assert FORMS["xml"](f"<tool_call>{one}\n{two}</tool_call>") == [ToolCall("f", {"n": "1"}), ToolCall("g")]
