@@ -73,8 +73,8 @@ def as_conversation(value: Any, source: str) -> str | Messages:
     value = turns_in(value) or value
     if not _is_list(value) or not value or not all(isinstance(turn, Mapping) for turn in value):
         raise RloraError(
-            f'{source} is {value!r}; it must be a string or a list of chat messages, {{"role": ..., "content": ...}} '
-            "with string values"
+            f"{source} is {value!r:.200}; it must be a string or a list of chat messages, "
+            '{"role": ..., "content": ...} with string values'
         )
     return [_message(turn, f"{source}, message {number}") for number, turn in enumerate(value)]
 
@@ -194,10 +194,12 @@ def _message(turn: Row, source: str) -> dict[str, Any]:
                     '{"name": ..., "arguments": {...}} as JSON'
                 )
     if not isinstance(role, str) or not role:
-        raise RloraError(f"{source} is {turn!r}; it must have a role, a string such as user, and a content")
+        raise RloraError(f"{source} is {turn!r:.200}; it must have a role, a string such as user, and a content")
     if turn.get("function_call"):
         raise RloraError(f"{source}: function_call is an earlier form of tool calls; convert it to tool_calls")
-    message: dict[str, Any] = {"role": role, "content": "" if content is None and calls else _content(content, source)}
+    message: dict[str, Any] = {"role": role, "content": ""}
+    if content is not None or not calls:  # an answer can be JSON
+        message["content"] = _content(content, source, is_literal=role == "assistant")
     if calls:
         message["tool_calls"] = [_call(call, source) for call in calls] if _is_list(calls) else [_call(calls, source)]
     if role == "assistant" and (thought := next(filter(None, map(turn.get, _THOUGHTS)), None)):
@@ -219,7 +221,7 @@ def _call(call: Any, source: str) -> dict[str, Any]:
     if isinstance(function, Mapping):
         arguments = function.get("arguments") or function.get("parameters") or {}  # the second: Llama 3's form
     arguments = _literal(arguments) if isinstance(arguments, str) else without_nulls(arguments)
-    if not isinstance(name, str) or not isinstance(arguments, Mapping):
+    if not isinstance(name, str) or not name or not isinstance(arguments, Mapping) or not _is_json(arguments):
         raise RloraError(
             f"{source}: {call!r:.200} in tool_calls is not a call; use "
             '{"type": "function", "function": {"name": ..., "arguments": {...}}}'
@@ -228,8 +230,20 @@ def _call(call: Any, source: str) -> dict[str, Any]:
     return {**identity, "type": "function", "function": {"name": name, "arguments": dict(arguments)}}
 
 
-def _content(content: Any, source: str) -> str:
-    """Return the text of a message, whose content is a string, a list of parts, or a string with a list of parts."""
+def _is_json(value: Any) -> bool:
+    """Return whether the value can be written as JSON, which has no NaN and no infinity."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _content(content: Any, source: str, is_literal: bool = False) -> str:
+    """Return the text of a message, whose content is a string, a list of parts, or, unless `is_literal`, a string with
+    a list of parts."""
+    if isinstance(content, str) and is_literal:
+        return content
     if isinstance(content, str):
         value = _parsed(content) if _MAY_BE_CHAT.search(content) else None
         if not (parts := _parts(value)):
@@ -237,7 +251,7 @@ def _content(content: Any, source: str) -> str:
             return content
         content = parts
     if not isinstance(content, Sequence):
-        raise RloraError(f"{source}: content is {content!r}; it must be a string or a list of text parts")
+        raise RloraError(f"{source}: content is {content!r:.200}; it must be a string or a list of text parts")
     return "".join(part if isinstance(part, str) else _part_text(part, source) for part in content)
 
 

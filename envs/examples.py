@@ -1,7 +1,7 @@
 """An env over a data set of given completions, in the column forms of TRL, for SFT and preference learning."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -14,6 +14,12 @@ from .table import Table, cell
 
 _TELLING = ("chosen", "rejected", "completion", "messages", "conversations", "conversation", "text")
 _FORMS = "messages; prompt and completion; prompt, chosen and rejected; chosen and rejected; or text"
+_UNREAD = {  # columns that change what an example means
+    "system": "put its text in front of the messages, as a message of the role system",
+    "functions": "name it tools, with JSON schemas",
+    "chat_template_kwargs": "set chat.template_args",
+    **dict.fromkeys(("images", "image", "audio", "audios", "videos"), "only text is supported, so drop the row"),
+}
 
 
 class Examples(Table):
@@ -38,6 +44,8 @@ class Examples(Table):
     def _to_prompt(self, row: Row, source: str) -> Prompt:
         named = {"prompt": self._prompt, "completion": self._completion}
         renamed = {name: cell(row, column, source) for name, column in named.items() if column != name}
+        if unread := next((name for name in _UNREAD if not is_null(row.get(name)) and row[name]), ""):
+            raise RloraError(f"{source}: column {unread!r} is not read; {_UNREAD[unread]}, or drop the column")
         prompt, completions = _parts(dict(row) | renamed, "completion" if "completion" in renamed else "", source)
         weight, tools = self._weight_of(row, source), _tools(row.get("tools"), source)
         return Prompt(prompt, completions=completions, weight=weight, source=source, tools=tools)
@@ -94,11 +102,17 @@ def _parts(row: Row, form: str, source: str) -> tuple[str | Messages, tuple[str 
     if not form:
         raise RloraError(f"{source}: it has the columns {', '.join(row)}; an example needs {_FORMS}")
     messages = conversation(form)
-    first = next((i for i, m in enumerate(messages) if isinstance(m, Mapping) and m["role"] == "assistant"), 0)
+    roles = [] if isinstance(messages, str) else [message["role"] for message in messages]
+    first = roles.index("assistant") if "assistant" in roles else 0
+    if roles[:1] == ["assistant"] and "user" in roles:
+        raise RloraError(
+            f"{source}: column {form!r} begins with the assistant's message, which answers nobody; drop this message, "
+            "or put one of the user before it"
+        )
     if not first:
         raise RloraError(
-            f"{source}: column {form!r} has no message of the assistant after one of the user, so there is no "
-            "completion to learn from; fix or drop the row"
+            f"{source}: column {form!r} has no message of the assistant after one of the user (roles: "
+            f"{', '.join(roles) or 'none'}), so there is no completion to learn from; fix or drop the row"
         )
     return messages[:first], (_completion(messages[first:], form, source),)
 

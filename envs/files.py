@@ -44,6 +44,14 @@ class _Number(float):
         return float, (float(self),)
 
 
+class Line(dict[str, Any]):
+    """A row, and where it begins in a file of lines."""
+
+    def __init__(self, row: Row, file: Path, number: int) -> None:
+        super().__init__(row)
+        self.file, self.number = file, number
+
+
 def extension(name: str) -> str:
     return Path(name.removesuffix(".gz")).suffix.lower()
 
@@ -210,7 +218,7 @@ def _is_row(value: Any) -> bool:
 
 def _json_lines(text: str, file: Path) -> list[Row]:
     """Parse one object per line. Only \\n ends a line: values can contain other line separators, such as U+2028."""
-    rows = []
+    rows: list[Row] = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -220,7 +228,7 @@ def _json_lines(text: str, file: Path) -> list[Row]:
         except (ValueError, RecursionError) as error:
             raise RloraError(f"{source}: it is not JSON: {error}; fix or drop the line") from error
         _check_row(row, source, "\\u" in line)
-        rows.append(row)
+        rows.append(Line(row, file, number))
     return rows
 
 
@@ -256,7 +264,8 @@ def _csv_rows(text: str, file: Path, options: Options) -> Iterator[Row]:
                     f"{file}, line {reader.line_num}: the row has {len(cells)} cells, the header {len(header)}; "
                     "fix or drop the row (a cell with a comma or a line break needs quotes)"
                 )
-            yield {name: cell or None for name, cell in zip(header, cells, strict=True)}
+            row = {name: cell or None for name, cell in zip(header, cells, strict=True)}
+            yield Line(row, file, reader.line_num - sum(cell.count("\n") for cell in cells))
     except csv.Error as error:
         raise RloraError(f"{file}, line {reader.line_num}: {error}; fix or drop the row") from error
     finally:

@@ -11,7 +11,7 @@ from typing import Any
 from rlora.records import Messages, Prompt, RloraError
 
 from .chats import as_text, turns_in
-from .files import Row
+from .files import Line, Row
 from .generated import listed
 from .rows import is_null, read_rows, split_names, without_splits
 
@@ -108,7 +108,7 @@ class Table:
         if self._share:
             chosen = set(random.Random(self._seed).sample(range(len(rows)), held_out_of(len(rows), self._share)))
             rows = [(index, row) for index, row in rows if (index in chosen) == held_out]
-        return [self._to_prompt(row, f"{path}, {split}, row {index}") for index, row in rows]
+        return [self._to_prompt(row, f"{_line_of(row, path)}{path}, {split}, row {index}") for index, row in rows]
 
     def _to_prompt(self, row: Row, source: str) -> Prompt:
         if self._template:
@@ -125,6 +125,13 @@ def held_out_of(count: int, share: float) -> int:
     if not (number := round(count * share)):
         raise RloraError(f"env_args.held_out_share = {share}: less than one of {count} rows; raise it, or set it to 0")
     return number
+
+
+def _line_of(row: Row, path: str) -> str:
+    """Return where the row begins, in front of `path`, the data set that it is from; "" if no line has it."""
+    if not isinstance(row, Line):
+        return ""
+    return f"line {row.number} of " + (f"{row.file}, in " if row.file != Path(path) else "")
 
 
 def _is_same(first: str, second: str) -> bool:

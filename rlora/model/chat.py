@@ -1,18 +1,17 @@
 """Text to tokens and back, with the chat template and the `[chat]` settings. Only this module tokenises prompts."""
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from rlora.model.answers import QUESTION, Answers
 from rlora.model.template import MARK, Template
 from rlora.model.tool_calls import ToolCall, calling
 from rlora.records import Messages, RloraError, Tools
 from rlora.settings import ChatConfig
 
-_QUESTION = {"role": "user", "content": "?"}
 THINK = ("<think>", "</think>")  # reward functions see these in place of the model's tags
 
 
@@ -28,6 +27,8 @@ class Chat:
         self.tokenizer, self.settings, self.stop_token_ids = tokenizer, settings, stop_token_ids
         self._template = Template(tokenizer, settings)
         self.template, self._special = self._template.source, self._template.special
+        ends = {text: token for token in reversed(stop_token_ids) if (text := self.decode([token]))}
+        self.answers = Answers(self._template, ends, stop_token_ids[0])
 
     def prompt_ids(self, text: str | Messages, tools: Tools = ()) -> tuple[int, ...]:
         """Return the tokens of a prompt. A string becomes one user message if there is a chat template, else bare text.
@@ -82,8 +83,7 @@ class Chat:
         messages = self.conversation(reply)
         self._template.check_shown(messages, "an env's reply after the policy's message")
         text = self._template.render(messages, tokenize=False).partition(MARK)[2]
-        if "tool_calls" in messages[-len(reply) - 1]:
-            text = text.removeprefix(self._up_to_end(text)[0])
+        text = self.answers.rest(text, is_call="tool_calls" in messages[-len(reply) - 1])
         ids = self._ids(text + self._opening(messages)[1])
         has_end = ids and completion_ids and completion_ids[-1] in self.stop_token_ids and completion_ids[-1] == ids[0]
         return ids[1:] if has_end else ids
@@ -95,38 +95,41 @@ class Chat:
 
         A string is one message of the policy. Chat messages may include those of others, whose tokens have False. Each
         message of the policy ends with the token that ends it in the chat template; without a template, with the
-        model's end token. The tokens of a message with the `weight` 0 have False too. Raises RloraError if the messages
-        do not alternate from the policy's to the policy's.
+        model's end token. The tokens of a message with the `weight` 0 have False too. A tool's result without a name
+        gets that of the call that it answers. Raises RloraError if the messages do not alternate from the policy's to
+        the policy's, or if one of the policy's is empty.
         """
         messages = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
+        if role := next((turn["role"] for turn in (messages[0], messages[-1]) if turn["role"] != "assistant"), ""):
+            raise RloraError(
+                f"the completion begins or ends with a message of {role}; it must begin and end with the assistant's, "
+                "so move earlier messages into the prompt, and drop later ones"
+            )
         ids: list[int] = []
         mask: list[bool] = []
-        replies: list[Mapping[str, str]] = []
+        calls: Sequence[Mapping[str, Any]] = ()
+        replies: list[Mapping[str, Any]] = []
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 replies.append(message)
                 continue
             if bool(number) != bool(replies):
-                raise RloraError(f"message {number + 1} of the completion: two messages of the assistant in a row")
+                raise RloraError(
+                    f"message {number + 1} of the completion: two messages of the assistant in a row; join them, or "
+                    "drop the row"
+                )
             if replies:
+                replies = _with_names(replies, calls)
                 reply = self.reply_ids(replies, ids)
                 ids, mask = [*ids, *reply], [*mask, *[False] * len(reply)]
                 prompt, replies = self.conversation(replies), []
-            text, end = self._message_and_end(message)
-            own = (*self._ids(self._after_opening(text, prompt)), end)
+            text, end = self.answers.text_and_end(message)
+            generated = self._template.opening(prompt)[1] if self.template else ""
+            text = self.answers.after_opening(text, "".join(self._opening(prompt)), generated)
+            own = (*self._ids(text), end)
             ids, mask = [*ids, *own], [*mask, *[message.get("weight") != 0] * len(own)]
+            calls = message.get("tool_calls") or ()
         return tuple(ids), tuple(mask)
-
-    @cached_property
-    def _end_id(self) -> int:
-        """The token that ends a message of the policy without calls. Some templates write it only before the next
-        message (GLM), some only after the last one (gpt-oss)."""
-        message = {"role": "assistant", "content": MARK}
-        for messages in ([_QUESTION, message], [_QUESTION, message, _QUESTION]) if self.template else ():
-            rendered = self._template.render(messages, tokenize=False, add_generation_prompt=False)
-            if (end := self._first_end(rendered.partition(MARK)[2])) is not None:
-                return end[1]
-        return self.stop_token_ids[0]
 
     def conversation(self, reply: Messages) -> Messages:
         """Return a conversation for the template in which an env's reply follows a message of the policy. Results of
@@ -135,92 +138,7 @@ class Chat:
         if reply[0]["role"] == "tool":
             call = ToolCall(reply[0].get("name") or "tool", {"value": MARK})
             message = calling(call) if self._template.shows_calls else message
-        return self._template.messages([_QUESTION, message, *reply])
-
-    def message_text(self, message: Mapping[str, Any]) -> str:
-        """Return a message as the policy writes it: its tool calls as the template renders them, or its content, after
-        its `reasoning_content` and what else the template renders before content.
-
-        The text begins after the header of the policy's message, so it includes a thinking tag with which the template
-        opens the message. Raises RloraError if the template does not render the calls, or if the message contains a
-        token that ends it.
-        """
-        return self._message_and_end(message)[0]
-
-    def _message_and_end(self, message: Mapping[str, Any]) -> tuple[str, int]:
-        """Return `message_text` and the token that ends the message."""
-        content = json.dumps(dict(message), ensure_ascii=False)
-        if inside := next((end for end in self._ends if end in content), ""):
-            raise RloraError(f"a message of the assistant contains {inside}, which ends a message; fix or drop the row")
-        thought = message.get("reasoning_content")
-        if not message.get("tool_calls"):
-            return self._before_content(thought, message["content"]) + message["content"], self._end_id
-        result = {"role": "tool", "name": message["tool_calls"][0]["function"]["name"], "content": "?"}
-        messages = self._template.messages([_QUESTION, message, result])  # the last message can have a thinking block
-        self._template.check_shown(messages, "a message of the policy with a call")
-        text = self._from_header(messages)
-        if thought and thought not in text:
-            raise RloraError(
-                "a message with tool_calls has reasoning_content, which the chat template does not render; set a "
-                "chat.template that renders it, or drop reasoning_content"
-            )
-        return self._up_to_end(text)
-
-    def _before_content(self, thought: str | None, content: str) -> str:
-        """Return what the policy writes before the content of a message: the thought, in the form of the template or
-        else in thinking tags, and other text that the template renders there."""
-        opens, closes = self.settings.think
-        if thought and thought.strip() in (prefix := self._rendered_before_content(thought)):
-            return prefix
-        prefix = self._empty_before_content
-        if thought or closes in content:
-            prefix = prefix.partition(opens)[0]  # without the empty thought of the template
-        return prefix + (f"{opens}\n{thought}\n{closes}\n\n" if thought else "")
-
-    @cached_property
-    def _empty_before_content(self) -> str:
-        """What the template renders between the header of the policy's message and its content, without a thought."""
-        return self._rendered_before_content("")
-
-    def _rendered_before_content(self, thought: str) -> str:
-        if not self.template:
-            return ""
-        thoughts = {"reasoning_content": thought, "thinking": thought} if thought else {}  # the second: gpt-oss
-        messages = self._template.messages([_QUESTION, {"role": "assistant", "content": MARK, **thoughts}])
-        prefix, found, _ = self._from_header(messages).partition(MARK)
-        return prefix if found else ""
-
-    def _from_header(self, messages: Messages) -> str:
-        """Return the rendered text of messages after `_QUESTION`, from the header of the policy's message on."""
-        text = str(self._template.render(messages, tokenize=False, add_generation_prompt=False))
-        prompt, *headers = self._question_prompt
-        if header := next(filter(text.startswith, headers), ""):
-            return text.removeprefix(header)
-        return text[next((n for n, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), len(prompt)) :]
-
-    @cached_property
-    def _question_prompt(self) -> tuple[str, str, str]:
-        """The prompt of `_QUESTION`, without the text that opens the policy's message, and up to an opened thought."""
-        question = self._template.messages([_QUESTION])
-        prompt = str(self._template.render(question, tokenize=False))
-        opened, generated = self._template.opening(question)
-        until_thought = prompt.removesuffix(generated) + generated.partition(self.settings.think[0])[0]
-        return prompt, prompt.removesuffix(opened), until_thought
-
-    def _after_opening(self, text: str, prompt: str | Messages) -> str:
-        """Return a message of the policy, as `message_text` returns it, without the text that the prompt already
-        contains. A thought that the prompt opens is closed if the message has none. Raises RloraError if the message
-        has a thought, and the template has closed it in the prompt."""
-        opened, (opens, closes) = "".join(self._opening(prompt)), self.settings.think
-        ends_thought = self.template and closes in self._template.opening(prompt)[1]
-        if ends_thought and text.startswith(opens) and text.removeprefix(opens).partition(closes)[0].strip():
-            raise RloraError(
-                f"a message of the assistant has a thought, but the chat template ends a prompt with {closes}; set "
-                "chat.template_args so that the model thinks, or drop the thoughts"
-            )
-        if text.startswith(opened) or not self.template or opens not in opened or closes in opened:
-            return text.removeprefix(opened)
-        return text.removeprefix(opens) if closes in text else f"\n{closes}\n\n{text}"
+        return self._template.messages([QUESTION, message, *reply])
 
     def call_text(self, call: ToolCall, tools: Tools) -> str:
         """Return a message with one tool call, as `text` decodes it.
@@ -233,31 +151,11 @@ class Chat:
             )
         self._template.check_tools(tools)
         self.reply_ids([{"role": "tool", "name": call.name, "content": "?"}], ())
-        return self._without_special(self._ids(self.message_text(calling(call))))
-
-    def _up_to_end(self, text: str) -> tuple[str, int]:
-        """Return a rendered text up to the first token that ends a message of the policy, and this token. Raises
-        RloraError if there is none."""
-        if (end := self._first_end(text)) is None:
-            raise RloraError(
-                f"model: its chat template writes none of the model's end tokens after a tool call, in {text!r:.200}; "
-                "set chat.template to one that fits the model, or chat.stop_token_ids"
-            )
-        return text[: end[0]], end[1]
-
-    def _first_end(self, text: str) -> tuple[int, int] | None:
-        """Return the position of the first end token in a rendered text, and the token; None if there is none."""
-        ends = [(text.find(end), token) for end, token in self._ends.items()]
-        return min((end for end in ends if end[0] >= 0), default=None)
-
-    @cached_property
-    def _ends(self) -> dict[str, int]:
-        """The end tokens by their text, without those that have none."""
-        return {text: token for token in reversed(self.stop_token_ids) if (text := self.decode([token]))}
+        return self._without_special(self._ids(self.answers.text_and_end(calling(call))[0]))
 
     def check_replies(self) -> None:
         """Raise RloraError if the template does not render an env's reply after a message of the policy."""
-        self.reply_ids([_QUESTION], ())
+        self.reply_ids([QUESTION], ())
 
     def text(self, ids: Sequence[int], with_opening: bool = True, prompt: str | Messages = "") -> str:
         """Decode a message of the policy, without special tokens except thinking tags (returned as `THINK`).
@@ -325,3 +223,15 @@ class Chat:
         rest = prefill.lstrip().removeprefix(present)
         space = opened[len(opened.rstrip()) :]
         return rest[next(n for n in range(len(space), -1, -1) if rest.startswith(space[:n])) :]
+
+
+def _with_names(replies: Sequence[Mapping[str, Any]], calls: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return messages in which each result of a tool has the name of the call that it answers, by ID or in order."""
+    waiting, named = list(calls), list[Mapping[str, Any]]()
+    for reply in replies:
+        if reply["role"] != "tool" or not waiting:
+            named.append(reply)
+            continue
+        matches = (n for n, call in enumerate(waiting) if call.get("id") and call["id"] == reply.get("tool_call_id"))
+        named.append({"name": waiting.pop(next(matches, 0))["function"]["name"], **reply})
+    return named

@@ -188,8 +188,8 @@ class Template:
                 "messages"
             )
         return RloraError(
-            f"env: the model's chat template rejects {messages!r} ({error}); let the env return messages that the "
-            "template accepts" + (", or fix chat.template" if self.settings.template else "")
+            f"env: the model's chat template rejects {messages!r:.1000} ({error}); let the env return messages that "
+            "the template accepts" + (", or fix chat.template" if self.settings.template else "")
         )
 
     def _renders(self, messages: Messages, template_args: Any) -> bool:

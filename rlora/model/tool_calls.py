@@ -69,8 +69,8 @@ def without_thoughts(text: str) -> str:
     """Return a message without its thoughts, <think> to </think>, or to the end. A tag inside a call stays."""
     kept, position = [], 0
     while (start := text.find("<think>", position)) >= 0:
-        call = text.find(_OPEN, position)
-        if 0 <= call < start:
+        call = text.find(_OPEN, position, start)
+        if call >= 0:
             end = text.find(_CLOSE, call)
             end = len(text) if end < 0 else end + len(_CLOSE)
             kept.append(text[position:end])

@@ -30,6 +30,11 @@ def _example(prompt: Prompt, tools: Tools, chat: Chat, config: Config) -> Group:
             f"it has {len(prompt.completions)} completions, but algorithm.loss = {config.algorithm.loss!r} "
             f"learns from {'one' if wanted == 1 else 'a chosen and a rejected one'}; use an env that gives them"
         )
+    if wanted == 2 and prompt.weight != 1:
+        raise RloraError(
+            f"its weight is {prompt.weight}, but algorithm.loss = {config.algorithm.loss!r} weighs all pairs alike; "
+            "unset env_args.weight"
+        )
     if len({tool["function"]["name"] for tool in tools}) < len(tools):
         raise RloraError("two of its tools have the same name; fix or drop the row")
     if not isinstance(prompt.text, str) and not prompt.text and not prompt.token_ids:

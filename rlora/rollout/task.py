@@ -1,6 +1,7 @@
 """Prompts, reward functions and tokenizer of a run, validated before anything starts."""
 
 import inspect
+import json
 import logging
 import math
 import os
@@ -110,7 +111,10 @@ def _load_examples(config: Config, env: Any, train: Sequence[Prompt], held_out: 
     _check_tokenizer(config, task.chat, getattr(env, "tokenized_by", config.model))
     if not train:
         raise RloraError(f"env = {config.env!r}: its train() returned no examples; use a data set that has some")
-    parts = [[example_of(prompt, task.chat, config, n) for n, prompt in enumerate(part)] for part in (train, held_out)]
+    tools = toolset_of(env, task.chat)
+    schemas = tuple(tools.schemas.values()) if tools else ()
+    offered = [[replace(prompt, tools=prompt.tools or schemas) for prompt in part] for part in (train, held_out)]
+    parts = [[example_of(prompt, task.chat, config, n) for n, prompt in enumerate(part)] for part in offered]
     if not any(reward for group in parts[0] for reward in group.rewards):
         raise RloraError(f"env = {config.env!r}: the weights of all examples are 0; give some a weight above 0")
     size = vocabulary_size(task.base)
@@ -273,12 +277,18 @@ def _check_prompt(source: str, prompt: Any, number: int) -> None:
             f"{source} returned a Prompt whose text is {text!r}; use a string, or a list of chat messages, "
             f'{{"role": ..., "content": ...}} with string values{suffix}'
         )
+    for name, values in (("completions", prompt.completions), ("tools", prompt.tools)):
+        if not isinstance(values, list | tuple):
+            raise RloraError(f"{source} returned a Prompt whose {name} are {values!r:.200}; use a tuple{suffix}")
     for completion in prompt.completions:
         if not isinstance(completion, str | Episode) and not (_are_messages(completion) and completion):
             raise RloraError(
                 f"{source} returned a Prompt with the completion {completion!r:.200}; use a string, an Episode, or a "
                 f'list of chat messages, {{"role": ..., "content": ...}} with string values{suffix}'
             )
+    for messages in (text, *prompt.completions):
+        if fault := "" if isinstance(messages, str | Episode) else next(filter(None, map(_fault_of, messages)), ""):
+            raise RloraError(f"{source} returned a Prompt with a chat message {fault}{suffix}")
     weight: Any = prompt.weight
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
         raise RloraError(f"{source} returned a Prompt whose weight is {weight!r}; use a number of 0 or more{suffix}")
@@ -302,6 +312,30 @@ def _are_messages(value: Any) -> bool:
         isinstance(message, Mapping) and all(isinstance(message.get(key), str) for key in ("role", "content"))
         for message in value
     )
+
+
+def _fault_of(message: Mapping[str, Any]) -> str:
+    """Return what is wrong with a chat message besides its role and content; "" if nothing is."""
+    thought, calls = message.get("reasoning_content") or "", message.get("tool_calls") or []
+    if not isinstance(thought, str):
+        return f"whose reasoning_content is {thought!r:.200}; use a string"
+    if not isinstance(calls, list | tuple) or not all(map(_is_call, calls)):
+        return (
+            f"whose tool_calls are {calls!r:.200}; use a list of "
+            '{"type": "function", "function": {"name": ..., "arguments": {...}}}'
+        )
+    try:
+        json.dumps(dict(message), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        return f"that is not JSON ({error}), {message!r:.200}; use strings, numbers, lists and objects"
+    return ""
+
+
+def _is_call(call: Any) -> bool:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        return False
+    return bool(function["name"]) and isinstance(function.get("arguments"), Mapping | str)
 
 
 def _without_surrogates(text: str | Messages) -> str | Messages:

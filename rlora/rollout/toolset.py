@@ -3,6 +3,7 @@
 import functools
 import inspect
 import logging
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,9 @@ from rlora.scoring.tools import HIDDEN, functions_of
 from rlora.scoring.worker import EnvReply, EnvTurn
 
 _SCHEMA = '{"type": "function", "function": {"name": ..., "description": ..., "parameters": {"type": "object", ...}}}'
+
+_JSON_TYPES = (str, int, float, bool, list, dict, tuple, type(None), Any)
+_CONTAINERS = (list, dict, tuple, typing.Union, types.UnionType, Sequence, Mapping)
 
 _log = logging.getLogger(__name__)
 _warn = functools.cache(_log.warning)  # once for each text
@@ -117,7 +121,10 @@ def toolset_of(env: Any, chat: Chat) -> Toolset | None:
 
 def _check_callable(name: str, function: Any, schema: Mapping[str, Any]) -> None:
     """Raise RloraError if a function can't be called with the arguments that its schema shows."""
-    parameters = inspect.signature(function).parameters
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError as error:  # of some built-in functions
+        raise RloraError(f"env: its tool {name!r} can't be called: {error}; wrap it in a function") from None
     shown = schema["function"]["parameters"].get("properties", {})
     if reserved := sorted(shown.keys() & set(HIDDEN)):
         raise RloraError(
@@ -186,10 +193,27 @@ def _schema_of(tool: Any) -> Mapping[str, Any]:
         schema: Mapping[str, Any] = get_json_schema(visible)
     except Exception as error:  # reads a user's annotations and docstring
         raise RloraError(
-            f"env: its tool {name!r} has no schema: {error}; give each parameter a type hint and a line under Args: in "
-            "the docstring, or give the schema instead of the function"
+            f"env: its tool {name!r} has no schema: {error}; give each parameter a type hint and a line `name: text` "
+            "under Args: in the docstring, or give the schema instead of the function"
         ) from error
+    for parameter, hint in visible.__annotations__.items():
+        if parameter != "return" and not _is_json(hint):
+            raise RloraError(
+                f"env: its tool {name!r} has a parameter {parameter!r} of the type {hint}, but a call has values "
+                "of JSON only; use str, int, float, bool, list, dict or Literal[...], or give the schema instead of "
+                "the function"
+            )
     return schema
+
+
+def _is_json(hint: Any) -> bool:
+    """Return whether a type hint has only types whose values a call, which is JSON, can have."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return True
+    if arguments:
+        return origin in _CONTAINERS and all(map(_is_json, arguments))
+    return hint in _JSON_TYPES
 
 
 def _parser(chat: Chat, schemas: Sequence[Mapping[str, Any]]) -> Parser:

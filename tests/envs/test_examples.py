@@ -134,6 +134,16 @@ def test_the_column_forms_of_trl(row: Any, text: str | Messages, completions: tu
         ({"prompt": "a", "completion": [user("b"), assistant("c")]}, "row 0: column 'completion' begins with a diff"),
         ({"messages": None, "text": None}, "row 0: column 'messages' is null"),
         ({"text": 4}, "row 0: column 'text' is 4; it must be text"),
+        ({"text": 4}, r"line 1 of \S*a\.jsonl, train, row 0: column 'text'"),
+        ({"messages": [assistant("a"), user("b"), assistant("c")]}, "begins with the assistant's message, which"),
+        ({"messages": [user("a"), {"role": "model", "content": "b"}]}, r"\(roles: user, model\)"),
+        ({"system": "Be brief.", "messages": [user("a"), assistant("b")]}, "column 'system' is not read; put its text"),
+        ({"images": ["a.png"], "prompt": "a", "completion": "b"}, "column 'images' is not read; only text"),
+        ({"messages": [user("a"), {**assistant(""), "tool_calls": [{"name": "", "arguments": {}}]}]}, "is not a call"),
+        (
+            {"messages": [user("a"), {**assistant(""), "tool_calls": [{"name": "f", "arguments": '{"x": NaN}'}]}]},
+            "is not a call",
+        ),
         ({"messages": [user("a"), {**assistant("b"), "weight": 2}]}, "message 1: weight = 2 of a message; use 0 or 1"),
     ],
 )
@@ -456,6 +466,16 @@ def test_episodes_of_another_tokenizer_are_refused(
         (Prompt((), completions=("a", "b")), "it has 2 completions, but algorithm.loss = 'sft' learns from one"),
         (Prompt("?", completions=([assistant("a"), assistant("b")],), source="x.jsonl, row 7"),
          "x.jsonl, row 7: message 2 of the completion: two messages of the assistant in a row"),
+        (Prompt("?", completions="a"), "a Prompt whose completions are 'a'; use a tuple"),
+        (Prompt("?", completions=None), "a Prompt whose completions are None"),
+        (Prompt("?", completions=("a",), tools=None), "a Prompt whose tools are None"),
+        (Prompt("?", completions=("",)), "example 0: a message of the assistant is empty"),
+        (Prompt("?", completions=([{**assistant(""), "tool_calls": [{"name": "now", "arguments": {}}]}],)),
+         r"a chat message whose tool_calls are \[{'name': 'now'.*use a list of"),
+        (Prompt([{**user("a"), "tool_calls": {}}, {**user("a"), "tool_calls": {"a": 1}}], completions=("b",)),
+         "a chat message whose tool_calls are {'a': 1}"),
+        (Prompt("?", completions=([{**assistant("a"), "reasoning_content": 5}],)), "whose reasoning_content is 5"),
+        (Prompt("?", completions=([{**assistant("a"), "extra": {1}}],)), "a chat message that is not JSON"),
     ],
 )  # fmt: skip
 def test_bad_completions_of_an_own_env_say_what_is_wrong(
@@ -470,3 +490,61 @@ def test_bad_completions_of_an_own_env_say_what_is_wrong(
 
     with pytest.raises(RloraError, match=message):
         load_task(supervised(env=register(Own())))
+
+
+def test_errors_name_the_line_of_the_file(tmp_path: Path) -> None:
+    good = json.dumps({"prompt": "a", "completion": "b"})
+    bad = json.dumps({"prompt": "a", "completion": ""})
+    (tmp_path / "a.jsonl").write_text(f"{good}\n\n\n{good}\n{bad}\n")
+    with pytest.raises(RloraError, match=r"^line 5 of \S+a\.jsonl, train, row 2: column 'completion' is empty"):
+        Examples(str(tmp_path / "a.jsonl")).train()
+    with pytest.raises(RloraError, match=r"^line 5 of \S+a\.jsonl, train\[1:\], row 1: column 'completion' is empty"):
+        Examples(str(tmp_path / "a.jsonl"), split="train[1:]").train()
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for number, row in enumerate((good, bad)):
+        (shards / f"train-0000{number}-of-00002.jsonl").write_text(row + "\n")
+    with pytest.raises(RloraError, match=r"^line 1 of \S+00001-of-00002\.jsonl, in \S+shards, train, row 1: column"):
+        Examples(str(shards)).train()
+    (tmp_path / "b.csv").write_text('prompt,completion\n"a\n\nb",c\n"a\nb",\n')
+    with pytest.raises(RloraError, match=r"^line 5 of \S+b\.csv, train, row 1: column 'completion' is null"):
+        Examples(str(tmp_path / "b.csv")).train()
+
+
+def test_an_answer_can_be_json_and_a_prompt_can_be_parts_as_text(tmp_path: Path) -> None:
+    parts = json.dumps({"type": "text", "text": "hi"})
+    (prompt,) = Examples(write(tmp_path / "a.jsonl", [{"messages": [user(parts), assistant(parts)]}])).train()
+    assert prompt.text == [user("hi")]
+    assert prompt.completions == ((assistant(parts),),)
+
+
+def test_pairs_have_no_weights(supervised: Callable[..., Config], tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c", "w": 0.5}])
+    made = supervised(algorithm={"name": "dpo", "kl": 0.1}, env_args={"path": path, "weight": "w"})
+    with pytest.raises(
+        RloraError, match=r"row 0: its weight is 0\.5, but algorithm\.loss = 'dpo' weighs all pairs ali"
+    ):
+        load_task(made)
+
+
+def test_examples_of_an_env_with_tools_offer_them(supervised: Callable[..., Config]) -> None:
+    def price(item: str) -> int:
+        """Return a price.
+
+        Args:
+            item: The item.
+        """
+        return len(item)
+
+    class Shop:
+        tools = (price,)
+
+        def train(self) -> list[Prompt]:
+            return [Prompt("What does a pen cost?", completions=("3",))]
+
+        def held_out(self) -> list[Prompt]:
+            return []
+
+    made = supervised(env=register(Shop()), chat={"template": "hermes"}, sampling={"max_prompt_tokens": 512})
+    task = load_task(made)
+    assert "Return a price." in task.chat.decode(task.examples[0].prompt.token_ids)

@@ -1,6 +1,7 @@
 """Tools of an env: schemas, the chat templates of model families, and calls in real scoring processes."""
 
 import asyncio
+import enum
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -116,7 +117,7 @@ def test_ids_over_five_turns_are_those_that_the_template_renders(family: Chat) -
         function = {"name": "multiply", "arguments": {"a": number, "b": 28}}
         call = {"type": "function", "id": "call00000", "function": function}
         message = {"role": "assistant", "content": "", "tool_calls": [call]}
-        sampled = [*family._ids(family.message_text(message)), family.stop_token_ids[0]]
+        sampled = [*family._ids(family.answers.text_and_end(message)[0]), family.stop_token_ids[0]]
         assert tools.calls(family.text(sampled)) == [ToolCall("multiply", {"a": number, "b": 28})]
         result = {"role": "tool", "name": "multiply", "content": str(28 * number), "tool_call_id": "call00000"}
         reply = family.reply_ids([result], sampled)
@@ -219,6 +220,111 @@ def test_a_thought_is_refused_if_the_template_has_closed_it() -> None:
         chat.completion_ids([answer | {"reasoning_content": "A sum."}], "2 + 2?")
 
 
+@pytest.mark.parametrize(
+    ("template", "content", "expected"),
+    [
+        ("qwen3_5_think", " <think>A sum.</think>4", "A sum.</think>4"),  # the prompt ends with <think>
+        ("qwen3_5_think", "<think>\n\n</think>\n\n4", "\n</think>\n\n4"),
+        ("qwen3_5_nothink", "<think>\n\n</think>\n\n4", "4"),  # the prompt ends with an empty thought
+        ("qwen3", "\n<think>\n\n</think>\n\n4", "<think>\n\n</think>\n\n4"),
+        ("qwen2_5", " 4 \n", " 4 \n"),
+    ],
+)
+def test_a_given_thought_is_written_once(template: str, content: str, expected: str) -> None:
+    chat = chat_of(published(template), ["<|im_end|>", "<|im_start|>"])
+    assert chat.decode(chat.completion_ids(content, "2 + 2?")[0]) == expected + "<|im_end|>"
+    with pytest.raises(RloraError, match="has <think> without </think>; fix or drop the row"):
+        chat.completion_ids("<think>A sum is", "2 + 2?")
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        ("llama3_1", "<|eot_id|>"), ("gemma", "<end_of_turn>"), ("qwen2_5", "<|im_end|>"), ("glm4moe", "<|user|>"),
+        ("cohere2", "<|END_OF_TURN_TOKEN|>"), ("gemma3", "<end_of_turn>"), ("qwen3", "<|im_end|>"),
+    ],
+)  # fmt: skip
+def test_a_given_answer_ends_and_has_spaces_as_the_template_renders_it(template: str, end: str) -> None:
+    special = [end, "<|im_start|>", "<|START_OF_TURN_TOKEN|>", "<|END_RESPONSE|>", "<start_of_turn>"]
+    chat = chat_of(published(template).replace("bos_token", "''"), list(dict.fromkeys(special)))
+    prompt, answer = [{"role": "user", "content": "2 + 2?"}], {"role": "assistant", "content": " \n4 \n"}
+    expected = chat._template.render([*prompt, answer], tokenize=False, add_generation_prompt=False)
+    ids = chat.prompt_ids(prompt) + chat.completion_ids([answer], prompt)[0]
+    assert chat.decode(ids) == expected.removesuffix("\n").removesuffix(end) + end
+    turns = chat.decode(chat.completion_ids([answer, *prompt, answer], prompt)[0])
+    ending = turns[turns.rindex("4") :]
+    assert turns[turns.index("4") :].startswith(ending)
+    assert turns.partition("2 + 2?")[0].count(end) == ending.count(end) == 1
+
+
+def test_a_template_that_ends_messages_with_another_token_is_refused() -> None:
+    """A base model with a ChatML template whose only end token is that of a text."""
+    chat = chat_of(published("qwen2_5"), ["<|endoftext|>", "<|im_end|>", "<|im_start|>"])
+    with pytest.raises(RloraError, match=r"ends a message with <\|im_end\|>, .*set chat\.stop_token_ids = \[257\]"):
+        chat.completion_ids("4", "2 + 2?")
+
+
+CLOCK = {"id": "call_1", "type": "function", "function": {"name": "now", "arguments": {}}}
+DATE = {"id": "call_2", "type": "function", "function": {"name": "today", "arguments": {}}}
+
+
+@pytest.mark.parametrize(
+    ("template", "ends", "expected"),
+    [
+        ("gptoss", ["<|return|>", "<|call|>"], "functions.now to=assistant"),
+        ("gemma4_v5", ["<turn|>", "<|tool_response>"], "response:now{"),
+        ("gemma4", ["<turn|>", "<|tool_response>"], "response:now{"),
+        ("muse_glimmer", ["<|eot|>"], "tool now<|message|>"),
+    ],
+)
+def test_a_result_without_a_name_has_that_of_its_call(template: str, ends: list[str], expected: str) -> None:
+    chat = chat_of(published(template).replace("bos_token", "''"), ends, len(ends))
+    called = {"role": "assistant", "content": "", "tool_calls": [CLOCK]}
+    result = {"role": "tool", "tool_call_id": "call_1", "content": "12:00"}
+    ids, _ = chat.completion_ids([called, result, {"role": "assistant", "content": "Noon."}], "Time?")
+    assert expected in chat.decode(ids)
+
+
+@pytest.mark.parametrize("keys", [("call_2", "call_1"), (None, None)])
+def test_results_are_named_by_the_ids_of_their_calls_or_in_order(keys: tuple[str | None, str | None]) -> None:
+    source = "{% for m in messages %}<{{ m.role }} {{ m.name }}>{{ m.content }}{{ m.tool_calls }}<end>{% endfor %}"
+    chat = chat_of(source, ["<end>"])
+    called = {"role": "assistant", "content": "", "tool_calls": [CLOCK, DATE]}
+    results = [
+        {"role": "tool", "content": "a", "tool_call_id": keys[0]},
+        {"role": "tool", "content": "b", "tool_call_id": keys[1]},
+    ]
+    results = [{key: value for key, value in result.items() if value} for result in results]
+    text = chat.decode(chat.completion_ids([called, *results, {"role": "assistant", "content": "c"}], "Time?")[0])
+    first, second = ("today", "now") if keys[0] else ("now", "today")
+    assert f"<tool {first}>a" in text
+    assert f"<tool {second}>b" in text
+
+
+def test_content_that_the_template_moves_behind_the_call_is_refused() -> None:
+    chat = chat_of(published("gemma4_v5").replace("bos_token", "''"), ["<turn|>", "<|tool_response>"], 2)
+    called = {"role": "assistant", "content": "Let me look.", "tool_calls": [CLOCK]}
+    with pytest.raises(RloraError, match="tool_calls has content, which the chat template does not render in the mess"):
+        chat.completion_ids([called], "Time?")
+
+
+@pytest.mark.parametrize(
+    ("completion", "message"),
+    [
+        ([{"role": "assistant", "content": " "}], "a message of the assistant is empty"),
+        ("", "a message of the assistant is empty"),
+        (
+            [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}],
+            "begins or ends with a message of use",
+        ),
+        ([{"role": "system", "content": "a"}, {"role": "assistant", "content": "b"}], "with a message of system"),
+    ],
+)
+def test_a_completion_that_is_no_answer_is_refused(completion: Any, message: str, chat: Chat) -> None:
+    with pytest.raises(RloraError, match=message):
+        chat.completion_ids(completion, "2 + 2?")
+
+
 def test_a_prefill_is_in_a_given_answer_once_in_each_turn(chat: Chat) -> None:
     filled = Chat(chat.tokenizer, ChatConfig(prefill="Answer: "), chat.stop_token_ids)
     question, answer = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "Answer: 4"}
@@ -249,12 +355,12 @@ def test_a_given_thought_precedes_the_answer_and_a_hidden_one_is_refused(chat: C
     thinking = chat_of(published("qwen3"), ["<|im_end|>", "<|im_start|>"])
     message = {"role": "assistant", "content": "Two.", "reasoning_content": "1 * 2 is 2."}
     expected = thinking._template.render([{"role": "user", "content": "?"}, message], tokenize=False)
-    assert thinking.message_text(message) + "<|im_end|>" in expected
+    assert thinking.answers.text_and_end(message)[0] + "<|im_end|>" in expected
     call = {"type": "function", "function": {"name": "multiply", "arguments": {"a": 1, "b": 2}}}
     called = message | {"tool_calls": [call], "content": ""}
-    assert thinking.message_text(called).startswith("<think>\n1 * 2 is 2.\n</think>\n\n<tool_call>")
+    assert thinking.answers.text_and_end(called)[0].startswith("<think>\n1 * 2 is 2.\n</think>\n\n<tool_call>")
     with pytest.raises(RloraError, match="reasoning_content, which the chat template does not render"):
-        chat.message_text(called)
+        chat.answers.text_and_end(called)
 
 
 def test_arguments_that_are_not_json_are_an_error_that_shows_them(chat: Chat) -> None:
@@ -334,12 +440,27 @@ def no_docstring(a: int) -> int:
     return a
 
 
+class Unit(enum.Enum):
+    CELSIUS = "c"
+
+
+def of_enum(units: list[Unit] | None) -> str:
+    """Convert.
+
+    Args:
+        units: The units.
+    """
+    return str(units)
+
+
 @pytest.mark.parametrize(
     ("env", "message"),
     [
         (Tools(multiply, multiply), "two of its tools have the name 'multiply'"),
         (Tools(no_types), "'no_types' has no schema: .* type hint"),
         (Tools(no_docstring), "'no_docstring' has no schema: .* docstring"),
+        (Tools(of_enum), r"'of_enum' has a parameter 'units' of the type .*Unit.*use str, int.*Literal"),
+        (Tools({"name": "mx", "parameters": {"properties": {}}}, mx=max), "'mx' can't be called: no signature"),
         (Tools(7), "its tool 7 has no name or can't be called"),
         (Tools({"type": "function"}), "is not the schema of a tool, because it has no name"),
         (Tools(Bound.put), "'put' has the parameter self"),
