@@ -60,7 +60,10 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """Memory of a learner and an engine in bytes, and duration of a step. `faults` lists what does not fit."""
+    """Memory of a learner and an engine in bytes, and duration of a step. `faults` lists what does not fit.
+
+    In a run without engines `weights`, `kv_cache` and `overhead` are 0.
+    """
 
     device: str  # name of the GPU or the CPU
     total: int  # bytes of the GPU's memory, or of RAM
@@ -101,16 +104,19 @@ class Plan:
         rows += ", checkpointing" * self.rows.checkpointing
         process = "activations, CUDA context and graphs" if self.on_gpu else "Python, torch, vLLM"
         cache = f"KV cache: {self.kv_cache // self.kv_token:,} tokens, {self.sequences} sequences of maximum length"
-        return [
+        learner = [
             ("learner", "frozen base", gib(self.learner.base)),
             ("learner", "adapter, its gradient, Adam", gib(self.learner.adapter)),
             ("learner", rows, gib(self.learner.activations)),
             ("learner", "logits of the output head", gib(self.learner.head)),
             ("learner", "CUDA context, " * self.on_gpu + "allocator overhead", gib(self.slack)),
+        ]
+        engine = [
             ("engine", "base", gib(self.weights)),
             ("engine", process, gib(self.overhead)),
             ("engine", cache, gib(self.kv_cache)),
         ]
+        return learner + engine if self.weights else learner
 
 
 def plan(config: Config, gpu: str | None = None, gpus: int = 1) -> Plan:
@@ -142,15 +148,17 @@ def plan(config: Config, gpu: str | None = None, gpus: int = 1) -> Plan:
         rows = Rows(config.learner.microbatch_tokens or config.max_model_len, config.learner.checkpointing is not False)
     learner = footprint(config, base, rows, on_gpu=True)
     learners = LearnerMemory(learner.on_gpu, learner_gpus) if shared else LearnerMemory()
-    kv_cache = 0
+    kv_cache, eager = 0, config.engine.eager
     try:
         utilization = config.engine.gpu_memory_utilization
-        budget = cards.budget_of_engine(total, total, engine_gpus, learners, config.engine.eager, device, utilization)
+        budget = cards.budget_of_engine(total, total, engine_gpus, learners, eager, device, utilization)
         cards.check_fits(budget, weights // parts, kv_token, config.max_model_len, device)
         kv_cache = config.engine.kv_cache_gib * GIB or budget - weights // parts - cards.COMPUTE
     except RloraError as error:
-        faults.append(str(error))
-    overhead = cards.COMPUTE + cards.CONTEXT + (0 if config.engine.eager else cards.GRAPHS)
+        faults += [str(error)] if config.engines else []
+    overhead = cards.COMPUTE + cards.CONTEXT + (0 if eager else cards.GRAPHS)
+    if not config.engines:
+        weights = kv_cache = overhead = 0
     memory = Plan(
         device, total, True, shared, learner, rows, weights // parts, kv_cache, kv_token, config.max_model_len, overhead
     )
@@ -194,11 +202,13 @@ def _weights_and_active(config: Config, base: PreTrainedConfig) -> tuple[int, in
 
 def _plan_on_cpu(config: Config, base: PreTrainedConfig, weights: int, active: int, kv_token: int) -> Plan:
     rows = cpu_rows(config)
-    kv_cache = (config.engine.kv_cache_gib or 2) * GIB
+    kv_cache, process = (config.engine.kv_cache_gib or 2) * GIB, _PROCESS
+    if not config.engines:
+        weights = kv_cache = process = 0
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     learner = footprint(config, base, rows, on_gpu=False)
     engines, name = config.engines, f"CPU ({cores()} cores)"
-    memory = Plan(name, total, False, True, learner, rows, weights, kv_cache, kv_token, config.max_model_len, _PROCESS)
+    memory = Plan(name, total, False, True, learner, rows, weights, kv_cache, kv_token, config.max_model_len, process)
     needed = _PROCESS + learner.fixed + learner.per_row + memory.slack + engines * (weights + kv_cache + _PROCESS)
     fix = "lower engine.kv_cache_gib, or use a smaller model"
     fault = f"RAM: the run needs {gib(needed)}, and the machine has {gib(total)}; {fix}"
@@ -224,7 +234,7 @@ def _measure_cpu(config: Config) -> Kind:
 
 def _seconds(config: Config, kind: Kind, memory: Plan, active: int) -> dict[str, float]:
     """Estimate the seconds of a step by phase, for completions of half of sampling.max_tokens on average."""
-    completions = config.prompts_per_step * config.group_size
+    completions = config.prompts_per_step * config.completions_per_prompt
     length = _MEAN_LENGTH * config.sampling.max_tokens
     prompts = config.prompts_per_step * config.sampling.max_prompt_tokens / 2
     engines, parts = max(1, config.engines), config.engine.tensor_parallel_size

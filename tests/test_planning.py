@@ -103,6 +103,25 @@ def test_what_does_not_fit_is_reported(
     assert "the run does not fit" in printed.err
 
 
+@pytest.mark.parametrize("gpu", [None, "a10g-24"])
+def test_given_completions_need_no_engine(
+    gpu: str | None, config: MakeConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"reward": "", "dtype": "bfloat16"}
+    sft, dpo = (config(**given, algorithm=algorithm) for algorithm in ({"name": "sft"}, {"name": "dpo", "kl": 0.1}))
+    planned = plan(sft, gpu)
+    assert {process for process, *_ in planned.lines} == {"learner"}
+    assert not planned.faults
+    assert planned.used == planned.learner.fixed + planned.learner.per_row + planned.slack
+    assert [*planned.seconds] == ["update"]
+    if gpu:  # the speed of a CPU is measured each time
+        assert planned.seconds["update"] < plan(dpo, gpu).seconds["update"]
+    arguments = [str(ROOT / "launch" / "sft.toml"), *(["--gpu", gpu] if gpu else [])]
+    monkeypatch.setattr(sys, "argv", ["rlora", "plan", *arguments])
+    main()
+    assert f"The learner is {'on one GPU' if gpu else 'in RAM'};" in capsys.readouterr().out
+
+
 def test_seconds_grow_with_the_work(tmp_path: Path) -> None:
     gsm8k, more = recipe("qwen3-8b-gsm8k", tmp_path), {"sampling": {"max_tokens": 2048, "max_prompt_tokens": 512}}
     table = read_table(ROOT / "launch" / "gpu" / "qwen3-8b-gsm8k.toml") | {"model": str(tmp_path)}

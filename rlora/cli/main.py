@@ -211,7 +211,7 @@ def _check(arguments: list[str]) -> None:
     if options.config.algorithm.supervised:
         raise RloraError(
             f"algorithm.loss = {options.config.algorithm.loss!r}: there is no reward function to check; look at an "
-            "example with `rlora show`"
+            "example with `rlora show prompt CONFIG`"
         )
     if not options.config.check.prompts:
         raise RloraError("check.prompts = 0: there is no prompt to try; set check.prompts to 1 or more")

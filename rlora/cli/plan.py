@@ -22,8 +22,10 @@ def plan_command(arguments: list[str]) -> None:
     for process, part, size in prediction.lines:
         table.add_row(process, part, size)
     Console().print(table)
-    placement = ("on one GPU" if prediction.shared else "each on its own GPU") if prediction.on_gpu else "in RAM"
-    print(f"Learner and engine are {placement}; {gib(prediction.total - prediction.used)} are left.")
+    separate = options.config.engines and not prediction.shared
+    placement = ("each on its own GPU" if separate else "on one GPU") if prediction.on_gpu else "in RAM"
+    processes = "Learner and engine are" if options.config.engines else "The learner is"
+    print(f"{processes} {placement}; {gib(prediction.total - prediction.used)} are left.")
     seconds = sum(prediction.seconds.values())
     phases = ", ".join(f"{name} {duration:.1f} s" for name, duration in prediction.seconds.items())
     print(

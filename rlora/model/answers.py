@@ -1,7 +1,7 @@
 """Given messages of the policy, as the policy writes them under a chat template."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -16,11 +16,12 @@ class Answers:
     """Renders each message as the chat template renders the last message of a conversation. Without a template, a
     message is its content.
 
-    `ends` are the model's end tokens by their text. `usual_end` ends a message after which the template writes none.
+    `stop_token_ids` are the model's end tokens, and `ends` those of them that have a text, by the text. If the template
+    writes none of them after a message, the first one ends it.
     """
 
-    def __init__(self, template: Template, ends: Mapping[str, int], usual_end: int) -> None:
-        self.template, self.ends, self.usual_end = template, ends, usual_end
+    def __init__(self, template: Template, stop_token_ids: Sequence[int], ends: Mapping[str, int]) -> None:
+        self.template, self.stop_token_ids, self.ends = template, stop_token_ids, ends
         self._think = template.settings.think
         self._spaces: dict[tuple[str, str], tuple[str, str]] = {}  # cache of _kept_space
 
@@ -85,7 +86,7 @@ class Answers:
             ending = self._rendered(*messages).partition(MARK)[2]
             if (end := self._first_end(ending)) is not None:
                 return ending[: end[0]], end[1]
-        return "", self.usual_end
+        return "", self.stop_token_ids[0]
 
     @cached_property
     def _given_end(self) -> tuple[str, int]:

@@ -28,7 +28,7 @@ class Chat:
         self._template = Template(tokenizer, settings)
         self.template, self._special = self._template.source, self._template.special
         ends = {text: token for token in reversed(stop_token_ids) if (text := self.decode([token]))}
-        self.answers = Answers(self._template, ends, stop_token_ids[0])
+        self.answers = Answers(self._template, stop_token_ids, ends)
 
     def prompt_ids(self, text: str | Messages, tools: Tools = ()) -> tuple[int, ...]:
         """Return the tokens of a prompt. A string becomes one user message if there is a chat template, else bare text.

@@ -24,7 +24,7 @@ def example_of(prompt: Prompt, chat: Chat, config: Config, number: int) -> Group
 
 
 def _example(prompt: Prompt, tools: Tools, chat: Chat, config: Config) -> Group:
-    wanted = 1 if config.algorithm.loss == "sft" else 2
+    wanted = config.completions_per_prompt
     if len(prompt.completions) != wanted:
         raise RloraError(
             f"it has {len(prompt.completions)} completions, but algorithm.loss = {config.algorithm.loss!r} "

@@ -20,7 +20,7 @@ from rlora.run.checkpoint import Bundle
 from rlora.run.merge import merge
 from rlora.settings import ChatConfig, Config
 from rlora.store import write_adapter, write_file
-from rlora.telemetry.metrics import sparkline
+from rlora.telemetry.metrics import progress, sparkline
 
 TEMPLATE = "chat_template.jinja"  # the name that transformers uses
 
@@ -91,9 +91,14 @@ def card(run: UPath, bundle: Bundle, merged: str | None = None) -> str:
     """
     config = bundle.config
     lines = [line for line in directory.figures(run) if line["step"] < bundle.version]
-    curve = [line["reward/mean"] or 0.0 for line in lines]
+    curve = [progress(line) or 0.0 for line in lines]
     shown = lines[:: max(1, len(lines) // 10)]
-    tags = ["lora", "reinforcement-learning", "rlora", config.algorithm.name]
+    training, figure = "reinforcement learning", "reward"
+    if config.algorithm.supervised:
+        is_sft = config.algorithm.loss == "sft"
+        training = "supervised fine-tuning" if is_sft else "preference learning"
+        figure = "log p per token" if is_sft else "accuracy"
+    tags = ["lora", training.replace(" ", "-"), "rlora", config.algorithm.name]
     library = "transformers" if merged or config.learner.full_finetuning else "peft"
     head = {"base_model": config.model, "library_name": library, "pipeline_tag": "text-generation", "tags": tags}
     return "\n".join([
@@ -102,7 +107,7 @@ def card(run: UPath, bundle: Bundle, merged: str | None = None) -> str:
         "---",
         f"# {run.name}, version {bundle.version}",
         "",
-        f"`{config.model}` after reinforcement learning with a low-rank policy, by rlora.",
+        f"`{config.model}` after {training} with a low-rank policy, by rlora.",
         "",
         "| | |",
         "|---|---|",
@@ -112,12 +117,12 @@ def card(run: UPath, bundle: Bundle, merged: str | None = None) -> str:
         "",
         *_prompts(config, merged),
         "",
-        "## Mean reward by version",
+        f"## Mean {figure} by version",
         "",
         *(["```", sparkline(curve, width=len(curve)), "```", ""] if curve else []),
-        "| version | mean reward | completion tokens |",
+        f"| version | mean {figure} | completion tokens |",
         "|---|---|---|",
-        *(f"| {line['step']} | {line['reward/mean'] or 0.0:.3f} | {line['completion/length']:.1f} |" for line in shown),
+        *(f"| {line['step']} | {progress(line) or 0.0:.3f} | {line['completion/length']:.1f} |" for line in shown),
         "",
         "## Config",
         "",
@@ -162,8 +167,9 @@ def _facts(run: UPath, bundle: Bundle, merged: str | None) -> dict[str, str]:
         "type": f"{form}, {adapter.parameters:,} parameters" + (f", merged in {merged}" if merged else ""),
         "algorithm": config.algorithm.name,
         "data": f"`{config.env}` {json.dumps(config.env_args)}",
-        "reward": ", ".join(f"`{reward}`" for reward in config.rewards),
-        "trained": f"{bundle.version} steps of {config.prompts_per_step} prompts x {config.group_size} completions, "
+        "reward": ", ".join(f"`{reward}`" for reward in config.rewards) or "none",
+        "trained": f"{bundle.version} steps of {config.prompts_per_step} prompts x {config.completions_per_prompt} "
+        "completions, "
         f"learning rate {learner.lr}, seed {config.seed}",
         "software": ", ".join(f"{name} {version}" for name, version in bundle.origin.packages.items()),
         "SHA-256": f"`{adapter.digest}`",
@@ -175,4 +181,8 @@ def _facts(run: UPath, bundle: Bundle, merged: str | None) -> dict[str, str]:
         initial = f"{summary['accuracy/before']:.3f} before, " if "accuracy/before" in summary else ""
         final, prompts = summary["accuracy/after"], summary["accuracy/prompts"]
         facts["accuracy"] = f"{initial}{final:.3f} after, greedily on {prompts} held-out prompts"
+    for name in ("held_out/nll", "held_out/accuracy"):
+        if summary.get("steps") == bundle.version and f"{name}/after" in summary:
+            initial = f"{summary[f'{name}/before']:.4f} before, " if f"{name}/before" in summary else ""
+            facts[name] = f"{initial}{summary[f'{name}/after']:.4f} after, on held-out examples"
     return facts

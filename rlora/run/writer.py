@@ -53,7 +53,7 @@ class CheckpointWriter:
         remove_halves(run / BUNDLES)
         step = start.version if start else 0
         self._metrics, self._weights = (LineLog(run / name, step) for name in (METRICS, WEIGHTS))
-        self._accuracies: dict[int, float] = {}  # on the held-out prompts, by evaluated version
+        self._accuracies: dict[int, float] = {}  # on the held-out prompts or examples, by evaluated version
         for line in complete_lines(run):
             self._count_accuracy(line)
         self._ended = False
@@ -147,9 +147,12 @@ class CheckpointWriter:
                 self._rewards[number] = total + episode.reward, count + 1
 
     def _count_accuracy(self, line: str) -> None:
+        """Record the result of an evaluation on held-out prompts or examples: the accuracy, or of SFT -nll."""
         figures = json.loads(line)
-        if (accuracy := figures.get(f"accuracy/{HELD_OUT}")) is not None:
-            self._accuracies[figures["accuracy/version"]] = accuracy
+        nll = figures.get("held_out/nll")
+        results = (figures.get(f"accuracy/{HELD_OUT}"), figures.get("held_out/accuracy"), None if nll is None else -nll)
+        if (result := next((result for result in results if result is not None), None)) is not None:
+            self._accuracies[figures.get("accuracy/version", figures.get("held_out/version"))] = result
 
     # --- on the writing thread ---
 
@@ -204,7 +207,7 @@ class CheckpointWriter:
         if self.config.learner.full_finetuning:  # a bundle takes four times the model's size
             settings = replace(settings, keep_last=min(2, settings.keep_last), keep_every=0, keep_best=0)
         means = {version: total / count for version, (total, count) in self._rewards.items()}
-        scores = self._accuracies if settings.best_by == "accuracy" else means
+        scores = self._accuracies if settings.best_by == "accuracy" or self.config.algorithm.supervised else means
         best = sorted(scores.keys() & set(existing), key=lambda version: scores[version])
         kept = {*existing[-settings.keep_last :], *(best[-settings.keep_best :] if settings.keep_best else ())}
         if settings.keep_every:

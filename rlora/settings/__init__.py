@@ -90,6 +90,11 @@ class Config:
         return 0 if self.algorithm.supervised else self.engine.replicas
 
     @property
+    def completions_per_prompt(self) -> int:
+        """Number of completions of each prompt in a step: those of a group, of an example (1), or of a pair (2)."""
+        return (1 if self.algorithm.loss == "sft" else 2) if self.algorithm.supervised else self.group_size
+
+    @property
     def straggler_seconds(self) -> float:
         """Seconds that a step waits for its last groups after half have arrived."""
         return self.engine.straggler_seconds or 120.0 + self.sampling.max_tokens / 10
@@ -178,8 +183,6 @@ class Config:
             yield Problem("evaluate.sets", f"{name}, and computes the loss of the env's held_out() only; remove it")
         if self.sampling.temperature != 1:
             yield Problem("sampling.temperature", f"{name} at temperature 1; set sampling.temperature to 1")
-        if self.checkpoint.best_by == "accuracy":
-            yield Problem("checkpoint.best_by", f"{name}, and no accuracy is measured; remove checkpoint.best_by")
 
     def _checkpoints_at_fault(self) -> Iterator[Problem]:
         checkpoint, evaluate = self.checkpoint, self.evaluate

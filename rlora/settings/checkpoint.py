@@ -24,7 +24,8 @@ class CheckpointConfig:
     must be above `max_staleness`."""
     best_by: Literal["reward", "accuracy"] = "reward"
     """Criterion of `checkpoint.keep_best`. `reward`: the mean reward of the training episodes that a version sampled.
-    `accuracy`: the accuracy on held-out prompts, which needs `evaluate.every` and `evaluate.prompts` above 0."""
+    `accuracy`: the accuracy on held-out prompts, which needs `evaluate.every` and `evaluate.prompts` above 0. SFT
+    and pairs have no rewards: the best have the lowest loss, or the highest accuracy, on held-out examples."""
     episodes_mib: NonNegativeInt = 64
     """Largest size in MiB of the compressed episodes that a checkpoint stores for `rlora replay`. Episodes of a larger
     size are not stored, with a warning. `0` stores none."""

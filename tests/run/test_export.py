@@ -68,6 +68,34 @@ def test_a_model_card_describes_an_adapter_and_its_provenance(
     assert yaml.safe_load(merged.split("---\n")[1])["library_name"] == "transformers"
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        (
+            "sft",
+            ["after supervised fine-tuning with", "16 prompts x 1 completions", "| 1 | -1.500 | 9.5 |", "log p per"],
+        ),
+        (
+            "dpo",
+            ["after preference learning with", "16 prompts x 2 completions", "| 1 | 0.750 | 9.5 |", "mean accuracy"],
+        ),
+    ],
+)
+def test_the_model_card_of_given_completions(
+    name: str, shown: list[str], tmp_path: Path, config: Callable[..., Config], bundle: Callable[..., Bundle]
+) -> None:
+    run, kl = UPath(tmp_path) / "run", {"kl": 0.1} if name == "dpo" else {}
+    figures = {"objective/nll": 1.5} if name == "sft" else {"objective/accuracy": 0.75}
+    run.mkdir()
+    lines = [{"step": step, "reward/mean": None, "completion/length": 9.5, **figures} for step in range(2)]
+    (run / directory.METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    directory.summarise(run, {"steps": 2, "held_out/nll/before": 1.75, "held_out/nll/after": 1.25})
+    text = card(run, bundle(2, config=config(reward="", algorithm={"name": name, **kl})))
+    for part in (*shown, "| reward | none |", "1.7500 before, 1.2500 after, on held-out examples"):
+        assert part in text, part
+    assert "reinforcement" not in text.partition("## Config")[0]
+
+
 @pytest.fixture
 def base(tmp_path: Path) -> str:
     """The directory of a model and its tokenizer."""

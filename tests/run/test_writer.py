@@ -120,6 +120,21 @@ def test_what_is_kept(run: UPath, config: Callable[..., Config]) -> None:
     assert kept(run) == [6, 12]  # with the rewards that an earlier process saved
 
 
+@pytest.mark.parametrize(("name", "figure", "best"), [("sft", "held_out/nll", 4), ("dpo", "held_out/accuracy", 6)])
+def test_without_rewards_the_best_is_that_of_the_evaluations(
+    name: str, figure: str, best: int, local: UPath, config: Callable[..., Config]
+) -> None:
+    local.mkdir()
+    algorithm = {"name": name} | ({"kl": 0.1} if name == "dpo" else {})
+    supervised = config(reward="", algorithm=algorithm, checkpoint={"keep_last": 1}, evaluate={"every": 2})
+    with CheckpointWriter(local, supervised, ORIGIN, None) as checkpoints:
+        for version in range(1, 10):
+            evaluated = {"held_out/version": version - 1, figure: {2: 0.5, 4: 0.25, 6: 0.75, 8: 0.3}.get(version - 1)}
+            line = json.dumps({"step": version - 1} | (evaluated if version % 2 else {}))
+            checkpoints.save(adapter(version), b"state", Cursor(version), None, line, line)
+    assert kept(local) == [best, 9]
+
+
 def test_full_fine_tuning_keeps_two_versions(local: UPath, config: Callable[..., Config]) -> None:
     local.mkdir()
     full_finetuning = config(learner={"adapter": "none"})
