@@ -30,7 +30,7 @@ class SamplingConfig:
     together, including the env's messages."""
     max_prompt_tokens: PositiveInt = 512
     """Maximum length of a prompt in tokens, chat template included. Longer prompts are dropped when the prompts are
-    loaded, and `rlora train` prints their number."""
+    loaded, and `rlora train` prints their number. In SFT and pairs they are an error, which names the row."""
 
     @property
     def truncates(self) -> bool:
