@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -33,8 +34,9 @@ class Answers:
         opens the message. Raises RloraError if the template does not render a part of the message, or if the message is
         empty (unless its `weight` is 0), contains a token that ends it, or opens a thought without closing it.
         """
-        everything = json.dumps(dict(message), ensure_ascii=False)
-        if inside := next((end for end in self.ends if end in everything), ""):
+        parts = [message.get(name) for name in ("content", "reasoning_content", "tool_calls")]
+        written = json.dumps(parts, ensure_ascii=False)
+        if inside := next((end for end in self.ends if end in written), ""):
             raise RloraError(f"a message of the assistant contains {inside}, which ends a message; fix or drop the row")
         if message.get("tool_calls"):
             return self._with_calls(message)
@@ -83,9 +85,10 @@ class Answers:
         """What ends a message of the policy without calls: text after its content, often "", and the end token. Some
         templates write the token only before the next message (GLM), some only after the last one (gpt-oss)."""
         for messages in ((_MARKED,), (_MARKED, QUESTION)) if self.template.source else ():
-            ending = self._rendered(*messages).partition(MARK)[2]
-            if (end := self._first_end(ending)) is not None:
-                return ending[: end[0]], end[1]
+            with suppress(RloraError):  # a template can reject one of the conversations
+                ending = self._rendered(*messages).partition(MARK)[2]
+                if (end := self._first_end(ending)) is not None:
+                    return ending[: end[0]], end[1]
         return "", self.stop_token_ids[0]
 
     @cached_property

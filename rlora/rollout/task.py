@@ -325,9 +325,9 @@ def _fault_of(message: Mapping[str, Any]) -> str:
             '{"type": "function", "function": {"name": ..., "arguments": {...}}}'
         )
     try:
-        json.dumps(dict(message), allow_nan=False)
+        json.dumps(calls, allow_nan=False)
     except (TypeError, ValueError) as error:
-        return f"that is not JSON ({error}), {message!r:.200}; use strings, numbers, lists and objects"
+        return f"whose tool_calls are not JSON ({error}), {calls!r:.200}; use strings, numbers, lists and objects"
     return ""
 
 

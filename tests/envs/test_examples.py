@@ -44,6 +44,7 @@ def write(path: Path, rows: Sequence[object]) -> str:
 
 TWICE = {"chosen": [user("2 + 2?"), assistant("4")], "rejected": [user("2 + 2?"), assistant("5")]}
 EQUAL = {"chosen": [user("a"), assistant("4")], "rejected": [user("a"), assistant("4")]}
+SETS = {"name": "f", "arguments": {"a": {1}}}  # not JSON
 ASKED = [{"role": "system", "content": "Be brief."}, user("2 + 2?")]
 
 
@@ -475,7 +476,8 @@ def test_episodes_of_another_tokenizer_are_refused(
         (Prompt([{**user("a"), "tool_calls": {}}, {**user("a"), "tool_calls": {"a": 1}}], completions=("b",)),
          "a chat message whose tool_calls are {'a': 1}"),
         (Prompt("?", completions=([{**assistant("a"), "reasoning_content": 5}],)), "whose reasoning_content is 5"),
-        (Prompt("?", completions=([{**assistant("a"), "extra": {1}}],)), "a chat message that is not JSON"),
+        (Prompt("?", completions=([{**assistant(""), "tool_calls": [{"function": SETS}]}],)),
+         "a chat message whose tool_calls are not JSON"),
     ],
 )  # fmt: skip
 def test_bad_completions_of_an_own_env_say_what_is_wrong(
