@@ -45,6 +45,9 @@ def _report(result: Result) -> None:
             ends = [summary.get(f"accuracy/{moment}/{end}", math.nan) for end in ("low", "high")]
             interval = Interval(accuracy, *ends)
             table.add_row(f"accuracy {moment} training", f"{interval}, {summary['accuracy/prompts']} held-out prompts")
+        for name in ("accuracy", "nll"):
+            if (figure := summary.get(f"held_out/{name}/{moment}")) is not None:
+                table.add_row(f"{name} {moment} training", f"{figure:.4f} on held-out examples")
     seconds = sum(line["time/step"] for line in figures)
     table.add_row("training", f"{len(figures)} steps in {seconds:.0f} s")
     table.add_row("total", f"{summary['time/total']:.0f} s, with start and evaluations")

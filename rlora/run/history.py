@@ -19,8 +19,11 @@ class RunSummary:
     status: str  # running, finished, stopped or not readable
     steps: str  # done/total
     best: str  # highest mean reward of a step, and the version that the step started from
-    accuracy: str  # before -> after training, on held-out prompts
+    accuracy: str  # before -> after training, on held-out prompts or pairs; of SFT the held-out nll
     origin: str  # RUN@VERSION that the run was forked from, or whose adapter it started from; empty if there is none
+
+
+_HELD_OUT, _MOMENTS = ("accuracy", "held_out/accuracy", "held_out/nll"), ("before", "after")
 
 
 def list_runs(directory: UPath) -> Iterator[RunSummary]:
@@ -43,12 +46,13 @@ def _summarise(run: UPath) -> RunSummary:
     status = "running" if is_locked(run) else "finished" if done >= config.steps else "stopped"
     rewards = {line["step"]: line["reward/mean"] for line in lines if line["reward/mean"] is not None}
     best = max(rewards, key=lambda step: rewards[step], default=None)
-    accuracy = [f"{totals[name]:.3f}" for name in ("accuracy/before", "accuracy/after") if name in totals]
+    measured = next((name for name in _HELD_OUT if f"{name}/before" in totals or f"{name}/after" in totals), "")
+    accuracy = [f"{totals[f'{measured}/{moment}']:.3f}" for moment in _MOMENTS if f"{measured}/{moment}" in totals]
     return RunSummary(
         name=run.name,
         status=status,
         steps=f"{done}/{config.steps}",
         best="" if best is None else f"{rewards[best]:.3f} at version {best}",
-        accuracy=" -> ".join(accuracy),
+        accuracy="nll " * measured.endswith("nll") + " -> ".join(accuracy),
         origin="{run}@{version}".format(**source) if (source := origin.forked_from or origin.started_from) else "",
     )

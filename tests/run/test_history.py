@@ -49,3 +49,14 @@ def test_the_progress_of_each_run(tmp_path: Path, config: Callable[..., Config],
     ]
     assert [run.status for run in list_runs(path)] == ["finished", "stopped", "not readable", "finished"]
     assert list(list_runs(path / "nowhere")) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"), [("held_out/nll", "nll 1.214 -> 1.010"), ("held_out/accuracy", "1.214 -> 1.010")]
+)
+def test_runs_on_given_completions_show_their_held_out_figure(
+    name: str, shown: str, tmp_path: Path, config: Callable[..., Config], task: Task
+) -> None:
+    trained(UPath(tmp_path) / "sft", config(steps=2), task, 2)
+    directory.summarise(UPath(tmp_path) / "sft", {f"{name}/before": 1.2143, f"{name}/after": 1.0103})
+    assert [run.accuracy for run in list_runs(UPath(tmp_path))] == [shown]
