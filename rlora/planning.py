@@ -148,17 +148,18 @@ def plan(config: Config, gpu: str | None = None, gpus: int = 1) -> Plan:
         rows = Rows(config.learner.microbatch_tokens or config.max_model_len, config.learner.checkpointing is not False)
     learner = footprint(config, base, rows, on_gpu=True)
     learners = LearnerMemory(learner.on_gpu, learner_gpus) if shared else LearnerMemory()
-    kv_cache, eager = 0, config.engine.eager
-    try:
-        utilization = config.engine.gpu_memory_utilization
-        budget = cards.budget_of_engine(total, total, engine_gpus, learners, eager, device, utilization)
-        cards.check_fits(budget, weights // parts, kv_token, config.max_model_len, device)
-        kv_cache = config.engine.kv_cache_gib * GIB or budget - weights // parts - cards.COMPUTE
-    except RloraError as error:
-        faults += [str(error)] if config.engines else []
-    overhead = cards.COMPUTE + cards.CONTEXT + (0 if eager else cards.GRAPHS)
-    if not config.engines:
-        weights = kv_cache = overhead = 0
+    kv_cache = overhead = 0
+    if config.engines:
+        eager, utilization = config.engine.eager, config.engine.gpu_memory_utilization
+        overhead = cards.COMPUTE + cards.CONTEXT + (0 if eager else cards.GRAPHS)
+        try:
+            budget = cards.budget_of_engine(total, total, engine_gpus, learners, eager, device, utilization)
+            cards.check_fits(budget, weights // parts, kv_token, config.max_model_len, device)
+            kv_cache = config.engine.kv_cache_gib * GIB or budget - weights // parts - cards.COMPUTE
+        except RloraError as error:
+            faults.append(str(error))
+    else:
+        weights = 0
     memory = Plan(
         device, total, True, shared, learner, rows, weights // parts, kv_cache, kv_token, config.max_model_len, overhead
     )

@@ -94,7 +94,7 @@ class Answers:
     @cached_property
     def _given_end(self) -> tuple[str, int]:
         """`_end`. Raises RloraError if the template ends a message with a special token that is no end token."""
-        ending = self._rendered(_MARKED).partition(MARK)[2] if self.template.source else ""
+        ending = self._marked[2] if self.template.source else ""
         special = next(((text, token) for token, text in self.template.special.items() if text in ending), None)
         if special and self._first_end(ending) is None:
             raise RloraError(
@@ -140,9 +140,13 @@ class Answers:
     def _kept_space(self, leading: str, trailing: str) -> tuple[str, str]:
         """Return the whitespace around the content of a message that the template keeps."""
         spaced = self._rendered(_MARKED | {"content": leading + MARK + trailing}).partition(MARK)
-        bare = self._rendered(_MARKED).partition(MARK)
-        start, _, end = (max(0, len(a) - len(b)) for a, b in zip(spaced, bare, strict=True))
+        start, _, end = (max(0, len(a) - len(b)) for a, b in zip(spaced, self._marked, strict=True))
         return leading[max(0, len(leading) - start) :], trailing[:end]
+
+    @cached_property
+    def _marked(self) -> tuple[str, str, str]:
+        """A rendered message of the policy: the text before the content, the content, and the text after it."""
+        return self._rendered(_MARKED).partition(MARK)
 
     def _before_content(self, thought: str | None, content: str) -> str:
         """Return what the policy writes before the content of a message: the thought, in the form of the template or

@@ -169,8 +169,7 @@ def _facts(run: UPath, bundle: Bundle, merged: str | None) -> dict[str, str]:
         "data": f"`{config.env}` {json.dumps(config.env_args)}",
         "reward": ", ".join(f"`{reward}`" for reward in config.rewards) or "none",
         "trained": f"{bundle.version} steps of {config.prompts_per_step} prompts x {config.completions_per_prompt} "
-        "completions, "
-        f"learning rate {learner.lr}, seed {config.seed}",
+        f"completions, learning rate {learner.lr}, seed {config.seed}",
         "software": ", ".join(f"{name} {version}" for name, version in bundle.origin.packages.items()),
         "SHA-256": f"`{adapter.digest}`",
     }

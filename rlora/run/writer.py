@@ -17,13 +17,13 @@ from rlora import machine
 from rlora.records import Adapter, Group, RloraError, SaveStats
 from rlora.rollout.cursor import Cursor
 from rlora.rollout.stream import Collection
-from rlora.rollout.task import HELD_OUT
 from rlora.run import episodes
 from rlora.run.checkpoint import BUNDLES, Bundle, Rewards, bundle_path, versions
 from rlora.run.directory import METRICS, WEIGHTS, Provenance, complete_lines
 from rlora.run.line_log import LineLog
 from rlora.settings import Config
 from rlora.store import remove, remove_halves, write_directory, write_file
+from rlora.telemetry.metrics import evaluated
 
 _log = logging.getLogger(__name__)
 
@@ -149,10 +149,10 @@ class CheckpointWriter:
     def _count_accuracy(self, line: str) -> None:
         """Record the result of an evaluation on held-out prompts or examples: the accuracy, or of SFT -nll."""
         figures = json.loads(line)
-        nll = figures.get("held_out/nll")
-        results = (figures.get(f"accuracy/{HELD_OUT}"), figures.get("held_out/accuracy"), None if nll is None else -nll)
-        if (result := next((result for result in results if result is not None), None)) is not None:
-            self._accuracies[figures.get("accuracy/version", figures.get("held_out/version"))] = result
+        if result := evaluated(figures):
+            name, value = result
+            version = figures.get("accuracy/version", figures.get("held_out/version"))
+            self._accuracies[version] = -value if name == "held_out/nll" else value
 
     # --- on the writing thread ---
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from rlora.run.run import Run
 from rlora.sweeps.diary import append, complete_lines
-from rlora.telemetry.metrics import progress, sparkline
+from rlora.telemetry.metrics import evaluated, progress, sparkline
 
 _log = logging.getLogger(__name__)
 
@@ -86,15 +86,14 @@ class Display:
         for run in runs:
             figures = self.latest.get(run.policy, {})
             latest = progress(figures)
-            held_out = (figures.get(name) for name in ("accuracy/held_out", "held_out/accuracy", "held_out/nll"))
-            evaluated = next((value for value in held_out if value is not None), None)
+            held_out = evaluated(figures)
             ended = "failed" if run.failure else "done" if run.number >= run.config.steps else "left"
             table.add_row(
                 run.policy,
                 f"{run.number}/{run.config.steps}",
                 "" if latest is None else f"{latest:.3f}",
                 sparkline(self.rewards.get(run.policy, [0.0]), 24),
-                "" if evaluated is None else f"{evaluated:.3f}",
+                "" if held_out is None else f"{held_out[1]:.3f}",
                 "" if run.is_active else ended,
             )
         return table

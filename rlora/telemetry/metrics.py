@@ -75,6 +75,13 @@ def progress(line: Mapping[str, Any]) -> float | None:
     return next((figure for figure in figures if figure is not None), None)
 
 
+def evaluated(line: Mapping[str, Any]) -> tuple[str, float] | None:
+    """Return the metric of an evaluation that ended in a step, and its value: the accuracy on held-out prompts or
+    pairs, or of SFT `held_out/nll`, where lower is better. None if no evaluation ended."""
+    names = ("accuracy/held_out", "held_out/accuracy", "held_out/nll")
+    return next(((name, line[name]) for name in names if line.get(name) is not None), None)
+
+
 class Metrics:
     """Builds the metrics of each step and prints progress: updated in place on a terminal, otherwise as lines.
 
