@@ -76,9 +76,19 @@ class Answers:
     def rest(self, text: str, is_call: bool) -> str:
         """Return what follows a message of the policy in a rendered conversation, from its end token on. `text` begins
         after its content, or, if `is_call`, inside its call."""
-        if not is_call:
-            return text.removeprefix(self._end[0])
-        return text.removeprefix(self._up_to_end(text)[0])
+        if is_call:
+            return text.removeprefix(self._up_to_end(text)[0])
+        return text.removeprefix(self._end[0]) if self.stop_token_ids else text
+
+    @property
+    def model_end(self) -> int:
+        """The first of the model's end tokens. Raises RloraError if the model has none."""
+        if not self.stop_token_ids:
+            raise RloraError(
+                "model: neither its configuration nor its tokenizer names an end token, so a given completion has no "
+                "end; set chat.stop_token_ids"
+            )
+        return self.stop_token_ids[0]
 
     @cached_property
     def _end(self) -> tuple[str, int]:
@@ -89,7 +99,7 @@ class Answers:
                 ending = self._rendered(*messages).partition(MARK)[2]
                 if (end := self._first_end(ending)) is not None:
                     return ending[: end[0]], end[1]
-        return "", self.stop_token_ids[0]
+        return "", self.model_end
 
     @cached_property
     def _given_end(self) -> tuple[str, int]:
@@ -99,7 +109,7 @@ class Answers:
         if special and self._first_end(ending) is None:
             raise RloraError(
                 f"model: its chat template ends a message with {special[0]}, which is not an end token of the model "
-                f"({', '.join(self.ends)}); set chat.stop_token_ids = [{special[1]}]"
+                f"({', '.join(self.ends) or 'it has none'}); set chat.stop_token_ids = [{special[1]}]"
             )
         return self._end
 

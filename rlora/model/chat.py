@@ -52,8 +52,9 @@ class Chat:
         return tuple(ids) + self._ids(self._opening(messages)[1])
 
     def text_ids(self, text: str) -> tuple[int, ...]:
-        """Return the tokens of a whole text, without the chat template, and the model's end token."""
-        return (*self._bare_ids(text), self.stop_token_ids[0])
+        """Return the tokens of a whole text, without the chat template, and the model's end token.
+        Raises RloraError if the model has none."""
+        return (*self._bare_ids(text), self.answers.model_end)
 
     def _bare_ids(self, text: str) -> tuple[int, ...]:
         """Return the tokens of a bare text after the special tokens that the tokenizer puts before a text (once).

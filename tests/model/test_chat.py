@@ -77,6 +77,21 @@ def test_a_reply_of_messages_follows_as_in_a_conversation_with_or_without_an_end
     assert ids == conversation  # here text and tokens agree; no token was decoded and encoded again
 
 
+def test_a_model_without_an_end_token_gets_replies_but_no_given_completions(chat: Chat) -> None:
+    question, reply = [{"role": "user", "content": "2 + 2?"}], [{"role": "user", "content": "Are you sure?"}]
+    endless = Chat(chat.tokenizer, ChatConfig(), ())
+    endless.check_replies()
+    assert endless.reply_ids(reply, (5,)) == chat.reply_ids(reply, (5,))
+    with pytest.raises(RloraError, match=r"ends a message with <\|im_end\|>, .*set chat.stop_token_ids = \[2\]"):
+        endless.completion_ids("It is 4.", question)
+    with pytest.raises(RloraError, match=r"names an end token, .*; set chat.stop_token_ids"):
+        endless.text_ids("2 + 2 = 4")
+    plain = Chat(chat.tokenizer, ChatConfig(template="{% for m in messages %}{{ m.content }}\n{% endfor %}"), ())
+    assert plain.decode(plain.reply_ids(reply, (5,))) == "\nAre you sure?\n"
+    with pytest.raises(RloraError, match=r"names an end token, .*; set chat.stop_token_ids"):
+        plain.completion_ids("It is 4.", question)
+
+
 def test_a_reply_of_a_string_continues_the_message(chat: Chat) -> None:
     assert chat.reply_ids(" 9716>>", (5,)) == tuple(chat.tokenizer.encode(" 9716>>"))
 
