@@ -137,7 +137,7 @@ def measure(model: str, rank: int, on_gpu: bool) -> dict[str, Any]:
     gc.collect()
     release()
     start = time.perf_counter()
-    served = Engine(config, model, (), (), slots=3, number=0, version=0)
+    served = Engine(config, model, slots=3, number=0, version=0)
     row: dict[str, Any] = {"rank": rank, "start_s": time.perf_counter() - start}
     prompts = [Prompt("", token_ids=tuple((7 * n + k) % WORDS for k in range(100))) for n in range(rows // 8)]
     sampling = Sampling(8, 1.0, tokens)

@@ -42,8 +42,8 @@ def read(path: Path | UPath) -> Config:
 
 
 def read_table(path: Path | UPath) -> dict[str, Any]:
-    """Read the tables of a TOML file without validating them. Raises RloraError if the file can't be read, is not TOML,
-    or has a sampling option that `check_learnable` rejects.
+    """Read the tables of a TOML file without validating them. Raises RloraError if the file can't be read or is not
+    TOML.
 
     A path launch/NAME.toml or launch/gpu/NAME.toml that does not exist in the working directory is looked up among the
     recipes of the installed package.
@@ -69,8 +69,6 @@ def read_table(path: Path | UPath) -> dict[str, Any]:
         fields = ", ".join(f"{name} = {new[name]!r}" for name in new if name.endswith(("kl_estimator", "truncated")))
         remedy = f"write {fields} instead" if fields else "remove them"
         _log.warning("%s: %s: fields of an earlier release; %s", path, ", ".join(sorted(old)), remedy)
-    check_learnable(table)
-    check_learnable(table["sampling"] if isinstance(table.get("sampling"), dict) else ())
     return table
 
 
@@ -104,10 +102,7 @@ def check_learnable(names: Iterable[str]) -> None:
     compute the probabilities of the sampled tokens."""
     for name in names:
         if name in _UNLEARNABLE:
-            raise RloraError(
-                f"sampling.{name}: with this option the learner can't compute the probabilities of the sampled tokens; "
-                f"remove sampling.{name} (sampling.temperature, top_k, top_p and min_p can change the distribution)"
-            )
+            raise RloraError(f"sampling.{name}: {like(name)}")
 
 
 def explain(error: ValidationError) -> str:
@@ -149,12 +144,18 @@ ELSEWHERE = {  # names in TRL and verl, and the field here
 
 
 def like(name: str) -> str:
-    """Return a hint for a field that does not exist: rlora's name if TRL or verl has the field, else similar names."""
-    if field := ELSEWHERE.get(name.rpartition(".")[2]):
+    """Return a hint for a field that does not exist: why there is no such sampling option, rlora's name if TRL or verl
+    has the field, else similar names."""
+    if (last := name.rpartition(".")[2]) in _UNLEARNABLE:
+        return (
+            "with this option the learner can't compute the probabilities of the sampled tokens; remove "
+            f"sampling.{last} (sampling.temperature, top_k, top_p and min_p can change the distribution)"
+        )
+    if field := ELSEWHERE.get(last):
         return f"use {field}"
     sections = asdict(Config(model="", env="", reward=""))
     names = [*flattened(sections)] + ([] if "." in name else [*sections])
-    equal = [field for field in names if field.rpartition(".")[2] == name.rpartition(".")[2]]
+    equal = [field for field in names if field.rpartition(".")[2] == last]
     similar = " or ".join(equal or get_close_matches(name, names, 2))
     return f"did you mean {similar}?" if similar else "`rlora train --help` lists all fields"
 

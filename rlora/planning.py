@@ -126,7 +126,7 @@ def plan(config: Config, gpu: str | None = None, gpus: int = 1) -> Plan:
     Raises RloraError for an unknown kind, and for a config that needs more than `gpus` GPUs. A run that does not fit is
     no error: the plan's `faults` say what does not fit.
     """
-    from rlora.cluster.resources import assign_gpus
+    from rlora.cluster.resources import assign_gpus, check_sampling_on_gpu
 
     base = read_config(config.model)
     card = _card(gpu)
@@ -136,6 +136,7 @@ def plan(config: Config, gpu: str | None = None, gpus: int = 1) -> Plan:
     kv_token = kv_bytes_per_token(base, parts)
     if card is None:
         return _plan_on_cpu(config, base, weights, active, kv_token)
+    check_sampling_on_gpu(config)
     device, kind = card
     total, faults = int(kind.memory * GIB), list[str]()
     learner_gpus, engine_gpus = float(config.learner.gpus), float(config.engine.gpus)

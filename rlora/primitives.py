@@ -106,19 +106,21 @@ class Policy:
     ) -> list[Group]:
         """Sample completions under the current version, and score them. Returns a group per prompt, in order.
 
-        `group_size` is the number of completions per prompt, by default the config's. A `temperature` (0 is greedy)
-        other than `sampling.temperature` is for evaluation only, because the learner's logprobs are at that setting. A
-        new version is first delivered to every engine and verified. Raises DeliveryError if an engine serves something
-        other than the version, and RewardError if the reward functions fail.
+        `group_size` is the number of completions per prompt, by default the config's, or 1 if `temperature` is 0
+        (greedy). A `temperature` other than `sampling.temperature` is for evaluation only, because the learner's
+        logprobs are at that setting. A new version is first delivered to every engine and verified. Raises RloraError
+        for an invalid temperature, DeliveryError if an engine serves something other than the version, and RewardError
+        if the reward functions fail.
         """
         from rlora.rollout.evaluate import answer
         from rlora.rollout.stream import sampling_of
 
+        default = 1 if temperature == 0 else self.config.group_size
+        sampling = sampling_of(self.config, group_size or default, temperature)
         adapter, tokenised = self.adapter, self._tokenise(prompts)
         if adapter is not self._delivered:
             self._fleet.swap(adapter, oldest=adapter.number)
             self._delivered = adapter
-        sampling = sampling_of(self.config, group_size or self.config.group_size, temperature)
         return answer(self.config, tokenised, sampling, self._fleet, self._loop)
 
     def samples(self, group: Group, advantages: Sequence[float]) -> list[Sample]:

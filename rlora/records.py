@@ -249,7 +249,7 @@ class UpdateStats:
     grad_norm: float  # before clipping, mean over the Adam steps; NaN if no gradient was finite, 0 without tokens
     lr: float  # of the policy; 0 while only the critic is trained (`critic.warmup`)
     kl_behaviour: float | None  # nats per token, KL between the policies of engine and learner
-    ratio_truncated: float | None  # share of tokens whose importance ratio was truncated or masked
+    ratio_truncated: float | None  # share of tokens that are masked, or whose importance ratio is outside of its limits
     tokens: int  # number of these completion tokens
     seconds: float  # duration
     skipped_in_a_row: int  # consecutive updates without a finite loss and gradient, including this update
@@ -277,7 +277,8 @@ class SaveStats:
 @dataclass(frozen=True)
 class Sampling:
     """Sampling settings of a request. The learner computes probabilities at the same temperature, over the tokens that
-    top-k, top-p and min-p kept (`Episode.kept`)."""
+    top-k, top-p and min-p kept (`Episode.kept`). A completion ends at one of `stop_token_ids` or of the strings `stop`,
+    and at the model's own end token."""
 
     max_tokens: int  # per completion
     temperature: float = 1.0  # 0 is greedy
@@ -285,6 +286,8 @@ class Sampling:
     top_k: int = 0  # 0: all tokens
     top_p: float = 1.0
     min_p: float = 0.0
+    stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
 
     @property
     def truncates(self) -> bool:

@@ -102,6 +102,7 @@ class LocalJob:
 
     def __init__(self, stage: Stage, served: Sequence[ServedPolicy]) -> None:
         self.fleet, self.learners, self.loops = stage, dict[str, LocalLearner](), dict[str, str]()
+        self.config = rlora.cluster.resources.shared_config(served)
         self.slots = sum(rlora.cluster.resources.slots_needed(policy.config) for policy in served)
         for policy in served:
             self.join(policy)

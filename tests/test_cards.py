@@ -14,7 +14,7 @@ from conftest import ROOT, ray_head
 
 from rlora import cards
 from rlora.cards import GIB, Card, LearnerMemory
-from rlora.cluster.resources import assign_gpus
+from rlora.cluster.resources import assign_gpus, check_sampling_on_gpu
 from rlora.device import check_usable, hardware
 from rlora.records import RloraError
 from rlora.settings import Config
@@ -210,3 +210,27 @@ def test_what_the_cards_are_too_few_for(
 ) -> None:
     with pytest.raises(RloraError, match=message):
         assign_gpus(config(**changes), gpus)
+
+
+@pytest.mark.parametrize(
+    ("policies", "reason"),
+    [
+        ([{"top_k": 50, "top_p": 0.9}, {"top_k": 512}], None),
+        ([{}, {}], None),
+        (
+            [{"top_k": 50, "top_p": 0.9}, {"top_p": 0.8}],
+            r"sampling\.top_k = 0, with top_p = 0\.8 and min_p = 0\.0: on a GPU",
+        ),
+        ([{"min_p": 0.1}], r"top_p = 1\.0 and min_p = 0\.1: .*set sampling\.top_k, for example to 512"),
+        ([{}, {"top_k": 50}], r"sampling\.top_k = 0, with top_p = 1\.0"),
+    ],
+)
+def test_what_engines_on_gpus_can_sample(
+    config: MakeConfig, policies: list[dict[str, object]], reason: str | None
+) -> None:
+    configs = [config(sampling=sampling) for sampling in policies]
+    if reason is None:
+        check_sampling_on_gpu(*configs)
+        return
+    with pytest.raises(RloraError, match=reason):
+        check_sampling_on_gpu(*configs)

@@ -109,10 +109,20 @@ def test_every_fault_is_told_at_once() -> None:
 def test_sampling_that_the_learner_could_not_know_is_refused(name: str, tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text(tomli_w.dumps(MINIMAL | {"sampling": {name: 0.9}}))
-    with pytest.raises(RloraError, match=rf"sampling\.{name}: .*remove sampling\.{name}"):
+    with pytest.raises(RloraError, match=rf"sampling\.{name} = 0\.9: .*remove sampling\.{name}"):
         read(path)
+    for changes in ({"sampling": {name: {"5": -100}}}, {name: 3}):
+        with pytest.raises(RloraError, match=rf"{name} = (3|{{'5': -100}}): .*remove sampling\.{name}"):
+            validate(MINIMAL | changes)
     with pytest.raises(RloraError, match=name):
         check_learnable([name])
+
+
+@pytest.mark.parametrize("setting", [{"top_k": 1}, {"min_p": 1.0}, {"top_p": 1e-9}])
+def test_sampling_of_a_single_token_is_refused(setting: dict[str, float]) -> None:
+    (name, value), *_ = setting.items()
+    with pytest.raises(RloraError, match=rf"sampling\.{name} = {value}: only the most probable .* no gradient; set "):
+        validate(MINIMAL | {"sampling": setting})
 
 
 def test_unreadable_files_are_named(tmp_path: Path) -> None:

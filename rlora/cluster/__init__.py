@@ -38,7 +38,7 @@ import ray
 from rlora import machine
 from rlora.cluster.joining import join_ray
 from rlora.cluster.processes import Processes
-from rlora.cluster.resources import shared_config, total_slots
+from rlora.cluster.resources import check_sampling_on_gpu, shared_config, total_slots
 from rlora.records import Engine
 from rlora.rollout.fleet import Fleet
 from rlora.settings import Config
@@ -128,7 +128,8 @@ def start(served: Sequence[ServedPolicy], learn: bool = True) -> Iterator[Job]:
     with the context. Policies are divided among `learner.concurrent` groups of `learner.replicas` learners; the
     learners of a group share each update. When the context has ended, also after an error, all processes have ended and
     their files in RAM are removed. Raises RloraError if the policies differ in a field that they have to share
-    (`resources.shared_config`), and the error of a process that can't start.
+    (`resources.shared_config`), if the engines do not support their sampling settings (`check_sampling_on_gpu`), and
+    the error of a process that can't start.
     """
     from rlora.cluster.ranks import Ranks
 
@@ -136,6 +137,8 @@ def start(served: Sequence[ServedPolicy], learn: bool = True) -> Iterator[Job]:
     _log.info("starting engines and learners, which can take a minute")
     config, slots = shared_config(served), total_slots(served)
     with _processes(config, served[0].task.base, slots) as processes:
+        if processes.cuda:
+            check_sampling_on_gpu(*(member.config for member in served))
         count = min(config.learner.concurrent, len(served)) if learn else 0
         groups = [processes.start_learners(group) for group in range(count)]
         engines = [] if processes.cuda else processes.start_engines(served)

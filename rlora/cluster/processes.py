@@ -104,9 +104,8 @@ class Processes:
     def start_engine(self, served: Sequence[ServedPolicy], number: int) -> RemoteEngine:
         """Start engine `number` for the policies in `served`, without blocking."""
         engine = self._engines.pop(number, None) or self._create_engine(number)
-        task, version = served[0].task, max(member.number for member in served)
-        stops = task.chat.stop_token_ids, task.stop
-        engine.build(self.config, self.base, *stops, total_slots(served), number, version, self.memory_plan)
+        version = max(member.number for member in served)
+        engine.build(self.config, self.base, total_slots(served), number, version, self.memory_plan)
         return engine
 
     def _share(self, adapter: Adapter) -> Any:

@@ -67,12 +67,6 @@ def shared_config(served: Sequence[ServedPolicy]) -> Config:
             )
         if (names := [policy.policy for policy in served]).count(member.policy) > 1:
             raise RloraError(f"policy {member.policy}: the name occurs twice in {names}; give each policy its own name")
-        if member.task.stop != first.task.stop:
-            raise RloraError(
-                f"chat.stop, or `stop` of the env: the stop strings of {member.policy} are {list(member.task.stop)}, "
-                f"and those of {first.policy} are {list(first.task.stop)}, but policies that train together share stop "
-                "strings; set the same strings, or train the policies one after the other"
-            )
     configs = [member.config for member in served]
     learner = replace(
         first.config.learner,
@@ -86,6 +80,37 @@ def shared_config(served: Sequence[ServedPolicy]) -> Config:
     limits = longest.sampling
     sampling = replace(sampling, max_tokens=limits.max_tokens, max_prompt_tokens=limits.max_prompt_tokens)
     return replace(first.config, learner=learner, sampling=sampling, max_staleness=staleness)
+
+
+def check_joins(name: str, config: Config, job: Config) -> None:
+    """Raise RloraError if the processes of a job, which started with the shared config `job`, can't serve a policy."""
+    learner, started = config.learner, job.learner
+    is_too_large = {
+        f"sampling: max_prompt_tokens + max_tokens = {config.max_model_len}": config.max_model_len > job.max_model_len,
+        "sampling: top_k, top_p or min_p": config.sampling.truncates and not job.sampling.truncates,
+        f"learner.rank = {learner.rank}": learner.rank > 1 == started.rank and not started.start_from,
+        "learner.head = true": learner.head and not started.head,
+        f"learner.start_from = {learner.start_from!r}": bool(learner.start_from) and not started.start_from,
+    }
+    if needs := [field for field, is_needed in is_too_large.items() if is_needed]:
+        raise RloraError(
+            f"{name}: the engines started without room for {'; '.join(needs)}; stop the sweep, repeat the request, and "
+            "resume the sweep with `rlora sweep --resume`, which starts engines for all its members"
+        )
+
+
+def check_sampling_on_gpu(*configs: Config) -> None:
+    """Raise RloraError if engines on GPUs can't return the tokens that top-k, top-p and min-p kept, for the policies of
+    a job with these configs. vLLM returns them for all requests or for none, and only if top-k limits their number."""
+    settings = [config.sampling for config in configs if config.engines]
+    unlimited = next((sampling for sampling in settings if not sampling.top_k), None)
+    if unlimited and any(sampling.truncates for sampling in settings):
+        raise RloraError(
+            f"sampling.top_k = 0, with top_p = {unlimited.top_p} and min_p = {unlimited.min_p}: on a GPU, vLLM returns "
+            "the tokens that top-p and min-p kept only if top-k limits their number, and does so for all policies of a "
+            "job; set sampling.top_k, for example to 512, for each policy that trains with another one that has top_k, "
+            "top_p or min_p"
+        )
 
 
 def assign_gpus(config: Config, cluster_gpus: float, can_grow: bool = False) -> Config:

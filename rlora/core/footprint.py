@@ -23,7 +23,7 @@ from rlora.core.policy import Policies
 from rlora.core.setup import Setup
 from rlora.device import DTYPES, Live, release, room_of_learner
 from rlora.model.base import META, meta_model
-from rlora.records import RloraError
+from rlora.records import Kept, RloraError
 from rlora.settings import Config, LearnerConfig
 
 CPU_TOKENS = 2048  # tokens per row: above a thousand, larger rows are no faster
@@ -75,6 +75,7 @@ def footprint(config: Config, base: PreTrainedConfig, rows: Rows, on_gpu: bool) 
         activations = (two := count(2)) + (len(layers) - 2) * (count(3) - two)
     else:
         activations = count(None)
+    activations += bytes_of(row.support.ids) + bytes_of(row.support.rows) if row.support else 0
     by_autograd = config.algorithm.entropy > 0 or learner.full_finetuning or learner.head  # keeps fp32 logits
     logits = min(len(row.targets), max(1, LOGITS["cuda" if on_gpu else "cpu"] // _vocabulary(base))) * _vocabulary(base)
     return Footprint(
@@ -199,7 +200,10 @@ def largest_row(config: Config, tokens: int, device: torch.device, on_gpu: bool)
         groups.append(count)
         remaining -= prompt + count * completion
     zeros, predictors = torch.zeros(completion), tuple(range(prompt - 1, prompt - 1 + completion))
-    sample = Sample((0,) * prompt, (0,) * completion, predictors, (0,) * completion, Tokens(zeros, zeros, zeros))
+    top_k = config.sampling.top_k  # without it the number of kept tokens is unknown
+    kept = Kept(bytes(4 * completion * top_k), (top_k,) * completion) if top_k else None
+    tokens_of_sample = Tokens(zeros, zeros, zeros)
+    sample = Sample((0,) * prompt, (0,) * completion, predictors, (0,) * completion, tokens_of_sample, kept=kept)
     limit = 2 * max(tokens, config.max_model_len)  # large enough for a single row
     (row,) = microbatches([[sample] * count for count in groups], limit, DTYPES[config.dtype], device)
     if on_gpu and device == META:  # on other devices `microbatches` chooses the layout

@@ -107,11 +107,6 @@ def _gpu_options(config: Config, shape: PreTrainedModel, memory_plan: MemoryPlan
         "gpu_memory_utilization": _memory_share(config, shape, memory_plan),
     }
     if config.sampling.truncates:
-        if not config.sampling.top_k:
-            raise RloraError(
-                "sampling.top_k = 0: on a GPU, vLLM returns the tokens that top-p and min-p kept only if top-k limits "
-                "their number; set sampling.top_k, for example to 512"
-            )
         options["return_sampling_mask"] = True
     kv_cache = config.engine.kv_cache_gib * cards.GIB or memory_plan.kv_cache
     return options | ({"kv_cache_memory_bytes": kv_cache} if kv_cache else {})

@@ -21,7 +21,17 @@ def params_of(sampling: Sampling) -> dict[str, Any]:
     return {
         "n": sampling.group_size, "max_tokens": sampling.max_tokens, "temperature": sampling.temperature,
         "top_k": sampling.top_k, "top_p": sampling.top_p, "min_p": sampling.min_p,
+        "stop_token_ids": list(sampling.stop_token_ids), "stop": list(sampling.stop),
+        "detokenize": bool(sampling.stop),  # vLLM looks for stop strings in the text
+        "skip_special_tokens": False,  # a stop string may be one
     }  # fmt: skip
+
+
+def with_top_k(params: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a request for an engine with `return_sampling_mask`, which requires top-k and a
+    temperature above 0. Greedy requests and canaries sample from the most probable token alone."""
+    is_sampled = params.get("temperature") and params.get("top_k")
+    return params if is_sampled else params | {"temperature": 1.0, "top_k": 1}
 
 
 def to_episode(completion: CompletionOutput, version: Version, sampling: Sampling) -> Episode:

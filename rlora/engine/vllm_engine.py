@@ -26,7 +26,7 @@ from rlora.engine.building import build, engine_info, kv_use, load_adapter, samp
 from rlora.engine.canary import compare_canary, distance
 from rlora.engine.futures import errors_to, resolved
 from rlora.engine.loaded import LoadedAdapter, next_to_unload, unused
-from rlora.engine.outputs import params_of, prompt_logprobs, to_episode
+from rlora.engine.outputs import params_of, prompt_logprobs, to_episode, with_top_k
 from rlora.engine.scratch import Scratch
 from rlora.model.base import has_experts
 from rlora.records import (
@@ -70,16 +70,15 @@ class Engine:
 
     `base` is the path of the base model, `slots` the number of versions that fit at a time, `memory_plan` the memory
     that learners use on each GPU. `config.seed`, `number` (the count of engine starts in the job) and `version` (the
-    number of the first version to serve) seed sampling, so that engine starts sample differently. A completion ends at
-    one of `stop_token_ids` or of the strings `stop`. The process needs the variables of `machine.engine_environment`.
+    number of the first version to serve) seed sampling, so that engine starts sample differently. The process
+    needs the variables of `machine.engine_environment`.
     """
 
     def __init__(
-        self, config: Config, base: str, stop_token_ids: Sequence[int], stop: Sequence[str], slots: int, number: int,
-        version: int, memory_plan: cards.MemoryPlan = _NO_LEARNERS,
+        self, config: Config, base: str, slots: int, number: int, version: int,
+        memory_plan: cards.MemoryPlan = _NO_LEARNERS,
     ) -> None:  # fmt: skip
         self.config = config
-        self.stop_token_ids, self.stop = list(stop_token_ids), list(stop)
         machine.check_ram_directory()  # of this node
         self.scratch = Scratch(os.getpid())
         self.full_weights, self.experts = config.learner.full_finetuning, has_experts(base)
@@ -200,6 +199,7 @@ class Engine:
     def _submit(self, tokens: Sequence[int], loaded: LoadedAdapter | None, **params: Any) -> Future[RequestOutput]:
         """Submit a prompt to vLLM, without an adapter if `loaded` is None. A later step resolves the future."""
         request_id = str(next(self._request_ids))
+        params = with_top_k(params) if self.llm.model_config.return_sampling_mask else params
         settings = SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY, **{"detokenize": False, **params})
         lora, version = (loaded.lora_request, loaded.version) if loaded else (None, None)
         self.llm.add_request(request_id, TokensPrompt(prompt_token_ids=list(tokens)), settings, lora_request=lora)
@@ -216,10 +216,6 @@ class Engine:
                 prompt.token_ids,
                 loaded,
                 **params_of(sampling),
-                stop_token_ids=self.stop_token_ids,
-                stop=self.stop,
-                detokenize=bool(self.stop),  # vLLM looks for stop strings in the text
-                skip_special_tokens=False,  # a stop string may be one
                 logprobs=0,  # of the sampled token only
             )
 

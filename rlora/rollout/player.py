@@ -59,7 +59,7 @@ class AgentLoop:
 
         `step` is passed to the reward functions, and `adapter` and `background` to `Fleet.generate`.
         """
-        flight = Flight(self.fleet.generate(prompt, sampling, self.policy, adapter, background))
+        flight = Flight(self.fleet.generate(prompt, self._with_stops(sampling), self.policy, adapter, background))
         asyncio.run_coroutine_threadsafe(self._finish(flight, step), self._loop)
         return flight
 
@@ -71,7 +71,8 @@ class AgentLoop:
         if not previous.group:
             return self.start(prompt, sampling, previous.step, previous.adapter)
         group = replace(previous.group, prompt=prompt)
-        flight = Flight(Request(prompt, sampling, self.policy, adapter=previous.adapter), played=group)
+        request = Request(prompt, self._with_stops(sampling), self.policy, adapter=previous.adapter)
+        flight = Flight(request, played=group)
         flight.request.group.set_result(group)
         if previous.scored:
             flight.scored.set_result(group)
@@ -88,6 +89,9 @@ class AgentLoop:
                 task.cancel()
             self._loop.run_until_complete(asyncio.wait(tasks))
         self._loop.close()
+
+    def _with_stops(self, sampling: Sampling) -> Sampling:
+        return replace(sampling, stop_token_ids=self.task.chat.stop_token_ids, stop=self.task.stop)
 
     async def _finish(self, flight: Flight, step: int) -> None:
         """Play and score the group, and set the result or the exception of `flight.scored`."""

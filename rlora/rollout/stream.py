@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
 
-from rlora.records import Adapter, Group, Prompt, RewardError, Sampling
+from rlora.records import Adapter, Group, Prompt, RewardError, RloraError, Sampling
 from rlora.rollout.cursor import Cursor, InFlight
 from rlora.rollout.fleet import Fleet, wait_for
 from rlora.rollout.player import AgentLoop, Flight
 from rlora.settings import Config
 
 _Item = TypeVar("_Item")
+_LOWEST_TEMPERATURE = 0.01  # vLLM samples at this temperature in place of lower ones
 
 
 @dataclass(frozen=True)
@@ -205,8 +206,16 @@ class Rollouts:
 
 def sampling_of(config: Config, group_size: int, temperature: float | None = None) -> Sampling:
     """Return the sampling settings of a config for groups of `group_size`. `temperature` overrides the config's; 0 is
-    greedy, without top-k, top-p and min-p."""
+    greedy, without top-k, top-p and min-p. Raises RloraError for a temperature that vLLM can't sample at, and for
+    several greedy completions per prompt."""
     sampling = config.sampling
+    if temperature is not None and not (temperature == 0 or temperature >= _LOWEST_TEMPERATURE):
+        raise RloraError(f"temperature = {temperature:g}: use 0 (greedy), or {_LOWEST_TEMPERATURE} or more")
+    if temperature == 0 and group_size > 1:
+        raise RloraError(
+            f"temperature = 0: it is greedy, so the {group_size} completions of a prompt would be the same; sample one "
+            "completion per prompt, or set a temperature above 0"
+        )
     if temperature == 0:
         return Sampling(sampling.max_tokens, 0.0, group_size)
     chosen = sampling.temperature if temperature is None else temperature

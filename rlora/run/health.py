@@ -12,6 +12,7 @@ from rlora.settings import Config, HealthRule
 Line = Mapping[str, Any]  # metrics of one step
 Lines = Sequence[Line]  # metrics of all steps so far, in order
 _MOSTLY_CORRECT = 0.5  # share of correct completions above which low entropy and truncation are not reported
+_MOSTLY_MASKED = 0.9  # share of tokens
 _USUAL_KL = 0.02  # nats per token; a lower KL is the usual difference between engine and learner in bf16
 
 
@@ -163,6 +164,11 @@ def _truncated(lines: Lines, config: Config) -> bool:
     )
 
 
+def _masked(lines: Lines, config: Config) -> bool:
+    masks = config.algorithm.correction.endswith("mask") or config.algorithm.geometric_mask > 0
+    return masks and _every_step(lines, config, lambda line: (line.get("ratio/truncated") or 0.0) > _MOSTLY_MASKED)
+
+
 def _skipped(lines: Lines, config: Config) -> bool:
     return len(lines) > 1 and all(line["update/skipped"] for line in lines[-2:])
 
@@ -212,6 +218,11 @@ RULES: dict[HealthRule, Rule] = {
         _no_signal,
         "the rewards of each group are equal, so there is no gradient: raise group_size or sampling.temperature, or "
         "use prompts of a different difficulty",
+    ),
+    "masked": Rule(
+        _masked,
+        "masks remove more than 90% of the tokens, so hardly anything is learned: allow larger ratios "
+        "(algorithm.importance_cap, importance_floor, geometric_mask), or lower max_staleness or learner.lr",
     ),
     "skipped": Rule(
         _skipped,

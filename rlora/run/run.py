@@ -93,6 +93,8 @@ class Job(Protocol):
     @property
     def loops(self) -> Mapping[str, AgentLoop]: ...
     @property
+    def config(self) -> Config: ...  # with which the processes started
+    @property
     def slots(self) -> int: ...  # number of versions that each engine can keep loaded
     @property
     def is_apart(self) -> bool: ...  # whether engines and learners have separate devices

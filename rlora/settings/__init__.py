@@ -111,7 +111,9 @@ class Config:
 
     def problems(self) -> Iterator[Problem]:
         """Yield a Problem for every rule that the values break."""
-        for section in (self.chat, self.scoring, self.learner, self.algorithm, self.evaluate, self.trackers):
+        for section in (
+            self.sampling, self.chat, self.scoring, self.learner, self.algorithm, self.evaluate, self.trackers,
+        ):  # fmt: skip
             yield from section.check()
         yield from self._rewards_at_fault()
         yield from self._algorithm_at_fault()

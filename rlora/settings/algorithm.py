@@ -68,8 +68,9 @@ class AlgorithmConfig:
     geometric_mask: NonNegativeFloat = 0.0
     """Mask for whole episodes whose policy changed since they were sampled: an episode has no policy loss if the
     geometric mean of its tokens' importance ratios is above 1 + `algorithm.geometric_mask` or below 1 / (1 +
-    `algorithm.geometric_mask`). 0.001 to 0.01 are usual. `algorithm.correction` applies to the remaining episodes. `0`
-    masks no episode."""
+    `algorithm.geometric_mask`). verl suggests 0.0002 to 0.001, for long completions: in short ones the rounding of
+    single tokens moves the mean by more. `algorithm.correction` applies to the remaining episodes. `0` masks no
+    episode."""
     kl: NonNegativeFloat = 0.0
     """Coefficient of the KL divergence from the policy to the reference policy, which is the base model with the
     adapter off. Larger values keep the policy closer to the base. `0` computes no KL; the metric `kl/reference` is then

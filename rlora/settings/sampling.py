@@ -37,6 +37,20 @@ class SamplingConfig:
         """Whether a token is sampled from a part of the vocabulary."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
+    def check(self) -> Iterator[Problem]:
+        """Yield a Problem for every rule that these settings break."""
+        for name, is_greedy, remedy in (
+            ("top_k", self.top_k == 1, "2 or more, or 0 for all tokens"),
+            ("top_p", self.top_p < 0.01, "0.01 or more"),
+            ("min_p", self.min_p == 1, "less than 1"),
+        ):
+            if is_greedy:
+                yield Problem(
+                    f"sampling.{name}",
+                    "only the most probable token is sampled, so the completions of a prompt are equal and their "
+                    f"probabilities have no gradient; set {remedy}",
+                )
+
 
 @dataclass(frozen=True)
 class ChatConfig:

@@ -62,7 +62,7 @@ class EvaluateConfig:
 
 HealthRule = Literal[
     "floor", "solved", "truncated", "failing_rewards", "dead_part", "engine_learner_apart", "entropy_collapsed",
-    "overfitting", "no_signal", "skipped",
+    "overfitting", "no_signal", "masked", "skipped",
 ]  # fmt: skip
 
 
@@ -77,7 +77,8 @@ class HealthConfig:
     (`health.errors`). `dead_part`: one of several reward functions always returns 0. `engine_learner_apart`: the KL
     between engine and learner is far above its median. `entropy_collapsed`: the entropy is below a tenth of its first
     values. `overfitting`: held-out accuracy falls while the reward rises. `no_signal`: the rewards within each group
-    are equal. `skipped`: two consecutive updates were skipped."""
+    are equal. `masked`: masks leave less than a tenth of the tokens. `skipped`: two consecutive updates were
+    skipped."""
     steps: Annotated[int, Field(ge=2)] = 5
     """Number of consecutive steps in which the condition of a health rule must be met before the rule triggers, 2 or
     more. Larger values give fewer false alarms. `failing_rewards` takes the mean over these steps. `skipped` and

@@ -117,7 +117,7 @@ class SweepTurns:
 
     def _fork(self, number: int, request: Mapping[str, Any]) -> None:
         self._check_group(self.sweep.members[request["member"]])
-        member = self.sweep.note_fork(number, request)
+        member = self.sweep.note_fork(number, request, self.runs[0].job.config)
         self.group.append(member)
         self._waiting.append(member)
 
@@ -128,11 +128,12 @@ class SweepTurns:
         raise RloraError(f"{name}: only a member in training can be paused; repeat the request when this member trains")
 
     def _check_group(self, member: Member) -> None:
-        """Raise RloraError if the member can't share processes with this group."""
+        """Raise RloraError if the member is not in this group, so that the processes may not fit the member."""
         if member.name not in {peer.name for peer in self.group}:
             raise RloraError(
-                f"{member.name}: the member can't share processes with the group that trains now; repeat the request "
-                "when the group of this member trains"
+                f"{member.name}: the member is not in the group that trains now; repeat the request when the group of "
+                "this member trains. If the member was paused when the sweep was resumed, stop the sweep, repeat the "
+                "request, and resume the sweep with `rlora sweep --resume`"
             )
 
     def _begin(self, member: Member) -> None:

@@ -97,10 +97,10 @@ def check_distinct(candidates: Iterable[Member]) -> None:
         seen[config] = member.name
 
 
-def groups(candidates: Sequence[Member], stops: Mapping[str, Sequence[str]]) -> list[list[Member]]:
+def groups(candidates: Iterable[Member]) -> list[list[Member]]:
     """Partition members into groups that can train at the same time, because they agree in all process-wide settings.
 
-    `stops` has the strings that end a message, by member name. A member that trains all weights is a group by itself.
+    A member that trains all weights is a group by itself.
     """
     groups_by_key: dict[str, list[Member]] = {}
     for member in candidates:
@@ -108,7 +108,7 @@ def groups(candidates: Sequence[Member], stops: Mapping[str, Sequence[str]]) -> 
         is_async = bool(member.config.max_staleness) and not member.config.learner.threads
         exclusive = member.name if member.config.learner.full_finetuning else ""
         is_supervised = member.config.algorithm.supervised  # such a group has no engines
-        key = json.dumps([shared, is_async, is_supervised, exclusive, list(stops[member.name])], default=asdict)
+        key = json.dumps([shared, is_async, is_supervised, exclusive], default=asdict)
         groups_by_key.setdefault(key, []).append(member)
     return list(groups_by_key.values())
 

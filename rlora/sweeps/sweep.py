@@ -16,6 +16,7 @@ import tomli_w
 from upath import UPath
 
 from rlora.cluster.gauges import Gauges
+from rlora.cluster.resources import check_joins
 from rlora.config import differences
 from rlora.records import RloraError
 from rlora.rollout.task import Task, load_task
@@ -93,7 +94,7 @@ class Sweep:
                 with self.refusing(number, request):
                     self._carry_out(number, request)
             pending = [member for member in self.members.values() if self._is_pending(member)]
-            parts = groups(pending, {member.name: self._task(member.config).stop for member in pending})
+            parts = groups(pending)
             if len(parts) > 1:
                 names = "; ".join(", ".join(member.name for member in group) for group in parts)
                 self.report(
@@ -234,19 +235,21 @@ class Sweep:
         done = {line["at"] for line in halved if group_names & {*line["kept"], *line["dropped"]}}
         return next((rung for rung in self.halving.at if rung not in done), None)
 
-    def note_fork(self, number: int, request: Mapping[str, Any]) -> Member:
-        """Add the member that a fork request describes. Raises RloraError if the member is invalid."""
+    def note_fork(self, number: int, request: Mapping[str, Any], job: Config | None = None) -> Member:
+        """Add the member that a fork request describes. Raises RloraError if the member is invalid, or if the processes
+        of a job, whose shared config is `job`, can't serve it."""
         name, source = request["name"], self.members[request["member"]]
         if name in self.members:
             raise RloraError(f"{name}: a member has this name already; use a different name")
         fork = fork_of(self.path, source, name, request["version"], request["changes"])
-        stops = {member.name: self._task(member.config).stop for member in (source, fork)}
-        if len(groups([source, fork], stops)) > 1:
+        if len(groups([source, fork])) > 1:
             raise RloraError(
                 f"{name}: can't share processes with {source.name}, because a setting that members share (model, "
-                "dtype, stop strings, ...) differs, or because all weights are trained; remove that change, or start "
+                "dtype, ...) differs, or because all weights are trained; remove that change, or start "
                 f"a separate run with `rlora train --fork {self.path / source.name}@{request['version']}`"
             )
+        if job:
+            check_joins(name, fork.config, job)
         facts = {"of": request["member"], "version": request["version"], "changes": request["changes"]}
         self.diary.note("forked", name, request["version"], request=number, **facts)
         self.members[name] = fork

@@ -1,5 +1,6 @@
 """Advantages, weights and losses per token, computed by hand."""
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -200,6 +201,16 @@ def test_ratios_outside_of_a_range_are_masked(
     losses.sum().backward()
     assert now.grad is not None
     assert (-now.grad).tolist() == pytest.approx(weights)
+
+
+@pytest.mark.parametrize("settings", [ICEPOP, NONE | {"geometric_mask": 0.3}, {"correction": "episode-mask"}])
+def test_a_token_whose_ratio_is_not_a_number_is_masked(settings: dict[str, Any]) -> None:
+    two = group([5], episode([6], 1.0, [math.nan]), episode([8], 0.0, [-1.0]))
+    (row,) = microbatches([samples_of(two)], 100, torch.float32, torch.device("cpu"))
+    row = replace(row, tokens=replace(row.tokens, advantages=torch.ones(2)))
+    losses, figures = token_losses(row, torch.tensor([-1.0, -1.0]), None, objective(**settings))
+    assert losses.tolist() == [0.0, -1.0]
+    assert figures["ratio_truncated"].tolist() == [True, False]
 
 
 @pytest.mark.parametrize("name", ["grpo", "dr-grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++"])

@@ -82,6 +82,24 @@ def test_equal_layers_are_counted_from_three(
     assert footprint(config(), base, Rows(60, checkpointing), on_gpu=True) == counted
 
 
+def test_the_tokens_that_top_k_kept_are_counted(config: MakeConfig) -> None:
+    """Two int64 for each, and the mask of a chunk of logits while it is made."""
+    base = AutoConfig.for_model("qwen3", **TINY_CONFIGS["qwen3"])
+    settings = [
+        config(sampling={"max_tokens": 8, "max_prompt_tokens": 12, "top_k": top_k}, group_size=3) for top_k in (0, 20)
+    ]
+    plain, kept = (footprint(each, base, Rows(60, False), on_gpu=True) for each in settings)
+    targets = 3 * 8 + 8
+    mask = targets * base.vocab_size
+    assert 0 <= kept.activations - plain.activations - 16 * 20 * targets <= mask
+    policies = Policies(tiny_model("qwen3"))
+    policies.add("run", Spec(), seed=0)
+    row = largest_row(settings[1], 60, CPU, on_gpu=False)
+    assert row.support is not None
+    assert len(row.support.ids) == 20 * targets
+    forward_backward(policies, "run", row)
+
+
 def test_experts_are_counted_as_if_few_were_met(config: MakeConfig) -> None:
     settings = config(sampling={"max_tokens": 8, "max_prompt_tokens": 12})
     base = AutoConfig.for_model("qwen3_moe", **TINY_CONFIGS["qwen3_moe"])

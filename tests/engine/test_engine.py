@@ -165,3 +165,20 @@ def test_a_completion_ends_at_its_end_token_or_its_length(setup: Setup) -> None:
         assert len(episode.completion_ids) == 16 or is_ended
     assert reasons == {"stop", "length"}
     assert len({episode.completion_ids for episode in groups[0].episodes}) > 1  # a group has different completions
+
+
+def test_each_request_ends_at_its_own_stop_tokens_and_strings(setup: Setup) -> None:
+    """Policies of one job can differ in them."""
+    load(setup, setup.fresh)
+    greedy = Sampling(max_tokens=16, temperature=0.0)
+    version, (prompt, *_) = setup.fresh.version, setup.task.prompts
+    ids = sample(setup, [prompt], greedy, version)[0].episodes[0].completion_ids
+    token = next(token for token in ids[1:] if token != ids[0])
+    at = ids.index(token)
+    text = setup.task.chat.decode(ids[: at + 1])
+    settings = [greedy, replace(greedy, stop_token_ids=(token,)), replace(greedy, stop=(text,)), greedy]
+    futures = [setup.engine.generate(prompt, one, version) for one in settings]
+    whole, by_token, by_string, plain = [future.result().episodes[0].completion_ids for future in futures]
+    assert by_token == by_string == whole[: at + 1]
+    assert whole == plain
+    assert len(whole) > at + 1

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import replace
@@ -9,11 +10,22 @@ import torch
 from rlora.config import validate
 from rlora.model.base import load_tokenizer
 from rlora.model.chat import Chat
-from rlora.records import Adapter, Episode, Group, Prompt, RewardError, RewardInput, Sampling, Score, Version
+from rlora.records import (
+    Adapter,
+    Episode,
+    Group,
+    Prompt,
+    RewardError,
+    RewardInput,
+    RloraError,
+    Sampling,
+    Score,
+    Version,
+)
 from rlora.rollout.cursor import Cursor, InFlight
 from rlora.rollout.player import AgentLoop
 from rlora.rollout.requests import Request
-from rlora.rollout.stream import Rollouts, prompt_at
+from rlora.rollout.stream import Rollouts, prompt_at, sampling_of
 from rlora.rollout.task import Task
 from rlora.scoring.scoring import Scoring
 from rlora.scoring.signatures import reward_function
@@ -486,3 +498,30 @@ def test_each_message_begins_with_what_the_template_opens(rollouts: Callable[...
             assert episode.state == {"heard": ["<think>\n", "<think>\n"]}  # FakeFleet samples a special token
             assert [m["content"] for m in episode.messages] == ["<think>\n", "Sure?", "<think>\n"]
             assert episode.text == "<think>\n"
+
+
+def test_each_request_ends_where_the_task_says(rollouts: Callable[..., Rollouts]) -> None:
+    """Also the later turns."""
+    stream = rollouts(last_number, dialogue)
+    stream.loop.task = replace(stream.loop.task, stop=("=",))
+    stream.take(0)
+    requests = stream.fleet.requests
+    ends = {(request.sampling.stop_token_ids, request.sampling.stop) for request in requests}
+    assert ends == {(stream.loop.task.chat.stop_token_ids, ("=",))}
+    assert {request.sampling.group_size for request in requests} == {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("temperature", "samples", "message"),
+    [
+        (0.0, 4, r"temperature = 0: it is greedy, so the 4 completions of a prompt would be the same"),
+        (-1.0, 1, r"temperature = -1: use 0 \(greedy\), or 0\.01 or more"),
+        (0.001, 1, r"temperature = 0\.001: use 0"),
+        (math.nan, 1, r"temperature = nan: use 0"),
+    ],
+)
+def test_a_temperature_that_the_engine_can_not_sample_at_is_refused(
+    config: Callable[..., Config], temperature: float, samples: int, message: str
+) -> None:
+    with pytest.raises(RloraError, match=message):
+        sampling_of(config(), samples, temperature)

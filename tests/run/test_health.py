@@ -56,13 +56,14 @@ CASES: dict[str, Callable[[int], dict[str, Any]]] = {
         ),
     ),
     "no_signal": lambda step: healthy(step, **EQUAL_REWARDS),
+    "masked": lambda step: healthy(step, ratio__truncated=0.95),
     "skipped": lambda step: healthy(step, update__skipped=True, kl__behaviour=None, entropy=None),
 }
 
 
 @pytest.fixture
 def settings(config: Callable[..., Config]) -> Config:
-    return config(reward=["a:right", "a:form"])
+    return config(reward=["a:right", "a:form"], algorithm={"geometric_mask": 0.01})
 
 
 def test_every_rule_has_a_case() -> None:

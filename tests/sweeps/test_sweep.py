@@ -244,6 +244,48 @@ def test_halving_counts_steps_that_are_not_written_yet(
     assert counted == [[0, 1], [0, 1]]
 
 
+def test_members_with_different_ends_of_messages_train_together(base: Config) -> None:
+    ends = {"token": {"chat.stop_token_ids": [5]}, "string": {"chat.stop": ["="]}, "plain": {}}
+    assert len(members.groups(members.members(asdict(base), {}, ends))) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"sampling.top_p": 0.9}, "sampling: top_k, top_p or min_p"),
+        ({"sampling.max_tokens": 4000}, r"sampling: max_prompt_tokens \+ max_tokens = \d+"),
+    ],
+)
+def test_a_fork_for_which_the_engines_have_no_room_waits_for_a_resume(
+    stage: Stage, base: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], reason: str
+) -> None:
+    path, request = tmp_path / "sweep", {"version": 1, "name": "new", "changes": changes}
+    stage.actions[("take", "one", 2)] = lambda: ask(path, "fork", "one", **request)
+    swept = sweep(base, members={"one": {}, "two": {"learner.rank": 2}}, run_dir=path, tell=str)
+    assert set(swept.statuses) == {"one", "two"}
+    assert re.search(rf"new: the engines started without room for {reason}; stop the sweep", capsys.readouterr().err)
+    ask(path, "fork", "one", **request)  # while no process trains
+    assert sweep(resume=path, tell=str).statuses["new"] == "finished"
+
+
+def test_a_member_that_was_paused_at_a_resume_waits_for_the_next_one(
+    stage: Stage, base: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "sweep"
+    stage.actions[("take", "kept", 1)] = lambda: ask(path, "pause", "kept")
+    stage.errors = {("swap", "plain", 3): KeyboardInterrupt()}  # type: ignore[dict-item]
+    changes = {"plain": {}, "kept": {"learner.rank": 2, "sampling.top_k": 5}}
+    with pytest.raises(KeyboardInterrupt):
+        sweep(base, members=changes, run_dir=path, tell=str)
+    stage.errors = {}
+    stage.actions[("take", "plain", 4)] = lambda: ask(path, "go", "kept")
+    assert sweep(resume=path, tell=str).statuses == {"plain": "finished", "kept": "paused"}
+    error = capsys.readouterr().err
+    assert "go kept: kept: the member is not in the group that trains now; " in error
+    ask(path, "go", "kept")
+    assert sweep(resume=path, tell=str).statuses["kept"] == "finished"
+
+
 def test_full_fine_tuning_trains_after_the_others(stage: Stage, base: Config, tmp_path: Path) -> None:
     path, output = tmp_path / "sweep", list[str]()
     changes: dict[str, dict[str, Any]] = {"one": {}, "full": {"learner.adapter": "none"}, "two": {"learner.rank": 2}}

@@ -94,12 +94,14 @@ class PolicyGradient:
         level, _, method = algorithm.correction.partition("-")
         behaviour = tokens.behaviour_logprobs
         ratio = importance(start, behaviour, batch.lengths, per_episode=level == "episode")
-        outside = (ratio > algorithm.importance_cap) | (ratio < algorithm.importance_floor)
-        if method:
-            losses = losses * ratio.masked_fill(outside, algorithm.importance_cap if method == "truncate" else 0.0)
+        outside = ~((ratio >= algorithm.importance_floor) & (ratio <= algorithm.importance_cap))  # NaN is outside
+        if method == "truncate":
+            losses = losses * ratio.clamp(max=algorithm.importance_cap)
+        elif method == "mask":
+            losses = losses * ratio.masked_fill(outside, 0.0)
         if algorithm.geometric_mask:
             mean_log_ratio = sequence_log_ratio((start - behaviour).detach(), batch.lengths)
-            is_masked = mean_log_ratio.abs() > math.log1p(algorithm.geometric_mask)
+            is_masked = ~(mean_log_ratio.abs() <= math.log1p(algorithm.geometric_mask))
             losses, outside = losses.masked_fill(is_masked, 0.0), outside | is_masked
         figures = dict(figures) | {
             "kl_behaviour": kl(behaviour, start, "k3"),
