@@ -113,7 +113,8 @@ class Eval(OverConfig):
     samples: int = 1
     """Completions per prompt, n; pass@k is reported for k = 1, 2, 4, ... up to n."""
     temperature: float | None = None
-    """Sampling temperature. By default greedy decoding for one sample, and sampling.temperature for several."""
+    """Sampling temperature, 0.01 or more, or 0 for greedy decoding. By default greedy decoding for one sample, and
+    sampling.temperature for several. sampling.top_k, top_p and min_p apply unless decoding is greedy."""
     out: Path | None = None
     """File for the completions with rewards and statuses, as JSON lines. By default RUN/eval-VERSION.jsonl, or
     eval.jsonl in the working directory if no version of a run is evaluated."""

@@ -16,15 +16,17 @@ class SamplingConfig:
     temperature: Annotated[float, Field(ge=0.01)] = 1.0
     """Sampling temperature in training, 0.01 or more. The learner computes logprobs at the same temperature."""
     top_k: NonNegativeInt = 0
-    """Number of the most probable tokens that a token is sampled from. `0` samples from all tokens. The engines record
-    which tokens were kept, and the learner computes probabilities over the same tokens."""
+    """Number of the most probable tokens that a token is sampled from, 2 or more; tokens that are as probable as the
+    last one are kept too. `0` samples from all tokens. The engines record which tokens were kept, and the learner
+    computes probabilities over the same tokens."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Probability that the most probable tokens must reach together; a token is sampled from these (nucleus sampling).
     `1` samples from all tokens. The engines record which tokens were kept, and the learner computes probabilities over
-    the same tokens."""
+    the same tokens. On a GPU `sampling.top_k` must be set too."""
     min_p: Share = 0.0
-    """Smallest probability of a token that can be sampled, relative to the most probable token. `0` samples from all
-    tokens. The engines record which tokens were kept, and the learner computes probabilities over the same tokens."""
+    """Smallest probability of a token that can be sampled, relative to the most probable token, below 1. `0` samples
+    from all tokens. The engines record which tokens were kept, and the learner computes probabilities over the same
+    tokens. On a GPU `sampling.top_k` must be set too."""
     max_tokens: PositiveInt = 256
     """Maximum length of a completion in tokens. In an episode of several turns, this is the limit for all turns
     together, including the env's messages."""

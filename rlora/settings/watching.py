@@ -40,8 +40,8 @@ class EvaluateConfig:
     every: NonNegativeInt = 0
     """Interval in steps between evaluations during training. `0` evaluates before and after training only."""
     samples: PositiveInt = 1
-    """Number of completions per held-out prompt. `1` is decoded greedily; several are sampled at
-    `sampling.temperature`."""
+    """Number of completions per held-out prompt. `1` is decoded greedily; several are sampled as in training, at
+    `sampling.temperature` and with `sampling.top_k`, `top_p` and `min_p`."""
     sets: dict[str, SetConfig] = field(default_factory=dict)
     """Additional sets of held-out prompts by name, each a table [evaluate.sets.NAME]. The sets are evaluated before and
     after training, and every `evaluate.every` steps."""
