@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -107,10 +108,10 @@ class Policy:
         """Sample completions under the current version, and score them. Returns a group per prompt, in order.
 
         `group_size` is the number of completions per prompt, by default the config's, or 1 if `temperature` is 0
-        (greedy). A `temperature` other than `sampling.temperature` is for evaluation only, because the learner's
-        logprobs are at that setting. A new version is first delivered to every engine and verified. Raises RloraError
-        for an invalid temperature, DeliveryError if an engine serves something other than the version, and RewardError
-        if the reward functions fail.
+        (greedy). The learner's logprobs are at `sampling.temperature`. Another `temperature` is for evaluation and for
+        losses without importance ratios, and `update` does not accept the groups. A new version is first delivered to
+        every engine and verified. Raises RloraError for an invalid temperature, DeliveryError if an engine serves
+        something other than the version, and RewardError if the reward functions fail.
         """
         from rlora.rollout.evaluate import answer
         from rlora.rollout.stream import sampling_of
@@ -121,7 +122,8 @@ class Policy:
         if adapter is not self._delivered:
             self._fleet.swap(adapter, oldest=adapter.number)
             self._delivered = adapter
-        return answer(self.config, tokenised, sampling, self._fleet, self._loop)
+        groups = answer(self.config, tokenised, sampling, self._fleet, self._loop)
+        return [replace(group, temperature=temperature) for group in groups]
 
     def samples(self, group: Group, advantages: Sequence[float]) -> list[Sample]:
         """Return the training samples of a group. `advantages` has one value per episode, for all its sampled tokens.
@@ -164,8 +166,16 @@ class Policy:
     def update(self, groups: Sequence[Group]) -> UpdateStats:
         """Update the policy with the config's algorithm on scored groups, like one step of `rlora.train`.
 
-        Discards a gradient that `forward_backward` has accumulated. Raises RloraError if an episode has no reward.
+        Discards a gradient that `forward_backward` has accumulated. Raises RloraError if an episode has no reward, and
+        for groups that were sampled at a temperature other than `sampling.temperature`.
         """
+        trained_at = self.config.sampling.temperature
+        for group in groups:
+            if group.temperature not in (None, trained_at):
+                raise RloraError(
+                    f"update: a group was sampled at temperature {group.temperature}, and the learner's probabilities "
+                    f"are at sampling.temperature = {trained_at}; sample without `temperature`, or set the config's"
+                )
         if any(episode.reward is None for group in groups for episode in group.episodes):
             raise RloraError("update: an episode has no reward; set `reward` in the config, or use Group.with_rewards")
         self._adapter, stats = self._learner.update(self.name, groups)

@@ -106,6 +106,7 @@ class Group:
 
     prompt: Prompt
     episodes: tuple[Episode, ...]
+    temperature: float | None = None  # the episodes were sampled at, if `Policy.sample` was given one
 
     @property
     def rewards(self) -> list[float]:

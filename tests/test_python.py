@@ -324,6 +324,11 @@ with rlora.policy(model="demo:smollm2-135m", learner={"rank": 1}, resume="adapte
     policy.forward_backward([policy.samples(groups[0], [1.0, -1.0])], lambda now, batch: (now.logprobs.sum(), {}))
     policy.optim_step(rlora.Adam(lr=1e-4))
     assert policy.adapter.number == 7
+    scored = [group.with_rewards([1.0, 0.0]) for group in policy.sample(["Name a number."], 2, temperature=0.5)]
+    try:
+        policy.update(scored)
+    except rlora.RloraError as error:
+        print(error)
     try:
         policy.save(".")
     except rlora.RloraError as error:
@@ -336,6 +341,7 @@ with rlora.policy(model="demo:smollm2-135m", learner={"rank": 1}, resume="adapte
     assert "its alpha is 32.0, learner.alpha is 16.0; set learner.alpha to 32.0" in refused.stderr
     output = run(again + several + "    print(groups[0].episodes[0].version.policy)\n", tmp_path)
     assert output.endswith("low\n")
+    assert "sampled at temperature 0.5, and the learner's probabilities are at sampling.temperature = 1.0;" in output
     assert "name a directory for the adapter alone" in output
     for name in ("adapter_model.safetensors", "state.safetensors"):
         assert (saved.parent / "again" / name).read_bytes() == (saved / name).read_bytes()
