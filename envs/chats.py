@@ -11,6 +11,7 @@ from rlora.records import Messages, RloraError
 
 from .files import Row
 
+_NO_ARGUMENTS = {"name", "arguments", "parameters", "id", "type", "index"}  # keys of a call; others could be arguments
 _SHAREGPT = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system", "tool": "tool",
     "function_call": "assistant", "observation": "tool",
@@ -216,11 +217,12 @@ def _message(turn: Row, source: str) -> dict[str, Any]:
 def _call(call: Any, source: str) -> dict[str, Any]:
     """Return a tool call in the form of the OpenAI API, with its arguments as an object."""
     function = call.get("function", call) if isinstance(call, Mapping) else None
-    name = function.get("name") if isinstance(function, Mapping) else None
-    arguments = None
-    if isinstance(function, Mapping):
-        arguments = function.get("arguments") or function.get("parameters") or {}  # the second: Llama 3's form
-    arguments = _literal(arguments) if isinstance(arguments, str) else without_nulls(arguments)
+    items = function.items() if isinstance(function, Mapping) else ()
+    fields = {key: value for key, value in items if value is not None}
+    name, written = fields.get("name"), fields.get("arguments", fields.get("parameters", ""))  # the second: Llama 3's
+    if written == "" and fields.keys() <= _NO_ARGUMENTS:
+        written = {}
+    arguments = _literal(written) if isinstance(written, str) else without_nulls(written)
     if not isinstance(name, str) or not name or not isinstance(arguments, Mapping) or not _is_json(arguments):
         raise RloraError(
             f"{source}: {call!r:.200} in tool_calls is not a call; use "

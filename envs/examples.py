@@ -67,7 +67,7 @@ def _tools(value: Any, source: str) -> Tools:
         raise RloraError(f"{source}: column 'tools' is not valid JSON ({error}); fix or drop the row") from None
     if tools is not None and not isinstance(tools, Sequence):
         raise RloraError(f"{source}: column 'tools' is {tools!r:.200}; it must be a list of JSON schemas")
-    return tuple(map(without_nulls, tools or ()))
+    return tuple(tools or () if isinstance(value, str) else map(without_nulls, tools or ()))
 
 
 def _form(names: Collection[str]) -> str:
@@ -96,6 +96,11 @@ def _parts(row: Row, form: str, source: str) -> tuple[str | Messages, tuple[str 
         prompt = as_text(cell(row, "prompt", source), f"{source}: column 'prompt'")
         return prompt, (_after(conversation("completion"), prompt, "completion", source),)
     if form == "text":
+        if not is_null(row.get("prompt")):
+            raise RloraError(
+                f"{source}: it has a prompt and a text, and no completion; set env_args.completion to 'text' if that "
+                "is the completion, or drop the column of the prompt to learn from the text alone"
+            )
         if not isinstance(text := cell(row, "text", source), str):
             raise RloraError(f"{source}: column 'text' is {text!r:.200}; it must be text")
         return (), (_completion(text, "text", source),)

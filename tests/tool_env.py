@@ -24,7 +24,7 @@ def fail(kind: str = "ValueError") -> None:
     Args:
         kind: Type of the exception.
     """
-    kinds = (ValueError, SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError, MuteError)
+    kinds = (ValueError, SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError, TimeoutError, MuteError)
     raise {kind.__name__: kind for kind in kinds}[kind]("out of stock")
 
 

@@ -47,7 +47,7 @@ class Chat:
         messages = self._template.messages(text)
         self._template.check_shown(messages, "all messages of a prompt")
         if tools:
-            self._template.check_tools(tools)
+            self._template.check_tools(messages, tools)
         ids = self._template.render(messages, tokenize=True, return_dict=False, tools=list(tools) or None)
         return tuple(ids) + self._ids(self._opening(messages)[1])
 
@@ -150,7 +150,7 @@ class Chat:
             raise RloraError(
                 "env: it has tools, but the tokenizer of the model has no chat template; set chat.template"
             )
-        self._template.check_tools(tools)
+        self._template.check_tools([QUESTION], tools)
         self.reply_ids([{"role": "tool", "name": call.name, "content": "?"}], ())
         return self._without_special(self._ids(self.answers.text_and_end(calling(call))[0]))
 

@@ -30,7 +30,7 @@ class Template:
         added = getattr(tokenizer, "added_tokens_decoder", {})
         self.special = {token: str(text) for token, text in added.items() if text.special}
         self._shown_roles: set[tuple[bool, tuple[str, ...]]] = set()  # cache of check_shown: has chat.system, roles
-        self._shown_tools: set[str] = set()  # cache of check_tools
+        self._shown_tools: set[tuple[tuple[str, ...], str]] = set()  # cache of check_tools
         self._openings: dict[str, tuple[str, str]] = {}  # cache of opening, by messages
 
     def messages(self, text: str | Messages) -> list[Mapping[str, Any]]:
@@ -131,22 +131,24 @@ class Template:
             )
         self._shown_roles.add((has_system, roles))
 
-    def check_tools(self, tools: Tools) -> None:
-        """Raise RloraError if the template does not render the tools. Each list of tools is checked once."""
-        if repr(tools) in self._shown_tools:
+    def check_tools(self, messages: Messages, tools: Tools) -> None:
+        """Raise RloraError if the template does not render the tools with the messages of a prompt. Tools are checked
+        once for each sequence of roles."""
+        checked = (tuple(map(_kind, messages)), repr(tools))
+        if checked in self._shown_tools:
             return
         marks = [f"{MARK}{number}{MARK}" for number in range(len(tools))]
         marked = [
             {**tool, "function": {**tool["function"], "name": mark}} for tool, mark in zip(tools, marks, strict=True)
         ]
-        text = self.render([_USER], tokenize=False, tools=marked)
+        text = self.render(messages, tokenize=False, tools=marked)
         if hidden := [tool["function"]["name"] for tool, mark in zip(tools, marks, strict=True) if mark not in text]:
             raise RloraError(
                 f"{self._name}: the template does not render tools ({', '.join(hidden)}), so the policy would not know "
                 f"them; set chat.template to one that does, such as {', '.join(TEMPLATES)}, or use an instruct model "
                 "that was trained to call tools"
             )
-        self._shown_tools.add(repr(tools))
+        self._shown_tools.add(checked)
 
     @cached_property
     def shows_calls(self) -> bool:

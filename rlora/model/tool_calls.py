@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
@@ -11,6 +11,11 @@ _BLOCK = re.compile(rf"{_OPEN}(.*?)(?:{_CLOSE}|\Z)", re.DOTALL)
 _FUNCTION = re.compile(r"<function=([^<>\n]+)>(.*?)</function>", re.DOTALL)
 _PARAMETER = re.compile(r"<parameter=([^<>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
 _KEYS = {"name", "arguments", "parameters", "id", "type"}
+_ARGUMENTS = {"arguments", "parameters", "args", "params", "input"}  # keys that tell a call from other JSON
+_BEFORE_JSON = re.compile(r"""\s*+(?:<\|python_tag\|>|```(?:json)?|[;,])?[\s\[]*+(?=\{\s*+["'])""")
+_NAME_KEY, _ARGUMENTS_KEY = (
+    re.compile(rf"""["'](?:{"|".join(keys)})["']\s*+:""") for keys in (("name", "function"), sorted(_ARGUMENTS))
+)
 _DEEPEST = 50  # levels of arguments; pickling fails at some 500
 
 
@@ -31,6 +36,7 @@ class ToolCall:
     name: str = ""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     fault: str = ""
+    has_types: bool = field(default=False, compare=False)  # of its arguments, as in JSON; else all are text
 
 
 def calling(*calls: ToolCall, content: str = "") -> dict[str, Any]:
@@ -69,10 +75,7 @@ def without_thoughts(text: str) -> str:
     """Return a message without its thoughts, <think> to </think>, or to the end. A tag inside a call stays."""
     kept, position = [], 0
     while (start := text.find("<think>", position)) >= 0:
-        call = text.find(_OPEN, position, start)
-        if call >= 0:
-            end = text.find(_CLOSE, call)
-            end = len(text) if end < 0 else end + len(_CLOSE)
+        if end := _call_end(text, position, start):
             kept.append(text[position:end])
         else:
             end = text.find("</think>", start)
@@ -82,14 +85,27 @@ def without_thoughts(text: str) -> str:
     return "".join([*kept, text[position:]])
 
 
+def _call_end(text: str, position: int, tag: int) -> int:
+    """Return the end of a call that begins between `position` and the tag; 0 if there is none."""
+    if opening := _BEFORE_JSON.match(text, position, tag):
+        try:
+            return _DECODER.raw_decode(text, opening.end())[1]
+        except (ValueError, RecursionError):
+            return len(text)
+    if (start := text.find(_OPEN, position, tag)) < 0:
+        return 0
+    end = text.find(_CLOSE, start)
+    return len(text) if end < 0 else end + len(_CLOSE)
+
+
 def typed(call: ToolCall, schema: Mapping[str, Any]) -> ToolCall:
     """Return the call with values that are text parsed, where the tool's schema has another type than string."""
     properties = schema["function"]["parameters"].get("properties", {})
     arguments = {
-        name: _read(value, set(_types(properties.get(name, {})))) if isinstance(value, str) else value
+        name: _read(value, properties.get(name, {}), call.has_types) if isinstance(value, str) else value
         for name, value in call.arguments.items()
     }
-    return ToolCall(call.name, arguments, call.fault or _depth_fault(arguments))
+    return replace(call, arguments=arguments, fault=call.fault or _depth_fault(arguments))
 
 
 def _types(schema: Mapping[str, Any]) -> Iterator[str]:
@@ -100,9 +116,12 @@ def _types(schema: Mapping[str, Any]) -> Iterator[str]:
         yield from _types(choice)
 
 
-def _read(text: str, types: set[str]) -> Any:
-    """Return text as a value of one of the types; unchanged if it is none, or can be a string."""
-    word = text.strip().lower()
+def _read(text: str, schema: Mapping[str, Any], has_types: bool) -> Any:
+    """Return text as a value of one of the schema's types; unchanged if it is none, or can be a string. In a form
+    without types, null or none is the null of a parameter that can be null."""
+    types, word = set(_types(schema)), text.strip().lower()
+    if text in (schema.get("enum") or ()) or (has_types and "string" in types):
+        return text
     if "null" in types and word in ("null", "none"):
         return None
     if not types - {"null"} or "string" in types:
@@ -124,13 +143,15 @@ def _objects(text: str) -> list[ToolCall]:
     text = text.strip()
     if not text.startswith(("{", "[")):
         return []
-    starts_call = re.match(r'[\[\s]{0,20}\{\s{0,20}"(name|type|function)"', text)
+    names_call = _NAME_KEY.search(text) and _ARGUMENTS_KEY.search(text)
+    begins_call = re.match(r'[\[\s]{0,20}\{(\s{0,20}"(name|type|function)")?', text)
+    is_call = begins_call and (begins_call[1] or names_call)
     calls: list[ToolCall] = []
     while text:
         try:
             value, end = _DECODER.raw_decode(text)
         except (ValueError, RecursionError) as error:
-            return [*calls, ToolCall(fault=f"not valid JSON: {error}")] if starts_call else calls
+            return [*calls, ToolCall(fault=f"not valid JSON: {error}")] if is_call else calls
         items = value if isinstance(value, list) else [value]
         if not any(map(_is_call, items)):
             return calls
@@ -143,7 +164,7 @@ def _is_call(value: Any) -> bool:
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
         return _is_call(value["function"])
     named = isinstance(value, dict) and ("name" in value or isinstance(value.get("function"), str))
-    return named and (value.keys() <= _KEYS or not {"arguments", "parameters"}.isdisjoint(value))
+    return named and (value.keys() <= _KEYS or not _ARGUMENTS.isdisjoint(value))
 
 
 def _from_json(text: str) -> ToolCall:
@@ -168,7 +189,7 @@ def _from_object(value: Any) -> ToolCall:
     arguments = {} if arguments in (None, "") else arguments
     if not isinstance(arguments, dict):
         return ToolCall(name, fault="its arguments must be an object")
-    return ToolCall(name, {} if (fault := _depth_fault(arguments)) else arguments, fault)
+    return ToolCall(name, {} if (fault := _depth_fault(arguments)) else arguments, fault, has_types=True)
 
 
 def _depth_fault(value: Any, depth: int = 0) -> str:

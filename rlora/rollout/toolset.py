@@ -21,6 +21,7 @@ from rlora.scoring.worker import EnvReply, EnvTurn
 
 _SCHEMA = '{"type": "function", "function": {"name": ..., "description": ..., "parameters": {"type": "object", ...}}}'
 
+_OF_OBJECTS = {"type", "properties", "anyOf", "oneOf", "allOf", "$ref", "$defs", "additionalProperties"}
 _JSON_TYPES = (str, int, float, bool, list, dict, tuple, type(None), Any)
 _CONTAINERS = (list, dict, tuple, typing.Union, types.UnionType, Sequence, Mapping)
 
@@ -107,6 +108,9 @@ def toolset_of(env: Any, chat: Chat) -> Toolset | None:
     functions = functions_of(env)
     if not functions:
         return None
+    for name, function in functions.items():
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise RloraError(f"env: its tool {name!r} is a generator, and a call has one result; return a value")
     schemas = {
         name: checked_schema(tool, "env") if isinstance(tool, Mapping) else _schema_of(tool)
         for (name, _), tool in zip(functions.items(), env.tools, strict=True)
@@ -160,21 +164,41 @@ def _hints(name: str, function: Any) -> Mapping[str, Any]:
 def checked_schema(schema: Any, source: str) -> Mapping[str, Any]:
     """Return the schema of a tool. Raises RloraError, which begins with `source`, if it is not one."""
     function = schema.get("function", schema) if isinstance(schema, Mapping) else None
-    parameters = function.get("parameters", {"type": "object"}) if isinstance(function, Mapping) else None
+    parameters: Any = function.get("parameters", {"type": "object"}) if isinstance(function, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
         raise RloraError(f"{source}: {schema!r:.200} is not the schema of a tool; use {_SCHEMA}")
-    properties = parameters.get("properties", {}) if isinstance(parameters, Mapping) else None
-    if (
-        not isinstance(parameters, Mapping)
-        or parameters.get("type", "object") != "object"
-        or not isinstance(properties, Mapping)
-        or not all(isinstance(item, Mapping) for item in properties.values())
-    ):
+    if foreign := [key for key in ("input_schema", "inputSchema") if key in function]:
+        raise RloraError(
+            f"{source}: tool {function['name']!r} has {foreign[0]!r}, which chat templates do not read; rename it to "
+            f"parameters: {_SCHEMA}"
+        )
+    if not _is_object_schema(parameters):
         raise RloraError(
             f"{source}: tool {function['name']!r}: its parameters {parameters!r:.200} are not a JSON schema of an "
             'object; use {"type": "object", "properties": {NAME: {"type": ...}}}'
         )
     return {"type": "function", "function": {"description": "", **function, "parameters": dict(parameters)}}
+
+
+def _is_object_schema(parameters: Any) -> bool:
+    """Return whether the parameters of a tool are a JSON schema of an object, not its properties alone."""
+    if not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object":
+        return False
+    properties = parameters.get("properties", {})
+    is_bare = bool(parameters) and _OF_OBJECTS.isdisjoint(parameters)
+    return not is_bare and isinstance(properties, Mapping) and all(map(_is_schema, properties.values()))
+
+
+def _is_schema(value: Any) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    kinds, choices = value.get("type") or (), value.get("anyOf") or ()
+    named = isinstance(kinds, str) or (_is_list(kinds) and all(isinstance(kind, str) for kind in kinds))
+    return named and _is_list(choices) and all(map(_is_schema, choices))
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def _schema_of(tool: Any) -> Mapping[str, Any]:

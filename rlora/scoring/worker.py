@@ -7,6 +7,7 @@ and Ray.
 
 import asyncio
 import ctypes
+import inspect
 import itertools
 import json
 import os
@@ -15,7 +16,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict, astuple, dataclass, field, replace
@@ -227,14 +228,14 @@ class _Worker:
         self.clock.write(number, 0, ENV, deadline)
         try:
             content = self._call(turn, state)
-            if asyncio.iscoroutine(content):
-                content = self.runner.run(asyncio.wait_for(content, deadline))
+            if inspect.isawaitable(content):
+                content = self.runner.run(_awaited(content, deadline))
             plain = as_text(content) if turn.tool else _plain_content(content)
             reply = EnvReply(plain, json.loads(json.dumps(state)))
         except ArgumentError as error:
             return failed("invalid", "", str(error))
-        except TimeoutError:
-            message = f"{field} raised TimeoutError, or {timeout_message(self.setup, deadline, name)}"
+        except _DeadlineError:
+            message = f"{field}: {timeout_message(self.setup, deadline, name)}"
             return failed("timeout", message, "the call took too long")
         except BaseException as error:  # also the SystemExit of argparse in a tool
             reason = error_text(error)
@@ -290,6 +291,20 @@ def _plain_content(content: Any) -> str | list[dict[str, str]] | None:
     if not messages or not all(isinstance(text, str) for message in messages for text in message.values()):
         raise ValueError('return a string, None or chat messages, {"role": ..., "content": ...} with string values')
     return [{key: without_surrogates(text) for key, text in message.items()} for message in messages]
+
+
+class _DeadlineError(Exception):
+    """A call of a tool or of the env's reply exceeded its deadline, unlike a TimeoutError that it raised itself."""
+
+
+async def _awaited(call: Awaitable[Any], deadline: float) -> Any:
+    try:
+        async with asyncio.timeout(deadline) as scope:
+            return await call
+    except TimeoutError:
+        if scope.expired():
+            raise _DeadlineError from None
+        raise
 
 
 def _parts(function: RewardFunction, inputs: RewardInput) -> list[Sequence[int]]:

@@ -174,6 +174,10 @@ class Config:
         name = f"algorithm.loss = {self.algorithm.loss!r} learns from given completions"
         if self.max_staleness:
             yield Problem("max_staleness", f"{name}, and has no use for it; set max_staleness to 0")
+        if self.reward_args:
+            yield Problem("reward_args", f"{name}, which are not scored; remove reward_args")
+        if self.scoring != ScoringConfig():
+            yield Problem("scoring", f"{name}, which are not scored; remove the table [scoring]")
         used = ("name", "loss", "epochs", "minibatches", *(["kl"] if self.algorithm.loss != "sft" else []))
         for setting in dataclasses.fields(AlgorithmConfig):
             if setting.name not in used and getattr(self.algorithm, setting.name) != setting.default:

@@ -155,6 +155,8 @@ def test_the_odds_of_orpo_are_finite_for_completions_of_probability_1() -> None:
     [
         ({"reward": "a:b"}, r"reward = 'a:b': algorithm\.loss = 'sft' learns from given completions"),
         ({"max_staleness": 1}, r"max_staleness = 1: .*set max_staleness to 0"),
+        ({"reward_args": {"strict": True}}, r"reward_args = .*remove reward_args"),
+        ({"scoring": {"error": -1.0}}, r"scoring = .*remove the table \[scoring\]"),
         ({"sampling": {"temperature": 0.5}}, r"sampling\.temperature = 0\.5: "),
         ({"algorithm": {"name": "dpo", "kl": 0.0}}, r"algorithm\.kl = 0\.0: it is beta"),
         ({"algorithm": {"name": "sft", "entropy": 0.1}}, r"algorithm\.entropy = 0\.1: .*set algorithm\.entropy to 0"),

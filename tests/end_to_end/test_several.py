@@ -104,6 +104,9 @@ def test_each_rule_of_health_holds_in_a_run_that_is_ill_in_its_way(
         },
         "dead_part": {"reward": [right, "rlora.rewards.shaping:boxed"], "steps": 3},
         "no_signal": {"reward": lambda completion, answer: answer / 100, "steps": 3},
+        "masked": {
+            "reward": lambda completion: 1 / (1 + len(completion)), "steps": 3, "algorithm": {"geometric_mask": 1e-9},
+        },
         "skipped": {
             "reward": lambda completion: 1 / (1 + len(completion)), "steps": 3, "learner": {"max_bad_updates": 9},
             "algorithm": {"name": f"{ROOT}/tests/ill_objectives.py:Broken"},
@@ -131,7 +134,7 @@ def test_each_rule_of_health_holds_in_a_run_that_is_ill_in_its_way(
             learner = {"threads": 2} | changes.get("learner", {})
             config = resolve_config(ROOT / TOML, small | changes | {"learner": learner})
             ill[name]["run"] = stack.enter_context(prepared(config, tmp_path / name))
-        with pytest.raises(RloraError, match=r"1 of 10 runs failed:\nfloor, after 2 steps: health\.stop = \['floor'\]"):
+        with pytest.raises(RloraError, match=r"1 of 11 runs failed:\nfloor, after 2 steps: health\.stop = \['floor'\]"):
             drive([changes["run"] for changes in ill.values()])
     told = capsys.readouterr().err
     for name in ill:

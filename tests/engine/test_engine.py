@@ -2,8 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
-from statistics import fmean
 from typing import Any
 
 import pytest
@@ -77,27 +75,6 @@ def difference(setup: Setup, adapter: Adapter, groups: Sequence[Group]) -> float
     return torch.cat(differences).mean().item()
 
 
-def base_noise(setup: Setup) -> float:
-    """Mean absolute difference of the engine's logprobs of the base, between prompts in a batch and alone.
-
-    Up to the first token in which the completions differ: their contexts differ from there on.
-    """
-    prompts = setup.task.prompts[:8]
-    greedy = Sampling(max_tokens=16, temperature=0.0)
-    together = sample(setup, prompts, greedy, setup.fresh.version)
-    alone = [sample(setup, [prompt], greedy, setup.fresh.version)[0] for prompt in prompts]
-    pairs = [
-        (a, b)
-        for group_a, group_b in zip(together, alone, strict=True)
-        for x, y in zip(group_a.episodes, group_b.episodes, strict=True)
-        for a, b, *_ in takewhile(
-            lambda row: row[2] == row[3],
-            zip(x.behaviour_logprobs, y.behaviour_logprobs, x.completion_ids, y.completion_ids, strict=False),
-        )
-    ]
-    return fmean(abs(a - b) for a, b in pairs)
-
-
 def test_engine_and_learner_agree_after_a_swap(setup: Setup) -> None:
     differences = []
     for adapter in (setup.fresh, setup.trained):
@@ -106,9 +83,8 @@ def test_engine_and_learner_agree_after_a_swap(setup: Setup) -> None:
         differences.append(difference(setup, adapter, groups))
     if setup.config.dtype == "float32":
         assert max(differences) < 1e-4
-    else:  # 16-bit products are rounded in a different order; 8 draws: 0.031-0.036, 0.033-0.041, noise 0.019-0.024
-        load(setup, setup.fresh)
-        assert differences[0] < 3 * base_noise(setup)  # greedy tokens are more probable and differ less
+    else:  # 16-bit products are rounded in a different order; 9 draws: 0.031-0.039, 0.033-0.041
+        assert differences[0] < 0.06
         assert differences[1] < 1.5 * differences[0]
 
 

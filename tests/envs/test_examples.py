@@ -135,6 +135,8 @@ def test_the_column_forms_of_trl(row: Any, text: str | Messages, completions: tu
         ({"prompt": "a", "completion": [user("b"), assistant("c")]}, "row 0: column 'completion' begins with a diff"),
         ({"messages": None, "text": None}, "row 0: column 'messages' is null"),
         ({"text": 4}, "row 0: column 'text' is 4; it must be text"),
+        ({"prompt": "2 + 2?", "text": "4"}, "row 0: it has a prompt and a text, and no completion"),
+        ({"prompt": "2 + 2?", "completion": None, "text": "4"}, r"and no completion; set env_args\.completion"),
         ({"text": 4}, r"line 1 of \S*a\.jsonl, train, row 0: column 'text'"),
         ({"messages": [assistant("a"), user("b"), assistant("c")]}, "begins with the assistant's message, which"),
         ({"messages": [user("a"), {"role": "model", "content": "b"}]}, r"\(roles: user, model\)"),
@@ -145,12 +147,33 @@ def test_the_column_forms_of_trl(row: Any, text: str | Messages, completions: tu
             {"messages": [user("a"), {**assistant(""), "tool_calls": [{"name": "f", "arguments": '{"x": NaN}'}]}]},
             "is not a call",
         ),
+        *(
+            ({"messages": [user("a"), {**assistant(""), "tool_calls": [{"name": "f", **fields}]}]}, "is not a call")
+            for fields in ({"args": {"x": 1}}, {"input": {"x": 1}}, {"arguments": []}, {"arguments": "null"})
+        ),
         ({"messages": [user("a"), {**assistant("b"), "weight": 2}]}, "message 1: weight = 2 of a message; use 0 or 1"),
     ],
 )
 def test_rows_that_are_no_examples_say_where_and_why(row: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(RloraError, match=message):
         Examples(write(tmp_path / "a.jsonl", [row])).train()
+
+
+def test_the_prompt_of_a_named_column_is_not_dropped(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"question": "2 + 2?", "text": "4"}])
+    with pytest.raises(RloraError, match="it has a prompt and a text"):
+        Examples(path, prompt="question").train()
+    (prompt,) = Examples(path, prompt="question", completion="text").train()
+    assert (prompt.text, prompt.completions) == ("2 + 2?", ("4",))
+
+
+def test_tools_as_json_keep_their_nulls(tmp_path: Path) -> None:
+    """Unlike those in objects, to which Arrow adds nulls."""
+    schema = {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "string", "default": None}}}}
+    rows = [{"prompt": "a", "completion": "b", "tools": tools} for tools in (json.dumps([schema]), [schema])]
+    kept, cut = Examples(write(tmp_path / "a.jsonl", rows)).train()
+    assert kept.tools == (schema,)
+    assert cut.tools[0]["parameters"]["properties"] == {"x": {"type": "string"}}
 
 
 def test_columns_can_have_other_names_and_weights(tmp_path: Path) -> None:
@@ -371,6 +394,10 @@ def test_conversations_with_tool_calls(
             "row 0: .*'name': 4.* is not the schema of a tool",
         ),
         ({"prompt": "a", "completion": "b", "tools": ["now"]}, "row 0: 'now' is not the schema of a tool"),
+        (
+            {"prompt": "a", "completion": "b", "tools": [{"name": "f", "parameters": {"x": {"type": "str"}}}]},
+            "row 0: tool 'f': its parameters .* are not a JSON schema of an object",
+        ),
     ],
 )
 def test_tools_that_are_none_say_where(

@@ -1,8 +1,10 @@
 """The forms in which models write tool calls."""
 
+import json
+
 import pytest
 
-from rlora.model.tool_calls import FORMS, ToolCall, typed
+from rlora.model.tool_calls import FORMS, ToolCall, typed, without_thoughts
 
 CALL = ToolCall("multiply", {"a": 347, "b": 28})
 
@@ -42,6 +44,8 @@ CALL = ToolCall("multiply", {"a": 347, "b": 28})
         ("json", "[1, 2, 3]", []),
         ("json", "[not JSON", []),
         ("json", "{}", []),
+        ("json", "{'name': 'Bob', 'age': 3}", []),
+        ("json", '[See the keys "name": and "input": below]', []),
         ("json", "", []),
     ],
 )  # fmt: skip
@@ -90,6 +94,11 @@ def test_parallel_calls_keep_their_order() -> None:
             for value in ("0", "false", "[]")
         ),
         ("json", '[{"name": "multiply", "arguments": {"a": 347, "b": 28}}', "not valid JSON"),
+        ("json", "{'name': 'multiply', 'parameters': {'a': 347, 'b': 28}}", "not valid JSON"),
+        ("json", '{"parameters": {"a": 347, "b": 28}, "name": "multiply"', "not valid JSON"),
+        ("json", '{"name": "multiply", "args": {"a": 347}}', "'args' is no key of a call"),
+        ("json", '{"name": "multiply", "input": {"a": 347}}', "'input' is no key of a call"),
+        ("json", "```\n{'name': 'multiply', 'parameters': {}}\n```", "not valid JSON"),
     ],
 )
 def test_a_malformed_call_has_a_fault(form: str, text: str, fault: str) -> None:
@@ -99,6 +108,9 @@ def test_a_malformed_call_has_a_fault(form: str, text: str, fault: str) -> None:
 
 def test_whitespace_in_a_fence_takes_no_time() -> None:
     assert FORMS["json"]("```json" + "\n" * 100_000 + "x") == []
+    for text in (" " * 1_000_000, "[" * 1_000_000, "{" + " " * 1_000_000, "{'name'" + " " * 100_000):
+        assert without_thoughts(text + "<think>") in (text, text + "<think>")
+        assert all("not valid JSON" in call.fault for call in FORMS["json"](text))
 
 
 @pytest.mark.parametrize(("unit", "end"), [
@@ -132,3 +144,21 @@ def test_text_becomes_a_value_of_the_type_in_the_schema() -> None:
     assert typed(ToolCall("f", texts), schema).arguments == values
     nulls = {"function": {"name": "f", "parameters": {"properties": {"a": {"type": None, "anyOf": None}}}}}
     assert typed(ToolCall("f", {"a": "7"}), nulls).arguments == {"a": "7"}
+
+
+def test_the_word_null_is_text_where_the_form_or_an_enum_says_so() -> None:
+    properties = {
+        "color": {"type": "string", "nullable": True}, "size": {"enum": ["none", "big"], "type": ["string", "null"]},
+        "count": {"type": ["integer", "null"]},
+    }  # fmt: skip
+    schema = {"function": {"name": "paint", "parameters": {"type": "object", "properties": properties}}}
+    texts = {"color": "None", "size": "none", "count": "null"}
+    in_json = f'{{"name": "paint", "arguments": {json.dumps(texts)}}}'
+    in_xml = "".join(f"<parameter={name}>{value}</parameter>" for name, value in texts.items())
+    for form, text, color in (
+        ("hermes", f"<tool_call>{in_json}</tool_call>", "None"),
+        ("json", in_json, "None"),
+        ("xml", f"<tool_call><function=paint>{in_xml}</function></tool_call>", None),
+    ):
+        (call,) = FORMS[form](text)
+        assert typed(call, schema).arguments == {"color": color, "size": "none", "count": None}

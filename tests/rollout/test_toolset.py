@@ -3,8 +3,9 @@
 import asyncio
 import enum
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -394,6 +395,26 @@ def test_calls_in_a_thought_are_not_made(chat: Chat) -> None:
         assert tools.calls(text) == calls
 
 
+def test_a_tag_in_the_arguments_of_a_call_as_json_stays(chat: Chat) -> None:
+    tools = toolset_of(Tools(Bound().put), chat)
+    assert tools is not None
+    tools = replace(tools, parser=FORMS["json"])
+    tagged = '{"name": "put", "parameters": {"item": "a<think>b</think>c"}}'
+    opened = '{"name": "put", "parameters": {"item": "<think>"}}'
+    put, put_opened = (ToolCall("put", {"item": item}) for item in ("a<think>b</think>c", "<think>"))
+    for text, calls in (
+        (tagged, [put]),
+        (f"<think>{opened}</think>\n{tagged}; {opened}", [put, put_opened]),
+        (f"[{tagged}, {opened}]", [put, put_opened]),
+        (f"```json\n{tagged}\n```", [put]),
+        (f"{tagged}<think>{opened}</think>", [put]),
+        (f"<think>{opened}", []),
+    ):
+        assert tools.calls(text) == calls
+    (cut,) = tools.calls('{"name": "put", "parameters": {"item": "<think>')
+    assert "not valid JSON" in cut.fault
+
+
 def of_properties(**properties: object) -> dict[str, Any]:
     return {"name": "add", "parameters": {"type": "object", "properties": properties}}
 
@@ -440,6 +461,24 @@ def no_docstring(a: int) -> int:
     return a
 
 
+def generate(number: int) -> Iterator[int]:
+    """Count.
+
+    Args:
+        number: Up to which number.
+    """
+    yield number
+
+
+async def generate_later(number: int) -> AsyncIterator[int]:
+    """Count.
+
+    Args:
+        number: Up to which number.
+    """
+    yield number
+
+
 class Unit(enum.Enum):
     CELSIUS = "c"
 
@@ -478,6 +517,12 @@ def of_enum(units: list[Unit] | None) -> str:
         (Tools({"name": "add"}), "is a schema, but the env has no method add"),
         (Tools({"name": "add", "parameters": {"type": "array"}}, add=multiply), "'add': its parameters .* not a JSON"),
         (Tools({"name": "add", "parameters": {"properties": ["a"]}}, add=multiply), "'add': its parameters"),
+        (Tools({"name": "add", "parameters": {"a": {"type": "str"}}}, add=multiply), "'add': its parameters"),
+        (Tools(of_properties(a={"type": 5}, b={}), add=multiply), "'add': its parameters"),
+        (Tools(of_properties(a={"anyOf": 5}, b={}), add=multiply), "'add': its parameters"),
+        (Tools({"name": "add", "input_schema": {"type": "object"}}, add=multiply), "'input_schema', .* parameters"),
+        (Tools(generate), "'generate' is a generator"),
+        (Tools(generate_later), "'generate_later' is a generator"),
     ],
 )
 def test_an_invalid_tool_is_an_error(chat: Chat, env: Any, message: str) -> None:
@@ -506,6 +551,17 @@ def test_a_template_without_tools_is_an_error(demo: str, chat: Chat) -> None:
     no_end = Chat(chat.tokenizer, ChatConfig(template="hermes"), (5,))
     with pytest.raises(RloraError, match="none of the model's end tokens"):
         toolset_of(Tools(multiply), no_end)
+
+
+def test_a_template_that_renders_tools_with_some_messages_only_is_an_error(chat: Chat) -> None:
+    first = "{% if loop.first and m.role == 'user' %}{{ tools }}{% endif %}"
+    template = "{% for m in messages %}" + first + "{{ m.content }}{% endfor %}"
+    own, tools = Chat(chat.tokenizer, ChatConfig(template=template), (2,)), [of_properties(a={"type": "integer"})]
+    schemas = [{"type": "function", "function": schema} for schema in tools]
+    asked = {"role": "user", "content": "2 + 2?"}
+    assert own.prompt_ids([asked], schemas)
+    with pytest.raises(RloraError, match=r"does not render tools \(add\)"):
+        own.prompt_ids([{"role": "system", "content": "Be brief."}, asked], schemas)
 
 
 def test_a_parser_of_ones_own(demo: str, chat: Chat) -> None:
@@ -571,7 +627,10 @@ def test_calls_and_their_statuses(played: tuple[Toolset, Scoring, Prompt]) -> No
 
 @pytest.mark.parametrize(
     ("kind", "text"),
-    [(kind, f"{kind}: out of stock") for kind in ("SystemExit", "KeyboardInterrupt", "GeneratorExit", "CancelledError")]
+    [
+        (kind, f"{kind}: out of stock")
+        for kind in ("SystemExit", "KeyboardInterrupt", "GeneratorExit", "CancelledError", "TimeoutError")
+    ]
     + [("MuteError", "MuteError:")],
 )
 def test_a_tool_may_raise_anything(kind: str, text: str, played: tuple[Toolset, Scoring, Prompt]) -> None:
