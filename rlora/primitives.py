@@ -174,7 +174,7 @@ class Policy:
             if group.temperature not in (None, trained_at):
                 raise RloraError(
                     f"update: a group was sampled at temperature {group.temperature}, and the learner's probabilities "
-                    f"are at sampling.temperature = {trained_at}; sample without `temperature`, or set the config's"
+                    f"are at sampling.temperature = {trained_at}; sample without `temperature`, or change this field"
                 )
         if any(episode.reward is None for group in groups for episode in group.episodes):
             raise RloraError("update: an episode has no reward; set `reward` in the config, or use Group.with_rewards")
