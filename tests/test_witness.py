@@ -11,6 +11,7 @@ from witness import HOME, UPDATES, WITNESSES, base, is_home
 
 from rlora.core.learner import Learner
 from rlora.core.setup import Setup
+from rlora.device import multiplies_in_16_bits
 from rlora.records import Adapter
 from rlora.run import checkpoint
 from rlora.run.checkpoint import Bundle
@@ -42,6 +43,10 @@ def test_a_recorded_run_replays_and_goes_on(name: str) -> None:
     assert found[-1].max_change > 1e-4
     if is_home(bundles[0].origin.machine):
         assert all(each.exact and each.exact_state for each in found)
+    elif bundles[0].config.dtype == "bfloat16" and not multiplies_in_16_bits():
+        # Products are summed and rounded otherwise, which changes signs of gradients near 0, and Adam moves such an
+        # element by its rate in either direction.
+        assert all(each.max_difference < 2.01 * each.max_change for each in found)
     else:  # other kernels round otherwise
         assert all(each.max_difference < 1e-2 * found[-1].max_change for each in found)
     assert not any(each.rows_were_shared for each in found)

@@ -47,6 +47,7 @@ MEMBERS = {
     "vllm.v1.worker.gpu_worker:Worker": "reload_weights",
 }
 PARAMETERS = {
+    "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm": "layer remove_weight",
     "vllm:EngineArgs": "model dtype max_model_len max_num_seqs seed logprobs_mode generation_config "
     "tensor_parallel_size gpu_memory_utilization disable_log_stats use_tqdm_on_load enable_lora max_lora_rank "
     "enable_mixed_moe_lora_format lora_target_modules kv_cache_memory_bytes max_num_batched_tokens "

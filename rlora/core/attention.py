@@ -11,7 +11,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlora.core.flash import Lengths, Segments
-from rlora.device import send
+from rlora.device import send, wide
 from rlora.records import RloraError
 
 NAME = "rlora_tree"  # key of this attention function in transformers' registry
@@ -145,14 +145,17 @@ class _Attention(torch.autograd.Function):
         if q.is_meta:  # memory is being counted, and the CPU kernel holds no scores
             out = torch.empty_like(q)
         else:
-            out = scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=True)
+            wide_q, wide_k, wide_v, mask = wide(q, k, v, bias)
+            out = scaled_dot_product_attention(wide_q, wide_k, wide_v, attn_mask=mask, scale=scale, enable_gqa=True)
+            out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, bias, out)
         ctx.scale = scale
         return out
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, out = ctx.saved_tensors
+        dtype = d_out.dtype
+        q, k, v, bias, out, d_out = wide(*ctx.saved_tensors, d_out)
         (B, H, T, D), (_, K, S, _), scale = q.shape, k.shape, ctx.scale
         R = H // K  # query heads that share a key head are batched together
         q, d_out, out = (x.reshape(B * K, R, T, D) for x in (q, d_out, out))
@@ -175,7 +178,7 @@ class _Attention(torch.autograd.Function):
                 d_scores = torch.baddbmm(shift_t, d_t, v[b].mT).mul_(weights)
                 d_q[b, :, t] = (d_scores @ k[b]).view_as(q[b, :, t])
                 d_k[b] += d_scores.mT @ q_t
-        d_q, d_k, d_v = d_q.mul_(scale), d_k.mul_(scale).to(k.dtype), d_v.to(v.dtype)
+        d_q, d_k, d_v = (x.to(dtype) for x in (d_q.mul_(scale), d_k.mul_(scale), d_v))
         return d_q.view(B, H, T, D), d_k.view(B, K, S, D), d_v.view(B, K, S, D), None, None
 
 

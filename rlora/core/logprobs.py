@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from rlora.core.lora import low_rank
-from rlora.device import send
+from rlora.device import send, wide
 from rlora.records import Kept
 
 # Logits held at a time. On a CPU few enough that malloc reuses their memory (below 32 MiB in fp32). On a GPU enough
@@ -60,8 +60,10 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        wide_weight, wide_bias = wide(weight, bias)
         for chunk in _chunks(hidden, len(weight)):
-            logits = linear(hidden[chunk], weight, bias)
+            (rows,) = wide(hidden[chunk])
+            logits = linear(rows, wide_weight, wide_bias).to(hidden.dtype)
             if support:
                 logits.masked_fill_(support.dropped(logits, chunk), -torch.inf)
             target_id = targets[chunk, None]
@@ -72,7 +74,8 @@ class _TokenLogprobs(torch.autograd.Function):
             if gradient is not None:
                 # Take 1 from the target's p before the product: W[target] and p W may agree in nearly all digits.
                 exps.scatter_(1, target_id, (exps.gather(1, target_id) - total).to(exps.dtype))
-                torch.mm(exps, weight, out=gradient[chunk]).div_(total * -temperature)
+                (wide_exps,) = wide(exps)
+                gradient[chunk] = torch.mm(wide_exps, wide_weight).div_(total * -temperature)
         ctx.gradient = gradient
         return logprobs
 
@@ -107,7 +110,7 @@ def logprobs_and_entropies(
 
     def outputs(chunk: slice) -> Tensor:
         head = hidden[chunk], weight, bias
-        logits = linear(*head) if adapter is None else low_rank(*head, *adapter)
+        logits = linear(*wide(*head)).to(hidden.dtype) if adapter is None else low_rank(*head, *adapter)
         scaled = logits.float() / temperature
         if support is None:
             logprobs = scaled.log_softmax(1)

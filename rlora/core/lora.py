@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
+from rlora.device import wide
 from rlora.records import RloraError
 
 Init = Literal["uniform", "orthonormal"]
@@ -154,10 +155,11 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         served = self.factors.served(x.dtype)
-        if served is None:
-            return self.base(x)  # type: ignore[no-any-return]
         if type(self.base) is not nn.Linear:  # quantised: the layer computes W x and its gradient
-            return thin_product(self.base(x), x, *served)
+            y: Tensor = self.base(x)
+            return y if served is None else thin_product(y, x, *served)
+        if served is None:
+            return linear(*wide(x, self.base.weight, self.base.bias)).to(x.dtype)
         return low_rank(x, self.base.weight, self.base.bias, *served)
 
 
@@ -218,19 +220,19 @@ class _LowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-        flat = x.flatten(0, -2)
-        h = flat @ a.mT  # (tokens, r)
-        ctx.save_for_backward(flat, h, weight, a, b)
-        y = linear(flat, weight, bias).addmm_(h, b.mT)
+        flat, wide_weight, wide_bias, wide_a, wide_b = wide(x.flatten(0, -2), weight, bias, a, b)
+        h = flat @ wide_a.mT  # (tokens, r)
+        ctx.save_for_backward(x, h, weight, a, b)
+        y = linear(flat, wide_weight, wide_bias).addmm_(h, wide_b.mT).to(x.dtype)
         return y.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, weight, a, b = ctx.saved_tensors
-        g = grad.flatten(0, -2)
+        x, h, *factors = ctx.saved_tensors
+        g, flat, weight, a, b = wide(grad.flatten(0, -2), x.flatten(0, -2), *factors)
         g_h = g @ b
-        g_x = (g @ weight).addmm_(g_h, a).view(*grad.shape[:-1], a.shape[1]) if ctx.needs_input_grad[0] else None
-        return g_x, None, None, g_h.mT @ x, g.mT @ h
+        g_x = (g @ weight).addmm_(g_h, a).to(x.dtype).view_as(x) if ctx.needs_input_grad[0] else None
+        return g_x, None, None, (g_h.mT @ flat).to(x.dtype), (g.mT @ h).to(x.dtype)
 
 
 class Bank:

@@ -7,15 +7,19 @@ from typing import Any
 
 import numpy as np
 import torch
+import vllm.model_executor.layers.utils as layer_utils
 import vllm.v1.sample.sampler
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import linear
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
 
+from rlora.device import multiplies_in_16_bits, wide
 from rlora.engine.cpu import sampling
 
+_dispatch = layer_utils.dispatch_cpu_unquantized_gemm
 _TESTED = {"0.32.0"}  # versions of vLLM whose own parts these were compared with
 
 
@@ -36,7 +40,22 @@ def install(head: bool) -> bool:
     ThinProducts.head = head
     TopKTopPSampler.forward_cpu = sampling.draw  # type: ignore[method-assign]
     vllm.v1.sample.sampler.batched_count_greater_than = sampling.no_ranks  # type: ignore[assignment,attr-defined]
+    if not multiplies_in_16_bits():
+        layer_utils.dispatch_cpu_unquantized_gemm = _multiply_in_fp32
     return True
+
+
+def _multiply_in_fp32(layer: Any, remove_weight: bool) -> None:
+    """Let a layer with bf16 weights compute its product as `wide` does. vLLM calls this function for each layer.
+
+    `remove_weight` says that nothing else reads the weight, which is then kept in fp32.
+    """
+    if layer.weight.dim() != 2 or layer.weight.dtype != torch.bfloat16:
+        _dispatch(layer, remove_weight)
+        return
+    if remove_weight:
+        layer.weight = torch.nn.Parameter(layer.weight.float(), requires_grad=False)
+    layer.cpu_linear = lambda x, weight, bias: linear(*wide(x, weight, bias)).to(x.dtype)
 
 
 def fuse_slots(model: Any) -> None:
