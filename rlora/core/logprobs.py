@@ -62,8 +62,7 @@ class _TokenLogprobs(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         wide_weight, wide_bias = wide(weight, bias)
         for chunk in _chunks(hidden, len(weight)):
-            (rows,) = wide(hidden[chunk])
-            logits = linear(rows, wide_weight, wide_bias).to(hidden.dtype)
+            logits = linear(wide(hidden[chunk])[0], wide_weight, wide_bias).to(hidden.dtype)
             if support:
                 logits.masked_fill_(support.dropped(logits, chunk), -torch.inf)
             target_id = targets[chunk, None]
@@ -74,8 +73,7 @@ class _TokenLogprobs(torch.autograd.Function):
             if gradient is not None:
                 # Take 1 from the target's p before the product: W[target] and p W may agree in nearly all digits.
                 exps.scatter_(1, target_id, (exps.gather(1, target_id) - total).to(exps.dtype))
-                (wide_exps,) = wide(exps)
-                gradient[chunk] = torch.mm(wide_exps, wide_weight).div_(total * -temperature)
+                gradient[chunk] = torch.mm(wide(exps)[0], wide_weight).div_(total * -temperature)
         ctx.gradient = gradient
         return logprobs
 
