@@ -15,6 +15,7 @@ from transformers import Qwen2Config, Qwen3Config, Qwen3MoeConfig
 from rlora.cards import GIB
 from rlora.cli.main import main
 from rlora.config import read_table, validate
+from rlora.device import multiplies_in_16_bits
 from rlora.planning import KINDS, plan
 from rlora.records import RloraError
 from rlora.settings import Config
@@ -70,7 +71,9 @@ def test_memory_is_what_a_learner_takes(demo: str, learner: dict[str, Any]) -> N
     out = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, timeout=300).stdout
     measured, planned = json.loads(out.splitlines()[-1]), plan(validate(table)).learner
     assert planned.base == pytest.approx(measured["base"], rel=0.01)
-    assert planned.per_row == pytest.approx(measured["peak"], rel=0.15)
+    # The plan is for GPUs. Without AVX-512 a row also holds the head's weights in fp32: 49,152 x 576.
+    wide_head = 0 if multiplies_in_16_bits() else 49_152 * 576 * 4
+    assert planned.per_row + wide_head == pytest.approx(measured["peak"], rel=0.15)
 
 
 @pytest.mark.parametrize("name", RECIPES)
