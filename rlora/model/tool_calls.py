@@ -143,21 +143,26 @@ def _objects(text: str) -> list[ToolCall]:
     text = text.strip()
     if not text.startswith(("{", "[")):
         return []
-    names_call = _NAME_KEY.search(text) and _ARGUMENTS_KEY.search(text)
-    begins_call = re.match(r'[\[\s]{0,20}\{(\s{0,20}"(name|type|function)")?', text)
-    is_call = begins_call and (begins_call[1] or names_call)
-    calls: list[ToolCall] = []
+    message, calls = text, list[ToolCall]()
     while text:
         try:
             value, end = _DECODER.raw_decode(text)
         except (ValueError, RecursionError) as error:
-            return [*calls, ToolCall(fault=f"not valid JSON: {error}")] if is_call else calls
+            return [*calls, ToolCall(fault=f"not valid JSON: {error}")] if _means_call(message) else calls
         items = value if isinstance(value, list) else [value]
         if not any(map(_is_call, items)):
             return calls
         calls += [_from_object(item) for item in items]
         text = text[end:].lstrip("; \n\t")
     return calls
+
+
+def _means_call(text: str) -> bool:
+    """Return whether a text that is not valid JSON was to be a call."""
+    opening = re.match(r'[\[\s]{0,20}\{(\s{0,20}"(name|type|function)")?', text)
+    if not opening:
+        return False
+    return bool(opening[1] or (_NAME_KEY.search(text) and _ARGUMENTS_KEY.search(text)))
 
 
 def _is_call(value: Any) -> bool:
