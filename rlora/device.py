@@ -15,6 +15,7 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -57,6 +58,11 @@ def wide(*tensors: Any) -> tuple[Any, ...]:
         else tensor
         for tensor in tensors
     )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute x W^T + bias as `torch.nn.functional.linear` does, with `wide` factors, rounded to x's dtype."""
+    return functional.linear(*wide(x, weight, bias)).to(x.dtype)
 
 
 def hardware() -> str:

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from rlora.core.lora import low_rank
-from rlora.device import send, wide
+from rlora.device import linear, send, wide
 from rlora.records import Kept
 
 # Logits held at a time. On a CPU few enough that malloc reuses their memory (below 32 MiB in fp32). On a GPU enough
@@ -59,10 +58,10 @@ class _TokenLogprobs(torch.autograd.Function):
         support: Support | None,
     ) -> Tensor:  # fmt: skip
         logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         wide_weight, wide_bias = wide(weight, bias)
+        gradient = torch.empty_like(hidden, dtype=wide_weight.dtype) if ctx.needs_input_grad[0] else None
         for chunk in _chunks(hidden, len(weight)):
-            logits = linear(wide(hidden[chunk])[0], wide_weight, wide_bias).to(hidden.dtype)
+            logits = linear(hidden[chunk], wide_weight, wide_bias)
             if support:
                 logits.masked_fill_(support.dropped(logits, chunk), -torch.inf)
             target_id = targets[chunk, None]
@@ -73,7 +72,7 @@ class _TokenLogprobs(torch.autograd.Function):
             if gradient is not None:
                 # Take 1 from the target's p before the product: W[target] and p W may agree in nearly all digits.
                 exps.scatter_(1, target_id, (exps.gather(1, target_id) - total).to(exps.dtype))
-                gradient[chunk] = torch.mm(wide(exps)[0], wide_weight).div_(total * -temperature)
+                torch.mm(wide(exps)[0], wide_weight, out=gradient[chunk]).div_(total * -temperature)
         ctx.gradient = gradient
         return logprobs
 
@@ -108,7 +107,7 @@ def logprobs_and_entropies(
 
     def outputs(chunk: slice) -> Tensor:
         head = hidden[chunk], weight, bias
-        logits = linear(*wide(*head)).to(hidden.dtype) if adapter is None else low_rank(*head, *adapter)
+        logits = linear(*head) if adapter is None else low_rank(*head, *adapter)
         scaled = logits.float() / temperature
         if support is None:
             logprobs = scaled.log_softmax(1)

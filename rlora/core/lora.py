@@ -11,10 +11,9 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from rlora.device import wide
+from rlora.device import linear, wide
 from rlora.records import RloraError
 
 Init = Literal["uniform", "orthonormal"]
@@ -159,7 +158,7 @@ class LoRALinear(nn.Module):
             y: Tensor = self.base(x)
             return y if served is None else thin_product(y, x, *served)
         if served is None:
-            return linear(*wide(x, self.base.weight, self.base.bias)).to(x.dtype)
+            return linear(x, self.base.weight, self.base.bias)
         return low_rank(x, self.base.weight, self.base.bias, *served)
 
 
@@ -220,16 +219,16 @@ class _LowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-        flat, wide_weight, wide_bias, wide_a, wide_b = wide(x.flatten(0, -2), weight, bias, a, b)
-        h = flat @ wide_a.mT  # (tokens, r)
+        flat, wide_weight, wide_bias, wide_a = wide(x.flatten(0, -2), weight, bias, a)
+        h = (flat @ wide_a.mT).to(x.dtype)  # (tokens, r)
         ctx.save_for_backward(x, h, weight, a, b)
-        y = linear(flat, wide_weight, wide_bias).addmm_(h, wide_b.mT).to(x.dtype)
-        return y.view(*x.shape[:-1], len(weight))
+        y, wide_h, wide_b = wide(linear(flat, wide_weight, wide_bias).to(x.dtype), h, b)  # rounded as in the engine
+        return y.addmm_(wide_h, wide_b.mT).to(x.dtype).view(*x.shape[:-1], len(weight))  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, *factors = ctx.saved_tensors
-        g, flat, weight, a, b = wide(grad.flatten(0, -2), x.flatten(0, -2), *factors)
+        x, *factors = ctx.saved_tensors
+        g, flat, h, weight, a, b = wide(grad.flatten(0, -2), x.flatten(0, -2), *factors)
         g_h = g @ b
         g_x = (g @ weight).addmm_(g_h, a).to(x.dtype).view_as(x) if ctx.needs_input_grad[0] else None
         return g_x, None, None, (g_h.mT @ flat).to(x.dtype), (g.mT @ h).to(x.dtype)

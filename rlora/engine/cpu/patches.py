@@ -11,12 +11,11 @@ import vllm.model_executor.layers.utils as layer_utils
 import vllm.v1.sample.sampler
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import linear
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
 
-from rlora.device import multiplies_in_16_bits, wide
+from rlora.device import linear, multiplies_in_16_bits
 from rlora.engine.cpu import sampling
 
 _dispatch = layer_utils.dispatch_cpu_unquantized_gemm
@@ -46,7 +45,7 @@ def install(head: bool) -> bool:
 
 
 def _multiply_in_fp32(layer: Any, remove_weight: bool) -> None:
-    """Let a layer with bf16 weights compute its product as `wide` does. vLLM calls this function for each layer.
+    """Let a layer with bf16 weights multiply by `rlora.device.linear`. vLLM calls this function for each layer.
 
     `remove_weight` says that nothing else reads the weight, which is then kept in fp32.
     """
@@ -55,7 +54,7 @@ def _multiply_in_fp32(layer: Any, remove_weight: bool) -> None:
         return
     if remove_weight:
         layer.weight = torch.nn.Parameter(layer.weight.float(), requires_grad=False)
-    layer.cpu_linear = lambda x, weight, bias: linear(*wide(x, weight, bias)).to(x.dtype)
+    layer.cpu_linear = linear
 
 
 def fuse_slots(model: Any) -> None:
