@@ -20,7 +20,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # threads that wait for each other must
 
 import pytest
 import torch
-from commands import ROOT, TOKEN, orphans, processes
+from commands import ROOT, SMALL, TOKEN, orphans, processes
 from playwright.sync_api import Browser, sync_playwright
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -54,6 +54,7 @@ from rlora.settings import Config
 # Tests interrupt commands; these would inherit that a shell's background job ignores SIGINT.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 SHARED = ROOT.parent / "shared"
+SHORT = f"{ROOT}/tests/short_completion.py:short_completion"  # a reward that differs between any model's completions
 NEEDS_SHARED = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
 
 show_log()  # so that tests of the library see what the command line prints
@@ -143,6 +144,24 @@ def nothing_stays_behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def demo() -> str:
     """The directory of SmolLM2-135M-Instruct."""
     return locate(DEMO)
+
+
+@pytest.fixture(scope="session")
+def shallow(demo: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The directory of the first four of SmolLM2's 30 layers: its tokenizer and widths, and a third of its weights.
+
+    For tests of what happens around a run. Its completions make no sense and never end by themselves.
+    """
+    path = tmp_path_factory.mktemp("shallow")
+    shutil.copytree(demo, path, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+    AutoModelForCausalLM.from_pretrained(demo, num_hidden_layers=4).save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def small(shallow: str) -> tuple[str, ...]:
+    """Options of a small run of the shallow base, with a reward that its completions differ in."""
+    return (*SMALL, "--model", shallow, "--reward", SHORT)
 
 
 @pytest.fixture(scope="session")

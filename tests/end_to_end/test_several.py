@@ -1,7 +1,6 @@
 """Several engines, several learners, and several policies in one job."""
 
 import json
-import re
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 import pytest
 from commands import SMALL, TOML, metrics, rlora
-from conftest import ROOT, exit_status
+from conftest import ROOT, SHORT, exit_status
 from upath import UPath
 
 from rlora.records import Prompt, RloraError
@@ -46,7 +45,7 @@ def test_two_engines_and_two_learners_on_stale_episodes_with_a_users_reward(tmp_
 
 @pytest.mark.parametrize("turns", [rounds, first])
 def test_runs_that_train_together_are_runs_like_any_other(
-    turns: Turns, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    turns: Turns, shallow: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two policies of other ranks and algorithms on one engine, each with a learner of its own; one fails."""
     members: dict[str, dict[str, Any]] = {
@@ -54,7 +53,8 @@ def test_runs_that_train_together_are_runs_like_any_other(
         "high": {"learner": {"rank": 8, "concurrent": 2}, "steps": 2, "algorithm": {"name": "grpo", "kl": 0.01}},
         "failing": {"learner": {"concurrent": 2}, "steps": 3, "reward": lambda completion, step: 1 / (1 - step)},
     }
-    small = {"prompts_per_step": 2, "group_size": 4, "evaluate": {"prompts": 4}}
+    small: dict[str, Any] = {"prompts_per_step": 2, "group_size": 4, "evaluate": {"prompts": 4}}
+    small |= {"model": shallow, "reward": SHORT}
     with ExitStack() as stack:
         configs = {name: resolve_config(ROOT / TOML, small | changes) for name, changes in members.items()}
         runs = [stack.enter_context(prepared(config, tmp_path / name)) for name, config in configs.items()]
@@ -75,25 +75,22 @@ def test_runs_that_train_together_are_runs_like_any_other(
 
 
 class Sums:
-    """Sums to hold out, which the base can do now and then; to train on, prompts that have no answer."""
+    """Prompts to train on, which have no answer, and the same to hold out, which have one."""
 
     def train(self) -> list[Prompt]:
         return [Prompt(f"What is {a} + {b}?") for a in range(1, 9) for b in range(1, 9)]
 
     def held_out(self) -> list[Prompt]:
-        return [replace(prompt, answer=sum(map(int, re.findall(r"\d+", str(prompt.text))))) for prompt in self.train()]
+        return [replace(prompt, answer=0) for prompt in self.train()]
 
 
 def test_each_rule_of_health_holds_in_a_run_that_is_ill_in_its_way(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shallow: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """All of them over one engine and one learner; each also says what to do."""
 
-    def right(completion: str, answer: Any) -> float:
-        return float(str(answer) in completion)
-
-    def terse(completion: str, answer: Any) -> float:  # of prompts without an answer
-        return 0.9 / (1 + len(completion)) if answer is None else right(completion, answer)
+    def terse(completion: str, answer: Any) -> float:  # where there is no answer; the opposite where there is one
+        return 0.9 / (1 + len(completion)) if answer is None else float(len(completion) > 30)
 
     ill: dict[str, dict[str, Any]] = {
         "floor": {"reward": lambda completion: 0.0, "steps": 9, "health": {"steps": 2, "stop": ["floor"]}},
@@ -102,7 +99,7 @@ def test_each_rule_of_health_holds_in_a_run_that_is_ill_in_its_way(
         "failing_rewards": {
             "reward": lambda completion: 1 / (len(completion) % 2), "scoring": {"max_errors": 1.0}, "steps": 3,
         },
-        "dead_part": {"reward": [right, "rlora.rewards.shaping:boxed"], "steps": 3},
+        "dead_part": {"reward": [SHORT, "rlora.rewards.shaping:boxed"], "steps": 3},
         "no_signal": {"reward": lambda completion, answer: answer / 100, "steps": 3},
         "masked": {
             "reward": lambda completion: 1 / (1 + len(completion)), "steps": 3, "algorithm": {"geometric_mask": 1e-9},
@@ -126,7 +123,7 @@ def test_each_rule_of_health_holds_in_a_run_that_is_ill_in_its_way(
     }  # fmt: skip
     small: dict[str, Any] = {
         "prompts_per_step": 4, "group_size": 4, "evaluate": {"prompts": 0}, "health": {"steps": 2},
-        "check": {"prompts": 0},
+        "check": {"prompts": 0}, "model": shallow,
     }  # fmt: skip
     assert ill.keys() == RULES.keys()
     with ExitStack() as stack:

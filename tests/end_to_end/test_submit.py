@@ -21,11 +21,12 @@ pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("nothing_stays_behind")]
 ADDRESS = ("--address", "http://127.0.0.1:8299")
 
 
-def test_a_bare_checkout_runs_as_a_ray_job_with_two_replicas(tmp_path: Path) -> None:
+def test_a_bare_checkout_runs_as_a_ray_job_with_two_replicas(tmp_path: Path, shallow: str) -> None:
     """`ray job submit --working-dir .` to a cluster; what runs is the checkout, not the installed rlora."""
     checkout, run, ray = tmp_path / "checkout", tmp_path / "run", str(Path(sys.executable).parent / "ray")
     ignore = shutil.ignore_patterns(".*", "runs", "*.egg-info", "__pycache__", "tests")
     shutil.copytree(ROOT, checkout, ignore=ignore, symlinks=True)  # rlora/envs is envs/
+    small = (*SMALL, "--model", shallow)
     source = (checkout / "envs" / "arithmetic.py").read_text()
     (checkout / "envs" / "only_here.py").write_text(source)  # so that no other rlora can run the job
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # a job's `python` is that of the cluster
@@ -37,7 +38,7 @@ def test_a_bare_checkout_runs_as_a_ray_job_with_two_replicas(tmp_path: Path) -> 
     job = [
         *("env", f"PYTHONPATH={sysconfig.get_path('purelib')}", sys.executable, "-S"),  # without the editable install
         *("-m", "rlora", "train", TOML, "--steps", "2", "--env", "rlora.envs.only_here:Arithmetic"),
-        *("--engine.replicas", "2", "--engine.kv-cache-gib", "1", "--run-dir", str(run), *SMALL),
+        *("--engine.replicas", "2", "--engine.kv-cache-gib", "1", "--run-dir", str(run), *small),
     ]
     submit = [ray, "job", "submit", *ADDRESS, "--working-dir", ".", "--", *job]
     try:
@@ -45,8 +46,8 @@ def test_a_bare_checkout_runs_as_a_ray_job_with_two_replicas(tmp_path: Path) -> 
             done = subprocess.run(
                 submit, cwd=checkout, env=environment, capture_output=True, text=True, check=False, timeout=600
             )
-            ours = submitted(checkout, environment, tmp_path)
-            left, stopped, ended = let_go(checkout, environment, tmp_path)
+            ours = submitted(small, checkout, environment, tmp_path)
+            left, stopped, ended = let_go(small, checkout, environment, tmp_path)
     finally:
         shutil.rmtree(home, ignore_errors=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -76,15 +77,17 @@ def test_a_bare_checkout_runs_as_a_ray_job_with_two_replicas(tmp_path: Path) -> 
     assert kept[-1] == len(metrics(tmp_path / "long")) > 1  # `rlora train --resume` goes on from it
 
 
-def submitted(checkout: Path, environment: dict[str, str], place: Path) -> list[subprocess.CompletedProcess[str]]:
+def submitted(
+    small: Sequence[str], checkout: Path, environment: dict[str, str], place: Path
+) -> list[subprocess.CompletedProcess[str]]:
     """`rlora submit` of a run that ends and of one whose reward fails, `rlora jobs`, and an address where nobody is."""
     (checkout / "bad.py").write_text("def bad(completion, answer):\n    raise ValueError('no judge today')\n")
-    small = TOML, "--steps", "1", *SMALL
+    short = TOML, "--steps", "1", *small
     commands: list[tuple[str, ...]] = [
-        ("submit", *small, *ADDRESS, "--name", "good", "--run-dir", str(place / "good")),
-        ("submit", *small, *ADDRESS, "--name", "bad", "--reward", "bad.py:bad", "--run-dir", str(place / "bad")),
+        ("submit", *short, *ADDRESS, "--name", "good", "--run-dir", str(place / "good")),
+        ("submit", *short, *ADDRESS, "--name", "bad", "--reward", "bad.py:bad", "--run-dir", str(place / "bad")),
         ("jobs", *ADDRESS),
-        ("submit", *small, "--address", "http://127.0.0.1:1"),
+        ("submit", *short, "--address", "http://127.0.0.1:1"),
     ]
     return [called(command, checkout, environment) for command in commands]
 
@@ -96,10 +99,10 @@ def called(command: Sequence[str], checkout: Path, environment: dict[str, str]) 
 
 
 def let_go(
-    checkout: Path, environment: dict[str, str], place: Path
+    small: Sequence[str], checkout: Path, environment: dict[str, str], place: Path
 ) -> tuple[subprocess.CompletedProcess[str], subprocess.CompletedProcess[str], subprocess.CompletedProcess[str]]:
     """A long job that is left by Ctrl-C and "n", stopped from elsewhere, and followed again to its end."""
-    long = "submit", TOML, "--steps", "1000", *SMALL, *ADDRESS, "--name", "long", "--run-dir", str(place / "long")
+    long = "submit", TOML, "--steps", "1000", *small, *ADDRESS, "--name", "long", "--run-dir", str(place / "long")
     line = [sys.executable, "-m", "rlora", *long]
     terminal, stdin = os.openpty()
     process = subprocess.Popen(
@@ -114,7 +117,7 @@ def let_go(
         seen += text
     process.send_signal(signal.SIGINT)
     os.write(terminal, b"n\n")
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     os.close(terminal)
     os.close(stdin)
     left = subprocess.CompletedProcess(line, process.returncode, seen + out, err)
