@@ -305,8 +305,8 @@ def test_a_script_of_six_lines_trains_and_resumes(tmp_path: Path) -> None:
 
 
 @pytest.mark.vllm
-def test_the_primitives_train_in_twenty_lines(tmp_path: Path) -> None:
-    *_, loop, several = blocks()
+def test_the_primitives_train_in_twenty_lines(shallow: str, tmp_path: Path) -> None:
+    *_, loop, several = (block.replace("demo:smollm2-135m", shallow) for block in blocks())
     assert len([line for line in loop.splitlines() if line]) <= 24
     body = loop.replace("    policy.save", "    print(json.dumps([g.rewards for g in groups]))\n    policy.save")
     out = run("import json\n" + body, tmp_path)
@@ -315,13 +315,13 @@ def test_the_primitives_train_in_twenty_lines(tmp_path: Path) -> None:
     assert sorted(path.name for path in saved.iterdir()) == [
         "adapter_config.json", "adapter_model.safetensors", "state.safetensors"
     ]  # fmt: skip
-    again = """
+    again = f"""
 import rlora
-with rlora.policy(model="demo:smollm2-135m", learner={"rank": 1}, resume="adapters/sevens") as policy:
+with rlora.policy(model="{shallow}", learner={{"rank": 1}}, resume="adapters/sevens") as policy:
     assert policy.adapter.number == 6
     policy.save("adapters/again")
     groups = policy.sample(["Name a number."], group_size=2)
-    policy.forward_backward([policy.samples(groups[0], [1.0, -1.0])], lambda now, batch: (now.logprobs.sum(), {}))
+    policy.forward_backward([policy.samples(groups[0], [1.0, -1.0])], lambda now, batch: (now.logprobs.sum(), {{}}))
     policy.optim_step(rlora.Adam(lr=1e-4))
     assert policy.adapter.number == 7
     scored = [group.with_rewards([1.0, 0.0]) for group in policy.sample(["Name a number."], 2, temperature=0.5)]
