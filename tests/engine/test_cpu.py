@@ -140,3 +140,19 @@ def test_a_flat_nucleus_is_found_too() -> None:
     logits[1, 7] = 20.0
     truncate(logits, None, torch.tensor([0.4999, 0.5]))
     assert (logits > -torch.inf).sum(1).tolist() == [2500, 1]
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("size", [64, 2**14])  # entries of a block: one row at a time, and four blocks, the last smaller
+def test_a_product_over_blocks_is_the_product(biased: bool, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rlora import device
+    from rlora.engine.cpu import patches
+
+    monkeypatch.setattr(device, "multiplies_in_16_bits", lambda: False)
+    monkeypatch.setattr(patches, "_BLOCK", size)
+    x, weight = torch.randn(5, 96).bfloat16(), torch.randn(600, 96).bfloat16()
+    bias = torch.randn(600).bfloat16() if biased else None
+    product = patches.linear_in_blocks(x, weight, bias)
+    exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    assert product.dtype == torch.bfloat16
+    assert torch.allclose(product.double(), exact, rtol=2**-8, atol=1e-5)

@@ -19,6 +19,7 @@ from rlora.device import linear, multiplies_in_16_bits
 from rlora.engine.cpu import sampling
 
 _dispatch = layer_utils.dispatch_cpu_unquantized_gemm
+_BLOCK = 2**21  # entries of a weight that are converted at a time: 8 MiB in fp32
 _TESTED = {"0.32.0"}  # versions of vLLM whose own parts these were compared with
 
 
@@ -45,16 +46,22 @@ def install(head: bool) -> bool:
 
 
 def _multiply_in_fp32(layer: Any, remove_weight: bool) -> None:
-    """Let a layer with bf16 weights multiply by `rlora.device.linear`. vLLM calls this function for each layer.
-
-    `remove_weight` says that nothing else reads the weight, which is then kept in fp32.
-    """
+    """Let a layer with bf16 weights multiply by `linear_in_blocks`. vLLM calls this function for each layer."""
     if layer.weight.dim() != 2 or layer.weight.dtype != torch.bfloat16:
         _dispatch(layer, remove_weight)
-        return
-    if remove_weight:
-        layer.weight = torch.nn.Parameter(layer.weight.float(), requires_grad=False)
-    layer.cpu_linear = linear
+    else:
+        layer.cpu_linear = linear_in_blocks
+
+
+def linear_in_blocks(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute x W^T + bias as `rlora.device.linear` does, over blocks of W's rows.
+
+    The fp32 copy of a block stays in the CPU's cache. To copy a whole output head takes longer than its product does.
+    """
+    rows = max(1, _BLOCK // weight.shape[1])
+    biases = [None] * -(-len(weight) // rows) if bias is None else bias.split(rows)
+    products = [linear(x, block, part) for block, part in zip(weight.split(rows), biases, strict=True)]
+    return products[0] if len(products) == 1 else torch.cat(products, -1)
 
 
 def fuse_slots(model: Any) -> None:
