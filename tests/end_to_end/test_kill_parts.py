@@ -38,7 +38,7 @@ def test_a_run_on_two_nodes_goes_on_where_one_dies(tmp_path: Path, small: tuple[
     with ray_head(home, environment) as address, ExitStack() as second:
         second.enter_context(ray_node(tmp_path / "node.log", environment, f"--address={address}", "--num-cpus=1"))
         before = raylets()
-        line = [sys.executable, "-m", "rlora", "train", TOML, "--steps", "6", "--run-dir", str(run), *small,
+        line = [sys.executable, "-m", "rlora", "train", TOML, "--steps", "12", "--run-dir", str(run), *small,
                 "--engine.replicas", "2", "--engine.kv-cache-gib", "1", "--restarts", "1"]  # fmt: skip
         with (tmp_path / "out.txt").open("w") as out:
             training = subprocess.Popen(
@@ -46,7 +46,7 @@ def test_a_run_on_two_nodes_goes_on_where_one_dies(tmp_path: Path, small: tuple[
             )
         told = (tmp_path / "out.txt").read_text
         try:
-            while "step 2/6" not in told():
+            while "step 2/12" not in told():
                 assert training.poll() is None, told()
                 time.sleep(0.2)
             over = engines_by_raylet()
@@ -57,8 +57,8 @@ def test_a_run_on_two_nodes_goes_on_where_one_dies(tmp_path: Path, small: tuple[
             assert training.wait(timeout=400) == 0, told()
         finally:
             training.kill()
-    assert "step 6/6" in told()
-    assert len(metrics(run)) == 6
+    assert "step 12/12" in told()
+    assert len(metrics(run)) == 12
 
 
 def raylets() -> set[int]:
@@ -83,19 +83,18 @@ PHASES = ("idle", "loading", "canary", "sampling", "learning", "scoring")
 
 @pytest.mark.parametrize("count", [6, pytest.param(24, marks=pytest.mark.slow)])
 def test_a_run_outlives_its_engines_its_learners_and_its_scorers(
-    config: Callable[..., Config], count: int, shallow: str, monkeypatch: pytest.MonkeyPatch
+    config: Callable[..., Config], count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """kill -9, once a step, of an engine in each of its phases, of a learner of two or of what scores.
 
     No prompt is lost or doubled.
     """
-    settings = config(
-        model=shallow, prompts_per_step=4, group_size=4, steps=count + 1, max_staleness=1,
-        learner={"lr": 5e-4, "replicas": 2},
+    small = config(
+        prompts_per_step=4, group_size=4, steps=count + 1, max_staleness=1, learner={"lr": 5e-4, "replicas": 2},
         sampling={"max_tokens": 24, "max_prompt_tokens": 48},
         engine={"replicas": 2, "kv_cache_gib": 1, "straggler_seconds": 300.0},
     )  # fmt: skip
-    task = load_task(settings)
+    task = load_task(small)
     monkeypatch.setattr(processes, "ENGINE", f"{ROOT / 'tests' / 'faulty_engine.py'}:MortalEngine")
     killed: set[int] = set()
 
@@ -106,13 +105,13 @@ def test_a_run_outlives_its_engines_its_learners_and_its_scorers(
         timer.start()
 
     trained: list[Group] = []
-    with cluster.start([ServedPolicy("run", settings, task)]) as job:
+    with cluster.start([ServedPolicy("run", small, task)]) as job:
         learners, fleet, loops = job.learners, job.fleet, job.loops
         learner, loop = learners["run"], loops["run"]
         ranks: Any = learner
-        adapter = learner.open("run", Setup.of(settings))
-        rollouts = Rollouts(settings, task.prompts, fleet, loop, Cursor())
-        for step in range(settings.steps):
+        adapter = learner.open("run", Setup.of(small))
+        rollouts = Rollouts(small, task.prompts, fleet, loop, Cursor())
+        for step in range(small.steps):
             phase = PHASES[step % len(PHASES)] if step < count else None
             while not fleet.engines:  # one that replaces another is on its way
                 time.sleep(0.1)
@@ -123,7 +122,7 @@ def test_a_run_outlives_its_engines_its_learners_and_its_scorers(
                     engine.die(phase).result()
             if phase == "loading":
                 engine.die(phase).result()
-            fleet.swap(adapter, oldest=adapter.number - settings.max_staleness)
+            fleet.swap(adapter, oldest=adapter.number - small.max_staleness)
             if phase in ("canary", "sampling"):  # the canary goes with a version's first prompts
                 engine.die(phase).result()
             if phase == "scoring":
@@ -140,7 +139,7 @@ def test_a_run_outlives_its_engines_its_learners_and_its_scorers(
     assert len(killed) == count // 6
     assert stats.lost == count * 4 // 6
     assert stats.replayed > 0
-    places = [prompt_at(task.prompts, place, settings.seed) for place in range(4 * settings.steps)]
+    places = [prompt_at(task.prompts, place, small.seed) for place in range(4 * small.steps)]
     assert [group.prompt for group in trained] == places
     assert all(len(group.episodes) == len(group.rewards) == 4 for group in trained)
     for place, group in enumerate(trained):

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import TOML, metrics, processes, rlora
+from commands import SMALL, TOML, metrics, processes, rlora
 from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from upath import UPath
@@ -28,12 +28,12 @@ def sampled_ahead(run: Path) -> bool:
     return bool(newest and any(each.group for each in newest.cursor.in_flight))
 
 
-def test_what_was_sampled_before_a_kill_is_learned_from_after_it(tmp_path: Path, small: tuple[str, ...]) -> None:
+def test_what_was_sampled_before_a_kill_is_learned_from_after_it(tmp_path: Path) -> None:
     """kill -9 while the next step's prompts are in flight: each prompt is learned from once, in its turn."""
     run, there = tmp_path / "run", processes()
     toml = "--max-staleness", "1", "--sampling.max-tokens", "12", "--evaluate.prompts", "0"
     toml += "--algorithm.name", "grpo", "--algorithm.epochs", "4"  # that updates take longer than sampling does
-    command = [sys.executable, "-m", "rlora", "train", TOML, "--resume", str(run), "--steps", "8", *small, *toml]
+    command = [sys.executable, "-m", "rlora", "train", TOML, "--resume", str(run), "--steps", "8", *SMALL, *toml]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
     try:
@@ -76,13 +76,13 @@ def test_what_was_sampled_before_a_kill_is_learned_from_after_it(tmp_path: Path,
     assert all([episode.completion_ids for episode in group.episodes] in ids for group in played)
 
 
-def test_an_evaluation_that_a_kill_ended_is_done_again_and_once(tmp_path: Path, small: tuple[str, ...]) -> None:
+def test_an_evaluation_that_a_kill_ended_is_done_again_and_once(tmp_path: Path) -> None:
     """kill -9 after version 2 was saved, while it answers the held-out prompts beside step 3. A tracker goes on too."""
     run, there = tmp_path / "run", processes()
     evaluate = "--evaluate.every", "2", "--evaluate.samples", "4", "--evaluate.prompts", "42"
     evaluate += "--evaluate.sets.easy.env-args.high", "3", "--evaluate.sets.easy.prompts", "5"
     evaluate += "--trackers.use", "tensorboard"
-    command = [sys.executable, "-m", "rlora", "train", TOML, "--run-dir", str(run), "--steps", "5", *small, *evaluate]
+    command = [sys.executable, "-m", "rlora", "train", TOML, "--run-dir", str(run), "--steps", "5", *SMALL, *evaluate]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
     deadline = time.monotonic() + 300

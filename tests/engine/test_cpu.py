@@ -143,7 +143,7 @@ def test_a_flat_nucleus_is_found_too() -> None:
 
 
 @pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize("size", [64, 2**14])  # entries of a block: one row at a time, and four blocks, the last smaller
+@pytest.mark.parametrize("size", [64, 2**14])  # entries of a block: one row, and four blocks, the last one smaller
 def test_a_product_over_blocks_is_the_product(biased: bool, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from rlora import device
     from rlora.engine.cpu import patches
